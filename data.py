@@ -1,0 +1,322 @@
+"""MNIST in memory, its forget and retain splits, and the activation graphs of a classifier."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
+
+from model import HookedMNISTClassifier, LayerRecord, Mask, WeightGraph
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
+IMAGE_SIZE = 28 * 28
+NUM_CLASSES = 10
+DATASETS = ("MNIST", "FashionMNIST", "KMNIST")
+
+
+def seeded(*key: object) -> torch.Generator:
+    """A random generator (CPU) that depends on its key alone, so that no draw depends on the order of other work."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+@contextmanager
+def seeded_initialisation(seed: int) -> Iterator[None]:
+    """Modules made while the context is open get the weights of this seed; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def check_range(name: str, value: float, at_least: float | None = None, above: float | None = None) -> None:
+    """Raises ValueError unless the value is finite and in its range."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value}")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, not {value}")
+    if above is not None and value <= above:
+        raise ValueError(f"{name} must be above {above}, not {value}")
+
+
+def check_span(name: str, span: Sequence[int]) -> None:
+    """Raises ValueError unless the span is [low, high] with 1 <= low <= high."""
+    if len(span) != 2 or not 1 <= span[0] <= span[1]:
+        raise ValueError(f"{name} must be [low, high] with 1 <= low <= high, not {list(span)}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples in memory. images: (samples, 784) float, labels: (samples) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def forget(self, forget_class: int) -> Split:
+        """The samples of the forget class."""
+        return self._where(self.labels == forget_class)
+
+    def retain(self, forget_class: int) -> Split:
+        """The samples of all other classes."""
+        return self._where(self.labels != forget_class)
+
+    def _where(self, chosen: Tensor) -> Split:
+        return Split(self.images[chosen], self.labels[chosen])
+
+    def loader(self, batch_size: int) -> DataLoader:
+        """Whole batches (images, labels) in order, cut from the tensors at once rather than sample by sample."""
+        samples = TensorDataset(self.images, self.labels)
+        batches = BatchSampler(SequentialSampler(samples), batch_size, drop_last=False)
+        return DataLoader(samples, sampler=batches, batch_size=None)
+
+
+class ImageData:
+    """A training split that methods may use, and a test split that scores them.
+
+    While a method runs, the test split is sealed: asking for it raises PermissionError.
+    """
+
+    def __init__(self, train: Split, test: Split) -> None:
+        self.train = train
+        self._test = test
+        self._sealed = False
+
+    @property
+    def test(self) -> Split:
+        if self._sealed:
+            raise PermissionError(
+                "the test split is sealed while a method runs: methods may use the training split only"
+            )
+        return self._test
+
+    @contextmanager
+    def sealed(self) -> Iterator[None]:
+        """Closes the test split for as long as the context is open."""
+        before, self._sealed = self._sealed, True
+        try:
+            yield
+        finally:
+            self._sealed = before
+
+
+def load_image_data(
+    name: str = "MNIST", root: Path | str = "datasets", device: torch.device | str = "cpu"
+) -> ImageData:
+    """Reads a torchvision data set of 28 x 28 images into memory, standardised by the training split's mean and deviation.
+
+    Raises ValueError when its files are missing and cannot be had.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"dataset {name!r} is not known: valid are {', '.join(DATASETS)}")
+    dataset = getattr(torchvision.datasets, name)
+    try:
+        parts = [dataset(root=root, train=is_train, download=True) for is_train in (True, False)]
+    except (RuntimeError, OSError) as error:
+        files = ", ".join(f"{Path(file).name}" for file, _ in dataset.resources)
+        raise ValueError(
+            f"dataset {name} is not in {Path(root) / name / 'raw'} and cannot be downloaded ({error}): put {files} there"
+        ) from error
+    images = [part.data.to(device).float().flatten(1) for part in parts]
+    deviation, mean = torch.std_mean(images[0])
+    return ImageData(*(Split((x - mean) / deviation, part.targets.to(device)) for x, part in zip(images, parts)))
+
+
+class ClassGroup:
+    """One layer's record of one group of samples per class: what the vertex features are made of.
+
+    The fields of the record carry (classes, samples, neurons) here; weight is (m, n).
+    """
+
+    def __init__(self, record: LayerRecord, weight: Tensor) -> None:
+        self.record = record
+        self.weight = weight
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """Mean gradient of the cross entropy with respect to each weight, (classes, m, n)."""
+        return self._mean_product(self.record.loss_gradient, self.record.inputs)
+
+    def _mean_product(self, of_target: Tensor, of_source: Tensor) -> Tensor:
+        """Mean over the samples of of_target[s, r] * of_source[s, c], (classes, m, n)."""
+        return of_target.transpose(1, 2) @ of_source / of_source.shape[1]
+
+    def input_activation(self) -> Tensor:
+        """E[a_c], the activation of the weight's source neuron."""
+        return self.record.inputs.mean(1)[:, None]
+
+    def output_activation(self) -> Tensor:
+        """E[h_r], the activation of the weight's target neuron."""
+        return self.record.outputs.mean(1)[:, :, None]
+
+    def effect(self) -> Tensor:
+        """w E[dL/dw]: the first-order fall of the loss when the weight is removed."""
+        return self.weight * self.gradient
+
+    def fisher(self) -> Tensor:
+        """|w| sqrt(E[(dL/dw)^2]), the root of the diagonal Fisher information of removing the weight."""
+        return self.weight.abs() * self._mean_product(self.record.loss_gradient**2, self.record.inputs**2).sqrt()
+
+    def margin(self) -> Tensor:
+        """w E[d(logit of the class - mean logit)/dw]: the first-order fall of the margin when the weight is removed."""
+        return self.weight * self._mean_product(self.record.margin_gradient, self.record.inputs)
+
+    def coactivation(self) -> Tensor:
+        """|w| E[unit r is active * a_c]: the signal that the weight passes on."""
+        return self.weight.abs() * self._mean_product(self.record.active, self.record.inputs)
+
+
+FEATURES: dict[str, Callable[[ClassGroup], Tensor]] = {
+    "input_activation": ClassGroup.input_activation,
+    "output_activation": ClassGroup.output_activation,
+    "weight": lambda group: group.weight[None],
+    "gradient": lambda group: group.gradient,
+    "effect": ClassGroup.effect,
+    "fisher": ClassGroup.fisher,
+    "margin": ClassGroup.margin,
+    "coactivation": ClassGroup.coactivation,
+}
+
+
+@dataclass(frozen=True)
+class GraphConfig:
+    """mask_layer: an index, a list of them, or null for all layers; features: names of FEATURES.
+
+    other_classes adds to each feature (but the weight) its mean over the other classes.
+    """
+
+    mask_layer: int | tuple[int, ...] | None
+    features: tuple[str, ...]
+    other_classes: bool
+    samples_per_class: int
+
+    def __post_init__(self) -> None:
+        for name in self.features:
+            if name not in FEATURES:
+                raise ValueError(f"features: {name!r} is not known: valid are {', '.join(FEATURES)}")
+        if not self.features:
+            raise ValueError(f"features: at least one is needed of {', '.join(FEATURES)}")
+        if len(set(self.features)) < len(self.features):
+            raise ValueError(f"features: {list(self.features)} names a feature twice")
+        check_range("samples_per_class", self.samples_per_class, at_least=1)
+
+    @property
+    def num_features(self) -> int:
+        return len(self.features) + self.other_classes * sum(name != "weight" for name in self.features)
+
+
+class GraphGenerator:
+    """Activation graphs of a classifier: what every sample does in the masked layers, recorded in one batched pass.
+
+    Stored are a few hundred floats a sample; the vertex features of a group are formed when they are needed. The samples
+    of class c are the indices c * samples_per_class to (c + 1) * samples_per_class - 1.
+    """
+
+    def __init__(self, classifier: HookedMNISTClassifier, train: Split, config: GraphConfig, seed: int) -> None:
+        self.classifier = classifier
+        self.config = config
+        self.graph = WeightGraph(classifier.shapes, config.mask_layer)
+        self.num_classes = classifier.shapes[-1][0]
+        counts = torch.bincount(train.labels, minlength=self.num_classes)
+        self.samples_per_class = min(config.samples_per_class, int(counts.min()))
+        if self.samples_per_class == 0:
+            raise ValueError(f"class {int(counts.argmin())} has no training sample: every class needs at least one")
+        chosen = []
+        for label in range(self.num_classes):
+            of_class = (train.labels == label).nonzero().squeeze(1)
+            order = torch.randperm(len(of_class), generator=seeded("graphs", seed, label))
+            chosen.append(of_class[order[: self.samples_per_class].to(of_class.device)])
+        chosen = torch.cat(chosen)
+        self.samples = Split(train.images[chosen], train.labels[chosen])
+        self.labels = self.samples.labels
+        self.records, self.loss = classifier.record(self.samples.images, self.labels, self.graph.layers)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def inputs(self) -> Tensor:
+        """Input activations of the first masked layer, (samples, n): no mask changes what comes before."""
+        return self.records[0].inputs
+
+    def draw(self, group_size: int, generator: torch.Generator) -> Tensor:
+        """Indices of `group_size` random samples of every class, (classes, group_size), without repetition."""
+        keys = torch.rand(self.num_classes, self.samples_per_class, generator=generator)
+        order = keys.argsort(1)[:, :group_size]
+        return (order + self.samples_per_class * torch.arange(self.num_classes)[:, None]).to(self.labels.device)
+
+    def class_graphs(self, samples: Tensor, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
+        """The graph of one group of samples per class, on the classifier or on a masked one.
+
+        samples: (classes, group_size). Returns the vertex features (classes, vertices, features), each standardised
+        over its graph, and the mean cross entropy of each class (classes), nats.
+        """
+        own, loss = self._features(samples, mask)
+        others = {name: (x.sum(0) - x) / (len(x) - 1) for name, x in own.items()}
+        return self._standardised(own, others), loss
+
+    def get_data(self, index: int) -> Data:
+        """The graph of one sample (n = 1) for PyTorch Geometric: x (vertices, features), edge_index (2, edges), y (1)."""
+        # Imported here, since it takes longer than the rest and only this export needs it.
+        from torch_geometric.data import Data
+
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} is not there: valid are 0 to {len(self) - 1}")
+        label = self.labels[index : index + 1]
+        own, _ = self._features(torch.tensor([[index]], device=label.device))
+        classes, _ = self._features(torch.arange(len(self), device=label.device).view(self.num_classes, -1))
+        others = {name: (x.sum(0) - x)[label] / (len(x) - 1) for name, x in classes.items()}
+        return Data(x=self._standardised(own, others)[0], edge_index=self.graph.edge_index(), y=label)
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records = [
+            {name: getattr(record, name) for name in ("inputs", "outputs", "loss_gradient", "margin_gradient")}
+            for record in self.records
+        ]
+        torch.save({"layers": list(self.graph.layers), "labels": self.labels, "records": records}, path)
+
+    def _features(self, samples: Tensor, mask: Mask | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """Every feature before it is standardised, name to (groups, vertices), and the mean loss of each group."""
+        flat = samples.flatten()
+        if mask is None:
+            records, loss = [record.map(lambda x: x[flat]) for record in self.records], self.loss[flat]
+            weights = self.weights()
+        else:
+            first = self.graph.layers[0]
+            with mask.applied_to(self.classifier):
+                records, loss = self.classifier.record(self.inputs[flat], self.labels[flat], self.graph.layers, first)
+                weights = self.weights()
+        groups = [
+            ClassGroup(record.map(lambda x: x.unflatten(0, samples.shape)), weight)
+            for record, weight in zip(records, weights)
+        ]
+        features = {}
+        for name in self.config.features:
+            parts = [FEATURES[name](group).expand(len(samples), *group.weight.shape).flatten(1) for group in groups]
+            features[name] = torch.cat(parts, 1)  # (groups, vertices)
+        return features, loss.view(samples.shape).mean(1)
+
+    def weights(self) -> list[Tensor]:
+        """The weight matrices of the masked layers as they are now, (m, n) each."""
+        return [self.classifier.layers[index].weight.detach() for index in self.graph.layers]
+
+    def _standardised(self, own: dict[str, Tensor], others: dict[str, Tensor]) -> Tensor:
+        features = list(own.values())
+        if self.config.other_classes:
+            features += [x for name, x in others.items() if name != "weight"]
+        columns = []
+        for x in features:
+            deviation, mean = torch.std_mean(x, 1, keepdim=True)
+            columns.append((x - mean) / deviation.clamp_min(1e-12))
+        return torch.stack(columns, -1)  # (groups, vertices, features)

@@ -1,0 +1,304 @@
+"""The hooked classifier, the graph of its weights, the masking GCN, and masks that go on and come off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What one linear layer did on a batch of samples; its weight gradient of sample s is `loss_gradient[s] inputs[s]^T`.
+
+    inputs: (samples, n), the input activation a
+    outputs: (samples, m), the output activation h: after the ReLU, or the logits for the output layer
+    active: (samples, m), 1 where the unit passes a signal on; a unit without ReLU always does
+    loss_gradient: (samples, m), gradient of the sample's cross entropy at the pre-activation, delta
+    margin_gradient: (samples, m), gradient of the label's logit minus the mean logit at the pre-activation
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    active: Tensor
+    loss_gradient: Tensor
+    margin_gradient: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LayerRecord:
+        """The record with `function` applied to each of its tensors."""
+        return LayerRecord(*(function(getattr(self, field.name)) for field in fields(self)))
+
+
+class HookedMNISTClassifier(nn.Module):
+    """Multilayer perceptron with ReLU between its linear layers, and hooks that record what the layers do.
+
+    Shapes: images (batch, 28, 28) or (batch, 784) to logits (batch, classes).
+    """
+
+    def __init__(self, hidden_sizes: Sequence[int] = (128, 64), in_features: int = 784, num_classes: int = 10) -> None:
+        super().__init__()
+        sizes = [in_features, *hidden_sizes, num_classes]
+        self.layers = nn.ModuleList(nn.Linear(n, m, bias=False) for n, m in zip(sizes, sizes[1:]))
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(out, in) of every weight matrix, from the input layer to the output layer."""
+        return [(layer.out_features, layer.in_features) for layer in self.layers]
+
+    def forward(self, images: Tensor, first: int = 0) -> Tensor:
+        """Logits (batch, classes); with `first`, `images` are the input activations (batch, n) of that layer."""
+        x = images.flatten(1)
+        for index in range(first, len(self.layers)):
+            x = self.layers[index](x)
+            if index < len(self.layers) - 1:
+                x = x.relu()
+        return x  # (batch, classes)
+
+    @contextmanager
+    def hooks(self, layers: Sequence[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+        """Collects (input activation, pre-activation) of each of `layers` in the next forward pass.
+
+        The first of them starts the autograd graph, so that a backward pass ends there. The hooks come off when the
+        context is left, on errors too.
+        """
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def hook_for(index: int):
+            def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+                if index == min(layers):
+                    output = output.detach().requires_grad_()
+                seen[index] = (inputs[0].detach(), output)
+                return output
+
+            return hook
+
+        handles = [self.layers[index].register_forward_hook(hook_for(index)) for index in layers]
+        try:
+            yield seen
+        finally:
+            for hook_handle in handles:
+                hook_handle.remove()
+
+    def record(
+        self, inputs: Tensor, labels: Tensor, layers: Sequence[int], first: int = 0
+    ) -> tuple[list[LayerRecord], Tensor]:
+        """What `layers` do on a batch: one forward pass, one backward pass each for the loss and for the margin.
+
+        inputs: (samples, 784) images, or the input activations of layer `first`; labels: (samples)
+        Returns a record per layer and the cross entropy of each sample (samples), nats.
+        """
+        with torch.enable_grad(), self.hooks(layers) as seen:
+            logits = self(inputs, first)
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            margin = logits.gather(1, labels[:, None]).sum() - logits.mean(1).sum()
+            pre_activations = [seen[index][1] for index in layers]
+            loss_gradients = torch.autograd.grad(loss.sum(), pre_activations, retain_graph=True)
+            margin_gradients = torch.autograd.grad(margin, pre_activations)
+        records = []
+        for index, loss_gradient, margin_gradient in zip(layers, loss_gradients, margin_gradients):
+            a, z = seen[index][0], seen[index][1].detach()
+            is_output = index == len(self.layers) - 1
+            h = z if is_output else z.relu()
+            active = torch.ones_like(z) if is_output else (z > 0).to(z.dtype)
+            records.append(LayerRecord(a, h, active, loss_gradient, margin_gradient))
+        return records, loss.detach()
+
+
+def resolve_mask_layer(mask_layer: int | Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    """The masked layers as sorted indices from 0: of one index, a list of them, or None for all layers.
+
+    Raises ValueError on an index that is not there or stands twice, and on an empty list.
+    """
+    if mask_layer is None:
+        return tuple(range(num_layers))
+    indices = [mask_layer] if isinstance(mask_layer, int) else list(mask_layer)
+    for index in indices:
+        if not -num_layers <= index < num_layers:
+            raise ValueError(f"mask_layer {index} is not there: valid are {-num_layers} to {num_layers - 1}")
+    layers = sorted(index % num_layers for index in indices)
+    if not layers or len(set(layers)) < len(layers):
+        raise ValueError(f"mask_layer {mask_layer} must name at least one layer, and each only once")
+    return tuple(layers)
+
+
+class WeightGraph:
+    """One vertex per weight of the masked layers; two are adjacent when their weights share a neuron.
+
+    This is the line graph of the network. It is dense (all weights of a neuron are a clique), but a sum over neighbours
+    needs no edge: with `t[u]` the total of x over the masked weights at neuron u, the weight from c to r has
+
+        sum over neighbours = t[c] + t[r] - 2 x[r, c]        degree = count[c] + count[r] - 2
+
+    Vertices stand in the order of the layers, row-major within one: `offset + r * n + c`.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], mask_layer: int | Sequence[int] | None = None) -> None:
+        self.layers = resolve_mask_layer(mask_layer, len(shapes))
+        self.shapes = [tuple(shapes[index]) for index in self.layers]
+        self.sizes = [m * n for m, n in self.shapes]
+        self.num_vertices = sum(self.sizes)
+        # A column of neurons is numbered as the layer that it feeds: layer l leads from column l to column l + 1.
+        weights_per_neuron: dict[int, int] = {}
+        for layer, (m, n) in zip(self.layers, self.shapes):
+            weights_per_neuron[layer] = weights_per_neuron.get(layer, 0) + m
+            weights_per_neuron[layer + 1] = weights_per_neuron.get(layer + 1, 0) + n
+        self.degrees = [weights_per_neuron[layer] + weights_per_neuron[layer + 1] - 2 for layer in self.layers]
+        self.num_edges = sum(size * degree for size, degree in zip(self.sizes, self.degrees))
+
+    def split(self, x: Tensor, dim: int = -1) -> list[Tensor]:
+        """Cuts the vertex dimension into the masked layers: (..., vertices, ...) to a list of (..., m, n, ...)."""
+        return [part.unflatten(dim, shape) for part, shape in zip(x.split(self.sizes, dim), self.shapes)]
+
+    def neuron_totals(self, x: Tensor) -> dict[int, Tensor]:
+        """Sums x over the masked weights at each neuron: (batch, vertices, features) to column: (batch, neurons, features)."""
+        totals: dict[int, Tensor] = {}
+        for layer, part in zip(self.layers, self.split(x, dim=1)):  # (batch, m, n, features)
+            for column, total in ((layer, part.sum(1)), (layer + 1, part.sum(2))):
+                totals[column] = totals[column] + total if column in totals else total
+        return totals
+
+    def edge_index(self) -> Tensor:
+        """Every directed edge, (2, edges), sorted. For export and tests: nothing in training or evaluation needs it."""
+        cliques: dict[tuple[int, int], list[Tensor]] = {}
+        for layer, ids in zip(self.layers, self.split(torch.arange(self.num_vertices))):
+            for neuron, members in enumerate(ids.unbind(1)):
+                cliques.setdefault((layer, neuron), []).append(members)
+            for neuron, members in enumerate(ids.unbind(0)):
+                cliques.setdefault((layer + 1, neuron), []).append(members)
+        pairs = [torch.combinations(torch.cat(members), 2) for members in cliques.values()]
+        edges = torch.cat([*pairs, *(pair.flip(1) for pair in pairs)])
+        return edges[(edges[:, 0] * self.num_vertices + edges[:, 1]).argsort()].T.contiguous()
+
+
+class WeightGraphSAGE(nn.Module):
+    """GraphSAGE with mean aggregation on the weight graph (Hamilton et al. 2017, arXiv:1706.02216), in closed form.
+
+        x'[v] = W_r x[v] + W_l mean(x[u], u adjacent to v)
+
+    `lin_l` (neighbours) and `lin_r` (self) are named as in PyG's SAGEConv: a state dict loads into both. With the
+    neighbour sum of `WeightGraph` and the degree d, which is constant within a layer of the classifier,
+
+        x'[r, c] = (W_r - 2/d W_l) x[r, c] + W_l t[c] / d + W_l t[r] / d
+
+    Shapes: x (batch, vertices, in_features) to (batch, vertices, out_features).
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.lin_l = nn.Linear(in_features, out_features, bias=False)
+        self.lin_r = nn.Linear(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
+        totals = {column: self.lin_l(total) for column, total in graph.neuron_totals(x).items()}
+        outputs = []
+        for layer, degree, shape, part in zip(graph.layers, graph.degrees, graph.shapes, x.split(graph.sizes, dim=1)):
+            output = F.linear(part, self.lin_r.weight - 2 / degree * self.lin_l.weight).unflatten(1, shape)
+            output += (totals[layer] / degree)[:, None]  # source neurons, (batch, 1, n, out)
+            output += (totals[layer + 1] / degree)[:, :, None]  # target neurons, (batch, m, 1, out)
+            outputs.append(output.flatten(1, 2))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+class MaskingGCN(nn.Module):
+    """Scores how much a class depends on each weight: GraphSAGE rounds, then a linear read-out, all without bias.
+
+    Shapes: vertex features (batch, vertices, features) to logits (batch, vertices).
+    """
+
+    def __init__(self, num_features: int, hidden: int = 32, rounds: int = 3) -> None:
+        super().__init__()
+        sizes = [num_features] + [hidden] * rounds
+        self.convs = nn.ModuleList(WeightGraphSAGE(n, m) for n, m in zip(sizes, sizes[1:]))
+        self.readout = nn.Linear(hidden, 1, bias=False)
+
+    def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
+        # One graph at a time: its tensors stay in the cache, those of a whole batch do not.
+        return torch.cat([self._score(features[None], graph) for features in x])  # (batch, vertices)
+
+    def _score(self, x: Tensor, graph: WeightGraph) -> Tensor:
+        for index, conv in enumerate(self.convs):
+            x = conv(x, graph)
+            # The first round only gathers (products of its features are left to the later ones).
+            if index > 0 or len(self.convs) == 1:
+                x = x.relu_()
+        return self.readout(x).squeeze(-1)
+
+
+class WeightMask(nn.Module):
+    """The parametrization that multiplies a weight matrix with a fixed 0/1 mask."""
+
+    def __init__(self, keep: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("keep", keep)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.keep
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which weights of the masked layers are kept (1) and which are switched off (0), apart from any classifier.
+
+    layers: indices of the masked layers; keep: the mask of each, (m, n)
+    """
+
+    layers: tuple[int, ...]
+    keep: tuple[Tensor, ...]
+
+    @staticmethod
+    def zeroing(graph: WeightGraph, vertices: Tensor) -> Mask:
+        """The mask that switches off the given vertices (kappa) of the weight graph and keeps all others."""
+        keep = torch.ones(graph.num_vertices, device=vertices.device)
+        keep[vertices] = 0
+        return Mask(graph.layers, tuple(graph.split(keep)))
+
+    @staticmethod
+    def keeping(graph: WeightGraph, vertices: Tensor) -> Mask:
+        """The mask that keeps the given vertices (K) of the weight graph and switches off all others."""
+        keep = torch.zeros(graph.num_vertices, device=vertices.device)
+        keep[vertices] = 1
+        return Mask(graph.layers, tuple(graph.split(keep)))
+
+    def as_tensor(self) -> Tensor:
+        """The layer's shape (m, n) for one masked layer, flat in vertex order (vertices) for several."""
+        return self.keep[0] if len(self.keep) == 1 else torch.cat([keep.flatten() for keep in self.keep])
+
+    def apply(self, classifier: HookedMNISTClassifier) -> None:
+        """Switches the weights off. Raises ValueError where a layer is masked already or has another shape."""
+        for index, keep in zip(self.layers, self.keep):
+            layer = classifier.layers[index]
+            if parametrize.is_parametrized(layer, "weight"):
+                raise ValueError(f"layer {index} carries a mask already: take it off first")
+            if layer.weight.shape != keep.shape:
+                raise ValueError(f"layer {index} is {tuple(layer.weight.shape)}, its mask {tuple(keep.shape)}")
+        for index, keep in zip(self.layers, self.keep):
+            parametrize.register_parametrization(classifier.layers[index], "weight", WeightMask(keep))
+
+    def remove(self, classifier: HookedMNISTClassifier) -> None:
+        """Takes the mask off again: the weights are those from before, bit for bit."""
+        for index in self.layers:
+            parametrize.remove_parametrizations(classifier.layers[index], "weight", leave_parametrized=False)
+
+    @contextmanager
+    def applied_to(self, classifier: HookedMNISTClassifier) -> Iterator[HookedMNISTClassifier]:
+        """The masked classifier for as long as the context is open."""
+        self.apply(classifier)
+        try:
+            yield classifier
+        finally:
+            self.remove(classifier)
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"layers": list(self.layers), "keep": [keep.bool() for keep in self.keep]}, path)
+
+    @staticmethod
+    def load(path: Path) -> Mask:
+        saved = torch.load(path, weights_only=True)
+        return Mask(tuple(saved["layers"]), tuple(keep.float() for keep in saved["keep"]))
