@@ -1,0 +1,387 @@
+"""All that trains: the classifier, the masking GCN and unlearning by random labels; and the masks that the GCN makes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import GraphGenerator, Split, check_range, check_span, seeded, seeded_initialisation
+from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How a classifier is trained: Adam on the cross entropy, the learning rate falling linearly to zero."""
+
+    hidden_sizes: tuple[int, ...]
+    epochs: int
+    batch_size: int
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        for size in self.hidden_sizes:
+            check_range("hidden_sizes", size, at_least=1)
+        check_range("epochs", self.epochs, at_least=1)
+        check_range("batch_size", self.batch_size, at_least=1)
+        check_range("learning_rate", self.learning_rate, above=0)
+
+    def shapes(self, in_features: int, num_classes: int) -> list[tuple[int, int]]:
+        """(out, in) of every weight matrix of the classifier."""
+        sizes = [in_features, *self.hidden_sizes, num_classes]
+        return list(zip(sizes[1:], sizes))
+
+
+class Trainer:
+    """Trains a classifier from scratch. On the retain set alone this is the gold standard of unlearning."""
+
+    def __init__(self, config: TrainerConfig, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+
+    def train(self, train: Split, num_classes: int, description: str = "classifier") -> HookedMNISTClassifier:
+        device = train.images.device
+        with seeded_initialisation(self.seed):
+            classifier = HookedMNISTClassifier(self.config.hidden_sizes, train.images.shape[1], num_classes)
+        classifier = classifier.to(device)
+        steps = self.config.epochs * -(-len(train.labels) // self.config.batch_size)
+        optimizer = torch.optim.Adam(classifier.parameters(), self.config.learning_rate)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+        generator = seeded("classifier", self.seed)
+        for _ in tqdm(range(self.config.epochs), description, unit="epoch", delay=1, leave=False, disable=None):
+            order = torch.randperm(len(train.labels), generator=generator).to(device)
+            for batch in order.split(self.config.batch_size):
+                loss = F.cross_entropy(classifier(train.images[batch]), train.labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        return classifier
+
+
+def top_k_mask(logits: Tensor, k: int, temperature: float) -> Tensor:
+    """Straight-through top-k: exactly k ones on the last dimension, ties included.
+
+    Forward 1 on the k largest logits and 0 elsewhere; backward the gradient of sigmoid((logit - k-th largest) / temperature).
+    """
+    largest, vertices = logits.topk(k, -1)
+    hard = torch.zeros_like(logits).scatter_(-1, vertices, 1.0)
+    soft = ((logits - largest[..., -1:].detach()) / temperature).sigmoid()
+    return hard + (soft - soft.detach())
+
+
+def gumbel_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise: the k largest of logits + noise are a sample without replacement (Kool et al. 2019, arXiv:1903.06059)."""
+    return -torch.empty(shape).exponential_(generator=generator).log()
+
+
+def prior_divergence(logits: Tensor, weights: Tensor) -> Tensor:
+    """KL(Q || P) in nats, Q = softmax(logits) and P proportional to |w| + 1e-12, both over the vertices.
+
+    Shapes: logits (graphs, vertices), weights (vertices) to (graphs).
+    """
+    log_p = (weights.abs() + 1e-12).log().log_softmax(-1)
+    log_q = logits.log_softmax(-1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def contrast(importance: Tensor, damage: Tensor | None = None) -> Tensor:
+    """How much more each class needs a weight than the others do: Q_d - sum(v_c Q_c, c != d), the v_c normalised over c != d.
+
+    With `damage`, the cross entropy (classes) of each class under the current mask, v_c is proportional to
+    (damage_c + 0.02)^0.5, so that a class that the mask has hurt is spared next; without it all v_c are equal.
+
+    Shapes: importance Q (classes, vertices) to contrast (classes, vertices), a row for every forget class d.
+    """
+    v = torch.ones_like(importance[:, 0]) if damage is None else (damage + 0.02).sqrt()
+    weighted = v[:, None] * importance
+    return importance - (weighted.sum(0) - weighted) / (v.sum() - v)[:, None]
+
+
+def masked_logits(classifier: HookedMNISTClassifier, graph: WeightGraph, keep: Tensor, inputs: Tensor) -> Tensor:
+    """The classifier under many masks at once, differentiable with respect to the masks.
+
+    keep: (masks, vertices); inputs of the first masked layer: (samples, n), or (masks, samples, n) for samples of their own
+    Returns logits (masks, samples, classes).
+    """
+    keep_of = dict(zip(graph.layers, graph.split(keep)))
+    x = inputs
+    for index in range(graph.layers[0], len(classifier.layers)):
+        weight = classifier.layers[index].weight.detach()
+        if index in keep_of:
+            weight = weight * keep_of[index]  # (masks, m, n)
+        x = x @ weight.mT
+        if index < len(classifier.layers) - 1:
+            x = x.relu()
+    return x
+
+
+@dataclass(frozen=True)
+class GCNTrainerConfig:
+    """The masking GCN and its loss: the weight of each term, and the ranges from which a step draws."""
+
+    hidden: int
+    rounds: int
+    steps: int
+    learning_rate: float
+    group_size: int
+    samples: int
+    contrast: Literal["damage", "mean"]
+    temperature: float
+    gumbel: float
+    sufficiency: float
+    prior: float
+    necessity_forget: float
+    necessity_retain: float
+    kappa: tuple[int, ...]
+    partly_masked: tuple[int, ...] | None
+    warmup: int
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "rounds", "steps", "group_size", "samples"):
+            check_range(name, getattr(self, name), at_least=1)
+        for name in ("learning_rate", "temperature"):
+            check_range(name, getattr(self, name), above=0)
+        terms = ("sufficiency", "prior", "necessity_forget", "necessity_retain")
+        for name in ("gumbel", *terms, "warmup"):
+            check_range(name, getattr(self, name), at_least=0)
+        if not any(getattr(self, name) for name in terms):
+            raise ValueError(f"one of {', '.join(terms)} must be above 0: the loss has no term")
+        check_span("kappa", self.kappa)
+        if self.partly_masked is not None:
+            check_span("partly_masked", self.partly_masked)
+
+
+class GCNTrainer:
+    """Trains one masking GCN for all classes of a classifier.
+
+    A step draws a graph of every class, scores its weights, and asks of the classifiers under the masks that follow:
+
+    - sufficiency: with the top-K weights of a class alone, its samples keep their label (cross entropy);
+    - prior: KL(Q || P) between softmax(logits) and the distribution proportional to |w|;
+    - necessity: without the kappa weights of largest contrast for class d, p(d) of d's samples goes to 0 (-log(1 - p(d))),
+      and all other samples keep the original's prediction with class d removed (cross entropy).
+
+    Every second step works on the classifier that the step before has masked for a random class, as later steps of a
+    request will find it.
+    """
+
+    def __init__(self, config: GCNTrainerConfig, graphs: GraphGenerator, top_k: int, seed: int) -> None:
+        self.config = config
+        self.graphs = graphs
+        self.top_k = top_k
+        self.seed = seed
+        self.graph = graphs.graph
+        self.history: list[dict[str, float]] = []
+        with torch.no_grad():
+            self.predictions = graphs.classifier(graphs.inputs, self.graph.layers[0])
+        self.weights = torch.cat([weight.flatten() for weight in graphs.weights()])
+
+    def train(self) -> MaskingGCN:
+        """The trained GCN; `history` holds the terms of the loss at every step."""
+        with seeded_initialisation(self.seed):
+            gcn = MaskingGCN(self.graphs.config.num_features, self.config.hidden, self.config.rounds)
+        gcn = gcn.to(self.weights.device)
+        optimizer = torch.optim.Adam(gcn.parameters(), self.config.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.config.steps)
+        generator = seeded("gcn", self.seed, self.top_k)
+        zeroed = torch.empty(0, dtype=torch.long, device=self.weights.device)
+        progress = tqdm(range(self.config.steps), "masking GCN", unit="step", leave=False, disable=None)
+        for step in progress:
+            terms, scores = self.loss(gcn, zeroed, generator)
+            loss = sum(getattr(self.config, name) * value for name, value in terms.items())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(gcn.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            self.history.append({name: value.item() for name, value in terms.items()})
+            progress.set_postfix({name: f"{value:.3f}" for name, value in self.history[-1].items()}, refresh=False)
+            zeroed = self._next_zeroed(step, zeroed, scores, generator)
+        return gcn
+
+    def loss(self, gcn: MaskingGCN, zeroed: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms of the loss with a weight above 0 on the classifier without the vertices `zeroed`, and the contrast."""
+        mask = Mask.zeroing(self.graph, zeroed) if len(zeroed) else None
+        x, damage = self.graphs.class_graphs(self.graphs.draw(self.config.group_size, generator), mask)
+        importance = gcn(x, self.graph)  # (classes, vertices)
+        scores = contrast(importance, damage if self.config.contrast == "damage" else None)
+        samples = self.graphs.draw(max(1, self.config.samples // self.graphs.num_classes), generator)
+        terms: dict[str, Tensor] = {}
+        if self.config.sufficiency and mask is None:
+            terms["sufficiency"] = self._sufficiency(importance, samples, generator)
+        if self.config.prior:
+            terms["prior"] = prior_divergence(importance, self.weights).mean()
+        if self.config.necessity_forget or self.config.necessity_retain:
+            low, high = self.config.kappa
+            kappa = round(low * (high / low) ** torch.rand((), generator=generator).item())
+            terms |= self._necessity(scores, zeroed, kappa, samples)
+        return terms, scores.detach()
+
+    def _sufficiency(self, importance: Tensor, samples: Tensor, generator: torch.Generator) -> Tensor:
+        scores = importance / importance.detach().std(1, keepdim=True)
+        noise = self.config.gumbel * gumbel_noise(scores.shape, generator).to(scores.device)
+        keep = top_k_mask(scores + noise, self.top_k, self.config.temperature)
+        logits = masked_logits(self.graphs.classifier, self.graph, keep, self.graphs.inputs[samples])
+        return F.cross_entropy(logits.flatten(0, 1), self.graphs.labels[samples].flatten())
+
+    def _necessity(self, scores: Tensor, zeroed: Tensor, kappa: int, samples: Tensor) -> dict[str, Tensor]:
+        scores = scores / scores.detach().std(1, keepdim=True)
+        scores = scores.index_fill(1, zeroed, float("-inf"))
+        removed = top_k_mask(scores, kappa, self.config.temperature).index_fill(1, zeroed, 1.0)
+        flat = samples.flatten()
+        logits = masked_logits(self.graphs.classifier, self.graph, 1 - removed, self.graphs.inputs[flat])
+        log_p = logits.unflatten(1, samples.shape).log_softmax(-1)  # (masks, classes of the samples, samples, classes)
+
+        is_forget = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        p_forget = (
+            log_p[is_forget].diagonal(dim1=0, dim2=2).exp()
+        )  # (samples, masks), p(d) of d's samples under d's mask
+        forget = -torch.log1p(-p_forget.clamp(max=1 - 1e-6)).mean()
+
+        predictions = self.predictions[flat].unflatten(0, samples.shape)  # (classes of the samples, samples, classes)
+        target = predictions.masked_fill(is_forget[:, None, None], float("-inf")).softmax(-1)
+        retain = -(target * log_p).sum(-1)[~is_forget].mean()
+        return {"necessity_forget": forget, "necessity_retain": retain}
+
+    def _next_zeroed(self, step: int, zeroed: Tensor, scores: Tensor, generator: torch.Generator) -> Tensor:
+        """What is zeroed in the next step: nothing after a partly masked one, else what the mask of a random class begins with."""
+        if self.config.partly_masked is None or step + 1 < self.config.warmup or len(zeroed):
+            return zeroed[:0]
+        forget_class = int(torch.randint(len(scores), (), generator=generator))
+        low, high = self.config.partly_masked
+        size = int(torch.randint(low, high + 1, (), generator=generator))
+        return scores[forget_class].topk(size).indices
+
+
+def set_difference(importance: Tensor, top_k: int) -> Tensor:
+    """The published ranking as one score: weights in the top-K of class d and of no other class first, by Q_d; then by contrast.
+
+    Shapes: importance (classes, vertices) to scores (classes, vertices), larger is zeroed earlier.
+    """
+    in_top_k = torch.zeros_like(importance).scatter_(1, importance.topk(top_k, 1).indices, 1.0)
+    only_here = (in_top_k == 1) & (in_top_k.sum(0) == 1)
+    rest = contrast(importance)
+    lift = rest.amax(1, keepdim=True) - importance.amin(1, keepdim=True) + 1
+    return torch.where(only_here, importance + lift, rest)
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """How a trained GCN answers a request: the class graphs it scores, and how the scores become an order of weights."""
+
+    step: int | None
+    ranking: Literal["damage", "mean", "set_difference"]
+    group_size: int
+    draws: int
+
+    def __post_init__(self) -> None:
+        for name in ("group_size", "draws") if self.step is None else ("step", "group_size", "draws"):
+            check_range(name, getattr(self, name), at_least=1)
+
+
+class ZeroingOrder:
+    """The order in which a trained GCN zeroes weights to forget one class: the mask at kappa is its first kappa entries.
+
+    Weights stand in for one another, which scores given all at once cannot see. So a step zeroes `config.step` weights
+    (None: all of them), and the next one scores the graphs recorded anew on the classifier masked so far. Steps are made
+    when they are asked for: a larger kappa goes on from a smaller one.
+    """
+
+    def __init__(
+        self, config: MaskingConfig, gcn: MaskingGCN, graphs: GraphGenerator, forget_class: int, top_k: int, seed: int
+    ) -> None:
+        self.config = config
+        self.gcn = gcn
+        self.graphs = graphs
+        self.forget_class = forget_class
+        self.top_k = top_k
+        self.seed = seed
+        self.step = config.step or graphs.graph.num_vertices
+        self._zeroed = torch.empty(0, dtype=torch.long, device=graphs.labels.device)
+        self._seconds: list[float] = []
+
+    def first(self, kappa: int) -> Tensor:
+        """The vertices to zero for this kappa, in order, (kappa)."""
+        while len(self._zeroed) < kappa:
+            started = time.perf_counter()
+            importance, damage = self.importance(len(self._seconds))
+            scores = self._scores(importance, damage).index_fill(0, self._zeroed, float("-inf"))
+            free = len(scores) - len(self._zeroed)
+            self._zeroed = torch.cat([self._zeroed, scores.topk(min(self.step, free)).indices])
+            self._seconds.append(time.perf_counter() - started)
+        return self._zeroed[:kappa]
+
+    def seconds(self, kappa: int) -> float:
+        """What the steps up to this kappa took, of those that are made."""
+        return sum(self._seconds[: -(-kappa // self.step)])
+
+    @torch.no_grad()
+    def importance(self, step: int = 0) -> tuple[Tensor, Tensor]:
+        """Q, the GCN's mean logits on class graphs after `step` steps, (classes, vertices), and the classes' cross entropy (classes)."""
+        zeroed = self._zeroed[: step * self.step]
+        mask = Mask.zeroing(self.graphs.graph, zeroed) if len(zeroed) else None
+        importance, damage = [], []
+        for draw in range(self.config.draws):
+            generator = seeded("request", self.seed, self.forget_class, step, draw)
+            x, loss = self.graphs.class_graphs(self.graphs.draw(self.config.group_size, generator), mask)
+            importance.append(self.gcn(x, self.graphs.graph))
+            damage.append(loss)
+        return torch.stack(importance).mean(0), torch.stack(damage).mean(0)
+
+    def most_needed(self) -> Tensor:
+        """The top-K weights of the forget class in the unmasked classifier, (K)."""
+        return self.importance()[0][self.forget_class].topk(self.top_k).indices
+
+    def _scores(self, importance: Tensor, damage: Tensor) -> Tensor:
+        if self.config.ranking == "set_difference":
+            return set_difference(importance, self.top_k)[self.forget_class]
+        return contrast(importance, damage if self.config.ranking == "damage" else None)[self.forget_class]
+
+
+@dataclass(frozen=True)
+class UnlearningSFTConfig:
+    """How long and how fast random labels are learned."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        check_range("epochs", self.epochs, at_least=1)
+        check_range("batch_size", self.batch_size, at_least=1)
+        check_range("learning_rate", self.learning_rate, above=0)
+
+
+class UnlearningSFT:
+    """Unlearning by fine-tuning on random labels (Graves et al. 2021, arXiv:2010.10981), of some layers only.
+
+    The forget class's training samples get random labels of the other classes; SGD on the cross entropy.
+    """
+
+    def __init__(self, config: UnlearningSFTConfig, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+
+    def unlearn(
+        self, classifier: HookedMNISTClassifier, forget: Split, layers: tuple[int, ...]
+    ) -> HookedMNISTClassifier:
+        """Trains the given layers of `classifier` in place on `forget`, samples of one class, and returns it."""
+        num_classes = classifier.shapes[-1][0]
+        generator = seeded("sft", self.seed, int(forget.labels[0]))
+        shift = torch.randint(1, num_classes, forget.labels.shape, generator=generator).to(forget.labels.device)
+        labels = (forget.labels + shift) % num_classes
+        optimizer = torch.optim.SGD([classifier.layers[index].weight for index in layers], self.config.learning_rate)
+        for _ in range(self.config.epochs):
+            order = torch.randperm(len(labels), generator=generator).to(labels.device)
+            for batch in order.split(self.config.batch_size):
+                loss = F.cross_entropy(classifier(forget.images[batch]), labels[batch])
+                classifier.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return classifier
