@@ -1,0 +1,218 @@
+"""YAML files and `section.key=value` overrides into one frozen dataclass, with every check before any work starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from data import DATASETS, IMAGE_SIZE, NUM_CLASSES, GraphConfig
+from eval import EvalConfig
+from model import WeightGraph
+from reporter import ReporterConfig
+from trainer import GCNTrainerConfig, TrainerConfig
+
+BASE = Path(__file__).resolve().parent / "configs" / "config.yaml"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the file, the key and what would be valid."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """The experiments: one for every seed, top_k, forget digit and kappa. seeds None: the one seed of the config."""
+
+    forget_digits: tuple[int, ...]
+    top_k: tuple[int, ...]
+    kappa: tuple[int, ...]
+    seeds: tuple[int, ...] | None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            values = getattr(self, field.name)
+            if values is not None and (not values or len(set(values)) < len(values)):
+                raise ValueError(f"{field.name} must name at least one value, and each once, not {list(values)}")
+        for digit in self.forget_digits:
+            if not 0 <= digit < NUM_CLASSES:
+                raise ValueError(f"forget_digits must be from 0 to {NUM_CLASSES - 1}, not {digit}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int
+    device: str
+    threads: int | None
+    dataset: str
+    classifier: TrainerConfig
+    graphs: GraphConfig
+    gcn: GCNTrainerConfig
+    sweep: SweepConfig
+    eval: EvalConfig
+    report: ReporterConfig
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {self.dataset!r}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1 or null, not {self.threads}")
+        self.torch_device()
+        try:
+            graph = WeightGraph(self.classifier.shapes(IMAGE_SIZE, NUM_CLASSES), self.graphs.mask_layer)
+        except ValueError as error:
+            raise ValueError(f"graphs.{error}") from None
+        vertices = graph.num_vertices
+        for kappa in self.sweep.kappa:
+            if not 0 < kappa < vertices:
+                raise ValueError(f"sweep.kappa must be from 1 to {vertices - 1} (masked weights less one), not {kappa}")
+        for top_k in self.sweep.top_k:
+            if not 0 < top_k <= vertices:
+                raise ValueError(f"sweep.top_k must be from 1 to {vertices} (masked weights), not {top_k}")
+        largest = self.gcn.kappa[1] + (self.gcn.partly_masked[1] if self.gcn.partly_masked else 0)
+        if largest >= vertices:
+            raise ValueError(f"gcn.kappa and partly_masked reach {largest} weights together, of {vertices} masked ones")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return (self.seed,) if self.sweep.seeds is None else self.sweep.seeds
+
+    def torch_device(self) -> torch.device:
+        """The device to run on: `auto` takes CUDA, else MPS, else the CPU. Raises ValueError for one that is not there."""
+        if self.device == "auto":
+            mps = torch.backends.mps.is_available()
+            return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError):
+            raise ValueError(f"device must be auto, cpu or an accelerator that is there, not {self.device!r}") from None
+        return device
+
+
+def load_config(path: Path = BASE, overrides: Sequence[str] = ()) -> Config:
+    """Reads `config.yaml`, over it what `path` changes, over that the overrides. Raises ConfigError."""
+    sources = [(str(BASE.name if file == BASE else file), read_yaml(file)) for file in dict.fromkeys((BASE, path))]
+    sources += [parse_override(override) for override in overrides]
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, settings in sources:
+        for key, value in flattened(settings, Config, origin):
+            values[key], origins[key] = value, origin
+    return build(Config, values, origins)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
+    return {} if settings is None else settings
+
+
+def parse_override(override: str) -> tuple[str, dict[str, Any]]:
+    """`section.key=value`, the value read as YAML, as (origin, nested mapping). Raises ConfigError."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: is not an override; write section.key=value")
+    try:
+        settings: Any = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: its value is not valid YAML") from None
+    for name in reversed(key.split(".")):
+        settings = {name: settings}
+    return f"override {override}", settings
+
+
+def flattened(settings: Any, section: type, origin: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value in its field's type) for all that a mapping sets of a config section. Raises ConfigError."""
+    hints = typing.get_type_hints(section)
+    if not isinstance(settings, dict):
+        where = prefix.rstrip(".") or "the file"
+        raise ConfigError(f"{origin}: {where} must be a mapping with keys of {', '.join(hints)}, not {settings!r}")
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+            raise ConfigError(f"{origin}: {key} is not a setting{hint} Valid here: {', '.join(hints)}")
+        if dataclasses.is_dataclass(hints[name]):
+            yield from flattened(value, hints[name], origin, f"{key}.")
+            continue
+        try:
+            yield key, converted(value, hints[name])
+        except TypeError:
+            raise ConfigError(f"{origin}: {key} must be {description(hints[name])}, not {value!r}") from None
+
+
+def converted(value: Any, hint: Any) -> Any:
+    """The value in the type of the hint. Raises TypeError where it is of another."""
+    if isinstance(hint, types.UnionType):
+        for option in typing.get_args(hint):
+            try:
+                return converted(value, option)
+            except TypeError:
+                continue
+    elif typing.get_origin(hint) is tuple:
+        if isinstance(value, list):
+            return tuple(converted(item, typing.get_args(hint)[0]) for item in value)
+    elif typing.get_origin(hint) is typing.Literal:
+        if value in typing.get_args(hint):
+            return value
+    elif hint is float:
+        # YAML reads 1e-3, without a point, as text.
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except (ValueError, OverflowError):
+                raise TypeError from None
+            if math.isfinite(number):
+                return number
+    elif type(value) is hint:
+        return value
+    raise TypeError
+
+
+def description(hint: Any) -> str:
+    """The type of a setting in words."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(description(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each {description(typing.get_args(hint)[0])}"
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    return {
+        int: "an integer", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "null"
+    }[hint]  # fmt: skip
+
+
+def build(section: type, values: dict[str, Any], origins: dict[str, str], prefix: str = "") -> Any:
+    """Makes a config section of its dotted values. Raises ConfigError where one is missing or the section refuses one."""
+    arguments = {}
+    for name, hint in typing.get_type_hints(section).items():
+        key = f"{prefix}{name}"
+        if dataclasses.is_dataclass(hint):
+            arguments[name] = build(hint, values, origins, f"{key}.")
+        elif key in values:
+            arguments[name] = values[key]
+        else:
+            raise ConfigError(f"{BASE.name}: {key} is missing: it must be {description(hint)}")
+    try:
+        return section(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        key = f"{prefix}{str(error).split()[0].rstrip(':,')}"
+        raise ConfigError(f"{origins.get(key, BASE.name)}: {prefix}{error}") from None

@@ -1,0 +1,466 @@
+"""Requests to forget a class, the methods that answer them, and the metrics that score the answers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import GraphGenerator, ImageData, Split, check_range, seeded
+from model import HookedMNISTClassifier, Mask, MaskingGCN
+from reporter import method_styles
+from trainer import MaskingConfig, Trainer, UnlearningSFT, UnlearningSFTConfig, ZeroingOrder
+
+
+class Request:
+    """One request to forget a class, and all that a method may use to answer it: the training split, never the test split.
+
+    train: the training split; forget_class: the class to forget; kappa: how many weights to zero; top_k: how many weights
+    a keep mask keeps; seed: of all random draws; graphs, gcn: the activation graphs and the masking GCN trained on them;
+    trainer: trains a classifier as the original was trained; sft: settings of that method
+    """
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        classifier: HookedMNISTClassifier,
+        trainer: Trainer,
+        train: Split,
+        graphs: GraphGenerator,
+        gcn: MaskingGCN,
+        forget_class: int,
+        top_k: int,
+        seed: int,
+    ) -> None:
+        self._classifier = classifier
+        self.config = config
+        self.trainer = trainer
+        self.train = train
+        self.graphs = graphs
+        self.gcn = gcn
+        self.forget_class = forget_class
+        self.top_k = top_k
+        self.seed = seed
+        self.order = ZeroingOrder(config, gcn, graphs, forget_class, top_k, seed)
+        self.reused_seconds = 0.0
+        self._kappa: int | None = None
+
+    def at(self, kappa: int | None) -> Request:
+        """The same request with this kappa; the order of weights found so far is shared."""
+        request = copy.copy(self)
+        request.reused_seconds = 0.0
+        request._kappa = kappa
+        return request
+
+    @property
+    def kappa(self) -> int:
+        if self._kappa is None:
+            raise ValueError("this method reads request.kappa: register it with uses_kappa=True")
+        return self._kappa
+
+    @property
+    def classifier(self) -> HookedMNISTClassifier:
+        """A copy of the original classifier, free to be changed."""
+        return copy.deepcopy(self._classifier)
+
+    def zeroed_by_gcn(self) -> Tensor:
+        """The kappa vertices that the masking GCN zeroes first. Steps made for a smaller kappa count as time spent too."""
+        self.reused_seconds += self.order.seconds(self.kappa)
+        return self.order.first(self.kappa)
+
+    def zeroing(self, vertices: Tensor) -> HookedMNISTClassifier:
+        """The classifier without the given vertices (masked weights) of the weight graph."""
+        classifier = self.classifier
+        Mask.zeroing(self.graphs.graph, vertices).apply(classifier)
+        return classifier
+
+    def keeping(self, vertices: Tensor) -> HookedMNISTClassifier:
+        """The classifier with only the given vertices of its masked layers; the other layers are whole."""
+        classifier = self.classifier
+        Mask.keeping(self.graphs.graph, vertices).apply(classifier)
+        return classifier
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to forget: `unlearn` gives the unlearned classifier; `most_needed`, where it can say so, the K vertices that the class needs."""
+
+    unlearn: Callable[[Request], nn.Module]
+    uses_kappa: bool
+    most_needed: Callable[[Request], Tensor] | None
+
+
+METHODS: dict[str, Method] = {}
+
+
+def unlearning_method(
+    name: str, uses_kappa: bool = False, most_needed: Callable[[Request], Tensor] | None = None
+) -> Callable[[Callable[[Request], nn.Module]], Callable[[Request], nn.Module]]:
+    """Registers a function from a request to an unlearned classifier: it then stands in every evaluation, plot and table.
+
+    uses_kappa: whether the answer depends on `request.kappa`; if not, it is computed once for all kappas.
+    most_needed: gives the K = `request.top_k` vertices that the class needs, for the mask efficacy.
+    """
+
+    def register(unlearn: Callable[[Request], nn.Module]) -> Callable[[Request], nn.Module]:
+        if name in METHODS:
+            raise ValueError(f"method {name!r} is registered already: choose another name")
+        METHODS[name] = Method(unlearn, uses_kappa, most_needed)
+        return unlearn
+
+    return register
+
+
+@unlearning_method("original", most_needed=lambda request: torch.arange(request.graphs.graph.num_vertices))
+def original(request: Request) -> nn.Module:
+    """The classifier as it is: nothing is forgotten. As a keep mask it keeps every weight."""
+    return request.classifier
+
+
+@unlearning_method("mimu", uses_kappa=True, most_needed=lambda request: request.order.most_needed())
+def mimu(request: Request) -> nn.Module:
+    """The kappa weights that the masking GCN zeroes first."""
+    return request.zeroing(request.zeroed_by_gcn())
+
+
+def random_vertices(request: Request, count: int) -> Tensor:
+    generator = seeded("random", request.seed, request.forget_class)
+    return torch.randperm(request.graphs.graph.num_vertices, generator=generator)[:count]
+
+
+@unlearning_method("random", uses_kappa=True, most_needed=lambda request: random_vertices(request, request.top_k))
+def random(request: Request) -> nn.Module:
+    """The control: kappa random weights of the same layers."""
+    return request.zeroing(random_vertices(request, request.kappa))
+
+
+@unlearning_method("sft")
+def sft(request: Request) -> nn.Module:
+    """Fine-tuning of the masked layers on random labels for the forget class's training samples."""
+    forget = request.train.forget(request.forget_class)
+    return UnlearningSFT(request.config.sft, request.seed).unlearn(
+        request.classifier, forget, request.graphs.graph.layers
+    )
+
+
+@unlearning_method("retrain")
+def retrain(request: Request) -> nn.Module:
+    """The gold standard: a classifier trained from scratch, as the original was, on the retain set alone."""
+    retain = request.train.retain(request.forget_class)
+    return request.trainer.train(retain, request.graphs.num_classes, f"retrain without {request.forget_class}")
+
+
+@dataclass(frozen=True)
+class EvalConfig(MaskingConfig):
+    """How requests are answered and scored: the settings of the masks, the methods, and whether each experiment is drawn."""
+
+    methods: tuple[str, ...]
+    batch_size: int
+    visualize: bool
+    sft: UnlearningSFTConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.methods:
+            if name not in METHODS:
+                raise ValueError(f"methods: {name!r} is not registered: valid are {', '.join(METHODS)}")
+        if "mimu" not in self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods must name mimu, and each method once, not {list(self.methods)}")
+        check_range("batch_size", self.batch_size, at_least=1)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What sets one experiment apart from the others of a sweep, and what it shares with them.
+
+    gcn_seconds: what training the masking GCN took, once for all requests; config: the whole config
+    """
+
+    seed: int
+    forget_digit: int
+    mask_layer: int | tuple[int, ...] | None
+    top_k: int
+    kappa: int
+    kappa_choice: str
+    gcn_seconds: float
+    config: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        masked = "all" if self.mask_layer is None else str(self.mask_layer).strip("()").replace(", ", "_")
+        return (
+            f"seed_{self.seed}_digit_{self.forget_digit}_layer_{masked}"
+            f"_top_k_{self.top_k}_kappa_{self.kappa}_{self.kappa_choice}"
+        )
+
+
+AXIS_LABELS = {
+    "loss": "cross entropy (nats)",
+    "score": "classified correctly (%)",
+    "probability": "probability of the forget class",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An unlearned classifier and what it took from the request to it."""
+
+    model: nn.Module
+    seconds: float
+
+
+def valid_json(value: Any) -> Any:
+    """The value with every number that JSON cannot hold (infinite, not a number) replaced by None."""
+    if isinstance(value, dict):
+        return {key: valid_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [valid_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Eval:
+    """Scores every method on one experiment with the five metrics, writes them as JSON and draws them.
+
+    shared: results that do not depend on kappa, kept from one experiment of a request to the next
+    folder: where `masks/` and `Metrics and Plots/` go
+    """
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        experiment: Experiment,
+        request: Request,
+        data: ImageData,
+        folder: Path,
+        shared: dict[Hashable, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.experiment = experiment
+        self.request = request
+        self.data = data
+        self.folder = folder
+        self.metrics_path = folder / "Metrics and Plots" / "metrics" / f"{experiment.id}.json"
+        self.graph = request.graphs.graph
+        self._shared = {} if shared is None else shared
+        self._own: dict[Hashable, Any] = {}
+
+    def get_model_mask(self) -> Tensor:
+        """The mask for the forget digit, 1 = keep: (m, n) for one masked layer, (vertices) for several."""
+        return self._mask().as_tensor()
+
+    def mnist_forget_set(self) -> DataLoader:
+        """The test split's samples of the forget digit."""
+        return self.data.test.forget(self.experiment.forget_digit).loader(self.config.batch_size)
+
+    def mnist_retain_set(self) -> DataLoader:
+        """The test split's samples of all other digits."""
+        return self.data.test.retain(self.experiment.forget_digit).loader(self.config.batch_size)
+
+    def training_forget_set(self) -> DataLoader:
+        """The training samples of the forget digit that the activation graphs are made of."""
+        return self.request.graphs.samples.forget(self.experiment.forget_digit).loader(self.config.batch_size)
+
+    def training_retain_set(self) -> DataLoader:
+        """The training samples of all other digits that the activation graphs are made of."""
+        return self.request.graphs.samples.retain(self.experiment.forget_digit).loader(self.config.batch_size)
+
+    @torch.no_grad()
+    def inference(
+        self, model: nn.Module, data_loader: DataLoader, is_forget_set: bool, description: str
+    ) -> dict[str, float]:
+        """Scores a classifier: sums over samples in double precision, divided by the number of samples.
+
+        Returns `loss` (cross entropy, nats), `score` (percent classified correctly) and on the forget set `probability`
+        (of the forget class, mean over the samples).
+        """
+        loss = correct = probability = 0.0
+        for images, labels in tqdm(data_loader, description, delay=2, leave=False, disable=None):
+            logits = model(images).double()
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            correct += (logits.argmax(1) == labels).sum().item()
+            probability += logits.softmax(1)[:, self.experiment.forget_digit].sum().item()
+        count = len(data_loader.dataset)
+        metrics = {"loss": loss / count, "score": 100 * correct / count}
+        return metrics | {"probability": probability / count} if is_forget_set else metrics
+
+    def eval_unlearning(self) -> dict[str, dict[str, float]]:
+        """Every method on the forget set: loss, score and probability of the forget class."""
+        metrics = {}
+        for name in self.config.methods:
+            metrics[name] = self._scored(name, self.mnist_forget_set, is_forget_set=True)
+        return metrics
+
+    def eval_performance_degradation(self) -> dict[str, dict[str, float]]:
+        """Every method on the retain set: loss and score."""
+        metrics = {}
+        for name in self.config.methods:
+            metrics[name] = self._scored(name, self.mnist_retain_set, is_forget_set=False)
+        return metrics
+
+    def eval_mask_efficacy(self) -> dict[str, dict[str, float]]:
+        """Every keep mask on the forget set: is the class still classified with only the top-K weights of the masked layers?"""
+        metrics = {}
+        for name in self.config.methods:
+            if METHODS[name].most_needed is not None:
+                metrics[name] = self._efficacy(name)
+        return metrics
+
+    def eval_training_split(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Every method on training samples: for choices, such as the kappa to report, that the test split must not make."""
+        return {
+            name: {
+                "forget": self._scored(name, self.training_forget_set, is_forget_set=True),
+                "retain": self._scored(name, self.training_retain_set, is_forget_set=False),
+            }
+            for name in self.config.methods
+        }
+
+    def eval(self) -> dict[str, Any]:
+        """Runs all evaluations, saves the mask, writes the JSON and, where the config says so, the plots."""
+        experiment = self.experiment
+        results = {
+            "id": experiment.id,
+            "seed": experiment.seed,
+            "forget_digit": experiment.forget_digit,
+            "mask_layer": experiment.mask_layer,
+            "top_k": experiment.top_k,
+            "kappa": experiment.kappa,
+            "kappa_choice": experiment.kappa_choice,
+            "num_graph_vertices": self.graph.num_vertices,
+            "num_graph_edges": self.graph.num_edges,
+            "zeroed": self.request.order.first(experiment.kappa).tolist(),
+            "unlearning_metrics": self.eval_unlearning(),
+            "performance_degradation_metrics": self.eval_performance_degradation(),
+            "mask_efficacy_metrics": self.eval_mask_efficacy(),
+            "training_split_metrics": self.eval_training_split(),
+            "audit_metrics": {},
+            "config": experiment.config,
+            "seconds": {"gcn": experiment.gcn_seconds}
+            | {name: self._answer(name).seconds for name in self.config.methods},
+        }
+        self._mask().save(self.folder / "masks" / f"{experiment.id}.pt")
+        self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
+        self.metrics_path.write_text(json.dumps(valid_json(results), indent=1, allow_nan=False))
+        if self.config.visualize:
+            self.draw_visualization(results)
+        return results
+
+    def draw_visualization(self, results: dict[str, Any]) -> None:
+        """Draws this experiment: bar charts of each evaluation, where the forget set goes, and which weights are zeroed."""
+        folder = self.folder / "Metrics and Plots" / "plots" / self.experiment.id
+        folder.mkdir(parents=True, exist_ok=True)
+        drawings = {
+            "unlearning": lambda figure: self._draw_bars(figure, results["unlearning_metrics"], "forget set"),
+            "performance_degradation": lambda figure: self._draw_bars(
+                figure, results["performance_degradation_metrics"], "retain set"
+            ),
+            "mask_efficacy": lambda figure: self._draw_bars(
+                figure, results["mask_efficacy_metrics"], f"forget set, top {self.experiment.top_k} weights kept"
+            ),
+            "class_probabilities": self._draw_class_probabilities,
+            "weights": self._draw_weights,
+        }
+        for name, draw in drawings.items():
+            figure = Figure(figsize=(8, 3), layout="constrained")
+            draw(figure)
+            figure.suptitle(
+                f"Forgetting digit {self.experiment.forget_digit}, kappa = {self.experiment.kappa}", fontsize=10
+            )
+            figure.savefig(folder / f"{name}.png", dpi=100)
+
+    def _draw_bars(self, figure: Figure, metrics: dict[str, dict[str, float]], samples: str) -> None:
+        styles = method_styles(metrics)
+        measured = next(iter(metrics.values()))
+        for axes, metric in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured):
+            values = [metrics[name][metric] for name in metrics]
+            heights = [value if math.isfinite(value) else 0.0 for value in values]
+            bars = axes.bar(list(metrics), heights, color=[styles[name]["color"] for name in metrics])
+            axes.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=8)
+            axes.set_ylabel(f"{AXIS_LABELS[metric]}\n({samples})", fontsize=9)
+            axes.margins(y=0.15)
+            axes.tick_params("x", rotation=30)
+
+    def _draw_class_probabilities(self, figure: Figure) -> None:
+        """Mean predicted probability of every class on the forget set, a row per method."""
+        axes = figure.subplots()
+        rows = torch.tensor([self._class_probabilities(name) for name in self.config.methods])
+        image = axes.imshow(rows, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for (row, column), value in zip(
+            ((r, c) for r in range(len(rows)) for c in range(rows.shape[1])), rows.flatten()
+        ):
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value > 0.6 else "k"
+            )
+        axes.set_yticks(range(len(rows)), self.config.methods)
+        axes.set_xticks(range(rows.shape[1]))
+        axes.set_xlabel("class")
+        figure.colorbar(image, label="mean probability (forget set)")
+
+    def _draw_weights(self, figure: Figure) -> None:
+        """Histogram of the weights of every masked layer, and of those that the masking GCN zeroes."""
+        keep = self.graph.split(torch.cat([part.flatten() for part in self._mask().keep]).cpu())
+        weights = [weight.cpu() for weight in self.request.graphs.weights()]
+        color = method_styles(["mimu"])["mimu"]["color"]
+        for axes, layer, weight, kept in zip(
+            figure.subplots(1, len(weights), squeeze=False)[0], self.graph.layers, weights, keep
+        ):
+            edges = torch.linspace(float(weight.min()), float(weight.max()), 61).numpy()
+            axes.hist(weight.flatten().numpy(), edges, color="0.75", label=f"all {weight.numel()} weights")
+            axes.hist(weight[kept == 0].numpy(), edges, color=color, label=f"{int((kept == 0).sum())} zeroed by mimu")
+            axes.set_yscale("log")
+            axes.set_xlabel(f"weight of layer {layer}")
+            axes.set_ylabel("number of weights")
+            axes.legend(fontsize=8)
+
+    def _mask(self) -> Mask:
+        return Mask.zeroing(self.graph, self.request.order.first(self.experiment.kappa))
+
+    def _answer(self, name: str) -> Answer:
+        return self._once((name, "answer"), lambda: self._timed_answer(name), METHODS[name].uses_kappa)
+
+    def _timed_answer(self, name: str) -> Answer:
+        request = self.request.at(self.experiment.kappa if METHODS[name].uses_kappa else None)
+        with self.data.sealed():
+            started = time.perf_counter()
+            model = METHODS[name].unlearn(request)
+            seconds = time.perf_counter() - started
+        return Answer(model.eval(), seconds + request.reused_seconds)
+
+    def _scored(self, name: str, loader: Callable[[], DataLoader], is_forget_set: bool) -> dict[str, float]:
+        return self._once(
+            (name, loader.__name__),
+            lambda: self.inference(self._answer(name).model, loader(), is_forget_set, name),
+            METHODS[name].uses_kappa,
+        )
+
+    def _efficacy(self, name: str) -> dict[str, float]:
+        def score() -> dict[str, float]:
+            with self.data.sealed():
+                model = self.request.keeping(METHODS[name].most_needed(self.request.at(None)))
+            return self.inference(model, self.mnist_forget_set(), True, f"{name}, weights kept")
+
+        return self._once((name, "efficacy"), score)
+
+    @torch.no_grad()
+    def _class_probabilities(self, name: str) -> list[float]:
+        model = self._answer(name).model
+        return torch.cat([model(images).softmax(1) for images, _ in self.mnist_forget_set()]).mean(0).tolist()
+
+    def _once(self, key: Hashable, compute: Callable[[], Any], uses_kappa: bool = False) -> Any:
+        """Computes a result once: for this experiment, or for all kappas of the request."""
+        results = self._own if uses_kappa else self._shared
+        if key not in results:
+            results[key] = compute()
+        return results[key]

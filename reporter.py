@@ -1,0 +1,313 @@
+"""Curves, a summary and tables of a sweep, from the JSON of its experiments alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Dashed: the two references.
+METHOD_STYLES: dict[str, dict[str, Any]] = {
+    "original": {"color": "#000000", "marker": "D", "linestyle": "--"},
+    "retrain": {"color": "#009E73", "marker": "*", "linestyle": "--"},
+    "mimu": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "random": {"color": "#7F7F7F", "marker": "s", "linestyle": "-"},
+    "sft": {"color": "#D55E00", "marker": "^", "linestyle": ":"},
+}
+FREE_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#9467BD", "#BCBD22", "#17BECF", "#F0E442")
+FREE_MARKERS = "vPX<>phd"
+
+FORGET, RETAIN = "unlearning_metrics", "performance_degradation_metrics"
+
+
+def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How each method is drawn, the same in every plot; methods without a style of their own take the free ones in turn."""
+    styles: dict[str, dict[str, Any]] = {}
+    for name in methods:
+        turn = sum(other not in METHOD_STYLES for other in styles)
+        free = {"color": FREE_COLORS[turn % len(FREE_COLORS)], "marker": FREE_MARKERS[turn % len(FREE_MARKERS)]}
+        styles[name] = METHOD_STYLES.get(name, free)
+    return styles
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    cells = [[str(cell) for cell in line] for line in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)])
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+@dataclass(frozen=True)
+class ReporterConfig:
+    """Resolution (dots per inch) and size (inches) of the figures."""
+
+    dpi: int
+    width: float
+    height: float
+
+    def __post_init__(self) -> None:
+        for name in ("dpi", "width", "height"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number for every seed (its mean over digits), read as mean ± standard deviation over the seeds."""
+
+    per_seed: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.per_seed)
+
+    def __sub__(self, other: Value) -> Value:
+        return Value(tuple(a - b for a, b in zip(self.per_seed, other.per_seed)))
+
+    def __format__(self, spec: str) -> str:
+        if not math.isfinite(self.mean):
+            return "–"
+        spread = f" ± {stdev(self.per_seed):{spec.lstrip('+')}}" if len(self.per_seed) > 1 else ""
+        return f"{self.mean:{spec}}{spread}"
+
+
+class Reporter:
+    """Plots and tables over kappa; a value is the mean over the digits and seeds of the sweep.
+
+    metrics: JSON files of the experiments to report, which share mask layer and top_k
+    folder: where the figures and `summary.md` go
+
+    For every method and metric there is a getter with one value per kappa, for instance
+    `get_sft_unlearning_forget_set_score()` and `get_mimu_unlearning_retain_set_loss()`.
+    """
+
+    def __init__(self, config: ReporterConfig, metrics: Iterable[Path], folder: Path) -> None:
+        self.config = config
+        self.folder = folder
+        self.experiments = [json.loads(path.read_text()) for path in metrics]
+        if not self.experiments:
+            raise ValueError("there is no experiment to report")
+        self.kappas = sorted({experiment["kappa"] for experiment in self.experiments})
+        self.digits = sorted({experiment["forget_digit"] for experiment in self.experiments})
+        self.seeds = sorted({experiment["seed"] for experiment in self.experiments})
+        self.methods = list(
+            dict.fromkeys(name for e in self.experiments for key in (FORGET, RETAIN) for name in e[key])
+        )
+        self.styles = method_styles(self.methods)
+
+    def __getattr__(self, name: str) -> Callable[[], list[float]]:
+        getter = re.fullmatch(r"get_(.+)_unlearning_(forget|retain)_set_(loss|score|probability)", name)
+        if getter is None or getter[1] not in self.methods:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        method, samples, metric = getter.groups()
+        return lambda: self.curve(FORGET if samples == "forget" else RETAIN, method, metric)
+
+    def value(self, *keys: str, kappa: int, digits: Sequence[int] | None = None) -> Value:
+        """What stands under `keys` in the JSON at one kappa, over the given digits (None: all) and all seeds.
+
+        Not a number where an experiment has no such key, or null under it.
+        """
+        means = []
+        for seed in self.seeds:
+            numbers = []
+            for experiment in self.experiments:
+                if (experiment["kappa"], experiment["seed"]) != (kappa, seed):
+                    continue
+                if digits is None or experiment["forget_digit"] in digits:
+                    number: Any = experiment
+                    for key in keys:
+                        number = (number or {}).get(key)
+                    numbers.append(math.nan if number is None else number)
+            means.append(fmean(numbers) if numbers else math.nan)
+        return Value(tuple(means))
+
+    def curve(self, *keys: str) -> list[float]:
+        """The mean value at every kappa."""
+        return [self.value(*keys, kappa=kappa).mean for kappa in self.kappas]
+
+    def best_kappa(self) -> int:
+        """The one kappa with the largest difference of mimu's retain and forget score on training samples."""
+        retain = self.curve("training_split_metrics", "mimu", "retain", "score")
+        forget = self.curve("training_split_metrics", "mimu", "forget", "score")
+        return max(zip(self.kappas, retain, forget), key=lambda at: at[1] - at[2])[0]
+
+    def plot(self) -> None:
+        """Draws the five curves and the summary, and writes the tables."""
+        plt.switch_backend("Agg")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.draw_loss_curves_on_forget_set()
+        self.draw_score_curves_on_forget_set()
+        self.draw_loss_curves_on_retain_set()
+        self.draw_score_curves_on_retain_set()
+        self.draw_classifier_probability_on_forget_class()
+        self.draw_summary()
+        self.write_summary()
+
+    def draw_loss_curves_on_forget_set(self) -> None:
+        x = self.kappas
+        with self._curves("loss_forget_set.png", "cross entropy on the forget set (nats)"):
+            self._plot_methods(x, FORGET, "loss")
+
+    def draw_score_curves_on_forget_set(self) -> None:
+        x = self.kappas
+        with self._curves("score_forget_set.png", "score on the forget set (%)"):
+            self._plot_methods(x, FORGET, "score")
+
+    def draw_loss_curves_on_retain_set(self) -> None:
+        x = self.kappas
+        with self._curves("loss_retain_set.png", "cross entropy on the retain set (nats)"):
+            self._plot_methods(x, RETAIN, "loss")
+
+    def draw_score_curves_on_retain_set(self) -> None:
+        x = self.kappas
+        with self._curves("score_retain_set.png", "score on the retain set (%)"):
+            self._plot_methods(x, RETAIN, "score")
+
+    def draw_classifier_probability_on_forget_class(self) -> None:
+        x = self.kappas
+        with self._curves("probability_on_forget_class.png", "probability of the forget class"):
+            self._plot_methods(x, FORGET, "probability")
+
+    def draw_summary(self) -> None:
+        """Forget score against retain score, a mark per method and kappa: the place of the retrained classifier is the aim."""
+        with self._figure("summary.png", "score on the forget set (%)", "score on the retain set (%)"):
+            for name in self.methods:
+                x, y = self.curve(FORGET, name, "score"), self.curve(RETAIN, name, "score")
+                emphasis = {"markersize": 13, "zorder": 3} if name == "retrain" else {"markersize": 6}
+                plt.plot(x, y, label=name, **self.styles[name] | emphasis, linewidth=0.8, alpha=0.85)
+                if name == "mimu":
+                    self._annotate_kappas(x, y)
+
+    def write_summary(self) -> None:
+        """Writes `summary.md`: the numbers of the figures, the mask efficacy, and the digits one by one."""
+        kappa = self.best_kappa()
+        averaged = f"Mean over {len(self.digits)} digits" if len(self.digits) > 1 else f"Digit {self.digits[0]}"
+        if len(self.seeds) > 1:
+            averaged += f", ± standard deviation over {len(self.seeds)} seeds"
+        top_k = self.experiments[0]["top_k"]
+        sections = [
+            f"# Forgetting {', '.join(map(str, self.digits))}",
+            f"{averaged}; scored on the test split.",
+            f"## Every method at kappa = {kappa}",
+            f"Of the kappas of this sweep, {kappa} is the one that is best on training samples.",
+            self.methods_table(kappa),
+            f"## Mask efficacy, K = {top_k}",
+            "Scores on the forget set when only K weights of the masked layers are kept.",
+            self.efficacy_table(kappa),
+        ]
+        if len(self.digits) > 1:
+            sections += [f"## Digit by digit at kappa = {kappa}", self.digits_table(kappa)]
+        sections += ["## Every kappa", self.kappas_table()]
+        (self.folder / "summary.md").write_text("\n\n".join(sections) + "\n")
+
+    def methods_table(self, kappa: int) -> str:
+        """All metrics of every method at one kappa."""
+        reference = self.value(RETAIN, "retrain", "score", kappa=kappa)
+        rows = []
+        for name in self.methods:
+            retain = self.value(RETAIN, name, "score", kappa=kappa)
+            rows.append([
+                name,
+                f"{self.value(FORGET, name, 'score', kappa=kappa):.2f}",
+                f"{retain:.2f}",
+                f"{retain - reference:+.2f}",
+                f"{self.value(FORGET, name, 'probability', kappa=kappa):.4f}",
+                f"{self.value(FORGET, name, 'loss', kappa=kappa):.2f}",
+                f"{self.value(RETAIN, name, 'loss', kappa=kappa):.3f}",
+                f"{self.value('seconds', name, kappa=kappa):.2f}",
+            ])  # fmt: skip
+        header = ["method", "forget score, %", "retain score, %", "retain score against retrain, points"]
+        header += ["probability of the forget class", "forget loss, nats", "retain loss, nats", "seconds a request"]
+        return markdown_table(header, rows)
+
+    def closing_table(self) -> str:
+        """What a run says last: forget and retain score of every method at the best kappa."""
+        kappa = self.best_kappa()
+        rows = [
+            [name, *(f"{self.value(evaluation, name, 'score', kappa=kappa):.2f}" for evaluation in (FORGET, RETAIN))]
+            for name in self.methods
+        ]
+        return markdown_table([f"at kappa = {kappa}", "forget score, %", "retain score, %"], rows)
+
+    def efficacy_table(self, kappa: int) -> str:
+        """The mask efficacy of everything that can say which weights a class needs; it does not depend on kappa."""
+        names = dict.fromkeys(name for experiment in self.experiments for name in experiment["mask_efficacy_metrics"])
+        metrics = ("score", "probability", "loss")
+        rows = [
+            [name, *(f"{self.value('mask_efficacy_metrics', name, metric, kappa=kappa):.3f}" for metric in metrics)]
+            for name in names
+        ]
+        return markdown_table(
+            ["weights kept", "forget score, %", "probability of the forget class", "forget loss, nats"], rows
+        )
+
+    def digits_table(self, kappa: int) -> str:
+        """Forget / retain score of every method for each digit."""
+        rows = []
+        for digit in self.digits:
+            cells = [
+                f"{self.value(FORGET, name, 'score', kappa=kappa, digits=[digit]):.2f} / "
+                f"{self.value(RETAIN, name, 'score', kappa=kappa, digits=[digit]):.2f}"
+                for name in self.methods
+            ]
+            rows.append([digit, *cells])
+        return markdown_table(["digit", *(f"{name}: forget / retain score, %" for name in self.methods)], rows)
+
+    def kappas_table(self) -> str:
+        """The five metrics of every method at every kappa."""
+        metrics = [(FORGET, "score"), (RETAIN, "score"), (FORGET, "probability"), (FORGET, "loss"), (RETAIN, "loss")]
+        rows = [
+            [
+                name,
+                kappa,
+                *(f"{self.value(evaluation, name, metric, kappa=kappa):.3f}" for evaluation, metric in metrics),
+            ]
+            for name in self.methods
+            for kappa in self.kappas
+        ]
+        header = ["method", "kappa", "forget score, %", "retain score, %", "probability of the forget class"]
+        return markdown_table([*header, "forget loss, nats", "retain loss, nats"], rows)
+
+    def _plot_methods(self, x: Sequence[int], evaluation: str, metric: str) -> None:
+        for name in self.methods:
+            plt.plot(x, self.curve(evaluation, name, metric), label=name, markersize=5, **self.styles[name])
+
+    @contextmanager
+    def _curves(self, name: str, y_label: str) -> Iterator[None]:
+        """A figure over kappa: lines plotted while the context is open are in it."""
+        with self._figure(name, "weights zeroed, kappa", y_label):
+            yield
+            plt.xscale("log")
+            plt.xticks(self.kappas, [str(kappa) for kappa in self.kappas])
+            plt.minorticks_off()
+
+    @contextmanager
+    def _figure(self, name: str, x_label: str, y_label: str) -> Iterator[None]:
+        figure = plt.figure(figsize=(self.config.width, self.config.height), layout="constrained")
+        try:
+            yield
+            plt.xlabel(x_label)
+            plt.ylabel(y_label)
+            plt.grid(alpha=0.3)
+            figure.legend(loc="outside upper center", ncols=5, frameon=False)
+            figure.savefig(self.folder / name, dpi=self.config.dpi)
+        finally:
+            plt.close(figure)
+
+    def _annotate_kappas(self, x: Sequence[float], y: Sequence[float]) -> None:
+        """Writes kappa beside the marks, but for marks too near to one that has it."""
+        written: list[float] = []
+        for kappa, forget, retain in zip(self.kappas, x, y):
+            if all(abs(forget - other) > 6 for other in written):
+                plt.annotate(f"{kappa}", (forget, retain), xytext=(5, 5), textcoords="offset points", fontsize=8)
+                written.append(forget)
