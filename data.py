@@ -21,6 +21,7 @@ from model import HookedMNISTClassifier, LayerRecord, Mask, WeightGraph
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
+DATASET_ROOT = Path(__file__).resolve().parent / "datasets"
 IMAGE_SIZE = 28 * 28
 NUM_CLASSES = 10
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST")
@@ -111,7 +112,7 @@ class ImageData:
 
 
 def load_image_data(
-    name: str = "MNIST", root: Path | str = "datasets", device: torch.device | str = "cpu"
+    name: str = "MNIST", root: Path = DATASET_ROOT, device: torch.device | str = "cpu"
 ) -> ImageData:
     """Reads a torchvision data set of 28 x 28 images into memory, standardised by the training split's mean and deviation.
 
@@ -123,9 +124,10 @@ def load_image_data(
     try:
         parts = [dataset(root=root, train=is_train, download=True) for is_train in (True, False)]
     except (RuntimeError, OSError) as error:
-        files = ", ".join(f"{Path(file).name}" for file, _ in dataset.resources)
+        files = ", ".join(file for file, _ in dataset.resources)
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"dataset {name} is not in {Path(root) / name / 'raw'} and cannot be downloaded ({error}): put {files} there"
+            f"dataset {name} is not in {root / name / 'raw'} and cannot be downloaded: put {files} there ({reason})"
         ) from error
     images = [part.data.to(device).float().flatten(1) for part in parts]
     deviation, mean = torch.std_mean(images[0])

@@ -80,6 +80,12 @@ def gumbel_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return -torch.empty(shape).exponential_(generator=generator).log()
 
 
+def log_uniform(span: tuple[int, ...], generator: torch.Generator) -> int:
+    """A random integer from [low, high], small ones as likely as large ones on a logarithmic scale."""
+    low, high = span
+    return round(low * (high / low) ** torch.rand((), generator=generator).item())
+
+
 def prior_divergence(logits: Tensor, weights: Tensor) -> Tensor:
     """KL(Q || P) in nats, Q = softmax(logits) and P proportional to |w| + 1e-12, both over the vertices.
 
@@ -218,20 +224,19 @@ class GCNTrainer:
         if self.config.prior:
             terms["prior"] = prior_divergence(importance, self.weights).mean()
         if self.config.necessity_forget or self.config.necessity_retain:
-            low, high = self.config.kappa
-            kappa = round(low * (high / low) ** torch.rand((), generator=generator).item())
+            kappa = log_uniform(self.config.kappa, generator)
             terms |= self._necessity(scores, zeroed, kappa, samples)
         return terms, scores.detach()
 
     def _sufficiency(self, importance: Tensor, samples: Tensor, generator: torch.Generator) -> Tensor:
-        scores = importance / importance.detach().std(1, keepdim=True)
+        scores = importance / importance.std(1, keepdim=True)
         noise = self.config.gumbel * gumbel_noise(scores.shape, generator).to(scores.device)
         keep = top_k_mask(scores + noise, self.top_k, self.config.temperature)
         logits = masked_logits(self.graphs.classifier, self.graph, keep, self.graphs.inputs[samples])
         return F.cross_entropy(logits.flatten(0, 1), self.graphs.labels[samples].flatten())
 
     def _necessity(self, scores: Tensor, zeroed: Tensor, kappa: int, samples: Tensor) -> dict[str, Tensor]:
-        scores = scores / scores.detach().std(1, keepdim=True)
+        scores = scores / scores.std(1, keepdim=True)
         scores = scores.index_fill(1, zeroed, float("-inf"))
         removed = top_k_mask(scores, kappa, self.config.temperature).index_fill(1, zeroed, 1.0)
         flat = samples.flatten()
@@ -254,9 +259,7 @@ class GCNTrainer:
         if self.config.partly_masked is None or step + 1 < self.config.warmup or len(zeroed):
             return zeroed[:0]
         forget_class = int(torch.randint(len(scores), (), generator=generator))
-        low, high = self.config.partly_masked
-        size = int(torch.randint(low, high + 1, (), generator=generator))
-        return scores[forget_class].topk(size).indices
+        return scores[forget_class].topk(log_uniform(self.config.partly_masked, generator)).indices
 
 
 def set_difference(importance: Tensor, top_k: int) -> Tensor:

@@ -1,0 +1,47 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data import FEATURES, GraphConfig, GraphGenerator, Split
+from model import HookedMNISTClassifier
+
+HIDDEN, IN_FEATURES, NUM_CLASSES = (6, 5), 7, 3
+
+
+def random_split(samples_per_class: int = 20, seed: int = 0, dtype: torch.dtype = torch.float32) -> Split:
+    """Samples of NUM_CLASSES classes that a small classifier can tell apart."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(NUM_CLASSES).repeat_interleave(samples_per_class)
+    centres = 2 * torch.randn(NUM_CLASSES, IN_FEATURES, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    images = centres[labels] + torch.randn(len(labels), IN_FEATURES, generator=generator, dtype=dtype)
+    order = torch.randperm(len(labels), generator=generator)
+    return Split(images[order], labels[order])
+
+
+def random_classifier(seed: int = 0, dtype: torch.dtype = torch.float32) -> HookedMNISTClassifier:
+    torch.manual_seed(seed)
+    return HookedMNISTClassifier(HIDDEN, IN_FEATURES, NUM_CLASSES).to(dtype)
+
+
+def graph_generator(mask_layer=-2, dtype: torch.dtype = torch.float32, **changes) -> GraphGenerator:
+    settings = {"features": tuple(FEATURES), "other_classes": True, "samples_per_class": 15} | changes
+    return GraphGenerator(random_classifier(dtype=dtype), random_split(dtype=dtype), GraphConfig(mask_layer, **settings), 0)
+
+
+@pytest.fixture
+def split() -> Split:
+    return random_split()
+
+
+@pytest.fixture
+def classifier() -> HookedMNISTClassifier:
+    return random_classifier()
+
+
+@pytest.fixture
+def graphs() -> GraphGenerator:
+    return graph_generator()

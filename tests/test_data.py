@@ -1,0 +1,237 @@
+"""Splits, the sealed test split, per-sample gradients, and vertex features against autograd one sample at a time."""
+
+import gzip
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import NUM_CLASSES, graph_generator, random_classifier, random_split
+
+import data
+from data import FEATURES, GraphConfig, GraphGenerator, ImageData, Split, load_image_data, seeded
+from model import Mask
+
+
+def test_mnist_is_the_original(tmp_path):
+    images = load_image_data("MNIST")
+    assert images.train.images.shape == (60000, 784) and images.test.images.shape == (10000, 784)
+    assert torch.bincount(images.test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert abs(images.train.images.mean()) < 1e-3 and abs(images.train.images.std() - 1) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST"])
+def test_other_data_sets_are_read_by_the_same_interface(tmp_path, name):
+    raw = tmp_path / name / "raw"
+    raw.mkdir(parents=True)
+    for packed in (data.DATASET_ROOT / "MNIST" / "raw").glob("*.gz"):
+        with gzip.open(packed) as source, open(raw / packed.stem, "wb") as target:
+            shutil.copyfileobj(source, target)
+    assert torch.equal(load_image_data(name, tmp_path).train.labels, load_image_data("MNIST").train.labels)
+
+
+def test_missing_files_are_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["file:///nowhere/"])
+    with pytest.raises(ValueError, match=r"dataset MNIST .* put train-images-idx3-ubyte.gz"):
+        load_image_data("MNIST", tmp_path)
+
+
+def test_an_unknown_data_set_is_refused():
+    with pytest.raises(ValueError, match="'CIFAR10' is not known: valid are MNIST"):
+        load_image_data("CIFAR10")
+
+
+def test_forget_and_retain_split_the_samples(split):
+    forget, retain = split.forget(1), split.retain(1)
+    assert set(forget.labels.tolist()) == {1} and set(retain.labels.tolist()) == {0, 2}
+    assert len(forget.labels) + len(retain.labels) == len(split.labels)
+    assert torch.equal(split.images[split.labels == 1], forget.images)
+
+
+def test_a_loader_gives_every_sample_once_in_order(split):
+    batches = list(split.loader(7))
+    assert [len(labels) for _, labels in batches] == [7] * 8 + [4]
+    assert torch.equal(torch.cat([images for images, _ in batches]), split.images)
+    assert len(split.loader(7).dataset) == 60
+
+
+def test_the_sealed_test_split_cannot_be_read(split):
+    images = ImageData(split, split)
+    with images.sealed(), images.sealed():
+        assert images.train is split
+        with pytest.raises(PermissionError, match="sealed"):
+            _ = images.test
+    assert images.test is split
+
+
+def test_seeds_depend_on_their_whole_key():
+    draws = [torch.rand(3, generator=seeded(*key)).tolist() for key in (("a", 1), ("a", 1), ("a", 2), ("b", 1))]
+    assert draws[0] == draws[1] and len({tuple(draw) for draw in draws}) == 3
+
+
+def one_sample_gradient(classifier, image, label, of):
+    classifier.zero_grad()
+    logits = classifier(image[None])
+    value = F.cross_entropy(logits, label[None]) if of == "loss" else logits[0, label] - logits.mean()
+    value.backward()
+    return [layer.weight.grad.clone() for layer in classifier.layers]
+
+
+@pytest.mark.parametrize("mask_layer", [0, -2, -1, [0, 2], None])
+def test_recorded_gradients_are_those_of_autograd_one_sample_at_a_time(mask_layer):
+    graphs = graph_generator(mask_layer, torch.float64)
+    for index in range(0, len(graphs), 4):
+        image, label = graphs.samples.images[index], graphs.samples.labels[index]
+        for of in ("loss", "margin"):
+            expected = one_sample_gradient(graphs.classifier, image, label, of)
+            for layer, record in zip(graphs.graph.layers, graphs.records):
+                gradient = torch.outer(getattr(record, f"{of}_gradient")[index], record.inputs[index])
+                assert torch.allclose(gradient, expected[layer], rtol=0, atol=1e-12)
+
+
+def features_by_hand(graphs, samples, masked=None):
+    """The eight features of one group in one masked layer by their definitions, a sample at a time, not standardised."""
+    layer = graphs.graph.layers[0]
+    classifier = random_classifier(dtype=torch.float64)
+    if masked is not None:
+        classifier.layers[layer].weight.data.view(-1)[masked] = 0
+    w = classifier.layers[layer].weight.detach()
+    sums = {name: torch.zeros_like(w) for name in ("a", "h", "g", "g2", "margin", "co")}
+    for index in samples.tolist():
+        image, label = graphs.samples.images[index], graphs.samples.labels[index]
+        a = (classifier.layers[0].weight @ image).relu()
+        z = w @ a
+        sums["a"] += a.expand_as(w)
+        sums["h"] += z.relu()[:, None].expand_as(w)
+        sums["co"] += (z > 0).double()[:, None] * a
+        gradient = one_sample_gradient(classifier, image, label, "loss")[layer]
+        sums["g"] += gradient
+        sums["g2"] += gradient**2
+        sums["margin"] += one_sample_gradient(classifier, image, label, "margin")[layer]
+    mean = {name: (total / len(samples)).detach() for name, total in sums.items()}
+    return {
+        "input_activation": mean["a"],
+        "output_activation": mean["h"],
+        "weight": w,
+        "gradient": mean["g"],
+        "effect": w * mean["g"],
+        "fisher": w.abs() * mean["g2"].sqrt(),
+        "margin": w * mean["margin"],
+        "coactivation": w.abs() * mean["co"],
+    }
+
+
+def standardised(x):
+    return (x - x.mean()) / x.std() if x.std() > 0 else torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("masked", [None, [0, 3, 17]])
+def test_class_graphs_are_the_features_by_their_definitions(masked):
+    graphs = graph_generator(-2, torch.float64)
+    samples = graphs.draw(5, seeded("test"))
+    mask = None if masked is None else Mask.zeroing(graphs.graph, torch.tensor(masked))
+    if mask is not None:
+        mask = Mask(mask.layers, tuple(keep.double() for keep in mask.keep))
+    x, loss = graphs.class_graphs(samples, mask)
+    by_hand = [features_by_hand(graphs, group, masked) for group in samples]
+    assert x.shape == (NUM_CLASSES, 30, 15)
+    for label in range(NUM_CLASSES):
+        for column, name in enumerate(FEATURES):
+            expected = standardised(by_hand[label][name].flatten())
+            assert torch.allclose(x[label, :, column], expected, atol=1e-9), name
+        for column, name in enumerate((name for name in FEATURES if name != "weight"), start=8):
+            others = sum(by_hand[other][name] for other in range(NUM_CLASSES) if other != label) / (NUM_CLASSES - 1)
+            assert torch.allclose(x[label, :, column], standardised(others.flatten()), atol=1e-9), f"others: {name}"
+    classifier = random_classifier(dtype=torch.float64)
+    if masked is not None:
+        classifier.layers[1].weight.data.view(-1)[masked] = 0
+    logits = classifier(graphs.samples.images[samples.flatten()])
+    losses = F.cross_entropy(logits, graphs.samples.labels[samples.flatten()], reduction="none")
+    assert torch.allclose(loss, losses.view(NUM_CLASSES, 5).mean(1), atol=1e-12)
+
+
+def test_features_can_be_chosen():
+    graphs = graph_generator(features=("weight", "margin"), other_classes=False)
+    x, _ = graphs.class_graphs(graphs.draw(5, seeded("test")))
+    full, _ = graph_generator().class_graphs(graphs.draw(5, seeded("test")))
+    assert graphs.config.num_features == x.shape[-1] == 2
+    assert torch.equal(x, full[..., [2, 6]])
+
+
+@pytest.mark.parametrize("mask_layer", [-1, None])
+def test_the_output_layer_counts_as_always_active(mask_layer):
+    graphs = graph_generator(mask_layer)
+    logits = graphs.classifier(graphs.samples.images)
+    assert torch.equal(graphs.records[-1].outputs, logits) and (logits < 0).any()
+    assert graphs.records[-1].active.min() == 1
+    if mask_layer is None:
+        assert set(graphs.records[0].active.unique().tolist()) == {0.0, 1.0}
+
+
+def test_a_masked_pass_with_nothing_masked_changes_nothing():
+    for mask_layer in (-2, None):
+        graphs = graph_generator(mask_layer)
+        samples = graphs.draw(5, seeded("test"))
+        unmasked = graphs.class_graphs(samples)
+        whole = graphs.class_graphs(samples, Mask.zeroing(graphs.graph, torch.arange(0)))
+        assert torch.allclose(unmasked[0], whole[0], atol=1e-4) and torch.allclose(unmasked[1], whole[1], atol=1e-5)
+
+
+def test_get_data_is_the_graph_of_one_sample():
+    graphs = graph_generator(-2, torch.float64)
+    sample = graphs.get_data(20)
+    by_hand = features_by_hand(graphs, torch.tensor([20]))
+    for column, name in enumerate(FEATURES):
+        assert torch.allclose(sample.x[:, column], standardised(by_hand[name].flatten()), atol=1e-9), name
+    assert torch.equal(sample.edge_index, graphs.graph.edge_index())
+    assert sample.y.tolist() == [1] and sample.validate()
+    with pytest.raises(IndexError, match="valid are 0 to 44"):
+        graphs.get_data(45)
+
+
+def test_draws_take_samples_of_their_class_without_repetition(graphs):
+    samples = graphs.draw(10, seeded("test"))
+    assert samples.shape == (NUM_CLASSES, 10)
+    assert torch.equal(graphs.labels[samples], torch.arange(NUM_CLASSES)[:, None].expand(-1, 10))
+    assert all(len(set(group.tolist())) == 10 for group in samples)
+
+
+def test_recorded_samples_are_training_samples_of_their_class(split):
+    graphs = GraphGenerator(random_classifier(), split, GraphConfig(-2, ("weight",), False, 1000), 0)
+    assert len(graphs) == 60 and graphs.samples_per_class == 20
+    rows = {tuple(image.tolist()) for image in split.images}
+    assert all(tuple(image.tolist()) in rows for image in graphs.samples.images)
+
+
+def test_a_class_without_samples_is_refused():
+    only_two = random_split().retain(2)
+    with pytest.raises(ValueError, match="class 2 has no training sample"):
+        GraphGenerator(random_classifier(), only_two, GraphConfig(-2, ("weight",), False, 10), 0)
+
+
+def test_saved_graphs_hold_what_was_recorded(graphs, tmp_path):
+    graphs.save(tmp_path / "graphs.pt")
+    saved = torch.load(tmp_path / "graphs.pt", weights_only=True)
+    assert saved["layers"] == [1] and torch.equal(saved["labels"], graphs.labels)
+    assert torch.equal(saved["records"][0]["loss_gradient"], graphs.records[0].loss_gradient)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"features": ("weigth",)}, "'weigth' is not known: valid are input_activation"),
+        ({"features": ()}, "at least one"),
+        ({"features": ("weight", "weight")}, "twice"),
+        ({"samples_per_class": 0}, "samples_per_class must be at least 1"),
+    ],
+)
+def test_impossible_graph_settings_are_refused(change, message):
+    settings = {"mask_layer": -2, "features": ("weight",), "other_classes": True, "samples_per_class": 5}
+    with pytest.raises(ValueError, match=message):
+        GraphConfig(**settings | change)
+
+
+def test_split_holds_what_it_is_given():
+    split = Split(torch.eye(3), torch.arange(3))
+    assert torch.equal(split.retain(0).images, torch.eye(3)[1:])

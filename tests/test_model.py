@@ -1,0 +1,183 @@
+"""The closed form against PyTorch Geometric, the hooks, and masks that go on and come off."""
+
+import pytest
+import torch
+from conftest import HIDDEN, IN_FEATURES, NUM_CLASSES
+from torch.nn.utils import parametrize
+from torch_geometric.data import Data
+from torch_geometric.nn import SAGEConv
+from torch_geometric.transforms import LineGraph
+
+from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph, WeightGraphSAGE, resolve_mask_layer
+
+SHAPES = [(6, 7), (5, 6), (3, 5)]
+CASES = [([(4, 3)], 0), ([(1, 6)], 0), ([(8, 2)], 0), (SHAPES, -2), (SHAPES, [0, 2]), (SHAPES, [1, 2]), (SHAPES, None)]
+
+
+def line_graph_edges(shapes, mask_layer) -> set[tuple[int, int]]:
+    """Edges between weights by PyG: LineGraph of the network of the masked weights, renamed to our vertex numbers."""
+    layers = resolve_mask_layer(mask_layer, len(shapes))
+    first_neuron = [0]
+    for m, n in shapes:
+        first_neuron.append(first_neuron[-1] + n)
+    vertex_of, offset = {}, 0
+    for layer in layers:
+        m, n = shapes[layer]
+        for r in range(m):
+            for c in range(n):
+                vertex_of[first_neuron[layer] + c, first_neuron[layer + 1] + r] = offset + r * n + c
+        offset += m * n
+    network = torch.tensor(sorted(vertex_of)).T
+    num_neurons = first_neuron[-1] + shapes[-1][0]
+    both_ways = torch.cat([network, network.flip(0)], 1)
+    line = LineGraph()(Data(edge_index=both_ways, num_nodes=num_neurons)).edge_index
+    # LineGraph numbers the undirected edges of the network in sorted order.
+    names = [vertex_of[edge] for edge in sorted(vertex_of)]
+    return {(names[u], names[v]) for u, v in line.T.tolist() if u != v}
+
+
+@pytest.mark.parametrize("shapes, mask_layer", CASES)
+def test_edges_are_those_of_the_line_graph(shapes, mask_layer):
+    graph = WeightGraph(shapes, mask_layer)
+    edges = [tuple(edge) for edge in graph.edge_index().T.tolist()]
+    assert set(edges) == line_graph_edges(shapes, mask_layer)
+    assert len(edges) == len(set(edges)) == graph.num_edges
+    assert edges == sorted(edges)
+
+
+def test_the_default_layer_has_the_edges_that_arithmetic_gives():
+    graph = WeightGraph([(128, 784), (64, 128), (10, 64)], -2)
+    assert graph.num_vertices == 64 * 128
+    assert graph.num_edges == 64 * 128 * (64 + 128 - 2) == 1_556_480
+
+
+@pytest.mark.parametrize("shapes, mask_layer", CASES)
+def test_a_round_and_its_gradients_are_those_of_sage_conv(shapes, mask_layer):
+    torch.manual_seed(0)
+    graph = WeightGraph(shapes, mask_layer)
+    ours, theirs = WeightGraphSAGE(4, 3).double(), SAGEConv(4, 3, bias=False).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, graph.num_vertices, 4, dtype=torch.float64)
+    weighting = torch.randn(2, graph.num_vertices, 3, dtype=torch.float64)
+    x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    output = ours(x_ours, graph)
+    expected = torch.stack([theirs(one, graph.edge_index()) for one in x_theirs])
+    assert torch.allclose(output, expected, rtol=0, atol=1e-10)
+    (output * weighting).sum().backward()
+    (expected * weighting).sum().backward()
+    assert torch.allclose(x_ours.grad, x_theirs.grad, rtol=0, atol=1e-10)
+    for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters()):
+        assert torch.allclose(parameter.grad, other.grad, rtol=0, atol=1e-10), name
+
+
+@pytest.mark.parametrize("mask_layer", [-2, None])
+def test_the_whole_gcn_is_the_same_network_on_edges(mask_layer):
+    torch.manual_seed(0)
+    graph = WeightGraph(SHAPES, mask_layer)
+    gcn = MaskingGCN(num_features=4, hidden=6, rounds=3).double()
+    x = torch.randn(2, graph.num_vertices, 4, dtype=torch.float64)
+    rounds = [SAGEConv(n, 6, bias=False).double() for n in (4, 6, 6)]
+    for conv, ours in zip(rounds, gcn.convs):
+        conv.load_state_dict(ours.state_dict())
+    edges = graph.edge_index()
+    for one, logits in zip(x, gcn(x, graph)):
+        y = rounds[0](one, edges)
+        y = rounds[1](y, edges).relu()
+        y = rounds[2](y, edges).relu()
+        assert torch.allclose(logits, (y @ gcn.readout.weight.T)[:, 0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "mask_layer, layers", [(-2, (1,)), (0, (0,)), ([2, 0], (0, 2)), ([-1, 0], (0, 2)), (None, (0, 1, 2))]
+)
+def test_masked_layers_are_resolved(mask_layer, layers):
+    assert resolve_mask_layer(mask_layer, 3) == layers
+
+
+@pytest.mark.parametrize("mask_layer", [3, -4, [0, 7], [], [0, -3], [1, 1]])
+def test_masked_layers_that_are_not_there_are_refused(mask_layer):
+    with pytest.raises(ValueError, match="mask_layer"):
+        resolve_mask_layer(mask_layer, 3)
+
+
+def test_the_classifier_is_the_formula(classifier, split):
+    w0, w1, w2 = (layer.weight for layer in classifier.layers)
+    expected = ((split.images @ w0.T).clamp(min=0) @ w1.T).clamp(min=0) @ w2.T
+    assert torch.allclose(classifier(split.images), expected, atol=1e-6)
+    assert torch.allclose(classifier((split.images @ w0.T).relu(), first=1), expected, atol=1e-6)
+    assert classifier.shapes == [(HIDDEN[0], IN_FEATURES), (HIDDEN[1], HIDDEN[0]), (NUM_CLASSES, HIDDEN[1])]
+
+
+def test_images_of_any_shape_are_flattened():
+    classifier = HookedMNISTClassifier((4,))
+    images = torch.randn(2, 28, 28)
+    assert torch.equal(classifier(images), classifier(images.flatten(1)))
+
+
+def test_hooks_come_off_on_errors_too(classifier, split):
+    with pytest.raises(RuntimeError, match="on purpose"):
+        with classifier.hooks([0, 1]):
+            assert all(layer._forward_hooks for layer in classifier.layers[:2])
+            raise RuntimeError("on purpose")
+    with pytest.raises(IndexError):
+        classifier.record(split.images, torch.full_like(split.labels, 99), [1])
+    assert not any(layer._forward_hooks for layer in classifier.layers)
+
+
+def test_recording_leaves_no_gradient_behind(classifier, split):
+    classifier.record(split.images, split.labels, [1, 2])
+    assert all(parameter.grad is None for parameter in classifier.parameters())
+
+
+@pytest.mark.parametrize("mask_layer", [-2, None])
+def test_a_mask_zeroes_exactly_kappa_weights_and_comes_off_bit_for_bit(classifier, split, mask_layer):
+    graph = WeightGraph(classifier.shapes, mask_layer)
+    before = [layer.weight.detach().clone() for layer in classifier.layers]
+    logits = classifier(split.images)
+    zeroed = torch.randperm(graph.num_vertices)[:11]
+    mask = Mask.zeroing(graph, zeroed)
+    mask.apply(classifier)
+    flat = torch.cat([classifier.layers[layer].weight.flatten() for layer in graph.layers])
+    original = torch.cat([before[layer].flatten() for layer in graph.layers])
+    assert int((flat == 0).sum()) == 11 and torch.equal((flat == 0).nonzero()[:, 0], zeroed.sort().values)
+    assert torch.equal(flat[flat != 0], original[flat != 0])
+    assert not torch.allclose(classifier(split.images), logits)
+    mask.remove(classifier)
+    assert not any(parametrize.is_parametrized(layer) for layer in classifier.layers)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(classifier.layers, before))
+    assert torch.equal(classifier(split.images), logits)
+
+
+def test_a_mask_comes_off_when_its_context_fails(classifier):
+    mask = Mask.zeroing(WeightGraph(classifier.shapes, -2), torch.arange(3))
+    with pytest.raises(RuntimeError, match="on purpose"), mask.applied_to(classifier):
+        raise RuntimeError("on purpose")
+    assert not parametrize.is_parametrized(classifier.layers[1])
+
+
+def test_keeping_is_the_complement_of_zeroing(classifier):
+    graph = WeightGraph(classifier.shapes, None)
+    vertices = torch.randperm(graph.num_vertices)[:20]
+    kept, zeroed = Mask.keeping(graph, vertices), Mask.zeroing(graph, vertices)
+    assert torch.equal(kept.as_tensor() + zeroed.as_tensor(), torch.ones(graph.num_vertices))
+    assert kept.as_tensor().sum() == 20
+
+
+def test_one_masked_layer_gives_a_mask_of_its_shape(classifier):
+    assert Mask.zeroing(WeightGraph(classifier.shapes, -2), torch.arange(3)).as_tensor().shape == (5, 6)
+
+
+def test_a_mask_is_saved_and_loaded(classifier, tmp_path):
+    mask = Mask.zeroing(WeightGraph(classifier.shapes, [0, 1]), torch.arange(5, 25))
+    mask.save(tmp_path / "masks" / "mask.pt")
+    loaded = Mask.load(tmp_path / "masks" / "mask.pt")
+    assert loaded.layers == (0, 1) and torch.equal(loaded.as_tensor(), mask.as_tensor())
+
+
+def test_a_second_mask_and_one_of_another_shape_are_refused(classifier):
+    mask = Mask.zeroing(WeightGraph(classifier.shapes, -2), torch.arange(3))
+    with mask.applied_to(classifier), pytest.raises(ValueError, match="layer 1 carries a mask"):
+        mask.apply(classifier)
+    with pytest.raises(ValueError, match=r"layer 1 is \(5, 6\), its mask \(2, 2\)"):
+        Mask((1,), (torch.ones(2, 2),)).apply(classifier)
+    assert not parametrize.is_parametrized(classifier.layers[1])
