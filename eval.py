@@ -164,21 +164,26 @@ def retrain(request: Request) -> nn.Module:
 
 @dataclass(frozen=True)
 class EvalConfig(MaskingConfig):
-    """How requests are answered and scored: the settings of the masks, the methods, and whether each experiment is drawn."""
+    """How requests are answered and scored: settings of the masks, the methods (None: all registered ones), the plots."""
 
-    methods: tuple[str, ...]
+    methods: tuple[str, ...] | None
     batch_size: int
     visualize: bool
     sft: UnlearningSFTConfig
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.methods:
+        for name in self.method_names:
             if name not in METHODS:
                 raise ValueError(f"methods: {name!r} is not registered: valid are {', '.join(METHODS)}")
-        if "mimu" not in self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"methods must name mimu, and each method once, not {list(self.methods)}")
+        if "mimu" not in self.method_names or len(set(self.method_names)) < len(self.method_names):
+            raise ValueError(f"methods must name mimu, and each method once, not {list(self.method_names)}")
         check_range("batch_size", self.batch_size, at_least=1)
+
+    @property
+    def method_names(self) -> tuple[str, ...]:
+        """The methods to score: those that the config names, or all that are registered."""
+        return tuple(METHODS) if self.methods is None else self.methods
 
 
 @dataclass(frozen=True)
@@ -298,21 +303,21 @@ class Eval:
     def eval_unlearning(self) -> dict[str, dict[str, float]]:
         """Every method on the forget set: loss, score and probability of the forget class."""
         metrics = {}
-        for name in self.config.methods:
+        for name in self.config.method_names:
             metrics[name] = self._scored(name, self.mnist_forget_set, is_forget_set=True)
         return metrics
 
     def eval_performance_degradation(self) -> dict[str, dict[str, float]]:
         """Every method on the retain set: loss and score."""
         metrics = {}
-        for name in self.config.methods:
+        for name in self.config.method_names:
             metrics[name] = self._scored(name, self.mnist_retain_set, is_forget_set=False)
         return metrics
 
     def eval_mask_efficacy(self) -> dict[str, dict[str, float]]:
         """Every keep mask on the forget set: is the class still classified with only the top-K weights of the masked layers?"""
         metrics = {}
-        for name in self.config.methods:
+        for name in self.config.method_names:
             if METHODS[name].most_needed is not None:
                 metrics[name] = self._efficacy(name)
         return metrics
@@ -324,7 +329,7 @@ class Eval:
                 "forget": self._scored(name, self.training_forget_set, is_forget_set=True),
                 "retain": self._scored(name, self.training_retain_set, is_forget_set=False),
             }
-            for name in self.config.methods
+            for name in self.config.method_names
         }
 
     def eval(self) -> dict[str, Any]:
@@ -348,7 +353,7 @@ class Eval:
             "audit_metrics": {},
             "config": experiment.config,
             "seconds": {"gcn": experiment.gcn_seconds}
-            | {name: self._answer(name).seconds for name in self.config.methods},
+            | {name: self._answer(name).seconds for name in self.config.method_names},
         }
         self._mask().save(self.folder / "masks" / f"{experiment.id}.pt")
         self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
@@ -395,15 +400,15 @@ class Eval:
     def _draw_class_probabilities(self, figure: Figure) -> None:
         """Mean predicted probability of every class on the forget set, a row per method."""
         axes = figure.subplots()
-        rows = torch.tensor([self._class_probabilities(name) for name in self.config.methods])
-        image = axes.imshow(rows, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        rows = torch.tensor([self._class_probabilities(name) for name in self.config.method_names])
+        image = axes.imshow(rows.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for (row, column), value in zip(
             ((r, c) for r in range(len(rows)) for c in range(rows.shape[1])), rows.flatten()
         ):
             axes.text(
                 column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value > 0.6 else "k"
             )
-        axes.set_yticks(range(len(rows)), self.config.methods)
+        axes.set_yticks(range(len(rows)), self.config.method_names)
         axes.set_xticks(range(rows.shape[1]))
         axes.set_xlabel("class")
         figure.colorbar(image, label="mean probability (forget set)")

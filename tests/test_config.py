@@ -1,0 +1,149 @@
+"""Settings that work are read as they are written; those that cannot work are one clear line."""
+
+import dataclasses
+import typing
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import BASE, Config, ConfigError, converted, load_config
+from main import main
+
+CONFIGS = sorted(BASE.parent.glob("*.yaml"))
+BAD = [
+    ("clasifier.epochs=3", "clasifier is not a setting; did you mean classifier?"),
+    ("gcn.stesp=3", "gcn.stesp is not a setting; did you mean gcn.steps?"),
+    ("gcn.steps=many", "gcn.steps must be an integer, not 'many'"),
+    ("gcn.steps=1.5", "gcn.steps must be an integer, not 1.5"),
+    ("gcn.steps=true", "gcn.steps must be an integer, not True"),
+    ("gcn.steps=0", "gcn.steps must be at least 1, not 0"),
+    ("gcn=3", "gcn must be a mapping with keys of hidden, rounds"),
+    ("classifier.learning_rate=-1", "classifier.learning_rate must be above 0, not -1.0"),
+    ("classifier.learning_rate=.nan", "classifier.learning_rate must be a finite number, not nan"),
+    ("classifier.learning_rate=.inf", "classifier.learning_rate must be a finite number, not inf"),
+    ("classifier.hidden_sizes=[64, 0]", "classifier.hidden_sizes must be at least 1, not 0"),
+    ("classifier.hidden_sizes=64", "classifier.hidden_sizes must be a list, each an integer, not 64"),
+    ("eval.visualize=1", "eval.visualize must be true or false, not 1"),
+    ("eval.step=0", "eval.step must be at least 1, not 0"),
+    ("eval.methods=[mimu, magic]", "eval.methods: 'magic' is not registered: valid are original, mimu"),
+    ("eval.methods=[original]", "eval.methods must name mimu"),
+    ("eval.ranking=best", "eval.ranking must be one of damage, mean, set_difference, not 'best'"),
+    ("eval.sft.epochs=0", "eval.sft.epochs must be at least 1, not 0"),
+    ("graphs.features=[wait]", "graphs.features: 'wait' is not known: valid are input_activation"),
+    ("graphs.mask_layer=3", "graphs.mask_layer 3 is not there: valid are -3 to 2"),
+    ("graphs.mask_layer=[-2, 1]", "graphs.mask_layer (-2, 1) must name at least one layer, and each only once"),
+    ("sweep.kappa=[8192]", "sweep.kappa must be from 1 to 8191 (masked weights less one), not 8192"),
+    ("sweep.kappa=[0]", "sweep.kappa must be from 1 to 8191"),
+    ("sweep.kappa=[]", "sweep.kappa must name at least one value"),
+    ("sweep.kappa=[5, 5]", "sweep.kappa must name at least one value, and each once"),
+    ("sweep.kappa=300", "sweep.kappa must be a list, each an integer, not 300"),
+    ("sweep.top_k=[9000]", "sweep.top_k must be from 1 to 8192 (masked weights), not 9000"),
+    ("sweep.forget_digits=[10]", "sweep.forget_digits must be from 0 to 9, not 10"),
+    ("gcn.kappa=[100]", "gcn.kappa must be [low, high] with 1 <= low <= high, not [100]"),
+    ("gcn.kappa=[100, 8000]", "gcn.kappa and partly_masked reach 9500 weights together, of 8192 masked ones"),
+    ("gcn.partly_masked=[3, 2]", "gcn.partly_masked must be [low, high]"),
+    ("dataset=CIFAR10", "dataset must be one of MNIST, FashionMNIST, KMNIST, not 'CIFAR10'"),
+    ("device=gpu", "device must be auto, cpu or an accelerator that is there, not 'gpu'"),
+    ("threads=0", "threads must be at least 1 or null, not 0"),
+    ("report.dpi=0", "report.dpi must be above 0"),
+    ("nonsense", "'nonsense': is not an override; write section.key=value"),
+    ("seed=[1", "'seed=[1': its value is not valid YAML"),
+    ("=3", "'=3': is not an override"),
+]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_of_the_project_can_run(path):
+    config = load_config(path)
+    changes = yaml.safe_load(path.read_text())
+    for section, values in changes.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if not isinstance(value, dict):
+                read = getattr(getattr(config, section), key)
+                assert (list(read) if isinstance(read, tuple) else read) == value
+
+
+def test_every_setting_stands_in_the_default_config_with_a_comment():
+    def keys(section):
+        for name, hint in typing.get_type_hints(section).items():
+            yield name
+            if dataclasses.is_dataclass(hint):
+                yield from keys(hint)
+
+    lines = BASE.read_text().splitlines()
+    for key in keys(Config):
+        assert any(line.strip().startswith(f"{key}:") for line in lines), key
+
+
+@pytest.mark.parametrize("override, message", BAD, ids=[override for override, _ in BAD])
+def test_bad_settings_are_one_line_and_exit_status_2(override, message, capsys):
+    assert main([override]) == 2
+    out, err = capsys.readouterr()
+    assert message in err and out == ""
+    assert err.startswith("error: ") and len(err.splitlines()) == 1 and override in err
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("gcn: [1, 2", "is not valid YAML"),
+        ("- 3", "the file must be a mapping"),
+        ("gcn:\n  steps: -1", "gcn.steps must be at least 1, not -1"),
+        ("gcn:\n  steps:", "gcn.steps must be an integer, not None"),
+        ("gcn:\n  1: 2", "gcn.1 is not a setting"),
+        ("sweep:\n  kappa: [9999]", "sweep.kappa must be from 1 to 8191"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, capsys, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    assert main(["--config", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {path}: ") and message in err and len(err.splitlines()) == 1
+
+
+def test_a_missing_file_is_named(tmp_path, capsys):
+    assert main(["--config", str(tmp_path / "nowhere.yaml")]) == 2
+    assert "nowhere.yaml: cannot be read" in capsys.readouterr().err
+
+
+def test_overrides_go_over_the_file_and_the_file_over_the_default(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 4\ngcn:\n  steps: 7\n  hidden: 5\n")
+    config = load_config(path, ["gcn.hidden=6", "eval.sft.learning_rate=1e-3", "graphs.mask_layer=null"])
+    default = load_config()
+    assert (config.seed, config.gcn.steps, config.gcn.hidden) == (4, 7, 6)
+    assert config.eval.sft.learning_rate == 0.001 and config.graphs.mask_layer is None
+    assert config.classifier == default.classifier and config.seeds == (4,)
+
+
+def test_an_empty_file_is_the_default(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing\n")
+    assert load_config(path) == load_config()
+
+
+@settings(deadline=None)
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=5))
+def test_a_setting_is_read_in_its_type_or_refused(value):
+    for hint in (int, float, bool, str, int | None, tuple[int, ...], tuple[str, ...], int | tuple[int, ...] | None):
+        try:
+            read = converted(value, hint)
+        except TypeError:
+            continue
+        if hint is float:
+            assert isinstance(read, float) and abs(read) < float("inf")
+        else:
+            assert (list(read) if isinstance(read, tuple) else read) == value
+
+
+def test_a_broken_default_config_says_what_is_missing(tmp_path, monkeypatch):
+    import config
+
+    path = tmp_path / "config.yaml"
+    path.write_text("".join(line for line in BASE.read_text().splitlines(True) if "rounds:" not in line))
+    monkeypatch.setattr(config, "BASE", path)
+    with pytest.raises(ConfigError, match="gcn.rounds is missing: it must be an integer"):
+        load_config(path)

@@ -1,0 +1,214 @@
+"""Metrics against sums by hand, methods that cannot see the test split, the JSON and the registry."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import NUM_CLASSES, random_split
+
+import eval as evaluation
+from config import load_config
+from data import GraphConfig, GraphGenerator, ImageData, Split
+from eval import METHODS, Eval, Experiment, Request, unlearning_method, valid_json
+from model import MaskingGCN
+from trainer import Trainer, TrainerConfig
+
+FORGET, KAPPA, TOP_K = 1, 9, 8
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Methods registered in a test are gone after it."""
+    monkeypatch.setattr(evaluation, "METHODS", dict(METHODS))
+
+
+
+def make_eval(folder, test: Split | None = None, kappa: int = KAPPA, shared=None, mask_layer=-2, **changes) -> Eval:
+    settings = {"step": 4, "group_size": 10, "visualize": False, "batch_size": 7} | changes
+    config = dataclasses.replace(load_config().eval, **settings)
+    train = random_split(40)
+    trainer = Trainer(TrainerConfig((6, 5), 10, 16, 0.01), 0)
+    classifier = trainer.train(train, NUM_CLASSES)
+    graphs = GraphGenerator(classifier, train, GraphConfig(mask_layer, ("weight", "margin"), True, 20), 0)
+    torch.manual_seed(0)
+    gcn = MaskingGCN(graphs.config.num_features, 8, 2)
+    request = Request(config, classifier, trainer, train, graphs, gcn, FORGET, TOP_K, 0)
+    experiment = Experiment(0, FORGET, mask_layer, TOP_K, kappa, "fixed", 1.5, {"seed": 0})
+    return Eval(config, experiment, request, ImageData(train, test or random_split(13, seed=5)), folder, shared)
+
+
+def test_metrics_are_sums_over_samples_divided_by_their_number(tmp_path):
+    scored = make_eval(tmp_path)
+    model = scored.request.classifier
+    for loader, is_forget in ((scored.mnist_forget_set(), True), (scored.mnist_retain_set(), False)):
+        losses, correct, probability = [], [], []
+        for image, label in loader.dataset:
+            p = model(image[None]).double().softmax(1)[0]
+            losses.append(-p[label].log().item())
+            correct.append(float(p.argmax() == label))
+            probability.append(p[FORGET].item())
+        metrics = scored.inference(model, loader, is_forget, "by hand")
+        assert metrics["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        assert metrics["score"] == pytest.approx(100 * sum(correct) / len(correct))
+        assert ("probability" in metrics) == is_forget
+        if is_forget:
+            assert metrics["probability"] == pytest.approx(sum(probability) / len(probability), rel=1e-5)
+
+
+def test_the_sets_are_those_of_the_test_split(tmp_path):
+    scored = make_eval(tmp_path)
+    forget, retain = scored.mnist_forget_set().dataset.tensors, scored.mnist_retain_set().dataset.tensors
+    assert torch.equal(forget[0], scored.data.test.forget(FORGET).images) and len(forget[1]) == 13
+    assert set(retain[1].tolist()) == {0, 2} and len(retain[1]) == 26
+
+
+@pytest.mark.parametrize("mask_layer", [-2, None])
+def test_the_mask_is_that_of_the_zeroed_weights(tmp_path, mask_layer):
+    scored = make_eval(tmp_path, mask_layer=mask_layer)
+    mask = scored.get_model_mask()
+    zeroed = scored.eval()["zeroed"]
+    assert mask.shape == ((5, 6) if mask_layer == -2 else (42 + 30 + 15,))
+    assert (mask.flatten() == 0).nonzero()[:, 0].tolist() == sorted(zeroed) and len(zeroed) == KAPPA
+
+
+def test_every_method_stands_in_every_evaluation(tmp_path):
+    results = make_eval(tmp_path).eval()
+    names = ["original", "mimu", "random", "sft", "retrain"]
+    assert list(results["unlearning_metrics"]) == list(results["performance_degradation_metrics"]) == names
+    assert list(results["mask_efficacy_metrics"]) == ["original", "mimu", "random"]
+    assert results["unlearning_metrics"]["original"] == results["mask_efficacy_metrics"]["original"]
+    assert list(results["seconds"]) == ["gcn", *names] and results["seconds"]["retrain"] > 0
+
+
+def test_the_json_is_valid_and_holds_what_was_returned(tmp_path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    scored = make_eval(tmp_path)
+    results = scored.eval()
+    text = scored.metrics_path.read_text()
+    assert json.loads(text, parse_constant=refuse) == json.loads(json.dumps(results))
+    assert scored.metrics_path.parent == tmp_path / "Metrics and Plots" / "metrics"
+    assert (tmp_path / "masks" / f"{results['id']}.pt").exists()
+
+
+def test_infinite_numbers_are_null():
+    assert valid_json({"a": [1.5, float("inf")], "b": (float("nan"), "text", None, 3)}) == {
+        "a": [1.5, None],
+        "b": [None, "text", None, 3],
+    }
+
+
+def answers(scored: Eval) -> dict[str, list[torch.Tensor]]:
+    return {name: [layer.weight for layer in scored._answer(name).model.layers] for name in METHODS}
+
+
+def test_no_method_and_no_mask_depends_on_the_test_split(tmp_path):
+    usual = make_eval(tmp_path)
+    spoiled = random_split(13, seed=5)
+    spoiled = make_eval(tmp_path, Split(torch.full_like(spoiled.images, torch.nan), spoiled.labels.flip(0)))
+    assert torch.equal(usual.get_model_mask(), spoiled.get_model_mask())
+    for name, weights in answers(usual).items():
+        assert all(torch.equal(w, v) for w, v in zip(weights, answers(spoiled)[name])), name
+    assert usual.eval_training_split() == spoiled.eval_training_split()
+
+
+@pytest.mark.parametrize("loader", ["mnist_forget_set", "mnist_retain_set"])
+def test_a_method_that_asks_for_the_test_split_fails(tmp_path, registry, loader):
+    scored = make_eval(tmp_path, methods=("mimu", "original"))
+    evaluation.METHODS["original"] = dataclasses.replace(
+        METHODS["original"], unlearn=lambda request: getattr(scored, loader)()
+    )
+    with pytest.raises(PermissionError, match="test split is sealed"):
+        scored.eval_unlearning()
+    assert scored.data.test is not None
+
+
+def test_a_keep_mask_that_asks_for_the_test_split_fails(tmp_path, registry):
+    scored = make_eval(tmp_path, methods=("mimu", "original"))
+    evaluation.METHODS["original"] = dataclasses.replace(
+        METHODS["original"], most_needed=lambda request: scored.data.test
+    )
+    with pytest.raises(PermissionError, match="test split is sealed"):
+        scored.eval_mask_efficacy()
+
+
+def test_methods_get_copies_of_the_classifier(tmp_path):
+    scored = make_eval(tmp_path)
+    before = [layer.weight.clone() for layer in scored.request.classifier.layers]
+    scored.request.classifier.layers[0].weight.data.zero_()
+    scored.eval()
+    assert all(torch.equal(w, layer.weight) for w, layer in zip(before, scored.request.classifier.layers))
+
+
+def test_the_methods_are_what_they_say(tmp_path):
+    scored = make_eval(tmp_path)
+    weights = answers(scored)
+    original = weights["original"]
+    for name in ("mimu", "random"):
+        assert torch.equal(weights[name][0], original[0]) and torch.equal(weights[name][2], original[2])
+        changed = (weights[name][1] != original[1]).nonzero()
+        assert len(changed) == KAPPA and (weights[name][1][weights[name][1] != original[1]] == 0).all()
+    assert not torch.equal(weights["mimu"][1], weights["random"][1])
+    assert torch.equal(weights["sft"][0], original[0]) and not torch.equal(weights["sft"][1], original[1])
+    retain = scored.request.train.retain(FORGET)
+    alone = Trainer(TrainerConfig((6, 5), 10, 16, 0.01), 0).train(retain, NUM_CLASSES)
+    assert all(torch.equal(w, layer.weight) for w, layer in zip(weights["retrain"], alone.layers))
+
+
+def test_random_masks_are_nested(tmp_path):
+    request = make_eval(tmp_path).request
+    few, many = (evaluation.random_vertices(request, count).tolist() for count in (5, 12))
+    assert many[:5] == few and len(set(many)) == 12
+
+
+def test_what_does_not_depend_on_kappa_is_computed_once(tmp_path, registry):
+    calls = []
+
+    @unlearning_method("counted")
+    def counted(request):
+        calls.append("counted")
+        return request.classifier
+
+    @unlearning_method("counted with kappa", uses_kappa=True)
+    def counted_with_kappa(request):
+        calls.append(request.kappa)
+        return request.classifier
+
+    shared: dict = {}
+    for kappa in (3, 6):
+        make_eval(tmp_path, kappa=kappa, shared=shared).eval()
+    assert calls == ["counted", 3, 6]
+
+
+def test_a_method_that_reads_kappa_must_say_so(tmp_path, registry):
+    @unlearning_method("forgetful")
+    def forgetful(request):
+        return request.zeroing(torch.arange(request.kappa))
+
+    with pytest.raises(ValueError, match="register it with uses_kappa=True"):
+        make_eval(tmp_path).eval_unlearning()
+
+
+def test_a_name_is_registered_once(registry):
+    with pytest.raises(ValueError, match="'mimu' is registered already"):
+        unlearning_method("mimu")(lambda request: request.classifier)
+
+
+def test_a_request_that_goes_on_counts_the_steps_before(tmp_path):
+    scored = make_eval(tmp_path, kappa=4)
+    first = scored._answer("mimu").seconds
+    later = Eval(
+        scored.config, dataclasses.replace(scored.experiment, kappa=20), scored.request, scored.data, tmp_path, {}
+    )
+    assert later._answer("mimu").seconds > scored.request.order.seconds(20) > first / 2
+
+
+def test_the_plots_of_an_experiment_are_drawn(tmp_path):
+    scored = make_eval(tmp_path, visualize=True)
+    results = scored.eval()
+    drawn = sorted((tmp_path / "Metrics and Plots" / "plots" / results["id"]).iterdir())
+    names = ["class_probabilities", "mask_efficacy", "performance_degradation", "unlearning", "weights"]
+    assert [path.stem for path in drawn] == names
+    assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 3000 for path in drawn)

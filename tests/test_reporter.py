@@ -1,0 +1,162 @@
+"""Curves and tables against means by hand, from written JSON."""
+
+import json
+import math
+from statistics import fmean, stdev
+
+import matplotlib.pyplot as plt
+import pytest
+
+from reporter import METHOD_STYLES, Reporter, ReporterConfig, Value, markdown_table, method_styles
+
+CONFIG = ReporterConfig(dpi=50, width=4, height=3)
+KAPPAS, SEEDS, DIGITS, METHODS = (10, 20, 40), (0, 1), (3, 9), ("original", "mimu", "retrain", "mine")
+CURVES = [
+    ("draw_loss_curves_on_forget_set", "loss_forget_set.png", "unlearning_metrics", "loss"),
+    ("draw_score_curves_on_forget_set", "score_forget_set.png", "unlearning_metrics", "score"),
+    ("draw_loss_curves_on_retain_set", "loss_retain_set.png", "performance_degradation_metrics", "loss"),
+    ("draw_score_curves_on_retain_set", "score_retain_set.png", "performance_degradation_metrics", "score"),
+    ("draw_classifier_probability_on_forget_class", "probability_on_forget_class.png", "unlearning_metrics", "probability"),
+]  # fmt: skip
+
+
+def number(*key) -> float:
+    """A number between 0 and 1 that belongs to its key."""
+    return (hash(key) % 10_007) / 10_007
+
+
+def experiment(seed, digit, kappa) -> dict:
+    def metrics(evaluation, *names):
+        return {m: {n: number(evaluation, m, n, seed, digit, kappa) for n in names} for m in METHODS}
+
+    # On training samples the retain score falls with kappa, the forget score is 0 from 20 on.
+    training = {"forget": {"score": 50.0 if kappa < 20 else 0.0}, "retain": {"score": 97.0 - kappa / 100}}
+    return {
+        "seed": seed, "forget_digit": digit, "kappa": kappa, "top_k": 5,
+        "unlearning_metrics": metrics("unlearning_metrics", "loss", "score", "probability"),
+        "performance_degradation_metrics": metrics("performance_degradation_metrics", "loss", "score"),
+        "mask_efficacy_metrics": {"mimu": {"loss": 0.5, "score": 90.0, "probability": 0.7}},
+        "training_split_metrics": {"mimu": training},
+        "seconds": {"gcn": 3.0, "original": 0.0, "mimu": 0.25, "retrain": 2.0},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def written(tmp_path):
+    paths = []
+    for seed in SEEDS:
+        for digit in DIGITS:
+            for kappa in KAPPAS:
+                paths.append(tmp_path / f"{seed}_{digit}_{kappa}.json")
+                paths[-1].write_text(json.dumps(experiment(seed, digit, kappa)))
+    return paths
+
+
+@pytest.fixture
+def reporter(written, tmp_path):
+    (tmp_path / "reports").mkdir()
+    return Reporter(CONFIG, reversed(written), tmp_path / "reports")
+
+
+def mean_by_hand(evaluation, method, metric, kappa, seeds=SEEDS, digits=DIGITS):
+    return fmean(number(evaluation, method, metric, seed, digit, kappa) for seed in seeds for digit in digits)
+
+
+@pytest.mark.parametrize("samples, evaluation", [("forget", "unlearning_metrics"), ("retain", "performance_degradation_metrics")])  # fmt: skip
+def test_every_getter_gives_one_mean_per_kappa(reporter, samples, evaluation):
+    for method in METHODS:
+        for metric in ("loss", "score", "probability")[: 3 if samples == "forget" else 2]:
+            values = getattr(reporter, f"get_{method}_unlearning_{samples}_set_{metric}")()
+            assert values == pytest.approx([mean_by_hand(evaluation, method, metric, kappa) for kappa in KAPPAS])
+
+
+def test_an_unknown_getter_is_an_attribute_error(reporter):
+    with pytest.raises(AttributeError, match="get_nobody_unlearning_forget_set_score"):
+        reporter.get_nobody_unlearning_forget_set_score()
+    with pytest.raises(AttributeError):
+        reporter.nonsense  # noqa: B018
+
+
+def test_a_value_has_the_deviation_over_seeds(reporter):
+    value = reporter.value("unlearning_metrics", "mimu", "score", kappa=20)
+    seeds = [mean_by_hand("unlearning_metrics", "mimu", "score", 20, seeds=[seed]) for seed in SEEDS]
+    assert value.per_seed == pytest.approx(seeds)
+    assert f"{value:.3f}" == f"{fmean(seeds):.3f} ± {stdev(seeds):.3f}"
+    one_digit = reporter.value("unlearning_metrics", "mimu", "score", kappa=20, digits=[9])
+    assert one_digit.mean == pytest.approx(mean_by_hand("unlearning_metrics", "mimu", "score", 20, digits=[9]))
+
+
+def test_values_are_written_as_people_read_them():
+    assert f"{Value((1.25,)):.1f}" == "1.2" and f"{Value((1.0, 3.0)):+.1f}" == "+2.0 ± 1.4"
+    assert f"{Value((math.nan,)):.2f}" == "–"
+    assert (Value((3.0, 5.0)) - Value((1.0, 2.0))).per_seed == (2.0, 3.0)
+
+
+def test_null_is_drawn_as_a_gap_and_written_as_a_dash(written, tmp_path):
+    broken = json.loads(written[0].read_text())
+    broken["unlearning_metrics"]["mine"]["loss"] = None
+    written[0].write_text(json.dumps(broken))
+    reporter = Reporter(CONFIG, written, tmp_path / "reports")
+    losses = reporter.get_mine_unlearning_forget_set_loss()
+    assert math.isnan(losses[0]) and not any(map(math.isnan, losses[1:]))
+    reporter.plot()
+    assert "–" in (tmp_path / "reports" / "summary.md").read_text()
+
+
+def test_the_best_kappa_is_chosen_on_the_training_split(reporter):
+    assert reporter.best_kappa() == 20
+
+
+@pytest.mark.parametrize("draw, file, evaluation, metric", CURVES)
+def test_curves_show_every_method(reporter, monkeypatch, draw, file, evaluation, metric):
+    drawn = {}
+    close = plt.close
+
+    def keep(figure):
+        for line in figure.axes[0].lines:
+            drawn[line.get_label()] = (line.get_xydata().tolist(), line.get_color())
+        drawn["legend"] = [text.get_text() for text in figure.legends[0].get_texts()]
+        drawn["labels"] = (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel())
+        close(figure)
+
+    monkeypatch.setattr(plt, "close", keep)
+    getattr(reporter, draw)()
+    assert (reporter.folder / file).read_bytes()[:4] == b"\x89PNG"
+    assert drawn["legend"] == list(METHODS) and all(drawn["labels"])
+    for method in METHODS:
+        points = [[kappa, mean_by_hand(evaluation, method, metric, kappa)] for kappa in KAPPAS]
+        assert drawn[method][0] == [pytest.approx(point) for point in points]
+        assert drawn[method][1] == method_styles(METHODS)[method]["color"]
+
+
+def test_every_figure_and_table_is_written(reporter):
+    reporter.plot()
+    files = [*(file for _, file, _, _ in CURVES), "summary.png", "summary.md"]
+    assert sorted(path.name for path in reporter.folder.iterdir()) == sorted(files)
+    summary = (reporter.folder / "summary.md").read_text()
+    for method in METHODS:
+        value = reporter.value("performance_degradation_metrics", method, "score", kappa=20)
+        assert f"{value:.2f}" in summary
+    assert plt.get_fignums() == []
+
+
+def test_colours_are_the_same_with_and_without_other_methods():
+    styles = method_styles(["mimu", "mine", "original", "yours"])
+    assert styles["mimu"] == METHOD_STYLES["mimu"] and styles["original"] == METHOD_STYLES["original"]
+    assert len({style["color"] for style in styles.values()}) == 4
+
+
+def test_tables_are_aligned():
+    lines = markdown_table(["name", "n"], [["a", 1], ["long name", 22]]).splitlines()
+    assert lines == ["| name      |  n |", "| --------- | -: |", "| a         |  1 |", "| long name | 22 |"]
+
+
+def test_nothing_to_report_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no experiment"):
+        Reporter(CONFIG, [], tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"dpi": 0}, {"width": -1.0}, {"height": math.inf}])
+def test_impossible_figures_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        ReporterConfig(**{"dpi": 50, "width": 4.0, "height": 3.0} | change)
