@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torchvision
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
@@ -111,13 +110,14 @@ class ImageData:
             self._sealed = before
 
 
-def load_image_data(
-    name: str = "MNIST", root: Path = DATASET_ROOT, device: torch.device | str = "cpu"
-) -> ImageData:
+def load_image_data(name: str = "MNIST", root: Path = DATASET_ROOT, device: torch.device | str = "cpu") -> ImageData:
     """Reads a torchvision data set of 28 x 28 images into memory, standardised by the training split's mean and deviation.
 
     Raises ValueError when its files are missing and cannot be had.
     """
+    # Imported here, so that a bad setting is told without waiting for it.
+    import torchvision
+
     if name not in DATASETS:
         raise ValueError(f"dataset {name!r} is not known: valid are {', '.join(DATASETS)}")
     dataset = getattr(torchvision.datasets, name)

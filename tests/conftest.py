@@ -29,7 +29,9 @@ def random_classifier(seed: int = 0, dtype: torch.dtype = torch.float32) -> Hook
 
 def graph_generator(mask_layer=-2, dtype: torch.dtype = torch.float32, **changes) -> GraphGenerator:
     settings = {"features": tuple(FEATURES), "other_classes": True, "samples_per_class": 15} | changes
-    return GraphGenerator(random_classifier(dtype=dtype), random_split(dtype=dtype), GraphConfig(mask_layer, **settings), 0)
+    return GraphGenerator(
+        random_classifier(dtype=dtype), random_split(dtype=dtype), GraphConfig(mask_layer, **settings), 0
+    )
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ def registry(monkeypatch):
     monkeypatch.setattr(evaluation, "METHODS", dict(METHODS))
 
 
-
 def make_eval(folder, test: Split | None = None, kappa: int = KAPPA, shared=None, mask_layer=-2, **changes) -> Eval:
     settings = {"step": 4, "group_size": 10, "visualize": False, "batch_size": 7} | changes
     config = dataclasses.replace(load_config().eval, **settings)

@@ -34,7 +34,15 @@ finite = st.floats(-50, 50, width=32)
 
 
 def gcn_config(**changes):
-    small = {"hidden": 8, "rounds": 2, "steps": 20, "warmup": 4, "partly_masked": (2, 8), "group_size": 8, "samples": 30}
+    small = {
+        "hidden": 8,
+        "rounds": 2,
+        "steps": 20,
+        "warmup": 4,
+        "partly_masked": (2, 8),
+        "group_size": 8,
+        "samples": 30,
+    }
     return dataclasses.replace(load_config().gcn, **small | {"kappa": (3, 10)} | changes)
 
 
@@ -164,7 +172,9 @@ def test_a_trained_gcn_forgets_every_class_and_keeps_the_others():
     config = gcn_config(hidden=16, steps=150, kappa=(10, 60), partly_masked=(5, 40), learning_rate=0.02, samples=45)
     trainer = GCNTrainer(config, graphs, 48, 0)
     gcn = trainer.train()
-    early, late = (sum(step["necessity_forget"] for step in part) for part in (trainer.history[:20], trainer.history[-20:]))
+    early, late = (
+        sum(step["necessity_forget"] for step in part) for part in (trainer.history[:20], trainer.history[-20:])
+    )
     assert late < early / 2
 
     def correct(samples):
