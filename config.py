@@ -87,7 +87,7 @@ class Config:
         return (self.seed,) if self.sweep.seeds is None else self.sweep.seeds
 
     def torch_device(self) -> torch.device:
-        """The device to run on: `auto` takes CUDA, else MPS, else the CPU. Raises ValueError for one that is not there."""
+        """The device to run on: `auto` takes CUDA, else MPS, else the CPU. Raises ValueError where it is not there."""
         if self.device == "auto":
             mps = torch.backends.mps.is_available()
             return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -137,7 +137,7 @@ def parse_override(override: str) -> tuple[str, dict[str, Any]]:
 
 
 def flattened(settings: Any, section: type, origin: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, value in its field's type) for all that a mapping sets of a config section. Raises ConfigError."""
+    """Yields (dotted key, value in its field's type) for all that a mapping sets of a section. Raises ConfigError."""
     hints = typing.get_type_hints(section)
     if not isinstance(settings, dict):
         where = prefix.rstrip(".") or "the file"
@@ -199,7 +199,7 @@ def description(hint: Any) -> str:
 
 
 def build(section: type, values: dict[str, Any], origins: dict[str, str], prefix: str = "") -> Any:
-    """Makes a config section of its dotted values. Raises ConfigError where one is missing or the section refuses one."""
+    """Makes a section of its dotted values. Raises ConfigError where one is missing or the section refuses one."""
     arguments = {}
     for name, hint in typing.get_type_hints(section).items():
         key = f"{prefix}{name}"

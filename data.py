@@ -111,7 +111,7 @@ class ImageData:
 
 
 def load_image_data(name: str = "MNIST", root: Path = DATASET_ROOT, device: torch.device | str = "cpu") -> ImageData:
-    """Reads a torchvision data set of 28 x 28 images into memory, standardised by the training split's mean and deviation.
+    """Reads a torchvision data set of 28 x 28 images into memory, standardised by its training split.
 
     Raises ValueError when its files are missing and cannot be had.
     """
@@ -220,8 +220,8 @@ class GraphConfig:
 class GraphGenerator:
     """Activation graphs of a classifier: what every sample does in the masked layers, recorded in one batched pass.
 
-    Stored are a few hundred floats a sample; the vertex features of a group are formed when they are needed. The samples
-    of class c are the indices c * samples_per_class to (c + 1) * samples_per_class - 1.
+    Stored are a few hundred floats a sample; the vertex features of a group are formed when they are needed.
+    The samples of class c are the indices c * samples_per_class to (c + 1) * samples_per_class - 1.
     """
 
     def __init__(self, classifier: HookedMNISTClassifier, train: Split, config: GraphConfig, seed: int) -> None:
@@ -268,7 +268,7 @@ class GraphGenerator:
         return self._standardised(own, others), loss
 
     def get_data(self, index: int) -> Data:
-        """The graph of one sample (n = 1) for PyTorch Geometric: x (vertices, features), edge_index (2, edges), y (1)."""
+        """The graph of one sample (n = 1) for PyG: x (vertices, features), edge_index (2, edges), y (1)."""
         # Imported here, since it takes longer than the rest and only this export needs it.
         from torch_geometric.data import Data
 

@@ -25,11 +25,12 @@ from trainer import MaskingConfig, Trainer, UnlearningSFT, UnlearningSFTConfig, 
 
 
 class Request:
-    """One request to forget a class, and all that a method may use to answer it: the training split, never the test split.
+    """One request to forget a class, and all that a method may use to answer it: of the data the training split only.
 
-    train: the training split; forget_class: the class to forget; kappa: how many weights to zero; top_k: how many weights
-    a keep mask keeps; seed: of all random draws; graphs, gcn: the activation graphs and the masking GCN trained on them;
-    trainer: trains a classifier as the original was trained; sft: settings of that method
+    classifier: a fresh copy of the original, free to be changed; trainer: trains another one as it was trained
+    train: the training split; forget_class: the class to forget; seed: of all random draws
+    kappa: how many weights to zero; top_k: how many weights a keep mask keeps
+    graphs, gcn: the activation graphs of the original and the masking GCN trained on them
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Request:
         return copy.deepcopy(self._classifier)
 
     def zeroed_by_gcn(self) -> Tensor:
-        """The kappa vertices that the masking GCN zeroes first. Steps made for a smaller kappa count as time spent too."""
+        """The kappa vertices that the masking GCN zeroes first; steps made for a smaller kappa count as time spent."""
         self.reused_seconds += self.order.seconds(self.kappa)
         return self.order.first(self.kappa)
 
@@ -95,7 +96,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to forget: `unlearn` gives the unlearned classifier; `most_needed`, where it can say so, the K vertices that the class needs."""
+    """A way to forget, and where it can say so, which K vertices of the weight graph the class needs most."""
 
     unlearn: Callable[[Request], nn.Module]
     uses_kappa: bool
@@ -108,10 +109,11 @@ METHODS: dict[str, Method] = {}
 def unlearning_method(
     name: str, uses_kappa: bool = False, most_needed: Callable[[Request], Tensor] | None = None
 ) -> Callable[[Callable[[Request], nn.Module]], Callable[[Request], nn.Module]]:
-    """Registers a function from a request to an unlearned classifier: it then stands in every evaluation, plot and table.
+    """Registers a function from a request to an unlearned classifier, which then stands in every plot and table.
 
     uses_kappa: whether the answer depends on `request.kappa`; if not, it is computed once for all kappas.
-    most_needed: gives the K = `request.top_k` vertices that the class needs, for the mask efficacy.
+    most_needed: gives the K = `request.top_k` vertices that the class needs, for the mask efficacy; or (choices, K),
+        whose metrics are averaged.
     """
 
     def register(unlearn: Callable[[Request], nn.Module]) -> Callable[[Request], nn.Module]:
@@ -135,15 +137,20 @@ def mimu(request: Request) -> nn.Module:
     return request.zeroing(request.zeroed_by_gcn())
 
 
-def random_vertices(request: Request, count: int) -> Tensor:
-    generator = seeded("random", request.seed, request.forget_class)
+def random_vertices(request: Request, count: int, draw: int = 0) -> Tensor:
+    generator = seeded("random", request.seed, request.forget_class, draw)
     return torch.randperm(request.graphs.graph.num_vertices, generator=generator)[:count]
 
 
-@unlearning_method("random", uses_kappa=True, most_needed=lambda request: random_vertices(request, request.top_k))
+@unlearning_method("random", uses_kappa=True, most_needed=lambda request: random_choices(request))
 def random(request: Request) -> nn.Module:
     """The control: kappa random weights of the same layers."""
     return request.zeroing(random_vertices(request, request.kappa))
+
+
+def random_choices(request: Request) -> Tensor:
+    """Several random keep masks (masks, K), since a single one may keep a class or lose it by chance."""
+    return torch.stack([random_vertices(request, request.top_k, draw) for draw in range(request.config.random_masks)])
 
 
 @unlearning_method("sft")
@@ -164,11 +171,12 @@ def retrain(request: Request) -> nn.Module:
 
 @dataclass(frozen=True)
 class EvalConfig(MaskingConfig):
-    """How requests are answered and scored: settings of the masks, the methods (None: all registered ones), the plots."""
+    """How requests are answered and scored: the settings of the masks, the methods (None: all that are registered)."""
 
     methods: tuple[str, ...] | None
     batch_size: int
     visualize: bool
+    random_masks: int
     sft: UnlearningSFTConfig
 
     def __post_init__(self) -> None:
@@ -179,6 +187,7 @@ class EvalConfig(MaskingConfig):
         if "mimu" not in self.method_names or len(set(self.method_names)) < len(self.method_names):
             raise ValueError(f"methods must name mimu, and each method once, not {list(self.method_names)}")
         check_range("batch_size", self.batch_size, at_least=1)
+        check_range("random_masks", self.random_masks, at_least=1)
 
     @property
     def method_names(self) -> tuple[str, ...]:
@@ -315,7 +324,7 @@ class Eval:
         return metrics
 
     def eval_mask_efficacy(self) -> dict[str, dict[str, float]]:
-        """Every keep mask on the forget set: is the class still classified with only the top-K weights of the masked layers?"""
+        """Every keep mask on the forget set: with K weights of the masked layers, is the class still classified?"""
         metrics = {}
         for name in self.config.method_names:
             if METHODS[name].most_needed is not None:
@@ -323,7 +332,7 @@ class Eval:
         return metrics
 
     def eval_training_split(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Every method on training samples: for choices, such as the kappa to report, that the test split must not make."""
+        """Every method on training samples: for choices, as of a kappa to report, that the test split must not make."""
         return {
             name: {
                 "forget": self._scored(name, self.training_forget_set, is_forget_set=True),
@@ -363,7 +372,7 @@ class Eval:
         return results
 
     def draw_visualization(self, results: dict[str, Any]) -> None:
-        """Draws this experiment: bar charts of each evaluation, where the forget set goes, and which weights are zeroed."""
+        """Draws bar charts of each evaluation, where the forget set goes, and which weights are zeroed."""
         folder = self.folder / "Metrics and Plots" / "plots" / self.experiment.id
         folder.mkdir(parents=True, exist_ok=True)
         drawings = {
@@ -453,8 +462,10 @@ class Eval:
     def _efficacy(self, name: str) -> dict[str, float]:
         def score() -> dict[str, float]:
             with self.data.sealed():
-                model = self.request.keeping(METHODS[name].most_needed(self.request.at(None)))
-            return self.inference(model, self.mnist_forget_set(), True, f"{name}, weights kept")
+                choices = METHODS[name].most_needed(self.request.at(None))
+                models = [self.request.keeping(vertices) for vertices in choices.reshape(-1, choices.shape[-1])]
+            scored = [self.inference(model, self.mnist_forget_set(), True, f"{name}, kept") for model in models]
+            return {metric: sum(metrics[metric] for metrics in scored) / len(scored) for metric in scored[0]}
 
         return self._once((name, "efficacy"), score)
 

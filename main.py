@@ -1,4 +1,4 @@
-"""Runs the experiments that a config describes: classifier, activation graphs, masking GCN, unlearning, metrics, reports."""
+"""Runs what a config describes: classifier, activation graphs, masking GCN, unlearning, metrics, reports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="main.py",
-        description="Trains a classifier, makes it forget a class by masks of its weights, scores and plots every method.",
+        description="Trains a classifier, makes it forget classes by masks of its weights, scores and plots it all.",
         epilog="for example: main.py sweep.forget_digits=[3] 'sweep.kappa=[100, 300]' gcn.steps=200",
     )
     parser.add_argument(

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What one linear layer did on a batch of samples; its weight gradient of sample s is `loss_gradient[s] inputs[s]^T`.
+    """What one linear layer did on a batch; the weight gradient of sample s is `loss_gradient[s] inputs[s]^T`.
 
     inputs: (samples, n), the input activation a
     outputs: (samples, m), the output activation h: after the ReLU, or the logits for the output layer
@@ -156,7 +156,7 @@ class WeightGraph:
         return [part.unflatten(dim, shape) for part, shape in zip(x.split(self.sizes, dim), self.shapes)]
 
     def neuron_totals(self, x: Tensor) -> dict[int, Tensor]:
-        """Sums x over the masked weights at each neuron: (batch, vertices, features) to column: (batch, neurons, features)."""
+        """Totals of x (batch, vertices, features) at the neurons of masked layers: column to (batch, neurons, features)."""
         totals: dict[int, Tensor] = {}
         for layer, part in zip(self.layers, self.split(x, dim=1)):  # (batch, m, n, features)
             for column, total in ((layer, part.sum(1)), (layer + 1, part.sum(2))):

@@ -29,7 +29,7 @@ FORGET, RETAIN = "unlearning_metrics", "performance_degradation_metrics"
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """How each method is drawn, the same in every plot; methods without a style of their own take the free ones in turn."""
+    """How each method is drawn, the same in every plot; those without a style of their own take free ones in turn."""
     styles: dict[str, dict[str, Any]] = {}
     for name in methods:
         turn = sum(other not in METHOD_STYLES for other in styles)
@@ -179,7 +179,7 @@ class Reporter:
             self._plot_methods(x, FORGET, "probability")
 
     def draw_summary(self) -> None:
-        """Forget score against retain score, a mark per method and kappa: the place of the retrained classifier is the aim."""
+        """Forget score against retain score, a mark per method and kappa: where the retrained one stands is the aim."""
         with self._figure("summary.png", "score on the forget set (%)", "score on the retain set (%)"):
             for name in self.methods:
                 x, y = self.curve(FORGET, name, "score"), self.curve(RETAIN, name, "score")

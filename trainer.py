@@ -1,4 +1,4 @@
-"""All that trains: the classifier, the masking GCN and unlearning by random labels; and the masks that the GCN makes."""
+"""All that trains: the classifier, the masking GCN, unlearning by random labels; and the masks of the GCN."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Trainer:
 def top_k_mask(logits: Tensor, k: int, temperature: float) -> Tensor:
     """Straight-through top-k: exactly k ones on the last dimension, ties included.
 
-    Forward 1 on the k largest logits and 0 elsewhere; backward the gradient of sigmoid((logit - k-th largest) / temperature).
+    Forward 1 on the k largest and 0 elsewhere; backward the gradient of sigmoid((logit - k-th largest) / temperature).
     """
     largest, vertices = logits.topk(k, -1)
     hard = torch.zeros_like(logits).scatter_(-1, vertices, 1.0)
@@ -76,7 +76,10 @@ def top_k_mask(logits: Tensor, k: int, temperature: float) -> Tensor:
 
 
 def gumbel_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise: the k largest of logits + noise are a sample without replacement (Kool et al. 2019, arXiv:1903.06059)."""
+    """Standard Gumbel noise: the k largest of logits + noise are a sample of k without replacement.
+
+    Kool et al. 2019, arXiv:1903.06059.
+    """
     return -torch.empty(shape).exponential_(generator=generator).log()
 
 
@@ -97,7 +100,7 @@ def prior_divergence(logits: Tensor, weights: Tensor) -> Tensor:
 
 
 def contrast(importance: Tensor, damage: Tensor | None = None) -> Tensor:
-    """How much more each class needs a weight than the others do: Q_d - sum(v_c Q_c, c != d), the v_c normalised over c != d.
+    """How much more class d needs a weight than the others do: Q_d - sum(v_c Q_c, c != d) / sum(v_c, c != d).
 
     With `damage`, the cross entropy (classes) of each class under the current mask, v_c is proportional to
     (damage_c + 0.02)^0.5, so that a class that the mask has hurt is spared next; without it all v_c are equal.
@@ -112,7 +115,7 @@ def contrast(importance: Tensor, damage: Tensor | None = None) -> Tensor:
 def masked_logits(classifier: HookedMNISTClassifier, graph: WeightGraph, keep: Tensor, inputs: Tensor) -> Tensor:
     """The classifier under many masks at once, differentiable with respect to the masks.
 
-    keep: (masks, vertices); inputs of the first masked layer: (samples, n), or (masks, samples, n) for samples of their own
+    keep: (masks, vertices); inputs of the first masked layer: (samples, n) for all, or (masks, samples, n)
     Returns logits (masks, samples, classes).
     """
     keep_of = dict(zip(graph.layers, graph.split(keep)))
@@ -170,8 +173,8 @@ class GCNTrainer:
 
     - sufficiency: with the top-K weights of a class alone, its samples keep their label (cross entropy);
     - prior: KL(Q || P) between softmax(logits) and the distribution proportional to |w|;
-    - necessity: without the kappa weights of largest contrast for class d, p(d) of d's samples goes to 0 (-log(1 - p(d))),
-      and all other samples keep the original's prediction with class d removed (cross entropy).
+    - necessity: without the kappa weights of largest contrast for class d, p(d) of its samples goes to 0, by
+      -log(1 - p(d)), and all others keep the original's prediction with class d removed (cross entropy).
 
     Every second step works on the classifier that the step before has masked for a random class, as later steps of a
     request will find it.
@@ -212,7 +215,7 @@ class GCNTrainer:
         return gcn
 
     def loss(self, gcn: MaskingGCN, zeroed: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """The terms of the loss with a weight above 0 on the classifier without the vertices `zeroed`, and the contrast."""
+        """The terms with a weight above 0 on the classifier without the vertices `zeroed`, and the contrast."""
         mask = Mask.zeroing(self.graph, zeroed) if len(zeroed) else None
         x, damage = self.graphs.class_graphs(self.graphs.draw(self.config.group_size, generator), mask)
         importance = gcn(x, self.graph)  # (classes, vertices)
@@ -255,7 +258,7 @@ class GCNTrainer:
         return {"necessity_forget": forget, "necessity_retain": retain}
 
     def _next_zeroed(self, step: int, zeroed: Tensor, scores: Tensor, generator: torch.Generator) -> Tensor:
-        """What is zeroed in the next step: nothing after a partly masked one, else what the mask of a random class begins with."""
+        """What is zeroed next: nothing after a partly masked step, else the first weights for a random class."""
         if self.config.partly_masked is None or step + 1 < self.config.warmup or len(zeroed):
             return zeroed[:0]
         forget_class = int(torch.randint(len(scores), (), generator=generator))
@@ -263,7 +266,9 @@ class GCNTrainer:
 
 
 def set_difference(importance: Tensor, top_k: int) -> Tensor:
-    """The published ranking as one score: weights in the top-K of class d and of no other class first, by Q_d; then by contrast.
+    """The published ranking as one score.
+
+    Weights in the top-K of class d and of no other class come first, by Q_d; the others follow by contrast.
 
     Shapes: importance (classes, vertices) to scores (classes, vertices), larger is zeroed earlier.
     """
@@ -276,7 +281,7 @@ def set_difference(importance: Tensor, top_k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskingConfig:
-    """How a trained GCN answers a request: the class graphs it scores, and how the scores become an order of weights."""
+    """How a trained GCN answers a request: the class graphs it scores, and how their scores rank the weights."""
 
     step: int | None
     ranking: Literal["damage", "mean", "set_difference"]
@@ -289,10 +294,10 @@ class MaskingConfig:
 
 
 class ZeroingOrder:
-    """The order in which a trained GCN zeroes weights to forget one class: the mask at kappa is its first kappa entries.
+    """The order in which a trained GCN zeroes weights to forget a class: the mask at kappa is its first kappa entries.
 
     Weights stand in for one another, which scores given all at once cannot see. So a step zeroes `config.step` weights
-    (None: all of them), and the next one scores the graphs recorded anew on the classifier masked so far. Steps are made
+    (None: all of them), and the next one scores graphs recorded anew on the classifier masked so far. Steps are made
     when they are asked for: a larger kappa goes on from a smaller one.
     """
 
@@ -326,7 +331,7 @@ class ZeroingOrder:
 
     @torch.no_grad()
     def importance(self, step: int = 0) -> tuple[Tensor, Tensor]:
-        """Q, the GCN's mean logits on class graphs after `step` steps, (classes, vertices), and the classes' cross entropy (classes)."""
+        """The GCN's mean logits Q (classes, vertices) after `step` steps, and each class's cross entropy (classes)."""
         zeroed = self._zeroed[: step * self.step]
         mask = Mask.zeroing(self.graphs.graph, zeroed) if len(zeroed) else None
         importance, damage = [], []

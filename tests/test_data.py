@@ -91,7 +91,7 @@ def test_recorded_gradients_are_those_of_autograd_one_sample_at_a_time(mask_laye
 
 
 def features_by_hand(graphs, samples, masked=None):
-    """The eight features of one group in one masked layer by their definitions, a sample at a time, not standardised."""
+    """The features of one group in one masked layer by their definitions, a sample at a time, not standardised."""
     layer = graphs.graph.layers[0]
     classifier = random_classifier(dtype=torch.float64)
     if masked is not None:

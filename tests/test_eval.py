@@ -211,3 +211,18 @@ def test_the_plots_of_an_experiment_are_drawn(tmp_path):
     names = ["class_probabilities", "mask_efficacy", "performance_degradation", "unlearning", "weights"]
     assert [path.stem for path in drawn] == names
     assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 3000 for path in drawn)
+
+
+def test_several_keep_masks_are_averaged(tmp_path, registry):
+    scored = make_eval(tmp_path)
+    choices = evaluation.random_choices(scored.request)
+    assert choices.shape == (20, TOP_K) and len({tuple(choice.sort().values.tolist()) for choice in choices}) == 20
+    by_hand = []
+    for vertices in choices:
+        weight = scored.request.classifier.layers[1].weight.detach()
+        keep = torch.zeros_like(weight).flatten().index_fill(0, vertices, 1.0).view_as(weight)
+        model = scored.request.classifier
+        model.layers[1].weight.data = weight * keep
+        images, labels = scored.mnist_forget_set().dataset.tensors
+        by_hand.append(100 * (model(images).argmax(1) == labels).double().mean())
+    assert scored.eval_mask_efficacy()["random"]["score"] == pytest.approx(sum(by_hand).item() / 20)

@@ -18,7 +18,7 @@ def line_graph_edges(shapes, mask_layer) -> set[tuple[int, int]]:
     """Edges between weights by PyG: LineGraph of the network of the masked weights, renamed to our vertex numbers."""
     layers = resolve_mask_layer(mask_layer, len(shapes))
     first_neuron = [0]
-    for m, n in shapes:
+    for _, n in shapes:
         first_neuron.append(first_neuron[-1] + n)
     vertex_of, offset = {}, 0
     for layer in layers:

@@ -7,16 +7,16 @@ from statistics import fmean, stdev
 import matplotlib.pyplot as plt
 import pytest
 
-from reporter import METHOD_STYLES, Reporter, ReporterConfig, Value, markdown_table, method_styles
+from reporter import FORGET, METHOD_STYLES, RETAIN, Reporter, ReporterConfig, Value, markdown_table, method_styles
 
 CONFIG = ReporterConfig(dpi=50, width=4, height=3)
 KAPPAS, SEEDS, DIGITS, METHODS = (10, 20, 40), (0, 1), (3, 9), ("original", "mimu", "retrain", "mine")
 CURVES = [
-    ("draw_loss_curves_on_forget_set", "loss_forget_set.png", "unlearning_metrics", "loss"),
-    ("draw_score_curves_on_forget_set", "score_forget_set.png", "unlearning_metrics", "score"),
-    ("draw_loss_curves_on_retain_set", "loss_retain_set.png", "performance_degradation_metrics", "loss"),
-    ("draw_score_curves_on_retain_set", "score_retain_set.png", "performance_degradation_metrics", "score"),
-    ("draw_classifier_probability_on_forget_class", "probability_on_forget_class.png", "unlearning_metrics", "probability"),
+    ("draw_loss_curves_on_forget_set", "loss_forget_set.png", FORGET, "loss"),
+    ("draw_score_curves_on_forget_set", "score_forget_set.png", FORGET, "score"),
+    ("draw_loss_curves_on_retain_set", "loss_retain_set.png", RETAIN, "loss"),
+    ("draw_score_curves_on_retain_set", "score_retain_set.png", RETAIN, "score"),
+    ("draw_classifier_probability_on_forget_class", "probability_on_forget_class.png", FORGET, "probability"),
 ]  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def mean_by_hand(evaluation, method, metric, kappa, seeds=SEEDS, digits=DIGITS):
     return fmean(number(evaluation, method, metric, seed, digit, kappa) for seed in seeds for digit in digits)
 
 
-@pytest.mark.parametrize("samples, evaluation", [("forget", "unlearning_metrics"), ("retain", "performance_degradation_metrics")])  # fmt: skip
+@pytest.mark.parametrize("samples, evaluation", [("forget", FORGET), ("retain", RETAIN)])
 def test_every_getter_gives_one_mean_per_kappa(reporter, samples, evaluation):
     for method in METHODS:
         for metric in ("loss", "score", "probability")[: 3 if samples == "forget" else 2]:
