@@ -301,7 +301,7 @@ class Eval:
         """
         loss = correct = probability = 0.0
         for images, labels in tqdm(data_loader, description, delay=2, leave=False, disable=None):
-            logits = model(images).double()
+            logits, labels = model(images).cpu().double(), labels.cpu()
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             correct += (logits.argmax(1) == labels).sum().item()
             probability += logits.softmax(1)[:, self.experiment.forget_digit].sum().item()
@@ -387,7 +387,7 @@ class Eval:
             "weights": self._draw_weights,
         }
         for name, draw in drawings.items():
-            figure = Figure(figsize=(8, 3), layout="constrained")
+            figure = Figure(figsize=(9, 3), layout="constrained")
             draw(figure)
             figure.suptitle(
                 f"Forgetting digit {self.experiment.forget_digit}, kappa = {self.experiment.kappa}", fontsize=10
@@ -400,11 +400,11 @@ class Eval:
         for axes, metric in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured):
             values = [metrics[name][metric] for name in metrics]
             heights = [value if math.isfinite(value) else 0.0 for value in values]
-            bars = axes.bar(list(metrics), heights, color=[styles[name]["color"] for name in metrics])
-            axes.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=8)
+            bars = axes.bar(range(len(values)), heights, color=[styles[name]["color"] for name in metrics])
+            axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8)
             axes.set_ylabel(f"{AXIS_LABELS[metric]}\n({samples})", fontsize=9)
             axes.margins(y=0.15)
-            axes.tick_params("x", rotation=30)
+            axes.set_xticks(range(len(values)), list(metrics), rotation=45, ha="right")
 
     def _draw_class_probabilities(self, figure: Figure) -> None:
         """Mean predicted probability of every class on the forget set, a row per method."""
@@ -446,10 +446,14 @@ class Eval:
 
     def _timed_answer(self, name: str) -> Answer:
         request = self.request.at(self.experiment.kappa if METHODS[name].uses_kappa else None)
+        original = request.classifier.state_dict()
         with self.data.sealed():
             started = time.perf_counter()
             model = METHODS[name].unlearn(request)
             seconds = time.perf_counter() - started
+        for key, weight in request.classifier.state_dict().items():
+            if not torch.equal(weight, original[key]):
+                raise ValueError(f"method {name!r} changed the original's {key}: change request.classifier, a copy")
         return Answer(model.eval(), seconds + request.reused_seconds)
 
     def _scored(self, name: str, loader: Callable[[], DataLoader], is_forget_set: bool) -> dict[str, float]:

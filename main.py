@@ -52,8 +52,8 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     print(f"{name}: {seconds[name]:.1f} s", flush=True)
 
 
-def run(config: Config, root: Path = ROOT) -> None:
-    """Runs all stages and leaves their artifacts under `root`."""
+def run(config: Config, root: Path = ROOT, started: float | None = None) -> None:
+    """Runs all stages and leaves their artifacts under `root`. started: when the clock of the whole run began."""
     import torch
 
     from data import NUM_CLASSES, GraphGenerator, load_image_data
@@ -63,7 +63,7 @@ def run(config: Config, root: Path = ROOT) -> None:
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    started = time.perf_counter()
+    started = time.perf_counter() if started is None else started
     settings = dataclasses.asdict(config)
     seconds: dict[str, float] = {}
     metrics: dict[int, list[Path]] = {top_k: [] for top_k in config.sweep.top_k}
@@ -120,6 +120,7 @@ def run(config: Config, root: Path = ROOT) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 2 for a setting that cannot work."""
+    started = time.perf_counter()
     parsed = parse_arguments(arguments)
     # Imported here, so that --help does not wait for PyTorch.
     from config import ConfigError, load_config
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    run(config)
+    run(config, started=started)
     return 0
 
 

@@ -156,7 +156,7 @@ class WeightGraph:
         return [part.unflatten(dim, shape) for part, shape in zip(x.split(self.sizes, dim), self.shapes)]
 
     def neuron_totals(self, x: Tensor) -> dict[int, Tensor]:
-        """Totals of x (batch, vertices, features) at the neurons of masked layers: column to (batch, neurons, features)."""
+        """Totals of x (batch, vertices, features) at the neurons of masked layers: column to (batch, neurons, ...)."""
         totals: dict[int, Tensor] = {}
         for layer, part in zip(self.layers, self.split(x, dim=1)):  # (batch, m, n, features)
             for column, total in ((layer, part.sum(1)), (layer + 1, part.sum(2))):
@@ -278,7 +278,8 @@ class Mask:
             if layer.weight.shape != keep.shape:
                 raise ValueError(f"layer {index} is {tuple(layer.weight.shape)}, its mask {tuple(keep.shape)}")
         for index, keep in zip(self.layers, self.keep):
-            parametrize.register_parametrization(classifier.layers[index], "weight", WeightMask(keep))
+            layer = classifier.layers[index]
+            parametrize.register_parametrization(layer, "weight", WeightMask(keep.to(layer.weight)))
 
     def remove(self, classifier: HookedMNISTClassifier) -> None:
         """Takes the mask off again: the weights are those from before, bit for bit."""

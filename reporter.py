@@ -309,5 +309,5 @@ class Reporter:
         written: list[float] = []
         for kappa, forget, retain in zip(self.kappas, x, y):
             if all(abs(forget - other) > 6 for other in written):
-                plt.annotate(f"{kappa}", (forget, retain), xytext=(5, 5), textcoords="offset points", fontsize=8)
+                plt.annotate(f"{kappa}", (forget, retain), xytext=(6, -11), textcoords="offset points", fontsize=8)
                 written.append(forget)

@@ -99,8 +99,7 @@ def activation_graphs() -> dict[str, float]:
         graphs.save(path)
         size = path.stat().st_size
     return {
-        "samples recorded": len(graphs),
-        "seconds": taken,
+        f"recording {len(graphs):,} samples, s": taken,
         "bytes a sample on disk": size / len(graphs),
     }
 

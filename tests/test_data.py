@@ -131,8 +131,6 @@ def test_class_graphs_are_the_features_by_their_definitions(masked):
     graphs = graph_generator(-2, torch.float64)
     samples = graphs.draw(5, seeded("test"))
     mask = None if masked is None else Mask.zeroing(graphs.graph, torch.tensor(masked))
-    if mask is not None:
-        mask = Mask(mask.layers, tuple(keep.double() for keep in mask.keep))
     x, loss = graphs.class_graphs(samples, mask)
     by_hand = [features_by_hand(graphs, group, masked) for group in samples]
     assert x.shape == (NUM_CLASSES, 30, 15)

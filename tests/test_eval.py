@@ -141,6 +141,16 @@ def test_methods_get_copies_of_the_classifier(tmp_path):
     assert all(torch.equal(w, layer.weight) for w, layer in zip(before, scored.request.classifier.layers))
 
 
+def test_a_method_that_changes_the_original_is_named(tmp_path, registry):
+    @unlearning_method("vandal")
+    def vandal(request):
+        request.graphs.classifier.layers[1].weight.data[0] = 0
+        return request.classifier
+
+    with pytest.raises(ValueError, match="method 'vandal' changed the original's layers.1.weight"):
+        make_eval(tmp_path).eval_unlearning()
+
+
 def test_the_methods_are_what_they_say(tmp_path):
     scored = make_eval(tmp_path)
     weights = answers(scored)

@@ -1,0 +1,101 @@
+"""Runs what the README's tables and pictures come from, and writes them into README.md and docs/.
+
+Run it with `uv run docs/build.py`, or with the names of some blocks: `uv run docs/build.py default benchmark`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from config import load_config  # noqa: E402
+from reporter import FORGET, RETAIN, Reporter, markdown_table  # noqa: E402
+
+REPORTS, DOCS = ROOT / "reports", ROOT / "docs"
+
+
+def replace_block(text: str, name: str, content: str) -> str:
+    """The text with what stands between `<!-- name -->` and `<!-- /name -->` replaced. Raises ValueError without it."""
+    block = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+    if not block.search(text):
+        raise ValueError(f"there is no block <!-- {name} --> ... <!-- /{name} --> to write to")
+    return block.sub(lambda match: f"{match[1]}{content.strip()}\n{match[2]}", text)
+
+
+def run(config: str) -> Reporter:
+    """Runs a config from a clean start and returns the reporter of its experiments."""
+    subprocess.run(["bash", "clean.sh"], cwd=ROOT, check=True)
+    path = ROOT / "configs" / f"{config}.yaml"
+    subprocess.run([sys.executable, "main.py", "--config", path], cwd=ROOT, check=True)
+    metrics = sorted((ROOT / "eval" / "Metrics and Plots" / "metrics").glob("*.json"))
+    shutil.copy(REPORTS / "summary.md", DOCS / f"{config}.md")
+    return Reporter(load_config(path).report, metrics, REPORTS)
+
+
+def run_figures() -> tuple[float, float]:
+    """Seconds and gigabytes of the last run."""
+    figures = json.loads((REPORTS / "run.json").read_text())
+    return figures["total_seconds"], figures["peak_bytes"] / 1e9
+
+
+def default() -> str:
+    run("config")
+    for name in ("score_forget_set", "score_retain_set", "summary"):
+        shutil.copy(REPORTS / f"{name}.png", DOCS / f"{name}.png")
+    seconds, gigabytes = run_figures()
+    return markdown_table(["`uv run main.py`", "measured"], [
+        ["wall time, s", f"{seconds:.0f}"],
+        ["peak memory, GB", f"{gigabytes:.1f}"],
+    ])  # fmt: skip
+
+
+def all_digits() -> str:
+    reporter = run("all_digits")
+    shutil.copy(REPORTS / "summary.png", DOCS / "summary_all_digits.png")
+    kappa = reporter.best_kappa()
+    share = 100 * kappa / reporter.experiments[0]["num_graph_vertices"]
+    seconds, gigabytes = run_figures()
+    return (
+        f"Ten digits, {len(reporter.seeds)} classifiers (mean ± standard deviation over them), test split. "
+        f"{kappa} weights zeroed, {share:.1f} % of the masked layer: of the kappas of the sweep, the best on training "
+        f"samples. `uv run main.py --config configs/all_digits.yaml`, {seconds:.0f} s, {gigabytes:.1f} GB.\n\n"
+        f"{reporter.methods_table(kappa)}\n\n"
+        f"Mask efficacy: only K = {reporter.experiments[0]['top_k']} weights of the layer kept, scores on the class.\n\n"
+        f"{reporter.efficacy_table(kappa)}"
+    )
+
+
+def published() -> str:
+    reporter = run("published")
+    rows = [
+        [kappa, *(f"{reporter.value(key, 'mimu', 'score', kappa=kappa):.2f}" for key in (FORGET, RETAIN))]
+        for kappa in reporter.kappas
+    ]
+    return markdown_table(["kappa", "forget score, %", "retain score, %"], rows)
+
+
+def benchmark() -> str:
+    done = subprocess.run([sys.executable, "tests/benchmark.py"], cwd=ROOT, check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "published": published,
+    "all_digits": all_digits,
+    "default": default,
+    "benchmark": benchmark,
+}
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or BLOCKS:
+        content = BLOCKS[name]()
+        readme = ROOT / "README.md"
+        readme.write_text(replace_block(readme.read_text(), name, content))
