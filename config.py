@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -29,11 +29,14 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
-    """The experiments: one for every seed, top_k, forget digit and kappa. seeds None: the one seed of the config."""
+    """The experiments: one for every seed, top_k, forget digit and kappa.
+
+    kappa: numbers of weights, and `auto` for the smallest that forgets; seeds None: the one seed of the config
+    """
 
     forget_digits: tuple[int, ...]
     top_k: tuple[int, ...]
-    kappa: tuple[int, ...]
+    kappa: tuple[int | Literal["auto"], ...]
     seeds: tuple[int, ...] | None
 
     def __post_init__(self) -> None:
@@ -44,6 +47,11 @@ class SweepConfig:
         for digit in self.forget_digits:
             if not 0 <= digit < NUM_CLASSES:
                 raise ValueError(f"forget_digits must be from 0 to {NUM_CLASSES - 1}, not {digit}")
+
+    @property
+    def fixed_kappas(self) -> list[int]:
+        """The numbers among the kappas, from small to large."""
+        return sorted(kappa for kappa in self.kappa if kappa != "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +80,11 @@ class Config:
         except ValueError as error:
             raise ValueError(f"graphs.{error}") from None
         vertices = graph.num_vertices
-        for kappa in self.sweep.kappa:
+        for kappa in self.sweep.fixed_kappas:
             if not 0 < kappa < vertices:
                 raise ValueError(f"sweep.kappa must be from 1 to {vertices - 1} (masked weights less one), not {kappa}")
+        if self.eval.max_kappa >= vertices:
+            raise ValueError(f"eval.max_kappa must be below {vertices} (masked weights), not {self.eval.max_kappa}")
         for top_k in self.sweep.top_k:
             if not 0 < top_k <= vertices:
                 raise ValueError(f"sweep.top_k must be from 1 to {vertices} (masked weights), not {top_k}")
@@ -159,7 +169,7 @@ def flattened(settings: Any, section: type, origin: str, prefix: str = "") -> It
 
 def converted(value: Any, hint: Any) -> Any:
     """The value in the type of the hint. Raises TypeError where it is of another."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         for option in typing.get_args(hint):
             try:
                 return converted(value, option)
@@ -187,7 +197,7 @@ def converted(value: Any, hint: Any) -> Any:
 
 def description(hint: Any) -> str:
     """The type of a setting in words."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(description(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return f"a list, each {description(typing.get_args(hint)[0])}"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,10 @@ class Request:
     def classifier(self) -> HookedMNISTClassifier:
         """A copy of the original classifier, free to be changed."""
         return copy.deepcopy(self._classifier)
+
+    def auto_kappa(self) -> int:
+        """The smallest kappa of the masking GCN's steps that makes the training split forget the class."""
+        return self.order.forgotten_at(self.train.forget(self.forget_class))
 
     def zeroed_by_gcn(self) -> Tensor:
         """The kappa vertices that the masking GCN zeroes first; steps made for a smaller kappa count as time spent."""
@@ -207,7 +211,7 @@ class Experiment:
     mask_layer: int | tuple[int, ...] | None
     top_k: int
     kappa: int
-    kappa_choice: str
+    kappa_choice: Literal["fixed", "auto"]
     gcn_seconds: float
     config: dict[str, Any]
 
@@ -352,6 +356,7 @@ class Eval:
             "top_k": experiment.top_k,
             "kappa": experiment.kappa,
             "kappa_choice": experiment.kappa_choice,
+            "num_weights": sum(m * n for m, n in self.request.graphs.classifier.shapes),
             "num_graph_vertices": self.graph.num_vertices,
             "num_graph_edges": self.graph.num_edges,
             "zeroed": self.request.order.first(experiment.kappa).tolist(),

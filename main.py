@@ -92,9 +92,12 @@ def run(config: Config, root: Path = ROOT, started: float | None = None) -> None
                 for digit in tqdm(config.sweep.forget_digits, "experiments", unit="digit", leave=False, disable=None):
                     request = Request(config.eval, classifier, trainer, data.train, graphs, gcn, digit, top_k, seed)
                     shared: dict[Any, Any] = {}
-                    for kappa in sorted(config.sweep.kappa):
+                    kappas = [(kappa, "fixed") for kappa in config.sweep.fixed_kappas]
+                    if "auto" in config.sweep.kappa:
+                        kappas.append((request.auto_kappa(), "auto"))
+                    for kappa, choice in kappas:
                         experiment = Experiment(
-                            seed, digit, config.graphs.mask_layer, top_k, kappa, "fixed", seconds[gcn_stage], settings
+                            seed, digit, config.graphs.mask_layer, top_k, kappa, choice, seconds[gcn_stage], settings
                         )
                         evaluation = Eval(config.eval, experiment, request, data, root / "eval", shared)
                         evaluation.eval()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 
@@ -26,6 +26,9 @@ FREE_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#9467BD", "#BCBD22",
 FREE_MARKERS = "vPX<>phd"
 
 FORGET, RETAIN = "unlearning_metrics", "performance_degradation_metrics"
+
+# A number of weights, or the number that was chosen for each request.
+Kappa = int | Literal["auto"]
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -84,6 +87,8 @@ class Value:
 class Reporter:
     """Plots and tables over kappa; a value is the mean over the digits and seeds of the sweep.
 
+    Curves run over the fixed kappas and mark `auto`, the kappa chosen for each request; tables show both.
+
     metrics: JSON files of the experiments to report, which share mask layer and top_k
     folder: where the figures and `summary.md` go
 
@@ -97,7 +102,8 @@ class Reporter:
         self.experiments = [json.loads(path.read_text()) for path in metrics]
         if not self.experiments:
             raise ValueError("there is no experiment to report")
-        self.kappas = sorted({experiment["kappa"] for experiment in self.experiments})
+        self.kappas = sorted({e["kappa"] for e in self.experiments if e["kappa_choice"] == "fixed"})
+        self.has_auto = any(e["kappa_choice"] == "auto" for e in self.experiments)
         self.digits = sorted({experiment["forget_digit"] for experiment in self.experiments})
         self.seeds = sorted({experiment["seed"] for experiment in self.experiments})
         self.methods = list(
@@ -112,7 +118,7 @@ class Reporter:
         method, samples, metric = getter.groups()
         return lambda: self.curve(FORGET if samples == "forget" else RETAIN, method, metric)
 
-    def value(self, *keys: str, kappa: int, digits: Sequence[int] | None = None) -> Value:
+    def value(self, *keys: str, kappa: Kappa, digits: Sequence[int] | None = None) -> Value:
         """What stands under `keys` in the JSON at one kappa, over the given digits (None: all) and all seeds.
 
         Not a number where an experiment has no such key, or null under it.
@@ -121,7 +127,8 @@ class Reporter:
         for seed in self.seeds:
             numbers = []
             for experiment in self.experiments:
-                if (experiment["kappa"], experiment["seed"]) != (kappa, seed):
+                is_auto = experiment["kappa_choice"] == "auto"
+                if experiment["seed"] != seed or kappa != ("auto" if is_auto else experiment["kappa"]):
                     continue
                 if digits is None or experiment["forget_digit"] in digits:
                     number: Any = experiment
@@ -132,11 +139,13 @@ class Reporter:
         return Value(tuple(means))
 
     def curve(self, *keys: str) -> list[float]:
-        """The mean value at every kappa."""
+        """The mean value at every fixed kappa."""
         return [self.value(*keys, kappa=kappa).mean for kappa in self.kappas]
 
-    def best_kappa(self) -> int:
-        """The one kappa with the largest difference of mimu's retain and forget score on training samples."""
+    def best_kappa(self) -> Kappa:
+        """The one fixed kappa with the largest difference of mimu's retain and forget score on training samples."""
+        if not self.kappas:
+            return "auto"
         retain = self.curve("training_split_metrics", "mimu", "retain", "score")
         forget = self.curve("training_split_metrics", "mimu", "forget", "score")
         return max(zip(self.kappas, retain, forget), key=lambda at: at[1] - at[2])[0]
@@ -187,30 +196,57 @@ class Reporter:
                 plt.plot(x, y, label=name, **self.styles[name] | emphasis, linewidth=0.8, alpha=0.85)
                 if name == "mimu":
                     self._annotate_kappas(x, y)
+            if self.has_auto:
+                self._mark_auto(*(self.value(key, "mimu", "score", kappa="auto").mean for key in (FORGET, RETAIN)))
 
     def write_summary(self) -> None:
         """Writes `summary.md`: the numbers of the figures, the mask efficacy, and the digits one by one."""
-        kappa = self.best_kappa()
         averaged = f"Mean over {len(self.digits)} digits" if len(self.digits) > 1 else f"Digit {self.digits[0]}"
         if len(self.seeds) > 1:
             averaged += f", ± standard deviation over {len(self.seeds)} seeds"
         top_k = self.experiments[0]["top_k"]
-        sections = [
-            f"# Forgetting {', '.join(map(str, self.digits))}",
-            f"{averaged}; scored on the test split.",
-            f"## Every method at kappa = {kappa}",
-            f"Of the kappas of this sweep, {kappa} is the one that is best on training samples.",
-            self.methods_table(kappa),
+        sections = [f"# Forgetting {', '.join(map(str, self.digits))}", f"{averaged}; scored on the test split."]
+        for kappa in dict.fromkeys((self.headline_kappa(), self.best_kappa())):
+            sections += [f"## Every method, kappa = {kappa}", self.about(kappa), self.methods_table(kappa)]
+            if len(self.digits) > 1:
+                sections += ["The worst digit of any seed:", self.worst_table(kappa)]
+                sections += ["Digit by digit:", self.digits_table(kappa)]
+        sections += [
             f"## Mask efficacy, K = {top_k}",
             "Scores on the forget set when only K weights of the masked layers are kept.",
-            self.efficacy_table(kappa),
+            self.efficacy_table(self.headline_kappa()),
+            "## Every kappa",
+            self.kappas_table(),
         ]
-        if len(self.digits) > 1:
-            sections += [f"## Digit by digit at kappa = {kappa}", self.digits_table(kappa)]
-        sections += ["## Every kappa", self.kappas_table()]
         (self.folder / "summary.md").write_text("\n\n".join(sections) + "\n")
 
-    def methods_table(self, kappa: int) -> str:
+    def headline_kappa(self) -> Kappa:
+        """What to report first: auto where the sweep has it, else the best of the fixed kappas."""
+        return "auto" if self.has_auto else self.best_kappa()
+
+    def about(self, kappa: Kappa) -> str:
+        """How this kappa came about, and how much of the classifier it zeroes."""
+        zeroed = self.value("kappa", kappa=kappa).mean
+        masked = 100 * zeroed / self.experiments[0]["num_graph_vertices"]
+        share = f"{zeroed:.0f} weights, {masked:.1f} % of the masked ones"
+        share += f" and {100 * zeroed / self.experiments[0]['num_weights']:.2f} % of all"
+        if kappa == "auto":
+            return f"kappa is chosen for each request on the training split: {share} on average."
+        return f"Of the fixed kappas, {kappa} is the one that is best on training samples: {share}."
+
+    def worst_table(self, kappa: Kappa) -> str:
+        """The largest forget score and the smallest retain score against retrain, of one digit and one seed."""
+        rows = []
+        for name in self.methods:
+            forget, gap = [], []
+            for digit in self.digits:
+                retain = self.value(RETAIN, name, "score", kappa=kappa, digits=[digit])
+                gap += (retain - self.value(RETAIN, "retrain", "score", kappa=kappa, digits=[digit])).per_seed
+                forget += self.value(FORGET, name, "score", kappa=kappa, digits=[digit]).per_seed
+            rows.append([name, f"{Value((max(forget),)):.2f}", f"{Value((min(gap),)):+.2f}"])
+        return markdown_table(["method", "forget score, %", "retain score against retrain, points"], rows)
+
+    def methods_table(self, kappa: Kappa) -> str:
         """All metrics of every method at one kappa."""
         reference = self.value(RETAIN, "retrain", "score", kappa=kappa)
         rows = []
@@ -231,15 +267,15 @@ class Reporter:
         return markdown_table(header, rows)
 
     def closing_table(self) -> str:
-        """What a run says last: forget and retain score of every method at the best kappa."""
-        kappa = self.best_kappa()
+        """What a run says last: forget and retain score of every method."""
+        kappa = self.headline_kappa()
         rows = [
             [name, *(f"{self.value(evaluation, name, 'score', kappa=kappa):.2f}" for evaluation in (FORGET, RETAIN))]
             for name in self.methods
         ]
-        return markdown_table([f"at kappa = {kappa}", "forget score, %", "retain score, %"], rows)
+        return markdown_table([f"kappa = {kappa}", "forget score, %", "retain score, %"], rows)
 
-    def efficacy_table(self, kappa: int) -> str:
+    def efficacy_table(self, kappa: Kappa) -> str:
         """The mask efficacy of everything that can say which weights a class needs; it does not depend on kappa."""
         names = dict.fromkeys(name for experiment in self.experiments for name in experiment["mask_efficacy_metrics"])
         metrics = ("score", "probability", "loss")
@@ -251,7 +287,7 @@ class Reporter:
             ["weights kept", "forget score, %", "probability of the forget class", "forget loss, nats"], rows
         )
 
-    def digits_table(self, kappa: int) -> str:
+    def digits_table(self, kappa: Kappa) -> str:
         """Forget / retain score of every method for each digit."""
         rows = []
         for digit in self.digits:
@@ -260,8 +296,8 @@ class Reporter:
                 f"{self.value(RETAIN, name, 'score', kappa=kappa, digits=[digit]):.2f}"
                 for name in self.methods
             ]
-            rows.append([digit, *cells])
-        return markdown_table(["digit", *(f"{name}: forget / retain score, %" for name in self.methods)], rows)
+            rows.append([digit, f"{self.value('kappa', kappa=kappa, digits=[digit]):.0f}", *cells])
+        return markdown_table(["digit", "kappa", *(f"{name}: forget / retain score, %" for name in self.methods)], rows)
 
     def kappas_table(self) -> str:
         """The five metrics of every method at every kappa."""
@@ -273,7 +309,7 @@ class Reporter:
                 *(f"{self.value(evaluation, name, metric, kappa=kappa):.3f}" for evaluation, metric in metrics),
             ]
             for name in self.methods
-            for kappa in self.kappas
+            for kappa in (*self.kappas, *["auto"] * self.has_auto)
         ]
         header = ["method", "kappa", "forget score, %", "retain score, %", "probability of the forget class"]
         return markdown_table([*header, "forget loss, nats", "retain loss, nats"], rows)
@@ -281,6 +317,14 @@ class Reporter:
     def _plot_methods(self, x: Sequence[int], evaluation: str, metric: str) -> None:
         for name in self.methods:
             plt.plot(x, self.curve(evaluation, name, metric), label=name, markersize=5, **self.styles[name])
+        if self.has_auto:
+            x_auto = self.value("kappa", kappa="auto").mean
+            self._mark_auto(x_auto, self.value(evaluation, "mimu", metric, kappa="auto").mean)
+
+    def _mark_auto(self, x: float, y: float) -> None:
+        """A ring where mimu stands with the kappa that is chosen for each request."""
+        ring = {"markerfacecolor": "none", "markersize": 12, "markeredgewidth": 1.5, "linestyle": "none", "zorder": 4}
+        plt.plot(x, y, label="mimu, kappa auto", **{**self.styles["mimu"], **ring})
 
     @contextmanager
     def _curves(self, name: str, y_label: str) -> Iterator[None]:
@@ -299,7 +343,7 @@ class Reporter:
             plt.xlabel(x_label)
             plt.ylabel(y_label)
             plt.grid(alpha=0.3)
-            figure.legend(loc="outside upper center", ncols=5, frameon=False)
+            figure.legend(loc="outside upper center", ncols=4, frameon=False)
             figure.savefig(self.folder / name, dpi=self.config.dpi)
         finally:
             plt.close(figure)

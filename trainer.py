@@ -287,10 +287,13 @@ class MaskingConfig:
     ranking: Literal["damage", "mean", "set_difference"]
     group_size: int
     draws: int
+    target: float
+    max_kappa: int
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "draws") if self.step is None else ("step", "group_size", "draws"):
+        for name in ("group_size", "draws", "max_kappa") + (() if self.step is None else ("step",)):
             check_range(name, getattr(self, name), at_least=1)
+        check_range("target", self.target, above=0)
 
 
 class ZeroingOrder:
@@ -324,6 +327,26 @@ class ZeroingOrder:
             self._zeroed = torch.cat([self._zeroed, scores.topk(min(self.step, free)).indices])
             self._seconds.append(time.perf_counter() - started)
         return self._zeroed[:kappa]
+
+    @torch.no_grad()
+    def forgotten_at(self, forget: Split) -> int:
+        """The smallest kappa of whole steps that leaves less than `config.target` percent of these samples correct.
+
+        forget: training samples of the forget class. At `config.max_kappa` it is given up, and that is returned.
+        """
+        classifier, first = self.graphs.classifier, self.graphs.graph.layers[0]
+        with classifier.hooks([first]) as seen:
+            classifier(forget.images)
+        inputs = seen[first][0]
+        for kappa in range(self.step, self.config.max_kappa, self.step):
+            zeroed = self.first(kappa)
+            started = time.perf_counter()
+            with Mask.zeroing(self.graphs.graph, zeroed).applied_to(classifier):
+                correct = (classifier(inputs, first).argmax(1) == forget.labels).float().mean().item()
+            self._seconds[kappa // self.step - 1] += time.perf_counter() - started
+            if 100 * correct < self.config.target:
+                return kappa
+        return self.config.max_kappa
 
     def seconds(self, kappa: int) -> float:
         """What the steps up to this kappa took, of those that are made."""

@@ -60,15 +60,17 @@ def default() -> str:
 def all_digits() -> str:
     reporter = run("all_digits")
     shutil.copy(REPORTS / "summary.png", DOCS / "summary_all_digits.png")
-    kappa = reporter.best_kappa()
-    share = 100 * kappa / reporter.experiments[0]["num_graph_vertices"]
+    kappa = reporter.headline_kappa()
     seconds, gigabytes = run_figures()
+    top_k = reporter.experiments[0]["top_k"]
     return (
         f"Ten digits, {len(reporter.seeds)} classifiers (mean ± standard deviation over them), test split. "
-        f"{kappa} weights zeroed, {share:.1f} % of the masked layer: of the kappas of the sweep, the best on training "
-        f"samples. `uv run main.py --config configs/all_digits.yaml`, {seconds:.0f} s, {gigabytes:.1f} GB.\n\n"
+        f"{reporter.about(kappa)} `uv run main.py --config configs/all_digits.yaml`, {seconds:.0f} s, "
+        f"{gigabytes:.1f} GB.\n\n"
         f"{reporter.methods_table(kappa)}\n\n"
-        f"Mask efficacy: only K = {reporter.experiments[0]['top_k']} weights of the layer kept, scores on the class.\n\n"
+        f"The worst digit of any classifier:\n\n"
+        f"{reporter.worst_table(kappa)}\n\n"
+        f"Mask efficacy: only K = {top_k} weights of the layer kept, scores on the class.\n\n"
         f"{reporter.efficacy_table(kappa)}"
     )
 

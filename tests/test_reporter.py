@@ -32,7 +32,8 @@ def experiment(seed, digit, kappa) -> dict:
     # On training samples the retain score falls with kappa, the forget score is 0 from 20 on.
     training = {"forget": {"score": 50.0 if kappa < 20 else 0.0}, "retain": {"score": 97.0 - kappa / 100}}
     return {
-        "seed": seed, "forget_digit": digit, "kappa": kappa, "top_k": 5,
+        "seed": seed, "forget_digit": digit, "kappa": kappa, "kappa_choice": "fixed", "top_k": 5,
+        "num_graph_vertices": 200, "num_weights": 1000,
         "unlearning_metrics": metrics("unlearning_metrics", "loss", "score", "probability"),
         "performance_degradation_metrics": metrics("performance_degradation_metrics", "loss", "score"),
         "mask_efficacy_metrics": {"mimu": {"loss": 0.5, "score": 90.0, "probability": 0.7}},
@@ -127,6 +128,57 @@ def test_curves_show_every_method(reporter, monkeypatch, draw, file, evaluation,
         points = [[kappa, mean_by_hand(evaluation, method, metric, kappa)] for kappa in KAPPAS]
         assert drawn[method][0] == [pytest.approx(point) for point in points]
         assert drawn[method][1] == method_styles(METHODS)[method]["color"]
+
+
+@pytest.fixture
+def auto_reporter(written, tmp_path):
+    """A sweep with kappas chosen for each request beside the fixed ones: 10 + digit for every seed."""
+    for seed in SEEDS:
+        for digit in DIGITS:
+            written.append(tmp_path / f"{seed}_{digit}_auto.json")
+            chosen = experiment(seed, digit, 10 + digit) | {"kappa_choice": "auto"}
+            written[-1].write_text(json.dumps(chosen))
+    return Reporter(CONFIG, written, tmp_path / "reports")
+
+
+def test_auto_stands_apart_from_the_fixed_kappas(auto_reporter):
+    assert auto_reporter.kappas == list(KAPPAS) and auto_reporter.headline_kappa() == "auto"
+    assert auto_reporter.best_kappa() == 20
+    assert auto_reporter.value("kappa", kappa="auto").mean == 10 + fmean(DIGITS)
+    by_hand = fmean(number("unlearning_metrics", "mimu", "loss", s, d, 10 + d) for s in SEEDS for d in DIGITS)
+    assert auto_reporter.value("unlearning_metrics", "mimu", "loss", kappa="auto").mean == pytest.approx(by_hand)
+    assert "16 weights, 8.0 % of the masked ones and 1.60 % of all" in auto_reporter.about("auto")
+
+
+def test_auto_is_marked_in_every_figure(auto_reporter, monkeypatch):
+    labels = []
+    close = plt.close
+
+    def keep(figure):
+        labels.append([text.get_text() for text in figure.legends[0].get_texts()])
+        close(figure)
+
+    monkeypatch.setattr(plt, "close", keep)
+    auto_reporter.plot()
+    assert len(labels) == 6 and all("mimu, kappa auto" in legend for legend in labels)
+
+
+def test_a_sweep_of_auto_alone_is_reported(auto_reporter, written, tmp_path):
+    alone = Reporter(CONFIG, [path for path in written if "auto" in path.name], tmp_path / "alone")
+    alone.plot()
+    assert alone.best_kappa() == "auto" and "kappa = auto" in (tmp_path / "alone" / "summary.md").read_text()
+
+
+def test_the_worst_digit_of_any_seed_by_hand(reporter):
+    forget = max(number("unlearning_metrics", "mimu", "score", s, d, 20) for s in SEEDS for d in DIGITS)
+    retain = "performance_degradation_metrics"
+    gap = min(
+        number(retain, "mimu", "score", s, d, 20) - number(retain, "retrain", "score", s, d, 20)
+        for s in SEEDS
+        for d in DIGITS
+    )
+    (row,) = [line for line in reporter.worst_table(20).splitlines() if line.startswith("| mimu")]
+    assert [cell.strip() for cell in row.split("|")[2:4]] == [f"{forget:.2f}", f"{gap:+.2f}"]
 
 
 def test_every_figure_and_table_is_written(reporter):

@@ -46,8 +46,13 @@ def gcn_config(**changes):
     return dataclasses.replace(load_config().gcn, **small | {"kappa": (3, 10)} | changes)
 
 
+def masking_config(**changes):
+    settings = {"step": 4, "ranking": "damage", "group_size": 8, "draws": 1, "target": 1.25, "max_kappa": 20}
+    return MaskingConfig(**settings | changes)
+
+
 def zeroing_order(graphs, forget_class=0, seed=0, top_k=6, **changes):
-    config = MaskingConfig(**{"step": 4, "ranking": "damage", "group_size": 8, "draws": 1} | changes)
+    config = masking_config(**changes)
     torch.manual_seed(3)
     gcn = MaskingGCN(graphs.config.num_features, hidden=8, rounds=2)
     return ZeroingOrder(config, gcn, graphs, forget_class, top_k, seed)
@@ -181,10 +186,17 @@ def test_a_trained_gcn_forgets_every_class_and_keeps_the_others():
         return (classifier(samples.images).argmax(1) == samples.labels).float().mean()
 
     for forget_class in range(NUM_CLASSES):
-        order = ZeroingOrder(MaskingConfig(5, "damage", 15, 1), gcn, graphs, forget_class, 48, 0)
+        order = ZeroingOrder(masking_config(step=5, group_size=15, max_kappa=60), gcn, graphs, forget_class, 48, 0)
         with Mask.zeroing(graphs.graph, order.first(40)).applied_to(classifier):
             assert correct(split.forget(forget_class)) < 0.1
             assert correct(split.retain(forget_class)) > 0.9
+        forget = split.forget(forget_class)
+        kappa = order.forgotten_at(forget)
+        assert kappa % 5 == 0 and kappa <= 40
+        with Mask.zeroing(graphs.graph, order.first(kappa)).applied_to(classifier):
+            assert correct(forget) < 0.0125
+        with Mask.zeroing(graphs.graph, order.first(kappa - 5)).applied_to(classifier):
+            assert correct(forget) > 0.0125
 
 
 def test_training_is_the_same_with_the_same_seed_alone():
@@ -238,6 +250,13 @@ def test_the_time_of_a_request_grows_with_kappa():
     order = zeroing_order(graph_generator())
     order.first(20)
     assert 0 < order.seconds(4) < order.seconds(5) < order.seconds(20) == order.seconds(18)
+
+
+def test_the_search_for_kappa_gives_up_at_the_largest():
+    graphs = graph_generator()
+    order = zeroing_order(graphs, target=1e-9, max_kappa=10)
+    everything = type(graphs.samples)(graphs.samples.images, graphs.classifier(graphs.samples.images).argmax(1))
+    assert order.forgotten_at(everything) == 10
 
 
 def test_draws_are_averaged():
