@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Removes what runs produce, and nothing else: the tracked data, the pretrained GCN and files of your own stay.
+# Removes what runs produce, and nothing else: the tracked data and files of your own stay.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 shopt -s nullglob
 
-rm -f checkpoints/{classifier,gcn}_seed_*.pt datasets/Graphs/seed_*.pt eval/masks/seed_*.pt
-rm -f "eval/Metrics and Plots/metrics"/seed_*.json reports/*.png reports/{summary.md,run.json,benchmark.json}
-rm -rf "eval/Metrics and Plots/plots"/seed_* reports/top_k_*
+rm -f checkpoints/{classifier,gcn}_seed_[0-9]*.pt datasets/Graphs/seed_[0-9]*.pt eval/masks/seed_[0-9]*_digit_*.pt
+rm -f "eval/Metrics and Plots/metrics"/seed_[0-9]*_digit_*.json
+rm -rf "eval/Metrics and Plots/plots"/seed_[0-9]*_digit_*
+for folder in reports reports/top_k_[0-9]*; do
+    rm -f "$folder"/{loss,score}_{forget,retain}_set.png "$folder"/probability_on_forget_class.png
+    rm -f "$folder"/{summary.png,summary.md,run.json,benchmark.json}
+done
 # torchvision unpacks these from the tracked .gz files.
 for packed in datasets/MNIST/raw/*.gz; do rm -f "${packed%.gz}"; done
 
-for folder in "eval/Metrics and Plots/metrics" "eval/Metrics and Plots/plots" "eval/Metrics and Plots" eval/masks eval \
-    reports checkpoints datasets/Graphs; do
-    [ -d "$folder" ] && rmdir --ignore-fail-on-non-empty "$folder"
+for folder in "eval/Metrics and Plots"/{metrics,plots} "eval/Metrics and Plots" eval/masks eval \
+    reports/top_k_[0-9]* reports checkpoints datasets/Graphs; do
+    if [ ! -L "$folder" ]; then rmdir "$folder" 2>/dev/null || true; fi
 done
-exit 0

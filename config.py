@@ -20,6 +20,8 @@ from model import WeightGraph
 from reporter import ReporterConfig
 from trainer import GCNTrainerConfig, TrainerConfig
 
+# PyYAML lets Python's own errors through where a date, a number or a nesting is too much for it.
+YAML_ERRORS = (yaml.YAMLError, ValueError, IndexError, RecursionError)
 BASE = Path(__file__).resolve().parent / "configs" / "config.yaml"
 
 
@@ -72,8 +74,12 @@ class Config:
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
             raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {self.dataset!r}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1 or null, not {self.threads}")
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise ValueError(f"threads must be from 1 to 1024 or null, not {self.threads}")
+        for name, seeds in (("seed", [self.seed]), ("sweep.seeds", self.sweep.seeds or [])):
+            for seed in seeds:
+                if not 0 <= seed < 2**63:
+                    raise ValueError(f"{name} must be from 0 to {2**63 - 1}, not {seed}")
         self.torch_device()
         try:
             graph = WeightGraph(self.classifier.shapes(IMAGE_SIZE, NUM_CLASSES), self.graphs.mask_layer)
@@ -103,9 +109,11 @@ class Config:
             return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
         try:
             device = torch.device(self.device)
+            if device.type not in ("cpu", "cuda", "mps"):
+                raise RuntimeError(f"{device.type} is not supported")
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError):
-            raise ValueError(f"device must be auto, cpu or an accelerator that is there, not {self.device!r}") from None
+            raise ValueError(f"device must be auto, cpu, or cuda or mps that is there, not {self.device!r}") from None
         return device
 
 
@@ -127,7 +135,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
     return {} if settings is None else settings
 
@@ -139,7 +147,7 @@ def parse_override(override: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{override!r}: is not an override; write section.key=value")
     try:
         settings: Any = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except YAML_ERRORS:
         raise ConfigError(f"{override!r}: its value is not valid YAML") from None
     for name in reversed(key.split(".")):
         settings = {name: settings}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,10 +39,13 @@ def seeded_initialisation(seed: int) -> Iterator[None]:
         yield
 
 
+LARGEST = 10**9
+
+
 def check_range(name: str, value: float, at_least: float | None = None, above: float | None = None) -> None:
-    """Raises ValueError unless the value is finite and in its range."""
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, not {value}")
+    """Raises ValueError unless the value is in its range and at most LARGEST, above which no setting makes sense."""
+    if not value <= LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}, not {value}")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, not {value}")
     if above is not None and value <= above:
@@ -54,6 +56,10 @@ def check_span(name: str, span: Sequence[int]) -> None:
     """Raises ValueError unless the span is [low, high] with 1 <= low <= high."""
     if len(span) != 2 or not 1 <= span[0] <= span[1]:
         raise ValueError(f"{name} must be [low, high] with 1 <= low <= high, not {list(span)}")
+
+
+class DataError(ValueError):
+    """A data set that is not there and cannot be had."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class ImageData:
 def load_image_data(name: str = "MNIST", root: Path = DATASET_ROOT, device: torch.device | str = "cpu") -> ImageData:
     """Reads a torchvision data set of 28 x 28 images into memory, standardised by its training split.
 
-    Raises ValueError when its files are missing and cannot be had.
+    Raises DataError when its files are missing and cannot be had, ValueError on an unknown name.
     """
     # Imported here, so that a bad setting is told without waiting for it.
     import torchvision
@@ -126,7 +132,7 @@ def load_image_data(name: str = "MNIST", root: Path = DATASET_ROOT, device: torc
     except (RuntimeError, OSError) as error:
         files = ", ".join(file for file, _ in dataset.resources)
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise DataError(
             f"dataset {name} is not in {root / name / 'raw'} and cannot be downloaded: put {files} there ({reason})"
         ) from error
     images = [part.data.to(device).float().flatten(1) for part in parts]
@@ -278,7 +284,7 @@ class GraphGenerator:
         own, _ = self._features(torch.tensor([[index]], device=label.device))
         classes, _ = self._features(torch.arange(len(self), device=label.device).view(self.num_classes, -1))
         others = {name: (x.sum(0) - x)[label] / (len(x) - 1) for name, x in classes.items()}
-        return Data(x=self._standardised(own, others)[0], edge_index=self.graph.edge_index(), y=label)
+        return Data(x=self._standardised(own, others)[0], edge_index=self.graph.edge_index().to(label.device), y=label)
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ class Request:
 
     def zeroed_by_gcn(self) -> Tensor:
         """The kappa vertices that the masking GCN zeroes first; steps made for a smaller kappa count as time spent."""
-        self.reused_seconds += self.order.seconds(self.kappa)
+        self.reused_seconds = self.order.seconds(self.kappa)
         return self.order.first(self.kappa)
 
     def zeroing(self, vertices: Tensor) -> HookedMNISTClassifier:
@@ -121,7 +121,7 @@ def unlearning_method(
     """
 
     def register(unlearn: Callable[[Request], nn.Module]) -> Callable[[Request], nn.Module]:
-        if name in METHODS:
+        if name in METHODS or name == "gcn":
             raise ValueError(f"method {name!r} is registered already: choose another name")
         METHODS[name] = Method(unlearn, uses_kappa, most_needed)
         return unlearn
@@ -217,7 +217,8 @@ class Experiment:
 
     @property
     def id(self) -> str:
-        masked = "all" if self.mask_layer is None else str(self.mask_layer).strip("()").replace(", ", "_")
+        layers = [self.mask_layer] if isinstance(self.mask_layer, int) else self.mask_layer
+        masked = "all" if layers is None else "_".join(map(str, layers))
         return (
             f"seed_{self.seed}_digit_{self.forget_digit}_layer_{masked}"
             f"_top_k_{self.top_k}_kappa_{self.kappa}_{self.kappa_choice}"
@@ -303,11 +304,13 @@ class Eval:
         Returns `loss` (cross entropy, nats), `score` (percent classified correctly) and on the forget set `probability`
         (of the forget class, mean over the samples).
         """
+        model.eval()
         loss = correct = probability = 0.0
         for images, labels in tqdm(data_loader, description, delay=2, leave=False, disable=None):
             logits, labels = model(images).cpu().double(), labels.cpu()
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            correct += (logits.argmax(1) == labels).sum().item()
+            # The largest of logits that are not numbers would be the first class.
+            correct += ((logits.argmax(1) == labels) & ~logits.isnan().any(1)).sum().item()
             probability += logits.softmax(1)[:, self.experiment.forget_digit].sum().item()
         count = len(data_loader.dataset)
         metrics = {"loss": loss / count, "score": 100 * correct / count}
@@ -380,34 +383,38 @@ class Eval:
         """Draws bar charts of each evaluation, where the forget set goes, and which weights are zeroed."""
         folder = self.folder / "Metrics and Plots" / "plots" / self.experiment.id
         folder.mkdir(parents=True, exist_ok=True)
-        drawings = {
-            "unlearning": lambda figure: self._draw_bars(figure, results["unlearning_metrics"], "forget set"),
-            "performance_degradation": lambda figure: self._draw_bars(
-                figure, results["performance_degradation_metrics"], "retain set"
+        forgetting = f"Forgetting digit {self.experiment.forget_digit}, kappa = {self.experiment.kappa}"
+        keeping = (
+            f"Digit {self.experiment.forget_digit}: every weight kept (original), or only K = {self.experiment.top_k}"
+        )
+        drawings: dict[str, tuple[str, Callable[[Figure], None]]] = {
+            "unlearning": (
+                f"{forgetting}: forget set",
+                lambda figure: self._draw_bars(figure, results["unlearning_metrics"]),
             ),
-            "mask_efficacy": lambda figure: self._draw_bars(
-                figure, results["mask_efficacy_metrics"], f"forget set, top {self.experiment.top_k} weights kept"
+            "performance_degradation": (
+                f"{forgetting}: retain set",
+                lambda figure: self._draw_bars(figure, results["performance_degradation_metrics"]),
             ),
-            "class_probabilities": self._draw_class_probabilities,
-            "weights": self._draw_weights,
+            "mask_efficacy": (keeping, lambda figure: self._draw_bars(figure, results["mask_efficacy_metrics"])),
+            "class_probabilities": (f"{forgetting}: forget set", self._draw_class_probabilities),
+            "weights": (forgetting, self._draw_weights),
         }
-        for name, draw in drawings.items():
+        for name, (title, draw) in drawings.items():
             figure = Figure(figsize=(9, 3), layout="constrained")
             draw(figure)
-            figure.suptitle(
-                f"Forgetting digit {self.experiment.forget_digit}, kappa = {self.experiment.kappa}", fontsize=10
-            )
+            figure.suptitle(title, fontsize=10)
             figure.savefig(folder / f"{name}.png", dpi=100)
 
-    def _draw_bars(self, figure: Figure, metrics: dict[str, dict[str, float]], samples: str) -> None:
+    def _draw_bars(self, figure: Figure, metrics: dict[str, dict[str, float]]) -> None:
         styles = method_styles(metrics)
         measured = next(iter(metrics.values()))
         for axes, metric in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured):
             values = [metrics[name][metric] for name in metrics]
             heights = [value if math.isfinite(value) else 0.0 for value in values]
             bars = axes.bar(range(len(values)), heights, color=[styles[name]["color"] for name in metrics])
-            axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8)
-            axes.set_ylabel(f"{AXIS_LABELS[metric]}\n({samples})", fontsize=9)
+            axes.bar_label(bars, [f"{value:.{1 if metric == 'score' else 3}f}" for value in values], fontsize=8)
+            axes.set_ylabel(AXIS_LABELS[metric])
             axes.margins(y=0.15)
             axes.set_xticks(range(len(values)), list(metrics), rotation=45, ha="right")
 
@@ -425,7 +432,7 @@ class Eval:
         axes.set_yticks(range(len(rows)), self.config.method_names)
         axes.set_xticks(range(rows.shape[1]))
         axes.set_xlabel("class")
-        figure.colorbar(image, label="mean probability (forget set)")
+        figure.colorbar(image, label="mean probability")
 
     def _draw_weights(self, figure: Figure) -> None:
         """Histogram of the weights of every masked layer, and of those that the masking GCN zeroes."""
@@ -439,7 +446,7 @@ class Eval:
             axes.hist(weight.flatten().numpy(), edges, color="0.75", label=f"all {weight.numel()} weights")
             axes.hist(weight[kept == 0].numpy(), edges, color=color, label=f"{int((kept == 0).sum())} zeroed by mimu")
             axes.set_yscale("log")
-            axes.set_xlabel(f"weight of layer {layer}")
+            axes.set_xlabel(f"weight of layer {layer}, {weight.shape[0]} x {weight.shape[1]}")
             axes.set_ylabel("number of weights")
             axes.legend(fontsize=8)
 
@@ -457,7 +464,7 @@ class Eval:
             model = METHODS[name].unlearn(request)
             seconds = time.perf_counter() - started
         for key, weight in request.classifier.state_dict().items():
-            if not torch.equal(weight, original[key]):
+            if not torch.equal(weight, original.get(key, weight[:0])):
                 raise ValueError(f"method {name!r} changed the original's {key}: change request.classifier, a copy")
         return Answer(model.eval(), seconds + request.reused_seconds)
 

@@ -122,18 +122,19 @@ def run(config: Config, root: Path = ROOT, started: float | None = None) -> None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 2 for a setting that cannot work."""
+    """Returns the exit status: 2 for a setting that cannot work or data that is not there."""
     started = time.perf_counter()
     parsed = parse_arguments(arguments)
     # Imported here, so that --help does not wait for PyTorch.
     from config import ConfigError, load_config
+    from data import DataError
+    from trainer import TrainingError
 
     try:
-        config = load_config(parsed.config, parsed.overrides)
-    except ConfigError as error:
+        run(load_config(parsed.config, parsed.overrides), started=started)
+    except (ConfigError, DataError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    run(config, started=started)
     return 0
 
 

@@ -198,6 +198,7 @@ class WeightGraphSAGE(nn.Module):
         totals = {column: self.lin_l(total) for column, total in graph.neuron_totals(x).items()}
         outputs = []
         for layer, degree, shape, part in zip(graph.layers, graph.degrees, graph.shapes, x.split(graph.sizes, dim=1)):
+            degree = max(degree, 1)  # a weight without neighbours has the mean 0
             output = F.linear(part, self.lin_r.weight - 2 / degree * self.lin_l.weight).unflatten(1, shape)
             output += (totals[layer] / degree)[:, None]  # source neurons, (batch, 1, n, out)
             output += (totals[layer + 1] / degree)[:, :, None]  # target neurons, (batch, m, 1, out)
@@ -297,9 +298,9 @@ class Mask:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"layers": list(self.layers), "keep": [keep.bool() for keep in self.keep]}, path)
+        torch.save({"layers": list(self.layers), "keep": [keep.bool().cpu() for keep in self.keep]}, path)
 
     @staticmethod
     def load(path: Path) -> Mask:
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         return Mask(tuple(saved["layers"]), tuple(keep.float() for keep in saved["keep"]))

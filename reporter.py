@@ -52,16 +52,16 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
 
 @dataclass(frozen=True)
 class ReporterConfig:
-    """Resolution (dots per inch) and size (inches) of the figures."""
+    """Resolution (dots per inch, 20 to 1200) and size (inches, 2 to 40) of the figures."""
 
     dpi: int
     width: float
     height: float
 
     def __post_init__(self) -> None:
-        for name in ("dpi", "width", "height"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
+        for name, low, high in (("dpi", 20, 1200), ("width", 2, 40), ("height", 2, 40)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,9 @@ class Reporter:
         self.experiments = [json.loads(path.read_text()) for path in metrics]
         if not self.experiments:
             raise ValueError("there is no experiment to report")
+        cells = [tuple(e[key] for key in ("seed", "forget_digit", "kappa", "kappa_choice")) for e in self.experiments]
+        if len(set(cells)) < len(cells) or len({(str(e["mask_layer"]), e["top_k"]) for e in self.experiments}) > 1:
+            raise ValueError("the experiments to report must share mask layer and top_k, and differ in the rest")
         self.kappas = sorted({e["kappa"] for e in self.experiments if e["kappa_choice"] == "fixed"})
         self.has_auto = any(e["kappa_choice"] == "auto" for e in self.experiments)
         self.digits = sorted({experiment["forget_digit"] for experiment in self.experiments})
@@ -121,11 +124,11 @@ class Reporter:
     def value(self, *keys: str, kappa: Kappa, digits: Sequence[int] | None = None) -> Value:
         """What stands under `keys` in the JSON at one kappa, over the given digits (None: all) and all seeds.
 
-        Not a number where an experiment has no such key, or null under it.
+        Not a number where an experiment is missing, has no such key, or null under it.
         """
         means = []
         for seed in self.seeds:
-            numbers = []
+            numbers: list[float] = []
             for experiment in self.experiments:
                 is_auto = experiment["kappa_choice"] == "auto"
                 if experiment["seed"] != seed or kappa != ("auto" if is_auto else experiment["kappa"]):
@@ -135,7 +138,8 @@ class Reporter:
                     for key in keys:
                         number = (number or {}).get(key)
                     numbers.append(math.nan if number is None else number)
-            means.append(fmean(numbers) if numbers else math.nan)
+            expected = len(self.digits if digits is None else digits)
+            means.append(fmean(numbers) if len(numbers) == expected else math.nan)
         return Value(tuple(means))
 
     def curve(self, *keys: str) -> list[float]:
@@ -148,7 +152,8 @@ class Reporter:
             return "auto"
         retain = self.curve("training_split_metrics", "mimu", "retain", "score")
         forget = self.curve("training_split_metrics", "mimu", "forget", "score")
-        return max(zip(self.kappas, retain, forget), key=lambda at: at[1] - at[2])[0]
+        differences = [a - b if math.isfinite(a - b) else -math.inf for a, b in zip(retain, forget)]
+        return self.kappas[differences.index(max(differences))]
 
     def plot(self) -> None:
         """Draws the five curves and the summary, and writes the tables."""
@@ -352,6 +357,8 @@ class Reporter:
         """Writes kappa beside the marks, but for marks too near to one that has it."""
         written: list[float] = []
         for kappa, forget, retain in zip(self.kappas, x, y):
-            if all(abs(forget - other) > 6 for other in written):
-                plt.annotate(f"{kappa}", (forget, retain), xytext=(6, -11), textcoords="offset points", fontsize=8)
+            if all(abs(forget - other) > 12 for other in written):
+                plt.annotate(
+                    f"kappa {kappa}", (forget, retain), xytext=(6, -11), textcoords="offset points", fontsize=8
+                )
                 written.append(forget)

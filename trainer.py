@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,17 @@ from tqdm import tqdm
 
 from data import GraphGenerator, Split, check_range, check_span, seeded, seeded_initialisation
 from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
+
+
+class TrainingError(ValueError):
+    """A training whose loss is no longer a finite number."""
+
+
+def check_finite(losses: dict[str, float], step: int, setting: str) -> None:
+    """Raises TrainingError on a loss that is infinite or not a number; `setting` is what to look at."""
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            raise TrainingError(f"{name} is {loss} after step {step}: training diverged, see {setting}")
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,7 @@ class Trainer:
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+            check_finite({f"loss of the {description}": loss.item()}, schedule.last_epoch, "classifier.learning_rate")
         return classifier
 
 
@@ -160,10 +173,15 @@ class GCNTrainerConfig:
         for name in ("gumbel", *terms, "warmup"):
             check_range(name, getattr(self, name), at_least=0)
         if not any(getattr(self, name) for name in terms):
-            raise ValueError(f"one of {', '.join(terms)} must be above 0: the loss has no term")
+            raise ValueError(f"{', '.join(terms)} are all 0: the loss needs a term")
         check_span("kappa", self.kappa)
         if self.partly_masked is not None:
             check_span("partly_masked", self.partly_masked)
+            if not any(getattr(self, name) for name in terms[1:]):
+                raise ValueError(
+                    "necessity_forget, necessity_retain or prior must be above 0, or partly_masked null: "
+                    "sufficiency is asked of whole classifiers only"
+                )
 
 
 class GCNTrainer:
@@ -210,6 +228,9 @@ class GCNTrainer:
             optimizer.step()
             schedule.step()
             self.history.append({name: value.item() for name, value in terms.items()})
+            check_finite(
+                self.history[-1], step, f"gcn.learning_rate ({self.config.learning_rate}) and the term's weight"
+            )
             progress.set_postfix({name: f"{value:.3f}" for name, value in self.history[-1].items()}, refresh=False)
             zeroed = self._next_zeroed(step, zeroed, scores, generator)
         return gcn

@@ -48,9 +48,20 @@ BAD = [
     ("gcn.kappa=[100, 8000]", "gcn.kappa and partly_masked reach 9500 weights together, of 8192 masked ones"),
     ("gcn.partly_masked=[3, 2]", "gcn.partly_masked must be [low, high]"),
     ("dataset=CIFAR10", "dataset must be one of MNIST, FashionMNIST, KMNIST, not 'CIFAR10'"),
-    ("device=gpu", "device must be auto, cpu or an accelerator that is there, not 'gpu'"),
-    ("threads=0", "threads must be at least 1 or null, not 0"),
-    ("report.dpi=0", "report.dpi must be above 0"),
+    ("device=gpu", "device must be auto, cpu, or cuda or mps that is there, not 'gpu'"),
+    ("threads=0", "threads must be from 1 to 1024 or null, not 0"),
+    ("report.dpi=1", "report.dpi must be from 20 to 1200, not 1"),
+    ("gcn={sufficiency: 0, necessity_forget: 0, necessity_retain: 0}", "gcn.sufficiency, prior, necessity_forget"),
+    (
+        "gcn={necessity_forget: 0, necessity_retain: 0}",
+        "gcn.necessity_forget, necessity_retain or prior must be above 0",
+    ),
+    ("seed=2020-99-99", "its value is not valid YAML"),
+    ("seed=-1", "seed must be from 0 to"),
+    ("sweep.seeds=[99999999999999999999]", "sweep.seeds must be from 0 to"),
+    ("eval.batch_size=100000000000000000000", "eval.batch_size must be at most 1000000000"),
+    ("device=meta", "device must be auto, cpu, or cuda or mps that is there, not 'meta'"),
+    ("device=hpu", "device must be auto, cpu, or cuda or mps that is there, not 'hpu'"),
     ("nonsense", "'nonsense': is not an override; write section.key=value"),
     ("seed=[1", "'seed=[1': its value is not valid YAML"),
     ("=3", "'=3': is not an override"),
@@ -105,6 +116,18 @@ def test_bad_files_are_named(tmp_path, capsys, text, message):
     assert main(["--config", str(path)]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {path}: ") and message in err and len(err.splitlines()) == 1
+
+
+def test_missing_data_is_one_line_and_exit_status_2(tmp_path, monkeypatch, capsys):
+    import main as program
+    from data import DataError
+
+    def missing(config, started):
+        raise DataError("dataset KMNIST is not there")
+
+    monkeypatch.setattr(program, "run", missing)
+    assert main(["dataset=KMNIST"]) == 2
+    assert capsys.readouterr().err == "error: dataset KMNIST is not there\n"
 
 
 def test_a_missing_file_is_named(tmp_path, capsys):

@@ -10,7 +10,7 @@ import torchvision
 from conftest import NUM_CLASSES, graph_generator, random_classifier, random_split
 
 import data
-from data import FEATURES, GraphConfig, GraphGenerator, ImageData, Split, load_image_data, seeded
+from data import FEATURES, DataError, GraphConfig, GraphGenerator, ImageData, Split, load_image_data, seeded
 from model import Mask
 
 
@@ -19,6 +19,7 @@ def test_mnist_is_the_original(tmp_path):
     assert images.train.images.shape == (60000, 784) and images.test.images.shape == (10000, 784)
     assert torch.bincount(images.test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert abs(images.train.images.mean()) < 1e-3 and abs(images.train.images.std() - 1) < 1e-3
+    assert images.test.images.min() == images.train.images.min(), "both are standardised by the training split"
 
 
 @pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST"])
@@ -33,7 +34,7 @@ def test_other_data_sets_are_read_by_the_same_interface(tmp_path, name):
 
 def test_missing_files_are_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["file:///nowhere/"])
-    with pytest.raises(ValueError, match=r"dataset MNIST .* put train-images-idx3-ubyte.gz"):
+    with pytest.raises(DataError, match=r"dataset MNIST .* put train-images-idx3-ubyte.gz"):
         load_image_data("MNIST", tmp_path)
 
 

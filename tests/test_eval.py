@@ -11,7 +11,7 @@ import eval as evaluation
 from config import load_config
 from data import GraphConfig, GraphGenerator, ImageData, Split
 from eval import METHODS, Eval, Experiment, Request, unlearning_method, valid_json
-from model import MaskingGCN
+from model import Mask, MaskingGCN
 from trainer import Trainer, TrainerConfig
 
 FORGET, KAPPA, TOP_K = 1, 9, 8
@@ -89,7 +89,39 @@ def test_the_json_is_valid_and_holds_what_was_returned(tmp_path):
     text = scored.metrics_path.read_text()
     assert json.loads(text, parse_constant=refuse) == json.loads(json.dumps(results))
     assert scored.metrics_path.parent == tmp_path / "Metrics and Plots" / "metrics"
-    assert (tmp_path / "masks" / f"{results['id']}.pt").exists()
+    saved = Mask.load(tmp_path / "masks" / f"{results['id']}.pt")
+    assert torch.equal(saved.as_tensor(), scored.get_model_mask())
+
+
+def test_an_infinite_loss_is_null_in_the_json(tmp_path, registry):
+    @unlearning_method("logit removed")
+    def logit_removed(request):
+        class Removed(torch.nn.Module):
+            def forward(self, images):
+                return request._classifier(images).index_fill(1, torch.tensor([FORGET]), -torch.inf)
+
+        return Removed()
+
+    scored = make_eval(tmp_path)
+    metrics = scored.eval()["unlearning_metrics"]["logit removed"]
+    assert metrics == {"loss": float("inf"), "score": 0.0, "probability": 0.0}
+    written = json.loads(scored.metrics_path.read_text(), parse_constant=pytest.fail)
+    assert written["unlearning_metrics"]["logit removed"] == {"loss": None, "score": 0.0, "probability": 0.0}
+
+
+def test_logits_that_are_not_numbers_are_no_right_answers(tmp_path):
+    scored = make_eval(tmp_path)
+    broken = scored.request.classifier
+    broken.layers[0].weight.data.fill_(torch.nan)
+    samples = scored.data.test.forget(0).loader(5)
+    assert scored.inference(broken, samples, False, "broken")["score"] == 0
+
+
+def test_models_are_scored_in_evaluation_mode(tmp_path):
+    scored = make_eval(tmp_path)
+    dropout = torch.nn.Sequential(torch.nn.Dropout(0.9), scored.request.classifier)
+    by_hand = scored.inference(dropout, scored.mnist_retain_set(), False, "dropout")
+    assert by_hand == scored.inference(scored.request.classifier, scored.mnist_retain_set(), False, "whole")
 
 
 def test_infinite_numbers_are_null():
@@ -170,6 +202,12 @@ def test_random_masks_are_nested(tmp_path):
     request = make_eval(tmp_path).request
     few, many = (evaluation.random_vertices(request, count).tolist() for count in (5, 12))
     assert many[:5] == few and len(set(many)) == 12
+    others = []
+    for name, value in (("seed", 1), ("forget_class", 2)):
+        other = request.at(None)
+        setattr(other, name, value)
+        others.append(evaluation.random_vertices(other, 12).tolist())
+    assert many not in others
 
 
 def test_what_does_not_depend_on_kappa_is_computed_once(tmp_path, registry):

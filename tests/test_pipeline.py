@@ -87,9 +87,10 @@ def legends(output: str) -> dict[str, list[str]]:
 
 def test_the_whole_path_leaves_its_artifacts_and_a_rerun_gives_the_same_metrics(copy):
     before = files(copy)
-    own = copy / "eval" / "masks" / "notes.txt"
-    own.parent.mkdir(parents=True)
-    own.write_text("mine")
+    own = {copy / "eval" / "masks" / "seed_of_mine.pt", copy / "reports" / "mine.png", copy / "reports" / "top_k_notes"}
+    for path in own:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
     output = run(copy, *SMOKE)
     for name in ("original", "mimu", "random", "sft", "retrain", "forget score", "retain score", "reports"):
         assert name in output
@@ -113,10 +114,9 @@ def test_the_whole_path_leaves_its_artifacts_and_a_rerun_gives_the_same_metrics(
     assert sum(name.startswith("eval/Metrics and Plots/plots") for name in written) == 6 * 5
 
     subprocess.run(["bash", str(copy / "clean.sh")], check=True, cwd="/")
-    assert own.read_text() == "mine"
-    own.unlink()
-    own.parent.rmdir()
-    own.parent.parent.rmdir()
+    for path in own:
+        assert path.read_text() == "mine"
+        path.unlink()
     assert files(copy) == before
 
     run_here(copy)
@@ -190,6 +190,11 @@ def test_several_top_k_and_seeds_are_reported_apart_and_together(here):
         summary = (here / "reports" / f"top_k_{top_k}" / "summary.md").read_text()
         assert f"K = {top_k}" in summary and "over 2 seeds" in summary and "±" in summary
     assert len(metrics(here)) == 8
+    weights = [torch.load(here / "checkpoints" / f"classifier_seed_{seed}.pt", weights_only=True) for seed in (0, 1)]
+    assert [checkpoint["seed"] for checkpoint in weights] == [0, 1]
+    assert not torch.equal(*(checkpoint["state_dict"]["layers.0.weight"] for checkpoint in weights))
+    gcns = [torch.load(path, weights_only=True) for path in here.glob("checkpoints/gcn_*.pt")]
+    assert len(gcns) == 4 and all("readout.weight" in checkpoint["state_dict"] for checkpoint in gcns)
 
 
 def test_help_shows_the_overrides_and_waits_for_no_library(copy):

@@ -33,7 +33,7 @@ def experiment(seed, digit, kappa) -> dict:
     training = {"forget": {"score": 50.0 if kappa < 20 else 0.0}, "retain": {"score": 97.0 - kappa / 100}}
     return {
         "seed": seed, "forget_digit": digit, "kappa": kappa, "kappa_choice": "fixed", "top_k": 5,
-        "num_graph_vertices": 200, "num_weights": 1000,
+        "mask_layer": -2, "num_graph_vertices": 200, "num_weights": 1000,
         "unlearning_metrics": metrics("unlearning_metrics", "loss", "score", "probability"),
         "performance_degradation_metrics": metrics("performance_degradation_metrics", "loss", "score"),
         "mask_efficacy_metrics": {"mimu": {"loss": 0.5, "score": 90.0, "probability": 0.7}},
@@ -203,12 +203,28 @@ def test_tables_are_aligned():
     assert lines == ["| name      |  n |", "| --------- | -: |", "| a         |  1 |", "| long name | 22 |"]
 
 
+def test_experiments_that_do_not_belong_together_are_refused(written, tmp_path):
+    with pytest.raises(ValueError, match="differ in the rest"):
+        Reporter(CONFIG, [*written, written[0]], tmp_path)
+    other = json.loads(written[0].read_text()) | {"top_k": 6, "kappa": 80}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="must share mask layer and top_k"):
+        Reporter(CONFIG, [*written, tmp_path / "other.json"], tmp_path)
+
+
+def test_a_missing_experiment_is_a_gap_and_no_other_mean(written, tmp_path):
+    reporter = Reporter(CONFIG, written[1:], tmp_path)
+    assert math.isnan(reporter.get_mimu_unlearning_forget_set_score()[0])
+    assert not math.isnan(reporter.get_mimu_unlearning_forget_set_score()[1])
+    assert reporter.best_kappa() == 20
+
+
 def test_nothing_to_report_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no experiment"):
         Reporter(CONFIG, [], tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"dpi": 0}, {"width": -1.0}, {"height": math.inf}])
+@pytest.mark.parametrize("change", [{"dpi": 0}, {"dpi": 99999}, {"width": -1.0}, {"height": math.inf}, {"width": 0.01}])
 def test_impossible_figures_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         ReporterConfig(**{"dpi": 50, "width": 4.0, "height": 3.0} | change)

@@ -6,18 +6,19 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NUM_CLASSES, graph_generator, random_split
+from conftest import NUM_CLASSES, graph_generator, random_classifier, random_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import load_config
-from data import GraphGenerator, seeded
+from data import GraphGenerator, Split, seeded
 from model import Mask, MaskingGCN
 from trainer import (
     GCNTrainer,
     MaskingConfig,
     Trainer,
     TrainerConfig,
+    TrainingError,
     UnlearningSFT,
     UnlearningSFTConfig,
     ZeroingOrder,
@@ -136,13 +137,84 @@ def test_many_masks_at_once_are_one_mask_after_another(mask_layer):
 @pytest.mark.parametrize("term", TERMS)
 def test_every_term_reaches_every_parameter_of_the_gcn(term, mask_layer):
     graphs = graph_generator(mask_layer)
-    config = gcn_config(**{name: float(name == term) for name in TERMS})
+    config = gcn_config(partly_masked=None, **{name: float(name == term) for name in TERMS})
     gcn = MaskingGCN(graphs.config.num_features, 8, 3)
     terms, _ = GCNTrainer(config, graphs, 6, 0).loss(gcn, torch.arange(0), seeded("test"))
     terms[term].backward()
     for name, parameter in gcn.named_parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
     assert all(parameter.grad is None for parameter in graphs.classifier.parameters())
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(monkeypatch):
+    graphs = graph_generator()
+    config = gcn_config(sufficiency=0.3, prior=0.2, necessity_forget=2.0, necessity_retain=0.5, partly_masked=None)
+    config = dataclasses.replace(config, steps=1, learning_rate=1e-9)
+    gradients = []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: gradients.extend(
+        parameter.grad.clone() for parameter in parameters
+    ))  # fmt: skip
+    trainer = GCNTrainer(config, graphs, 6, 0)
+    gcn = trainer.train()
+    terms, _ = trainer.loss(gcn, torch.arange(0), seeded("gcn", 0, 6))
+    loss = sum(getattr(config, name) * terms[name] for name in TERMS)
+    expected = torch.autograd.grad(loss, list(gcn.parameters()))
+    assert all(torch.allclose(g, e, rtol=1e-3, atol=1e-6) for g, e in zip(gradients, expected))
+
+
+def test_the_loss_works_on_the_masked_classifier():
+    graphs = graph_generator()
+    gcn = MaskingGCN(graphs.config.num_features, 8, 2)
+    zeroed = torch.tensor([1, 4, 9, 20])
+    config = gcn_config(prior=0.5)
+    trainer = GCNTrainer(config, graphs, 6, 0)
+    terms, scores = trainer.loss(gcn, zeroed, seeded("test"))
+    x, damage = graphs.class_graphs(graphs.draw(8, seeded("test")), Mask.zeroing(graphs.graph, zeroed))
+    importance = gcn(x, graphs.graph)
+    assert torch.allclose(scores, contrast(importance, damage), atol=1e-5)
+    assert not torch.allclose(scores, contrast(importance), atol=1e-5)
+    assert "sufficiency" not in terms, "the top-K weights are those of the whole classifier"
+    weights = graphs.classifier.layers[1].weight.detach().flatten()
+    assert torch.allclose(terms["prior"], prior_divergence(importance, weights).mean(), rtol=1e-4)
+
+
+def test_the_sufficiency_term_by_hand():
+    graphs = graph_generator()
+    trainer = GCNTrainer(gcn_config(gumbel=0.7), graphs, 6, 0)
+    importance = torch.randn(NUM_CLASSES, 30)
+    samples = graphs.draw(10, seeded("test"))
+    term = trainer._sufficiency(importance, samples, seeded("noise"))
+    noise = gumbel_noise(importance.shape, seeded("noise"))
+    losses = []
+    for c in range(NUM_CLASSES):
+        kept = (importance[c] / importance[c].std() + 0.7 * noise[c]).topk(6).indices
+        with Mask.keeping(graphs.graph, kept).applied_to(graphs.classifier):
+            logits = graphs.classifier(graphs.samples.images[samples[c]])
+        losses.append(F.cross_entropy(logits, torch.full((10,), c)))
+    assert torch.allclose(term, torch.stack(losses).mean(), rtol=1e-4)
+
+
+def test_every_second_step_after_the_warmup_is_partly_masked(monkeypatch):
+    graphs = graph_generator()
+    sizes = []
+    loss = GCNTrainer.loss
+
+    def spy(self, gcn, zeroed, generator):
+        sizes.append(len(zeroed))
+        return loss(self, gcn, zeroed, generator)
+
+    monkeypatch.setattr(GCNTrainer, "loss", spy)
+    GCNTrainer(gcn_config(steps=12, warmup=4, partly_masked=(2, 8)), graphs, 6, 0).train()
+    assert sizes[:4] == [0] * 4 and all(2 <= size <= 8 for size in sizes[4::2]) and not any(sizes[5::2])
+    sizes.clear()
+    GCNTrainer(gcn_config(steps=6, partly_masked=None), graphs, 6, 0).train()
+    assert sizes == [0] * 6
+
+
+def test_training_that_diverges_says_so(split):
+    endless = Split(split.images * torch.inf, split.labels)
+    with pytest.raises(TrainingError, match="loss of the classifier is nan .* see classifier.learning_rate"):
+        Trainer(TrainerConfig((6, 5), 5, 16, 0.01), 0).train(endless, NUM_CLASSES)
 
 
 def test_the_necessity_terms_by_hand():
@@ -170,33 +242,49 @@ def test_the_necessity_terms_by_hand():
     assert torch.allclose(terms["necessity_retain"], torch.stack(retain).mean(), rtol=1e-4)
 
 
-def test_a_trained_gcn_forgets_every_class_and_keeps_the_others():
+@pytest.fixture(scope="module")
+def forgetting():
+    """A small problem, and a GCN that was trained on it."""
     split = random_split(200)
     classifier = Trainer(TrainerConfig((16, 12), 30, 32, 0.01), 0).train(split, NUM_CLASSES)
     graphs = GraphGenerator(classifier, split, graph_generator().config, 0)
-    config = gcn_config(hidden=16, steps=150, kappa=(10, 60), partly_masked=(5, 40), learning_rate=0.02, samples=45)
-    trainer = GCNTrainer(config, graphs, 48, 0)
-    gcn = trainer.train()
-    early, late = (
-        sum(step["necessity_forget"] for step in part) for part in (trainer.history[:20], trainer.history[-20:])
-    )
-    assert late < early / 2
+    ranges = {"kappa": (10, 64), "partly_masked": (5, 48)}
+    config = gcn_config(hidden=16, steps=300, learning_rate=0.02, samples=90, sufficiency=0.0, prior=0.0, **ranges)
+    return split, graphs, GCNTrainer(config, graphs, 48, 0).train()
 
-    def correct(samples):
-        return (classifier(samples.images).argmax(1) == samples.labels).float().mean()
 
+def scores(graphs, split, order, kappa):
+    """Forget and retain score, from 0 to 1, of the classifier under the mask at kappa."""
+    with Mask.zeroing(graphs.graph, order.first(kappa)).applied_to(graphs.classifier):
+        return [
+            (graphs.classifier(samples.images).argmax(1) == samples.labels).float().mean().item()
+            for samples in (split.forget(order.forget_class), split.retain(order.forget_class))
+        ]
+
+
+def test_a_trained_gcn_forgets_every_class_and_keeps_the_others(forgetting):
+    split, graphs, trained = forgetting
+
+    def succeeds(gcn, forget_class):
+        order = ZeroingOrder(masking_config(step=5, group_size=15), gcn, graphs, forget_class, 48, 0)
+        forget, retain = scores(graphs, split, order, 64)
+        return forget < 0.1 and retain > 0.9
+
+    assert all(succeeds(trained, forget_class) for forget_class in range(NUM_CLASSES))
+    untrained = MaskingGCN(graphs.config.num_features, 16, 2)
+    assert not all(succeeds(untrained, forget_class) for forget_class in range(NUM_CLASSES))
+
+
+@pytest.mark.parametrize("target", [1.25, 20.0])
+def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(forgetting, target):
+    split, graphs, trained = forgetting
     for forget_class in range(NUM_CLASSES):
-        order = ZeroingOrder(masking_config(step=5, group_size=15, max_kappa=60), gcn, graphs, forget_class, 48, 0)
-        with Mask.zeroing(graphs.graph, order.first(40)).applied_to(classifier):
-            assert correct(split.forget(forget_class)) < 0.1
-            assert correct(split.retain(forget_class)) > 0.9
-        forget = split.forget(forget_class)
-        kappa = order.forgotten_at(forget)
-        assert kappa % 5 == 0 and kappa <= 40
-        with Mask.zeroing(graphs.graph, order.first(kappa)).applied_to(classifier):
-            assert correct(forget) < 0.0125
-        with Mask.zeroing(graphs.graph, order.first(kappa - 5)).applied_to(classifier):
-            assert correct(forget) > 0.0125
+        config = masking_config(step=5, group_size=15, target=target, max_kappa=100)
+        order = ZeroingOrder(config, trained, graphs, forget_class, 48, 0)
+        kappa = order.forgotten_at(split.forget(forget_class))
+        reached = [100 * scores(graphs, split, order, smaller)[0] < target for smaller in range(5, 100, 5)]
+        assert kappa == 5 * (1 + reached.index(True)) < 100
+    assert not torch.nn.utils.parametrize.is_parametrized(graphs.classifier.layers[1])
 
 
 def test_training_is_the_same_with_the_same_seed_alone():
@@ -257,6 +345,30 @@ def test_the_search_for_kappa_gives_up_at_the_largest():
     order = zeroing_order(graphs, target=1e-9, max_kappa=10)
     everything = type(graphs.samples)(graphs.samples.images, graphs.classifier(graphs.samples.images).argmax(1))
     assert order.forgotten_at(everything) == 10
+
+
+def test_most_needed_are_those_of_the_whole_classifier_at_any_time():
+    order = zeroing_order(graph_generator())
+    before = order.most_needed()
+    order.first(20)
+    assert torch.equal(order.most_needed(), before)
+
+
+def test_the_set_difference_is_what_the_order_follows():
+    order = zeroing_order(graph_generator(), ranking="set_difference", step=None)
+    ranked = set_difference(order.importance()[0], 6)[0].argsort(descending=True)
+    assert torch.equal(order.first(30), ranked)
+
+
+def test_random_labels_are_of_all_other_classes(split, monkeypatch):
+    labels = []
+    cross_entropy = F.cross_entropy
+    monkeypatch.setattr(
+        F, "cross_entropy", lambda logits, y, **_: labels.extend(y.tolist()) or cross_entropy(logits, y)
+    )
+    config = UnlearningSFTConfig(epochs=1, batch_size=10, learning_rate=0.1)
+    UnlearningSFT(config, 0).unlearn(random_classifier(), split.forget(1), (1,))
+    assert len(labels) == 20 and set(labels) == {0, 2}
 
 
 def test_draws_are_averaged():
