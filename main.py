@@ -66,6 +66,7 @@ def run(config: Config, root: Path = ROOT, started: float | None = None) -> None
     started = time.perf_counter() if started is None else started
     settings = dataclasses.asdict(config)
     seconds: dict[str, float] = {}
+    test_scores: dict[int, float] = {}
     metrics: dict[int, list[Path]] = {top_k: [] for top_k in config.sweep.top_k}
 
     def save(module: torch.nn.Module, name: str, seed: int) -> None:
@@ -80,6 +81,8 @@ def run(config: Config, root: Path = ROOT, started: float | None = None) -> None
             trainer = Trainer(config.classifier, seed)
             classifier = trainer.train(data.train, NUM_CLASSES)
             save(classifier, f"classifier_seed_{seed}", seed)
+            correct = classifier(data.test.images).argmax(1) == data.test.labels
+            test_scores[seed] = 100 * correct.double().mean().item()
         with stage(f"activation graphs, seed {seed}", seconds):
             graphs = GraphGenerator(classifier, data.train, config.graphs, seed)
             graphs.save(root / "datasets" / "Graphs" / f"seed_{seed}.pt")
@@ -113,9 +116,11 @@ def run(config: Config, root: Path = ROOT, started: float | None = None) -> None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     for reporter in reporters:
         print(f"\n{reporter.closing_table()}")
-    summary = {"seconds": seconds, "total_seconds": time.perf_counter() - started, "peak_bytes": peak}
-    (root / "reports" / "run.json").write_text(json.dumps(summary | {"threads": torch.get_num_threads()}, indent=1))
-    print(f"\n{summary['total_seconds']:.0f} s, {peak / 1e9:.1f} GB at most. Curves and tables: {root / 'reports'}")
+    total = time.perf_counter() - started
+    summary = {"seconds": seconds, "total_seconds": total, "peak_bytes": peak, "threads": torch.get_num_threads()}
+    summary["classifier_test_scores"] = test_scores
+    (root / "reports" / "run.json").write_text(json.dumps(summary, indent=1))
+    print(f"\n{total:.0f} s, {peak / 1e9:.1f} GB at most. Curves and tables: {root / 'reports'}")
     print(
         f"Metrics and plots of each experiment: {root / 'eval' / 'Metrics and Plots'}; masks: {root / 'eval' / 'masks'}"
     )

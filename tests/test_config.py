@@ -40,6 +40,7 @@ BAD = [
     ("sweep.kappa=[5, 5]", "sweep.kappa must name at least one value, and each once"),
     ("sweep.kappa=300", "sweep.kappa must be a list, each an integer or one of auto, not 300"),
     ("sweep.kappa=[automatic]", "sweep.kappa must be a list, each an integer or one of auto"),
+    ("eval.step=null", "sweep.kappa must be numbers where eval.step is null"),
     ("eval.target=0", "eval.target must be above 0, not 0.0"),
     ("eval.max_kappa=8192", "eval.max_kappa must be below 8192 (masked weights), not 8192"),
     ("sweep.top_k=[9000]", "sweep.top_k must be from 1 to 8192 (masked weights), not 9000"),
