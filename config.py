@@ -90,7 +90,7 @@ class Config:
             if not 0 < kappa < vertices:
                 raise ValueError(f"sweep.kappa must be from 1 to {vertices - 1} (masked weights less one), not {kappa}")
         if "auto" in self.sweep.kappa and self.eval.step is None:
-            raise ValueError("sweep.kappa must be numbers where eval.step is null: auto goes in steps")
+            raise ValueError("eval.step must be a number where sweep.kappa has auto, which goes in steps")
         if self.eval.max_kappa >= vertices:
             raise ValueError(f"eval.max_kappa must be below {vertices} (masked weights), not {self.eval.max_kappa}")
         for top_k in self.sweep.top_k:
