@@ -151,6 +151,7 @@ class GCNTrainerConfig:
     rounds: int
     steps: int
     learning_rate: float
+    gradient_norm: float
     group_size: int
     samples: int
     contrast: Literal["damage", "mean"]
@@ -167,7 +168,7 @@ class GCNTrainerConfig:
     def __post_init__(self) -> None:
         for name in ("hidden", "rounds", "steps", "group_size", "samples"):
             check_range(name, getattr(self, name), at_least=1)
-        for name in ("learning_rate", "temperature"):
+        for name in ("learning_rate", "gradient_norm", "temperature"):
             check_range(name, getattr(self, name), above=0)
         terms = ("sufficiency", "prior", "necessity_forget", "necessity_retain")
         for name in ("gumbel", *terms, "warmup"):
@@ -224,13 +225,11 @@ class GCNTrainer:
             loss = sum(getattr(self.config, name) * value for name, value in terms.items())
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(gcn.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(gcn.parameters(), self.config.gradient_norm)
             optimizer.step()
             schedule.step()
             self.history.append({name: value.item() for name, value in terms.items()})
-            check_finite(
-                self.history[-1], step, f"gcn.learning_rate ({self.config.learning_rate}) and the term's weight"
-            )
+            check_finite(self.history[-1], step, "gcn.learning_rate and the weight of the term")
             progress.set_postfix({name: f"{value:.3f}" for name, value in self.history[-1].items()}, refresh=False)
             zeroed = self._next_zeroed(step, zeroed, scores, generator)
         return gcn
@@ -268,9 +267,8 @@ class GCNTrainer:
         log_p = logits.unflatten(1, samples.shape).log_softmax(-1)  # (masks, classes of the samples, samples, classes)
 
         is_forget = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        p_forget = (
-            log_p[is_forget].diagonal(dim1=0, dim2=2).exp()
-        )  # (samples, masks), p(d) of d's samples under d's mask
+        # p(d) of the samples of d under the mask of d, (samples, masks)
+        p_forget = log_p[is_forget].diagonal(dim1=0, dim2=2).exp()
         forget = -torch.log1p(-p_forget.clamp(max=1 - 1e-6)).mean()
 
         predictions = self.predictions[flat].unflatten(0, samples.shape)  # (classes of the samples, samples, classes)
