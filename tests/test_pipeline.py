@@ -110,7 +110,7 @@ def test_the_whole_path_leaves_its_artifacts_and_a_rerun_gives_the_same_metrics(
     for name in ("loss_forget_set", "score_forget_set", "loss_retain_set", "score_retain_set", "summary"):
         assert f"reports/{name}.png" in written
     assert "reports/probability_on_forget_class.png" in written and "reports/summary.md" in written
-    assert sum(name.startswith("eval/masks/seed") for name in written) == 6
+    assert sum(name.startswith("eval/masks/seed_0") for name in written) == 6
     assert sum(name.startswith("eval/Metrics and Plots/plots") for name in written) == 6 * 5
 
     subprocess.run(["bash", str(copy / "clean.sh")], check=True, cwd="/")
