@@ -269,7 +269,7 @@ class GraphGenerator:
         samples: (classes, group_size). Returns the vertex features (classes, vertices, features), each standardised
         over its graph, and the mean cross entropy of each class (classes), nats.
         """
-        own, loss = self._features(samples, mask)
+        own, loss = self.class_features(samples, self.config.features, mask)
         others = {name: (x.sum(0) - x) / (len(x) - 1) for name, x in own.items()}
         return self._standardised(own, others), loss
 
@@ -281,8 +281,9 @@ class GraphGenerator:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is not there: valid are 0 to {len(self) - 1}")
         label = self.labels[index : index + 1]
-        own, _ = self._features(torch.tensor([[index]], device=label.device))
-        classes, _ = self._features(torch.arange(len(self), device=label.device).view(self.num_classes, -1))
+        everything = torch.arange(len(self), device=label.device).view(self.num_classes, -1)
+        own, _ = self.class_features(everything.view(-1)[index : index + 1, None], self.config.features)
+        classes, _ = self.class_features(everything, self.config.features)
         others = {name: (x.sum(0) - x)[label] / (len(x) - 1) for name, x in classes.items()}
         return Data(x=self._standardised(own, others)[0], edge_index=self.graph.edge_index().to(label.device), y=label)
 
@@ -294,8 +295,14 @@ class GraphGenerator:
         ]
         torch.save({"layers": list(self.graph.layers), "labels": self.labels, "records": records}, path)
 
-    def _features(self, samples: Tensor, mask: Mask | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Every feature before it is standardised, name to (groups, vertices), and the mean loss of each group."""
+    def class_features(
+        self, samples: Tensor, names: Sequence[str], mask: Mask | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The features of groups of samples before they are standardised, on the classifier or on a masked one.
+
+        samples: (groups, group_size); names: of FEATURES
+        Returns name to (groups, vertices), and the mean cross entropy of each group (groups), nats.
+        """
         flat = samples.flatten()
         if mask is None:
             records, loss = [record.map(lambda x: x[flat]) for record in self.records], self.loss[flat]
@@ -310,7 +317,7 @@ class GraphGenerator:
             for record, weight in zip(records, weights)
         ]
         features = {}
-        for name in self.config.features:
+        for name in names:
             parts = [FEATURES[name](group).expand(len(samples), *group.weight.shape).flatten(1) for group in groups]
             features[name] = torch.cat(parts, 1)  # (groups, vertices)
         return features, loss.view(samples.shape).mean(1)

@@ -21,7 +21,15 @@ from tqdm import tqdm
 from data import GraphGenerator, ImageData, Split, check_range, seeded
 from model import HookedMNISTClassifier, Mask, MaskingGCN
 from reporter import method_styles
-from trainer import MaskingConfig, Trainer, UnlearningSFT, UnlearningSFTConfig, ZeroingOrder
+from trainer import (
+    GCNRanking,
+    MaskingConfig,
+    SaliencyRanking,
+    Trainer,
+    UnlearningSFT,
+    UnlearningSFTConfig,
+    ZeroingOrder,
+)
 
 
 class Request:
@@ -54,15 +62,20 @@ class Request:
         self.forget_class = forget_class
         self.top_k = top_k
         self.seed = seed
-        self.order = ZeroingOrder(config, gcn, graphs, forget_class, top_k, seed)
+        self.ranking = GCNRanking(config, gcn, graphs, forget_class, top_k, seed)
+        self.order = ZeroingOrder(config, graphs, self.ranking)
+        saliency = SaliencyRanking(config, graphs, forget_class, seed, config.saliency_retain_weight)
+        self.saliency_order = ZeroingOrder(config, graphs, saliency)
         self.reused_seconds = 0.0
+        self.num_zeroed: int | None = None
         self._kappa: int | None = None
+        self._is_auto = False
 
-    def at(self, kappa: int | None) -> Request:
-        """The same request with this kappa; the order of weights found so far is shared."""
+    def at(self, kappa: int | None, is_auto: bool = False) -> Request:
+        """The same request with this kappa; the orders of weights found so far are shared."""
         request = copy.copy(self)
-        request.reused_seconds = 0.0
         request._kappa = kappa
+        request._is_auto = is_auto
         return request
 
     @property
@@ -80,13 +93,20 @@ class Request:
         """The smallest kappa of the masking GCN's steps that makes the training split forget the class."""
         return self.order.forgotten_at(self.train.forget(self.forget_class))
 
-    def zeroed_by_gcn(self) -> Tensor:
-        """The kappa vertices that the masking GCN zeroes first; steps made for a smaller kappa count as time spent."""
-        self.reused_seconds = self.order.seconds(self.kappa)
-        return self.order.first(self.kappa)
+    def first_of(self, order: ZeroingOrder) -> Tensor:
+        """The vertices that an order zeroes at this kappa; with kappa auto at its own smallest kappa that forgets.
+
+        The time of steps that were made before, for a smaller kappa or in the search for auto, counts as spent.
+        """
+        started = time.perf_counter()
+        kappa = order.forgotten_at(self.train.forget(self.forget_class)) if self._is_auto else self.kappa
+        vertices = order.first(kappa)
+        self.reused_seconds = max(0.0, order.seconds(kappa) - (time.perf_counter() - started))
+        return vertices
 
     def zeroing(self, vertices: Tensor) -> HookedMNISTClassifier:
         """The classifier without the given vertices (masked weights) of the weight graph."""
+        self.num_zeroed = len(vertices)
         classifier = self.classifier
         Mask.zeroing(self.graphs.graph, vertices).apply(classifier)
         return classifier
@@ -135,10 +155,16 @@ def original(request: Request) -> nn.Module:
     return request.classifier
 
 
-@unlearning_method("mimu", uses_kappa=True, most_needed=lambda request: request.order.most_needed())
+@unlearning_method("mimu", uses_kappa=True, most_needed=lambda request: request.ranking.most_needed())
 def mimu(request: Request) -> nn.Module:
     """The kappa weights that the masking GCN zeroes first."""
-    return request.zeroing(request.zeroed_by_gcn())
+    return request.zeroing(request.first_of(request.order))
+
+
+@unlearning_method("saliency", uses_kappa=True)
+def saliency(request: Request) -> nn.Module:
+    """No GCN: in the same steps, the weights whose removal costs the class its margin and the others the least loss."""
+    return request.zeroing(request.first_of(request.saliency_order))
 
 
 def random_vertices(request: Request, count: int, draw: int = 0) -> Tensor:
@@ -181,6 +207,7 @@ class EvalConfig(MaskingConfig):
     batch_size: int
     visualize: bool
     random_masks: int
+    saliency_retain_weight: float
     sft: UnlearningSFTConfig
 
     def __post_init__(self) -> None:
@@ -192,6 +219,7 @@ class EvalConfig(MaskingConfig):
             raise ValueError(f"methods must name mimu, and each method once, not {list(self.method_names)}")
         check_range("batch_size", self.batch_size, at_least=1)
         check_range("random_masks", self.random_masks, at_least=1)
+        check_range("saliency_retain_weight", self.saliency_retain_weight, at_least=0)
 
     @property
     def method_names(self) -> tuple[str, ...]:
@@ -234,10 +262,11 @@ AXIS_LABELS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """An unlearned classifier and what it took from the request to it."""
+    """An unlearned classifier, what it took from the request to it, and how many weights it zeroes, if it is a mask."""
 
     model: nn.Module
     seconds: float
+    num_zeroed: int | None
 
 
 def valid_json(value: Any) -> Any:
@@ -368,6 +397,7 @@ class Eval:
             "mask_efficacy_metrics": self.eval_mask_efficacy(),
             "training_split_metrics": self.eval_training_split(),
             "audit_metrics": {},
+            "num_zeroed": {name: self._answer(name).num_zeroed for name in self.config.method_names},
             "config": experiment.config,
             "seconds": {"gcn": experiment.gcn_seconds}
             | {name: self._answer(name).seconds for name in self.config.method_names},
@@ -457,16 +487,18 @@ class Eval:
         return self._once((name, "answer"), lambda: self._timed_answer(name), METHODS[name].uses_kappa)
 
     def _timed_answer(self, name: str) -> Answer:
-        request = self.request.at(self.experiment.kappa if METHODS[name].uses_kappa else None)
+        kappa = self.experiment.kappa if METHODS[name].uses_kappa else None
+        request = self.request.at(kappa, is_auto=self.experiment.kappa_choice == "auto")
         original = request.classifier.state_dict()
         with self.data.sealed():
             started = time.perf_counter()
             model = METHODS[name].unlearn(request)
             seconds = time.perf_counter() - started
+        reused = request.reused_seconds
         for key, weight in request.classifier.state_dict().items():
             if not torch.equal(weight, original.get(key, weight[:0])):
                 raise ValueError(f"method {name!r} changed the original's {key}: change request.classifier, a copy")
-        return Answer(model.eval(), seconds + request.reused_seconds)
+        return Answer(model.eval(), seconds + reused, request.num_zeroed)
 
     def _scored(self, name: str, loader: Callable[[], DataLoader], is_forget_set: bool) -> dict[str, float]:
         return self._once(

@@ -19,11 +19,12 @@ METHOD_STYLES: dict[str, dict[str, Any]] = {
     "original": {"color": "#000000", "marker": "D", "linestyle": "--"},
     "retrain": {"color": "#009E73", "marker": "*", "linestyle": "--"},
     "mimu": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "saliency": {"color": "#56B4E9", "marker": "v", "linestyle": "-"},
     "random": {"color": "#7F7F7F", "marker": "s", "linestyle": "-"},
     "sft": {"color": "#D55E00", "marker": "^", "linestyle": ":"},
 }
-FREE_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#9467BD", "#BCBD22", "#17BECF", "#F0E442")
-FREE_MARKERS = "vPX<>phd"
+FREE_COLORS = ("#CC79A7", "#E69F00", "#8C564B", "#9467BD", "#BCBD22", "#17BECF", "#F0E442")
+FREE_MARKERS = "PX<>phd"
 
 FORGET, RETAIN = "unlearning_metrics", "performance_degradation_metrics"
 
@@ -265,10 +266,12 @@ class Reporter:
                 f"{self.value(FORGET, name, 'probability', kappa=kappa):.4f}",
                 f"{self.value(FORGET, name, 'loss', kappa=kappa):.2f}",
                 f"{self.value(RETAIN, name, 'loss', kappa=kappa):.3f}",
+                f"{self.value('num_zeroed', name, kappa=kappa):.0f}",
                 f"{self.value('seconds', name, kappa=kappa):.2f}",
             ])  # fmt: skip
         header = ["method", "forget score, %", "retain score, %", "retain score against retrain, points"]
-        header += ["probability of the forget class", "forget loss, nats", "retain loss, nats", "seconds a request"]
+        header += ["probability of the forget class", "forget loss, nats", "retain loss, nats", "weights zeroed"]
+        header += ["seconds a request"]
         return markdown_table(header, rows)
 
     def closing_table(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -315,13 +316,8 @@ class MaskingConfig:
         check_range("target", self.target, above=0)
 
 
-class ZeroingOrder:
-    """The order in which a trained GCN zeroes weights to forget a class: the mask at kappa is its first kappa entries.
-
-    Weights stand in for one another, which scores given all at once cannot see. So a step zeroes `config.step` weights
-    (None: all of them), and the next one scores graphs recorded anew on the classifier masked so far. Steps are made
-    when they are asked for: a larger kappa goes on from a smaller one.
-    """
+class GCNRanking:
+    """How much a trained GCN wants each weight zeroed to forget a class, on the classifier masked so far."""
 
     def __init__(
         self, config: MaskingConfig, gcn: MaskingGCN, graphs: GraphGenerator, forget_class: int, top_k: int, seed: int
@@ -332,16 +328,97 @@ class ZeroingOrder:
         self.forget_class = forget_class
         self.top_k = top_k
         self.seed = seed
+
+    def __call__(self, step: int, zeroed: Tensor) -> Tensor:
+        """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
+        importance, damage = self.importance(step, zeroed)
+        if self.config.ranking == "set_difference":
+            return set_difference(importance, self.top_k)[self.forget_class]
+        return contrast(importance, damage if self.config.ranking == "damage" else None)[self.forget_class]
+
+    @torch.no_grad()
+    def importance(self, step: int, zeroed: Tensor) -> tuple[Tensor, Tensor]:
+        """The GCN's mean logits Q (classes, vertices), and each class's cross entropy (classes)."""
+        importance, damage = [], []
+        for draw in range(self.config.draws):
+            samples = request_samples(self.config, self.graphs, self.seed, self.forget_class, step, draw)
+            x, loss = self.graphs.class_graphs(samples, mask_of(self.graphs, zeroed))
+            importance.append(self.gcn(x, self.graphs.graph))
+            damage.append(loss)
+        return torch.stack(importance).mean(0), torch.stack(damage).mean(0)
+
+    def most_needed(self) -> Tensor:
+        """The top-K weights of the forget class in the unmasked classifier, (K)."""
+        nothing = torch.empty(0, dtype=torch.long, device=self.graphs.labels.device)
+        return self.importance(0, nothing)[0][self.forget_class].topk(self.top_k).indices
+
+
+class SaliencyRanking:
+    """The same without a GCN: what removing a weight does to the forget class's margin and to the other classes' loss.
+
+        w E_d[d margin/dw] + retain_weight (w E_r[dL/dw] - w^2 E_r[(dL/dw)^2] / 2)
+
+    The first term is the first-order fall of the margin, the bracket the second-order fall of the loss, with the Fisher
+    information for the curvature; E_r is the mean over the other classes, weighted by damage as in `contrast`.
+    """
+
+    def __init__(
+        self, config: MaskingConfig, graphs: GraphGenerator, forget_class: int, seed: int, retain_weight: float
+    ) -> None:
+        self.config = config
+        self.graphs = graphs
+        self.forget_class = forget_class
+        self.seed = seed
+        self.retain_weight = retain_weight
+
+    def __call__(self, step: int, zeroed: Tensor) -> Tensor:
+        """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
+        samples = request_samples(self.config, self.graphs, self.seed, self.forget_class, step)
+        names = ("margin", "effect", "fisher")
+        features, damage = self.graphs.class_features(samples, names, mask_of(self.graphs, zeroed))
+        fall_of_loss = features["effect"] - features["fisher"] ** 2 / 2
+        # With 0 for its own class, the contrast is minus the weighted mean over the others.
+        fall_of_loss[self.forget_class] = 0
+        retain = -contrast(fall_of_loss, damage)[self.forget_class]
+        return features["margin"][self.forget_class] + self.retain_weight * retain
+
+
+def request_samples(
+    config: MaskingConfig, graphs: GraphGenerator, seed: int, forget_class: int, step: int, draw: int = 0
+) -> Tensor:
+    """The samples (classes, group_size) whose graphs one step of a request looks at."""
+    return graphs.draw(config.group_size, seeded("request", seed, forget_class, step, draw))
+
+
+def mask_of(graphs: GraphGenerator, zeroed: Tensor) -> Mask | None:
+    """The mask that switches off the vertices `zeroed`; None where there is none."""
+    return Mask.zeroing(graphs.graph, zeroed) if len(zeroed) else None
+
+
+class ZeroingOrder:
+    """The order in which weights are zeroed to forget a class: the mask at kappa is its first kappa entries.
+
+    Weights stand in for one another, which scores given all at once cannot see. So a step zeroes `config.step` weights
+    (None: all of them), and the next one is ranked on graphs recorded anew on the classifier masked so far. Steps are
+    made when they are asked for: a larger kappa goes on from a smaller one.
+
+    ranking: from the number of the step and the vertices zeroed before it to scores (vertices), largest first to go
+    """
+
+    def __init__(self, config: MaskingConfig, graphs: GraphGenerator, ranking: Callable[[int, Tensor], Tensor]) -> None:
+        self.config = config
+        self.graphs = graphs
+        self.ranking = ranking
         self.step = config.step or graphs.graph.num_vertices
         self._zeroed = torch.empty(0, dtype=torch.long, device=graphs.labels.device)
         self._seconds: list[float] = []
+        self._forgotten_at: int | None = None
 
     def first(self, kappa: int) -> Tensor:
         """The vertices to zero for this kappa, in order, (kappa)."""
         while len(self._zeroed) < kappa:
             started = time.perf_counter()
-            importance, damage = self.importance(len(self._seconds))
-            scores = self._scores(importance, damage).index_fill(0, self._zeroed, float("-inf"))
+            scores = self.ranking(len(self._seconds), self._zeroed).index_fill(0, self._zeroed, float("-inf"))
             free = len(scores) - len(self._zeroed)
             self._zeroed = torch.cat([self._zeroed, scores.topk(min(self.step, free)).indices])
             self._seconds.append(time.perf_counter() - started)
@@ -351,8 +428,14 @@ class ZeroingOrder:
     def forgotten_at(self, forget: Split) -> int:
         """The smallest kappa of whole steps that leaves less than `config.target` percent of these samples correct.
 
-        forget: training samples of the forget class. At `config.max_kappa` it is given up, and that is returned.
+        forget: the training samples of the forget class, the same at every call. At `config.max_kappa` it is given up,
+        and that is returned.
         """
+        if self._forgotten_at is None:
+            self._forgotten_at = self._search(forget)
+        return self._forgotten_at
+
+    def _search(self, forget: Split) -> int:
         classifier, first = self.graphs.classifier, self.graphs.graph.layers[0]
         with classifier.hooks([first]) as seen:
             classifier(forget.images)
@@ -370,28 +453,6 @@ class ZeroingOrder:
     def seconds(self, kappa: int) -> float:
         """What the steps up to this kappa took, of those that are made."""
         return sum(self._seconds[: -(-kappa // self.step)])
-
-    @torch.no_grad()
-    def importance(self, step: int = 0) -> tuple[Tensor, Tensor]:
-        """The GCN's mean logits Q (classes, vertices) after `step` steps, and each class's cross entropy (classes)."""
-        zeroed = self._zeroed[: step * self.step]
-        mask = Mask.zeroing(self.graphs.graph, zeroed) if len(zeroed) else None
-        importance, damage = [], []
-        for draw in range(self.config.draws):
-            generator = seeded("request", self.seed, self.forget_class, step, draw)
-            x, loss = self.graphs.class_graphs(self.graphs.draw(self.config.group_size, generator), mask)
-            importance.append(self.gcn(x, self.graphs.graph))
-            damage.append(loss)
-        return torch.stack(importance).mean(0), torch.stack(damage).mean(0)
-
-    def most_needed(self) -> Tensor:
-        """The top-K weights of the forget class in the unmasked classifier, (K)."""
-        return self.importance()[0][self.forget_class].topk(self.top_k).indices
-
-    def _scores(self, importance: Tensor, damage: Tensor) -> Tensor:
-        if self.config.ranking == "set_difference":
-            return set_difference(importance, self.top_k)[self.forget_class]
-        return contrast(importance, damage if self.config.ranking == "damage" else None)[self.forget_class]
 
 
 @dataclass(frozen=True)

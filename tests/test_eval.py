@@ -73,7 +73,7 @@ def test_the_mask_is_that_of_the_zeroed_weights(tmp_path, mask_layer):
 
 def test_every_method_stands_in_every_evaluation(tmp_path):
     results = make_eval(tmp_path).eval()
-    names = ["original", "mimu", "random", "sft", "retrain"]
+    names = ["original", "mimu", "saliency", "random", "sft", "retrain"]
     assert list(results["unlearning_metrics"]) == list(results["performance_degradation_metrics"]) == names
     assert list(results["mask_efficacy_metrics"]) == ["original", "mimu", "random"]
     assert results["unlearning_metrics"]["original"] == results["mask_efficacy_metrics"]["original"]
@@ -187,7 +187,7 @@ def test_the_methods_are_what_they_say(tmp_path):
     scored = make_eval(tmp_path)
     weights = answers(scored)
     original = weights["original"]
-    for name in ("mimu", "random"):
+    for name in ("mimu", "saliency", "random"):
         assert torch.equal(weights[name][0], original[0]) and torch.equal(weights[name][2], original[2])
         changed = (weights[name][1] != original[1]).nonzero()
         assert len(changed) == KAPPA and (weights[name][1][weights[name][1] != original[1]] == 0).all()
@@ -196,6 +196,23 @@ def test_the_methods_are_what_they_say(tmp_path):
     retain = scored.request.train.retain(FORGET)
     alone = Trainer(TrainerConfig((6, 5), 10, 16, 0.01), 0).train(retain, NUM_CLASSES)
     assert all(torch.equal(w, layer.weight) for w, layer in zip(weights["retrain"], alone.layers))
+
+
+def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path):
+    scored = make_eval(tmp_path, target=60.0, max_kappa=29)
+    request = scored.request
+    forget = request.train.forget(FORGET)
+    kappas = {
+        name: order.forgotten_at(forget)
+        for name, order in (("mimu", request.order), ("saliency", request.saliency_order))
+    }
+    experiment = dataclasses.replace(scored.experiment, kappa=kappas["mimu"], kappa_choice="auto")
+    results = Eval(scored.config, experiment, request, scored.data, tmp_path).eval()
+    assert results["num_zeroed"] == {
+        "original": None, "mimu": kappas["mimu"], "saliency": kappas["saliency"], "random": kappas["mimu"],
+        "sft": None, "retrain": None,
+    }  # fmt: skip
+    assert kappas["mimu"] != kappas["saliency"]
 
 
 def test_random_masks_are_nested(tmp_path):
@@ -249,7 +266,7 @@ def test_a_request_that_goes_on_counts_the_steps_before(tmp_path):
     later = Eval(
         scored.config, dataclasses.replace(scored.experiment, kappa=20), scored.request, scored.data, tmp_path, {}
     )
-    assert later._answer("mimu").seconds > scored.request.order.seconds(20) > first / 2
+    assert later._answer("mimu").seconds >= scored.request.order.seconds(20) > first / 2
 
 
 def test_the_plots_of_an_experiment_are_drawn(tmp_path):

@@ -92,12 +92,12 @@ def test_the_whole_path_leaves_its_artifacts_and_a_rerun_gives_the_same_metrics(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
     output = run(copy, *SMOKE)
-    for name in ("original", "mimu", "random", "sft", "retrain", "forget score", "retain score", "reports"):
+    for name in ("original", "mimu", "saliency", "random", "sft", "retrain", "forget score", "retain score", "reports"):
         assert name in output
     first = metrics(copy)
     assert len(first) == 6 and {result["forget_digit"] for result in first.values()} == {3, 9}
     for result in first.values():
-        assert set(result["unlearning_metrics"]) == {"original", "mimu", "random", "sft", "retrain"}
+        assert set(result["unlearning_metrics"]) == {"original", "mimu", "saliency", "random", "sft", "retrain"}
         assert len(result["zeroed"]) == result["kappa"] and result["kappa_choice"] in ("fixed", "auto")
         assert result["num_graph_vertices"] == 16 * 32 and result["num_graph_edges"] == 16 * 32 * (16 + 32 - 2)
     written = files(copy)

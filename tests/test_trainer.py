@@ -14,8 +14,10 @@ from config import load_config
 from data import GraphGenerator, Split, seeded
 from model import Mask, MaskingGCN
 from trainer import (
+    GCNRanking,
     GCNTrainer,
     MaskingConfig,
+    SaliencyRanking,
     Trainer,
     TrainerConfig,
     TrainingError,
@@ -31,6 +33,7 @@ from trainer import (
 )
 
 TERMS = ("sufficiency", "prior", "necessity_forget", "necessity_retain")
+NOTHING = torch.empty(0, dtype=torch.long)
 finite = st.floats(-50, 50, width=32)
 
 
@@ -56,7 +59,7 @@ def zeroing_order(graphs, forget_class=0, seed=0, top_k=6, **changes):
     config = masking_config(**changes)
     torch.manual_seed(3)
     gcn = MaskingGCN(graphs.config.num_features, hidden=8, rounds=2)
-    return ZeroingOrder(config, gcn, graphs, forget_class, top_k, seed)
+    return ZeroingOrder(config, graphs, GCNRanking(config, gcn, graphs, forget_class, top_k, seed))
 
 
 @settings(deadline=None)
@@ -255,10 +258,11 @@ def forgetting():
 
 def scores(graphs, split, order, kappa):
     """Forget and retain score, from 0 to 1, of the classifier under the mask at kappa."""
+    forget_class = order.ranking.forget_class
     with Mask.zeroing(graphs.graph, order.first(kappa)).applied_to(graphs.classifier):
         return [
             (graphs.classifier(samples.images).argmax(1) == samples.labels).float().mean().item()
-            for samples in (split.forget(order.forget_class), split.retain(order.forget_class))
+            for samples in (split.forget(forget_class), split.retain(forget_class))
         ]
 
 
@@ -266,7 +270,8 @@ def test_a_trained_gcn_forgets_every_class_and_keeps_the_others(forgetting):
     split, graphs, trained = forgetting
 
     def succeeds(gcn, forget_class):
-        order = ZeroingOrder(masking_config(step=5, group_size=15), gcn, graphs, forget_class, 48, 0)
+        config = masking_config(step=5, group_size=15)
+        order = ZeroingOrder(config, graphs, GCNRanking(config, gcn, graphs, forget_class, 48, 0))
         forget, retain = scores(graphs, split, order, 64)
         return forget < 0.1 and retain > 0.9
 
@@ -280,7 +285,7 @@ def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(forgetting, targ
     split, graphs, trained = forgetting
     for forget_class in range(NUM_CLASSES):
         config = masking_config(step=5, group_size=15, target=target, max_kappa=100)
-        order = ZeroingOrder(config, trained, graphs, forget_class, 48, 0)
+        order = ZeroingOrder(config, graphs, GCNRanking(config, trained, graphs, forget_class, 48, 0))
         kappa = order.forgotten_at(split.forget(forget_class))
         reached = [100 * scores(graphs, split, order, smaller)[0] < target for smaller in range(5, 100, 5)]
         assert kappa == 5 * (1 + reached.index(True)) < 100
@@ -328,7 +333,7 @@ def test_a_step_takes_the_largest_contrast_on_graphs_of_the_masked_classifier():
         samples = graphs.draw(8, seeded("request", 0, 2, step, 0))
         mask = Mask.zeroing(graphs.graph, torch.tensor(zeroed)) if zeroed else None
         x, damage = graphs.class_graphs(samples, mask)
-        scores = contrast(order.gcn(x, graphs.graph), damage)[2]
+        scores = contrast(order.ranking.gcn(x, graphs.graph), damage)[2]
         free = [v for v in scores.argsort(descending=True).tolist() if v not in zeroed]
         zeroed += free[:4]
     assert order.first(12).tolist() == zeroed
@@ -349,15 +354,42 @@ def test_the_search_for_kappa_gives_up_at_the_largest():
 
 def test_most_needed_are_those_of_the_whole_classifier_at_any_time():
     order = zeroing_order(graph_generator())
-    before = order.most_needed()
+    before = order.ranking.most_needed()
     order.first(20)
-    assert torch.equal(order.most_needed(), before)
+    assert torch.equal(order.ranking.most_needed(), before)
 
 
 def test_the_set_difference_is_what_the_order_follows():
     order = zeroing_order(graph_generator(), ranking="set_difference", step=None)
-    ranked = set_difference(order.importance()[0], 6)[0].argsort(descending=True)
+    ranked = set_difference(order.ranking.importance(0, NOTHING)[0], 6)[0].argsort(descending=True)
     assert torch.equal(order.first(30), ranked)
+
+
+@pytest.mark.parametrize("zeroed", [[], [3, 8, 21]])
+def test_the_saliency_by_hand(zeroed):
+    graphs = graph_generator()
+    ranking = SaliencyRanking(masking_config(), graphs, 1, 0, retain_weight=5.0)
+    scores = ranking(2, torch.tensor(zeroed, dtype=torch.long))
+    samples = graphs.draw(8, seeded("request", 0, 1, 2, 0))
+    classifier = random_classifier()
+    classifier.layers[1].weight.data.view(-1)[zeroed] = 0
+    w = classifier.layers[1].weight.detach()
+
+    def gradients(index, of):
+        classifier.zero_grad()
+        logits, label = classifier(graphs.samples.images[index : index + 1]), graphs.labels[index]
+        (F.cross_entropy(logits, label[None]) if of == "loss" else logits[0, label] - logits.mean()).backward()
+        return classifier.layers[1].weight.grad.clone()
+
+    margin = w * torch.stack([gradients(index, "margin") for index in samples[1]]).mean(0)
+    fall, v = [], []
+    for c in (0, 2):
+        g = torch.stack([gradients(index, "loss") for index in samples[c]])
+        fall.append(w * g.mean(0) - w**2 * (g**2).mean(0) / 2)
+        logits = classifier(graphs.samples.images[samples[c]])
+        v.append((F.cross_entropy(logits, graphs.labels[samples[c]]) + 0.02).sqrt().detach())
+    expected = margin + 5.0 * (v[0] * fall[0] + v[1] * fall[1]) / (v[0] + v[1])
+    assert torch.allclose(scores, expected.flatten(), rtol=1e-3, atol=1e-6)
 
 
 def test_random_labels_are_of_all_other_classes(split, monkeypatch):
@@ -377,10 +409,10 @@ def test_draws_are_averaged():
     parts = []
     for draw in range(3):
         x, _ = graphs.class_graphs(graphs.draw(8, seeded("request", 0, 0, 0, draw)))
-        parts.append(one.gcn(x, graphs.graph))
-    assert torch.allclose(three.importance()[0], sum(parts) / 3, atol=1e-6)
-    assert torch.equal(one.importance()[0], parts[0])
-    assert torch.equal(three.most_needed(), (sum(parts) / 3)[0].topk(6).indices)
+        parts.append(one.ranking.gcn(x, graphs.graph))
+    assert torch.allclose(three.ranking.importance(0, NOTHING)[0], sum(parts) / 3, atol=1e-6)
+    assert torch.equal(one.ranking.importance(0, NOTHING)[0], parts[0])
+    assert torch.equal(three.ranking.most_needed(), (sum(parts) / 3)[0].topk(6).indices)
 
 
 def test_sft_changes_the_masked_layer_only_and_learns_no_label_of_the_class(split):
