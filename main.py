@@ -58,9 +58,11 @@ def run(config: Config, root: Path = ROOT, started: float | None = None) -> None
 
     from data import NUM_CLASSES, GraphGenerator, load_image_data
     from eval import Eval, Experiment, Request
+    from model import keep_freed_memory
     from reporter import Reporter
     from trainer import GCNTrainer, Trainer
 
+    keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     started = time.perf_counter() if started is None else started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -11,6 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep freed memory for the next tensors instead of giving it back to the system.
+
+    The tensors of a graph hold about a megabyte: mapping their pages anew in every round takes longer than the
+    arithmetic (`tests/benchmark.py`). Does nothing where the C library is another one.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+    mallopt(mmap_threshold, 32 * 2**20)
+    mallopt(trim_threshold, 512 * 2**20)
 
 
 @dataclass(frozen=True)

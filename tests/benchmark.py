@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from config import load_config  # noqa: E402
 from data import GraphGenerator, load_image_data  # noqa: E402
-from model import HookedMNISTClassifier, MaskingGCN, WeightGraph  # noqa: E402
+from model import HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory  # noqa: E402
 from reporter import markdown_table  # noqa: E402
 
 
@@ -106,6 +106,7 @@ def activation_graphs() -> dict[str, float]:
 
 def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
+    keep_freed_memory()
     results = closed_form_against_edge_list() | activation_graphs()
     (ROOT / "reports").mkdir(exist_ok=True)
     head = {"torch": torch.__version__, "threads": torch.get_num_threads()}
