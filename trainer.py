@@ -144,6 +144,11 @@ def masked_logits(classifier: HookedMNISTClassifier, graph: WeightGraph, keep: T
     return x
 
 
+def mask_of(graphs: GraphGenerator, zeroed: Tensor) -> Mask | None:
+    """The mask that switches off the vertices `zeroed`; None where there is none."""
+    return Mask.zeroing(graphs.graph, zeroed) if len(zeroed) else None
+
+
 @dataclass(frozen=True)
 class GCNTrainerConfig:
     """The masking GCN and its loss: the weight of each term, and the ranges from which a step draws."""
@@ -237,7 +242,7 @@ class GCNTrainer:
 
     def loss(self, gcn: MaskingGCN, zeroed: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         """The terms with a weight above 0 on the classifier without the vertices `zeroed`, and the contrast."""
-        mask = Mask.zeroing(self.graph, zeroed) if len(zeroed) else None
+        mask = mask_of(self.graphs, zeroed)
         x, damage = self.graphs.class_graphs(self.graphs.draw(self.config.group_size, generator), mask)
         importance = gcn(x, self.graph)  # (classes, vertices)
         scores = contrast(importance, damage if self.config.contrast == "damage" else None)
@@ -388,11 +393,6 @@ def request_samples(
 ) -> Tensor:
     """The samples (classes, group_size) whose graphs one step of a request looks at."""
     return graphs.draw(config.group_size, seeded("request", seed, forget_class, step, draw))
-
-
-def mask_of(graphs: GraphGenerator, zeroed: Tensor) -> Mask | None:
-    """The mask that switches off the vertices `zeroed`; None where there is none."""
-    return Mask.zeroing(graphs.graph, zeroed) if len(zeroed) else None
 
 
 class ZeroingOrder:
