@@ -89,9 +89,9 @@ class Request:
         """A copy of the original classifier, free to be changed."""
         return copy.deepcopy(self._classifier)
 
-    def auto_kappa(self) -> int:
-        """The smallest kappa of the masking GCN's steps that makes the training split forget the class."""
-        return self.order.forgotten_at(self.train.forget(self.forget_class))
+    def auto_kappa(self, order: ZeroingOrder) -> int:
+        """The smallest kappa of an order's steps that makes the training split forget the class."""
+        return order.forgotten_at(self.train.forget(self.forget_class))
 
     def first_of(self, order: ZeroingOrder) -> Tensor:
         """The vertices that an order zeroes at this kappa; with kappa auto at its own smallest kappa that forgets.
@@ -99,7 +99,7 @@ class Request:
         The time of steps that were made before, for a smaller kappa or in the search for auto, counts as spent.
         """
         started = time.perf_counter()
-        kappa = order.forgotten_at(self.train.forget(self.forget_class)) if self._is_auto else self.kappa
+        kappa = self.auto_kappa(order) if self._is_auto else self.kappa
         vertices = order.first(kappa)
         self.reused_seconds = max(0.0, order.seconds(kappa) - (time.perf_counter() - started))
         return vertices
@@ -437,7 +437,7 @@ class Eval:
             figure.savefig(folder / f"{name}.png", dpi=100)
 
     def _draw_bars(self, figure: Figure, metrics: dict[str, dict[str, float]]) -> None:
-        styles = method_styles(metrics)
+        styles = method_styles([*self.config.method_names, *metrics])
         measured = next(iter(metrics.values()))
         for axes, metric in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured):
             values = [metrics[name][metric] for name in metrics]
@@ -494,11 +494,10 @@ class Eval:
             started = time.perf_counter()
             model = METHODS[name].unlearn(request)
             seconds = time.perf_counter() - started
-        reused = request.reused_seconds
         for key, weight in request.classifier.state_dict().items():
             if not torch.equal(weight, original.get(key, weight[:0])):
                 raise ValueError(f"method {name!r} changed the original's {key}: change request.classifier, a copy")
-        return Answer(model.eval(), seconds + reused, request.num_zeroed)
+        return Answer(model, seconds + request.reused_seconds, request.num_zeroed)
 
     def _scored(self, name: str, loader: Callable[[], DataLoader], is_forget_set: bool) -> dict[str, float]:
         return self._once(

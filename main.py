@@ -99,7 +99,7 @@ def run(config: Config, root: Path = ROOT, started: float | None = None) -> None
                     shared: dict[Any, Any] = {}
                     kappas = [(kappa, "fixed") for kappa in config.sweep.fixed_kappas]
                     if "auto" in config.sweep.kappa:
-                        kappas.append((request.auto_kappa(), "auto"))
+                        kappas.append((request.auto_kappa(request.order), "auto"))
                     for kappa, choice in kappas:
                         experiment = Experiment(
                             seed, digit, config.graphs.mask_layer, top_k, kappa, choice, seconds[gcn_stage], settings

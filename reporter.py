@@ -35,7 +35,7 @@ Kappa = int | Literal["auto"]
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     """How each method is drawn, the same in every plot; those without a style of their own take free ones in turn."""
     styles: dict[str, dict[str, Any]] = {}
-    for name in methods:
+    for name in dict.fromkeys(methods):
         turn = sum(other not in METHOD_STYLES for other in styles)
         free = {"color": FREE_COLORS[turn % len(FREE_COLORS)], "marker": FREE_MARKERS[turn % len(FREE_MARKERS)]}
         styles[name] = METHOD_STYLES.get(name, free)

@@ -6,12 +6,15 @@ import json
 import pytest
 import torch
 from conftest import NUM_CLASSES, random_split
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 import eval as evaluation
 from config import load_config
 from data import GraphConfig, GraphGenerator, ImageData, Split
 from eval import METHODS, Eval, Experiment, Request, unlearning_method, valid_json
 from model import Mask, MaskingGCN
+from reporter import method_styles
 from trainer import Trainer, TrainerConfig
 
 FORGET, KAPPA, TOP_K = 1, 9, 8
@@ -253,6 +256,16 @@ def test_a_method_that_reads_kappa_must_say_so(tmp_path, registry):
 
     with pytest.raises(ValueError, match="register it with uses_kappa=True"):
         make_eval(tmp_path).eval_unlearning()
+
+
+def test_a_method_has_its_colour_where_not_all_are_drawn(tmp_path, registry):
+    unlearning_method("first")(lambda request: request.classifier)
+    unlearning_method("second")(lambda request: request.classifier)
+    scored = make_eval(tmp_path)
+    figure = Figure()
+    scored._draw_bars(figure, {"second": {"score": 50.0}})
+    colour = method_styles(scored.config.method_names)["second"]["color"]
+    assert to_hex(figure.axes[0].patches[0].get_facecolor()) == to_hex(colour)
 
 
 def test_a_name_is_registered_once(registry):
