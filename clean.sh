@@ -7,14 +7,14 @@ shopt -s nullglob
 rm -f checkpoints/{classifier,gcn}_seed_[0-9]*.pt datasets/Graphs/seed_[0-9]*.pt eval/masks/seed_[0-9]*_digit_*.pt
 rm -f "eval/Metrics and Plots/metrics"/seed_[0-9]*_digit_*.json
 rm -rf "eval/Metrics and Plots/plots"/seed_[0-9]*_digit_*
-for folder in reports reports/top_k_[0-9]*; do
+for folder in reports reports/{,variants/*/}top_k_[0-9]* reports/variants/*; do
     rm -f "$folder"/{loss,score}_{forget,retain}_set.png "$folder"/probability_on_forget_class.png
-    rm -f "$folder"/{summary.png,summary.md,run.json,benchmark.json}
+    rm -f "$folder"/{summary.png,summary.md,variants.png,variants.md,run.json,benchmark.json}
 done
 # torchvision unpacks these from the tracked .gz files.
 for packed in datasets/MNIST/raw/*.gz; do rm -f "${packed%.gz}"; done
 
 for folder in "eval/Metrics and Plots"/{metrics,plots} "eval/Metrics and Plots" eval/masks eval \
-    reports/top_k_[0-9]* reports checkpoints datasets/Graphs; do
+    reports/{,variants/*/}top_k_[0-9]* reports/variants/* reports/variants reports checkpoints datasets/Graphs; do
     if [ ! -L "$folder" ]; then rmdir "$folder" 2>/dev/null || true; fi
 done

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from data import DATASETS, IMAGE_SIZE, NUM_CLASSES, GraphConfig
-from eval import EvalConfig
+from data import DATASETS, IMAGE_SIZE, NUM_CLASSES, Amount, GraphConfig, check_amount, number_of_weights
+from eval import EvalConfig, slug
 from model import WeightGraph
 from reporter import ReporterConfig
 from trainer import GCNTrainerConfig, TrainerConfig
@@ -33,12 +33,13 @@ class ConfigError(ValueError):
 class SweepConfig:
     """The experiments: one for every seed, top_k, forget digit and kappa.
 
-    kappa: numbers of weights, and `auto` for the smallest that forgets; seeds None: the one seed of the config
+    top_k: numbers or shares of the masked weights; kappa: the same, and `auto` for the smallest that forgets
+    seeds None: the one seed of the config
     """
 
     forget_digits: tuple[int, ...]
-    top_k: tuple[int, ...]
-    kappa: tuple[int | Literal["auto"], ...]
+    top_k: tuple[Amount, ...]
+    kappa: tuple[Amount | Literal["auto"], ...]
     seeds: tuple[int, ...] | None
 
     def __post_init__(self) -> None:
@@ -49,21 +50,32 @@ class SweepConfig:
         for digit in self.forget_digits:
             if not 0 <= digit < NUM_CLASSES:
                 raise ValueError(f"forget_digits must be from 0 to {NUM_CLASSES - 1}, not {digit}")
+        for name in ("top_k", "kappa"):
+            for amount in getattr(self, name):
+                if amount != "auto":
+                    check_amount(name, amount)
 
-    @property
-    def fixed_kappas(self) -> list[int]:
-        """The numbers among the kappas, from small to large."""
-        return sorted(kappa for kappa in self.kappa if kappa != "auto")
+    def fixed_kappas(self, num_vertices: int) -> list[int]:
+        """The kappas that are not chosen for each request, as numbers of weights, from small to large."""
+        return sorted({number_of_weights(kappa, num_vertices) for kappa in self.kappa if kappa != "auto"})
+
+    def top_ks(self, num_vertices: int) -> list[int]:
+        """Every K as a number of weights."""
+        return list(dict.fromkeys(number_of_weights(top_k, num_vertices) for top_k in self.top_k))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """A whole run.
+
+    held_out: how many training samples are scored in the place of the test split; 0: the test split
+    """
 
     seed: int
     device: str
     threads: int | None
     dataset: str
+    held_out: int
     classifier: TrainerConfig
     graphs: GraphConfig
     gcn: GCNTrainerConfig
@@ -85,18 +97,18 @@ class Config:
             graph = WeightGraph(self.classifier.shapes(IMAGE_SIZE, NUM_CLASSES), self.graphs.mask_layer)
         except ValueError as error:
             raise ValueError(f"graphs.{error}") from None
+        if not 0 <= self.held_out <= 50000:
+            raise ValueError(f"held_out must be from 0 to 50000 training samples, not {self.held_out}")
         vertices = graph.num_vertices
-        for kappa in self.sweep.fixed_kappas:
-            if not 0 < kappa < vertices:
-                raise ValueError(f"sweep.kappa must be from 1 to {vertices - 1} (masked weights less one), not {kappa}")
-        if "auto" in self.sweep.kappa and self.eval.step is None:
-            raise ValueError("eval.step must be a number where sweep.kappa has auto, which goes in steps")
-        if self.eval.max_kappa >= vertices:
-            raise ValueError(f"eval.max_kappa must be below {vertices} (masked weights), not {self.eval.max_kappa}")
-        for top_k in self.sweep.top_k:
-            if not 0 < top_k <= vertices:
+        for name, amounts in (("sweep.kappa", self.sweep.kappa), ("eval.max_kappa", [self.eval.max_kappa])):
+            for kappa in amounts:
+                if kappa != "auto" and not number_of_weights(kappa, vertices) < vertices:
+                    raise ValueError(f"{name} must be from 1 to {vertices - 1} (masked weights less one), not {kappa}")
+        for top_k in self.sweep.top_ks(vertices):
+            if top_k > vertices:
                 raise ValueError(f"sweep.top_k must be from 1 to {vertices} (masked weights), not {top_k}")
-        largest = self.gcn.kappa[1] + (self.gcn.partly_masked[1] if self.gcn.partly_masked else 0)
+        spans = [self.gcn.kappa] + ([] if self.gcn.partly_masked is None else [self.gcn.partly_masked])
+        largest = sum(number_of_weights(high, vertices) for _, high in spans)
         if largest >= vertices:
             raise ValueError(f"gcn.kappa and partly_masked reach {largest} weights together, of {vertices} masked ones")
 
@@ -120,9 +132,50 @@ class Config:
 
 
 def load_config(path: Path = BASE, overrides: Sequence[str] = ()) -> Config:
-    """Reads `config.yaml`, over it what `path` changes, over that the overrides. Raises ConfigError."""
-    sources = [(str(BASE.name if file == BASE else file), read_yaml(file)) for file in dict.fromkeys((BASE, path))]
-    sources += [parse_override(override) for override in overrides]
+    """Reads `config.yaml`, over it what `path` changes (but for its variants), over that the overrides.
+
+    Raises ConfigError.
+    """
+    return layered(path, [(file_name(path), without_variants(read_yaml(path)))], overrides)
+
+
+def load_variants(path: Path = BASE, overrides: Sequence[str] = ()) -> dict[str, Config]:
+    """The configs that a file describes: one for each of its variants by name, or where it has none, one named "".
+
+    A variant changes what `load_config` reads of the file. Raises ConfigError.
+    """
+    settings = read_yaml(path)
+    variants = settings.get("variants") if isinstance(settings, dict) else None
+    if variants is None:
+        return {"": load_config(path, overrides)}
+    if not isinstance(variants, dict) or not variants:
+        raise ConfigError(f"{path}: variants must map names to what each changes, not {variants!r}")
+    slugs = [slug(str(name)) for name in variants]
+    if "" in slugs or len(set(slugs)) < len(slugs):
+        raise ConfigError(f"{path}: variants must differ in the letters and digits of their names: {list(variants)}")
+    base = (file_name(path), without_variants(settings))
+    return {
+        str(name): layered(path, [base, (f"{path}, variant {name}", changes or {})], overrides)
+        for name, changes in variants.items()
+    }
+
+
+def file_name(path: Path) -> str:
+    """How messages call a config."""
+    return BASE.name if path == BASE else str(path)
+
+
+def without_variants(settings: Any) -> Any:
+    """The settings that all variants share."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: value for key, value in settings.items() if key != "variants"}
+
+
+def layered(path: Path, layers: Sequence[tuple[str, Any]], overrides: Sequence[str]) -> Config:
+    """`config.yaml` under (origin, settings) layers under the overrides. Raises ConfigError."""
+    sources = [] if path == BASE else [(BASE.name, read_yaml(BASE))]
+    sources += [*layers, *(parse_override(override) for override in overrides)]
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, settings in sources:

@@ -52,10 +52,27 @@ def check_range(name: str, value: float, at_least: float | None = None, above: f
         raise ValueError(f"{name} must be above {above}, not {value}")
 
 
-def check_span(name: str, span: Sequence[int]) -> None:
-    """Raises ValueError unless the span is [low, high] with 1 <= low <= high."""
-    if len(span) != 2 or not 1 <= span[0] <= span[1]:
-        raise ValueError(f"{name} must be [low, high] with 1 <= low <= high, not {list(span)}")
+# How many of the masked weights: a number of them (an integer), or a share (a fraction below 1).
+Amount = int | float
+
+
+def check_amount(name: str, amount: Amount) -> None:
+    """Raises ValueError unless the amount is a number of weights from 1, or a share of them between 0 and 1."""
+    if not (1 <= amount <= LARGEST if isinstance(amount, int) else 0 < amount < 1):
+        raise ValueError(f"{name} must be a number of weights from 1, or a share of them below 1, not {amount}")
+
+
+def check_span(name: str, span: Sequence[Amount]) -> None:
+    """Raises ValueError unless the span is [low, high], both numbers of weights or both shares of them."""
+    if len(span) != 2 or isinstance(span[0], int) != isinstance(span[1], int) or span[0] > span[1]:
+        raise ValueError(f"{name} must be [low, high], two numbers of weights or two shares of them, not {list(span)}")
+    for amount in span:
+        check_amount(name, amount)
+
+
+def number_of_weights(amount: Amount, num_vertices: int) -> int:
+    """The amount as a number of the masked weights, one at least."""
+    return amount if isinstance(amount, int) else max(1, round(amount * num_vertices))
 
 
 class DataError(ValueError):
@@ -116,8 +133,13 @@ class ImageData:
             self._sealed = before
 
 
-def load_image_data(name: str = "MNIST", root: Path = DATASET_ROOT, device: torch.device | str = "cpu") -> ImageData:
+def load_image_data(
+    name: str = "MNIST", root: Path = DATASET_ROOT, device: torch.device | str = "cpu", held_out: int = 0
+) -> ImageData:
     """Reads a torchvision data set of 28 x 28 images into memory, standardised by its training split.
+
+    held_out: for choices that the test split must not make, this many training samples, the last ones, are taken out of
+        the training split and stand in the place of the test split
 
     Raises DataError when its files are missing and cannot be had, ValueError on an unknown name.
     """
@@ -137,7 +159,13 @@ def load_image_data(name: str = "MNIST", root: Path = DATASET_ROOT, device: torc
         ) from error
     images = [part.data.to(device).float().flatten(1) for part in parts]
     deviation, mean = torch.std_mean(images[0])
-    return ImageData(*(Split((x - mean) / deviation, part.targets.to(device)) for x, part in zip(images, parts)))
+    train, test = (Split((x - mean) / deviation, part.targets.to(device)) for x, part in zip(images, parts))
+    if not held_out:
+        return ImageData(train, test)
+    return ImageData(
+        Split(train.images[:-held_out], train.labels[:-held_out]),
+        Split(train.images[-held_out:], train.labels[-held_out:]),
+    )
 
 
 class ClassGroup:

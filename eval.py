@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import time
+import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +20,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import GraphGenerator, ImageData, Split, check_range, seeded
+from data import GraphGenerator, ImageData, Split, check_range, number_of_weights, seeded
 from model import HookedMNISTClassifier, Mask, MaskingGCN
 from reporter import method_styles
 from trainer import (
     GCNRanking,
     MaskingConfig,
     SaliencyRanking,
+    TrainedGCN,
     Trainer,
     UnlearningSFT,
     UnlearningSFTConfig,
@@ -183,6 +186,17 @@ def random_choices(request: Request) -> Tensor:
     return torch.stack([random_vertices(request, request.top_k, draw) for draw in range(request.config.random_masks)])
 
 
+def largest_vertices(request: Request, count: int) -> Tensor:
+    """The vertices of the masked weights that are largest in magnitude, (count)."""
+    return torch.cat([weight.flatten() for weight in request.graphs.weights()]).abs().topk(count).indices
+
+
+@unlearning_method("magnitude", uses_kappa=True, most_needed=lambda request: largest_vertices(request, request.top_k))
+def magnitude(request: Request) -> nn.Module:
+    """The second control: the kappa largest weights of the same layers."""
+    return request.zeroing(largest_vertices(request, request.kappa))
+
+
 @unlearning_method("sft")
 def sft(request: Request) -> nn.Module:
     """Fine-tuning of the masked layers on random labels for the forget class's training samples."""
@@ -227,13 +241,20 @@ class EvalConfig(MaskingConfig):
         return tuple(METHODS) if self.methods is None else self.methods
 
 
+def slug(name: str) -> str:
+    """The name in letters, digits and underscores, as it stands in the names of files."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What sets one experiment apart from the others of a sweep, and what it shares with them.
 
+    variant: the name of the config among those of the run, "" where there is one only
     gcn_seconds: what training the masking GCN took, once for all requests; config: the whole config
     """
 
+    variant: str
     seed: int
     forget_digit: int
     mask_layer: int | tuple[int, ...] | None
@@ -250,7 +271,50 @@ class Experiment:
         return (
             f"seed_{self.seed}_digit_{self.forget_digit}_layer_{masked}"
             f"_top_k_{self.top_k}_kappa_{self.kappa}_{self.kappa_choice}"
+            + (f"_{slug(self.variant)}" if self.variant else "")
         )
+
+
+def unlearn(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    forget_class: int,
+    gcn: MaskingGCN | TrainedGCN | None = None,
+    mask_layer: int | tuple[int, ...] | None = -2,
+    seed: int = 0,
+) -> Mask:
+    """The mask that makes a classifier of the user's own forget a class; the classifier is left as it is.
+
+    model: any stack of linear layers, with or without bias, and ReLU between them
+    inputs: (samples, ...), training samples, some of every class; labels: (samples), from 0 to the number of logits - 1
+    gcn: what ranks the weights; None: the pretrained one, whose settings a bare MaskingGCN takes too
+    mask_layer: an index among the linear layers, several, or None for all
+    seed: of the samples that are drawn
+
+    Warns where the class is not forgotten when the largest kappa of the settings is reached.
+    Raises ValueError where the model is something else, where labels and inputs do not fit it, and where a class has no
+    sample.
+    """
+    if len(inputs) == 0 or labels.shape != inputs.shape[:1] or labels.is_floating_point():
+        raise ValueError(f"labels must be a class for each of the {len(inputs)} inputs, not {tuple(labels.shape)}")
+    classifier = HookedMNISTClassifier.of(model, inputs[:100])
+    num_classes = classifier.shapes[-1][0]
+    if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(f"labels must be from 0 to {num_classes - 1}, not {int(labels.min())} to {int(labels.max())}")
+    if not 0 <= forget_class < num_classes:
+        raise ValueError(f"forget_class must be from 0 to {num_classes - 1}, not {forget_class}")
+    trained = gcn if isinstance(gcn, TrainedGCN) else TrainedGCN.load()
+    masking_gcn = gcn if isinstance(gcn, MaskingGCN) else trained.gcn
+    train = Split(inputs.flatten(1), labels.long())
+    graphs = GraphGenerator(classifier, train, replace(trained.graphs, mask_layer=mask_layer), seed)
+    top_k = number_of_weights(trained.top_k, graphs.graph.num_vertices)
+    ranking = GCNRanking(trained.masking, masking_gcn.to(inputs.device), graphs, forget_class, top_k, seed)
+    order = ZeroingOrder(trained.masking, graphs, ranking)
+    kappa = order.forgotten_at(train.forget(forget_class))
+    if kappa == order.max_kappa:
+        warnings.warn(f"class {forget_class} is not forgotten after {kappa} weights", stacklevel=2)
+    return Mask.zeroing(graphs.graph, order.first(kappa))
 
 
 AXIS_LABELS = {
@@ -382,6 +446,7 @@ class Eval:
         experiment = self.experiment
         results = {
             "id": experiment.id,
+            "variant": experiment.variant,
             "seed": experiment.seed,
             "forget_digit": experiment.forget_digit,
             "mask_layer": experiment.mask_layer,

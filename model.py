@@ -51,16 +51,55 @@ class LayerRecord:
         return LayerRecord(*(function(getattr(self, field.name)) for field in fields(self)))
 
 
+def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers of a model, in the order in which they were added to it."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
 class HookedMNISTClassifier(nn.Module):
     """Multilayer perceptron with ReLU between its linear layers, and hooks that record what the layers do.
 
     Shapes: images (batch, 28, 28) or (batch, 784) to logits (batch, classes).
     """
 
-    def __init__(self, hidden_sizes: Sequence[int] = (128, 64), in_features: int = 784, num_classes: int = 10) -> None:
+    def __init__(
+        self,
+        hidden_sizes: Sequence[int] = (128, 64),
+        in_features: int = 784,
+        num_classes: int = 10,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         sizes = [in_features, *hidden_sizes, num_classes]
-        self.layers = nn.ModuleList(nn.Linear(n, m, bias=False) for n, m in zip(sizes, sizes[1:]))
+        self.layers = nn.ModuleList(nn.Linear(n, m, bias=bias) for n, m in zip(sizes, sizes[1:]))
+
+    @staticmethod
+    @torch.no_grad()
+    def of(model: nn.Module, inputs: Tensor) -> HookedMNISTClassifier:
+        """The same classifier as `model`, another stack of linear layers with ReLU between them; the layers are shared.
+
+        inputs: (samples, ...), on which both must give the same logits
+        Raises ValueError where they do not: where the model does anything else, such as a convolution.
+        """
+        layers = linear_layers(model)
+        sizes = [layer.in_features for layer in layers] + [layer.out_features for layer in layers[-1:]]
+        if not layers or any(layer.out_features != size for layer, size in zip(layers, sizes[1:])):
+            shapes = ", ".join(f"{layer.in_features} to {layer.out_features}" for layer in layers)
+            raise ValueError(f"model must be a stack of linear layers; it has {shapes or 'none'}")
+        if inputs[0].numel() != sizes[0]:
+            raise ValueError(f"inputs have {inputs[0].numel()} features, the first layer of the model takes {sizes[0]}")
+        classifier = HookedMNISTClassifier((), 1, 1)
+        classifier.layers = nn.ModuleList(layers)
+        modes = {module: module.training for module in model.modules()}
+        expected, logits = model.eval()(inputs), classifier(inputs)
+        for module, mode in modes.items():
+            module.training = mode
+        if expected.shape != logits.shape or not torch.allclose(expected, logits, rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                "model must be linear layers with ReLU between them and nothing else: "
+                "its outputs are not the logits of such a stack"
+            )
+        return classifier
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -222,16 +261,29 @@ class WeightGraphSAGE(nn.Module):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
+class VertexLinear(nn.Linear):
+    """What is left of a GraphSAGE round without its neighbours: x'[v] = W x[v]."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
+        return super().forward(x)
+
+
 class MaskingGCN(nn.Module):
     """Scores how much a class depends on each weight: GraphSAGE rounds, then a linear read-out, all without bias.
+
+    message_passing: False is the control, in which every weight is scored by its own features alone
 
     Shapes: vertex features (batch, vertices, features) to logits (batch, vertices).
     """
 
-    def __init__(self, num_features: int, hidden: int = 32, rounds: int = 3) -> None:
+    def __init__(self, num_features: int, hidden: int = 32, rounds: int = 3, message_passing: bool = True) -> None:
         super().__init__()
+        conv = WeightGraphSAGE if message_passing else VertexLinear
         sizes = [num_features] + [hidden] * rounds
-        self.convs = nn.ModuleList(WeightGraphSAGE(n, m) for n, m in zip(sizes, sizes[1:]))
+        self.convs = nn.ModuleList(conv(n, m) for n, m in zip(sizes, sizes[1:]))
         self.readout = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
@@ -286,37 +338,41 @@ class Mask:
         """The layer's shape (m, n) for one masked layer, flat in vertex order (vertices) for several."""
         return self.keep[0] if len(self.keep) == 1 else torch.cat([keep.flatten() for keep in self.keep])
 
-    def apply(self, classifier: HookedMNISTClassifier) -> None:
+    def apply(self, model: nn.Module) -> None:
         """Switches the weights off. Raises ValueError where a layer is masked already or has another shape."""
+        layers = linear_layers(model)
         for index, keep in zip(self.layers, self.keep):
-            layer = classifier.layers[index]
-            if parametrize.is_parametrized(layer, "weight"):
+            if index >= len(layers):
+                raise ValueError(f"layer {index} is not there: the model has {len(layers)} linear layers")
+            if parametrize.is_parametrized(layers[index], "weight"):
                 raise ValueError(f"layer {index} carries a mask already: take it off first")
-            if layer.weight.shape != keep.shape:
-                raise ValueError(f"layer {index} is {tuple(layer.weight.shape)}, its mask {tuple(keep.shape)}")
+            if layers[index].weight.shape != keep.shape:
+                raise ValueError(f"layer {index} is {tuple(layers[index].weight.shape)}, its mask {tuple(keep.shape)}")
         for index, keep in zip(self.layers, self.keep):
-            layer = classifier.layers[index]
-            parametrize.register_parametrization(layer, "weight", WeightMask(keep.to(layer.weight)))
+            weight_mask = WeightMask(keep.to(layers[index].weight))
+            parametrize.register_parametrization(layers[index], "weight", weight_mask)
 
-    def remove(self, classifier: HookedMNISTClassifier) -> None:
+    def remove(self, model: nn.Module) -> None:
         """Takes the mask off again: the weights are those from before, bit for bit."""
+        layers = linear_layers(model)
         for index in self.layers:
-            parametrize.remove_parametrizations(classifier.layers[index], "weight", leave_parametrized=False)
+            parametrize.remove_parametrizations(layers[index], "weight", leave_parametrized=False)
 
     @contextmanager
-    def applied_to(self, classifier: HookedMNISTClassifier) -> Iterator[HookedMNISTClassifier]:
-        """The masked classifier for as long as the context is open."""
-        self.apply(classifier)
+    def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The masked model for as long as the context is open."""
+        self.apply(model)
         try:
-            yield classifier
+            yield model
         finally:
-            self.remove(classifier)
+            self.remove(model)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
+        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"layers": list(self.layers), "keep": [keep.bool().cpu() for keep in self.keep]}, path)
 
     @staticmethod
-    def load(path: Path) -> Mask:
+    def load(path: Path | str) -> Mask:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return Mask(tuple(saved["layers"]), tuple(keep.float() for keep in saved["keep"]))

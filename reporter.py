@@ -1,11 +1,11 @@
-"""Curves, a summary and tables of a sweep, from the JSON of its experiments alone."""
+"""Curves, a summary and tables of a sweep, and variants side by side, from the JSON of the experiments alone."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,11 @@ METHOD_STYLES: dict[str, dict[str, Any]] = {
     "mimu": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "saliency": {"color": "#56B4E9", "marker": "v", "linestyle": "-"},
     "random": {"color": "#7F7F7F", "marker": "s", "linestyle": "-"},
+    "magnitude": {"color": "#CC79A7", "marker": "P", "linestyle": "-"},
     "sft": {"color": "#D55E00", "marker": "^", "linestyle": ":"},
 }
-FREE_COLORS = ("#CC79A7", "#E69F00", "#8C564B", "#9467BD", "#BCBD22", "#17BECF", "#F0E442")
-FREE_MARKERS = "PX<>phd"
+FREE_COLORS = ("#E69F00", "#8C564B", "#9467BD", "#BCBD22", "#17BECF", "#F0E442")
+FREE_MARKERS = "X<>phdH"
 
 FORGET, RETAIN = "unlearning_metrics", "performance_degradation_metrics"
 
@@ -130,11 +131,8 @@ class Reporter:
         means = []
         for seed in self.seeds:
             numbers: list[float] = []
-            for experiment in self.experiments:
-                is_auto = experiment["kappa_choice"] == "auto"
-                if experiment["seed"] != seed or kappa != ("auto" if is_auto else experiment["kappa"]):
-                    continue
-                if digits is None or experiment["forget_digit"] in digits:
+            for experiment in self.experiments_at(kappa):
+                if experiment["seed"] == seed and (digits is None or experiment["forget_digit"] in digits):
                     number: Any = experiment
                     for key in keys:
                         number = (number or {}).get(key)
@@ -142,6 +140,10 @@ class Reporter:
             expected = len(self.digits if digits is None else digits)
             means.append(fmean(numbers) if len(numbers) == expected else math.nan)
         return Value(tuple(means))
+
+    def experiments_at(self, kappa: Kappa) -> list[dict[str, Any]]:
+        """The experiments with this kappa, fixed or chosen for each request."""
+        return [e for e in self.experiments if kappa == ("auto" if e["kappa_choice"] == "auto" else e["kappa"])]
 
     def curve(self, *keys: str) -> list[float]:
         """The mean value at every fixed kappa."""
@@ -207,6 +209,7 @@ class Reporter:
 
     def write_summary(self) -> None:
         """Writes `summary.md`: the numbers of the figures, the mask efficacy, and the digits one by one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         averaged = f"Mean over {len(self.digits)} digits" if len(self.digits) > 1 else f"Digit {self.digits[0]}"
         if len(self.seeds) > 1:
             averaged += f", ± standard deviation over {len(self.seeds)} seeds"
@@ -365,3 +368,136 @@ class Reporter:
                     f"kappa {kappa}", (forget, retain), xytext=(6, -11), textcoords="offset points", fontsize=8
                 )
                 written.append(forget)
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """A method of a variant: mean over digits for every seed, and the worst digit of any seed.
+
+    gap: retain score against that of the classifier retrained without the class, points
+    zeroed: share of the masked weights, percent
+    """
+
+    variant: str
+    method: str
+    forget: Value
+    worst_forget: float
+    gap: Value
+    worst_gap: float
+    zeroed: Value
+    seconds: Value
+
+    @property
+    def name(self) -> str:
+        return self.variant if self.method == "mimu" else f"{self.variant}: {self.method}"
+
+
+class Comparison:
+    """Variants side by side, one row for every method of each.
+
+    The reference is the same classifier retrained without the class: one variant that has `retrain` among its methods
+    is enough for all that share the classifier.
+
+    reporters: of every variant by its name
+    folder: where `variants.png` and `variants.md` go
+    """
+
+    def __init__(self, reporters: Mapping[str, Reporter], folder: Path) -> None:
+        self.reporters = reporters
+        self.folder = folder
+        self._retrained = {
+            self._request(experiment): experiment[RETAIN]["retrain"]["score"]
+            for reporter in reporters.values()
+            for experiment in reporter.experiments
+            if "retrain" in experiment[RETAIN]
+        }
+
+    def rows(self) -> list[ComparisonRow]:
+        return [
+            self._row(variant, reporter, method)
+            for variant, reporter in self.reporters.items()
+            for method in reporter.methods
+            if method != "retrain"
+        ]
+
+    def table(self) -> str:
+        """Forgetting, distance to retraining, size of the mask and time of every row."""
+        header = ["variant", "forget score, %", "worst", "retain score against retrain, points", "worst"]
+        header += ["weights zeroed, %", "seconds a request"]
+        return markdown_table(
+            header,
+            [
+                [
+                    row.name,
+                    f"{row.forget:.2f}",
+                    f"{row.worst_forget:.2f}",
+                    f"{row.gap:+.2f}",
+                    f"{row.worst_gap:+.2f}",
+                    f"{row.zeroed:.1f}",
+                    f"{row.seconds:.2f}",
+                ]
+                for row in self.rows()
+            ],
+        )
+
+    def plot(self) -> None:
+        """Draws `variants.png` and writes `variants.md`."""
+        plt.switch_backend("Agg")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "variants.md").write_text(f"# Variants\n\n{self.table()}\n")
+        self.draw_variants()
+
+    def draw_variants(self) -> None:
+        """Forget score and distance to retraining: a small mark for every seed, a large one for their mean."""
+        rows = [row for row in self.rows() if row.method != "original"]
+        styles = method_styles(row.method for row in rows)
+        figure, panels = plt.subplots(
+            1, 2, figsize=(9, 1.2 + 0.28 * len(rows)), sharey=True, layout="constrained", squeeze=False
+        )
+        columns = (
+            ([row.forget for row in rows], "score on the forget set (%)", 0.1),
+            ([row.gap for row in rows], "score on the retain set against retraining (points)", 0.5),
+        )
+        for axes, (values, x_label, linear) in zip(panels[0], columns):
+            for height, (row, value) in enumerate(zip(rows, values)):
+                style = {"color": styles[row.method]["color"], "marker": styles[row.method]["marker"]}
+                axes.plot(value.per_seed, [height] * len(value.per_seed), linestyle="none", markersize=3, **style)
+                axes.plot(value.mean, height, linestyle="none", markersize=7, alpha=0.7, **style)
+            axes.axvline(0, color="0.5", linewidth=0.8)
+            # Most rows lie near 0, a few far away.
+            axes.set_xscale("symlog", linthresh=linear)
+            axes.set_xlabel(x_label)
+            axes.grid(alpha=0.3)
+        panels[0, 0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+        panels[0, 0].invert_yaxis()
+        figure.savefig(self.folder / "variants.png", dpi=150)
+        plt.close(figure)
+
+    def _row(self, variant: str, reporter: Reporter, method: str) -> ComparisonRow:
+        kappa = reporter.headline_kappa()
+        gaps: dict[int, list[float]] = {seed: [] for seed in reporter.seeds}
+        forget: list[float] = []
+        for experiment in reporter.experiments_at(kappa):
+            retrained = self._retrained.get(self._request(experiment), math.nan)
+            gaps[experiment["seed"]].append(experiment[RETAIN][method]["score"] - retrained)
+            forget.append(experiment[FORGET][method]["score"])
+        zeroed = reporter.value("num_zeroed", method, kappa=kappa)
+        return ComparisonRow(
+            variant=variant,
+            method=method,
+            forget=reporter.value(FORGET, method, "score", kappa=kappa),
+            worst_forget=max(forget),
+            gap=Value(tuple(fmean(of_seed) for of_seed in gaps.values())),
+            worst_gap=min(gap for of_seed in gaps.values() for gap in of_seed),
+            zeroed=Value(
+                tuple(100 * number / reporter.experiments[0]["num_graph_vertices"] for number in zeroed.per_seed)
+            ),
+            seconds=reporter.value("seconds", method, kappa=kappa),
+        )
+
+    @staticmethod
+    def _request(experiment: dict[str, Any]) -> tuple[str, int, int]:
+        """What a retrained classifier depends on."""
+        config = experiment["config"]
+        trained = json.dumps([config["dataset"], config["held_out"], config["classifier"]])
+        return trained, experiment["seed"], experiment["forget_digit"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import pickle
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,8 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import GraphGenerator, Split, check_range, check_span, seeded, seeded_initialisation
+from data import (
+    Amount,
+    GraphConfig,
+    GraphGenerator,
+    Split,
+    check_amount,
+    check_range,
+    check_span,
+    number_of_weights,
+    seeded,
+    seeded_initialisation,
+)
 from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
+
+PRETRAINED = Path(__file__).resolve().parent / "checkpoints" / "pretrained" / "gcn.pt"
 
 
 class TrainingError(ValueError):
@@ -33,6 +48,7 @@ class TrainerConfig:
     """How a classifier is trained: Adam on the cross entropy, the learning rate falling linearly to zero."""
 
     hidden_sizes: tuple[int, ...]
+    bias: bool
     epochs: int
     batch_size: int
     learning_rate: float
@@ -60,7 +76,9 @@ class Trainer:
     def train(self, train: Split, num_classes: int, description: str = "classifier") -> HookedMNISTClassifier:
         device = train.images.device
         with seeded_initialisation(self.seed):
-            classifier = HookedMNISTClassifier(self.config.hidden_sizes, train.images.shape[1], num_classes)
+            classifier = HookedMNISTClassifier(
+                self.config.hidden_sizes, train.images.shape[1], num_classes, self.config.bias
+            )
         classifier = classifier.to(device)
         steps = self.config.epochs * -(-len(train.labels) // self.config.batch_size)
         optimizer = torch.optim.Adam(classifier.parameters(), self.config.learning_rate)
@@ -135,10 +153,13 @@ def masked_logits(classifier: HookedMNISTClassifier, graph: WeightGraph, keep: T
     keep_of = dict(zip(graph.layers, graph.split(keep)))
     x = inputs
     for index in range(graph.layers[0], len(classifier.layers)):
-        weight = classifier.layers[index].weight.detach()
+        layer = classifier.layers[index]
+        weight = layer.weight.detach()
         if index in keep_of:
             weight = weight * keep_of[index]  # (masks, m, n)
         x = x @ weight.mT
+        if layer.bias is not None:
+            x = x + layer.bias.detach()
         if index < len(classifier.layers) - 1:
             x = x.relu()
     return x
@@ -151,10 +172,15 @@ def mask_of(graphs: GraphGenerator, zeroed: Tensor) -> Mask | None:
 
 @dataclass(frozen=True)
 class GCNTrainerConfig:
-    """The masking GCN and its loss: the weight of each term, and the ranges from which a step draws."""
+    """The masking GCN and its loss: the weight of each term, and the ranges from which a step draws.
 
+    pretrained: whether the tracked GCN is taken as it is, instead of training one
+    """
+
+    pretrained: bool
     hidden: int
     rounds: int
+    message_passing: bool
     steps: int
     learning_rate: float
     gradient_norm: float
@@ -167,8 +193,8 @@ class GCNTrainerConfig:
     prior: float
     necessity_forget: float
     necessity_retain: float
-    kappa: tuple[int, ...]
-    partly_masked: tuple[int, ...] | None
+    kappa: tuple[Amount, ...]
+    partly_masked: tuple[Amount, ...] | None
     warmup: int
 
     def __post_init__(self) -> None:
@@ -191,56 +217,32 @@ class GCNTrainerConfig:
                 )
 
 
-class GCNTrainer:
-    """Trains one masking GCN for all classes of a classifier.
+class GCNLoss:
+    """What is asked of a masking GCN on one classifier.
 
-    A step draws a graph of every class, scores its weights, and asks of the classifiers under the masks that follow:
+    A graph of every class is drawn, its weights are scored, and the classifiers under the masks that follow are tried:
 
     - sufficiency: with the top-K weights of a class alone, its samples keep their label (cross entropy);
     - prior: KL(Q || P) between softmax(logits) and the distribution proportional to |w|;
     - necessity: without the kappa weights of largest contrast for class d, p(d) of its samples goes to 0, by
       -log(1 - p(d)), and all others keep the original's prediction with class d removed (cross entropy).
-
-    Every second step works on the classifier that the step before has masked for a random class, as later steps of a
-    request will find it.
     """
 
-    def __init__(self, config: GCNTrainerConfig, graphs: GraphGenerator, top_k: int, seed: int) -> None:
+    def __init__(self, config: GCNTrainerConfig, graphs: GraphGenerator, top_k: Amount) -> None:
         self.config = config
         self.graphs = graphs
-        self.top_k = top_k
-        self.seed = seed
         self.graph = graphs.graph
-        self.history: list[dict[str, float]] = []
+        self.top_k = number_of_weights(top_k, self.graph.num_vertices)
+        self.kappa = self._numbers(config.kappa)
+        self.partly_masked = None if config.partly_masked is None else self._numbers(config.partly_masked)
         with torch.no_grad():
             self.predictions = graphs.classifier(graphs.inputs, self.graph.layers[0])
         self.weights = torch.cat([weight.flatten() for weight in graphs.weights()])
 
-    def train(self) -> MaskingGCN:
-        """The trained GCN; `history` holds the terms of the loss at every step."""
-        with seeded_initialisation(self.seed):
-            gcn = MaskingGCN(self.graphs.config.num_features, self.config.hidden, self.config.rounds)
-        gcn = gcn.to(self.weights.device)
-        optimizer = torch.optim.Adam(gcn.parameters(), self.config.learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.config.steps)
-        generator = seeded("gcn", self.seed, self.top_k)
-        zeroed = torch.empty(0, dtype=torch.long, device=self.weights.device)
-        progress = tqdm(range(self.config.steps), "masking GCN", unit="step", leave=False, disable=None)
-        for step in progress:
-            terms, scores = self.loss(gcn, zeroed, generator)
-            loss = sum(getattr(self.config, name) * value for name, value in terms.items())
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(gcn.parameters(), self.config.gradient_norm)
-            optimizer.step()
-            schedule.step()
-            self.history.append({name: value.item() for name, value in terms.items()})
-            check_finite(self.history[-1], step, "gcn.learning_rate and the weight of the term")
-            progress.set_postfix({name: f"{value:.3f}" for name, value in self.history[-1].items()}, refresh=False)
-            zeroed = self._next_zeroed(step, zeroed, scores, generator)
-        return gcn
+    def _numbers(self, span: tuple[Amount, ...]) -> tuple[int, ...]:
+        return tuple(number_of_weights(amount, self.graph.num_vertices) for amount in span)
 
-    def loss(self, gcn: MaskingGCN, zeroed: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    def __call__(self, gcn: MaskingGCN, zeroed: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         """The terms with a weight above 0 on the classifier without the vertices `zeroed`, and the contrast."""
         mask = mask_of(self.graphs, zeroed)
         x, damage = self.graphs.class_graphs(self.graphs.draw(self.config.group_size, generator), mask)
@@ -253,9 +255,14 @@ class GCNTrainer:
         if self.config.prior:
             terms["prior"] = prior_divergence(importance, self.weights).mean()
         if self.config.necessity_forget or self.config.necessity_retain:
-            kappa = log_uniform(self.config.kappa, generator)
+            kappa = log_uniform(self.kappa, generator)
             terms |= self._necessity(scores, zeroed, kappa, samples)
         return terms, scores.detach()
+
+    def partial_mask(self, scores: Tensor, generator: torch.Generator) -> Tensor:
+        """The vertices that a classifier lacks midway through a request: the first of `scores` for a random class."""
+        forget_class = int(torch.randint(len(scores), (), generator=generator))
+        return scores[forget_class].topk(log_uniform(self.partly_masked, generator)).indices
 
     def _sufficiency(self, importance: Tensor, samples: Tensor, generator: torch.Generator) -> Tensor:
         scores = importance / importance.std(1, keepdim=True)
@@ -282,12 +289,51 @@ class GCNTrainer:
         retain = -(target * log_p).sum(-1)[~is_forget].mean()
         return {"necessity_forget": forget, "necessity_retain": retain}
 
-    def _next_zeroed(self, step: int, zeroed: Tensor, scores: Tensor, generator: torch.Generator) -> Tensor:
-        """What is zeroed next: nothing after a partly masked step, else the first weights for a random class."""
-        if self.config.partly_masked is None or step + 1 < self.config.warmup or len(zeroed):
-            return zeroed[:0]
-        forget_class = int(torch.randint(len(scores), (), generator=generator))
-        return scores[forget_class].topk(log_uniform(self.config.partly_masked, generator)).indices
+
+class GCNTrainer:
+    """Trains one masking GCN for all classes of a classifier, or of several classifiers in turn.
+
+    Every second step works on the classifier that the step before has masked for a random class, as later steps of a
+    request will find it.
+
+    graphs: of each classifier, with the same features
+    """
+
+    def __init__(self, config: GCNTrainerConfig, graphs: Sequence[GraphGenerator], top_k: Amount, seed: int) -> None:
+        self.config = config
+        self.graphs = graphs
+        self.top_k = top_k
+        self.seed = seed
+        self.losses = [GCNLoss(config, of_classifier, top_k) for of_classifier in graphs]
+        self.history: list[dict[str, float]] = []
+
+    def train(self) -> MaskingGCN:
+        """The trained GCN; `history` holds the terms of the loss at every step."""
+        config = self.config
+        with seeded_initialisation(self.seed):
+            gcn = MaskingGCN(self.graphs[0].config.num_features, config.hidden, config.rounds, config.message_passing)
+        gcn = gcn.to(self.graphs[0].labels.device)
+        optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+        generator = seeded("gcn", self.seed, self.top_k)
+        nothing = zeroed = torch.empty(0, dtype=torch.long, device=self.graphs[0].labels.device)
+        progress = tqdm(range(config.steps), "masking GCN", unit="step", leave=False, disable=None)
+        for step in progress:
+            if not len(zeroed):
+                loss_on = self.losses[int(torch.randint(len(self.losses), (), generator=generator))]
+            terms, scores = loss_on(gcn, zeroed, generator)
+            loss = sum(getattr(config, name) * value for name, value in terms.items())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(gcn.parameters(), config.gradient_norm)
+            optimizer.step()
+            schedule.step()
+            self.history.append({name: value.item() for name, value in terms.items()})
+            check_finite(self.history[-1], step, "gcn.learning_rate and the weight of the term")
+            progress.set_postfix({name: f"{value:.3f}" for name, value in self.history[-1].items()}, refresh=False)
+            go_on = config.partly_masked is not None and step + 1 >= config.warmup and not len(zeroed)
+            zeroed = loss_on.partial_mask(scores, generator) if go_on else nothing
+        return gcn
 
 
 def set_difference(importance: Tensor, top_k: int) -> Tensor:
@@ -308,17 +354,59 @@ def set_difference(importance: Tensor, top_k: int) -> Tensor:
 class MaskingConfig:
     """How a trained GCN answers a request: the class graphs it scores, and how their scores rank the weights."""
 
-    step: int | None
+    step: Amount | None
     ranking: Literal["damage", "mean", "set_difference"]
     group_size: int
     draws: int
     target: float
-    max_kappa: int
+    max_kappa: Amount
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "draws", "max_kappa") + (() if self.step is None else ("step",)):
+        for name in ("group_size", "draws"):
             check_range(name, getattr(self, name), at_least=1)
+        for name in ("max_kappa",) + (() if self.step is None else ("step",)):
+            check_amount(name, getattr(self, name))
         check_range("target", self.target, above=0)
+
+
+class CheckpointError(ValueError):
+    """A file that is not the checkpoint of a masking GCN, or of one that reads other features."""
+
+
+@dataclass(frozen=True)
+class TrainedGCN:
+    """A masking GCN, the features that it reads, and the settings of its requests: what its checkpoint holds."""
+
+    gcn: MaskingGCN
+    graphs: GraphConfig
+    masking: MaskingConfig
+    top_k: Amount
+
+    @staticmethod
+    def load(path: Path | str = PRETRAINED) -> TrainedGCN:
+        """Reads what a run left in `checkpoints/`, or the tracked GCN. Raises CheckpointError."""
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            config = checkpoint["config"]
+            graphs = GraphConfig(**config["graphs"])
+            masking = MaskingConfig(**{field.name: config["eval"][field.name] for field in fields(MaskingConfig)})
+            sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
+            gcn = MaskingGCN(graphs.num_features, **sizes)
+            gcn.load_state_dict(checkpoint["state_dict"])
+            top_k = checkpoint["top_k"]
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from None
+        except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{path}: is not the checkpoint of a masking GCN ({reason})") from None
+        return TrainedGCN(gcn, graphs, masking, top_k)
+
+    def check(self, graphs: GraphConfig) -> None:
+        """Raises CheckpointError where the graphs do not have the features that the GCN reads."""
+        for name in ("features", "other_classes"):
+            reads, has = getattr(self.graphs, name), getattr(graphs, name)
+            if reads != has:
+                raise CheckpointError(f"graphs.{name} must be {reads}, which the trained GCN reads, not {has}")
 
 
 class GCNRanking:
@@ -409,7 +497,9 @@ class ZeroingOrder:
         self.config = config
         self.graphs = graphs
         self.ranking = ranking
-        self.step = config.step or graphs.graph.num_vertices
+        num_vertices = graphs.graph.num_vertices
+        self.max_kappa = number_of_weights(config.max_kappa, num_vertices)
+        self.step = num_vertices if config.step is None else number_of_weights(config.step, num_vertices)
         self._zeroed = torch.empty(0, dtype=torch.long, device=graphs.labels.device)
         self._seconds: list[float] = []
         self._forgotten_at: int | None = None
@@ -428,8 +518,10 @@ class ZeroingOrder:
     def forgotten_at(self, forget: Split) -> int:
         """The smallest kappa of whole steps that leaves less than `config.target` percent of these samples correct.
 
-        forget: the training samples of the forget class, the same at every call. At `config.max_kappa` it is given up,
-        and that is returned.
+        Where all is zeroed at once, it goes in hundredths of `max_kappa`. At `max_kappa` it is given up, and that is
+        returned.
+
+        forget: the training samples of the forget class, the same at every call
         """
         if self._forgotten_at is None:
             self._forgotten_at = self._search(forget)
@@ -440,15 +532,16 @@ class ZeroingOrder:
         with classifier.hooks([first]) as seen:
             classifier(forget.images)
         inputs = seen[first][0]
-        for kappa in range(self.step, self.config.max_kappa, self.step):
+        stride = self.step if self.config.step is not None else max(1, self.max_kappa // 100)
+        for kappa in range(stride, self.max_kappa, stride):
             zeroed = self.first(kappa)
             started = time.perf_counter()
             with Mask.zeroing(self.graphs.graph, zeroed).applied_to(classifier):
                 correct = (classifier(inputs, first).argmax(1) == forget.labels).float().mean().item()
-            self._seconds[kappa // self.step - 1] += time.perf_counter() - started
+            self._seconds[-(-kappa // self.step) - 1] += time.perf_counter() - started
             if 100 * correct < self.config.target:
                 return kappa
-        return self.config.max_kappa
+        return self.max_kappa
 
     def seconds(self, kappa: int) -> float:
         """What the steps up to this kappa took, of those that are made."""

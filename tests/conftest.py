@@ -22,16 +22,15 @@ def random_split(samples_per_class: int = 20, seed: int = 0, dtype: torch.dtype 
     return Split(images[order], labels[order])
 
 
-def random_classifier(seed: int = 0, dtype: torch.dtype = torch.float32) -> HookedMNISTClassifier:
+def random_classifier(seed: int = 0, dtype: torch.dtype = torch.float32, bias: bool = False) -> HookedMNISTClassifier:
     torch.manual_seed(seed)
-    return HookedMNISTClassifier(HIDDEN, IN_FEATURES, NUM_CLASSES).to(dtype)
+    return HookedMNISTClassifier(HIDDEN, IN_FEATURES, NUM_CLASSES, bias).to(dtype)
 
 
-def graph_generator(mask_layer=-2, dtype: torch.dtype = torch.float32, **changes) -> GraphGenerator:
+def graph_generator(mask_layer=-2, dtype: torch.dtype = torch.float32, bias: bool = False, **changes) -> GraphGenerator:
     settings = {"features": tuple(FEATURES), "other_classes": True, "samples_per_class": 15} | changes
-    return GraphGenerator(
-        random_classifier(dtype=dtype), random_split(dtype=dtype), GraphConfig(mask_layer, **settings), 0
-    )
+    classifier = random_classifier(dtype=dtype, bias=bias)
+    return GraphGenerator(classifier, random_split(dtype=dtype), GraphConfig(mask_layer, **settings), 0)
 
 
 @pytest.fixture

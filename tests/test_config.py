@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import BASE, Config, ConfigError, converted, load_config
+from config import BASE, Config, ConfigError, converted, load_config, load_variants
 from main import main
 
 CONFIGS = sorted(BASE.parent.glob("*.yaml"))
@@ -19,14 +19,15 @@ BAD = [
     ("gcn.steps=1.5", "gcn.steps must be an integer, not 1.5"),
     ("gcn.steps=true", "gcn.steps must be an integer, not True"),
     ("gcn.steps=0", "gcn.steps must be at least 1, not 0"),
-    ("gcn=3", "gcn must be a mapping with keys of hidden, rounds"),
+    ("gcn=3", "gcn must be a mapping with keys of pretrained, hidden, rounds"),
     ("classifier.learning_rate=-1", "classifier.learning_rate must be above 0, not -1.0"),
     ("classifier.learning_rate=.nan", "classifier.learning_rate must be a finite number, not nan"),
     ("classifier.learning_rate=.inf", "classifier.learning_rate must be a finite number, not inf"),
     ("classifier.hidden_sizes=[64, 0]", "classifier.hidden_sizes must be at least 1, not 0"),
     ("classifier.hidden_sizes=64", "classifier.hidden_sizes must be a list, each an integer, not 64"),
     ("eval.visualize=1", "eval.visualize must be true or false, not 1"),
-    ("eval.step=0", "eval.step must be at least 1, not 0"),
+    ("eval.step=0", "eval.step must be a number of weights from 1, or a share of them below 1, not 0"),
+    ("eval.step=1.5", "eval.step must be a number of weights from 1, or a share of them below 1, not 1.5"),
     ("eval.methods=[mimu, magic]", "eval.methods: 'magic' is not registered: valid are original, mimu"),
     ("eval.methods=[original]", "eval.methods must name mimu"),
     ("eval.ranking=best", "eval.ranking must be one of damage, mean, set_difference, not 'best'"),
@@ -35,18 +36,20 @@ BAD = [
     ("graphs.mask_layer=3", "graphs.mask_layer 3 is not there: valid are -3 to 2"),
     ("graphs.mask_layer=[-2, 1]", "graphs.mask_layer (-2, 1) must name at least one layer, and each only once"),
     ("sweep.kappa=[8192]", "sweep.kappa must be from 1 to 8191 (masked weights less one), not 8192"),
-    ("sweep.kappa=[0]", "sweep.kappa must be from 1 to 8191"),
+    ("sweep.kappa=[0]", "sweep.kappa must be a number of weights from 1, or a share of them below 1, not 0"),
+    ("sweep.kappa=[0.99999]", "sweep.kappa must be from 1 to 8191 (masked weights less one), not 0.99999"),
     ("sweep.kappa=[]", "sweep.kappa must name at least one value"),
     ("sweep.kappa=[5, 5]", "sweep.kappa must name at least one value, and each once"),
-    ("sweep.kappa=300", "sweep.kappa must be a list, each an integer or one of auto, not 300"),
-    ("sweep.kappa=[automatic]", "sweep.kappa must be a list, each an integer or one of auto"),
-    ("eval.step=null", "eval.step must be a number where sweep.kappa has auto"),
+    ("sweep.kappa=300", "sweep.kappa must be a list, each an integer or a finite number or one of auto, not 300"),
+    ("sweep.kappa=[automatic]", "sweep.kappa must be a list, each an integer or a finite number or one of auto"),
     ("eval.target=0", "eval.target must be above 0, not 0.0"),
-    ("eval.max_kappa=8192", "eval.max_kappa must be below 8192 (masked weights), not 8192"),
+    ("eval.max_kappa=8192", "eval.max_kappa must be from 1 to 8191 (masked weights less one), not 8192"),
     ("sweep.top_k=[9000]", "sweep.top_k must be from 1 to 8192 (masked weights), not 9000"),
     ("sweep.forget_digits=[10]", "sweep.forget_digits must be from 0 to 9, not 10"),
-    ("gcn.kappa=[100]", "gcn.kappa must be [low, high] with 1 <= low <= high, not [100]"),
-    ("gcn.kappa=[100, 8000]", "gcn.kappa and partly_masked reach 9500 weights together, of 8192 masked ones"),
+    ("gcn.kappa=[100]", "gcn.kappa must be [low, high], two numbers of weights or two shares of them, not [100]"),
+    ("gcn.kappa=[100, 8000]", "gcn.kappa and partly_masked reach 9475 weights together, of 8192 masked ones"),
+    ("gcn.kappa=[100, 0.5]", "gcn.kappa must be [low, high], two numbers of weights or two shares of them"),
+    ("held_out=-1", "held_out must be from 0 to 50000 training samples, not -1"),
     ("gcn.partly_masked=[3, 2]", "gcn.partly_masked must be [low, high]"),
     ("dataset=CIFAR10", "dataset must be one of MNIST, FashionMNIST, KMNIST, not 'CIFAR10'"),
     ("device=gpu", "device must be auto, cpu, or cuda or mps that is there, not 'gpu'"),
@@ -69,15 +72,49 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_config_of_the_project_can_run(path):
-    config = load_config(path)
-    changes = yaml.safe_load(path.read_text())
+def assert_reads(config, changes):
     for section, values in changes.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             if not isinstance(value, dict):
                 read = getattr(getattr(config, section), key)
                 assert (list(read) if isinstance(read, tuple) else read) == value
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_of_the_project_can_run(path):
+    changes = yaml.safe_load(path.read_text())
+    variants = changes.pop("variants", {"": {}})
+    assert_reads(load_config(path), changes)
+    configs = load_variants(path)
+    assert list(configs) == list(variants)
+    for name, config in configs.items():
+        assert_reads(config, variants[name] or {})
+
+
+def test_a_variant_goes_over_its_file_and_an_override_over_both(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 4\ngcn: {steps: 7}\nvariants:\n  as it is:\n  longer: {gcn: {steps: 9, hidden: 5}}\n")
+    configs = load_variants(path, ["gcn.hidden=6"])
+    assert list(configs) == ["as it is", "longer"]
+    assert [(c.seed, c.gcn.steps, c.gcn.hidden) for c in configs.values()] == [(4, 7, 6), (4, 9, 6)]
+    assert load_variants() == {"": load_config()}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("variants: 3", "variants must map names to what each changes, not 3"),
+        ("variants: {}", "variants must map names to what each changes, not {}"),
+        ("variants: {a b: {}, A-B: {}}", "variants must differ in the letters and digits of their names"),
+        ("variants: {wide: {gcn: {hiden: 3}}}", "mine.yaml, variant wide: gcn.hiden is not a setting; did you mean"),
+        ("variants: {wide: {gcn: {hidden: 0}}}", "mine.yaml, variant wide: gcn.hidden must be at least 1, not 0"),
+    ],
+)
+def test_bad_variants_are_named(text, message, tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    assert main(["--config", str(path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_every_setting_stands_in_the_default_config_with_a_comment():
@@ -120,13 +157,13 @@ def test_bad_files_are_named(tmp_path, capsys, text, message):
 
 
 def test_missing_data_is_one_line_and_exit_status_2(tmp_path, monkeypatch, capsys):
-    import main as program
+    import pipeline
     from data import DataError
 
-    def missing(config, started):
+    def missing(configs, started):
         raise DataError("dataset KMNIST is not there")
 
-    monkeypatch.setattr(program, "run", missing)
+    monkeypatch.setattr(pipeline, "run", missing)
     assert main(["dataset=KMNIST"]) == 2
     assert capsys.readouterr().err == "error: dataset KMNIST is not there\n"
 

@@ -10,7 +10,17 @@ import torchvision
 from conftest import NUM_CLASSES, graph_generator, random_classifier, random_split
 
 import data
-from data import FEATURES, DataError, GraphConfig, GraphGenerator, ImageData, Split, load_image_data, seeded
+from data import (
+    FEATURES,
+    DataError,
+    GraphConfig,
+    GraphGenerator,
+    ImageData,
+    Split,
+    load_image_data,
+    number_of_weights,
+    seeded,
+)
 from model import Mask
 
 
@@ -20,6 +30,18 @@ def test_mnist_is_the_original(tmp_path):
     assert torch.bincount(images.test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert abs(images.train.images.mean()) < 1e-3 and abs(images.train.images.std() - 1) < 1e-3
     assert images.test.images.min() == images.train.images.min(), "both are standardised by the training split"
+
+
+def test_held_out_samples_are_training_samples_in_the_place_of_the_test_split():
+    whole, held_out = load_image_data("MNIST"), load_image_data("MNIST", held_out=10_000)
+    assert torch.equal(held_out.train.images, whole.train.images[:50_000])
+    assert torch.equal(held_out.test.images, whole.train.images[50_000:])
+    assert torch.equal(torch.cat([held_out.train.labels, held_out.test.labels]), whole.train.labels)
+
+
+@pytest.mark.parametrize("amount, expected", [(7, 7), (0.25, 250), (0.0018, 2), (0.0001, 1)])
+def test_amounts_are_numbers_of_weights_or_shares_of_them(amount, expected):
+    assert number_of_weights(amount, 1000) == expected
 
 
 @pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST"])
@@ -79,9 +101,10 @@ def one_sample_gradient(classifier, image, label, of):
     return [layer.weight.grad.clone() for layer in classifier.layers]
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("mask_layer", [0, -2, -1, [0, 2], None])
-def test_recorded_gradients_are_those_of_autograd_one_sample_at_a_time(mask_layer):
-    graphs = graph_generator(mask_layer, torch.float64)
+def test_recorded_gradients_are_those_of_autograd_one_sample_at_a_time(mask_layer, bias):
+    graphs = graph_generator(mask_layer, torch.float64, bias)
     for index in range(0, len(graphs), 4):
         image, label = graphs.samples.images[index], graphs.samples.labels[index]
         for of in ("loss", "margin"):

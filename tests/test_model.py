@@ -181,3 +181,85 @@ def test_a_second_mask_and_one_of_another_shape_are_refused(classifier):
     with pytest.raises(ValueError, match=r"layer 1 is \(5, 6\), its mask \(2, 2\)"):
         Mask((1,), (torch.ones(2, 2),)).apply(classifier)
     assert not parametrize.is_parametrized(classifier.layers[1])
+
+
+class FunctionalReLU(torch.nn.Module):
+    """A classifier as people write them: layers as attributes, the ReLU in forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(IN_FEATURES, 6)
+        self.middle = torch.nn.Linear(6, 5, bias=False)
+        self.head = torch.nn.Linear(5, NUM_CLASSES)
+
+    def forward(self, x):
+        return self.head(self.middle(self.inner(x).relu()).relu())
+
+
+def sequential(activation=torch.nn.ReLU) -> torch.nn.Module:
+    nn = torch.nn
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(IN_FEATURES, 6), activation(), nn.Dropout(0.5), nn.Linear(6, 5), activation(),
+        nn.Linear(5, NUM_CLASSES),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [FunctionalReLU, sequential])
+def test_the_layers_of_any_stack_are_shared(make, split):
+    model = make()
+    classifier = HookedMNISTClassifier.of(model, split.images)
+    assert model.training, "the model is left in the mode that it was in"
+    model.eval()
+    assert torch.allclose(classifier(split.images), model(split.images), atol=1e-6)
+    assert classifier.shapes == [(6, IN_FEATURES), (5, 6), (NUM_CLASSES, 5)]
+    Mask.zeroing(WeightGraph(classifier.shapes, -2), torch.arange(9)).apply(model)
+    assert torch.allclose(classifier(split.images), model(split.images), atol=1e-6)
+    assert int((classifier.layers[1].weight == 0).sum()) == 9
+
+
+@pytest.mark.parametrize("make", [FunctionalReLU, sequential])
+def test_a_mask_on_a_model_of_the_users_own_comes_off_bit_for_bit(make, split):
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    mask = Mask.zeroing(WeightGraph([(6, IN_FEATURES), (5, 6), (NUM_CLASSES, 5)], [0, 2]), torch.arange(30, 50))
+    mask.apply(model)
+    mask.remove(model)
+    after = model.state_dict()
+    assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (sequential(torch.nn.Tanh), "linear layers with ReLU between them and nothing else"),
+        (torch.nn.Sequential(sequential(), torch.nn.LogSoftmax(1)), "linear layers with ReLU between them and nothing"),
+        (torch.nn.Conv1d(1, 2, 3), "must be a stack of linear layers; it has none"),
+        (torch.nn.ModuleList([torch.nn.Linear(7, 5), torch.nn.Linear(6, 3)]), "it has 7 to 5, 6 to 3"),
+        (torch.nn.Linear(8, 3), "inputs have 7 features, the first layer of the model takes 8"),
+    ],
+)
+def test_other_models_are_refused(model, message, split):
+    with pytest.raises(ValueError, match=message):
+        HookedMNISTClassifier.of(model, split.images)
+
+
+def test_a_mask_for_a_deeper_model_is_refused(split):
+    mask = Mask.zeroing(WeightGraph([(6, IN_FEATURES), (5, 6), (NUM_CLASSES, 5)], -1), torch.arange(3))
+    with pytest.raises(ValueError, match="layer 2 is not there: the model has 1 linear layers"):
+        mask.apply(torch.nn.Linear(IN_FEATURES, NUM_CLASSES))
+
+
+def test_without_message_passing_a_weight_is_scored_by_its_own_features():
+    torch.manual_seed(0)
+    graph = WeightGraph(SHAPES, -2)
+    x = torch.randn(1, graph.num_vertices, 4)
+    changed = x.clone()
+    changed[0, 1:] = torch.randn(graph.num_vertices - 1, 4)
+    for message_passing in (False, True):
+        gcn = MaskingGCN(4, hidden=6, rounds=3, message_passing=message_passing)
+        scores, after = gcn(x, graph)[0], gcn(changed, graph)[0]
+        assert torch.equal(scores[0], after[0]) != message_passing and not torch.equal(scores, after)
+    alone = MaskingGCN(4, hidden=6, rounds=3, message_passing=False)
+    w0, w1, w2 = (conv.weight for conv in alone.convs)
+    expected = alone.readout((((x @ w0.T) @ w1.T).relu() @ w2.T).relu())
+    assert torch.allclose(alone(x, graph), expected[..., 0], atol=1e-6)

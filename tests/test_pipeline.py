@@ -10,19 +10,31 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-import main
-from config import load_config
+import pipeline
+from config import load_config, load_variants
+from data import GraphGenerator, load_image_data
+from model import HookedMNISTClassifier
+from trainer import GCNRanking, TrainedGCN, ZeroingOrder
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMOKE = ("--config", "configs/smoke.yaml")
+METHODS = {"original", "mimu", "saliency", "random", "magnitude", "sft", "retrain"}
 QUICK = ("eval.visualize=false", "sweep.forget_digits=[3]")
 
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
     """The tracked files of the project, as a clone has them."""
-    for pattern in ("*.py", "*.sh", "configs/*.yaml", "datasets/MNIST/raw/*.gz", "README.md"):
+    for pattern in (
+        "*.py",
+        "*.sh",
+        "configs/*.yaml",
+        "checkpoints/pretrained/*.pt",
+        "datasets/MNIST/raw/*.gz",
+        "README.md",
+    ):
         for path in PROJECT.glob(pattern):
             target = tmp_path / path.relative_to(PROJECT)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +60,7 @@ def run_here(folder: Path, *overrides: str) -> None:
     """The same as `run`, without the seconds that importing PyTorch takes."""
     threads = torch.get_num_threads()
     try:
-        main.run(load_config(PROJECT / SMOKE[1], ["eval.visualize=false", *overrides]), folder)
+        pipeline.run(load_variants(PROJECT / SMOKE[1], ["eval.visualize=false", *overrides]), folder)
     finally:
         torch.set_num_threads(threads)
 
@@ -92,12 +104,12 @@ def test_the_whole_path_leaves_its_artifacts_and_a_rerun_gives_the_same_metrics(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
     output = run(copy, *SMOKE)
-    for name in ("original", "mimu", "saliency", "random", "sft", "retrain", "forget score", "retain score", "reports"):
+    for name in (*METHODS, "forget score", "retain score", "reports"):
         assert name in output
     first = metrics(copy)
     assert len(first) == 6 and {result["forget_digit"] for result in first.values()} == {3, 9}
     for result in first.values():
-        assert set(result["unlearning_metrics"]) == {"original", "mimu", "saliency", "random", "sft", "retrain"}
+        assert set(result["unlearning_metrics"]) == METHODS
         assert len(result["zeroed"]) == result["kappa"] and result["kappa_choice"] in ("fixed", "auto")
         assert result["num_graph_vertices"] == 16 * 32 and result["num_graph_edges"] == 16 * 32 * (16 + 32 - 2)
     written = files(copy)
@@ -211,3 +223,103 @@ def test_a_bad_setting_stops_before_any_work(copy):
         "error: override sweep.kappa=[99999]: sweep.kappa must be from 1 to 8191 (masked weights less one), not 99999"
     ]
     assert files(copy) == before
+
+
+VARIANTS = """
+sweep: {forget_digits: [3, 9], kappa: [auto]}
+variants:
+  as it is:
+    eval: {methods: [mimu, retrain]}
+  two steps:
+    gcn: {steps: 2}
+    eval: {methods: [mimu]}
+  wider:
+    classifier: {hidden_sizes: [40, 16]}
+    eval: {methods: [mimu, retrain]}
+"""
+
+
+def with_smoke(path: Path, text: str) -> Path:
+    """A config that changes the smoke config further."""
+    settings = yaml.safe_load((PROJECT / SMOKE[1]).read_text())
+    for section, values in yaml.safe_load(text).items():
+        settings[section] = settings.get(section, {}) | values
+    settings["eval"]["visualize"] = False
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def test_variants_run_side_by_side_on_shared_classifiers(here, capsys):
+    pipeline.run(load_variants(with_smoke(here / "mine.yaml", VARIANTS)), here)
+    output = capsys.readouterr().out
+    assert output.count("classifier, ") == 2, "two of the three share one"
+    results = metrics(here)
+    assert (
+        sorted(result["variant"] for result in results.values()) == ["as it is"] * 2 + ["two steps"] * 2 + ["wider"] * 2
+    )
+    assert all(name.endswith(("_as_it_is.json", "_two_steps.json", "_wider.json")) for name in results)
+    table = (here / "reports" / "variants.md").read_text()
+    assert table.splitlines()[2] in output and "–" not in table
+    assert [line.split("|")[1].strip() for line in table.splitlines()[4:]] == ["as it is", "two steps", "wider"]
+    assert (here / "reports" / "variants.png").exists() and (
+        here / "reports" / "variants" / "two_steps" / "summary.md"
+    ).exists()
+    saved = [
+        torch.load(here / "checkpoints" / f"classifier_seed_0_{name}.pt", weights_only=True)["state_dict"]
+        for name in ("as_it_is", "two_steps", "wider")
+    ]
+    assert (
+        torch.equal(saved[0]["layers.0.weight"], saved[1]["layers.0.weight"]) and len(saved[2]["layers.0.weight"]) == 40
+    )
+    shutil.copy(PROJECT / "clean.sh", here)
+    subprocess.run(["bash", str(here / "clean.sh")], check=True)
+    assert {path.name for path in here.iterdir()} == {"datasets", "mine.yaml", "clean.sh"}
+
+
+def test_a_pretrained_gcn_is_made_used_and_left_by_clean(copy):
+    tracked = copy / "checkpoints" / "pretrained" / "gcn.pt"
+    before = tracked.read_bytes()
+    config = with_smoke(copy / "mine.yaml", "variants: {wide: {classifier: {hidden_sizes: [40, 16]}}, narrow: {}}")
+    assert "gcn.pt" in run(copy, "--config", str(config), "--pretrain", "gcn.steps=4")
+    made = torch.load(tracked, weights_only=True)
+    assert tracked.read_bytes() != before and made["config"]["gcn"]["steps"] == 4
+    settings = ("eval.visualize=false", "sweep.kappa=[20]", "sweep.forget_digits=[3]", "gcn.pretrained=true")
+    run(copy, *SMOKE, *settings)
+    assert not list((copy / "checkpoints").glob("gcn_*"))
+    (result,) = metrics(copy).values()
+    data = load_image_data()
+    classifier = HookedMNISTClassifier((32, 16))
+    saved = torch.load(copy / "checkpoints" / "classifier_seed_0.pt", weights_only=True)
+    classifier.load_state_dict(saved["state_dict"])
+    smoke = load_config(PROJECT / SMOKE[1])
+    graphs = GraphGenerator(classifier, data.train, smoke.graphs, 0)
+    ranking = GCNRanking(smoke.eval, TrainedGCN.load(tracked).gcn, graphs, 3, 128, 0)
+    assert result["zeroed"] == ZeroingOrder(smoke.eval, graphs, ranking).first(20).tolist()
+    subprocess.run(["bash", str(copy / "clean.sh")], check=True)
+    assert tracked.exists()
+    output = run(copy, *SMOKE, *settings, "graphs.other_classes=false", status=2)
+    assert output == "error: graphs.other_classes must be True, which the trained GCN reads, not False\n"
+
+
+def test_the_lines_of_the_readme_unlearn_a_model(copy):
+    """The README's example, on a model of ones own."""
+    example = re.search(r"```python\n([^`]*unlearn\(model[^`]*)```", (copy / "README.md").read_text())[1]
+    prelude = (
+        "import torch\nfrom data import load_image_data\ntrain = load_image_data().train\n"
+        "torch.manual_seed(0)\nnn = torch.nn\n"
+        "model = nn.Sequential(nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10))\n"
+        "optimizer = torch.optim.Adam(model.parameters(), 0.01)\n"
+        "for batch in torch.randperm(20000).split(256):\n"
+        "    optimizer.zero_grad()\n"
+        "    nn.functional.cross_entropy(model(train.images[batch]), train.labels[batch]).backward()\n"
+        "    optimizer.step()\n"
+        "inputs, labels = train.images, train.labels\n"
+        "before = model[2].weight.detach().clone()\n"
+    )
+    check = (
+        "\nassert torch.equal(model[2].weight, before)\n"
+        "mask.apply(model)\n"
+        "print((model(inputs).argmax(1) == labels)[labels == 3].float().mean().item())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", prelude + example + check], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0 and float(done.stdout.split()[-1]) < 0.01, done.stdout + done.stderr

@@ -7,7 +7,17 @@ from statistics import fmean, stdev
 import matplotlib.pyplot as plt
 import pytest
 
-from reporter import FORGET, METHOD_STYLES, RETAIN, Reporter, ReporterConfig, Value, markdown_table, method_styles
+from reporter import (
+    FORGET,
+    METHOD_STYLES,
+    RETAIN,
+    Comparison,
+    Reporter,
+    ReporterConfig,
+    Value,
+    markdown_table,
+    method_styles,
+)
 
 CONFIG = ReporterConfig(dpi=50, width=4, height=3)
 KAPPAS, SEEDS, DIGITS, METHODS = (10, 20, 40), (0, 1), (3, 9), ("original", "mimu", "retrain", "mine")
@@ -228,3 +238,70 @@ def test_nothing_to_report_is_an_error(tmp_path):
 def test_impossible_figures_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         ReporterConfig(**{"dpi": 50, "width": 4.0, "height": 3.0} | change)
+
+
+def variant(folder, name, methods, scores, classifier=(128, 64)):
+    """A reporter of two seeds and two digits; scores: method to (forget, retain) of seed 0, digit 3.
+
+    Another seed or digit adds 1 to both.
+    """
+    paths = []
+    for seed in SEEDS:
+        for digit in DIGITS:
+            shift = (seed == 1) + (digit == 9)
+            result = experiment(seed, digit, 10) | {
+                "config": {"dataset": "MNIST", "held_out": 0, "classifier": {"hidden_sizes": classifier}},
+                "kappa_choice": "auto",
+                "unlearning_metrics": {m: {"score": scores[m][0] + shift} for m in methods},
+                "performance_degradation_metrics": {m: {"score": scores[m][1] + shift} for m in methods},
+                "num_zeroed": {m: 10 if m == "mimu" else None for m in methods},
+                "seconds": {m: 0.5 for m in methods},
+            }
+            paths.append(folder / f"{name}_{seed}_{digit}.json")
+            paths[-1].write_text(json.dumps(result))
+    return Reporter(CONFIG, paths, folder)
+
+
+@pytest.fixture
+def comparison(tmp_path):
+    scores = {"original": (95.0, 95.0), "mimu": (0.0, 96.0), "retrain": (0.0, 97.0)}
+    return Comparison(
+        {
+            "whole": variant(tmp_path, "whole", ("original", "mimu", "retrain"), scores),
+            "poor": variant(tmp_path, "poor", ("mimu",), {"mimu": (4.0, 90.0)}),
+            "unknown": variant(tmp_path, "unknown", ("mimu",), {"mimu": (4.0, 90.0)}, classifier=(5,)),
+        },
+        tmp_path / "reports",
+    )
+
+
+def test_variants_are_compared_with_retraining_the_same_classifier(comparison):
+    rows = {row.name: row for row in comparison.rows()}
+    assert list(rows) == ["whole: original", "whole", "poor", "unknown"]
+    assert rows["whole"].gap.per_seed == (-1.0, -1.0) and rows["poor"].gap.per_seed == (-7.0, -7.0)
+    assert rows["poor"].forget.per_seed == (4.5, 5.5) and rows["poor"].worst_forget == 6.0
+    assert rows["whole"].zeroed.mean == 5.0 and math.isnan(rows["unknown"].gap.mean)
+
+
+def test_the_worst_request_of_a_variant_is_found(comparison, tmp_path):
+    path = tmp_path / "poor_1_3.json"
+    result = json.loads(path.read_text())
+    result["performance_degradation_metrics"]["mimu"]["score"] = 50.0
+    path.write_text(json.dumps(result))
+    poor = Reporter(CONFIG, sorted(tmp_path.glob("poor_*.json")), tmp_path)
+    row = next(row for row in Comparison({**comparison.reporters, "poor": poor}, tmp_path).rows() if row.name == "poor")
+    assert row.worst_gap == 50.0 - 98.0 and row.gap.per_seed == (-7.0, (-48.0 - 7.0) / 2)
+
+
+def test_the_comparison_is_written_and_drawn(comparison, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plt, "close", lambda figure: drawn.append(figure))
+    comparison.plot()
+    lines = (comparison.folder / "variants.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[4:]] == ["whole: original", "whole", "poor", "unknown"]
+    assert "-7.00 ± 0.00" in lines[6] and "–" in lines[7]
+    assert (comparison.folder / "variants.png").stat().st_size > 0
+    (figure,) = drawn
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["whole", "poor", "unknown"]
+    means = [line.get_xdata()[0] for line in figure.axes[1].lines if line.get_markersize() == 7]
+    assert means[:2] == [-1.0, -7.0]

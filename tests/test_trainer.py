@@ -14,10 +14,13 @@ from config import load_config
 from data import GraphGenerator, Split, seeded
 from model import Mask, MaskingGCN
 from trainer import (
+    CheckpointError,
+    GCNLoss,
     GCNRanking,
     GCNTrainer,
     MaskingConfig,
     SaliencyRanking,
+    TrainedGCN,
     Trainer,
     TrainerConfig,
     TrainingError,
@@ -123,9 +126,10 @@ def test_the_set_difference_ranks_by_brute_force():
         assert ranked[d].tolist() == first + rest
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("mask_layer", [0, -2, -1, [0, 2], None])
-def test_many_masks_at_once_are_one_mask_after_another(mask_layer):
-    graphs = graph_generator(mask_layer)
+def test_many_masks_at_once_are_one_mask_after_another(mask_layer, bias):
+    graphs = graph_generator(mask_layer, bias=bias)
     zeroed = [torch.randperm(graphs.graph.num_vertices)[:9] for _ in range(3)]
     keep = torch.stack([torch.cat([k.flatten() for k in Mask.zeroing(graphs.graph, z).keep]) for z in zeroed])
     for inputs in (graphs.inputs, graphs.inputs.unflatten(0, (3, 15))):
@@ -142,7 +146,7 @@ def test_every_term_reaches_every_parameter_of_the_gcn(term, mask_layer):
     graphs = graph_generator(mask_layer)
     config = gcn_config(partly_masked=None, **{name: float(name == term) for name in TERMS})
     gcn = MaskingGCN(graphs.config.num_features, 8, 3)
-    terms, _ = GCNTrainer(config, graphs, 6, 0).loss(gcn, torch.arange(0), seeded("test"))
+    terms, _ = GCNLoss(config, graphs, 6)(gcn, torch.arange(0), seeded("test"))
     terms[term].backward()
     for name, parameter in gcn.named_parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
@@ -157,9 +161,11 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: gradients.extend(
         parameter.grad.clone() for parameter in parameters
     ))  # fmt: skip
-    trainer = GCNTrainer(config, graphs, 6, 0)
+    trainer = GCNTrainer(config, [graphs], 6, 0)
     gcn = trainer.train()
-    terms, _ = trainer.loss(gcn, torch.arange(0), seeded("gcn", 0, 6))
+    generator = seeded("gcn", 0, 6)
+    torch.randint(1, (), generator=generator)  # which classifier
+    terms, _ = trainer.losses[0](gcn, torch.arange(0), generator)
     loss = sum(getattr(config, name) * terms[name] for name in TERMS)
     expected = torch.autograd.grad(loss, list(gcn.parameters()))
     assert all(torch.allclose(g, e, rtol=1e-3, atol=1e-6) for g, e in zip(gradients, expected))
@@ -170,8 +176,7 @@ def test_the_loss_works_on_the_masked_classifier():
     gcn = MaskingGCN(graphs.config.num_features, 8, 2)
     zeroed = torch.tensor([1, 4, 9, 20])
     config = gcn_config(prior=0.5)
-    trainer = GCNTrainer(config, graphs, 6, 0)
-    terms, scores = trainer.loss(gcn, zeroed, seeded("test"))
+    terms, scores = GCNLoss(config, graphs, 6)(gcn, zeroed, seeded("test"))
     x, damage = graphs.class_graphs(graphs.draw(8, seeded("test")), Mask.zeroing(graphs.graph, zeroed))
     importance = gcn(x, graphs.graph)
     assert torch.allclose(scores, contrast(importance, damage), atol=1e-5)
@@ -183,10 +188,10 @@ def test_the_loss_works_on_the_masked_classifier():
 
 def test_the_sufficiency_term_by_hand():
     graphs = graph_generator()
-    trainer = GCNTrainer(gcn_config(gumbel=0.7), graphs, 6, 0)
+    loss = GCNLoss(gcn_config(gumbel=0.7), graphs, 6)
     importance = torch.randn(NUM_CLASSES, 30)
     samples = graphs.draw(10, seeded("test"))
-    term = trainer._sufficiency(importance, samples, seeded("noise"))
+    term = loss._sufficiency(importance, samples, seeded("noise"))
     noise = gumbel_noise(importance.shape, seeded("noise"))
     losses = []
     for c in range(NUM_CLASSES):
@@ -200,33 +205,33 @@ def test_the_sufficiency_term_by_hand():
 def test_every_second_step_after_the_warmup_is_partly_masked(monkeypatch):
     graphs = graph_generator()
     sizes = []
-    loss = GCNTrainer.loss
+    call = GCNLoss.__call__
 
     def spy(self, gcn, zeroed, generator):
         sizes.append(len(zeroed))
-        return loss(self, gcn, zeroed, generator)
+        return call(self, gcn, zeroed, generator)
 
-    monkeypatch.setattr(GCNTrainer, "loss", spy)
-    GCNTrainer(gcn_config(steps=12, warmup=4, partly_masked=(2, 8)), graphs, 6, 0).train()
+    monkeypatch.setattr(GCNLoss, "__call__", spy)
+    GCNTrainer(gcn_config(steps=12, warmup=4, partly_masked=(2, 8)), [graphs], 6, 0).train()
     assert sizes[:4] == [0] * 4 and all(2 <= size <= 8 for size in sizes[4::2]) and not any(sizes[5::2])
     sizes.clear()
-    GCNTrainer(gcn_config(steps=6, partly_masked=None), graphs, 6, 0).train()
+    GCNTrainer(gcn_config(steps=6, partly_masked=None), [graphs], 6, 0).train()
     assert sizes == [0] * 6
 
 
 def test_training_that_diverges_says_so(split):
     endless = Split(split.images * torch.inf, split.labels)
     with pytest.raises(TrainingError, match="loss of the classifier is nan .* see classifier.learning_rate"):
-        Trainer(TrainerConfig((6, 5), 5, 16, 0.01), 0).train(endless, NUM_CLASSES)
+        Trainer(TrainerConfig((6, 5), False, 5, 16, 0.01), 0).train(endless, NUM_CLASSES)
 
 
 def test_the_necessity_terms_by_hand():
     graphs = graph_generator()
-    trainer = GCNTrainer(gcn_config(), graphs, 6, 0)
+    loss = GCNLoss(gcn_config(), graphs, 6)
     scores = torch.randn(NUM_CLASSES, 30)
     zeroed = torch.tensor([2, 7])
     samples = graphs.draw(10, seeded("test"))
-    terms = trainer._necessity(scores, zeroed, 5, samples)
+    terms = loss._necessity(scores, zeroed, 5, samples)
     forget, retain = [], []
     for d in range(NUM_CLASSES):
         free = [v for v in scores[d].argsort(descending=True).tolist() if v not in (2, 7)]
@@ -249,11 +254,11 @@ def test_the_necessity_terms_by_hand():
 def forgetting():
     """A small problem, and a GCN that was trained on it."""
     split = random_split(200)
-    classifier = Trainer(TrainerConfig((16, 12), 30, 32, 0.01), 0).train(split, NUM_CLASSES)
+    classifier = Trainer(TrainerConfig((16, 12), False, 30, 32, 0.01), 0).train(split, NUM_CLASSES)
     graphs = GraphGenerator(classifier, split, graph_generator().config, 0)
     ranges = {"kappa": (10, 64), "partly_masked": (5, 48)}
     config = gcn_config(hidden=16, steps=300, learning_rate=0.02, samples=90, sufficiency=0.0, prior=0.0, **ranges)
-    return split, graphs, GCNTrainer(config, graphs, 48, 0).train()
+    return split, graphs, GCNTrainer(config, [graphs], 48, 0).train()
 
 
 def scores(graphs, split, order, kappa):
@@ -280,6 +285,87 @@ def test_a_trained_gcn_forgets_every_class_and_keeps_the_others(forgetting):
     assert not all(succeeds(untrained, forget_class) for forget_class in range(NUM_CLASSES))
 
 
+def test_one_gcn_learns_from_several_classifiers(monkeypatch):
+    graphs = [graph_generator(), graph_generator(mask_layer=-1), graph_generator(bias=True)]
+    seen = []
+    call = GCNLoss.__call__
+
+    def spy(self, gcn, zeroed, generator):
+        seen.append((graphs.index(self.graphs), len(zeroed)))
+        return call(self, gcn, zeroed, generator)
+
+    monkeypatch.setattr(GCNLoss, "__call__", spy)
+    shares = {"kappa": (0.1, 0.3), "partly_masked": (0.1, 0.3)}
+    gcn = GCNTrainer(gcn_config(steps=40, **shares), graphs, 0.25, 0).train()
+    assert {index for index, _ in seen} == {0, 1, 2}
+    for (before, _), (index, zeroed) in zip(seen, seen[1:]):
+        assert not zeroed or index == before, "a mask is for the classifier that it was made for"
+    assert {zeroed for index, zeroed in seen if zeroed and index == 1} <= {2, 3, 4}, "of 15 weights"
+    assert all(gcn(each.class_graphs(each.draw(4, seeded("t")))[0], each.graph).isfinite().all() for each in graphs)
+
+
+def saved(path, graphs, gcn, **changes):
+    config = {
+        "graphs": dataclasses.asdict(graphs.config),
+        "eval": dataclasses.asdict(masking_config(step=0.1)) | {"visualize": False},
+        "gcn": {"hidden": 8, "rounds": 2, "message_passing": True, "steps": 3},
+    }
+    torch.save({"state_dict": gcn.state_dict(), "config": config, "seed": 0, "top_k": 0.25} | changes, path)
+
+
+def test_a_trained_gcn_comes_back_with_its_features_and_settings(tmp_path):
+    graphs = graph_generator()
+    gcn = MaskingGCN(graphs.config.num_features, 8, 2)
+    saved(tmp_path / "gcn.pt", graphs, gcn)
+    loaded = TrainedGCN.load(tmp_path / "gcn.pt")
+    x, _ = graphs.class_graphs(graphs.draw(5, seeded("test")))
+    assert torch.equal(loaded.gcn(x, graphs.graph), gcn(x, graphs.graph))
+    assert loaded.graphs == graphs.config and loaded.masking == masking_config(step=0.1) and loaded.top_k == 0.25
+    loaded.check(graphs.config)
+    with pytest.raises(CheckpointError, match="graphs.features must be .*, which the trained GCN reads, not"):
+        loaded.check(dataclasses.replace(graphs.config, features=("weight", "margin")))
+    with pytest.raises(CheckpointError, match="graphs.other_classes must be True"):
+        loaded.check(dataclasses.replace(graphs.config, other_classes=False))
+
+
+def test_a_file_that_is_no_trained_gcn_is_named(tmp_path):
+    graphs = graph_generator()
+    path = tmp_path / "gcn.pt"
+    with pytest.raises(CheckpointError, match="gcn.pt: cannot be read"):
+        TrainedGCN.load(path)
+    saved(path, graphs, MaskingGCN(3, 8, 2))
+    with pytest.raises(CheckpointError, match="gcn.pt: is not the checkpoint of a masking GCN .*size mismatch"):
+        TrainedGCN.load(path)
+    saved(path, graphs, MaskingGCN(graphs.config.num_features, 8, 2), config={})
+    with pytest.raises(CheckpointError, match="gcn.pt: is not the checkpoint"):
+        TrainedGCN.load(path)
+    whole = path.read_bytes()
+    for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="gcn.pt: is not the checkpoint"):
+            TrainedGCN.load(path)
+
+
+def test_the_tracked_gcn_reads_the_default_features():
+    TrainedGCN.load().check(load_config().graphs)
+
+
+def test_a_step_may_be_a_share_of_the_layer():
+    graphs = graph_generator()
+    assert torch.equal(zeroing_order(graphs, step=4 / 30).first(12), zeroing_order(graphs, step=4).first(12))
+
+
+def test_auto_works_on_weights_ranked_once(forgetting):
+    split, graphs, trained = forgetting
+    config = masking_config(step=None, group_size=15, target=20.0, max_kappa=150)
+    order = ZeroingOrder(config, graphs, GCNRanking(config, trained, graphs, 0, 48, 0))
+    kappa = order.forgotten_at(split.forget(0))
+    reached = [100 * scores(graphs, split, order, smaller)[0] < 20 for smaller in range(1, 150)]
+    assert kappa == 1 + reached.index(True)
+    ranked = order.ranking(0, NOTHING).argsort(descending=True)
+    assert torch.equal(order.first(kappa), ranked[:kappa]) and order.seconds(kappa) > 0
+
+
 @pytest.mark.parametrize("target", [1.25, 20.0])
 def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(forgetting, target):
     split, graphs, trained = forgetting
@@ -294,13 +380,13 @@ def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(forgetting, targ
 
 def test_training_is_the_same_with_the_same_seed_alone():
     graphs = graph_generator()
-    first, again, other = (GCNTrainer(gcn_config(), graphs, 6, seed).train().state_dict() for seed in (0, 0, 1))
+    first, again, other = (GCNTrainer(gcn_config(), [graphs], 6, seed).train().state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_the_classifier_trained_is_the_same_with_the_same_seed_alone(split):
-    config = TrainerConfig((6, 5), epochs=2, batch_size=16, learning_rate=0.01)
+    config = TrainerConfig((6, 5), bias=False, epochs=2, batch_size=16, learning_rate=0.01)
     torch.manual_seed(1)
     first = Trainer(config, 0).train(split, NUM_CLASSES)
     torch.manual_seed(2)
@@ -416,7 +502,7 @@ def test_draws_are_averaged():
 
 
 def test_sft_changes_the_masked_layer_only_and_learns_no_label_of_the_class(split):
-    classifier = Trainer(TrainerConfig((6, 5), 20, 16, 0.01), 0).train(split, NUM_CLASSES)
+    classifier = Trainer(TrainerConfig((6, 5), False, 20, 16, 0.01), 0).train(split, NUM_CLASSES)
     before = [layer.weight.detach().clone() for layer in classifier.layers]
     forget = split.forget(1)
     config = UnlearningSFTConfig(epochs=40, batch_size=10, learning_rate=0.1)
