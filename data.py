@@ -358,8 +358,9 @@ class GraphGenerator:
         features = list(own.values())
         if self.config.other_classes:
             features += [x for name, x in others.items() if name != "weight"]
-        columns = []
-        for x in features:
-            deviation, mean = torch.std_mean(x, 1, keepdim=True)
-            columns.append((x - mean) / deviation.clamp_min(1e-12))
-        return torch.stack(columns, -1)  # (groups, vertices, features)
+        x = torch.stack(features)  # (features, groups, vertices)
+        # torch.std_mean takes ten times as long.
+        x -= x.mean(-1, keepdim=True)
+        deviation = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / max(1, x.shape[-1] - 1) ** 0.5
+        x /= deviation.clamp_min(1e-12)
+        return x.permute(1, 2, 0).contiguous()  # (groups, vertices, features)

@@ -227,15 +227,20 @@ class Reporter:
             "## Every kappa",
             self.kappas_table(),
         ]
+        if len(self.digits) > 1:
+            kappa = self.headline_kappa()
+            for digit in self.digits:
+                sections += [f"## Digit {digit}, kappa = {kappa}", self.about(kappa, [digit])]
+                sections += [self.methods_table(kappa, [digit])]
         (self.folder / "summary.md").write_text("\n\n".join(sections) + "\n")
 
     def headline_kappa(self) -> Kappa:
         """What to report first: auto where the sweep has it, else the best of the fixed kappas."""
         return "auto" if self.has_auto else self.best_kappa()
 
-    def about(self, kappa: Kappa) -> str:
+    def about(self, kappa: Kappa, digits: Sequence[int] | None = None) -> str:
         """How this kappa came about, and how much of the classifier it zeroes."""
-        zeroed = self.value("kappa", kappa=kappa).mean
+        zeroed = self.value("kappa", kappa=kappa, digits=digits).mean
         masked = 100 * zeroed / self.experiments[0]["num_graph_vertices"]
         share = f"{zeroed:.0f} weights, {masked:.1f} % of the masked ones"
         share += f" and {100 * zeroed / self.experiments[0]['num_weights']:.2f} % of all"
@@ -255,22 +260,22 @@ class Reporter:
             rows.append([name, f"{Value((max(forget),)):.2f}", f"{Value((min(gap),)):+.2f}"])
         return markdown_table(["method", "forget score, %", "retain score against retrain, points"], rows)
 
-    def methods_table(self, kappa: Kappa) -> str:
-        """All metrics of every method at one kappa."""
-        reference = self.value(RETAIN, "retrain", "score", kappa=kappa)
+    def methods_table(self, kappa: Kappa, digits: Sequence[int] | None = None) -> str:
+        """All metrics of every method at one kappa, over the given digits (None: all)."""
+        reference = self.value(RETAIN, "retrain", "score", kappa=kappa, digits=digits)
         rows = []
         for name in self.methods:
-            retain = self.value(RETAIN, name, "score", kappa=kappa)
+            retain = self.value(RETAIN, name, "score", kappa=kappa, digits=digits)
             rows.append([
                 name,
-                f"{self.value(FORGET, name, 'score', kappa=kappa):.2f}",
+                f"{self.value(FORGET, name, 'score', kappa=kappa, digits=digits):.2f}",
                 f"{retain:.2f}",
                 f"{retain - reference:+.2f}",
-                f"{self.value(FORGET, name, 'probability', kappa=kappa):.4f}",
-                f"{self.value(FORGET, name, 'loss', kappa=kappa):.2f}",
-                f"{self.value(RETAIN, name, 'loss', kappa=kappa):.3f}",
-                f"{self.value('num_zeroed', name, kappa=kappa):.0f}",
-                f"{self.value('seconds', name, kappa=kappa):.2f}",
+                f"{self.value(FORGET, name, 'probability', kappa=kappa, digits=digits):.4f}",
+                f"{self.value(FORGET, name, 'loss', kappa=kappa, digits=digits):.2f}",
+                f"{self.value(RETAIN, name, 'loss', kappa=kappa, digits=digits):.3f}",
+                f"{self.value('num_zeroed', name, kappa=kappa, digits=digits):.0f}",
+                f"{self.value('seconds', name, kappa=kappa, digits=digits):.2f}",
             ])  # fmt: skip
         header = ["method", "forget score, %", "retain score, %", "retain score against retrain, points"]
         header += ["probability of the forget class", "forget loss, nats", "retain loss, nats", "weights zeroed"]

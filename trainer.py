@@ -355,6 +355,7 @@ class MaskingConfig:
     """How a trained GCN answers a request: the class graphs it scores, and how their scores rank the weights."""
 
     step: Amount | None
+    momentum: float
     ranking: Literal["damage", "mean", "set_difference"]
     group_size: int
     draws: int
@@ -367,6 +368,8 @@ class MaskingConfig:
         for name in ("max_kappa",) + (() if self.step is None else ("step",)):
             check_amount(name, getattr(self, name))
         check_range("target", self.target, above=0)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum}")
 
 
 class CheckpointError(ValueError):
@@ -487,8 +490,10 @@ class ZeroingOrder:
     """The order in which weights are zeroed to forget a class: the mask at kappa is its first kappa entries.
 
     Weights stand in for one another, which scores given all at once cannot see. So a step zeroes `config.step` weights
-    (None: all of them), and the next one is ranked on graphs recorded anew on the classifier masked so far. Steps are
-    made when they are asked for: a larger kappa goes on from a smaller one.
+    (None: all of them), and the next one is ranked on graphs recorded anew on the classifier masked so far. Since each
+    ranking is drawn from few samples, a step follows the running mean m = momentum m + (1 - momentum) s of the scores
+    s, each divided by their standard deviation. Steps are made when they are asked for: a larger kappa goes on from a
+    smaller one.
 
     ranking: from the number of the step and the vertices zeroed before it to scores (vertices), largest first to go
     """
@@ -501,6 +506,7 @@ class ZeroingOrder:
         self.max_kappa = number_of_weights(config.max_kappa, num_vertices)
         self.step = num_vertices if config.step is None else number_of_weights(config.step, num_vertices)
         self._zeroed = torch.empty(0, dtype=torch.long, device=graphs.labels.device)
+        self._mean: Tensor | None = None
         self._seconds: list[float] = []
         self._forgotten_at: int | None = None
 
@@ -508,9 +514,12 @@ class ZeroingOrder:
         """The vertices to zero for this kappa, in order, (kappa)."""
         while len(self._zeroed) < kappa:
             started = time.perf_counter()
-            scores = self.ranking(len(self._seconds), self._zeroed).index_fill(0, self._zeroed, float("-inf"))
+            scores = self.ranking(len(self._seconds), self._zeroed)
+            scores = scores / scores.std()
+            self._mean = scores if self._mean is None else torch.lerp(scores, self._mean, self.config.momentum)
             free = len(scores) - len(self._zeroed)
-            self._zeroed = torch.cat([self._zeroed, scores.topk(min(self.step, free)).indices])
+            ranked = self._mean.index_fill(0, self._zeroed, float("-inf")).topk(min(self.step, free)).indices
+            self._zeroed = torch.cat([self._zeroed, ranked])
             self._seconds.append(time.perf_counter() - started)
         return self._zeroed[:kappa]
 

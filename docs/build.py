@@ -31,11 +31,17 @@ def replace_block(text: str, name: str, content: str) -> str:
     return block.sub(lambda match: f"{match[1]}{content.strip()}\n{match[2]}", text)
 
 
-def run(config: str) -> Reporter:
-    """Runs a config from a clean start and returns the reporter of its experiments."""
+def run_config(config: str, *arguments: str) -> Path:
+    """Runs a config from a clean start and returns its path."""
     subprocess.run(["bash", "clean.sh"], cwd=ROOT, check=True)
     path = ROOT / "configs" / f"{config}.yaml"
-    subprocess.run([sys.executable, "main.py", "--config", path], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "main.py", "--config", path, *arguments], cwd=ROOT, check=True)
+    return path
+
+
+def run(config: str) -> Reporter:
+    """Runs a config from a clean start and returns the reporter of its experiments."""
+    path = run_config(config)
     metrics = sorted((ROOT / "eval" / "Metrics and Plots" / "metrics").glob("*.json"))
     shutil.copy(REPORTS / "summary.md", DOCS / f"{config}.md")
     return Reporter(load_config(path).report, metrics, REPORTS)
@@ -94,12 +100,33 @@ def published() -> str:
     return markdown_table(["kappa", "forget score, %", "retain score, %"], rows)
 
 
+def variants(config: str) -> str:
+    """The table of the variants of a config."""
+    run_config(config)
+    shutil.copy(REPORTS / "variants.png", DOCS / f"{config}.png")
+    seconds, gigabytes, _ = run_figures()
+    table = (REPORTS / "variants.md").read_text().partition("\n\n")[2]
+    return f"{table}\n`uv run main.py --config configs/{config}.yaml`, {seconds:.0f} s, {gigabytes:.1f} GB."
+
+
+def pretrain() -> str:
+    """What training the pretrained GCN takes; it takes the place of the tracked one."""
+    started = time.perf_counter()
+    run_config("pretrain", "--pretrain")
+    kilobytes = (ROOT / "checkpoints" / "pretrained" / "gcn.pt").stat().st_size / 1000
+    return f"It takes {time.perf_counter() - started:.0f} s and {kilobytes:.0f} KB."
+
+
 def benchmark() -> str:
     done = subprocess.run([sys.executable, "tests/benchmark.py"], cwd=ROOT, check=True, capture_output=True, text=True)
     return done.stdout
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "pretrain": pretrain,
+    "transfer": lambda: variants("transfer"),
+    "transfer_fashion": lambda: variants("transfer_fashion"),
+    "ablation": lambda: variants("ablation"),
     "published": published,
     "all_digits": all_digits,
     "default": default,

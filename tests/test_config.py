@@ -42,6 +42,7 @@ BAD = [
     ("sweep.kappa=[5, 5]", "sweep.kappa must name at least one value, and each once"),
     ("sweep.kappa=300", "sweep.kappa must be a list, each an integer or a finite number or one of auto, not 300"),
     ("sweep.kappa=[automatic]", "sweep.kappa must be a list, each an integer or a finite number or one of auto"),
+    ("eval.momentum=1", "eval.momentum must be at least 0 and below 1, not 1.0"),
     ("eval.target=0", "eval.target must be above 0, not 0.0"),
     ("eval.max_kappa=8192", "eval.max_kappa must be from 1 to 8191 (masked weights less one), not 8192"),
     ("sweep.top_k=[9000]", "sweep.top_k must be from 1 to 8192 (masked weights), not 9000"),

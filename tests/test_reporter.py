@@ -293,6 +293,17 @@ def test_the_worst_request_of_a_variant_is_found(comparison, tmp_path):
     assert row.worst_gap == 50.0 - 98.0 and row.gap.per_seed == (-7.0, (-48.0 - 7.0) / 2)
 
 
+def test_every_digit_has_a_table_of_its_own(reporter):
+    reporter.write_summary()
+    text = (reporter.folder / "summary.md").read_text()
+    best = reporter.best_kappa()
+    for digit in DIGITS:
+        section = text.split(f"## Digit {digit}, kappa = {best}")[1].split("## ")[0]
+        row = next(line for line in section.splitlines() if line.startswith("| mine"))
+        losses = [number(FORGET, "mine", "loss", seed, digit, best) for seed in SEEDS]
+        assert f"{fmean(losses):.2f} ± {stdev(losses):.2f}" in row
+
+
 def test_the_comparison_is_written_and_drawn(comparison, monkeypatch):
     drawn = []
     monkeypatch.setattr(plt, "close", lambda figure: drawn.append(figure))

@@ -54,7 +54,15 @@ def gcn_config(**changes):
 
 
 def masking_config(**changes):
-    settings = {"step": 4, "ranking": "damage", "group_size": 8, "draws": 1, "target": 1.25, "max_kappa": 20}
+    settings = {
+        "step": 4,
+        "momentum": 0.0,
+        "ranking": "damage",
+        "group_size": 8,
+        "draws": 1,
+        "target": 1.25,
+        "max_kappa": 20,
+    }
     return MaskingConfig(**settings | changes)
 
 
@@ -423,6 +431,19 @@ def test_a_step_takes_the_largest_contrast_on_graphs_of_the_masked_classifier():
         free = [v for v in scores.argsort(descending=True).tolist() if v not in zeroed]
         zeroed += free[:4]
     assert order.first(12).tolist() == zeroed
+
+
+def test_steps_follow_the_running_mean_of_their_scores():
+    graphs = graph_generator()
+    order = zeroing_order(graphs, momentum=0.6)
+    zeroed: list[int] = []
+    mean = None
+    for step in range(3):
+        scores = order.ranking(step, torch.tensor(zeroed, dtype=torch.long))
+        scores = scores / scores.std()
+        mean = scores if mean is None else 0.6 * mean + 0.4 * scores
+        zeroed += [v for v in mean.argsort(descending=True).tolist() if v not in zeroed][:4]
+    assert order.first(12).tolist() == zeroed != zeroing_order(graphs).first(12).tolist()
 
 
 def test_the_time_of_a_request_grows_with_kappa():
