@@ -456,25 +456,30 @@ class Comparison:
         """Forget score and distance to retraining: a small mark for every seed, a large one for their mean."""
         rows = [row for row in self.rows() if row.method != "original"]
         styles = method_styles(row.method for row in rows)
-        figure, panels = plt.subplots(
-            1, 2, figsize=(9, 1.2 + 0.28 * len(rows)), sharey=True, layout="constrained", squeeze=False
-        )
+        figure, panels = plt.subplots(1, 2, figsize=(10, 1.2 + 0.28 * len(rows)), sharey=True, layout="constrained")
         columns = (
-            ([row.forget for row in rows], "score on the forget set (%)", 0.1),
-            ([row.gap for row in rows], "score on the retain set against retraining (points)", 0.5),
+            ([row.forget for row in rows], "forget score (%)", 1.0),
+            ([row.gap for row in rows], "retain score against retraining (points)", 0.5),
         )
-        for axes, (values, x_label, linear) in zip(panels[0], columns):
+        for axes, (values, x_label, linear) in zip(panels, columns):
             for height, (row, value) in enumerate(zip(rows, values)):
                 style = {"color": styles[row.method]["color"], "marker": styles[row.method]["marker"]}
                 axes.plot(value.per_seed, [height] * len(value.per_seed), linestyle="none", markersize=3, **style)
                 axes.plot(value.mean, height, linestyle="none", markersize=7, alpha=0.7, **style)
             axes.axvline(0, color="0.5", linewidth=0.8)
-            # Most rows lie near 0, a few far away.
-            axes.set_xscale("symlog", linthresh=linear)
+            finite = [abs(number) for value in values for number in value.per_seed if math.isfinite(number)]
+            if max(finite, default=0.0) > 4 * linear:
+                # Most rows lie near 0, a few far away.
+                axes.set_xscale("symlog", linthresh=linear)
+                ends = [sign * linear * 10**power for sign in (-1, 1) for power in range(3)]
+                low, high = axes.get_xlim()
+                axes.set_xticks([end for end in sorted([0.0, *ends]) if low <= end <= high])
+                axes.minorticks_off()
+            axes.xaxis.set_major_formatter("{x:g}")
             axes.set_xlabel(x_label)
             axes.grid(alpha=0.3)
-        panels[0, 0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
-        panels[0, 0].invert_yaxis()
+        panels[0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+        panels[0].invert_yaxis()
         figure.savefig(self.folder / "variants.png", dpi=150)
         plt.close(figure)
 
