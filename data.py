@@ -157,15 +157,12 @@ def load_image_data(
         raise DataError(
             f"dataset {name} is not in {root / name / 'raw'} and cannot be downloaded: put {files} there ({reason})"
         ) from error
-    images = [part.data.to(device).float().flatten(1) for part in parts]
-    deviation, mean = torch.std_mean(images[0])
-    train, test = (Split((x - mean) / deviation, part.targets.to(device)) for x, part in zip(images, parts))
-    if not held_out:
-        return ImageData(train, test)
-    return ImageData(
-        Split(train.images[:-held_out], train.labels[:-held_out]),
-        Split(train.images[-held_out:], train.labels[-held_out:]),
-    )
+    train, test = (Split(part.data.to(device).float().flatten(1), part.targets.to(device)) for part in parts)
+    if held_out:
+        test = Split(train.images[-held_out:], train.labels[-held_out:])
+        train = Split(train.images[:-held_out], train.labels[:-held_out])
+    deviation, mean = torch.std_mean(train.images)
+    return ImageData(*(Split((split.images - mean) / deviation, split.labels) for split in (train, test)))
 
 
 class ClassGroup:

@@ -144,6 +144,8 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, started: float | None 
     started = time.perf_counter() if started is None else started
     prepare(configs)
     stages = Run(root)
+    for config in configs.values():
+        stages.data(config)  # all of it first, so that a missing file is told before any work
     metrics: dict[tuple[str, int], list[Path]] = {}
     for variant, config in configs.items():
         for seed in config.seeds:

@@ -33,7 +33,7 @@ PRETRAINED = Path(__file__).resolve().parent / "checkpoints" / "pretrained" / "g
 
 
 class TrainingError(ValueError):
-    """A training whose loss is no longer a finite number."""
+    """A training that cannot start, or whose loss is no longer a finite number."""
 
 
 def check_finite(losses: dict[str, float], step: int, setting: str) -> None:
@@ -296,10 +296,12 @@ class GCNTrainer:
     Every second step works on the classifier that the step before has masked for a random class, as later steps of a
     request will find it.
 
-    graphs: of each classifier, with the same features
+    graphs: of each classifier; raises TrainingError where their features differ
     """
 
     def __init__(self, config: GCNTrainerConfig, graphs: Sequence[GraphGenerator], top_k: Amount, seed: int) -> None:
+        if len({(each.config.features, each.config.other_classes) for each in graphs}) > 1:
+            raise TrainingError("features and other_classes of the graphs must be the same for all classifiers")
         self.config = config
         self.graphs = graphs
         self.top_k = top_k

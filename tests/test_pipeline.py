@@ -14,7 +14,7 @@ import yaml
 
 import pipeline
 from config import load_config, load_variants
-from data import GraphGenerator, load_image_data
+from data import DataError, GraphGenerator, load_image_data
 from model import HookedMNISTClassifier
 from trainer import GCNRanking, TrainedGCN, ZeroingOrder
 
@@ -323,3 +323,18 @@ def test_the_lines_of_the_readme_unlearn_a_model(copy):
     )
     done = subprocess.run([sys.executable, "-c", prelude + example + check], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0 and float(done.stdout.split()[-1]) < 0.01, done.stdout + done.stderr
+
+
+def test_a_data_set_that_is_not_there_is_told_before_any_work(here, monkeypatch):
+    load = pipeline.load_image_data
+
+    def without_kmnist(name, *arguments):
+        if name == "KMNIST":
+            raise DataError("dataset KMNIST is not there")
+        return load(name, *arguments)
+
+    monkeypatch.setattr(pipeline, "load_image_data", without_kmnist)
+    configs = load_variants(with_smoke(here / "mine.yaml", "variants: {mnist: {}, other: {dataset: KMNIST}}"))
+    with pytest.raises(DataError):
+        pipeline.run(configs, here)
+    assert not (here / "checkpoints").exists()

@@ -312,6 +312,11 @@ def test_one_gcn_learns_from_several_classifiers(monkeypatch):
     assert all(gcn(each.class_graphs(each.draw(4, seeded("t")))[0], each.graph).isfinite().all() for each in graphs)
 
 
+def test_classifiers_to_learn_from_need_the_same_features():
+    with pytest.raises(TrainingError, match="features and other_classes of the graphs must be the same"):
+        GCNTrainer(gcn_config(), [graph_generator(), graph_generator(other_classes=False)], 6, 0)
+
+
 def saved(path, graphs, gcn, **changes):
     config = {
         "graphs": dataclasses.asdict(graphs.config),
