@@ -100,13 +100,14 @@ def published() -> str:
     return markdown_table(["kappa", "forget score, %", "retain score, %"], rows)
 
 
-def variants(config: str) -> str:
+def variants(config: str, *overrides: str) -> str:
     """The table of the variants of a config."""
-    run_config(config)
+    run_config(config, *overrides)
     shutil.copy(REPORTS / "variants.png", DOCS / f"{config}.png")
     seconds, gigabytes, _ = run_figures()
     table = (REPORTS / "variants.md").read_text().partition("\n\n")[2]
-    return f"{table}\n`uv run main.py --config configs/{config}.yaml`, {seconds:.0f} s, {gigabytes:.1f} GB."
+    command = " ".join(["uv run main.py --config", f"configs/{config}.yaml", *overrides])
+    return f"{table}\n`{command}`, {seconds:.0f} s, {gigabytes:.1f} GB."
 
 
 def pretrain() -> str:
@@ -126,7 +127,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "pretrain": pretrain,
     "transfer": lambda: variants("transfer"),
     "transfer_fashion": lambda: variants("transfer_fashion"),
-    "ablation": lambda: variants("ablation"),
+    "ablation": lambda: variants("ablation", "threads=1"),
     "published": published,
     "all_digits": all_digits,
     "default": default,

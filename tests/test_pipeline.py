@@ -16,7 +16,7 @@ import pipeline
 from config import load_config, load_variants
 from data import DataError, GraphGenerator, load_image_data
 from model import HookedMNISTClassifier
-from trainer import GCNRanking, TrainedGCN, ZeroingOrder
+from trainer import CheckpointError, GCNRanking, GCNTrainer, TrainedGCN, Trainer, ZeroingOrder
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMOKE = ("--config", "configs/smoke.yaml")
@@ -276,29 +276,43 @@ def test_variants_run_side_by_side_on_shared_classifiers(here, capsys):
     assert {path.name for path in here.iterdir()} == {"datasets", "mine.yaml", "clean.sh"}
 
 
-def test_a_pretrained_gcn_is_made_used_and_left_by_clean(copy):
-    tracked = copy / "checkpoints" / "pretrained" / "gcn.pt"
-    before = tracked.read_bytes()
-    config = with_smoke(copy / "mine.yaml", "variants: {wide: {classifier: {hidden_sizes: [40, 16]}}, narrow: {}}")
-    assert "gcn.pt" in run(copy, "--config", str(config), "--pretrain", "gcn.steps=4")
-    made = torch.load(tracked, weights_only=True)
-    assert tracked.read_bytes() != before and made["config"]["gcn"]["steps"] == 4
-    settings = ("eval.visualize=false", "sweep.kappa=[20]", "sweep.forget_digits=[3]", "gcn.pretrained=true")
-    run(copy, *SMOKE, *settings)
-    assert not list((copy / "checkpoints").glob("gcn_*"))
-    (result,) = metrics(copy).values()
+def test_a_pretrained_gcn_is_made_from_all_variants_and_left_by_clean(here):
+    configs = load_variants(
+        with_smoke(here / "mine.yaml", "variants: {wide: {classifier: {hidden_sizes: [40, 16]}}, narrow: {}}"),
+        ["gcn.steps=4"],
+    )
+    pipeline.pretrain(configs, here)
+    path = here / "checkpoints" / "pretrained" / "gcn.pt"
+    made = torch.load(path, weights_only=True)
+    assert made["config"]["gcn"]["steps"] == 4 and made["top_k"] == 128
     data = load_image_data()
+    graphs = [
+        GraphGenerator(Trainer(config.classifier, 0).train(data.train, 10), data.train, config.graphs, 0)
+        for config in configs.values()
+    ]
+    expected = GCNTrainer(configs["wide"].gcn, graphs, 128, 0).train().state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in made["state_dict"].items())
+    shutil.copy(PROJECT / "clean.sh", here)
+    subprocess.run(["bash", str(here / "clean.sh")], check=True)
+    assert [file.name for file in (here / "checkpoints").rglob("*.pt")] == ["gcn.pt"]
+
+
+def test_the_pretrained_gcn_is_taken_as_it_is(here):
+    settings = ("sweep.kappa=[20]", "sweep.forget_digits=[3]", "gcn.pretrained=true")
+    run_here(here, *settings)
+    assert not list((here / "checkpoints").glob("gcn_*"))
+    (result,) = metrics(here).values()
+    saved = torch.load(here / "checkpoints" / "classifier_seed_0.pt", weights_only=True)
     classifier = HookedMNISTClassifier((32, 16))
-    saved = torch.load(copy / "checkpoints" / "classifier_seed_0.pt", weights_only=True)
     classifier.load_state_dict(saved["state_dict"])
     smoke = load_config(PROJECT / SMOKE[1])
-    graphs = GraphGenerator(classifier, data.train, smoke.graphs, 0)
-    ranking = GCNRanking(smoke.eval, TrainedGCN.load(tracked).gcn, graphs, 3, 128, 0)
+    graphs = GraphGenerator(classifier, load_image_data().train, smoke.graphs, 0)
+    ranking = GCNRanking(smoke.eval, TrainedGCN.load().gcn, graphs, 3, 128, 0)
     assert result["zeroed"] == ZeroingOrder(smoke.eval, graphs, ranking).first(20).tolist()
-    subprocess.run(["bash", str(copy / "clean.sh")], check=True)
-    assert tracked.exists()
-    output = run(copy, *SMOKE, *settings, "graphs.other_classes=false", status=2)
-    assert output == "error: graphs.other_classes must be True, which the trained GCN reads, not False\n"
+    shutil.rmtree(here / "checkpoints")
+    with pytest.raises(CheckpointError, match="graphs.other_classes must be True, which the trained GCN reads"):
+        run_here(here, *settings, "graphs.other_classes=false")
+    assert not (here / "checkpoints").exists()
 
 
 def test_the_lines_of_the_readme_unlearn_a_model(copy):
