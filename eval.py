@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import operator
 import re
 import time
 import warnings
@@ -297,12 +298,19 @@ def unlearn(
     Raises ValueError where the model is something else, where labels and inputs do not fit it, and where a class has no
     sample.
     """
+    if gcn is not None and not isinstance(gcn, MaskingGCN | TrainedGCN):
+        raise ValueError(f"gcn must be a MaskingGCN, a TrainedGCN or None, not {gcn!r}")
+    if inputs.dtype != torch.float32:
+        raise ValueError(f"inputs must be float32, as the model and the masking GCN are, not {inputs.dtype}")
     if len(inputs) == 0 or labels.shape != inputs.shape[:1] or labels.is_floating_point():
-        raise ValueError(f"labels must be a class for each of the {len(inputs)} inputs, not {tuple(labels.shape)}")
+        raise ValueError(
+            f"labels must be integers of shape ({len(inputs)},), not {labels.dtype} of {tuple(labels.shape)}"
+        )
     classifier = HookedMNISTClassifier.of(model, inputs[:100])
     num_classes = classifier.shapes[-1][0]
     if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(f"labels must be from 0 to {num_classes - 1}, not {int(labels.min())} to {int(labels.max())}")
+    forget_class = operator.index(forget_class)  # a number of NumPy or PyTorch draws the same samples
     if not 0 <= forget_class < num_classes:
         raise ValueError(f"forget_class must be from 0 to {num_classes - 1}, not {forget_class}")
     trained = gcn if isinstance(gcn, TrainedGCN) else TrainedGCN.load()

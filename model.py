@@ -88,12 +88,15 @@ class HookedMNISTClassifier(nn.Module):
             raise ValueError(f"model must be a stack of linear layers; it has {shapes or 'none'}")
         if inputs[0].numel() != sizes[0]:
             raise ValueError(f"inputs have {inputs[0].numel()} features, the first layer of the model takes {sizes[0]}")
-        classifier = HookedMNISTClassifier((), 1, 1)
+        with torch.random.fork_rng(devices=[]):
+            classifier = HookedMNISTClassifier((), 1, 1)
         classifier.layers = nn.ModuleList(layers)
         modes = {module: module.training for module in model.modules()}
-        expected, logits = model.eval()(inputs), classifier(inputs)
-        for module, mode in modes.items():
-            module.training = mode
+        try:
+            expected, logits = model.eval()(inputs), classifier(inputs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
         if expected.shape != logits.shape or not torch.allclose(expected, logits, rtol=1e-3, atol=1e-4):
             raise ValueError(
                 "model must be linear layers with ReLU between them and nothing else: "
@@ -353,10 +356,13 @@ class Mask:
             parametrize.register_parametrization(layers[index], "weight", weight_mask)
 
     def remove(self, model: nn.Module) -> None:
-        """Takes the mask off again: the weights are those from before, bit for bit."""
+        """Takes the mask off again: the weights are those from before, bit for bit, and in the same order."""
         layers = linear_layers(model)
         for index in self.layers:
             parametrize.remove_parametrizations(layers[index], "weight", leave_parametrized=False)
+            # PyTorch puts the weight back behind the bias; an optimizer's state goes by the order of parameters.
+            bias = layers[index]._parameters.pop("bias", None)
+            layers[index].register_parameter("bias", bias)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -214,7 +214,7 @@ class Reporter:
         if len(self.seeds) > 1:
             averaged += f", ± standard deviation over {len(self.seeds)} seeds"
         top_k = self.experiments[0]["top_k"]
-        sections = [f"# Forgetting {', '.join(map(str, self.digits))}", f"{averaged}; scored on the test split."]
+        sections = [f"# Forgetting {', '.join(map(str, self.digits))}", f"{averaged}; scored on {self.split()}."]
         for kappa in dict.fromkeys((self.headline_kappa(), self.best_kappa())):
             sections += [f"## Every method, kappa = {kappa}", self.about(kappa), self.methods_table(kappa)]
             if len(self.digits) > 1:
@@ -233,6 +233,11 @@ class Reporter:
                 sections += [f"## Digit {digit}, kappa = {kappa}", self.about(kappa, [digit])]
                 sections += [self.methods_table(kappa, [digit])]
         (self.folder / "summary.md").write_text("\n\n".join(sections) + "\n")
+
+    def split(self) -> str:
+        """What the experiments were scored on."""
+        held_out = self.experiments[0].get("config", {}).get("held_out", 0)
+        return f"{held_out} held-out training samples" if held_out else "the test split"
 
     def headline_kappa(self) -> Kappa:
         """What to report first: auto where the sweep has it, else the best of the fixed kappas."""
@@ -375,6 +380,12 @@ class Reporter:
                 written.append(forget)
 
 
+def worst(gaps: Iterable[float]) -> float:
+    """The smallest gap; not a number where one is not known."""
+    known = list(gaps)
+    return math.nan if any(math.isnan(gap) for gap in known) else min(known)
+
+
 @dataclass(frozen=True)
 class ComparisonRow:
     """A method of a variant: mean over digits for every seed, and the worst digit of any seed.
@@ -437,7 +448,7 @@ class Comparison:
                     f"{row.forget:.2f}",
                     f"{row.worst_forget:.2f}",
                     f"{row.gap:+.2f}",
-                    f"{row.worst_gap:+.2f}",
+                    f"{Value((row.worst_gap,)):+.2f}",
                     f"{row.zeroed:.1f}",
                     f"{row.seconds:.2f}",
                 ]
@@ -471,9 +482,11 @@ class Comparison:
             if max(finite, default=0.0) > 4 * linear:
                 # Most rows lie near 0, a few far away.
                 axes.set_xscale("symlog", linthresh=linear)
-                ends = [sign * linear * 10**power for sign in (-1, 1) for power in range(3)]
-                low, high = axes.get_xlim()
-                axes.set_xticks([end for end in sorted([0.0, *ends]) if low <= end <= high])
+                numbers = [number for value in values for number in value.per_seed if math.isfinite(number)]
+                low, high = min(0.0, *numbers) * 1.4 - linear / 5, max(0.0, *numbers) * 1.4 + linear / 5
+                ticks = [sign * linear * far for sign in (-1, 1) for far in (1, 3, 10, 30, 100)]
+                axes.set_xticks([tick for tick in sorted([0.0, *ticks]) if low <= tick <= high])
+                axes.set_xlim(low, high)
                 axes.minorticks_off()
             axes.xaxis.set_major_formatter("{x:g}")
             axes.set_xlabel(x_label)
@@ -498,7 +511,7 @@ class Comparison:
             forget=reporter.value(FORGET, method, "score", kappa=kappa),
             worst_forget=max(forget),
             gap=Value(tuple(fmean(of_seed) for of_seed in gaps.values())),
-            worst_gap=min(gap for of_seed in gaps.values() for gap in of_seed),
+            worst_gap=worst(gap for of_seed in gaps.values() for gap in of_seed),
             zeroed=Value(
                 tuple(100 * number / reporter.experiments[0]["num_graph_vertices"] for number in zeroed.per_seed)
             ),

@@ -396,9 +396,13 @@ class TrainedGCN:
             graphs = GraphConfig(**config["graphs"])
             masking = MaskingConfig(**{field.name: config["eval"][field.name] for field in fields(MaskingConfig)})
             sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
-            gcn = MaskingGCN(graphs.num_features, **sizes)
+            with seeded_initialisation(0):
+                gcn = MaskingGCN(graphs.num_features, **sizes)
             gcn.load_state_dict(checkpoint["state_dict"])
             top_k = checkpoint["top_k"]
+            check_amount("top_k", top_k)
+            if not all(weight.isfinite().all() for weight in gcn.parameters()):
+                raise ValueError("a weight is not a finite number")
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from None
         except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError, ValueError) as error:
@@ -505,7 +509,7 @@ class ZeroingOrder:
         self.graphs = graphs
         self.ranking = ranking
         num_vertices = graphs.graph.num_vertices
-        self.max_kappa = number_of_weights(config.max_kappa, num_vertices)
+        self.max_kappa = min(number_of_weights(config.max_kappa, num_vertices), num_vertices)
         self.step = num_vertices if config.step is None else number_of_weights(config.step, num_vertices)
         self._zeroed = torch.empty(0, dtype=torch.long, device=graphs.labels.device)
         self._mean: Tensor | None = None
@@ -513,11 +517,11 @@ class ZeroingOrder:
         self._forgotten_at: int | None = None
 
     def first(self, kappa: int) -> Tensor:
-        """The vertices to zero for this kappa, in order, (kappa)."""
-        while len(self._zeroed) < kappa:
+        """The vertices to zero for this kappa, in order, (kappa): all of them where kappa is larger."""
+        while len(self._zeroed) < min(kappa, self.graphs.graph.num_vertices):
             started = time.perf_counter()
             scores = self.ranking(len(self._seconds), self._zeroed)
-            scores = scores / scores.std()
+            scores = scores / scores.std().clamp_min(1e-12)
             self._mean = scores if self._mean is None else torch.lerp(scores, self._mean, self.config.momentum)
             free = len(scores) - len(self._zeroed)
             ranked = self._mean.index_fill(0, self._zeroed, float("-inf")).topk(min(self.step, free)).indices

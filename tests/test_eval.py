@@ -13,7 +13,7 @@ import eval as evaluation
 from config import load_config
 from data import GraphConfig, GraphGenerator, ImageData, Split
 from eval import METHODS, Eval, Experiment, Request, unlearn, unlearning_method, valid_json
-from model import Mask, MaskingGCN
+from model import HookedMNISTClassifier, Mask, MaskingGCN
 from reporter import method_styles
 from trainer import TrainedGCN, Trainer, TrainerConfig
 
@@ -343,6 +343,21 @@ def test_a_model_of_the_users_own_forgets_a_class_and_is_given_back(forget_class
     assert torch.equal(
         mask.as_tensor(), unlearn(model, train.images, train.labels, forget_class, patient_gcn()).as_tensor()
     )
+    assert [name for name, _ in model.named_parameters()] == list(before)
+
+
+def test_unlearning_leaves_the_global_generator_alone():
+    model, train = own_model(), random_split(200)
+    state = torch.get_rng_state()
+    unlearn(model, train.images, train.labels, 0, patient_gcn())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_that_fails_is_left_in_its_mode():
+    model, train = own_model(), random_split(200)
+    with pytest.raises(RuntimeError):
+        HookedMNISTClassifier.of(model.train(), train.images.double())
+    assert all(module.training for module in model.modules())
 
 
 def test_unlearning_takes_any_layer_and_a_gcn_of_ones_own():
@@ -373,11 +388,13 @@ def test_unlearning_says_when_the_class_is_not_forgotten():
     "change, message",
     [
         ({"forget_class": 3}, "forget_class must be from 0 to 2, not 3"),
-        ({"labels": torch.zeros(4)}, r"labels must be a class for each of the 600 inputs, not \(4,\)"),
+        ({"labels": torch.zeros(4)}, r"labels must be integers of shape \(600,\), not torch.float32 of \(4,\)"),
+        ({"inputs": torch.zeros(600, 7).double()}, "inputs must be float32"),
+        ({"gcn": "gcn.pt"}, "gcn must be a MaskingGCN, a TrainedGCN or None, not 'gcn.pt'"),
         ({"labels": torch.full((600,), 5)}, "labels must be from 0 to 2, not 5 to 5"),
         ({"labels": torch.zeros(600, dtype=torch.long)}, "class 1 has no training sample"),
         ({"inputs": torch.zeros(600, 5)}, "inputs have 5 features, the first layer of the model takes 7"),
-        ({"inputs": torch.zeros(0, 7), "labels": torch.zeros(0, dtype=torch.long)}, "each of the 0 inputs"),
+        ({"inputs": torch.zeros(0, 7), "labels": torch.zeros(0, dtype=torch.long)}, r"shape \(0,\)"),
         ({"mask_layer": 3}, "mask_layer 3 is not there: valid are -3 to 2"),
     ],
 )

@@ -225,7 +225,7 @@ def test_a_mask_on_a_model_of_the_users_own_comes_off_bit_for_bit(make, split):
     mask.apply(model)
     mask.remove(model)
     after = model.state_dict()
-    assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ def test_the_comparison_is_written_and_drawn(comparison, monkeypatch):
     comparison.plot()
     lines = (comparison.folder / "variants.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[4:]] == ["whole: original", "whole", "poor", "unknown"]
-    assert "-7.00 ± 0.00" in lines[6] and "–" in lines[7]
+    assert "-7.00 ± 0.00" in lines[6] and "–" in lines[7] and "nan" not in lines[7]
     assert (comparison.folder / "variants.png").stat().st_size > 0
     (figure,) = drawn
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["whole", "poor", "unknown"]

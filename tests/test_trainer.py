@@ -451,6 +451,11 @@ def test_steps_follow_the_running_mean_of_their_scores():
     assert order.first(12).tolist() == zeroed != zeroing_order(graphs).first(12).tolist()
 
 
+def test_no_more_is_zeroed_than_there_is():
+    order = zeroing_order(graph_generator(), max_kappa=500)
+    assert order.first(99).sort().values.tolist() == list(range(30)) and order.max_kappa == 30
+
+
 def test_the_time_of_a_request_grows_with_kappa():
     order = zeroing_order(graph_generator())
     order.first(20)
