@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.utils import parametrize
 
 
@@ -213,14 +214,6 @@ class WeightGraph:
         """Cuts the vertex dimension into the masked layers: (..., vertices, ...) to a list of (..., m, n, ...)."""
         return [part.unflatten(dim, shape) for part, shape in zip(x.split(self.sizes, dim), self.shapes)]
 
-    def neuron_totals(self, x: Tensor) -> dict[int, Tensor]:
-        """Totals of x (batch, vertices, features) at the neurons of masked layers: column to (batch, neurons, ...)."""
-        totals: dict[int, Tensor] = {}
-        for layer, part in zip(self.layers, self.split(x, dim=1)):  # (batch, m, n, features)
-            for column, total in ((layer, part.sum(1)), (layer + 1, part.sum(2))):
-                totals[column] = totals[column] + total if column in totals else total
-        return totals
-
     def edge_index(self) -> Tensor:
         """Every directed edge, (2, edges), sorted. For export and tests: nothing in training or evaluation needs it."""
         cliques: dict[tuple[int, int], list[Tensor]] = {}
@@ -234,6 +227,82 @@ class WeightGraph:
         return edges[(edges[:, 0] * self.num_vertices + edges[:, 1]).argsort()].T.contiguous()
 
 
+class AffineReLU(torch.autograd.Function):
+    """relu(x[r, c] M + source[c] + target[r]): the only work of the GCN that touches every vertex.
+
+    Autograd's own would copy the large tensors twice more.
+
+    Shapes: x (m, n, in), matrix M (in, out), source (n, out), target (m, out) to (m, n, out).
+    """
+
+    @staticmethod
+    def forward(context: FunctionCtx, x: Tensor, matrix: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        output = source[None] + target[:, None]
+        output.flatten(0, 1).addmm_(x.flatten(0, 1), matrix)
+        output.relu_()
+        context.save_for_backward(x, matrix, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        x, matrix, output = context.saved_tensors
+        gradient = torch.ops.aten.threshold_backward(gradient, output, 0)
+        flat = gradient.flatten(0, 1)
+        of_x = (flat @ matrix.T).view_as(x) if context.needs_input_grad[0] else None
+        return of_x, x.flatten(0, 1).T @ flat, gradient.sum(0), gradient.sum(1)
+
+
+@dataclass(frozen=True)
+class AffineFeatures:
+    """Vertex features of the form y[r, c] = x[r, c] M + source[c] + target[r], with a layer's own M, source and target.
+
+    A linear round on them changes M, source and target alone, all of them small: the features of the vertices are
+    formed when a non-linearity needs them. The lists have an entry for every masked layer.
+
+    x: (m, n, in); source_sums, target_sums: of x over the weights of each source (n, in) and target neuron (m, in)
+    matrix: M, (in, features); source: (n, features); target: (m, features); without them y is x
+    """
+
+    graph: WeightGraph
+    x: list[Tensor]
+    source_sums: list[Tensor]
+    target_sums: list[Tensor]
+    matrix: list[Tensor] | None = None
+    source: list[Tensor] | None = None
+    target: list[Tensor] | None = None
+
+    @staticmethod
+    def of(graph: WeightGraph, x: list[Tensor]) -> AffineFeatures:
+        """The features x themselves."""
+        return AffineFeatures(graph, x, [part.sum(0) for part in x], [part.sum(1) for part in x])
+
+    def neuron_totals(self) -> dict[int, Tensor]:
+        """Totals of y over the masked weights at every neuron: column of neurons to (neurons, features)."""
+        totals: dict[int, Tensor] = {}
+        for index, (layer, (m, n)) in enumerate(zip(self.graph.layers, self.graph.shapes)):
+            of_source, of_target = self.source_sums[index], self.target_sums[index]
+            if self.matrix is not None:
+                matrix, source, target = self.matrix[index], self.source[index], self.target[index]
+                of_source = torch.addmm(torch.add(target.sum(0), source, alpha=m), of_source, matrix)
+                of_target = torch.addmm(torch.add(source.sum(0), target, alpha=n), of_target, matrix)
+            for column, total in ((layer, of_source), (layer + 1, of_target)):
+                totals[column] = totals[column] + total if column in totals else total
+        return totals
+
+    def transformed(self, matrix: list[Tensor], source: list[Tensor], target: list[Tensor]) -> AffineFeatures:
+        """y[r, c] M' + source'[c] + target'[r], with an M' (features, out), source' and target' for every layer."""
+        if self.matrix is not None:
+            source = list(map(torch.addmm, source, self.source, matrix))
+            target = list(map(torch.addmm, target, self.target, matrix))
+            matrix = list(map(torch.mm, self.matrix, matrix))
+        return replace(self, matrix=matrix, source=source, target=target)
+
+    def relu(self) -> list[Tensor]:
+        """relu(y) of each masked layer, (m, n, features)."""
+        return list(map(AffineReLU.apply, self.x, self.matrix, self.source, self.target))
+
+
 class WeightGraphSAGE(nn.Module):
     """GraphSAGE with mean aggregation on the weight graph (Hamilton et al. 2017, arXiv:1706.02216), in closed form.
 
@@ -243,8 +312,6 @@ class WeightGraphSAGE(nn.Module):
     neighbour sum of `WeightGraph` and the degree d, which is constant within a layer of the classifier,
 
         x'[r, c] = (W_r - 2/d W_l) x[r, c] + W_l t[c] / d + W_l t[r] / d
-
-    Shapes: x (batch, vertices, in_features) to (batch, vertices, out_features).
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -252,16 +319,16 @@ class WeightGraphSAGE(nn.Module):
         self.lin_l = nn.Linear(in_features, out_features, bias=False)
         self.lin_r = nn.Linear(in_features, out_features, bias=False)
 
-    def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
-        totals = {column: self.lin_l(total) for column, total in graph.neuron_totals(x).items()}
-        outputs = []
-        for layer, degree, shape, part in zip(graph.layers, graph.degrees, graph.shapes, x.split(graph.sizes, dim=1)):
-            degree = max(degree, 1)  # a weight without neighbours has the mean 0
-            output = F.linear(part, self.lin_r.weight - 2 / degree * self.lin_l.weight).unflatten(1, shape)
-            output += (totals[layer] / degree)[:, None]  # source neurons, (batch, 1, n, out)
-            output += (totals[layer + 1] / degree)[:, :, None]  # target neurons, (batch, m, 1, out)
-            outputs.append(output.flatten(1, 2))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+    def forward(self, features: AffineFeatures) -> AffineFeatures:
+        totals = features.neuron_totals()
+        matrix, source, target = [], [], []
+        for layer, degree in zip(features.graph.layers, features.graph.degrees):
+            # Transposed: a gradient x^T g is formed twice as fast as g^T x. Without neighbours the mean is 0.
+            neighbours = self.lin_l.weight.T / max(degree, 1)
+            matrix.append(torch.sub(self.lin_r.weight.T, neighbours, alpha=2))
+            source.append(totals[layer] @ neighbours)
+            target.append(totals[layer + 1] @ neighbours)
+        return features.transformed(matrix, source, target)
 
 
 class VertexLinear(nn.Linear):
@@ -270,8 +337,11 @@ class VertexLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
-        return super().forward(x)
+    def forward(self, features: AffineFeatures) -> AffineFeatures:
+        matrix = [self.weight.T] * len(features.x)
+        source = [self.weight.new_zeros(n, self.out_features) for _, n in features.graph.shapes]
+        target = [self.weight.new_zeros(m, self.out_features) for m, _ in features.graph.shapes]
+        return features.transformed(matrix, source, target)
 
 
 class MaskingGCN(nn.Module):
@@ -291,15 +361,18 @@ class MaskingGCN(nn.Module):
 
     def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
         # One graph at a time: its tensors stay in the cache, those of a whole batch do not.
-        return torch.cat([self._score(features[None], graph) for features in x])  # (batch, vertices)
+        return torch.stack([self._score(graph.split(features, dim=0), graph) for features in x])  # (batch, vertices)
 
-    def _score(self, x: Tensor, graph: WeightGraph) -> Tensor:
+    def _score(self, x: list[Tensor], graph: WeightGraph) -> Tensor:
+        features = AffineFeatures.of(graph, x)
         for index, conv in enumerate(self.convs):
-            x = conv(x, graph)
+            features = conv(features)
             # The first round only gathers (products of its features are left to the later ones).
             if index > 0 or len(self.convs) == 1:
-                x = x.relu_()
-        return self.readout(x).squeeze(-1)
+                x = features.relu()
+                if index < len(self.convs) - 1:
+                    features = AffineFeatures.of(graph, x)
+        return torch.cat([(part @ self.readout.weight[0]).flatten() for part in x])
 
 
 class WeightMask(nn.Module):

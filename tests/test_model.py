@@ -8,7 +8,15 @@ from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
 from torch_geometric.transforms import LineGraph
 
-from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph, WeightGraphSAGE, resolve_mask_layer
+from model import (
+    AffineFeatures,
+    HookedMNISTClassifier,
+    Mask,
+    MaskingGCN,
+    WeightGraph,
+    WeightGraphSAGE,
+    resolve_mask_layer,
+)
 
 SHAPES = [(6, 7), (5, 6), (3, 5)]
 CASES = [([(4, 3)], 0), ([(1, 6)], 0), ([(8, 2)], 0), (SHAPES, -2), (SHAPES, [0, 2]), (SHAPES, [1, 2]), (SHAPES, None)]
@@ -60,8 +68,11 @@ def test_a_round_and_its_gradients_are_those_of_sage_conv(shapes, mask_layer):
     x = torch.randn(2, graph.num_vertices, 4, dtype=torch.float64)
     weighting = torch.randn(2, graph.num_vertices, 3, dtype=torch.float64)
     x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    output = ours(x_ours, graph)
-    expected = torch.stack([theirs(one, graph.edge_index()) for one in x_theirs])
+    output = torch.stack([
+        torch.cat([part.flatten(0, 1) for part in ours(AffineFeatures.of(graph, graph.split(one, dim=0))).relu()])
+        for one in x_ours
+    ])  # fmt: skip
+    expected = torch.stack([theirs(one, graph.edge_index()).relu() for one in x_theirs])
     assert torch.allclose(output, expected, rtol=0, atol=1e-10)
     (output * weighting).sum().backward()
     (expected * weighting).sum().backward()
