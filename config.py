@@ -94,12 +94,11 @@ class Config:
                     raise ValueError(f"{name} must be from 0 to {2**63 - 1}, not {seed}")
         self.torch_device()
         try:
-            graph = WeightGraph(self.classifier.shapes(IMAGE_SIZE, NUM_CLASSES), self.graphs.mask_layer)
+            vertices = self.num_vertices
         except ValueError as error:
             raise ValueError(f"graphs.{error}") from None
         if not 0 <= self.held_out <= 50000:
             raise ValueError(f"held_out must be from 0 to 50000 training samples, not {self.held_out}")
-        vertices = graph.num_vertices
         for name, amounts in (("sweep.kappa", self.sweep.kappa), ("eval.max_kappa", [self.eval.max_kappa])):
             for kappa in amounts:
                 if kappa != "auto" and not number_of_weights(kappa, vertices) < vertices:
@@ -111,6 +110,11 @@ class Config:
         largest = sum(number_of_weights(high, vertices) for _, high in spans)
         if largest >= vertices:
             raise ValueError(f"gcn.kappa and partly_masked reach {largest} weights together, of {vertices} masked ones")
+
+    @property
+    def num_vertices(self) -> int:
+        """The number of masked weights. Raises ValueError where mask_layer is not there."""
+        return WeightGraph(self.classifier.shapes(IMAGE_SIZE, NUM_CLASSES), self.graphs.mask_layer).num_vertices
 
     @property
     def seeds(self) -> tuple[int, ...]:

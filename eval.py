@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import operator
@@ -11,12 +12,14 @@ import time
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -509,10 +512,28 @@ class Eval:
             "weights": (forgetting, self._draw_weights),
         }
         for name, (title, draw) in drawings.items():
-            figure = Figure(figsize=(9, 3), layout="constrained")
-            draw(figure)
-            figure.suptitle(title, fontsize=10)
-            figure.savefig(folder / f"{name}.png", dpi=100)
+            picture = partial(self._picture, name, title, draw)
+            png = self._once((name, "picture"), picture, uses_kappa=name != "mask_efficacy")
+            (folder / f"{name}.png").write_bytes(png)
+
+    def _picture(self, name: str, title: str, draw: Callable[[Figure], None]) -> bytes:
+        """A drawing as PNG. Finding room for its labels takes half the time: all kappas share what the first found."""
+        figure = Figure(figsize=(9, 3), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08)  # room for a longer number on the axis of another kappa
+        draw(figure)
+        figure.suptitle(title, fontsize=10)
+
+        def positions() -> list[Bbox]:
+            figure.draw_without_rendering()
+            return [axes.get_position() for axes in figure.axes]
+
+        found = self._once((name, "positions"), positions)
+        figure.set_layout_engine("none")
+        for axes, position in zip(figure.axes, found):
+            axes.set_position(position)
+        png = io.BytesIO()
+        figure.savefig(png, dpi=100)
+        return png.getvalue()
 
     def _draw_bars(self, figure: Figure, metrics: dict[str, dict[str, float]]) -> None:
         styles = method_styles([*self.config.method_names, *metrics])
@@ -521,8 +542,8 @@ class Eval:
             values = [metrics[name][metric] for name in metrics]
             heights = [value if math.isfinite(value) else 0.0 for value in values]
             bars = axes.bar(range(len(values)), heights, color=[styles[name]["color"] for name in metrics])
-            axes.bar_label(bars, [f"{value:.{1 if metric == 'score' else 3}f}" for value in values], fontsize=8)
-            axes.set_ylabel(AXIS_LABELS[metric])
+            axes.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=7)
+            axes.set_ylabel(AXIS_LABELS[metric], fontsize=9)
             axes.margins(y=0.15)
             axes.set_xticks(range(len(values)), list(metrics), rotation=45, ha="right")
 
@@ -550,9 +571,19 @@ class Eval:
         for axes, layer, weight, kept in zip(
             figure.subplots(1, len(weights), squeeze=False)[0], self.graph.layers, weights, keep
         ):
-            edges = torch.linspace(float(weight.min()), float(weight.max()), 61).numpy()
-            axes.hist(weight.flatten().numpy(), edges, color="0.75", label=f"all {weight.numel()} weights")
-            axes.hist(weight[kept == 0].numpy(), edges, color=color, label=f"{int((kept == 0).sum())} zeroed by mimu")
+            edges = torch.linspace(float(weight.min()), float(weight.max()), 61)
+            shown = (
+                (weight, "0.75", f"all {weight.numel()} weights"),
+                (
+                    weight[kept == 0],
+                    color,
+                    f"{int((kept == 0).sum())} zeroed by mimu",
+                ),
+            )
+            for values, face, label in shown:
+                # One outline, where `hist` draws a rectangle for every bin.
+                counts, _ = values.flatten().histogram(edges)
+                axes.stairs(counts.numpy(), edges.numpy(), fill=True, color=face, label=label)
             axes.set_yscale("log")
             axes.set_xlabel(f"weight of layer {layer}, {weight.shape[0]} x {weight.shape[1]}")
             axes.set_ylabel("number of weights")

@@ -230,16 +230,18 @@ class WeightGraph:
 class AffineReLU(torch.autograd.Function):
     """relu(x[r, c] M + source[c] + target[r]): the only work of the GCN that touches every vertex.
 
-    Autograd's own would copy the large tensors twice more.
+    Graph by graph, so that its tensors stay in the cache; and without the copies of autograd's own formulas.
 
-    Shapes: x (m, n, in), matrix M (in, out), source (n, out), target (m, out) to (m, n, out).
+    Shapes: x (batch, m, n, in), matrix M (in, out), source (batch, n, out), target (batch, m, out) to
+    (batch, m, n, out).
     """
 
     @staticmethod
     def forward(context: FunctionCtx, x: Tensor, matrix: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        output = source[None] + target[:, None]
-        output.flatten(0, 1).addmm_(x.flatten(0, 1), matrix)
-        output.relu_()
+        output = x.new_empty(*x.shape[:3], matrix.shape[1])
+        for x_of, source_of, target_of, y in zip(x, source, target, output):
+            torch.add(source_of, target_of[:, None], out=y)
+            y.flatten(0, 1).addmm_(x_of.flatten(0, 1), matrix).relu_()
         context.save_for_backward(x, matrix, output)
         return output
 
@@ -247,10 +249,19 @@ class AffineReLU(torch.autograd.Function):
     @once_differentiable
     def backward(context: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         x, matrix, output = context.saved_tensors
-        gradient = torch.ops.aten.threshold_backward(gradient, output, 0)
-        flat = gradient.flatten(0, 1)
-        of_x = (flat @ matrix.T).view_as(x) if context.needs_input_grad[0] else None
-        return of_x, x.flatten(0, 1).T @ flat, gradient.sum(0), gradient.sum(1)
+        of_x = torch.empty_like(x) if context.needs_input_grad[0] else None
+        of_matrix = torch.zeros_like(matrix)
+        of_source, of_target = [], []
+        for index, (x_of, y) in enumerate(zip(x, output)):
+            of_y = torch.ops.aten.threshold_backward(gradient[index], y, 0)
+            flat = of_y.flatten(0, 1)
+            # A gradient x^T g is formed twice as fast as g^T x.
+            of_matrix.addmm_(x_of.flatten(0, 1).T, flat)
+            of_source.append(of_y.sum(0))
+            of_target.append(of_y.sum(1))
+            if of_x is not None:
+                torch.mm(flat, matrix.T, out=of_x[index].flatten(0, 1))
+        return of_x, of_matrix, torch.stack(of_source), torch.stack(of_target)
 
 
 @dataclass(frozen=True)
@@ -260,8 +271,9 @@ class AffineFeatures:
     A linear round on them changes M, source and target alone, all of them small: the features of the vertices are
     formed when a non-linearity needs them. The lists have an entry for every masked layer.
 
-    x: (m, n, in); source_sums, target_sums: of x over the weights of each source (n, in) and target neuron (m, in)
-    matrix: M, (in, features); source: (n, features); target: (m, features); without them y is x
+    x: (batch, m, n, in)
+    source_sums, target_sums: of x over the weights of each source (batch, n, in) and target neuron (batch, m, in)
+    matrix: M, (in, features); source: (batch, n, features); target: (batch, m, features); without them y is x
     """
 
     graph: WeightGraph
@@ -275,17 +287,17 @@ class AffineFeatures:
     @staticmethod
     def of(graph: WeightGraph, x: list[Tensor]) -> AffineFeatures:
         """The features x themselves."""
-        return AffineFeatures(graph, x, [part.sum(0) for part in x], [part.sum(1) for part in x])
+        return AffineFeatures(graph, x, [part.sum(1) for part in x], [part.sum(2) for part in x])
 
     def neuron_totals(self) -> dict[int, Tensor]:
-        """Totals of y over the masked weights at every neuron: column of neurons to (neurons, features)."""
+        """Totals of y over the masked weights at every neuron: column of neurons to (batch, neurons, features)."""
         totals: dict[int, Tensor] = {}
         for index, (layer, (m, n)) in enumerate(zip(self.graph.layers, self.graph.shapes)):
             of_source, of_target = self.source_sums[index], self.target_sums[index]
             if self.matrix is not None:
                 matrix, source, target = self.matrix[index], self.source[index], self.target[index]
-                of_source = torch.addmm(torch.add(target.sum(0), source, alpha=m), of_source, matrix)
-                of_target = torch.addmm(torch.add(source.sum(0), target, alpha=n), of_target, matrix)
+                of_source = of_source @ matrix + m * source + target.sum(1, keepdim=True)
+                of_target = of_target @ matrix + n * target + source.sum(1, keepdim=True)
             for column, total in ((layer, of_source), (layer + 1, of_target)):
                 totals[column] = totals[column] + total if column in totals else total
         return totals
@@ -293,13 +305,13 @@ class AffineFeatures:
     def transformed(self, matrix: list[Tensor], source: list[Tensor], target: list[Tensor]) -> AffineFeatures:
         """y[r, c] M' + source'[c] + target'[r], with an M' (features, out), source' and target' for every layer."""
         if self.matrix is not None:
-            source = list(map(torch.addmm, source, self.source, matrix))
-            target = list(map(torch.addmm, target, self.target, matrix))
-            matrix = list(map(torch.mm, self.matrix, matrix))
+            source = [before @ m + added for before, m, added in zip(self.source, matrix, source)]
+            target = [before @ m + added for before, m, added in zip(self.target, matrix, target)]
+            matrix = [before @ m for before, m in zip(self.matrix, matrix)]
         return replace(self, matrix=matrix, source=source, target=target)
 
     def relu(self) -> list[Tensor]:
-        """relu(y) of each masked layer, (m, n, features)."""
+        """relu(y) of each masked layer, (batch, m, n, features)."""
         return list(map(AffineReLU.apply, self.x, self.matrix, self.source, self.target))
 
 
@@ -323,7 +335,7 @@ class WeightGraphSAGE(nn.Module):
         totals = features.neuron_totals()
         matrix, source, target = [], [], []
         for layer, degree in zip(features.graph.layers, features.graph.degrees):
-            # Transposed: a gradient x^T g is formed twice as fast as g^T x. Without neighbours the mean is 0.
+            # Without neighbours the mean is 0.
             neighbours = self.lin_l.weight.T / max(degree, 1)
             matrix.append(torch.sub(self.lin_r.weight.T, neighbours, alpha=2))
             source.append(totals[layer] @ neighbours)
@@ -339,9 +351,12 @@ class VertexLinear(nn.Linear):
 
     def forward(self, features: AffineFeatures) -> AffineFeatures:
         matrix = [self.weight.T] * len(features.x)
-        source = [self.weight.new_zeros(n, self.out_features) for _, n in features.graph.shapes]
-        target = [self.weight.new_zeros(m, self.out_features) for m, _ in features.graph.shapes]
+        source = [self.weight.new_zeros(len(sums), sums.shape[1], self.out_features) for sums in features.source_sums]
+        target = [self.weight.new_zeros(len(sums), sums.shape[1], self.out_features) for sums in features.target_sums]
         return features.transformed(matrix, source, target)
+
+
+VERTICES_AT_ONCE = 2**17  # of a batch of graphs that the GCN scores
 
 
 class MaskingGCN(nn.Module):
@@ -360,19 +375,20 @@ class MaskingGCN(nn.Module):
         self.readout = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
-        # One graph at a time: its tensors stay in the cache, those of a whole batch do not.
-        return torch.stack([self._score(graph.split(features, dim=0), graph) for features in x])  # (batch, vertices)
+        # Small graphs share what is done to their neurons; large ones, together, would leave the cache.
+        batches = x.split(max(1, VERTICES_AT_ONCE // graph.num_vertices))
+        return torch.cat([self._score(graph.split(batch, dim=1), graph) for batch in batches])  # (batch, vertices)
 
-    def _score(self, x: list[Tensor], graph: WeightGraph) -> Tensor:
-        features = AffineFeatures.of(graph, x)
+    def _score(self, parts: list[Tensor], graph: WeightGraph) -> Tensor:
+        features = AffineFeatures.of(graph, parts)
         for index, conv in enumerate(self.convs):
             features = conv(features)
             # The first round only gathers (products of its features are left to the later ones).
             if index > 0 or len(self.convs) == 1:
-                x = features.relu()
+                parts = features.relu()
                 if index < len(self.convs) - 1:
-                    features = AffineFeatures.of(graph, x)
-        return torch.cat([(part @ self.readout.weight[0]).flatten() for part in x])
+                    features = AffineFeatures.of(graph, parts)
+        return torch.cat([(part @ self.readout.weight[0]).flatten(1) for part in parts], 1)
 
 
 class WeightMask(nn.Module):

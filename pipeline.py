@@ -3,46 +3,139 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
+import os
 import resource
 import sys
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
 from config import Config
-from data import NUM_CLASSES, GraphGenerator, ImageData, load_image_data
+from data import IMAGE_SIZE, NUM_CLASSES, GraphGenerator, ImageData, load_image_data
 from eval import Eval, Experiment, Request, slug
 from model import HookedMNISTClassifier, MaskingGCN, keep_freed_memory
 from reporter import Comparison, Reporter
-from trainer import PRETRAINED, GCNTrainer, TrainedGCN, Trainer
+from trainer import PRETRAINED, GCNTrainer, TrainedGCN, Trainer, TrainingError
 
 ROOT = Path(__file__).resolve().parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What the requests to forget a class of one classifier share: the classifier, its graphs and its masking GCN."""
+
+    variant: str
+    config: Config
+    seed: int
+    top_k: int
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"{label(self.variant, self.seed)}, top-K {self.top_k}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What one process does at a time: a training, or all experiments on one forget digit after it."""
+
+    training: Training
+    digit: int | None = None
+
+
+def tasks_in_order(configs: Mapping[str, Config], processes: int) -> list[Task]:
+    """All tasks of a run. Trainings come early enough for the other processes to have requests to work on meanwhile."""
+    trainings = [
+        Training(variant, config, seed, top_k)
+        for variant, config in configs.items()
+        for seed in config.seeds
+        for top_k in config.sweep.top_ks(config.num_vertices)
+    ]
+    tasks = [Task(training) for training in trainings[: processes - 1]]
+    for index, training in enumerate(trainings):
+        tasks += [Task(ahead) for ahead in trainings[index + processes - 1 : index + processes]]
+        tasks += [Task(training, digit) for digit in training.config.sweep.forget_digits]
+    return tasks
+
+
+class Processes:
+    """The processes of a run: this one alone, or all that torchrun has started.
+
+    They share the folder of the artifacts (on several machines by a network file system) and a store of short texts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.count = 0, 1
+        self.store: dist.Store = dist.HashStore()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            forever = datetime.timedelta(days=365)  # torchrun ends the others when one has failed
+            self.store, self.rank, self.count = next(dist.rendezvous("env://", timeout=forever))
+            self.store.set_timeout(forever)
+            if device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=dist.PrefixStore("group", self.store),
+                rank=self.rank,
+                world_size=self.count,
+                timeout=forever,
+            )
+
+    def take(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Task]]:
+        """The next task that no process has taken, with its index, until there is none."""
+        while (index := self.store.add("tasks taken", 1) - 1) < len(tasks):
+            yield index, tasks[index]
+
+    @contextmanager
+    def one_before_the_others(self) -> Iterator[None]:
+        """The first process passes, then all others, as where a file is to be unpacked once."""
+        if self.rank > 0:
+            self.store.get("first is done")
+        yield
+        if self.rank == 0:
+            self.store.set("first is done", "")
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, at the first one; nothing at the others."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count if self.rank == 0 else None
+        dist.gather_object(value, values)
+        dist.destroy_process_group()
+        return values or []
 
 
 class Run:
     """What the stages share: the folder of the artifacts, the seconds that each took, data and classifiers."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, processes: Processes | None = None) -> None:
         self.root = root
+        self.processes = processes
         self.seconds: dict[str, float] = {}
         self.test_scores: dict[str, float] = {}
         self._data: dict[Hashable, ImageData] = {}
         self._classifiers: dict[Hashable, HookedMNISTClassifier] = {}
+        self._last: tuple[Training, GraphGenerator, MaskingGCN, float] | None = None
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measures a stage and says when it is done."""
+    def stage(self, name: str, is_last: bool = True) -> Iterator[None]:
+        """Measures a stage, or a part of it, and says when it is done."""
         started = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - started
-        print(f"{name}: {self.seconds[name]:.1f} s", flush=True)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        if is_last:
+            process = f"process {self.processes.rank}: " if self.processes and self.processes.count > 1 else ""
+            tqdm.write(f"{process}{name}: {self.seconds[name]:.1f} s")
+            sys.stdout.flush()
 
     def data(self, config: Config) -> ImageData:
         """The data set of a config, read once."""
@@ -63,26 +156,19 @@ class Run:
                 correct = classifier(data.test.images).argmax(1) == data.test.labels
             self.test_scores[label(variant, seed)] = 100 * correct.double().mean().item()
             self._classifiers[key] = classifier
-        self.save(
-            self.root / "checkpoints" / f"classifier_{stem(variant, seed)}.pt", self._classifiers[key], config, seed
-        )
+        self.save(self.classifier_path(variant, seed), self._classifiers[key], config, seed)
         return self._classifiers[key]
 
-    def graphs(self, config: Config, seed: int, variant: str) -> GraphGenerator:
-        """The activation graphs of the classifier of a config and a seed."""
-        classifier = self.classifier(config, seed, variant)
-        with self.stage(f"activation graphs, {label(variant, seed)}"):
-            return GraphGenerator(classifier, self.data(config).train, config.graphs, seed)
+    def graphs(self, config: Config, seed: int, classifier: HookedMNISTClassifier) -> GraphGenerator:
+        """The activation graphs of a classifier."""
+        return GraphGenerator(classifier, self.data(config).train, config.graphs, seed)
 
-    def gcn(self, config: Config, seed: int, variant: str, graphs: GraphGenerator, top_k: int) -> MaskingGCN:
-        """The masking GCN for these graphs: the pretrained one, or one that is trained now."""
-        if config.gcn.pretrained:
-            return TrainedGCN.load().gcn.to(graphs.labels.device)
-        gcn = GCNTrainer(config.gcn, [graphs], top_k, seed).train()
-        self.save(
-            self.root / "checkpoints" / f"gcn_{stem(variant, seed)}_top_k_{top_k}.pt", gcn, config, seed, top_k=top_k
-        )
-        return gcn
+    def classifier_path(self, variant: str, seed: int) -> Path:
+        return self.root / "checkpoints" / f"classifier_{stem(variant, seed)}.pt"
+
+    def gcn_path(self, training: Training) -> Path:
+        name = f"gcn_{stem(training.variant, training.seed)}_top_k_{training.top_k}.pt"
+        return self.root / "checkpoints" / name
 
     def save(self, path: Path, module: nn.Module, config: Config, seed: int, **more: Any) -> None:
         """Writes a checkpoint: the weights, with the config and the seed that made them."""
@@ -90,40 +176,66 @@ class Run:
         checkpoint = {"state_dict": module.state_dict(), "config": dataclasses.asdict(config), "seed": seed}
         torch.save(checkpoint | more, path)
 
-    def experiments(self, config: Config, seed: int, variant: str) -> Iterator[tuple[int, Path]]:
-        """Runs every experiment on one classifier; yields top_k and the JSON of each."""
-        graphs = self.graphs(config, seed, variant)
-        graphs.save(self.root / "datasets" / "Graphs" / f"{stem(variant, seed)}.pt")
-        num_vertices, data, settings = graphs.graph.num_vertices, self.data(config), dataclasses.asdict(config)
-        for top_k in config.sweep.top_ks(num_vertices):
-            gcn_stage = f"masking GCN, {label(variant, seed)}, top-K {top_k}"
-            with self.stage(gcn_stage):
-                gcn = self.gcn(config, seed, variant, graphs, top_k)
-            with self.stage(f"experiments, {label(variant, seed)}, top-K {top_k}"):
-                for digit in tqdm(config.sweep.forget_digits, "experiments", unit="digit", leave=False, disable=None):
-                    trainer = Trainer(config.classifier, seed)
-                    request = Request(
-                        config.eval, graphs.classifier, trainer, data.train, graphs, gcn, digit, top_k, seed
-                    )
-                    shared: dict[Hashable, Any] = {}
-                    kappas = [(kappa, "fixed") for kappa in config.sweep.fixed_kappas(num_vertices)]
-                    if "auto" in config.sweep.kappa:
-                        kappas.append((request.auto_kappa(request.order), "auto"))
-                    for kappa, choice in kappas:
-                        experiment = Experiment(
-                            variant=variant,
-                            seed=seed,
-                            forget_digit=digit,
-                            mask_layer=config.graphs.mask_layer,
-                            top_k=top_k,
-                            kappa=kappa,
-                            kappa_choice=choice,
-                            gcn_seconds=self.seconds[gcn_stage],
-                            config=settings,
-                        )
-                        evaluation = Eval(config.eval, experiment, request, data, self.root / "eval", shared)
-                        evaluation.eval()
-                        yield top_k, evaluation.metrics_path
+    def train(self, training: Training) -> None:
+        """Trains the classifier and its masking GCN, writes both, and tells the other processes so."""
+        config, seed, top_k = training.config, training.seed, training.top_k
+        classifier = self.classifier(config, seed, training.variant)
+        with self.stage(f"activation graphs, {label(training.variant, seed)}"):
+            graphs = self.graphs(config, seed, classifier)
+        graphs.save(self.root / "datasets" / "Graphs" / f"{stem(training.variant, seed)}.pt")
+        stage = f"masking GCN, {training.name}"
+        with self.stage(stage):
+            if config.gcn.pretrained:
+                gcn = TrainedGCN.load().gcn.to(graphs.labels.device)
+            else:
+                gcn = GCNTrainer(config.gcn, [graphs], top_k, seed).train()
+                self.save(self.gcn_path(training), gcn, config, seed, top_k=top_k)
+        self._last = (training, graphs, gcn, self.seconds[stage])
+        self.processes.store.set(training.name, repr(self.seconds[stage]))
+
+    def trained(self, training: Training) -> tuple[GraphGenerator, MaskingGCN, float]:
+        """Graphs and masking GCN of a training, and the seconds that it took: read from its files if not at hand."""
+        if self._last is None or self._last[0] != training:
+            seconds = float(self.processes.store.get(training.name))  # waits for the process that trains it
+            config, device = training.config, self.data(training.config).train.labels.device
+            classifier = HookedMNISTClassifier(
+                config.classifier.hidden_sizes, IMAGE_SIZE, NUM_CLASSES, config.classifier.bias
+            ).to(device)
+            path = self.classifier_path(training.variant, training.seed)
+            classifier.load_state_dict(torch.load(path, map_location=device, weights_only=True)["state_dict"])
+            trained = TrainedGCN.load() if config.gcn.pretrained else TrainedGCN.load(self.gcn_path(training))
+            graphs = self.graphs(config, training.seed, classifier)
+            self._last = (training, graphs, trained.gcn.to(device), seconds)
+        return self._last[1:]
+
+    def experiments(self, training: Training, digit: int) -> list[Path]:
+        """Runs every experiment on one forget digit; returns the JSON of each."""
+        graphs, gcn, gcn_seconds = self.trained(training)
+        config, seed, top_k = training.config, training.seed, training.top_k
+        num_vertices, data = graphs.graph.num_vertices, self.data(config)
+        trainer = Trainer(config.classifier, seed)
+        request = Request(config.eval, graphs.classifier, trainer, data.train, graphs, gcn, digit, top_k, seed)
+        shared: dict[Hashable, Any] = {}
+        kappas = [(kappa, "fixed") for kappa in config.sweep.fixed_kappas(num_vertices)]
+        if "auto" in config.sweep.kappa:
+            kappas.append((request.auto_kappa(request.order), "auto"))
+        paths = []
+        for kappa, choice in kappas:
+            experiment = Experiment(
+                variant=training.variant,
+                seed=seed,
+                forget_digit=digit,
+                mask_layer=config.graphs.mask_layer,
+                top_k=top_k,
+                kappa=kappa,
+                kappa_choice=choice,
+                gcn_seconds=gcn_seconds,
+                config=dataclasses.asdict(config),
+            )
+            evaluation = Eval(config.eval, experiment, request, data, self.root / "eval", shared)
+            evaluation.eval()
+            paths.append(evaluation.metrics_path)
+        return paths
 
 
 def label(variant: str, seed: int) -> str:
@@ -143,23 +255,41 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, started: float | None 
     """
     started = time.perf_counter() if started is None else started
     prepare(configs)
-    stages = Run(root)
-    for config in configs.values():
-        stages.data(config)  # all of it first, so that a missing file is told before any work
-    metrics: dict[tuple[str, int], list[Path]] = {}
-    for variant, config in configs.items():
-        for seed in config.seeds:
-            for top_k, path in stages.experiments(config, seed, variant):
-                metrics.setdefault((variant, top_k), []).append(path)
-    with stages.stage("reports"):
-        tables = report(configs, metrics, root / "reports")
+    processes = Processes(next(iter(configs.values())).torch_device())
+    stages = Run(root, processes)
+    with processes.one_before_the_others():
+        for config in configs.values():
+            stages.data(config)  # all of it first, so that a missing file is told before any work
+    tasks = tasks_in_order(configs, processes.count)
+    metrics: dict[int, list[Path]] = {}
+    progress = tqdm(total=len(tasks), desc="tasks", unit="task", leave=False, disable=True if processes.rank else None)
+    for index, task in processes.take(tasks):
+        if task.digit is None:
+            stages.train(task.training)
+        else:
+            is_last = task.training not in [following.training for following in tasks[index + 1 : index + 2]]
+            with stages.stage(f"experiments, {task.training.name}", is_last):
+                metrics[index] = stages.experiments(task.training, task.digit)
+        progress.update(index + 1 - progress.n)
+    progress.close()
     # Kilobytes on Linux, bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    shares = processes.gathered((metrics, stages.seconds, stages.test_scores, peak))
+    if processes.rank > 0:
+        return
+    for of_process, seconds, test_scores, of_peak in shares[1:]:
+        metrics |= of_process
+        stages.test_scores |= test_scores
+        stages.seconds |= {name: stages.seconds.get(name, 0.0) + taken for name, taken in seconds.items()}
+        peak = max(peak, of_peak)
+    with stages.stage("reports"):
+        tables = report([(tasks[index].training, metrics[index]) for index in sorted(metrics)], root / "reports")
     total = time.perf_counter() - started
     summary = {
         "seconds": stages.seconds,
         "total_seconds": total,
         "peak_bytes": peak,
+        "processes": processes.count,
         "threads": torch.get_num_threads(),
         "classifier_test_scores": stages.test_scores,
     }
@@ -176,10 +306,18 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 
     It takes the place of the tracked one.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise TrainingError("--pretrain runs in one process: start it without torchrun")
     prepare(configs)
     stages = Run(root)
     config = next(iter(configs.values()))
-    graphs = [stages.graphs(each, seed, variant) for variant, each in configs.items() for seed in each.seeds]
+    for each in configs.values():
+        stages.data(each)
+    graphs = [
+        stages.graphs(each, seed, stages.classifier(each, seed, variant))
+        for variant, each in configs.items()
+        for seed in each.seeds
+    ]
     with stages.stage(f"masking GCN, {len(graphs)} classifiers"):
         gcn = GCNTrainer(config.gcn, graphs, config.sweep.top_k[0], config.seed).train()
     path = root / PRETRAINED.relative_to(ROOT)
@@ -197,8 +335,13 @@ def prepare(configs: Mapping[str, Config]) -> None:
             TrainedGCN.load().check(config.graphs)
 
 
-def report(configs: Mapping[str, Config], metrics: Mapping[tuple[str, int], list[Path]], folder: Path) -> list[str]:
+def report(results: Sequence[tuple[Training, list[Path]]], folder: Path) -> list[str]:
     """Draws and writes the reports: of every config and top_k, and of variants side by side. Returns closing tables."""
+    metrics: dict[tuple[str, int], list[Path]] = {}
+    configs: dict[str, Config] = {}
+    for training, paths in results:
+        metrics.setdefault((training.variant, training.top_k), []).extend(paths)
+        configs[training.variant] = training.config
     reporters = {}
     for (variant, top_k), paths in metrics.items():
         several = sum(name == variant for name, _ in metrics) > 1

@@ -68,10 +68,8 @@ def test_a_round_and_its_gradients_are_those_of_sage_conv(shapes, mask_layer):
     x = torch.randn(2, graph.num_vertices, 4, dtype=torch.float64)
     weighting = torch.randn(2, graph.num_vertices, 3, dtype=torch.float64)
     x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    output = torch.stack([
-        torch.cat([part.flatten(0, 1) for part in ours(AffineFeatures.of(graph, graph.split(one, dim=0))).relu()])
-        for one in x_ours
-    ])  # fmt: skip
+    features = ours(AffineFeatures.of(graph, graph.split(x_ours, dim=1)))
+    output = torch.cat([part.flatten(1, 2) for part in features.relu()], 1)
     expected = torch.stack([theirs(one, graph.edge_index()).relu() for one in x_theirs])
     assert torch.allclose(output, expected, rtol=0, atol=1e-10)
     (output * weighting).sum().backward()
