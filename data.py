@@ -270,7 +270,8 @@ class GraphGenerator:
             order = torch.randperm(len(of_class), generator=seeded("graphs", seed, label))
             chosen.append(of_class[order[: self.samples_per_class].to(of_class.device)])
         chosen = torch.cat(chosen)
-        self.samples = Split(train.images[chosen], train.labels[chosen])
+        # Copies rows; indexing copies numbers one by one.
+        self.samples = Split(train.images.index_select(0, chosen), train.labels[chosen])
         self.labels = self.samples.labels
         self.records, self.loss = classifier.record(self.samples.images, self.labels, self.graph.layers)
 
@@ -298,13 +299,22 @@ class GraphGenerator:
         others = {name: (x.sum(0) - x) / (len(x) - 1) for name, x in own.items()}
         return self._standardised(own, others), loss
 
-    def get_data(self, index: int) -> Data:
-        """The graph of one sample (n = 1) for PyG: x (vertices, features), edge_index (2, edges), y (1)."""
+    def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
+        """The graph of one sample (n = 1) for PyG: x (vertices, features), edge_index (2, edges), y (1).
+
+        max_edges: an edge takes 16 bytes in the list, and about 100 while the list is built
+        Raises IndexError where there is no such sample, ValueError on a graph with more edges.
+        """
         # Imported here, since it takes longer than the rest and only this export needs it.
         from torch_geometric.data import Data
 
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is not there: valid are 0 to {len(self) - 1}")
+        if (edges := self.graph.num_edges) > max_edges:
+            raise ValueError(
+                f"max_edges is {max_edges:,}, and the graph has {edges:,} edges: a list of {16 * edges / 1e9:.1f} GB, "
+                f"and about {100 * edges / 1e9:.0f} GB while it is built"
+            )
         label = self.labels[index : index + 1]
         everything = torch.arange(len(self), device=label.device).view(self.num_classes, -1)
         own, _ = self.class_features(everything.view(-1)[index : index + 1, None], self.config.features)

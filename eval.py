@@ -74,7 +74,7 @@ class Request:
         saliency = SaliencyRanking(config, graphs, forget_class, seed, config.saliency_retain_weight)
         self.saliency_order = ZeroingOrder(config, graphs, saliency)
         self.reused_seconds = 0.0
-        self.num_zeroed: int | None = None
+        self.zeroed_by_layer: dict[str, int] | None = None
         self._kappa: int | None = None
         self._is_auto = False
 
@@ -113,10 +113,26 @@ class Request:
 
     def zeroing(self, vertices: Tensor) -> HookedMNISTClassifier:
         """The classifier without the given vertices (masked weights) of the weight graph."""
-        self.num_zeroed = len(vertices)
+        self.zeroed_by_layer = self.count_by_layer(vertices)
         classifier = self.classifier
         Mask.zeroing(self.graphs.graph, vertices).apply(classifier)
         return classifier
+
+    def count_by_layer(self, vertices: Tensor) -> dict[str, int]:
+        """How many of the vertices are weights of each masked layer; of the output layer, the forget class's row apart.
+
+        Zeroing that row alone is the trivial way to forget.
+        """
+        counts = {}
+        graph = self.graphs.graph
+        chosen = torch.zeros(graph.num_vertices, dtype=torch.long, device=vertices.device)
+        chosen[vertices] = 1
+        for layer, of_layer in zip(graph.layers, graph.split(chosen)):
+            counts[f"layer {layer}"] = int(of_layer.sum())
+            if layer == len(self._classifier.layers) - 1:
+                counts["output row of the class"] = int(of_layer[self.forget_class].sum())
+                counts[f"layer {layer}"] -= counts["output row of the class"]
+        return counts
 
     def keeping(self, vertices: Tensor) -> HookedMNISTClassifier:
         """The classifier with only the given vertices of its masked layers; the other layers are whole."""
@@ -342,11 +358,18 @@ AXIS_LABELS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """An unlearned classifier, what it took from the request to it, and how many weights it zeroes, if it is a mask."""
+    """An unlearned classifier, what it took from the request to it, and if it is a mask, the weights that it zeroes.
+
+    zeroed_by_layer: how many of them are in each masked layer, the output row of the forget class apart
+    """
 
     model: nn.Module
     seconds: float
-    num_zeroed: int | None
+    zeroed_by_layer: dict[str, int] | None
+
+    @property
+    def num_zeroed(self) -> int | None:
+        return None if self.zeroed_by_layer is None else sum(self.zeroed_by_layer.values())
 
 
 def valid_json(value: Any) -> Any:
@@ -479,6 +502,7 @@ class Eval:
             "training_split_metrics": self.eval_training_split(),
             "audit_metrics": {},
             "num_zeroed": {name: self._answer(name).num_zeroed for name in self.config.method_names},
+            "zeroed_by_layer": {name: self._answer(name).zeroed_by_layer for name in self.config.method_names},
             "config": experiment.config,
             "seconds": {"gcn": experiment.gcn_seconds}
             | {name: self._answer(name).seconds for name in self.config.method_names},
@@ -606,7 +630,7 @@ class Eval:
         for key, weight in request.classifier.state_dict().items():
             if not torch.equal(weight, original.get(key, weight[:0])):
                 raise ValueError(f"method {name!r} changed the original's {key}: change request.classifier, a copy")
-        return Answer(model, seconds + request.reused_seconds, request.num_zeroed)
+        return Answer(model, seconds + request.reused_seconds, request.zeroed_by_layer)
 
     def _scored(self, name: str, loader: Callable[[], DataLoader], is_forget_set: bool) -> dict[str, float]:
         return self._once(

@@ -16,18 +16,18 @@ from torch.nn.utils import parametrize
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep freed memory for the next tensors instead of giving it back to the system.
+    """Lets glibc keep all freed memory for the next tensors instead of giving it back to the system.
 
-    The tensors of a graph hold about a megabyte: mapping their pages anew in every round takes longer than the
-    arithmetic (`tests/benchmark.py`). Does nothing where the C library is another one.
+    Without it every tensor of more than 32 MB gets new pages, and the tensors of a small graph often do: mapping them
+    takes longer than the arithmetic (`tests/benchmark.py`). Does nothing where the C library is another one.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-    mallopt(mmap_threshold, 32 * 2**20)
-    mallopt(trim_threshold, 512 * 2**20)
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)  # never
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ def tasks_in_order(configs: Mapping[str, Config], processes: int) -> list[Task]:
 class Processes:
     """The processes of a run: this one alone, or all that torchrun has started.
 
-    They share the folder of the artifacts (on several machines by a network file system) and a store of short texts.
+    They share the folder of the artifacts, on several machines by a network file system, and the store of
+    torch.distributed. No tensor goes from one to another, so they are no process group: gloo and nccl are not needed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -82,13 +83,6 @@ class Processes:
             self.store.set_timeout(forever)
             if device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore("group", self.store),
-                rank=self.rank,
-                world_size=self.count,
-                timeout=forever,
-            )
 
     def take(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Task]]:
         """The next task that no process has taken, with its index, until there is none."""
@@ -105,13 +99,11 @@ class Processes:
             self.store.set("first is done", "")
 
     def gathered(self, value: Any) -> list[Any]:
-        """The values of all processes, at the first one; nothing at the others."""
-        if self.count == 1:
-            return [value]
-        values = [None] * self.count if self.rank == 0 else None
-        dist.gather_object(value, values)
-        dist.destroy_process_group()
-        return values or []
+        """The values (as JSON holds them) of all processes in order, at the first one; nothing at the others."""
+        if self.rank > 0:
+            self.store.set(f"share of {self.rank}", json.dumps(value))
+            return []
+        return [value] + [json.loads(self.store.get(f"share of {rank}")) for rank in range(1, self.count)]
 
 
 class Run:
@@ -274,11 +266,12 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, started: float | None 
     progress.close()
     # Kilobytes on Linux, bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    shares = processes.gathered((metrics, stages.seconds, stages.test_scores, peak))
+    of_indices = {index: list(map(str, paths)) for index, paths in metrics.items()}
+    shares = processes.gathered([list(of_indices.items()), stages.seconds, stages.test_scores, peak])
     if processes.rank > 0:
         return
     for of_process, seconds, test_scores, of_peak in shares[1:]:
-        metrics |= of_process
+        metrics |= {index: list(map(Path, paths)) for index, paths in of_process}
         stages.test_scores |= test_scores
         stages.seconds |= {name: stages.seconds.get(name, 0.0) + taken for name, taken in seconds.items()}
         peak = max(peak, of_peak)

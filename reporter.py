@@ -217,6 +217,8 @@ class Reporter:
         sections = [f"# Forgetting {', '.join(map(str, self.digits))}", f"{averaged}; scored on {self.split()}."]
         for kappa in dict.fromkeys((self.headline_kappa(), self.best_kappa())):
             sections += [f"## Every method, kappa = {kappa}", self.about(kappa), self.methods_table(kappa)]
+            if len(self.layers()) > 1:
+                sections += ["Where the zeroed weights are:", self.layers_table(kappa)]
             if len(self.digits) > 1:
                 sections += ["The worst digit of any seed:", self.worst_table(kappa)]
                 sections += ["Digit by digit:", self.digits_table(kappa)]
@@ -262,7 +264,7 @@ class Reporter:
                 retain = self.value(RETAIN, name, "score", kappa=kappa, digits=[digit])
                 gap += (retain - self.value(RETAIN, "retrain", "score", kappa=kappa, digits=[digit])).per_seed
                 forget += self.value(FORGET, name, "score", kappa=kappa, digits=[digit]).per_seed
-            rows.append([name, f"{Value((max(forget),)):.2f}", f"{Value((min(gap),)):+.2f}"])
+            rows.append([name, f"{Value((max(forget),)):.2f}", f"{Value((worst(gap),)):+.2f}"])
         return markdown_table(["method", "forget score, %", "retain score against retrain, points"], rows)
 
     def methods_table(self, kappa: Kappa, digits: Sequence[int] | None = None) -> str:
@@ -286,6 +288,20 @@ class Reporter:
         header += ["probability of the forget class", "forget loss, nats", "retain loss, nats", "weights zeroed"]
         header += ["seconds a request"]
         return markdown_table(header, rows)
+
+    def layers(self) -> list[str]:
+        """The masked layers, the output row of the forget class apart."""
+        counts = [counts for e in self.experiments for counts in e.get("zeroed_by_layer", {}).values()]
+        return list(dict.fromkeys(layer for of_method in counts for layer in of_method or {}))
+
+    def layers_table(self, kappa: Kappa) -> str:
+        """How many weights every mask zeroes in each layer."""
+        rows = [
+            [name, *(f"{self.value('zeroed_by_layer', name, layer, kappa=kappa):.1f}" for layer in self.layers())]
+            for name in self.methods
+            if any(e["zeroed_by_layer"].get(name) for e in self.experiments_at(kappa))
+        ]
+        return markdown_table(["weights zeroed", *self.layers()], rows)
 
     def closing_table(self) -> str:
         """What a run says last: forget and retain score of every method."""

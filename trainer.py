@@ -330,7 +330,8 @@ class GCNTrainer:
             nn.utils.clip_grad_norm_(gcn.parameters(), config.gradient_norm)
             optimizer.step()
             schedule.step()
-            self.history.append({name: value.item() for name, value in terms.items()})
+            # All of them in one copy: a GPU is waited for once a step.
+            self.history.append(dict(zip(terms, torch.stack([value.detach() for value in terms.values()]).tolist())))
             check_finite(self.history[-1], step, "gcn.learning_rate and the weight of the term")
             progress.set_postfix({name: f"{value:.3f}" for name, value in self.history[-1].items()}, refresh=False)
             go_on = config.partly_masked is not None and step + 1 >= config.warmup and not len(zeroed)

@@ -1,33 +1,81 @@
-"""Times the closed form against PyTorch Geometric's edge list, and activation graphs recorded in one batch.
+"""Times the parts of the project against the plain ways to do the same, and shows how cost grows with the classifier.
 
-Run it with `uv run tests/benchmark.py`. Medians of several runs in one process; compare ratios, not machines.
+Run it with `uv run tests/benchmark.py`; `--only gcn growth` runs some parts, `--quick` all in less than a minute.
+One process, a warm-up before each measurement, medians of several runs. Compare ratios, not machines.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import copy
+import dataclasses
+import io
 import json
+import os
+import platform
+import resource
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import load_config  # noqa: E402
-from data import GraphGenerator, load_image_data  # noqa: E402
+import pipeline  # noqa: E402
+from config import Config, load_config, load_variants  # noqa: E402
+from data import GraphGenerator, ImageData, Split, load_image_data, number_of_weights  # noqa: E402
+from eval import Eval, Experiment, Request  # noqa: E402
 from model import HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory  # noqa: E402
 from reporter import markdown_table  # noqa: E402
+from trainer import GCNRanking, GCNTrainer, TrainedGCN, Trainer, ZeroingOrder  # noqa: E402
 
 
-class EdgeListGCN(nn.Module):
-    """The masking GCN with PyG's SAGEConv on an explicit edge list: the same parameters, the same scores."""
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A figure: the median of several runs, and the smallest and the largest; or one number."""
+
+    what: str
+    median: float
+    low: float | None = None
+    high: float | None = None
+
+    def row(self) -> list[str]:
+        spread = "" if self.low is None else f"{self.low:.3g} to {self.high:.3g}"
+        return [self.what, f"{self.median:,.0f}" if self.median >= 1000 else f"{self.median:.3g}", spread]
+
+
+Results = dict[str, dict[str, Measurement]]
+
+
+def timed(what: str, work: Callable[[], object], runs: int, scale: float = 1e3) -> Measurement:
+    """Wall time of one run in milliseconds, or in other units by `scale` a second, after a warm-up."""
+    for _ in range(max(1, runs // 10)):
+        work()
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        work()
+        times.append(scale * (time.perf_counter() - started))
+    return Measurement(what, statistics.median(times), min(times), max(times))
+
+
+class PlainGCN(nn.Module):
+    """The masking GCN with PyG's SAGEConv, on an edge list or a CSR adjacency: the same parameters, the same scores."""
 
     def __init__(self, gcn: MaskingGCN) -> None:
         super().__init__()
@@ -39,80 +87,279 @@ class EdgeListGCN(nn.Module):
         self.readout = nn.Linear(gcn.readout.in_features, 1, bias=False)
         self.load_state_dict(gcn.state_dict())
 
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         for index, conv in enumerate(self.convs):
-            x = conv(x, edge_index)
+            x = conv(x, edges)
             if index > 0:
                 x = x.relu()
         return self.readout(x).squeeze(-1)  # (vertices)
 
 
-def seconds(work: Callable[[], object], runs: int) -> float:
-    """Median wall time of one run, after a warm-up."""
-    work()
-    times = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
-def closed_form_against_edge_list() -> dict[str, float]:
-    """Forward and backward pass of the default GCN on one 64x128 graph."""
-    config = load_config()
-    graph = WeightGraph([(64, 128)], 0)
+def default_gcn(config: Config) -> MaskingGCN:
     torch.manual_seed(0)
-    gcn = MaskingGCN(config.graphs.num_features, config.gcn.hidden, config.gcn.rounds)
-    edge_list = EdgeListGCN(gcn)
-    edges = graph.edge_index()
-    x = torch.randn(1, graph.num_vertices, config.graphs.num_features)
-    difference = (gcn(x, graph)[0] - edge_list(x[0], edges)).abs().max().item()
+    return MaskingGCN(config.graphs.num_features, config.gcn.hidden, config.gcn.rounds)
 
-    def ours() -> None:
+
+def forward_and_backward(gcn: nn.Module, x: Tensor, graph: object) -> Callable[[], None]:
+    def work() -> None:
         gcn.zero_grad()
         gcn(x, graph).sum().backward()
 
-    def theirs() -> None:
-        edge_list.zero_grad()
-        edge_list(x[0], edges).sum().backward()
+    return work
 
-    closed, listed = seconds(ours, runs=60), seconds(theirs, runs=5)
-    return {
-        "edge list, ms a graph": 1e3 * listed,
-        "closed form, ms a graph": 1e3 * closed,
-        "edge list / closed form": listed / closed,
-        "largest difference of outputs": difference,
+
+def needed_operations(gcn: MaskingGCN, graph: WeightGraph) -> int:
+    """Additions and multiplications, forward and backward, on the vertices of a graph: three rounds, two products.
+
+    The first round and the second are one product; nothing asks for the gradient of the features.
+    """
+    features, hidden = gcn.convs[0].lin_l.in_features, gcn.readout.in_features
+    forward = features * hidden + hidden * hidden + hidden
+    backward = features * hidden + 2 * hidden * hidden + 2 * hidden
+    return 2 * graph.num_vertices * (forward + backward)
+
+
+def edges_and_adjacency(graph: WeightGraph) -> dict[str, Tensor]:
+    """The graph as PyG takes it."""
+    edges = graph.edge_index()
+    adjacency = torch.sparse_coo_tensor(edges, torch.ones(edges.shape[1]), [graph.num_vertices] * 2)
+    return {"edge list": edges, "CSR sparse product": adjacency.to_sparse_csr()}
+
+
+def pyg_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
+    """PyG's SAGEConv with memory managed as PyTorch comes: the default GCN, forward and backward on a 64x128 graph."""
+    graph = WeightGraph([(64, 128)], 0)
+    plain = PlainGCN(default_gcn(config))
+    x = torch.randn(graph.num_vertices, config.graphs.num_features)
+    for name, edges in edges_and_adjacency(graph).items():
+        yield timed(f"{name}, ms", forward_and_backward(plain, x, edges), 3 if quick else 9)
+
+
+def gcn_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
+    """The same with the closed form beside it, in a process that keeps its freed memory, as a run does."""
+    graph = WeightGraph([(64, 128)], 0)
+    gcn = default_gcn(config)
+    plain = PlainGCN(gcn)
+    x = torch.randn(1, graph.num_vertices, config.graphs.num_features)
+    ways = edges_and_adjacency(graph)
+    slow = {
+        name: timed(f"{name}, ms", forward_and_backward(plain, x[0], edges), 3 if quick else 9)
+        for name, edges in ways.items()
     }
+    closed = timed("closed form, ms", forward_and_backward(gcn, x, graph), 100 if quick else 300)
+    a, b = torch.randn(2, 2048, 2048).unbind()
+    product = timed("product of two 2048x2048 matrices, ms", lambda: a @ b, 5 if quick else 20)
+    rate, reached = 2 * 2048**3 / product.median / 1e6, needed_operations(gcn, graph) / closed.median / 1e6
+    yield from (*slow.values(), closed)
+    for name, measured in slow.items():
+        yield Measurement(
+            f"{name} as PyTorch comes / closed form", results["pyg"][f"{name}, ms"].median / closed.median
+        )
+        yield Measurement(f"{name} / closed form", measured.median / closed.median)
+    with torch.no_grad():
+        expected = plain(x[0], ways["edge list"])
+        outputs = {"CSR sparse product": plain(x[0], ways["CSR sparse product"]), "closed form": gcn(x, graph)[0]}
+    for name, output in outputs.items():
+        yield Measurement(
+            f"{name}, largest difference of outputs to the edge list", (output - expected).abs().max().item()
+        )
+    yield Measurement("rate of large matrix products, GFLOP/s", rate)
+    yield Measurement("rate of the closed form, GFLOP/s", reached)
+    yield Measurement("share of the rate of large products, %", 100 * reached / rate)
 
 
-def activation_graphs() -> dict[str, float]:
-    """Recording 10,000 training samples in one batch, and their size on disk."""
-    config = load_config()
-    train = load_image_data(config.dataset).train
+def one_sample_at_a_time(classifier: HookedMNISTClassifier, samples: Split, layer: int) -> list[Data]:
+    """Activation graphs as they were published: a pass per sample, and its four features kept for every vertex."""
+    from torch_geometric.data import Data
+
+    classifier = copy.deepcopy(classifier)
+    weight = classifier.layers[layer].weight
+    graphs = []
+    for image, label in DataLoader(TensorDataset(samples.images, samples.labels), batch_size=1):
+        seen = {}
+        hook = classifier.layers[layer].register_forward_hook(
+            lambda _, inputs, output, seen=seen: seen.update(source=inputs[0], target=output.relu())
+        )
+        classifier.zero_grad()
+        F.cross_entropy(classifier(image), label).backward()
+        hook.remove()
+        source, target = seen["source"].detach().expand_as(weight), seen["target"].detach().T.expand_as(weight)
+        features = torch.stack([source, target, weight.detach(), weight.grad], -1).flatten(0, 1)
+        graphs.append(Data(x=features, y=label))
+    return graphs
+
+
+def graphs_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
+    """Activation graphs of the 64x128 layer: one sample at a time against all samples in one batch."""
+    train = load_image_data(config.dataset, ROOT / "datasets").train
     torch.manual_seed(0)
     classifier = HookedMNISTClassifier(config.classifier.hidden_sizes)
+    count = 100 if quick else 500
+    some = Split(train.images[:count], train.labels[:count])
     graphs = GraphGenerator(classifier, train, config.graphs, seed=0)
-    taken = seconds(lambda: GraphGenerator(classifier, train, config.graphs, seed=0), runs=5)
+    layer = graphs.graph.layers[0]
+    slow = timed(
+        "one sample at a time, ms a sample",
+        lambda: one_sample_at_a_time(classifier, some, layer),
+        3 if quick else 5,
+        1e3 / count,
+    )
+    fast = timed(
+        f"{len(graphs):,} samples in one batch, ms a sample",
+        lambda: GraphGenerator(classifier, train, config.graphs, seed=0),
+        5 if quick else 20,
+        1e3 / len(graphs),
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graphs.pt"
         graphs.save(path)
-        size = path.stat().st_size
-    return {
-        f"recording {len(graphs):,} samples, s": taken,
-        "bytes a sample on disk": size / len(graphs),
-    }
+        recorded = path.stat().st_size / len(graphs)
+        torch.save(torch.stack([graph.x for graph in one_sample_at_a_time(classifier, some, layer)]), path)
+        of_vertices = path.stat().st_size / count
+    yield from (slow, fast)
+    yield Measurement("one sample at a time / in one batch", slow.median / fast.median)
+    yield Measurement("samples a second, one at a time", 1e3 / slow.median)
+    yield Measurement("samples a second, in one batch", 1e3 / fast.median)
+    yield Measurement("bytes a sample, four features of every vertex", of_vertices)
+    yield Measurement("bytes a sample, what the batch recorded", recorded)
+    yield Measurement("features of every vertex / recorded", of_vertices / recorded)
+
+
+def forget_peak_memory() -> None:
+    """Where the system allows it (Linux), `peak_memory` counts from here."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> float:
+    """Most memory that this process has held, GB."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def growth_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
+    """The closed form with all layers masked, on classifiers of 784-128-64-10 scaled up and down."""
+    per_vertex = {}
+    forget_peak_memory()
+    for scale in (0.27, 0.5, 1, 2, 3.5, 6):
+        sizes = [round(scale * size) for size in (784, 128, 64)] + [10]
+        graph = WeightGraph(list(zip(sizes[1:], sizes)))
+        gcn = default_gcn(config)
+        x = torch.randn(1, graph.num_vertices, config.graphs.num_features)
+        runs = max(3, (2 if quick else 10) * 10**5 // graph.num_vertices)
+        name = f"{'-'.join(map(str, sizes))}, {graph.num_vertices:,} weights"
+        measured = timed(f"{name}, ms", forward_and_backward(gcn, x, graph), min(runs, 100))
+        per_vertex[graph.num_vertices] = 1e6 * measured.median / graph.num_vertices
+        yield measured
+        yield Measurement(f"{name}, ns a vertex", per_vertex[graph.num_vertices])
+        yield Measurement(f"{name}, GB at most in this process", peak_memory())
+    (from_100k, *_, to_4m) = [taken for size, taken in sorted(per_vertex.items()) if size > 100_000]
+    yield Measurement("time a vertex, 4 million weights / 100 thousand", to_4m / from_100k)
+
+
+def evaluation_of(request: Request, data: ImageData, config: Config, folder: Path) -> Eval:
+    experiment = Experiment("", 0, request.forget_class, -2, request.top_k, 200, "fixed", 0.0, {})
+    return Eval(dataclasses.replace(config.eval, methods=("mimu",), visualize=False), experiment, request, data, folder)
+
+
+def stages_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
+    """A training step of the GCN, a request, an evaluation; and the stages of the default run."""
+    data = load_image_data(config.dataset, ROOT / "datasets")
+    trainer = Trainer(config.classifier, 0)
+    classifier = trainer.train(data.train, 10)
+    graphs = GraphGenerator(classifier, data.train, config.graphs, seed=0)
+    top_k = number_of_weights(config.sweep.top_k[0], graphs.graph.num_vertices)
+    steps = 20
+    few = dataclasses.replace(config.gcn, steps=steps, warmup=2)
+    yield timed(
+        "training step of the GCN, ms",
+        lambda: GCNTrainer(few, [graphs], top_k, 0).train(),
+        3 if quick else 10,
+        1e3 / steps,
+    )
+    gcn = TrainedGCN.load().gcn
+    digits = iter(range(10**6))
+
+    def request_to_mask() -> None:
+        digit = next(digits) % 10
+        order = ZeroingOrder(config.eval, graphs, GCNRanking(config.eval, gcn, graphs, digit, top_k, 0))
+        order.forgotten_at(data.train.forget(digit))
+
+    yield timed("request, pretrained GCN to mask, kappa auto, ten digits in turn, ms", request_to_mask, 10)
+    request = Request(config.eval, classifier, trainer, data.train, graphs, gcn, 9, top_k, 0)
+    request.order.first(200)
+    with tempfile.TemporaryDirectory() as folder:
+        yield timed(
+            "evaluation of a mask: all metrics, JSON, ms",
+            lambda: evaluation_of(request, data, config, Path(folder)).eval(),
+            5 if quick else 20,
+        )
+        less = ["gcn.steps=40", "sweep.kappa=[auto, 300]"] if quick else []
+        (Path(folder) / "datasets").mkdir()
+        (Path(folder) / "datasets" / "MNIST").symlink_to(ROOT / "datasets" / "MNIST")
+        with contextlib.redirect_stdout(io.StringIO()):
+            pipeline.run(load_variants(overrides=less), Path(folder))
+        summary = json.loads((Path(folder) / "reports" / "run.json").read_text())
+    run = f"main.py {' '.join(less)}" if quick else "main.py"
+    for stage, seconds in summary["seconds"].items():
+        yield Measurement(f"`{run}`, {stage}, s", seconds)
+    yield Measurement(f"`{run}`, all but the imports, s", summary["total_seconds"])
+
+
+# In this order: before growth, whose memory is measured, nothing may have left memory that is kept.
+PARTS: dict[str, Callable[[Config, bool, Results], Iterator[Measurement]]] = {
+    "pyg": pyg_part,
+    "growth": growth_part,
+    "gcn": gcn_part,
+    "graphs": graphs_part,
+    "stages": stages_part,
+}
+
+
+def processor() -> str:
+    """The name of the processor, where the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    choices = [name for name in PARTS if name != "pyg"]
+    parser.add_argument("--only", nargs="+", choices=choices, default=choices, help="the parts to run")
+    parser.add_argument("--quick", action="store_true", help="fewer runs: everything in less than a minute")
+    arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    keep_freed_memory()
-    results = closed_form_against_edge_list() | activation_graphs()
+    warnings.filterwarnings("ignore", message="Sparse")
+    head: dict[str, Any] = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in ("torch", "torch-geometric", "torchvision", "numpy")},
+        "quick": arguments.quick,
+    }
+    packages = ", ".join(f"{name} {number}" for name, number in head["packages"].items())
+    print(f"{head['processor']}, {head['cores']} cores, {head['threads']} threads; Python {head['python']}, {packages}")
+    results: Results = {}
+    for name in [name for name in PARTS if name in arguments.only or (name == "pyg" and "gcn" in arguments.only)]:
+        if name != "pyg":
+            keep_freed_memory()
+        results[name] = {each.what: each for each in PARTS[name](load_config(), arguments.quick, results)}
+        print(f"\n{PARTS[name].__doc__}\n")
+        rows = [each.row() for each in results[name].values()]
+        print(markdown_table(["what", "median", "smallest to largest"], rows), flush=True)
+    measured = {
+        name: {each.what: [each.median, each.low, each.high] for each in part.values()}
+        for name, part in results.items()
+    }
     (ROOT / "reports").mkdir(exist_ok=True)
-    head = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    (ROOT / "reports" / "benchmark.json").write_text(json.dumps(head | results, indent=1))
-    print(f"PyTorch {head['torch']}, {head['threads']} threads\n")
-    print(markdown_table(["what", "measured"], [[name, f"{value:.4g}"] for name, value in results.items()]))
+    (ROOT / "reports" / "benchmark.json").write_text(json.dumps(head | measured, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from data import (
     number_of_weights,
     seeded,
 )
-from model import Mask
+from model import Mask, WeightGraph
 
 
 def test_mnist_is_the_original(tmp_path):
@@ -259,3 +259,15 @@ def test_impossible_graph_settings_are_refused(change, message):
 def test_split_holds_what_it_is_given():
     split = Split(torch.eye(3), torch.arange(3))
     assert torch.equal(split.retain(0).images, torch.eye(3)[1:])
+
+
+def test_an_edge_list_that_would_not_fit_is_refused_with_its_size():
+    graphs = graph_generator(mask_layer=None)
+    edges = graphs.graph.num_edges
+    assert graphs.get_data(0, max_edges=edges).edge_index.shape == (2, edges)
+    with pytest.raises(ValueError, match=f"max_edges is {edges - 1:,}, and the graph has {edges:,} edges: a list of"):
+        graphs.get_data(0, max_edges=edges - 1)
+    whole = WeightGraph([(128, 784), (64, 128), (10, 64)])
+    # A clique for every neuron: 128 weights at each input, 784 + 64 and 128 + 10 at the hidden ones, 64 at an output.
+    cliques = [(784, 128), (128, 784 + 64), (64, 128 + 10), (10, 64)]
+    assert whole.num_edges == sum(neurons * size * (size - 1) for neurons, size in cliques) > 50_000_000

@@ -403,3 +403,20 @@ def test_unlearning_refuses_what_does_not_fit(change, message):
     arguments = {"inputs": train.images, "labels": train.labels, "forget_class": 1} | change
     with pytest.raises(ValueError, match=message):
         unlearn(own_model(), **arguments)
+
+
+def test_zeroed_weights_are_counted_in_every_layer_and_the_output_row_apart(tmp_path):
+    results = make_eval(tmp_path, mask_layer=None).eval()
+    shapes = [(6, 7), (5, 6), (NUM_CLASSES, 5)]
+    where = [(layer, r) for layer, (m, n) in enumerate(shapes) for r in range(m) for c in range(n)]
+    zeroed = [where[vertex] for vertex in results["zeroed"]]
+    row = sum(place == (2, FORGET) for place in zeroed)
+    expected = {f"layer {layer}": sum(place[0] == layer for place in zeroed) for layer in range(3)}
+    expected["layer 2"] -= row
+    counts = results["zeroed_by_layer"]
+    assert counts["mimu"] == expected | {"output row of the class": row} and sum(counts["mimu"].values()) == KAPPA
+    assert counts["retrain"] is None
+    hidden = make_eval(tmp_path).request.count_by_layer(torch.tensor([0, 29]))
+    assert hidden == {"layer 1": 2}
+    output = make_eval(tmp_path, mask_layer=-1).request.count_by_layer(torch.arange(5 * FORGET - 1, 5 * FORGET + 5))
+    assert output == {"layer 2": 1, "output row of the class": 5}

@@ -10,6 +10,7 @@ from torch_geometric.transforms import LineGraph
 
 from model import (
     AffineFeatures,
+    AffineReLU,
     HookedMNISTClassifier,
     Mask,
     MaskingGCN,
@@ -94,6 +95,25 @@ def test_the_whole_gcn_is_the_same_network_on_edges(mask_layer):
         y = rounds[1](y, edges).relu()
         y = rounds[2](y, edges).relu()
         assert torch.allclose(logits, (y @ gcn.readout.weight.T)[:, 0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("message_passing", [True, False])
+def test_graphs_scored_together_or_one_by_one_get_the_same_scores(monkeypatch, message_passing):
+    torch.manual_seed(0)
+    graph = WeightGraph(SHAPES, [0, 1])
+    gcn = MaskingGCN(4, hidden=6, rounds=3, message_passing=message_passing).double()
+    x = torch.randn(5, graph.num_vertices, 4, dtype=torch.float64)
+    together = gcn(x, graph)
+    for at_once in (1, 2 * graph.num_vertices, 10**9):
+        monkeypatch.setattr("model.VERTICES_AT_ONCE", at_once)
+        assert torch.allclose(gcn(x, graph), together, rtol=0, atol=1e-12)
+
+
+def test_the_gradients_of_the_step_on_all_vertices_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    shapes = ((2, 4, 5, 3), (3, 6), (2, 5, 6), (2, 4, 6))  # x, matrix, source, target
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(AffineReLU.apply, inputs)
 
 
 @pytest.mark.parametrize(

@@ -352,3 +352,65 @@ def test_a_data_set_that_is_not_there_is_told_before_any_work(here, monkeypatch)
     with pytest.raises(DataError):
         pipeline.run(configs, here)
     assert not (here / "checkpoints").exists()
+
+
+def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "main.py", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_two_processes_write_what_one_writes(copy):
+    here = copy / "here"
+    (here / "datasets").mkdir(parents=True)
+    (here / "datasets" / "MNIST").symlink_to(PROJECT / "datasets" / "MNIST")
+    settings = ("sweep.seeds=[0, 1]", "sweep.kappa=[auto, 20]", "eval.visualize=false")
+    done = torchrun(copy, *SMOKE, *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "process 0: " in done.stdout and "process 1: " in done.stdout
+    run_here(here, *settings)
+    expected = metrics(here)
+    assert len(expected) == 8 and metrics(copy) == expected
+    summaries = [json.loads((folder / "reports" / "run.json").read_text()) for folder in (copy, here)]
+    assert [summary["processes"] for summary in summaries] == [2, 1]
+    assert set(summaries[0]["seconds"]) == set(summaries[1]["seconds"])
+    for folder in (copy, here):
+        assert (folder / "reports" / "score_forget_set.png").exists()
+
+
+def test_a_failed_process_fails_the_run_with_its_error(copy):
+    docstring = '    """The control: kappa random weights of the same layers."""\n'
+    failure = (
+        "    if request.forget_class == 9:\n        raise RuntimeError(f'on purpose, digit {request.forget_class}')\n"
+    )
+    replace_once(copy / "eval.py", docstring, docstring + failure)
+    done = torchrun(copy, *SMOKE, "sweep.kappa=[20]", "eval.visualize=false")
+    assert done.returncode != 0 and "on purpose, digit 9" in done.stderr
+    assert not (copy / "reports").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_a_run_is_every_training_and_all_requests_after_it(processes):
+    configs = load_variants(PROJECT / "configs" / "ablation.yaml", ["sweep.forget_digits=[1, 7]"])
+    tasks = pipeline.tasks_in_order(configs, processes)
+    trainings = [task.training for task in tasks if task.digit is None]
+    expected = [(variant, seed) for variant, config in configs.items() for seed in config.seeds]
+    assert [(training.variant, training.seed) for training in trainings] == expected
+    assert all(training.top_k == 2048 for training in trainings)
+    requests = [(task.training, task.digit) for task in tasks if task.digit is not None]
+    assert requests == [(training, digit) for training in trainings for digit in (1, 7)]
+    ahead = 0
+    for task in tasks:
+        ahead += 1 if task.digit is None else -0.5
+        assert 0 <= ahead <= processes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_scores_of_the_cpu(here):
+    settings = ("sweep.forget_digits=[3]", "sweep.kappa=[20]")
+    run_here(here, *settings, "device=cpu")
+    (expected,) = metrics(here).values()
+    run_here(here, *settings, "device=cuda")
+    (result,) = metrics(here).values()
+    for method in ("original", "mimu", "retrain"):
+        for key in ("unlearning_metrics", "performance_degradation_metrics"):
+            assert result[key][method]["score"] == pytest.approx(expected[key][method]["score"], abs=5)

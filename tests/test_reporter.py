@@ -316,3 +316,17 @@ def test_the_comparison_is_written_and_drawn(comparison, monkeypatch):
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["whole", "poor", "unknown"]
     means = [line.get_xdata()[0] for line in figure.axes[1].lines if line.get_markersize() == 7]
     assert means[:2] == [-1.0, -7.0]
+
+
+def test_the_summary_says_in_which_layers_the_zeroed_weights_are(tmp_path):
+    paths = []
+    for digit, counts in ((3, {"layer 0": 6, "output row": 4}), (9, {"layer 0": 1, "output row": 9})):
+        paths.append(tmp_path / f"{digit}.json")
+        zeroed = {"zeroed_by_layer": {"mimu": counts, "retrain": None}, "num_zeroed": {"mimu": 10, "retrain": None}}
+        paths[-1].write_text(json.dumps(experiment(0, digit, 10) | zeroed))
+    reporter = Reporter(CONFIG, paths, tmp_path)
+    header, _, *rows = reporter.layers_table(10).splitlines()
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["weights zeroed", "layer 0", "output row"]
+    assert [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows] == [["mimu", "3.5", "6.5"]]
+    reporter.write_summary()
+    assert reporter.layers_table(10) in (tmp_path / "summary.md").read_text()
