@@ -31,11 +31,12 @@ def replace_block(text: str, name: str, content: str) -> str:
     return block.sub(lambda match: f"{match[1]}{content.strip()}\n{match[2]}", text)
 
 
-def run_config(config: str, *arguments: str) -> Path:
+def run_config(config: str, *arguments: str, processes: int = 1) -> Path:
     """Runs a config from a clean start and returns its path."""
     subprocess.run(["bash", "clean.sh"], cwd=ROOT, check=True)
     path = ROOT / "configs" / f"{config}.yaml"
-    subprocess.run([sys.executable, "main.py", "--config", path, *arguments], cwd=ROOT, check=True)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    subprocess.run([sys.executable, *torchrun, "main.py", "--config", path, *arguments], cwd=ROOT, check=True)
     return path
 
 
@@ -100,14 +101,14 @@ def published() -> str:
     return markdown_table(["kappa", "forget score, %", "retain score, %"], rows)
 
 
-def variants(config: str, *overrides: str) -> str:
+def variants(config: str, processes: int = 1) -> str:
     """The table of the variants of a config."""
-    run_config(config, *overrides)
+    run_config(config, processes=processes)
     shutil.copy(REPORTS / "variants.png", DOCS / f"{config}.png")
     seconds, gigabytes, _ = run_figures()
     table = (REPORTS / "variants.md").read_text().partition("\n\n")[2]
-    command = " ".join(["uv run main.py --config", f"configs/{config}.yaml", *overrides])
-    return f"{table}\n`{command}`, {seconds:.0f} s, {gigabytes:.1f} GB."
+    start = f"torchrun --nproc-per-node {processes} main.py" if processes > 1 else "main.py"
+    return f"{table}\n`uv run {start} --config configs/{config}.yaml`, {seconds:.0f} s, {gigabytes:.1f} GB."
 
 
 def pretrain() -> str:
@@ -118,18 +119,41 @@ def pretrain() -> str:
     return f"It takes {time.perf_counter() - started:.0f} s and {kilobytes:.0f} KB."
 
 
+def full_model() -> str:
+    reporter = run("full_model")
+    kappa = reporter.headline_kappa()
+    seconds, gigabytes, _ = run_figures()
+    return (
+        f"Digit 9, test split. {reporter.about(kappa)} `uv run main.py --config configs/full_model.yaml`, "
+        f"{seconds:.0f} s, {gigabytes:.1f} GB.\n\n{reporter.methods_table(kappa)}\n\n{reporter.layers_table(kappa)}"
+    )
+
+
 def benchmark() -> str:
     done = subprocess.run([sys.executable, "tests/benchmark.py"], cwd=ROOT, check=True, capture_output=True, text=True)
     return done.stdout
+
+
+def two_processes() -> str:
+    """The same sweep by two processes, beside what `all_digits` has measured with one."""
+    run_config("all_digits", processes=2)
+    seconds, gigabytes, _ = run_figures()
+    return (
+        f"`uv run torchrun --nproc-per-node 2 main.py --config configs/all_digits.yaml` takes {seconds:.0f} s and at most "
+        f"{gigabytes:.1f} GB a process on the same two cores."
+    )
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "pretrain": pretrain,
     "transfer": lambda: variants("transfer"),
     "transfer_fashion": lambda: variants("transfer_fashion"),
-    "ablation": lambda: variants("ablation", "threads=1"),
+    "ablation": lambda: variants("ablation", processes=2),
+    "full_model": full_model,
+    "full_model_ablation": lambda: variants("full_model_ablation", processes=2),
     "published": published,
     "all_digits": all_digits,
+    "two_processes": two_processes,
     "default": default,
     "benchmark": benchmark,
 }
