@@ -305,9 +305,9 @@ class AffineFeatures:
     def transformed(self, matrix: list[Tensor], source: list[Tensor], target: list[Tensor]) -> AffineFeatures:
         """y[r, c] M' + source'[c] + target'[r], with an M' (features, out), source' and target' for every layer."""
         if self.matrix is not None:
-            source = [before @ m + added for before, m, added in zip(self.source, matrix, source)]
-            target = [before @ m + added for before, m, added in zip(self.target, matrix, target)]
-            matrix = [before @ m for before, m in zip(self.matrix, matrix)]
+            source = [before @ by + added for before, by, added in zip(self.source, matrix, source)]
+            target = [before @ by + added for before, by, added in zip(self.target, matrix, target)]
+            matrix = [before @ by for before, by in zip(self.matrix, matrix)]
         return replace(self, matrix=matrix, source=source, target=target)
 
     def relu(self) -> list[Tensor]:
@@ -335,7 +335,7 @@ class WeightGraphSAGE(nn.Module):
         totals = features.neuron_totals()
         matrix, source, target = [], [], []
         for layer, degree in zip(features.graph.layers, features.graph.degrees):
-            # Without neighbours the mean is 0.
+            # A weight without neighbours has the mean 0, whatever the divisor.
             neighbours = self.lin_l.weight.T / max(degree, 1)
             matrix.append(torch.sub(self.lin_r.weight.T, neighbours, alpha=2))
             source.append(totals[layer] @ neighbours)

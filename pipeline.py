@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +81,8 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             forever = datetime.timedelta(days=365)  # torchrun ends the others when one has failed
             self.store, self.rank, self.count = next(dist.rendezvous("env://", timeout=forever))
+            # Tasks are counted anew when torchrun starts all processes again.
+            self.store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), self.store)
             self.store.set_timeout(forever)
             if device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -109,7 +112,7 @@ class Processes:
 class Run:
     """What the stages share: the folder of the artifacts, the seconds that each took, data and classifiers."""
 
-    def __init__(self, root: Path, processes: Processes | None = None) -> None:
+    def __init__(self, root: Path, processes: Processes) -> None:
         self.root = root
         self.processes = processes
         self.seconds: dict[str, float] = {}
@@ -125,7 +128,7 @@ class Run:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
         if is_last:
-            process = f"process {self.processes.rank}: " if self.processes and self.processes.count > 1 else ""
+            process = f"process {self.processes.rank}: " if self.processes.count > 1 else ""
             tqdm.write(f"{process}{name}: {self.seconds[name]:.1f} s")
             sys.stdout.flush()
 
@@ -166,7 +169,10 @@ class Run:
         """Writes a checkpoint: the weights, with the config and the seed that made them."""
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint = {"state_dict": module.state_dict(), "config": dataclasses.asdict(config), "seed": seed}
-        torch.save(checkpoint | more, path)
+        # Another process may read it meanwhile.
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        torch.save(checkpoint | more, beside)
+        beside.replace(path)
 
     def train(self, training: Training) -> None:
         """Trains the classifier and its masking GCN, writes both, and tells the other processes so."""
@@ -199,6 +205,32 @@ class Run:
             graphs = self.graphs(config, training.seed, classifier)
             self._last = (training, graphs, trained.gcn.to(device), seconds)
         return self._last[1:]
+
+    def work(self, tasks: Sequence[Task]) -> dict[str, Any]:
+        """Does every task that no other process has taken.
+
+        Returns, as JSON holds it: `metrics`, the paths of the experiments' JSON with the index of their task;
+        `seconds` of the stages, `test_scores` of the classifiers, and `peak_bytes`, the most memory held.
+        """
+        metrics: list[tuple[int, list[str]]] = []
+        hidden = True if self.processes.rank else None
+        with tqdm(total=len(tasks), desc="tasks", unit="task", leave=False, disable=hidden) as progress:
+            for index, task in self.processes.take(tasks):
+                if task.digit is None:
+                    self.train(task.training)
+                else:
+                    is_last = task.training not in [following.training for following in tasks[index + 1 : index + 2]]
+                    with self.stage(f"experiments, {task.training.name}", is_last):
+                        metrics.append((index, list(map(str, self.experiments(task.training, task.digit)))))
+                progress.update(index + 1 - progress.n)
+        # Kilobytes on Linux, bytes on macOS.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {
+            "metrics": metrics,
+            "seconds": dict(self.seconds),
+            "test_scores": self.test_scores,
+            "peak_bytes": peak,
+        }
 
     def experiments(self, training: Training, digit: int) -> list[Path]:
         """Runs every experiment on one forget digit; returns the JSON of each."""
@@ -253,38 +285,25 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, started: float | None 
         for config in configs.values():
             stages.data(config)  # all of it first, so that a missing file is told before any work
     tasks = tasks_in_order(configs, processes.count)
-    metrics: dict[int, list[Path]] = {}
-    progress = tqdm(total=len(tasks), desc="tasks", unit="task", leave=False, disable=True if processes.rank else None)
-    for index, task in processes.take(tasks):
-        if task.digit is None:
-            stages.train(task.training)
-        else:
-            is_last = task.training not in [following.training for following in tasks[index + 1 : index + 2]]
-            with stages.stage(f"experiments, {task.training.name}", is_last):
-                metrics[index] = stages.experiments(task.training, task.digit)
-        progress.update(index + 1 - progress.n)
-    progress.close()
-    # Kilobytes on Linux, bytes on macOS.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    of_indices = {index: list(map(str, paths)) for index, paths in metrics.items()}
-    shares = processes.gathered([list(of_indices.items()), stages.seconds, stages.test_scores, peak])
+    shares = processes.gathered(stages.work(tasks))
     if processes.rank > 0:
         return
-    for of_process, seconds, test_scores, of_peak in shares[1:]:
-        metrics |= {index: list(map(Path, paths)) for index, paths in of_process}
-        stages.test_scores |= test_scores
-        stages.seconds |= {name: stages.seconds.get(name, 0.0) + taken for name, taken in seconds.items()}
-        peak = max(peak, of_peak)
+    metrics = sorted((indexed for share in shares for indexed in share["metrics"]), key=lambda indexed: indexed[0])
     with stages.stage("reports"):
-        tables = report([(tasks[index].training, metrics[index]) for index in sorted(metrics)], root / "reports")
+        results = [(tasks[index].training, list(map(Path, paths))) for index, paths in metrics]
+        tables = report(results, root / "reports")
+    seconds: Counter[str] = Counter(reports=stages.seconds["reports"])
+    for share in shares:
+        seconds.update(share["seconds"])
+    peak = max(share["peak_bytes"] for share in shares)
     total = time.perf_counter() - started
     summary = {
-        "seconds": stages.seconds,
+        "seconds": seconds,
         "total_seconds": total,
         "peak_bytes": peak,
         "processes": processes.count,
         "threads": torch.get_num_threads(),
-        "classifier_test_scores": stages.test_scores,
+        "classifier_test_scores": {name: score for share in shares for name, score in share["test_scores"].items()},
     }
     (root / "reports" / "run.json").write_text(json.dumps(summary, indent=1))
     print("\n".join(f"\n{table}" for table in tables))
@@ -302,8 +321,8 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise TrainingError("--pretrain runs in one process: start it without torchrun")
     prepare(configs)
-    stages = Run(root)
     config = next(iter(configs.values()))
+    stages = Run(root, Processes(config.torch_device()))
     for each in configs.values():
         stages.data(each)
     graphs = [

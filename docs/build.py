@@ -139,8 +139,8 @@ def two_processes() -> str:
     run_config("all_digits", processes=2)
     seconds, gigabytes, _ = run_figures()
     return (
-        f"`uv run torchrun --nproc-per-node 2 main.py --config configs/all_digits.yaml` takes {seconds:.0f} s and at most "
-        f"{gigabytes:.1f} GB a process on the same two cores."
+        f"`uv run torchrun --nproc-per-node 2 main.py --config configs/all_digits.yaml` takes {seconds:.0f} s and at "
+        f"most {gigabytes:.1f} GB a process on the same two cores."
     )
 
 

@@ -414,3 +414,20 @@ def test_a_gpu_gives_the_scores_of_the_cpu(here):
     for method in ("original", "mimu", "retrain"):
         for key in ("unlearning_metrics", "performance_degradation_metrics"):
             assert result[key][method]["score"] == pytest.approx(expected[key][method]["score"], abs=5)
+
+
+def test_the_benchmark_compares_the_closed_form_with_pyg(copy):
+    (copy / "tests").mkdir()
+    shutil.copy(PROJECT / "tests" / "benchmark.py", copy / "tests")
+    command = [sys.executable, "tests/benchmark.py", "--quick", "--only", "gcn"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((copy / "reports" / "benchmark.json").read_text())
+    assert written["threads"] >= 1 and written["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert set(written) >= {"pyg", "gcn"} and "growth" not in written
+    for name, (median, _, _) in written["gcn"].items():
+        assert name.split(",")[0] in done.stdout
+        if "difference" in name:
+            assert median < 1e-5
+        if "/" in name and "GFLOP" not in name:
+            assert median > 1, name
