@@ -146,8 +146,8 @@ def two_processes() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "pretrain": pretrain,
-    "transfer": lambda: variants("transfer"),
-    "transfer_fashion": lambda: variants("transfer_fashion"),
+    "transfer": lambda: variants("transfer", processes=2),
+    "transfer_fashion": lambda: variants("transfer_fashion", processes=2),
     "ablation": lambda: variants("ablation", processes=2),
     "full_model": full_model,
     "full_model_ablation": lambda: variants("full_model_ablation", processes=2),
