@@ -4,7 +4,7 @@ set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 shopt -s nullglob
 
-rm -f checkpoints/{classifier,gcn}_seed_[0-9]*.pt datasets/Graphs/seed_[0-9]*.pt eval/masks/seed_[0-9]*_digit_*.pt
+rm -f checkpoints/{classifier,gcn}_seed_[0-9]*.pt{,.[0-9]*} datasets/Graphs/seed_[0-9]*.pt eval/masks/seed_[0-9]*_digit_*.pt
 rm -f "eval/Metrics and Plots/metrics"/seed_[0-9]*_digit_*.json
 rm -rf "eval/Metrics and Plots/plots"/seed_[0-9]*_digit_*
 for folder in reports reports/{,variants/*/}top_k_[0-9]* reports/variants/*; do
