@@ -249,7 +249,7 @@ class Reporter:
         """How this kappa came about, and how much of the classifier it zeroes."""
         zeroed = self.value("kappa", kappa=kappa, digits=digits).mean
         masked = 100 * zeroed / self.experiments[0]["num_graph_vertices"]
-        share = f"{zeroed:.0f} weights, {masked:.2g} % of the masked ones"
+        share = f"{zeroed:.0f} weights, {masked:.{1 if masked >= 1 else 3}f} % of the masked ones"
         share += f" and {100 * zeroed / self.experiments[0]['num_weights']:.2f} % of all"
         if kappa == "auto":
             return f"kappa is chosen for each request on the training split: {share} on average."
