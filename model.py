@@ -249,7 +249,7 @@ class AffineReLU(torch.autograd.Function):
     @once_differentiable
     def backward(context: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         x, matrix, output = context.saved_tensors
-        of_x = torch.empty_like(x) if context.needs_input_grad[0] else None
+        of_x = x.new_empty(x.shape) if context.needs_input_grad[0] else None
         of_matrix = torch.zeros_like(matrix)
         of_source, of_target = [], []
         for index, (x_of, y) in enumerate(zip(x, output)):

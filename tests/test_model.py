@@ -114,6 +114,8 @@ def test_the_gradients_of_the_step_on_all_vertices_are_those_of_finite_differenc
     shapes = ((2, 4, 5, 3), (3, 6), (2, 5, 6), (2, 4, 6))  # x, matrix, source, target
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(AffineReLU.apply, inputs)
+    permuted = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: AffineReLU.apply(x.transpose(1, 3), *inputs[1:]), [permuted])
 
 
 @pytest.mark.parametrize(
