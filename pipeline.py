@@ -220,6 +220,7 @@ class Run:
                     self.train(task.training)
                 else:
                     is_last = task.training not in [following.training for following in tasks[index + 1 : index + 2]]
+                    self.trained(task.training)  # may wait for another process, which is not time of this stage
                     with self.stage(f"experiments, {task.training.name}", is_last):
                         metrics.append((index, list(map(str, self.experiments(task.training, task.digit)))))
                 progress.update(index + 1 - progress.n)
@@ -307,7 +308,8 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, started: float | None 
     }
     (root / "reports" / "run.json").write_text(json.dumps(summary, indent=1))
     print("\n".join(f"\n{table}" for table in tables))
-    print(f"\n{total:.0f} s, {peak / 1e9:.1f} GB at most. Curves and tables: {root / 'reports'}")
+    each = " a process" if processes.count > 1 else ""
+    print(f"\n{total:.0f} s, {peak / 1e9:.1f} GB at most{each}. Curves and tables: {root / 'reports'}")
     print(
         f"Metrics and plots of each experiment: {root / 'eval' / 'Metrics and Plots'}; masks: {root / 'eval' / 'masks'}"
     )

@@ -248,9 +248,10 @@ class Reporter:
     def about(self, kappa: Kappa, digits: Sequence[int] | None = None) -> str:
         """How this kappa came about, and how much of the classifier it zeroes."""
         zeroed = self.value("kappa", kappa=kappa, digits=digits).mean
-        masked = 100 * zeroed / self.experiments[0]["num_graph_vertices"]
-        share = f"{zeroed:.0f} weights, {masked:.{1 if masked >= 1 else 3}f} % of the masked ones"
-        share += f" and {100 * zeroed / self.experiments[0]['num_weights']:.2f} % of all"
+        masked, everything = (self.experiments[0][key] for key in ("num_graph_vertices", "num_weights"))
+        share = f"{zeroed:.0f} weights, {100 * zeroed / masked:.2g} % of the masked ones"
+        if masked < everything:
+            share += f" and {100 * zeroed / everything:.2g} % of all"
         if kappa == "auto":
             return f"kappa is chosen for each request on the training split: {share} on average."
         return f"Of the fixed kappas, {kappa} is the one that is best on training samples: {share}."

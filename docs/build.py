@@ -107,8 +107,10 @@ def variants(config: str, processes: int = 1) -> str:
     shutil.copy(REPORTS / "variants.png", DOCS / f"{config}.png")
     seconds, gigabytes, _ = run_figures()
     table = (REPORTS / "variants.md").read_text().partition("\n\n")[2]
-    start = f"torchrun --nproc-per-node {processes} main.py" if processes > 1 else "main.py"
-    return f"{table}\n`uv run {start} --config configs/{config}.yaml`, {seconds:.0f} s, {gigabytes:.1f} GB."
+    several = processes > 1
+    start = f"torchrun --nproc-per-node {processes} main.py" if several else "main.py"
+    memory = f"{gigabytes:.1f} GB a process" if several else f"{gigabytes:.1f} GB"
+    return f"{table}\n`uv run {start} --config configs/{config}.yaml`, {seconds:.0f} s, {memory}."
 
 
 def pretrain() -> str:
