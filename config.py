@@ -228,10 +228,29 @@ def flattened(settings: Any, section: type, origin: str, prefix: str = "") -> It
         if dataclasses.is_dataclass(hints[name]):
             yield from flattened(value, hints[name], origin, f"{key}.")
             continue
+        if typing.get_origin(hints[name]) is dict:
+            yield from flattened_tables(value, hints[name], origin, key)
+            continue
         try:
             yield key, converted(value, hints[name])
         except TypeError:
             raise ConfigError(f"{origin}: {key} must be {description(hints[name])}, not {value!r}") from None
+
+
+def flattened_tables(tables: Any, hint: Any, origin: str, key: str) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) of a mapping from names to mappings from names to numbers. Raises ConfigError."""
+    number = typing.get_args(typing.get_args(hint)[1])[1]
+    if not isinstance(tables, dict):
+        raise ConfigError(f"{origin}: {key} must be a mapping, not {tables!r}")
+    for table, values in tables.items():
+        if not isinstance(values, dict):
+            raise ConfigError(f"{origin}: {key}.{table} must be a mapping, not {values!r}")
+        for name, value in values.items():
+            try:
+                yield f"{key}.{table}.{name}", converted(value, number)
+            except TypeError:
+                kind = description(number)
+                raise ConfigError(f"{origin}: {key}.{table}.{name} must be {kind}, not {value!r}") from None
 
 
 def converted(value: Any, hint: Any) -> Any:
@@ -282,6 +301,12 @@ def build(section: type, values: dict[str, Any], origins: dict[str, str], prefix
         key = f"{prefix}{name}"
         if dataclasses.is_dataclass(hint):
             arguments[name] = build(hint, values, origins, f"{key}.")
+        elif typing.get_origin(hint) is dict:
+            arguments[name] = tables = {}
+            for dotted, value in values.items():
+                if dotted.startswith(f"{key}."):
+                    table, last = dotted[len(key) + 1 :].split(".", 1)
+                    tables.setdefault(table, {})[last] = value
         elif key in values:
             arguments[name] = values[key]
         else:
@@ -292,4 +317,5 @@ def build(section: type, values: dict[str, Any], origins: dict[str, str], prefix
         raise
     except ValueError as error:
         key = f"{prefix}{str(error).split()[0].rstrip(':,')}"
-        raise ConfigError(f"{origins.get(key, BASE.name)}: {prefix}{error}") from None
+        told = [origin for name, origin in origins.items() if name == key or name.startswith(f"{key}.")]
+        raise ConfigError(f"{told[0] if told else BASE.name}: {prefix}{error}") from None

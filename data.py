@@ -283,6 +283,10 @@ class GraphGenerator:
         """Input activations of the first masked layer, (samples, n): no mask changes what comes before."""
         return self.records[0].inputs
 
+    def by_class(self) -> Tensor:
+        """Indices of all samples, (classes, samples_per_class)."""
+        return torch.arange(len(self), device=self.labels.device).view(self.num_classes, -1)
+
     def draw(self, group_size: int, generator: torch.Generator) -> Tensor:
         """Indices of `group_size` random samples of every class, (classes, group_size), without repetition."""
         keys = torch.rand(self.num_classes, self.samples_per_class, generator=generator)
@@ -316,7 +320,7 @@ class GraphGenerator:
                 f"and about {100 * edges / 1e9:.0f} GB while it is built"
             )
         label = self.labels[index : index + 1]
-        everything = torch.arange(len(self), device=label.device).view(self.num_classes, -1)
+        everything = self.by_class()
         own, _ = self.class_features(everything.view(-1)[index : index + 1, None], self.config.features)
         classes, _ = self.class_features(everything, self.config.features)
         others = {name: (x.sum(0) - x)[label] / (len(x) - 1) for name, x in classes.items()}

@@ -1,8 +1,7 @@
-"""Requests to forget a class, the methods that answer them, and the metrics that score the answers."""
+"""The metrics that score the answers of every method to a request, and unlearning as a function."""
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import math
@@ -24,225 +23,30 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import GraphGenerator, ImageData, Split, check_range, number_of_weights, seeded
+import baselines as baselines  # registers the published methods
+from audits import Audit, AuditConfig
+from data import GraphGenerator, ImageData, Split, check_range, number_of_weights
+from methods import METHODS, Request
+from methods import unlearning_method as unlearning_method  # for the methods that are added here
 from model import HookedMNISTClassifier, Mask, MaskingGCN
 from reporter import method_styles
-from trainer import (
-    GCNRanking,
-    MaskingConfig,
-    SaliencyRanking,
-    TrainedGCN,
-    Trainer,
-    UnlearningSFT,
-    UnlearningSFTConfig,
-    ZeroingOrder,
-)
-
-
-class Request:
-    """One request to forget a class, and all that a method may use to answer it: of the data the training split only.
-
-    classifier: a fresh copy of the original, free to be changed; trainer: trains another one as it was trained
-    train: the training split; forget_class: the class to forget; seed: of all random draws
-    kappa: how many weights to zero; top_k: how many weights a keep mask keeps
-    graphs, gcn: the activation graphs of the original and the masking GCN trained on them
-    """
-
-    def __init__(
-        self,
-        config: EvalConfig,
-        classifier: HookedMNISTClassifier,
-        trainer: Trainer,
-        train: Split,
-        graphs: GraphGenerator,
-        gcn: MaskingGCN,
-        forget_class: int,
-        top_k: int,
-        seed: int,
-    ) -> None:
-        self._classifier = classifier
-        self.config = config
-        self.trainer = trainer
-        self.train = train
-        self.graphs = graphs
-        self.gcn = gcn
-        self.forget_class = forget_class
-        self.top_k = top_k
-        self.seed = seed
-        self.ranking = GCNRanking(config, gcn, graphs, forget_class, top_k, seed)
-        self.order = ZeroingOrder(config, graphs, self.ranking)
-        saliency = SaliencyRanking(config, graphs, forget_class, seed, config.saliency_retain_weight)
-        self.saliency_order = ZeroingOrder(config, graphs, saliency)
-        self.reused_seconds = 0.0
-        self.zeroed_by_layer: dict[str, int] | None = None
-        self._kappa: int | None = None
-        self._is_auto = False
-
-    def at(self, kappa: int | None, is_auto: bool = False) -> Request:
-        """The same request with this kappa; the orders of weights found so far are shared."""
-        request = copy.copy(self)
-        request._kappa = kappa
-        request._is_auto = is_auto
-        return request
-
-    @property
-    def kappa(self) -> int:
-        if self._kappa is None:
-            raise ValueError("this method reads request.kappa: register it with uses_kappa=True")
-        return self._kappa
-
-    @property
-    def classifier(self) -> HookedMNISTClassifier:
-        """A copy of the original classifier, free to be changed."""
-        return copy.deepcopy(self._classifier)
-
-    def auto_kappa(self, order: ZeroingOrder) -> int:
-        """The smallest kappa of an order's steps that makes the training split forget the class."""
-        return order.forgotten_at(self.train.forget(self.forget_class))
-
-    def first_of(self, order: ZeroingOrder) -> Tensor:
-        """The vertices that an order zeroes at this kappa; with kappa auto at its own smallest kappa that forgets.
-
-        The time of steps that were made before, for a smaller kappa or in the search for auto, counts as spent.
-        """
-        started = time.perf_counter()
-        kappa = self.auto_kappa(order) if self._is_auto else self.kappa
-        vertices = order.first(kappa)
-        self.reused_seconds = max(0.0, order.seconds(kappa) - (time.perf_counter() - started))
-        return vertices
-
-    def zeroing(self, vertices: Tensor) -> HookedMNISTClassifier:
-        """The classifier without the given vertices (masked weights) of the weight graph."""
-        self.zeroed_by_layer = self.count_by_layer(vertices)
-        classifier = self.classifier
-        Mask.zeroing(self.graphs.graph, vertices).apply(classifier)
-        return classifier
-
-    def count_by_layer(self, vertices: Tensor) -> dict[str, int]:
-        """How many of the vertices are weights of each masked layer; of the output layer, the forget class's row apart.
-
-        Zeroing that row alone is the trivial way to forget.
-        """
-        counts = {}
-        graph = self.graphs.graph
-        chosen = torch.zeros(graph.num_vertices, dtype=torch.long, device=vertices.device)
-        chosen[vertices] = 1
-        for layer, of_layer in zip(graph.layers, graph.split(chosen)):
-            counts[f"layer {layer}"] = int(of_layer.sum())
-            if layer == len(self._classifier.layers) - 1:
-                counts["output row of the class"] = int(of_layer[self.forget_class].sum())
-                counts[f"layer {layer}"] -= counts["output row of the class"]
-        return counts
-
-    def keeping(self, vertices: Tensor) -> HookedMNISTClassifier:
-        """The classifier with only the given vertices of its masked layers; the other layers are whole."""
-        classifier = self.classifier
-        Mask.keeping(self.graphs.graph, vertices).apply(classifier)
-        return classifier
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to forget, and where it can say so, which K vertices of the weight graph the class needs most."""
-
-    unlearn: Callable[[Request], nn.Module]
-    uses_kappa: bool
-    most_needed: Callable[[Request], Tensor] | None
-
-
-METHODS: dict[str, Method] = {}
-
-
-def unlearning_method(
-    name: str, uses_kappa: bool = False, most_needed: Callable[[Request], Tensor] | None = None
-) -> Callable[[Callable[[Request], nn.Module]], Callable[[Request], nn.Module]]:
-    """Registers a function from a request to an unlearned classifier, which then stands in every plot and table.
-
-    uses_kappa: whether the answer depends on `request.kappa`; if not, it is computed once for all kappas.
-    most_needed: gives the K = `request.top_k` vertices that the class needs, for the mask efficacy; or (choices, K),
-        whose metrics are averaged.
-    """
-
-    def register(unlearn: Callable[[Request], nn.Module]) -> Callable[[Request], nn.Module]:
-        if name in METHODS or name == "gcn":
-            raise ValueError(f"method {name!r} is registered already: choose another name")
-        METHODS[name] = Method(unlearn, uses_kappa, most_needed)
-        return unlearn
-
-    return register
-
-
-@unlearning_method("original", most_needed=lambda request: torch.arange(request.graphs.graph.num_vertices))
-def original(request: Request) -> nn.Module:
-    """The classifier as it is: nothing is forgotten. As a keep mask it keeps every weight."""
-    return request.classifier
-
-
-@unlearning_method("mimu", uses_kappa=True, most_needed=lambda request: request.ranking.most_needed())
-def mimu(request: Request) -> nn.Module:
-    """The kappa weights that the masking GCN zeroes first."""
-    return request.zeroing(request.first_of(request.order))
-
-
-@unlearning_method("saliency", uses_kappa=True)
-def saliency(request: Request) -> nn.Module:
-    """No GCN: in the same steps, the weights whose removal costs the class its margin and the others the least loss."""
-    return request.zeroing(request.first_of(request.saliency_order))
-
-
-def random_vertices(request: Request, count: int, draw: int = 0) -> Tensor:
-    generator = seeded("random", request.seed, request.forget_class, draw)
-    return torch.randperm(request.graphs.graph.num_vertices, generator=generator)[:count]
-
-
-@unlearning_method("random", uses_kappa=True, most_needed=lambda request: random_choices(request))
-def random(request: Request) -> nn.Module:
-    """The control: kappa random weights of the same layers."""
-    return request.zeroing(random_vertices(request, request.kappa))
-
-
-def random_choices(request: Request) -> Tensor:
-    """Several random keep masks (masks, K), since a single one may keep a class or lose it by chance."""
-    return torch.stack([random_vertices(request, request.top_k, draw) for draw in range(request.config.random_masks)])
-
-
-def largest_vertices(request: Request, count: int) -> Tensor:
-    """The vertices of the masked weights that are largest in magnitude, (count)."""
-    return torch.cat([weight.flatten() for weight in request.graphs.weights()]).abs().topk(count).indices
-
-
-@unlearning_method("magnitude", uses_kappa=True, most_needed=lambda request: largest_vertices(request, request.top_k))
-def magnitude(request: Request) -> nn.Module:
-    """The second control: the kappa largest weights of the same layers."""
-    return request.zeroing(largest_vertices(request, request.kappa))
-
-
-@unlearning_method("sft")
-def sft(request: Request) -> nn.Module:
-    """Fine-tuning of the masked layers on random labels for the forget class's training samples."""
-    forget = request.train.forget(request.forget_class)
-    return UnlearningSFT(request.config.sft, request.seed).unlearn(
-        request.classifier, forget, request.graphs.graph.layers
-    )
-
-
-@unlearning_method("retrain")
-def retrain(request: Request) -> nn.Module:
-    """The gold standard: a classifier trained from scratch, as the original was, on the retain set alone."""
-    retain = request.train.retain(request.forget_class)
-    return request.trainer.train(retain, request.graphs.num_classes, f"retrain without {request.forget_class}")
+from trainer import GCNRanking, MaskingConfig, TrainedGCN, ZeroingOrder
 
 
 @dataclass(frozen=True)
 class EvalConfig(MaskingConfig):
-    """How requests are answered and scored: the settings of the masks, the methods (None: all that are registered)."""
+    """How requests are answered and scored: the settings of the masks, of the methods and of the audits.
 
-    methods: tuple[str, ...] | None
+    methods: which to score; `all` that are registered, or None: those of the default run
+    hyperparameters: of every method that has some, by its name
+    """
+
+    methods: tuple[str, ...] | Literal["all"] | None
     batch_size: int
     visualize: bool
     random_masks: int
-    saliency_retain_weight: float
-    sft: UnlearningSFTConfig
+    hyperparameters: dict[str, dict[str, int | float]]
+    audit: AuditConfig
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,12 +57,36 @@ class EvalConfig(MaskingConfig):
             raise ValueError(f"methods must name mimu, and each method once, not {list(self.method_names)}")
         check_range("batch_size", self.batch_size, at_least=1)
         check_range("random_masks", self.random_masks, at_least=1)
-        check_range("saliency_retain_weight", self.saliency_retain_weight, at_least=0)
+        if self.audit.enabled and "retrain" not in self.method_names:
+            raise ValueError("audit.enabled needs retrain among the methods: it is what they compare with")
+        for name in self.hyperparameters:
+            if name not in METHODS or not METHODS[name].hyperparameters:
+                valid = ", ".join(each for each in METHODS if METHODS[each].hyperparameters)
+                raise ValueError(f"hyperparameters.{name} is not a method with hyperparameters: valid are {valid}")
+        for name in self.method_names:
+            self._check_hyperparameters(name)
+
+    def _check_hyperparameters(self, method: str) -> None:
+        given, expected = self.hyperparameters.get(method, {}), METHODS[method].hyperparameters
+        for name in given:
+            if name not in expected:
+                raise ValueError(
+                    f"hyperparameters.{method}.{name} is not a setting: valid are {', '.join(expected) or 'none'}"
+                )
+        for name, kind in expected.items():
+            key = f"hyperparameters.{method}.{name}"
+            if name not in given:
+                raise ValueError(f"{key} is missing: it must be {'an integer' if kind is int else 'a number'}")
+            if kind is int and not isinstance(given[name], int):
+                raise ValueError(f"{key} must be an integer, not {given[name]}")
+            check_range(key, given[name], at_least=1 if kind is int else 0)
 
     @property
     def method_names(self) -> tuple[str, ...]:
-        """The methods to score: those that the config names, or all that are registered."""
-        return tuple(METHODS) if self.methods is None else self.methods
+        """The methods to score."""
+        if self.methods is None:
+            return tuple(name for name, method in METHODS.items() if method.in_default_run)
+        return tuple(METHODS) if self.methods == "all" else self.methods
 
 
 def slug(name: str) -> str:
@@ -480,6 +308,12 @@ class Eval:
             for name in self.config.method_names
         }
 
+    def eval_audits(self) -> dict[str, dict[str, Any]]:
+        """What every method's classifier still knows of the class, and how far it is from the retrained one."""
+        if not self.config.audit.enabled:
+            return {}
+        return {name: self._audit(name) for name in self.config.method_names}
+
     def eval(self) -> dict[str, Any]:
         """Runs all evaluations, saves the mask, writes the JSON and, where the config says so, the plots."""
         experiment = self.experiment
@@ -493,6 +327,7 @@ class Eval:
             "kappa": experiment.kappa,
             "kappa_choice": experiment.kappa_choice,
             "num_weights": sum(m * n for m, n in self.request.graphs.classifier.shapes),
+            "mask_shapes": self.graph.shapes,
             "num_graph_vertices": self.graph.num_vertices,
             "num_graph_edges": self.graph.num_edges,
             "zeroed": self.request.order.first(experiment.kappa).tolist(),
@@ -500,7 +335,8 @@ class Eval:
             "performance_degradation_metrics": self.eval_performance_degradation(),
             "mask_efficacy_metrics": self.eval_mask_efficacy(),
             "training_split_metrics": self.eval_training_split(),
-            "audit_metrics": {},
+            "audit_metrics": self.eval_audits(),
+            "methods": {name: METHODS[name].about() for name in self.config.method_names},
             "num_zeroed": {name: self._answer(name).num_zeroed for name in self.config.method_names},
             "zeroed_by_layer": {name: self._answer(name).zeroed_by_layer for name in self.config.method_names},
             "config": experiment.config,
@@ -625,7 +461,7 @@ class Eval:
         original = request.classifier.state_dict()
         with self.data.sealed():
             started = time.perf_counter()
-            model = METHODS[name].unlearn(request)
+            model = METHODS[name].unlearn(request, **self.config.hyperparameters.get(name, {}))
             seconds = time.perf_counter() - started
         for key, weight in request.classifier.state_dict().items():
             if not torch.equal(weight, original.get(key, weight[:0])):
@@ -648,6 +484,15 @@ class Eval:
             return {metric: sum(metrics[metric] for metrics in scored) / len(scored) for metric in scored[0]}
 
         return self._once((name, "efficacy"), score)
+
+    def _audit(self, name: str) -> dict[str, Any]:
+        def audits() -> Audit:
+            experiment = self.experiment
+            models = (self.request.classifier, self._answer("retrain").model)
+            return Audit(self.config.audit, self.data, experiment.forget_digit, *models, experiment.seed)
+
+        audit = self._once("audits", audits)
+        return self._once((name, "audit"), lambda: audit(self._answer(name).model), METHODS[name].uses_kappa)
 
     @torch.no_grad()
     def _class_probabilities(self, name: str) -> list[float]:

@@ -30,6 +30,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "gcn.pretrained, and stop",
     )
     parser.add_argument(
+        "--plot-only",
+        action="store_true",
+        help="draw the reports anew from the metrics of a run of the same config, and stop",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
@@ -45,13 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
     # Imported here, so that --help does not wait for PyTorch.
     from config import ConfigError, load_variants
     from data import DataError
-    from pipeline import pretrain, run
+    from pipeline import plot, pretrain, run
     from trainer import CheckpointError, TrainingError
 
     try:
         configs = load_variants(parsed.config, parsed.overrides)
         if parsed.pretrain:
             pretrain(configs)
+        elif parsed.plot_only:
+            plot(configs)
         else:
             run(configs, started=started)
     except (CheckpointError, ConfigError, DataError, TrainingError) as error:

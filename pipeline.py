@@ -20,11 +20,13 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from comparison import Comparison
 from config import Config
-from data import IMAGE_SIZE, NUM_CLASSES, GraphGenerator, ImageData, load_image_data
-from eval import Eval, Experiment, Request, slug
+from data import IMAGE_SIZE, NUM_CLASSES, DataError, GraphGenerator, ImageData, load_image_data
+from eval import Eval, Experiment, slug
+from methods import Request
 from model import HookedMNISTClassifier, MaskingGCN, keep_freed_memory
-from reporter import Comparison, Reporter
+from reporter import Reporter
 from trainer import PRETRAINED, GCNTrainer, TrainedGCN, Trainer, TrainingError
 
 ROOT = Path(__file__).resolve().parent
@@ -337,6 +339,42 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     path = root / PRETRAINED.relative_to(ROOT)
     stages.save(path, gcn, config, config.seed, top_k=config.sweep.top_k[0])
     print(f"{path}: {path.stat().st_size / 1000:.0f} KB")
+
+
+def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
+    """Draws and writes the reports anew from the JSON of experiments that were made with these configs.
+
+    Settings of the reports may differ. Raises DataError where a config has no experiment.
+    """
+    found = [json.loads(path.read_text()) | {"path": path} for path in sorted(metrics_folder(root).glob("*.json"))]
+    results = []
+    for variant, config in configs.items():
+        own = [
+            each for each in found if each["variant"] == variant and without_report(each["config"]) == made_with(config)
+        ]
+        if not own:
+            name = f"variant {variant}" if variant else "this config"
+            raise DataError(f"{metrics_folder(root)}: there is no experiment of {name}: run it first")
+        groups = sorted({(each["seed"], each["top_k"]) for each in own})
+        for seed, top_k in groups:
+            paths = [each["path"] for each in own if (each["seed"], each["top_k"]) == (seed, top_k)]
+            results.append((Training(variant, config, seed, top_k), paths))
+    tables = report(results, root / "reports")
+    print("\n".join(f"\n{table}" for table in tables))
+    print(f"\nCurves and tables: {root / 'reports'}")
+
+
+def metrics_folder(root: Path) -> Path:
+    return root / "eval" / "Metrics and Plots" / "metrics"
+
+
+def without_report(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "report"}
+
+
+def made_with(config: Config) -> dict[str, Any]:
+    """The settings that an experiment depends on, as its JSON holds them."""
+    return without_report(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def prepare(configs: Mapping[str, Config]) -> None:

@@ -1,31 +1,52 @@
-"""Curves, a summary and tables of a sweep, and variants side by side, from the JSON of the experiments alone."""
+"""Curves, a summary, tables and audits of a sweep, from the JSON of the experiments alone."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. Dashed: the two references.
+# A colour for every family of methods, a marker for each method in it.
 METHOD_STYLES: dict[str, dict[str, Any]] = {
     "original": {"color": "#000000", "marker": "D", "linestyle": "--"},
     "retrain": {"color": "#009E73", "marker": "*", "linestyle": "--"},
+    "retrain_again": {"color": "#009E73", "marker": "p", "linestyle": "--"},
     "mimu": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "saliency": {"color": "#56B4E9", "marker": "v", "linestyle": "-"},
+    "first_order": {"color": "#56B4E9", "marker": "^", "linestyle": "-"},
+    "saliency_contrast": {"color": "#56B4E9", "marker": "<", "linestyle": "-"},
+    "optimised_mask": {"color": "#56B4E9", "marker": "D", "linestyle": "-"},
     "random": {"color": "#7F7F7F", "marker": "s", "linestyle": "-"},
     "magnitude": {"color": "#CC79A7", "marker": "P", "linestyle": "-"},
+    "output_row": {"color": "#E69F00", "marker": "X", "linestyle": "-"},
+    "logit_removed": {"color": "#E69F00", "marker": "d", "linestyle": "-"},
     "sft": {"color": "#D55E00", "marker": "^", "linestyle": ":"},
+    "random_labels": {"color": "#D55E00", "marker": "v", "linestyle": ":"},
+    "salun": {"color": "#D55E00", "marker": "s", "linestyle": ":"},
+    "fine_tune": {"color": "#8C564B", "marker": "o", "linestyle": ":"},
+    "gradient_ascent": {"color": "#8C564B", "marker": "^", "linestyle": ":"},
+    "neg_grad_plus": {"color": "#8C564B", "marker": "P", "linestyle": ":"},
+    "ssd": {"color": "#9467BD", "marker": "D", "linestyle": ":"},
+    "scrub": {"color": "#9467BD", "marker": "o", "linestyle": ":"},
+    "bad_teacher": {"color": "#9467BD", "marker": "^", "linestyle": ":"},
+    "unsir": {"color": "#9467BD", "marker": "s", "linestyle": ":"},
 }
-FREE_COLORS = ("#E69F00", "#8C564B", "#9467BD", "#BCBD22", "#17BECF", "#F0E442")
+FREE_COLORS = ("#17BECF", "#BCBD22", "#F0E442", "#882255", "#332288", "#44AA99")
 FREE_MARKERS = "X<>phdH"
+# What an unlearned classifier is measured against; the others compete.
+REFERENCES = ("original", "retrain", "retrain_again")
+FORGOTTEN = 1.0  # percent: the largest mean forget score of a method that competes for the best figures
 
 FORGET, RETAIN = "unlearning_metrics", "performance_degradation_metrics"
 
@@ -82,6 +103,8 @@ class Value:
     def __format__(self, spec: str) -> str:
         if not math.isfinite(self.mean):
             return "–"
+        if abs(self.mean) >= 1e6:  # a loss that exploded
+            return f"{self.mean:{spec[:-1].partition('.')[0]}.1e}"
         spread = f" ± {stdev(self.per_seed):{spec.lstrip('+')}}" if len(self.per_seed) > 1 else ""
         return f"{self.mean:{spec}}{spread}"
 
@@ -109,6 +132,7 @@ class Reporter:
             raise ValueError("the experiments to report must share mask layer and top_k, and differ in the rest")
         self.kappas = sorted({e["kappa"] for e in self.experiments if e["kappa_choice"] == "fixed"})
         self.has_auto = any(e["kappa_choice"] == "auto" for e in self.experiments)
+        self.has_audits = all(e.get("audit_metrics") for e in self.experiments)
         self.digits = sorted({experiment["forget_digit"] for experiment in self.experiments})
         self.seeds = sorted({experiment["seed"] for experiment in self.experiments})
         self.methods = list(
@@ -123,10 +147,11 @@ class Reporter:
         method, samples, metric = getter.groups()
         return lambda: self.curve(FORGET if samples == "forget" else RETAIN, method, metric)
 
-    def value(self, *keys: str, kappa: Kappa, digits: Sequence[int] | None = None) -> Value:
+    def value(self, *keys: str, kappa: Kappa, digits: Sequence[int] | None = None, missing: float = math.nan) -> Value:
         """What stands under `keys` in the JSON at one kappa, over the given digits (None: all) and all seeds.
 
-        Not a number where an experiment is missing, has no such key, or null under it.
+        missing: what counts where an experiment has no such key, or null under it
+        Not a number where an experiment is missing.
         """
         means = []
         for seed in self.seeds:
@@ -136,7 +161,7 @@ class Reporter:
                     number: Any = experiment
                     for key in keys:
                         number = (number or {}).get(key)
-                    numbers.append(math.nan if number is None else number)
+                    numbers.append(missing if number is None else number)
             expected = len(self.digits if digits is None else digits)
             means.append(fmean(numbers) if len(numbers) == expected else math.nan)
         return Value(tuple(means))
@@ -159,15 +184,22 @@ class Reporter:
         return self.kappas[differences.index(max(differences))]
 
     def plot(self) -> None:
-        """Draws the five curves and the summary, and writes the tables."""
+        """Draws the curves over kappa (without fixed ones the trade-off), masks and audits, and writes the tables."""
         plt.switch_backend("Agg")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.draw_loss_curves_on_forget_set()
-        self.draw_score_curves_on_forget_set()
-        self.draw_loss_curves_on_retain_set()
-        self.draw_score_curves_on_retain_set()
-        self.draw_classifier_probability_on_forget_class()
-        self.draw_summary()
+        if self.kappas:
+            self.draw_loss_curves_on_forget_set()
+            self.draw_score_curves_on_forget_set()
+            self.draw_loss_curves_on_retain_set()
+            self.draw_score_curves_on_retain_set()
+            self.draw_classifier_probability_on_forget_class()
+            self.draw_summary()
+        elif "retrain" in self.methods:
+            self.draw_trade_off()
+        if len(self.digits) > 1 and len(self.experiments[0].get("mask_shapes", [])) == 1:
+            draw_masks(self)
+        if self.has_audits:
+            AuditReport(self).draw_audits()
         self.write_summary()
 
     def draw_loss_curves_on_forget_set(self) -> None:
@@ -207,6 +239,38 @@ class Reporter:
             if self.has_auto:
                 self._mark_auto(*(self.value(key, "mimu", "score", kappa="auto").mean for key in (FORGET, RETAIN)))
 
+    def draw_trade_off(self) -> None:
+        """Forget score and retain score against retraining: means over the digits, bars of a standard deviation."""
+        figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+        kappa = self.headline_kappa()
+        for name in self.methods:
+            forget, gap = [], []
+            for digit in self.digits:
+                retain, reference = (
+                    self.value(RETAIN, each, "score", kappa=kappa, digits=[digit]).mean for each in (name, "retrain")
+                )
+                forget.append(self.value(FORGET, name, "score", kappa=kappa, digits=[digit]).mean)
+                gap.append(retain - reference)
+            spread = [stdev(values) if len(values) > 1 else 0.0 for values in (gap, forget)]
+            emphasis = {"markersize": 13, "zorder": 3} if name == "retrain" else {"markersize": 6}
+            style = self.styles[name] | emphasis | {"linestyle": "none"}
+            axes.errorbar(fmean(forget), fmean(gap), *spread, label=name, elinewidth=0.7, alpha=0.85, **style)
+        # Most methods stand near retraining, a few far away.
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_xticks([0, 1, 3, 10, 30, 100])
+        ticks = [-100, -30, -10, -3, -1, 0, 1]
+        axes.set_yticks([tick for tick in ticks if tick >= 1.2 * axes.get_ylim()[0]])
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.set_xlabel("score on the forget set (%)")
+        axes.set_ylabel("retain score against retraining (points)")
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        figure.savefig(self.folder / "trade_off.png", dpi=self.config.dpi)
+        plt.close(figure)
+
     def write_summary(self) -> None:
         """Writes `summary.md`: the numbers of the figures, the mask efficacy, and the digits one by one."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -222,6 +286,8 @@ class Reporter:
             if len(self.digits) > 1:
                 sections += ["The worst digit of any seed:", self.worst_table(kappa)]
                 sections += ["Digit by digit:", self.digits_table(kappa)]
+        if self.has_audits:
+            sections += AuditReport(self).tables()
         sections += [
             f"## Mask efficacy, K = {top_k}",
             "Scores on the forget set when only K weights of the masked layers are kept.",
@@ -404,140 +470,224 @@ def worst(gaps: Iterable[float]) -> float:
 
 
 @dataclass(frozen=True)
-class ComparisonRow:
-    """A method of a variant: mean over digits for every seed, and the worst digit of any seed.
+class Column:
+    """A figure of the audits: where it stands in the JSON, what tables and panels call it, and how it is written.
 
-    gap: retain score against that of the classifier retrained without the class, points
-    zeroed: share of the masked weights, percent
+    best: what is best in it: to be as near as can be to the retrained classifier's value, or the smallest value
     """
 
-    variant: str
-    method: str
-    forget: Value
-    worst_forget: float
-    gap: Value
-    worst_gap: float
-    zeroed: Value
-    seconds: Value
-
-    @property
-    def name(self) -> str:
-        return self.variant if self.method == "mimu" else f"{self.variant}: {self.method}"
+    keys: tuple[str, ...]
+    name: str
+    spec: str
+    best: Literal["nearest", "smallest"] = "nearest"
 
 
-class Comparison:
-    """Variants side by side, one row for every method of each.
+DISTANCE = (
+    Column(("js_forget",), "divergence on the forget set, bits", ".3f", "smallest"),
+    Column(("js_retain",), "divergence on the retain set, bits", ".4f", "smallest"),
+)
+AUDITS = (
+    Column(("loss_attack",), "loss attack, area under the curve", ".3f"),
+    Column(("entropy_attack",), "entropy attack, % members", ".1f"),
+    Column(("probe_recall",), "probe, recall of the forget class, %", ".1f"),
+    Column(("probe_retain",), "probe, score on the retain set, %", ".1f"),
+    Column(("relearn_steps",), "relearn time, steps", ".1f"),
+)
 
-    The reference is the same classifier retrained without the class: one variant that has `retrain` among its methods
-    is enough for all that share the classifier.
 
-    reporters: of every variant by its name
-    folder: where `variants.png` and `variants.md` go
+class AuditReport:
+    """Every method beside the classifier retrained without the class, in the order of their distance to it.
+
+    The distance is the Jensen-Shannon divergence of the predictions, mean of the forget set's and the retain set's.
+    In every column the best of the methods is bold, or the best ones where they are written alike. The references (the
+    original and the retrained classifiers) do not compete, nor do methods that leave more than FORGOTTEN percent.
     """
 
-    def __init__(self, reporters: Mapping[str, Reporter], folder: Path) -> None:
-        self.reporters = reporters
-        self.folder = folder
-        self._retrained = {
-            self._request(experiment): experiment[RETAIN]["retrain"]["score"]
-            for reporter in reporters.values()
-            for experiment in reporter.experiments
-            if "retrain" in experiment[RETAIN]
-        }
-
-    def rows(self) -> list[ComparisonRow]:
-        return [
-            self._row(variant, reporter, method)
-            for variant, reporter in self.reporters.items()
-            for method in reporter.methods
-            if method != "retrain"
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+        self.kappa = reporter.headline_kappa()
+        self.folder = reporter.folder
+        self.about = reporter.experiments[0]["methods"]
+        self.cap = reporter.experiments[0]["config"]["eval"]["audit"]["relearn_steps"]
+        distances = {name: self.distance(name).mean for name in reporter.methods}
+        self.methods = sorted(distances, key=lambda name: (math.isnan(distances[name]), distances[name]))
+        self.competing = [
+            name not in REFERENCES and reporter.value(FORGET, name, "score", kappa=self.kappa).mean <= FORGOTTEN
+            for name in self.methods
         ]
 
-    def table(self) -> str:
-        """Forgetting, distance to retraining, size of the mask and time of every row."""
-        header = ["variant", "forget score, %", "worst", "retain score against retrain, points", "worst"]
-        header += ["weights zeroed, %", "seconds a request"]
+    def distance(self, method: str) -> Value:
+        """Mean divergence from the retrained classifier, bits."""
+        forget, retain = (self.value(column, method) for column in DISTANCE)
+        return Value(tuple((a + b) / 2 for a, b in zip(forget.per_seed, retain.per_seed)))
+
+    def value(self, column: Column, method: str, digits: Sequence[int] | None = None) -> Value:
+        """An audit's value; a class that did not come back counts as one that did at the last step."""
+        missing = float(self.cap) if column.keys == ("relearn_steps",) else math.nan
+        return self.reporter.value(
+            "audit_metrics", method, *column.keys, kappa=self.kappa, digits=digits, missing=missing
+        )
+
+    def seconds(self, method: str, digits: Sequence[int] | None = None) -> Value:
+        """What a request takes."""
+        return self.reporter.value("seconds", method, kappa=self.kappa, digits=digits)
+
+    def gap(self, evaluation: str, metric: str, method: str) -> Value:
+        """A metric less that of the retrained classifier."""
+        of_method, of_retrain = (
+            self.reporter.value(evaluation, name, metric, kappa=self.kappa) for name in (method, "retrain")
+        )
+        return of_method - of_retrain
+
+    def tables(self) -> list[str]:
+        """The sections of the summary."""
+        return [
+            "## Distance to retraining",
+            "Jensen-Shannon divergence of the predictions from the retrained classifier's (0: the same, 1: at most), "
+            "and the five metrics less those of the retrained classifier. Sorted by the mean of the two divergences; "
+            f"the best of each column is bold, among the methods with a forget score of at most {FORGOTTEN:g} %.",
+            self.distance_table(),
+            "## Audits",
+            "The best is the nearest to the retrained classifier, which never saw the class. Loss attack: 0.5 tells "
+            f"nothing. Relearn time: at most {self.cap} steps; '>' where a class did not come back by then.",
+            self.audits_table(),
+            "## Cost",
+            self.cost_table(),
+            "## The methods",
+            self.about_table(),
+        ]
+
+    def distance_table(self) -> str:
+        metrics = (
+            (FORGET, "score", "forget score, points", ".2f"),
+            (RETAIN, "score", "retain score, points", ".2f"),
+            (FORGET, "probability", "probability of the forget class", ".4f"),
+            (FORGET, "loss", "forget loss, nats", ".2f"),
+            (RETAIN, "loss", "retain loss, nats", ".3f"),
+        )
+        columns = [([self.value(column, name) for name in self.methods], column.spec) for column in DISTANCE]
+        columns += [
+            ([self.gap(evaluation, metric, name) for name in self.methods], f"+{spec}")
+            for evaluation, metric, _, spec in metrics
+        ]
+        cells = [self.bold(values, [abs(value.mean) for value in values], spec) for values, spec in columns]
+        header = ["method", *(column.name for column in DISTANCE), *(name for _, _, name, _ in metrics)]
+        return markdown_table(header, zip(self.methods, *cells))
+
+    def audits_table(self) -> str:
+        columns = []
+        for column in AUDITS:
+            values = [self.value(column, name) for name in self.methods]
+            reference = self.value(column, "retrain").mean
+            cells = self.bold(values, [abs(value.mean - reference) for value in values], column.spec)
+            if column.keys == ("relearn_steps",):
+                cells = [f"> {cell}" if self.never_came_back(name) else cell for name, cell in zip(self.methods, cells)]
+            columns.append(cells)
+        return markdown_table(["method", *(column.name for column in AUDITS)], zip(self.methods, *columns))
+
+    def cost_table(self) -> str:
+        seconds = list(map(self.seconds, self.methods))
+        changed = [self.value(Column(("weights_changed",), "", ""), name) for name in self.methods]
+        columns = [
+            self.bold(values, [each.mean for each in values], spec)
+            for values, spec in ((seconds, ".2f"), (changed, ".0f"))
+        ]
+        needs = [self.about[name]["needs"] for name in self.methods]
         return markdown_table(
-            header,
-            [
-                [
-                    row.name,
-                    f"{row.forget:.2f}",
-                    f"{row.worst_forget:.2f}",
-                    f"{row.gap:+.2f}",
-                    f"{Value((row.worst_gap,)):+.2f}",
-                    f"{row.zeroed:.2f}",
-                    f"{row.seconds:.2f}",
-                ]
-                for row in self.rows()
-            ],
+            ["method", "seconds a request", "weights changed", "needs"], zip(self.methods, *columns, needs)
         )
 
-    def plot(self) -> None:
-        """Draws `variants.png` and writes `variants.md`."""
-        plt.switch_backend("Agg")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "variants.md").write_text(f"# Variants\n\n{self.table()}\n")
-        self.draw_variants()
+    def about_table(self) -> str:
+        rows = [
+            [name, *(self.about[name][key] for key in ("does", "touches", "needs", "paper"))] for name in self.methods
+        ]
+        return markdown_table(["method", "what it does", "what it may change", "data it needs", "paper"], rows)
 
-    def draw_variants(self) -> None:
-        """Forget score and distance to retraining: a small mark for every seed, a large one for their mean."""
-        rows = [row for row in self.rows() if row.method != "original"]
-        styles = method_styles(row.method for row in rows)
-        figure, panels = plt.subplots(1, 2, figsize=(10, 1.2 + 0.28 * len(rows)), sharey=True, layout="constrained")
-        columns = (
-            ([row.forget for row in rows], "forget score (%)", 1.0),
-            ([row.gap for row in rows], "retain score against retraining (points)", 0.5),
+    def never_came_back(self, method: str) -> bool:
+        """Whether a class did not come back within the steps of the relearning."""
+        return any(
+            e["audit_metrics"][method]["relearn_steps"] is None for e in self.reporter.experiments_at(self.kappa)
         )
-        for axes, (values, x_label, linear) in zip(panels, columns):
-            for height, (row, value) in enumerate(zip(rows, values)):
-                style = {"color": styles[row.method]["color"], "marker": styles[row.method]["marker"]}
-                axes.plot(value.per_seed, [height] * len(value.per_seed), linestyle="none", markersize=3, **style)
-                axes.plot(value.mean, height, linestyle="none", markersize=7, alpha=0.7, **style)
-            axes.axvline(0, color="0.5", linewidth=0.8)
-            finite = [abs(number) for value in values for number in value.per_seed if math.isfinite(number)]
-            if max(finite, default=0.0) > 4 * linear:
-                # Most rows lie near 0, a few far away.
-                axes.set_xscale("symlog", linthresh=linear)
-                numbers = [number for value in values for number in value.per_seed if math.isfinite(number)]
-                low, high = min(0.0, *numbers) * 1.4 - linear / 5, max(0.0, *numbers) * 1.4 + linear / 5
-                ticks = [sign * linear * far for sign in (-1, 1) for far in (1, 3, 10, 30, 100)]
-                axes.set_xticks([tick for tick in sorted([0.0, *ticks]) if low <= tick <= high])
-                axes.set_xlim(low, high)
-                axes.minorticks_off()
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.set_xlabel(x_label)
-            axes.grid(alpha=0.3)
-        panels[0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
-        panels[0].invert_yaxis()
-        figure.savefig(self.folder / "variants.png", dpi=150)
+
+    def bold(self, values: Sequence[Value], far: Sequence[float], spec: str) -> list[str]:
+        """The values as text, those of the competing methods that are least far from the best bold."""
+        cells = [f"{value:{spec}}" for value in values]
+        competing = [index for index, does in enumerate(self.competing) if does and not math.isnan(far[index])]
+        if not competing:
+            return cells
+        best = min(competing, key=far.__getitem__)
+        written = f"{values[best].mean:{spec}}"
+        return [
+            f"**{cell}**" if index in competing and f"{values[index].mean:{spec}}" == written else cell
+            for index, cell in enumerate(cells)
+        ]
+
+    def draw_audits(self) -> None:
+        """A panel for every audit: a small mark for every digit, a large one for their mean; a line for retraining."""
+        figure, panels = plt.subplots(
+            2, 4, figsize=(13, 1.2 + 0.44 * len(self.methods)), sharey=True, layout="constrained"
+        )
+        *of_audits, of_seconds = panels.flat
+        for axes, column in zip(of_audits, (*DISTANCE, *AUDITS)):
+            self._draw_panel(axes, column.name, partial(self.value, column))
+        self._draw_panel(of_seconds, "seconds a request", self.seconds)
+        of_seconds.set_xscale("log")
+        panels.flat[0].set_yticks(range(len(self.methods)), self.methods, fontsize=8)
+        panels.flat[0].invert_yaxis()
+        figure.savefig(self.folder / "audits.png", dpi=self.reporter.config.dpi)
         plt.close(figure)
 
-    def _row(self, variant: str, reporter: Reporter, method: str) -> ComparisonRow:
-        kappa = reporter.headline_kappa()
-        gaps: dict[int, list[float]] = {seed: [] for seed in reporter.seeds}
-        forget: list[float] = []
-        for experiment in reporter.experiments_at(kappa):
-            retrained = self._retrained.get(self._request(experiment), math.nan)
-            gaps[experiment["seed"]].append(experiment[RETAIN][method]["score"] - retrained)
-            forget.append(experiment[FORGET][method]["score"])
-        zeroed = reporter.value("num_zeroed", method, kappa=kappa)
-        return ComparisonRow(
-            variant=variant,
-            method=method,
-            forget=reporter.value(FORGET, method, "score", kappa=kappa),
-            worst_forget=max(forget),
-            gap=Value(tuple(fmean(of_seed) for of_seed in gaps.values())),
-            worst_gap=worst(gap for of_seed in gaps.values() for gap in of_seed),
-            zeroed=Value(
-                tuple(100 * number / reporter.experiments[0]["num_graph_vertices"] for number in zeroed.per_seed)
-            ),
-            seconds=reporter.value("seconds", method, kappa=kappa),
-        )
+    def _draw_panel(self, axes: Axes, x_label: str, value: Callable[..., Value]) -> None:
+        for height, name in enumerate(self.methods):
+            style = {"color": self.reporter.styles[name]["color"], "marker": self.reporter.styles[name]["marker"]}
+            of_digits = [value(name, [digit]).mean for digit in self.reporter.digits]
+            axes.plot(of_digits, [height] * len(of_digits), linestyle="none", markersize=3, alpha=0.4, **style)
+            axes.plot(value(name).mean, height, linestyle="none", markersize=7, **style)
+            if name == "retrain":
+                axes.axvline(value(name).mean, color=style["color"], linewidth=0.8, linestyle="--", zorder=0)
+        axes.set_xlabel(x_label, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
 
-    @staticmethod
-    def _request(experiment: dict[str, Any]) -> tuple[str, int, int]:
-        """What a retrained classifier depends on."""
-        config = experiment["config"]
-        trained = json.dumps([config["dataset"], config["held_out"], config["classifier"]])
-        return trained, experiment["seed"], experiment["forget_digit"]
+
+def draw_masks(reporter: Reporter) -> None:
+    """Which weights of the masked layer go for which digit, and how many of them two digits have in common.
+
+    Above: the layer's matrix, a point per zeroed weight; below: how many digits zero a weight, and of the digit of the
+    row, the share of its weights that the digit of the column zeroes too. Of the first seed.
+    """
+    (m, n), digits = reporter.experiments[0]["mask_shapes"][0], reporter.digits
+    kappa = reporter.headline_kappa()
+    zeroed = {
+        e["forget_digit"]: set(e["zeroed"]) for e in reporter.experiments_at(kappa) if e["seed"] == reporter.seeds[0]
+    }
+    figure = plt.figure(figsize=(11, 7), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1))
+    for digit, axes in zip(
+        digits, above.subplots(2, -(-len(digits) // 2), sharex=True, sharey=True, squeeze=False).flat
+    ):
+        rows, columns = zip(*(divmod(vertex, n) for vertex in sorted(zeroed[digit])))
+        axes.scatter(columns, rows, s=2, color=METHOD_STYLES["mimu"]["color"], linewidths=0)
+        axes.set_title(f"digit {digit}: {len(zeroed[digit])} weights", fontsize=8)
+        axes.set(xlim=(-0.5, n - 0.5), ylim=(m - 0.5, -0.5))
+        axes.tick_params(labelsize=7)
+    above.supxlabel("source neuron", fontsize=9)
+    above.supylabel("target neuron", fontsize=9)
+    left, right = below.subplots(1, 2, width_ratios=(2, 1))
+    counts = [[sum(r * n + c in of_digit for of_digit in zeroed.values()) for c in range(n)] for r in range(m)]
+    image = left.imshow(counts, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
+    left.set(xlabel="source neuron", ylabel="target neuron")
+    figure.colorbar(image, ax=left, label="digits that zero the weight", ticks=range(max(map(max, counts)) + 1))
+    shares = [[100 * len(zeroed[a] & zeroed[b]) / len(zeroed[a]) for b in digits] for a in digits]
+    image = right.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    for row, of_row in enumerate(shares):
+        for column, share in enumerate(of_row):
+            right.text(
+                column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color="w" if share > 60 else "k"
+            )
+    right.set_xticks(range(len(digits)), digits)
+    right.set_yticks(range(len(digits)), digits)
+    right.set(xlabel="digit", ylabel="digit")
+    figure.colorbar(image, ax=right, label="weights in common (%)")
+    figure.savefig(reporter.folder / "masks.png", dpi=reporter.config.dpi)
+    plt.close(figure)

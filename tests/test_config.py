@@ -31,7 +31,15 @@ BAD = [
     ("eval.methods=[mimu, magic]", "eval.methods: 'magic' is not registered: valid are original, mimu"),
     ("eval.methods=[original]", "eval.methods must name mimu"),
     ("eval.ranking=best", "eval.ranking must be one of damage, mean, set_difference, not 'best'"),
-    ("eval.sft.epochs=0", "eval.sft.epochs must be at least 1, not 0"),
+    ("eval.hyperparameters.sft.epochs=0", "eval.hyperparameters.sft.epochs must be at least 1, not 0"),
+    ("eval.hyperparameters.sft.epochs=1.5", "eval.hyperparameters.sft.epochs must be an integer, not 1.5"),
+    ("eval.hyperparameters.sft.epochs=true", "eval.hyperparameters.sft.epochs must be an integer or a finite number"),
+    ("eval.hyperparameters.sft.epoch=2", "eval.hyperparameters.sft.epoch is not a setting: valid are epochs, batch"),
+    ("eval.hyperparameters.tfs.epochs=2", "eval.hyperparameters.tfs is not a method with hyperparameters: valid are"),
+    ("eval.hyperparameters.sft=2", "eval.hyperparameters.sft must be a mapping, not 2"),
+    ("eval.hyperparameters=2", "eval.hyperparameters must be a mapping, not 2"),
+    ("eval={methods: [mimu], audit: {enabled: true}}", "eval.audit.enabled needs retrain among the methods"),
+    ("eval.audit.probe_steps=0", "eval.audit.probe_steps must be at least 1, not 0"),
     ("graphs.features=[wait]", "graphs.features: 'wait' is not known: valid are input_activation"),
     ("graphs.mask_layer=3", "graphs.mask_layer 3 is not there: valid are -3 to 2"),
     ("graphs.mask_layer=[-2, 1]", "graphs.mask_layer (-2, 1) must name at least one layer, and each only once"),
@@ -177,10 +185,12 @@ def test_a_missing_file_is_named(tmp_path, capsys):
 def test_overrides_go_over_the_file_and_the_file_over_the_default(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("seed: 4\ngcn:\n  steps: 7\n  hidden: 5\n")
-    config = load_config(path, ["gcn.hidden=6", "eval.sft.learning_rate=1e-3", "graphs.mask_layer=null"])
+    config = load_config(
+        path, ["gcn.hidden=6", "eval.hyperparameters.sft.learning_rate=1e-3", "graphs.mask_layer=null"]
+    )
     default = load_config()
     assert (config.seed, config.gcn.steps, config.gcn.hidden) == (4, 7, 6)
-    assert config.eval.sft.learning_rate == 0.001 and config.graphs.mask_layer is None
+    assert config.eval.hyperparameters["sft"]["learning_rate"] == 0.001 and config.graphs.mask_layer is None
     assert config.classifier == default.classifier and config.seeds == (4,)
 
 

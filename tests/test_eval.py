@@ -9,10 +9,11 @@ from conftest import NUM_CLASSES, random_split
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-import eval as evaluation
+import methods
 from config import load_config
 from data import GraphConfig, GraphGenerator, ImageData, Split
-from eval import METHODS, Eval, Experiment, Request, unlearn, unlearning_method, valid_json
+from eval import Eval, Experiment, unlearn, valid_json
+from methods import METHODS, Request, unlearning_method
 from model import HookedMNISTClassifier, Mask, MaskingGCN
 from reporter import method_styles
 from trainer import TrainedGCN, Trainer, TrainerConfig
@@ -21,9 +22,12 @@ FORGET, KAPPA, TOP_K = 1, 9, 8
 
 
 @pytest.fixture
-def registry(monkeypatch):
+def registry():
     """Methods registered in a test are gone after it."""
-    monkeypatch.setattr(evaluation, "METHODS", dict(METHODS))
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
 
 
 def make_eval(folder, test: Split | None = None, kappa: int = KAPPA, shared=None, mask_layer=-2, **changes) -> Eval:
@@ -135,7 +139,8 @@ def test_infinite_numbers_are_null():
 
 
 def answers(scored: Eval) -> dict[str, list[torch.Tensor]]:
-    return {name: [layer.weight for layer in scored._answer(name).model.layers] for name in METHODS}
+    names = scored.config.method_names
+    return {name: [layer.weight for layer in scored._answer(name).model.layers] for name in names}
 
 
 def test_no_method_and_no_mask_depends_on_the_test_split(tmp_path):
@@ -151,7 +156,7 @@ def test_no_method_and_no_mask_depends_on_the_test_split(tmp_path):
 @pytest.mark.parametrize("loader", ["mnist_forget_set", "mnist_retain_set"])
 def test_a_method_that_asks_for_the_test_split_fails(tmp_path, registry, loader):
     scored = make_eval(tmp_path, methods=("mimu", "original"))
-    evaluation.METHODS["original"] = replace(METHODS["original"], unlearn=lambda request: getattr(scored, loader)())
+    METHODS["original"] = replace(METHODS["original"], unlearn=lambda request: getattr(scored, loader)())
     with pytest.raises(PermissionError, match="test split is sealed"):
         scored.eval_unlearning()
     assert scored.data.test is not None
@@ -159,7 +164,7 @@ def test_a_method_that_asks_for_the_test_split_fails(tmp_path, registry, loader)
 
 def test_a_keep_mask_that_asks_for_the_test_split_fails(tmp_path, registry):
     scored = make_eval(tmp_path, methods=("mimu", "original"))
-    evaluation.METHODS["original"] = replace(METHODS["original"], most_needed=lambda request: scored.data.test)
+    METHODS["original"] = replace(METHODS["original"], most_needed=lambda request: scored.data.test)
     with pytest.raises(PermissionError, match="test split is sealed"):
         scored.eval_mask_efficacy()
 
@@ -201,9 +206,10 @@ def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path):
     scored = make_eval(tmp_path, target=60.0, max_kappa=29)
     request = scored.request
     forget = request.train.forget(FORGET)
+    METHODS["saliency"].unlearn(request.at(1), retain_weight=20.0)
     kappas = {
         name: order.forgotten_at(forget)
-        for name, order in (("mimu", request.order), ("saliency", request.saliency_order))
+        for name, order in (("mimu", request.order), ("saliency", request._orders["saliency"]))
     }
     experiment = replace(scored.experiment, kappa=kappas["mimu"], kappa_choice="auto")
     results = Eval(scored.config, experiment, request, scored.data, tmp_path).eval()
@@ -217,13 +223,13 @@ def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path):
 
 def test_random_masks_are_nested(tmp_path):
     request = make_eval(tmp_path).request
-    few, many = (evaluation.random_vertices(request, count).tolist() for count in (5, 12))
+    few, many = (methods.random_vertices(request, count).tolist() for count in (5, 12))
     assert many[:5] == few and len(set(many)) == 12
     others = []
     for name, value in (("seed", 1), ("forget_class", 2)):
         other = request.at(None)
         setattr(other, name, value)
-        others.append(evaluation.random_vertices(other, 12).tolist())
+        others.append(methods.random_vertices(other, 12).tolist())
     assert many not in others
 
 
@@ -288,7 +294,7 @@ def test_the_plots_of_an_experiment_are_drawn(tmp_path):
 
 def test_several_keep_masks_are_averaged(tmp_path, registry):
     scored = make_eval(tmp_path)
-    choices = evaluation.random_choices(scored.request)
+    choices = methods.random_choices(scored.request)
     assert choices.shape == (20, TOP_K) and len({tuple(choice.sort().values.tolist()) for choice in choices}) == 20
     by_hand = []
     for vertices in choices:
@@ -416,7 +422,49 @@ def test_zeroed_weights_are_counted_in_every_layer_and_the_output_row_apart(tmp_
     counts = results["zeroed_by_layer"]
     assert counts["mimu"] == expected | {"output row of the class": row} and sum(counts["mimu"].values()) == KAPPA
     assert counts["retrain"] is None
-    hidden = make_eval(tmp_path).request.count_by_layer(torch.tensor([0, 29]))
-    assert hidden == {"layer 1": 2}
-    output = make_eval(tmp_path, mask_layer=-1).request.count_by_layer(torch.arange(5 * FORGET - 1, 5 * FORGET + 5))
+    hidden = make_eval(tmp_path).request
+    assert hidden.count_by_layer(torch.tensor([0, 29]), hidden.graphs.graph) == {"layer 1": 2}
+    output = make_eval(tmp_path, mask_layer=-1).request
+    output = output.count_by_layer(torch.arange(5 * FORGET - 1, 5 * FORGET + 5), output.graphs.graph)
     assert output == {"layer 2": 1, "output row of the class": 5}
+
+
+def test_audits_stand_in_the_json_of_every_method(tmp_path):
+    audit = replace(load_config().eval.audit, enabled=True, relearn_steps=3)
+    names = ("original", "mimu", "logit_removed", "retrain")
+    scored = make_eval(tmp_path, methods=names, audit=audit)
+    results = scored.eval()
+    written = json.loads(scored.metrics_path.read_text(), parse_constant=pytest.fail)
+    assert tuple(written["audit_metrics"]) == names == tuple(written["methods"])
+    assert written["audit_metrics"]["retrain"]["js_forget"] == 0.0
+    assert written["audit_metrics"]["mimu"]["weights_changed"] == KAPPA == results["num_zeroed"]["mimu"]
+    assert written["audit_metrics"]["logit_removed"]["relearn_steps"] is None
+    assert written["methods"]["mimu"]["touches"] == "a mask" and written["methods"]["retrain"]["needs"] == "retain set"
+    assert make_eval(tmp_path).eval()["audit_metrics"] == {}
+
+
+def test_hyperparameters_reach_the_method_as_the_config_has_them(tmp_path, registry):
+    given = []
+
+    @unlearning_method("tunable", in_default_run=False)
+    def tunable(request, *, strength: float, rounds: int):
+        given.append((strength, rounds))
+        return request.classifier
+
+    def score(**values):
+        hyperparameters = load_config().eval.hyperparameters | {"tunable": values}
+        make_eval(tmp_path, methods=("mimu", "tunable"), hyperparameters=hyperparameters).eval_unlearning()
+
+    score(strength=0.5, rounds=3)
+    assert given == [(0.5, 3)]
+    with pytest.raises(ValueError, match="hyperparameters.tunable.strength is missing: it must be a number"):
+        score(rounds=3)
+    with pytest.raises(ValueError, match="hyperparameters.tunable.rounds must be an integer, not 0.5"):
+        score(strength=1, rounds=0.5)
+
+
+def test_methods_out_of_the_default_run_are_asked_for_by_name_or_by_all(tmp_path):
+    default = load_config().eval
+    assert default.method_names == ("original", "mimu", "saliency", "random", "magnitude", "sft", "retrain")
+    assert replace(default, methods="all").method_names == tuple(METHODS)
+    assert replace(default, methods=("mimu", "scrub")).method_names == ("mimu", "scrub")

@@ -431,3 +431,17 @@ def test_the_benchmark_compares_the_closed_form_with_pyg(copy):
             assert median < 1e-5
         if "/" in name and "GFLOP" not in name:
             assert median > 1, name
+
+
+def test_reports_are_drawn_anew_from_the_json_alone(here, capsys):
+    run_here(here)
+    (reports,) = [here / "reports"]
+    before = {path.name: path.read_bytes() for path in reports.iterdir() if path.name != "run.json"}
+    shutil.rmtree(reports)
+    shutil.rmtree(here / "checkpoints")
+    capsys.readouterr()
+    pipeline.plot(load_variants(PROJECT / "configs" / "smoke.yaml", ["eval.visualize=false"]), here)
+    assert {path.name: path.read_bytes() for path in reports.iterdir()} == before
+    assert "| mimu" in capsys.readouterr().out
+    with pytest.raises(DataError, match="there is no experiment of this config: run it first"):
+        pipeline.plot(load_variants(PROJECT / "configs" / "smoke.yaml", ["seed=5"]), here)

@@ -7,14 +7,16 @@ from statistics import fmean, stdev
 import matplotlib.pyplot as plt
 import pytest
 
+from comparison import Comparison
 from reporter import (
     FORGET,
     METHOD_STYLES,
     RETAIN,
-    Comparison,
+    AuditReport,
     Reporter,
     ReporterConfig,
     Value,
+    draw_masks,
     markdown_table,
     method_styles,
 )
@@ -330,3 +332,107 @@ def test_the_summary_says_in_which_layers_the_zeroed_weights_are(tmp_path):
     assert [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows] == [["mimu", "3.5", "6.5"]]
     reporter.write_summary()
     assert reporter.layers_table(10) in (tmp_path / "summary.md").read_text()
+
+
+AUDITED = ("original", "mimu", "retrain", "far", "loud")
+# method: forget score, divergence on the forget set, on the retain set, probe recall, relearn steps
+AUDIT_FIGURES = {
+    "original": (95.0, 0.9, 0.01, 95.0, 0),
+    "mimu": (0.0, 0.1, 0.01, 94.0, 10),
+    "retrain": (0.0, 0.0, 0.0, 88.0, 30),
+    "far": (0.5, 0.3, 0.02, 90.0, None),
+    "loud": (50.0, 0.2, 0.001, 88.0, 30),
+}
+
+
+def audited(digit: int) -> dict:
+    about = {"does": "Something.", "paper": "", "touches": "a mask", "needs": "both sets"}
+    return {
+        "seed": 0, "forget_digit": digit, "kappa": 7, "kappa_choice": "auto", "top_k": 5, "mask_layer": -2,
+        "mask_shapes": [[4, 5]], "num_graph_vertices": 20, "num_weights": 100,
+        "zeroed": [0, 1, 2, 3, 5 + digit, 19], "zeroed_by_layer": {},
+        "unlearning_metrics": {
+            name: {"loss": 3.0, "score": of[0], "probability": 0.1} for name, of in AUDIT_FIGURES.items()
+        },
+        "performance_degradation_metrics": {name: {"loss": 0.1, "score": 97.0} for name in AUDITED},
+        "mask_efficacy_metrics": {}, "training_split_metrics": {},
+        "num_zeroed": {name: None for name in AUDITED}, "seconds": {name: 1.0 + digit for name in AUDITED},
+        "methods": {name: about for name in AUDITED},
+        "audit_metrics": {
+            name: {
+                "js_forget": of[1] + (digit - 5) / 100, "js_retain": of[2], "loss_attack": 0.5, "entropy_attack": 10.0,
+                "probe_recall": of[3], "probe_retain": 97.0, "relearn_steps": of[4], "weights_changed": 6,
+            }
+            for name, of in AUDIT_FIGURES.items()
+        },
+        "config": {"held_out": 0, "eval": {"audit": {"relearn_steps": 200}}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def audit_reporter(tmp_path):
+    for digit in (4, 6):
+        (tmp_path / f"{digit}.json").write_text(json.dumps(audited(digit)))
+    (tmp_path / "reports").mkdir()
+    return Reporter(CONFIG, [tmp_path / "4.json", tmp_path / "6.json"], tmp_path / "reports")
+
+
+def table_rows(table: str) -> dict[str, list[str]]:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_methods_stand_in_the_order_of_their_distance_to_retraining(audit_reporter):
+    report = AuditReport(audit_reporter)
+    assert report.methods == ["retrain", "mimu", "loud", "far", "original"]
+    assert report.distance("mimu").mean == pytest.approx((0.1 + 0.01) / 2)
+    assert list(table_rows(report.distance_table())) == report.methods
+
+
+def test_the_best_figures_are_bold_by_rule(audit_reporter):
+    """The nearest to retraining, of the methods that forget: no reference, nor what leaves half of the class."""
+    report = AuditReport(audit_reporter)
+    distances, audits = table_rows(report.distance_table()), table_rows(report.audits_table())
+    assert [distances[name][0] for name in report.methods] == ["0.000", "**0.100**", "0.200", "0.300", "0.900"]
+    assert [distances[name][1] for name in report.methods] == ["0.0000", "**0.0100**", "0.0010", "0.0200", "0.0100"]
+    assert [audits[name][2] for name in report.methods] == ["88.0", "94.0", "88.0", "**90.0**", "95.0"]
+    # Alike as they are written, so both are bold.
+    assert [audits[name][0] for name in report.methods] == ["0.500", "**0.500**", "0.500", "**0.500**", "0.500"]
+
+
+def test_a_class_that_does_not_come_back_is_marked(audit_reporter):
+    audits = table_rows(AuditReport(audit_reporter).audits_table())
+    assert audits["far"][4] == "> 200.0" and audits["mimu"][4] == "**10.0**" and audits["original"][4] == "0.0"
+
+
+def test_gaps_are_to_the_retrained_classifier(audit_reporter):
+    distances = table_rows(AuditReport(audit_reporter).distance_table())
+    assert (
+        distances["far"][2] == "+0.50" and distances["mimu"][2] == "**+0.00**" and distances["original"][2] == "+95.00"
+    )
+
+
+def test_the_audits_stand_in_the_summary_and_are_drawn(audit_reporter):
+    audit_reporter.plot()
+    written = sorted(path.name for path in audit_reporter.folder.iterdir())
+    assert written == ["audits.png", "masks.png", "summary.md", "trade_off.png"]
+    summary = (audit_reporter.folder / "summary.md").read_text()
+    for title in ("Distance to retraining", "Audits", "Cost", "The methods"):
+        assert f"\n## {title}\n" in summary
+    assert all((audit_reporter.folder / name).stat().st_size > 3000 for name in written if name.endswith("png"))
+
+
+def test_the_picture_of_the_masks_shows_what_digits_have_in_common(audit_reporter, monkeypatch):
+    images = []
+    close = plt.close
+
+    def keep(figure):
+        images.extend(image.get_array().tolist() for axes in figure.axes for image in axes.images)
+        close(figure)
+
+    monkeypatch.setattr(plt, "close", keep)
+    draw_masks(audit_reporter)
+    counts, shares = images
+    by_hand = [[2, 2, 2, 2, 0], [0, 0, 0, 0, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 2]]
+    assert counts == by_hand
+    assert shares == [[100.0, pytest.approx(500 / 6)], [pytest.approx(500 / 6), 100.0]]

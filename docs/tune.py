@@ -1,0 +1,117 @@
+"""Tries candidates for the hyperparameters of every method on held-out training samples, and writes docs/tuning.md.
+
+Run it with `uv run docs/tune.py`, or with the names of some methods: `uv run docs/tune.py sft scrub`. What it chooses
+stands in configs/config.yaml.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from audits import Seen, jensen_shannon, look_at  # noqa: E402
+from config import load_config  # noqa: E402
+from data import GraphGenerator, load_image_data, number_of_weights  # noqa: E402
+from methods import METHODS, Request  # noqa: E402
+from reporter import markdown_table  # noqa: E402
+from trainer import TrainedGCN, Trainer  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a candidate comes to, mean over the digits: scores in percent, distance to retraining in bits."""
+
+    values: dict[str, int | float]
+    forget: float
+    retain: float
+    distance: float
+
+
+class Tuning:
+    """The requests of one classifier, and what is held out of its training split to score their answers."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        config, seed = load_config(), settings["seed"]
+        self.settings = settings
+        self.data = load_image_data(config.dataset, ROOT / "datasets", "cpu", settings["held_out"])
+        trainer = Trainer(config.classifier, seed)
+        self.classifier = trainer.train(self.data.train, 10)
+        graphs = GraphGenerator(self.classifier, self.data.train, config.graphs, seed)
+        top_k = number_of_weights(config.sweep.top_k[0], graphs.graph.num_vertices)
+        gcn = TrainedGCN.load().gcn
+        self.arguments = [
+            (config.eval, self.classifier, trainer, self.data.train, graphs, gcn, digit, top_k, seed)
+            for digit in range(graphs.num_classes)
+        ]
+        self.retrained = [self.seen(METHODS["retrain"].unlearn(Request(*each))) for each in self.arguments]
+        original = self.seen(self.classifier)
+        scores = [self.scores(original, digit)[1] for digit in range(graphs.num_classes)]
+        self.smallest_retain = sum(scores) / len(scores) - settings["largest_retain_loss"]
+
+    def seen(self, model: nn.Module) -> Seen:
+        return look_at(model, self.data.test)
+
+    def scores(self, seen: Seen, digit: int) -> tuple[float, float]:
+        """Forget and retain score, percent."""
+        correct, is_forget = (seen.logits.argmax(1) == seen.labels).double(), seen.labels == digit
+        return 100 * correct[is_forget].mean().item(), 100 * correct[~is_forget].mean().item()
+
+    def trial(self, method: str, values: dict[str, int | float]) -> Trial:
+        figures = []
+        for digit, (arguments, retrained) in enumerate(zip(self.arguments, self.retrained)):
+            request = Request(*arguments).at(1, is_auto=True)
+            seen = self.seen(METHODS[method].unlearn(request, **values))
+            parts = [seen.labels == digit, seen.labels != digit]
+            distance = sum(jensen_shannon(seen.logits[part], retrained.logits[part]) for part in parts) / 2
+            figures.append((*self.scores(seen, digit), distance))
+        return Trial(values, *torch.tensor(figures, dtype=torch.double).mean(0).tolist())
+
+    def best(self, trials: list[Trial]) -> Trial:
+        """The nearest to retraining of those that forget and keep enough; else what falls short by fewest points."""
+
+        def rank(trial: Trial) -> tuple[float, float]:
+            left = max(0.0, trial.forget - self.settings["largest_forget_score"])
+            return left + max(0.0, self.smallest_retain - trial.retain), trial.distance
+
+        return min(trials, key=rank)
+
+
+def candidates(grid: dict[str, list[int | float]]) -> Iterator[dict[str, int | float]]:
+    """Every combination of the values of a grid."""
+    for values in itertools.product(*grid.values()):
+        yield dict(zip(grid, values))
+
+
+def row(method: str, trial: Trial, mark: str) -> list[str]:
+    values = ", ".join(f"{name} {value:g}" for name, value in trial.values.items())
+    return [method, values, f"{trial.forget:.2f}", f"{trial.retain:.2f}", f"{trial.distance:.4f}", mark]
+
+
+def main(methods: list[str]) -> None:
+    settings = yaml.safe_load((ROOT / "docs" / "tuning.yaml").read_text())
+    tuning = Tuning(settings)
+    rows = []
+    for method in methods or settings["candidates"]:
+        grid = list(candidates(settings["candidates"][method]))
+        trials = [tuning.trial(method, values) for values in tqdm(grid, method, leave=False)]
+        best = tuning.best(trials)
+        rows += [row(method, trial, "chosen" if trial is best else "") for trial in trials]
+        print("\n".join(" ".join(each) for each in rows[-len(trials) :]), flush=True)
+    header = ["method", "hyperparameters", "forget score, %", "retain score, %", "distance to retraining, bits", ""]
+    (ROOT / "docs" / "tuning.md").write_text(f"# Every candidate\n\n{markdown_table(header, rows)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,234 @@
+"""The audits on cases whose answer is known: identical models, planted leaks, and references written out by hand."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import IN_FEATURES, NUM_CLASSES, random_classifier, random_split
+
+from audits import (
+    Audit,
+    AuditConfig,
+    Seen,
+    entropy_attack,
+    jensen_shannon,
+    linear_probe,
+    look_at,
+    loss_attack,
+    made_permanent,
+    relearn,
+    weights_changed,
+)
+from data import ImageData, Split
+from methods import WithoutLogit
+from model import Mask, WeightGraph
+from trainer import Trainer, TrainerConfig
+
+FORGET = 1
+CONFIG = AuditConfig(
+    enabled=True, probe_penalty=0.0, probe_steps=200, relearn_steps=40, relearn_batch_size=10, relearn_rate=0.1
+)
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return ImageData(random_split(100), random_split(60, seed=3))
+
+
+@pytest.fixture(scope="module")
+def trained(data):
+    return Trainer(TrainerConfig((6, 5), False, 30, 16, 0.01), 0).train(data.train, NUM_CLASSES)
+
+
+@pytest.fixture(scope="module")
+def retrained(data):
+    return Trainer(TrainerConfig((6, 5), False, 30, 16, 0.01), 0).train(data.train.retain(FORGET), NUM_CLASSES)
+
+
+def test_the_divergence_is_that_of_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    logits, others = torch.randn(2, 5, 4, generator=generator)
+    expected = 0.0
+    for p, q in zip(logits.double().softmax(1).tolist(), others.double().softmax(1).tolist()):
+        for a, b in zip(p, q):
+            expected += (a * math.log2(2 * a / (a + b)) + b * math.log2(2 * b / (a + b))) / 2 / 5
+    assert jensen_shannon(logits, others) == pytest.approx(expected, rel=1e-12)
+    assert jensen_shannon(others, logits) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_divergence_is_0_for_the_same_and_1_for_the_opposite():
+    logits = torch.tensor([[3.0, 1.0], [-torch.inf, 2.0]])
+    assert jensen_shannon(logits, logits) == 0.0
+    assert jensen_shannon(logits, logits + 7) == pytest.approx(0.0, abs=1e-7)
+    surely = torch.tensor([[0.0, -torch.inf]])
+    assert jensen_shannon(surely, surely.flip(1)) == pytest.approx(1.0)
+
+
+def test_the_loss_attack_counts_pairs():
+    members, others = torch.tensor([0.1, 0.4, 0.4, torch.inf]), torch.tensor([0.4, 0.2, 3.0])
+    pairs = [(m < o) + (m == o) / 2 for m in members.tolist() for o in others.tolist()]
+    assert loss_attack(members, others) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_the_loss_attack_finds_a_planted_leak_and_nothing_without_one():
+    losses = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    assert loss_attack(losses, losses) == pytest.approx(0.5)
+    assert loss_attack(losses / 1000, losses + 1) == 1.0
+    assert loss_attack(losses + 1, losses / 1000) == 0.0
+
+
+def logits_of(confidence: float, count: int, seed: int) -> torch.Tensor:
+    noise = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
+    noise[:, 0] += confidence
+    return noise
+
+
+def test_the_entropy_attack_finds_a_planted_leak():
+    retain, test = logits_of(9.0, 600, 0), logits_of(1.0, 200, 1)
+    assert entropy_attack(retain, test, logits_of(9.0, 300, 2)) > 97  # as sure of the class as of its members
+    assert entropy_attack(retain, test, logits_of(0.0, 300, 3)) < 10
+
+
+def test_the_entropy_attack_finds_the_optimum_of_its_loss():
+    """By gradient descent on the same balanced loss, in place of Newton's method."""
+    retain, test, forget = logits_of(4.0, 300, 0), logits_of(2.0, 100, 1), logits_of(3.0, 500, 2)
+    entropies = [torch.special.entr(x.double().softmax(1)).sum(1) for x in (retain, test, forget)]
+    x = torch.cat(entropies[:2])
+    y = torch.cat([torch.ones(300), torch.zeros(100)]).double()
+    weight = torch.cat([torch.full((300,), 400 / 600), torch.full((100,), 400 / 200)]).double()
+    solution = torch.zeros(2, dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([solution], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        logits = solution[0] * x + solution[1]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y, weight, reduction="sum")
+        (loss + solution[0] ** 2 / 2).backward()
+        return loss + solution[0] ** 2 / 2
+
+    optimizer.step(closure)
+    passing = 100 * (solution[0] * entropies[2] + solution[1] > 0).double().mean().item()
+    assert 5 < passing < 95 and entropy_attack(retain, test, forget) == pytest.approx(passing, abs=0.3)
+
+
+def seen(features: torch.Tensor, labels: torch.Tensor) -> Seen:
+    return Seen(torch.zeros(len(labels), int(labels.max()) + 1), features, labels)
+
+
+def test_the_probe_finds_a_class_that_the_features_hold_and_none_that_they_do_not():
+    train, test = random_split(200), random_split(100, seed=9)
+    blind = [seen(torch.randn(len(each.labels), 4, generator=torch.Generator().manual_seed(1)), each.labels)
+             for each in (train, test)]  # fmt: skip
+    found = linear_probe(*blind, penalty=0.0, steps=200) == test.labels
+    assert found.double().mean() < 0.5
+    sighted = [
+        Seen(each.logits, torch.cat([each.features, (each.labels == FORGET)[:, None].float()], 1), each.labels)
+        for each in blind
+    ]
+    found = linear_probe(*sighted, penalty=1e-6, steps=200) == test.labels
+    assert found[test.labels == FORGET].all()
+
+
+def test_the_probe_is_trained_to_convergence():
+    """The optimum of softmax regression on standardised features, here without whitening and in double precision."""
+    train, test = random_split(150), random_split(500, seed=9)
+    noise = torch.randn(1500, IN_FEATURES, generator=torch.Generator().manual_seed(2))
+    noisy = [seen(each.images + 2 * noise[: len(each.images)], each.labels)
+             for each in (train, test)]  # fmt: skip
+    deviation, mean = torch.std_mean(noisy[0].features.double(), 0)
+    x, x_test = ((each.features.double() - mean) / deviation for each in noisy)
+    weight = torch.zeros(IN_FEATURES, NUM_CLASSES, dtype=torch.double, requires_grad=True)
+    bias = torch.zeros(NUM_CLASSES, dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(x @ weight + bias, train.labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    expected = (x_test @ weight + bias).argmax(1)
+    agreement = (linear_probe(*noisy, penalty=0.0, steps=300) == expected).double().mean()
+    assert agreement > 0.995
+
+
+def test_the_probe_survives_features_that_never_change():
+    train, test = random_split(100), random_split(50, seed=9)
+    with_dead = [
+        seen(torch.cat([each.images, torch.zeros(len(each.labels), 2)], 1), each.labels) for each in (train, test)
+    ]
+    alone = [seen(each.images, each.labels) for each in (train, test)]
+    assert torch.equal(linear_probe(*with_dead, 1e-4, 200), linear_probe(*alone, 1e-4, 200))
+
+
+def masked(classifier, vertices=(0, 7, 29)):
+    model = copy.deepcopy(classifier)
+    graph = WeightGraph(classifier.shapes, -2)
+    Mask.zeroing(graph, torch.tensor(vertices)).apply(model)
+    return model
+
+
+def test_a_mask_made_permanent_answers_alike_and_leaves_the_model_as_it_was(trained, data):
+    model = masked(trained)
+    permanent = made_permanent(model)
+    assert torch.equal(permanent(data.test.images), model(data.test.images))
+    permanent.layers[1].weight.data.fill_(1.0)
+    assert torch.equal(model(data.test.images), masked(trained)(data.test.images))
+    assert weights_changed(model, trained) == 3 and weights_changed(trained, trained) == 0
+
+
+def test_relearning_takes_no_step_for_a_class_that_is_there(trained, data):
+    forget, test = data.train.forget(FORGET), data.test.forget(FORGET)
+    scores = relearn(trained, forget, test, 40.0, CONFIG, 0)
+    assert len(scores) == 1 and scores[0] > 90
+
+
+def test_relearning_counts_the_steps_of_sgd(retrained, data):
+    """The same by hand: plain gradient descent on the batches in the same order."""
+    forget, test = data.train.forget(FORGET), data.test.forget(FORGET)
+    scores = relearn(retrained, forget, test, 90.0, CONFIG, 0)
+    assert scores[0] == 0.0 and scores[-1] >= 90 and all(score < 90 for score in scores[:-1])
+    again = relearn(retrained, forget, test, 90.0, CONFIG, 0)
+    assert again == scores and len(relearn(retrained, forget, test, 101.0, CONFIG, 0)) == 41
+    slow = AuditConfig(True, 0.0, 200, 400, 10, 0.01)
+    assert len(relearn(retrained, forget, test, 90.0, slow, 0)) > 2 * len(scores)
+
+
+def test_relearning_ends_where_there_is_nothing_to_learn_from(trained, data):
+    model = WithoutLogit(copy.deepcopy(trained), FORGET)
+    assert relearn(model, data.train.forget(FORGET), data.test.forget(FORGET), 50.0, CONFIG, 0) == [0.0]
+
+
+def test_the_retrained_classifier_is_at_no_distance_from_itself(trained, retrained, data):
+    audit = Audit(CONFIG, data, FORGET, trained, retrained, 0)
+    of_retrained, of_original = audit(retrained), audit(trained)
+    assert of_retrained["js_forget"] == of_retrained["js_retain"] == 0.0
+    assert of_original["js_forget"] > 0.5 > of_original["js_retain"]
+    assert of_original["weights_changed"] == 0 and of_original["relearn_steps"] == 0
+    assert of_retrained["relearn_steps"] == len(of_retrained["relearn_scores"]) - 1 > 0
+    assert audit(WithoutLogit(trained, FORGET))["relearn_steps"] is None
+
+
+def test_a_removed_logit_leaves_the_representation_as_it_was(trained, retrained, data):
+    audit = Audit(CONFIG, data, FORGET, trained, retrained, 0)
+    assert audit(WithoutLogit(trained, FORGET))["probe_recall"] == audit(trained)["probe_recall"] > 90
+
+
+def test_audits_leave_the_classifier_and_the_global_generator_alone(trained, retrained, data):
+    model, state = masked(trained), torch.get_rng_state()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Audit(CONFIG, data, FORGET, trained, retrained, 0)(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_features_are_the_input_of_the_last_layer():
+    classifier, split = random_classifier(), random_split(10)
+    looked = look_at(torch.nn.Sequential(classifier), Split(split.images, split.labels))
+    expected = split.images
+    for layer in classifier.layers[:-1]:
+        expected = layer(expected).relu()
+    assert torch.equal(looked.features, expected) and torch.equal(looked.logits, classifier(split.images))
+    assert looked.loss[3] == pytest.approx(-classifier(split.images).double().log_softmax(1)[3, split.labels[3]].item())
