@@ -349,9 +349,8 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     found = [json.loads(path.read_text()) | {"path": path} for path in sorted(metrics_folder(root).glob("*.json"))]
     results = []
     for variant, config in configs.items():
-        own = [
-            each for each in found if each["variant"] == variant and without_report(each["config"]) == made_with(config)
-        ]
+        key = (variant, made_with(config))
+        own = [each for each in found if (each["variant"], without_report(each["config"])) == key]
         if not own:
             name = f"variant {variant}" if variant else "this config"
             raise DataError(f"{metrics_folder(root)}: there is no experiment of {name}: run it first")

@@ -153,13 +153,15 @@ def test_the_results_of_a_digit_do_not_depend_on_the_rest_of_the_sweep(here):
 def test_the_baseline_of_the_readme_shows_up_everywhere(copy):
     example = re.search(r"```python\n(@unlearning_method.*?)```", (copy / "README.md").read_text(), re.DOTALL)[1]
     name = re.search(r'@unlearning_method\("([^"]+)"', example)[1]
-    replace_once(copy / "eval.py", '@unlearning_method("retrain")', f'{example}\n\n@unlearning_method("retrain")')
+    replace_once(copy / "eval.py", "def slug(", f"{example}\n\ndef slug(")
+    setting = re.search(r"```yaml\n( +coactivation: .*?)\n```", (copy / "README.md").read_text())[1]
+    replace_once(copy / "configs" / "config.yaml", "    fine_tune:", f"{setting}\n    fine_tune:")
     print_legends(copy)
     output = run(copy, *SMOKE, *QUICK)
     for result in metrics(copy).values():
         assert {"loss", "score", "probability"} == set(result["unlearning_metrics"][name])
         assert {"loss", "score"} == set(result["performance_degradation_metrics"][name])
-        assert name in result["mask_efficacy_metrics"]
+        assert result["methods"][name]["touches"] == "a mask" and result["num_zeroed"][name] > 0
         scores = [result["unlearning_metrics"][method]["loss"] for method in (name, "original", "random", "mimu")]
         assert len(set(scores)) == 4
     assert len(legends(output)) == 6 and all(name in labels for labels in legends(output).values())
@@ -435,7 +437,7 @@ def test_the_benchmark_compares_the_closed_form_with_pyg(copy):
 
 def test_reports_are_drawn_anew_from_the_json_alone(here, capsys):
     run_here(here)
-    (reports,) = [here / "reports"]
+    reports = here / "reports"
     before = {path.name: path.read_bytes() for path in reports.iterdir() if path.name != "run.json"}
     shutil.rmtree(reports)
     shutil.rmtree(here / "checkpoints")
