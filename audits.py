@@ -15,6 +15,11 @@ from torch.nn.utils import parametrize
 from data import ImageData, Split, check_range, seeded
 from model import linear_layers
 
+AUDITS = (
+    "js_forget", "js_retain", "loss_attack", "entropy_attack", "probe_recall", "probe_retain", "relearn_steps",
+    "relearn_scores",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class AuditConfig:
@@ -234,8 +239,13 @@ class Audit:
         relearn_steps: until the class's score is half of the original's; null: not within the steps of the config
         relearn_scores: the score before every step and after the last
         weights_changed: how many differ from the original's
+
+        All but the last are null for a classifier that has diverged, whose outputs are not numbers.
         """
         train, test = look_at(model, self.data.train), look_at(model, self.data.test)
+        changed = weights_changed(model, self.original)
+        if not train.features.isfinite().all() or train.logits.isnan().any() or test.logits.isnan().any():
+            return {name: None for name in AUDITS} | {"weights_changed": changed}
         is_member = train.labels == self.forget_class
         found = linear_probe(train, test, self.config.probe_penalty, self.config.probe_steps) == test.labels
         forget_test = self.data.test.forget(self.forget_class)
@@ -251,5 +261,5 @@ class Audit:
             "probe_retain": 100 * found[~self.is_forget].double().mean().item(),
             "relearn_steps": len(scores) - 1 if scores[-1] >= self.goal else None,
             "relearn_scores": scores,
-            "weights_changed": weights_changed(model, self.original),
+            "weights_changed": changed,
         }

@@ -1,7 +1,7 @@
 """Tries candidates for the hyperparameters of every method on held-out training samples, and writes docs/tuning.md.
 
-Run it with `uv run docs/tune.py`, or with the names of some methods: `uv run docs/tune.py sft scrub`. What it chooses
-stands in configs/config.yaml.
+Run it with `uv run docs/tune.py`, or with the names of some methods, the others staying as they are written:
+`uv run docs/tune.py sft scrub`. What it chooses stands in configs/config.yaml.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
 from audits import Seen, jensen_shannon, look_at  # noqa: E402
@@ -100,17 +101,22 @@ def row(method: str, trial: Trial, mark: str) -> list[str]:
 
 
 def main(methods: list[str]) -> None:
-    settings = yaml.safe_load((ROOT / "docs" / "tuning.yaml").read_text())
+    settings = yaml.safe_load((DOCS / "tuning.yaml").read_text())
+    table = DOCS / "tuning.md"
+    lines = table.read_text().splitlines()[4:] if table.exists() else []
+    written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     tuning = Tuning(settings)
     rows = []
-    for method in methods or settings["candidates"]:
-        grid = list(candidates(settings["candidates"][method]))
-        trials = [tuning.trial(method, values) for values in tqdm(grid, method, leave=False)]
+    for method, grid in settings["candidates"].items():
+        if methods and method not in methods:
+            rows += [cells for cells in written if cells[0] == method]
+            continue
+        trials = [tuning.trial(method, values) for values in tqdm(list(candidates(grid)), method, leave=False)]
         best = tuning.best(trials)
         rows += [row(method, trial, "chosen" if trial is best else "") for trial in trials]
         print("\n".join(" ".join(each) for each in rows[-len(trials) :]), flush=True)
     header = ["method", "hyperparameters", "forget score, %", "retain score, %", "distance to retraining, bits", ""]
-    (ROOT / "docs" / "tuning.md").write_text(f"# Every candidate\n\n{markdown_table(header, rows)}\n")
+    table.write_text(f"# Every candidate\n\n{markdown_table(header, rows)}\n")
 
 
 if __name__ == "__main__":

@@ -211,6 +211,14 @@ def test_the_retrained_classifier_is_at_no_distance_from_itself(trained, retrain
     assert audit(WithoutLogit(trained, FORGET))["relearn_steps"] is None
 
 
+def test_a_diverged_classifier_has_no_audits(trained, retrained, data):
+    broken = copy.deepcopy(trained)
+    broken.layers[0].weight.data[0, 0] = torch.nan
+    of_broken = Audit(CONFIG, data, FORGET, trained, retrained, 0)(broken)
+    assert of_broken.pop("weights_changed") == 1 and set(of_broken.values()) == {None}
+    assert set(of_broken) | {"weights_changed"} == set(Audit(CONFIG, data, FORGET, trained, retrained, 0)(trained))
+
+
 def test_a_removed_logit_leaves_the_representation_as_it_was(trained, retrained, data):
     audit = Audit(CONFIG, data, FORGET, trained, retrained, 0)
     assert audit(WithoutLogit(trained, FORGET))["probe_recall"] == audit(trained)["probe_recall"] > 90

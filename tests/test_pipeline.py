@@ -384,7 +384,7 @@ def test_a_failed_process_fails_the_run_with_its_error(copy):
     failure = (
         "    if request.forget_class == 9:\n        raise RuntimeError(f'on purpose, digit {request.forget_class}')\n"
     )
-    replace_once(copy / "eval.py", docstring, docstring + failure)
+    replace_once(copy / "methods.py", docstring, docstring + failure)
     done = torchrun(copy, *SMOKE, "sweep.kappa=[20]", "eval.visualize=false")
     assert done.returncode != 0 and "on purpose, digit 9" in done.stderr
     assert not (copy / "reports").exists()
