@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from comparison import Comparison
+from comparison import AuditReport, Comparison
 from config import Config
 from data import IMAGE_SIZE, NUM_CLASSES, DataError, GraphGenerator, ImageData, load_image_data
 from eval import Eval, Experiment, slug
@@ -401,7 +401,10 @@ def report(results: Sequence[tuple[Training, list[Path]]], folder: Path) -> list
         reporters[name] = Reporter(configs[variant].report, paths, folder.joinpath(*parts))
     if "" in configs:
         for reporter in reporters.values():
-            reporter.plot()
+            audits = AuditReport(reporter) if reporter.has_audits else None
+            reporter.plot(audits.tables() if audits else ())
+            if audits:
+                audits.draw_audits()
         return [reporter.closing_table() for reporter in reporters.values()]
     for reporter in reporters.values():
         reporter.write_summary()

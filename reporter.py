@@ -8,13 +8,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. Dashed: the two references.
 # A colour for every family of methods, a marker for each method in it.
@@ -44,10 +42,6 @@ METHOD_STYLES: dict[str, dict[str, Any]] = {
 }
 FREE_COLORS = ("#17BECF", "#BCBD22", "#F0E442", "#882255", "#332288", "#44AA99")
 FREE_MARKERS = "X<>phdH"
-# What an unlearned classifier is measured against; the others compete.
-REFERENCES = ("original", "retrain", "retrain_again")
-FORGOTTEN = 1.0  # percent: the largest mean forget score of a method that competes for the best figures
-
 FORGET, RETAIN = "unlearning_metrics", "performance_degradation_metrics"
 
 # A number of weights, or the number that was chosen for each request.
@@ -64,12 +58,12 @@ def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> str:
+    """A Markdown table; the first `texts` columns are text, the others are numbers."""
     cells = [[str(cell) for cell in line] for line in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)])
-    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells]
+    cells.insert(1, ["-" * width if index < texts else "-" * (width - 1) + ":" for index, width in enumerate(widths)])
+    padded = [[*map(str.ljust, line[:texts], widths), *map(str.rjust, line[texts:], widths[texts:])] for line in cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
@@ -183,8 +177,11 @@ class Reporter:
         differences = [a - b if math.isfinite(a - b) else -math.inf for a, b in zip(retain, forget)]
         return self.kappas[differences.index(max(differences))]
 
-    def plot(self) -> None:
-        """Draws the curves over kappa (without fixed ones the trade-off), masks and audits, and writes the tables."""
+    def plot(self, sections: Sequence[str] = ()) -> None:
+        """Draws the curves over kappa (without fixed ones the trade-off) and the masks, and writes the tables.
+
+        sections: what else the summary says
+        """
         plt.switch_backend("Agg")
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.kappas:
@@ -198,9 +195,7 @@ class Reporter:
             self.draw_trade_off()
         if len(self.digits) > 1 and len(self.experiments[0].get("mask_shapes", [])) == 1:
             draw_masks(self)
-        if self.has_audits:
-            AuditReport(self).draw_audits()
-        self.write_summary()
+        self.write_summary(sections)
 
     def draw_loss_curves_on_forget_set(self) -> None:
         x = self.kappas
@@ -271,8 +266,8 @@ class Reporter:
         figure.savefig(self.folder / "trade_off.png", dpi=self.config.dpi)
         plt.close(figure)
 
-    def write_summary(self) -> None:
-        """Writes `summary.md`: the numbers of the figures, the mask efficacy, and the digits one by one."""
+    def write_summary(self, more: Sequence[str] = ()) -> None:
+        """Writes `summary.md`: the numbers of the figures, more sections, the mask efficacy, and the single digits."""
         self.folder.mkdir(parents=True, exist_ok=True)
         averaged = f"Mean over {len(self.digits)} digits" if len(self.digits) > 1 else f"Digit {self.digits[0]}"
         if len(self.seeds) > 1:
@@ -286,8 +281,7 @@ class Reporter:
             if len(self.digits) > 1:
                 sections += ["The worst digit of any seed:", self.worst_table(kappa)]
                 sections += ["Digit by digit:", self.digits_table(kappa)]
-        if self.has_audits:
-            sections += AuditReport(self).tables()
+        sections += more
         sections += [
             f"## Mask efficacy, K = {top_k}",
             "Scores on the forget set when only K weights of the masked layers are kept.",
@@ -467,187 +461,6 @@ def worst(gaps: Iterable[float]) -> float:
     """The smallest gap; not a number where one is not known."""
     known = list(gaps)
     return math.nan if any(math.isnan(gap) for gap in known) else min(known)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A figure of the audits: where it stands in the JSON, what tables and panels call it, and how it is written.
-
-    best: what is best in it: to be as near as can be to the retrained classifier's value, or the smallest value
-    """
-
-    keys: tuple[str, ...]
-    name: str
-    spec: str
-    best: Literal["nearest", "smallest"] = "nearest"
-
-
-DISTANCE = (
-    Column(("js_forget",), "divergence on the forget set, bits", ".3f", "smallest"),
-    Column(("js_retain",), "divergence on the retain set, bits", ".4f", "smallest"),
-)
-AUDITS = (
-    Column(("loss_attack",), "loss attack, area under the curve", ".3f"),
-    Column(("entropy_attack",), "entropy attack, % members", ".1f"),
-    Column(("probe_recall",), "probe, recall of the forget class, %", ".1f"),
-    Column(("probe_retain",), "probe, score on the retain set, %", ".1f"),
-    Column(("relearn_steps",), "relearn time, steps", ".1f"),
-)
-
-
-class AuditReport:
-    """Every method beside the classifier retrained without the class, in the order of their distance to it.
-
-    The distance is the Jensen-Shannon divergence of the predictions, mean of the forget set's and the retain set's.
-    In every column the best of the methods is bold, or the best ones where they are written alike. The references (the
-    original and the retrained classifiers) do not compete, nor do methods that leave more than FORGOTTEN percent.
-    """
-
-    def __init__(self, reporter: Reporter) -> None:
-        self.reporter = reporter
-        self.kappa = reporter.headline_kappa()
-        self.folder = reporter.folder
-        self.about = reporter.experiments[0]["methods"]
-        self.cap = reporter.experiments[0]["config"]["eval"]["audit"]["relearn_steps"]
-        distances = {name: self.distance(name).mean for name in reporter.methods}
-        self.methods = sorted(distances, key=lambda name: (math.isnan(distances[name]), distances[name]))
-        self.competing = [
-            name not in REFERENCES and reporter.value(FORGET, name, "score", kappa=self.kappa).mean <= FORGOTTEN
-            for name in self.methods
-        ]
-
-    def distance(self, method: str) -> Value:
-        """Mean divergence from the retrained classifier, bits."""
-        forget, retain = (self.value(column, method) for column in DISTANCE)
-        return Value(tuple((a + b) / 2 for a, b in zip(forget.per_seed, retain.per_seed)))
-
-    def value(self, column: Column, method: str, digits: Sequence[int] | None = None) -> Value:
-        """An audit's value; a class that did not come back counts as one that did at the last step."""
-        missing = float(self.cap) if column.keys == ("relearn_steps",) else math.nan
-        return self.reporter.value(
-            "audit_metrics", method, *column.keys, kappa=self.kappa, digits=digits, missing=missing
-        )
-
-    def seconds(self, method: str, digits: Sequence[int] | None = None) -> Value:
-        """What a request takes."""
-        return self.reporter.value("seconds", method, kappa=self.kappa, digits=digits)
-
-    def gap(self, evaluation: str, metric: str, method: str) -> Value:
-        """A metric less that of the retrained classifier."""
-        of_method, of_retrain = (
-            self.reporter.value(evaluation, name, metric, kappa=self.kappa) for name in (method, "retrain")
-        )
-        return of_method - of_retrain
-
-    def tables(self) -> list[str]:
-        """The sections of the summary."""
-        return [
-            "## Distance to retraining",
-            "Jensen-Shannon divergence of the predictions from the retrained classifier's (0: the same, 1: at most), "
-            "and the five metrics less those of the retrained classifier. Sorted by the mean of the two divergences; "
-            f"the best of each column is bold, among the methods with a forget score of at most {FORGOTTEN:g} %.",
-            self.distance_table(),
-            "## Audits",
-            "The best is the nearest to the retrained classifier, which never saw the class. Loss attack: 0.5 tells "
-            f"nothing. Relearn time: at most {self.cap} steps; '>' where a class did not come back by then.",
-            self.audits_table(),
-            "## Cost",
-            self.cost_table(),
-            "## The methods",
-            self.about_table(),
-        ]
-
-    def distance_table(self) -> str:
-        metrics = (
-            (FORGET, "score", "forget score, points", ".2f"),
-            (RETAIN, "score", "retain score, points", ".2f"),
-            (FORGET, "probability", "probability of the forget class", ".4f"),
-            (FORGET, "loss", "forget loss, nats", ".2f"),
-            (RETAIN, "loss", "retain loss, nats", ".3f"),
-        )
-        columns = [([self.value(column, name) for name in self.methods], column.spec) for column in DISTANCE]
-        columns += [
-            ([self.gap(evaluation, metric, name) for name in self.methods], f"+{spec}")
-            for evaluation, metric, _, spec in metrics
-        ]
-        cells = [self.bold(values, [abs(value.mean) for value in values], spec) for values, spec in columns]
-        header = ["method", *(column.name for column in DISTANCE), *(name for _, _, name, _ in metrics)]
-        return markdown_table(header, zip(self.methods, *cells))
-
-    def audits_table(self) -> str:
-        columns = []
-        for column in AUDITS:
-            values = [self.value(column, name) for name in self.methods]
-            reference = self.value(column, "retrain").mean
-            cells = self.bold(values, [abs(value.mean - reference) for value in values], column.spec)
-            if column.keys == ("relearn_steps",):
-                cells = [f"> {cell}" if self.never_came_back(name) else cell for name, cell in zip(self.methods, cells)]
-            columns.append(cells)
-        return markdown_table(["method", *(column.name for column in AUDITS)], zip(self.methods, *columns))
-
-    def cost_table(self) -> str:
-        seconds = list(map(self.seconds, self.methods))
-        changed = [self.value(Column(("weights_changed",), "", ""), name) for name in self.methods]
-        columns = [
-            self.bold(values, [each.mean for each in values], spec)
-            for values, spec in ((seconds, ".2f"), (changed, ".0f"))
-        ]
-        needs = [self.about[name]["needs"] for name in self.methods]
-        return markdown_table(
-            ["method", "seconds a request", "weights changed", "needs"], zip(self.methods, *columns, needs)
-        )
-
-    def about_table(self) -> str:
-        rows = [
-            [name, *(self.about[name][key] for key in ("does", "touches", "needs", "paper"))] for name in self.methods
-        ]
-        return markdown_table(["method", "what it does", "what it may change", "data it needs", "paper"], rows)
-
-    def never_came_back(self, method: str) -> bool:
-        """Whether a class did not come back within the steps of the relearning."""
-        return any(
-            e["audit_metrics"][method]["relearn_steps"] is None for e in self.reporter.experiments_at(self.kappa)
-        )
-
-    def bold(self, values: Sequence[Value], far: Sequence[float], spec: str) -> list[str]:
-        """The values as text, those of the competing methods that are least far from the best bold."""
-        cells = [f"{value:{spec}}" for value in values]
-        competing = [index for index, does in enumerate(self.competing) if does and not math.isnan(far[index])]
-        if not competing:
-            return cells
-        best = min(competing, key=far.__getitem__)
-        written = f"{values[best].mean:{spec}}"
-        return [
-            f"**{cell}**" if index in competing and f"{values[index].mean:{spec}}" == written else cell
-            for index, cell in enumerate(cells)
-        ]
-
-    def draw_audits(self) -> None:
-        """A panel for every audit: a small mark for every digit, a large one for their mean; a line for retraining."""
-        figure, panels = plt.subplots(
-            2, 4, figsize=(13, 1.2 + 0.44 * len(self.methods)), sharey=True, layout="constrained"
-        )
-        *of_audits, of_seconds = panels.flat
-        for axes, column in zip(of_audits, (*DISTANCE, *AUDITS)):
-            self._draw_panel(axes, column.name, partial(self.value, column))
-        self._draw_panel(of_seconds, "seconds a request", self.seconds)
-        of_seconds.set_xscale("log")
-        panels.flat[0].set_yticks(range(len(self.methods)), self.methods, fontsize=8)
-        panels.flat[0].invert_yaxis()
-        figure.savefig(self.folder / "audits.png", dpi=self.reporter.config.dpi)
-        plt.close(figure)
-
-    def _draw_panel(self, axes: Axes, x_label: str, value: Callable[..., Value]) -> None:
-        for height, name in enumerate(self.methods):
-            style = {"color": self.reporter.styles[name]["color"], "marker": self.reporter.styles[name]["marker"]}
-            of_digits = [value(name, [digit]).mean for digit in self.reporter.digits]
-            axes.plot(of_digits, [height] * len(of_digits), linestyle="none", markersize=3, alpha=0.4, **style)
-            axes.plot(value(name).mean, height, linestyle="none", markersize=7, **style)
-            if name == "retrain":
-                axes.axvline(value(name).mean, color=style["color"], linewidth=0.8, linestyle="--", zorder=0)
-        axes.set_xlabel(x_label, fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
 
 
 def draw_masks(reporter: Reporter) -> None:

@@ -17,8 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from comparison import AuditReport  # noqa: E402
 from config import load_config  # noqa: E402
-from reporter import FORGET, RETAIN, AuditReport, Reporter, markdown_table  # noqa: E402
+from reporter import FORGET, RETAIN, Reporter, markdown_table  # noqa: E402
 
 REPORTS, DOCS = ROOT / "reports", ROOT / "docs"
 

@@ -7,12 +7,11 @@ from statistics import fmean, stdev
 import matplotlib.pyplot as plt
 import pytest
 
-from comparison import Comparison
+from comparison import AuditReport, Comparison
 from reporter import (
     FORGET,
     METHOD_STYLES,
     RETAIN,
-    AuditReport,
     Reporter,
     ReporterConfig,
     Value,
@@ -413,7 +412,9 @@ def test_gaps_are_to_the_retrained_classifier(audit_reporter):
 
 
 def test_the_audits_stand_in_the_summary_and_are_drawn(audit_reporter):
-    audit_reporter.plot()
+    report = AuditReport(audit_reporter)
+    audit_reporter.plot(report.tables())
+    report.draw_audits()
     written = sorted(path.name for path in audit_reporter.folder.iterdir())
     assert written == ["audits.png", "masks.png", "summary.md", "trade_off.png"]
     summary = (audit_reporter.folder / "summary.md").read_text()
