@@ -19,6 +19,7 @@ from reporter import FORGET, RETAIN, Reporter, Value, markdown_table, method_sty
 # What an unlearned classifier is measured against; the others compete.
 REFERENCES = ("original", "retrain", "retrain_again")
 FORGOTTEN = 1.0  # percent: the largest mean forget score of a method that competes for the best figures
+LOST = 2.0  # points of the retain score below the original's that are worth a word
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,7 @@ class AuditReport:
         self.cap = reporter.experiments[0]["config"]["eval"]["audit"]["relearn_steps"]
         distances = {name: self.distance(name).mean for name in reporter.methods}
         self.methods = sorted(distances, key=lambda name: (math.isnan(distances[name]), distances[name]))
-        self.competing = [
-            name not in REFERENCES and reporter.value(FORGET, name, "score", kappa=self.kappa).mean <= FORGOTTEN
-            for name in self.methods
-        ]
+        self.competing = [name not in REFERENCES and self.score(FORGET, name) <= FORGOTTEN for name in self.methods]
 
     def distance(self, method: str) -> Value:
         """Mean divergence from the retrained classifier, bits."""
@@ -99,6 +97,7 @@ class AuditReport:
             "and the five metrics less those of the retrained classifier. Sorted by the mean of the two divergences; "
             f"the best of each column is bold, among the methods with a forget score of at most {FORGOTTEN:g} %.",
             self.distance_table(),
+            self.shortfalls(),
             "## Audits",
             "The best is the nearest to the retrained classifier, which never saw the class. Loss attack: 0.5 tells "
             f"nothing. Relearn time: at most {self.cap} steps; '>' where a class did not come back by then.",
@@ -108,6 +107,20 @@ class AuditReport:
             "## The methods",
             self.about_table(),
         ]
+
+    def shortfalls(self) -> str:
+        """Which methods leave the class, and which take the others along."""
+        others = [name for name in self.methods if name not in REFERENCES]
+        leave = [name for name in others if self.score(FORGET, name) > FORGOTTEN]
+        lose = [name for name in others if self.score(RETAIN, name) < self.score(RETAIN, "original") - LOST]
+        return (
+            f"Forget score above {FORGOTTEN:g} %: {', '.join(leave) or 'none'}. Retain score more than {LOST:g} points "
+            f"below the original's: {', '.join(lose) or 'none'}."
+        )
+
+    def score(self, evaluation: str, method: str) -> float:
+        """Mean score, percent."""
+        return self.reporter.value(evaluation, method, "score", kappa=self.kappa).mean
 
     def distance_table(self) -> str:
         metrics = (

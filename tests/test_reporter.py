@@ -399,6 +399,13 @@ def test_the_best_figures_are_bold_by_rule(audit_reporter):
     assert [audits[name][0] for name in report.methods] == ["0.500", "**0.500**", "0.500", "**0.500**", "0.500"]
 
 
+def test_what_does_not_forget_or_takes_the_others_along_is_named(audit_reporter):
+    for experiment in audit_reporter.experiments:
+        experiment["performance_degradation_metrics"]["far"]["score"] = 94.0
+    said = AuditReport(audit_reporter).shortfalls()
+    assert "above 1 %: loud. Retain score more than 2 points below the original's: far." in said
+
+
 def test_a_class_that_does_not_come_back_is_marked(audit_reporter):
     audits = table_rows(AuditReport(audit_reporter).audits_table())
     assert audits["far"][4] == "> 200.0" and audits["mimu"][4] == "**10.0**" and audits["original"][4] == "0.0"
