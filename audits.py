@@ -17,7 +17,7 @@ from model import linear_layers
 
 AUDITS = (
     "js_forget", "js_retain", "loss_attack", "entropy_attack", "probe_recall", "probe_retain", "relearn_steps",
-    "relearn_scores",
+    "came_back", "relearn_scores", "weights_changed",
 )  # fmt: skip
 
 
@@ -57,6 +57,16 @@ class Seen:
         return Seen(self.logits[chosen], self.features[chosen], self.labels[chosen])
 
     @property
+    def correct(self) -> Tensor:
+        """1 for each sample that is classified correctly, else 0, (samples); 0 where logits are not numbers."""
+        return ((self.logits.argmax(1) == self.labels) & ~self.logits.isnan().any(1)).double()
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether an output is not a number, or infinite; a logit of minus infinity is a removed class."""
+        return not (self.features.isfinite().all() and (self.logits < torch.inf).all())
+
+    @property
     def loss(self) -> Tensor:
         """Cross entropy of every sample, (samples), nats, in double precision."""
         return F.cross_entropy(self.logits.double(), self.labels, reduction="none")
@@ -64,7 +74,7 @@ class Seen:
 
 @torch.no_grad()
 def look_at(model: nn.Module, split: Split) -> Seen:
-    """Runs a classifier on a split; the features are what its last linear layer is given."""
+    """Runs a classifier on a split; the features are what its last linear layer is given. All of it on the CPU."""
     features: list[Tensor] = []
     last = linear_layers(model)[-1]
     hook = last.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].detach()))
@@ -72,7 +82,7 @@ def look_at(model: nn.Module, split: Split) -> Seen:
         logits = torch.cat([model(images) for images in split.images.split(10_000)])
     finally:
         hook.remove()
-    return Seen(logits, torch.cat(features), split.labels)
+    return Seen(logits.cpu(), torch.cat(features).cpu(), split.labels.cpu())
 
 
 def jensen_shannon(logits: Tensor, others: Tensor) -> float:
@@ -89,9 +99,11 @@ def jensen_shannon(logits: Tensor, others: Tensor) -> float:
 def loss_attack(members: Tensor, others: Tensor) -> float:
     """Membership inference by the loss: the area under the ROC curve when a smaller loss says "member".
 
-    The probability that a member's loss is below that of a non-member, ties counted half: 0.5 tells nothing.
-    Yeom et al. 2018, arXiv:1709.01604. Both are losses (samples).
+    The probability that a member's loss is below that of a non-member, ties counted half: 0.5 tells nothing. Not a
+    number where no loss is finite. Yeom et al. 2018, arXiv:1709.01604. Both are losses (samples).
     """
+    if not members.isfinite().any() and not others.isfinite().any():
+        return math.nan
     ordered = others.sort().values
     above = len(others) - torch.searchsorted(ordered, members, right=True)
     not_below = len(others) - torch.searchsorted(ordered, members, right=False)
@@ -108,11 +120,13 @@ def entropy_attack(retain: Tensor, test: Tensor, forget: Tensor) -> float:
 
     Logistic regression on the entropy of the prediction, the retain set's training samples as members and the test
     split as non-members, both with the same weight. Foster et al. 2023, arXiv:2308.07707, after Chundawat et al. 2022,
-    arXiv:2205.08096. All are logits (samples, classes).
+    arXiv:2205.08096. Not a number where all entropies are the same. All are logits (samples, classes).
     """
     x = torch.cat([entropy(retain), entropy(test)])
+    if x.max() == x.min():
+        return math.nan
     is_member = torch.cat([torch.ones(len(retain)), torch.zeros(len(test))]).to(x)
-    weight = torch.where(is_member == 1, 0.5 / len(retain), 0.5 / len(test)) * len(x)
+    weight = is_member * len(x) / (2 * len(retain)) + (1 - is_member) * len(x) / (2 * len(test))
     inputs = torch.stack([x, torch.ones_like(x)], 1)
     solution = torch.zeros(2, dtype=x.dtype, device=x.device)
     penalty = torch.tensor([1.0, 0.0], dtype=x.dtype, device=x.device)  # of the slope, as scikit-learn has it
@@ -185,8 +199,7 @@ def relearn(model: nn.Module, forget: Split, test: Split, goal: float, config: A
     while True:
         order = torch.randperm(len(forget.labels), generator=generator).to(forget.labels.device)
         for batch in order.split(config.relearn_batch_size):
-            with torch.no_grad():
-                scores.append(100 * (model(test.images).argmax(1) == test.labels).double().mean().item())
+            scores.append(100 * look_at(model, test).correct.mean().item())
             if scores[-1] >= goal or len(scores) > config.relearn_steps:
                 return scores
             loss = F.cross_entropy(model(forget.images.index_select(0, batch)), forget.labels[batch])
@@ -223,10 +236,9 @@ class Audit:
         self.forget_class = forget_class
         self.seed = seed
         self.original = original
-        self.is_forget = data.test.labels == forget_class
         self.retrained = look_at(retrained, data.test)
-        correct = look_at(original, data.test).of(self.is_forget).logits.argmax(1) == forget_class
-        self.goal = 50 * correct.double().mean().item()
+        self.is_forget = self.retrained.labels == forget_class
+        self.goal = 50 * look_at(original, data.test).of(self.is_forget).correct.mean().item()
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
         """The audits of one classifier.
@@ -236,7 +248,9 @@ class Audit:
         entropy_attack: percent of the forget class's training samples that pass for members
         probe_recall: percent of the forget class's test samples that a linear probe of the features finds
         probe_retain: percent of the other classes' test samples that it classifies correctly
-        relearn_steps: until the class's score is half of the original's; null: not within the steps of the config
+        relearn_steps: until the class's score is half of the original's, or those of the config where it does not come
+            back; null where the loss is infinite, so that there is nothing to learn from
+        came_back: whether it did
         relearn_scores: the score before every step and after the last
         weights_changed: how many differ from the original's
 
@@ -244,22 +258,23 @@ class Audit:
         """
         train, test = look_at(model, self.data.train), look_at(model, self.data.test)
         changed = weights_changed(model, self.original)
-        if not train.features.isfinite().all() or train.logits.isnan().any() or test.logits.isnan().any():
-            return {name: None for name in AUDITS} | {"weights_changed": changed}
+        if train.has_diverged or test.has_diverged:
+            return dict.fromkeys(AUDITS) | {"weights_changed": changed}
         is_member = train.labels == self.forget_class
-        found = linear_probe(train, test, self.config.probe_penalty, self.config.probe_steps) == test.labels
-        forget_test = self.data.test.forget(self.forget_class)
-        scores = relearn(
-            model, self.data.train.forget(self.forget_class), forget_test, self.goal, self.config, self.seed
+        found = (linear_probe(train, test, self.config.probe_penalty, self.config.probe_steps) == test.labels).double()
+        splits = (split.forget(self.forget_class) for split in (self.data.train, self.data.test))
+        scores = relearn(model, *splits, self.goal, self.config, self.seed)
+        came_back = scores[-1] >= self.goal
+        figures = (
+            jensen_shannon(test.logits[self.is_forget], self.retrained.logits[self.is_forget]),
+            jensen_shannon(test.logits[~self.is_forget], self.retrained.logits[~self.is_forget]),
+            loss_attack(train.of(is_member).loss, test.of(self.is_forget).loss),
+            entropy_attack(train.logits[~is_member], test.logits, train.logits[is_member]),
+            100 * found[self.is_forget].mean().item(),
+            100 * found[~self.is_forget].mean().item(),
+            len(scores) - 1 if came_back or len(scores) > self.config.relearn_steps else None,
+            came_back,
+            scores,
+            changed,
         )
-        return {
-            "js_forget": jensen_shannon(test.logits[self.is_forget], self.retrained.logits[self.is_forget]),
-            "js_retain": jensen_shannon(test.logits[~self.is_forget], self.retrained.logits[~self.is_forget]),
-            "loss_attack": loss_attack(train.of(is_member).loss, test.of(self.is_forget).loss),
-            "entropy_attack": entropy_attack(train.logits[~is_member], test.logits, train.logits[is_member]),
-            "probe_recall": 100 * found[self.is_forget].double().mean().item(),
-            "probe_retain": 100 * found[~self.is_forget].double().mean().item(),
-            "relearn_steps": len(scores) - 1 if scores[-1] >= self.goal else None,
-            "relearn_scores": scores,
-            "weights_changed": changed,
-        }
+        return dict(zip(AUDITS, figures, strict=True))

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Split, seeded, seeded_initialisation
-from methods import Request, unlearning_method
+from methods import Positive, Request, Share, unlearning_method
 from model import HookedMNISTClassifier
-from trainer import masked_logits
+from trainer import masked_logits, other_labels
 
 Batch = tuple[Tensor, Tensor]  # images (batch, 784), labels (batch)
 
@@ -33,7 +33,7 @@ def joined(*splits: Split) -> Split:
     return Split(torch.cat([split.images for split in splits]), torch.cat([split.labels for split in splits]))
 
 
-def random_part(split: Split, share: float, generator: torch.Generator) -> Split:
+def random_part(split: Split, share: Share, generator: torch.Generator) -> Split:
     """A random share of the samples."""
     kept = torch.randperm(len(split.labels), generator=generator)[: round(share * len(split.labels))]
     kept = kept.to(split.labels.device)
@@ -42,10 +42,9 @@ def random_part(split: Split, share: float, generator: torch.Generator) -> Split
 
 def with_random_labels(request: Request) -> Split:
     """The forget class's training samples, each labelled as a random other class."""
-    forget, num_classes = request.forget, request.graphs.num_classes
     generator = seeded("random labels", request.seed, request.forget_class)
-    shift = torch.randint(1, num_classes, forget.labels.shape, generator=generator).to(forget.labels.device)
-    return Split(forget.images, (forget.labels + shift) % num_classes)
+    labels = other_labels(request.forget.labels, request.graphs.num_classes, generator)
+    return Split(request.forget.images, labels)
 
 
 def generator_of(name: str, request: Request) -> torch.Generator:
@@ -73,6 +72,25 @@ def minimise(
         optimizer.step()
 
 
+def learn(
+    classifier: nn.Module,
+    samples: Split,
+    epochs: int,
+    batch_size: int,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    trainable: list[Tensor] | None = None,
+) -> nn.Module:
+    """Trains the classifier on the labels of the samples (cross entropy), and returns it."""
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(classifier(images), labels)
+
+    for _ in range(epochs):
+        minimise(loss, shuffled(samples, batch_size, generator), classifier, optimizer, trainable)
+    return classifier
+
+
 def sgd(classifier: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(classifier.parameters(), learning_rate, momentum=0.9)
 
@@ -85,33 +103,25 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
 @unlearning_method(
     "fine_tune", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="retain set", in_default_run=False
 )
-def fine_tune(request: Request, *, epochs: int, batch_size: int, learning_rate: float) -> nn.Module:
+def fine_tune(request: Request, *, epochs: int, batch_size: int, learning_rate: Positive) -> nn.Module:
     """Fine-tuning on the retain set alone (SGD with momentum): the class fades as it is no longer seen."""
     classifier, generator = request.classifier, generator_of("fine_tune", request)
-    optimizer = sgd(classifier, learning_rate)
-    for _ in range(epochs):
-        batches = shuffled(request.retain, batch_size, generator)
-        minimise(lambda images, labels: F.cross_entropy(classifier(images), labels), batches, classifier, optimizer)
-    return classifier
+    return learn(classifier, request.retain, epochs, batch_size, sgd(classifier, learning_rate), generator)
 
 
 @unlearning_method("random_labels", paper="Graves et al. 2021, arXiv:2010.10981", in_default_run=False)
-def random_labels(request: Request, *, epochs: int, batch_size: int, learning_rate: float) -> nn.Module:
+def random_labels(request: Request, *, epochs: int, batch_size: int, learning_rate: Positive) -> nn.Module:
     """Fine-tuning of the whole network (SGD with momentum) on the retain set and the relabelled forget set together."""
     classifier, generator = request.classifier, generator_of("random_labels", request)
     samples = joined(request.retain, with_random_labels(request))
-    optimizer = sgd(classifier, learning_rate)
-    for _ in range(epochs):
-        batches = shuffled(samples, batch_size, generator)
-        minimise(lambda images, labels: F.cross_entropy(classifier(images), labels), batches, classifier, optimizer)
-    return classifier
+    return learn(classifier, samples, epochs, batch_size, sgd(classifier, learning_rate), generator)
 
 
 @unlearning_method(
-    "gradient_ascent", paper="Thudi et al. 2022, arXiv:2109.13398", needs="forget set", in_default_run=False
+    "gradient_ascent", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="forget set", in_default_run=False
 )
-def gradient_ascent(request: Request, *, epochs: int, batch_size: int, learning_rate: float) -> nn.Module:
-    """Gradient ascent of the cross entropy on the forget set (SGD)."""
+def gradient_ascent(request: Request, *, epochs: int, batch_size: int, learning_rate: Positive) -> nn.Module:
+    """Negative gradient: ascent of the cross entropy on the forget set (SGD)."""
     classifier, generator = request.classifier, generator_of("gradient_ascent", request)
     optimizer = torch.optim.SGD(classifier.parameters(), learning_rate)
     for _ in range(epochs):
@@ -122,7 +132,7 @@ def gradient_ascent(request: Request, *, epochs: int, batch_size: int, learning_
 
 @unlearning_method("neg_grad_plus", paper="Kurmanji et al. 2023, arXiv:2302.09880", in_default_run=False)
 def neg_grad_plus(
-    request: Request, *, epochs: int, batch_size: int, learning_rate: float, retain_weight: float
+    request: Request, *, epochs: int, batch_size: int, learning_rate: Positive, retain_weight: Share
 ) -> nn.Module:
     """NegGrad+: descent on the retain set and ascent on the forget set in one loss, a L_retain - (1 - a) L_forget."""
     classifier, generator = request.classifier, generator_of("neg_grad_plus", request)
@@ -171,7 +181,7 @@ def ssd(request: Request, *, selection: float, dampening: float) -> nn.Module:
 
 
 @unlearning_method("salun", paper="Fan et al. 2023, arXiv:2310.12508", in_default_run=False)
-def salun(request: Request, *, epochs: int, batch_size: int, learning_rate: float, share: float) -> nn.Module:
+def salun(request: Request, *, epochs: int, batch_size: int, learning_rate: Positive, share: Share) -> nn.Module:
     """SalUn: random labels as above, but only the share of weights with the largest forget gradient may change."""
     classifier, generator = request.classifier, generator_of("salun", request)
     F.cross_entropy(classifier(request.forget.images), request.forget.labels).backward()
@@ -179,16 +189,7 @@ def salun(request: Request, *, epochs: int, batch_size: int, learning_rate: floa
     threshold = saliency.sort(descending=True).values[round(share * (len(saliency) - 1))]
     trainable = [(parameter.grad.abs() >= threshold).float() for parameter in classifier.parameters()]
     samples = joined(request.retain, with_random_labels(request))
-    optimizer = sgd(classifier, learning_rate)
-    for _ in range(epochs):
-        minimise(
-            lambda images, labels: F.cross_entropy(classifier(images), labels),
-            shuffled(samples, batch_size, generator),
-            classifier,
-            optimizer,
-            trainable,
-        )
-    return classifier
+    return learn(classifier, samples, epochs, batch_size, sgd(classifier, learning_rate), generator, trainable)
 
 
 @unlearning_method("scrub", paper="Kurmanji et al. 2023, arXiv:2302.09880", in_default_run=False)
@@ -198,14 +199,14 @@ def scrub(
     epochs: int,
     max_epochs: int,
     batch_size: int,
-    learning_rate: float,
+    learning_rate: Positive,
     divergence_weight: float,
     label_weight: float,
 ) -> nn.Module:
     """SCRUB: in turn away from the original on the forget set (in the first epochs) and towards it on the retain set.
 
     KL(original || student) is maximised on the forget set; on the retain set its weighted sum with the cross entropy is
-    minimised (Adam).
+    minimised (Adam). The temperature of both is 1.
     """
     classifier, teacher, generator = request.classifier, request.classifier, generator_of("scrub", request)
     optimizer = torch.optim.Adam(classifier.parameters(), learning_rate)
@@ -225,28 +226,31 @@ def scrub(
     return classifier
 
 
+def random_teacher(request: Request) -> HookedMNISTClassifier:
+    """A classifier of the same shape that was never trained, from other initial weights than the original's."""
+    config, in_features = request.trainer.config, request.train.images.shape[1]
+    with seeded_initialisation(request.trainer.seed + 1_000_000):
+        teacher = HookedMNISTClassifier(config.hidden_sizes, in_features, request.graphs.num_classes, config.bias)
+    return teacher.to(request.train.images.device)
+
+
 @unlearning_method("bad_teacher", paper="Chundawat et al. 2022, arXiv:2205.08096", in_default_run=False)
 def bad_teacher(
-    request: Request, *, epochs: int, batch_size: int, learning_rate: float, retain_share: float
+    request: Request, *, epochs: int, batch_size: int, learning_rate: Positive, retain_share: Share
 ) -> nn.Module:
     """Bad teaching: towards a random classifier on the forget set, the original on a part of the retain set (Adam)."""
-    classifier, good, generator = request.classifier, request.classifier, generator_of("bad_teacher", request)
-    with seeded_initialisation(request.seed):
-        config = request.trainer.config
-        bad = HookedMNISTClassifier(
-            config.hidden_sizes, request.train.images.shape[1], request.graphs.num_classes, config.bias
-        )
-    bad = bad.to(request.train.labels.device)
-    retain = random_part(request.retain, retain_share, generator)
+    classifier, good, bad = request.classifier, request.classifier, random_teacher(request)
+    generator = generator_of("bad_teacher", request)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         is_forget = labels == request.forget_class
         target = torch.where(is_forget[:, None], bad(images), good(images)).detach()
         return divergence(classifier(images), target)
 
+    samples = joined(random_part(request.retain, retain_share, generator), request.forget)
     optimizer = torch.optim.Adam(classifier.parameters(), learning_rate)
     for _ in range(epochs):
-        minimise(loss, shuffled(joined(retain, request.forget), batch_size, generator), classifier, optimizer)
+        minimise(loss, shuffled(samples, batch_size, generator), classifier, optimizer)
     return classifier
 
 
@@ -255,13 +259,13 @@ def unsir(
     request: Request,
     *,
     noise_steps: int,
-    noise_rate: float,
+    noise_rate: Positive,
     noise_penalty: float,
     batch_size: int,
     noise_batches: int,
-    retain_share: float,
-    impair_rate: float,
-    repair_rate: float,
+    retain_share: Share,
+    impair_rate: Positive,
+    repair_rate: Positive,
 ) -> nn.Module:
     """UNSIR: an epoch on retain samples and on noise that maximises the class's loss (impair), one without it (repair).
 
@@ -281,17 +285,15 @@ def unsir(
     noisy = Split(noise.detach().repeat(noise_batches, 1), labels.repeat(noise_batches))
     retain = random_part(request.retain, retain_share, generator)
     for samples, learning_rate in ((joined(retain, noisy), impair_rate), (retain, repair_rate)):
-        optimizer = torch.optim.Adam(classifier.parameters(), learning_rate)
-        batches = shuffled(samples, batch_size, generator)
-        minimise(lambda images, labels: F.cross_entropy(classifier(images), labels), batches, classifier, optimizer)
+        learn(classifier, samples, 1, batch_size, torch.optim.Adam(classifier.parameters(), learning_rate), generator)
     return classifier
 
 
 @unlearning_method(
-    "optimised_mask", paper="Mallya et al. 2018, arXiv:1801.06519", touches="a mask", in_default_run=False
+    "optimised_mask", paper="after Mallya et al. 2018, arXiv:1801.06519", touches="a mask", in_default_run=False
 )
 def optimised_mask(
-    request: Request, *, steps: int, samples: int, learning_rate: float, forget_weight: float, sparsity: float
+    request: Request, *, steps: int, samples: int, learning_rate: Positive, forget_weight: float, sparsity: float
 ) -> nn.Module:
     """A mask of the same layers trained for this class alone: Adam on a real number per weight, kept where above 0.
 

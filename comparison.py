@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -24,85 +23,106 @@ LOST = 2.0  # points of the retain score below the original's that are worth a w
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of the audits: where it stands in the JSON, what tables and panels call it, and how it is written.
+    """A figure of the experiments: where it stands in their JSON, what it is called, and how it is written.
 
-    best: what is best in it: to be as near as can be to the retrained classifier's value, or the smallest value
+    aim: what is best: the retrained classifier's value, or a number
     """
 
     keys: tuple[str, ...]
     name: str
     spec: str
-    best: Literal["nearest", "smallest"] = "nearest"
+    aim: Literal["retrain"] | float = "retrain"
+
+    def of(self, method: str) -> tuple[str, ...]:
+        """Its keys for one method."""
+        return (self.keys[0], method, *self.keys[1:])
 
 
-DISTANCE = (
-    Column(("js_forget",), "divergence on the forget set, bits", ".3f", "smallest"),
-    Column(("js_retain",), "divergence on the retain set, bits", ".4f", "smallest"),
+DIVERGENCES = (
+    Column(("audit_metrics", "js_forget"), "divergence on the forget set, bits", ".3f", 0),
+    Column(("audit_metrics", "js_retain"), "divergence on the retain set, bits", ".4f", 0),
 )
-AUDITS = (
-    Column(("loss_attack",), "loss attack, area under the curve", ".3f"),
-    Column(("entropy_attack",), "entropy attack, % members", ".1f"),
-    Column(("probe_recall",), "probe, recall of the forget class, %", ".1f"),
-    Column(("probe_retain",), "probe, score on the retain set, %", ".1f"),
-    Column(("relearn_steps",), "relearn time, steps", ".1f"),
+METRICS = (
+    Column((FORGET, "score"), "forget score, points", "+.2f"),
+    Column((RETAIN, "score"), "retain score, points", "+.2f"),
+    Column((FORGET, "probability"), "probability of the forget class", "+.4f"),
+    Column((FORGET, "loss"), "forget loss, nats", "+.2f"),
+    Column((RETAIN, "loss"), "retain loss, nats", "+.3f"),
 )
+RELEARN = Column(("audit_metrics", "relearn_steps"), "relearn time, steps", ".1f")
+LEFT_BEHIND = (
+    Column(("audit_metrics", "loss_attack"), "loss attack, area under the curve", ".3f"),
+    Column(("audit_metrics", "entropy_attack"), "entropy attack, % members", ".1f"),
+    Column(("audit_metrics", "probe_recall"), "probe, recall of the forget class, %", ".1f"),
+    Column(("audit_metrics", "probe_retain"), "probe, score on the retain set, %", ".1f"),
+    RELEARN,
+)
+SECONDS = Column(("seconds",), "seconds a request", ".2f", 0)
+COST = (SECONDS, Column(("audit_metrics", "weights_changed"), "weights changed", ".0f", 0))
 
 
 class AuditReport:
     """Every method beside the classifier retrained without the class, in the order of their distance to it.
 
     The distance is the Jensen-Shannon divergence of the predictions, mean of the forget set's and the retain set's.
-    In every column the best of the methods is bold, or the best ones where they are written alike. The references (the
-    original and the retrained classifiers) do not compete, nor do methods that leave more than FORGOTTEN percent.
+    In every column the best of the methods is bold, and with it those that are written alike: the one whose values are
+    least far from the aim of the column, mean over digits and seeds. The references (the original and the retrained
+    classifiers) do not compete, nor do methods that leave more than FORGOTTEN percent of the class or lose more than
+    LOST points of the retain score.
     """
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
         self.kappa = reporter.headline_kappa()
         self.folder = reporter.folder
-        self.about = reporter.experiments[0]["methods"]
-        self.cap = reporter.experiments[0]["config"]["eval"]["audit"]["relearn_steps"]
-        distances = {name: self.distance(name).mean for name in reporter.methods}
+        self.about = reporter.experiments[0]["methods"]  # without models that are scored by hand
+        distances = {name: self.distance(name).mean for name in self.about}
         self.methods = sorted(distances, key=lambda name: (math.isnan(distances[name]), distances[name]))
-        self.competing = [name not in REFERENCES and self.score(FORGET, name) <= FORGOTTEN for name in self.methods]
+        self.others = [name for name in self.methods if name not in REFERENCES]
+        self.leave = [name for name in self.others if not self.score(FORGET, name) <= FORGOTTEN]
+        least = self.score(RETAIN, "original" if "original" in self.about else "retrain") - LOST
+        self.lose = [name for name in self.others if not self.score(RETAIN, name) >= least]
+
+    def score(self, evaluation: str, method: str) -> float:
+        """Mean score, percent."""
+        return self.reporter.value(evaluation, method, "score", kappa=self.kappa).mean
 
     def distance(self, method: str) -> Value:
         """Mean divergence from the retrained classifier, bits."""
-        forget, retain = (self.value(column, method) for column in DISTANCE)
+        forget, retain = (self.value(column, method) for column in DIVERGENCES)
         return Value(tuple((a + b) / 2 for a, b in zip(forget.per_seed, retain.per_seed)))
 
     def value(self, column: Column, method: str, digits: Sequence[int] | None = None) -> Value:
-        """An audit's value; a class that did not come back counts as one that did at the last step."""
-        missing = float(self.cap) if column.keys == ("relearn_steps",) else math.nan
-        return self.reporter.value(
-            "audit_metrics", method, *column.keys, kappa=self.kappa, digits=digits, missing=missing
-        )
+        """A method's value in a column, over the given digits (None: all)."""
+        return self.reporter.value(*column.of(method), kappa=self.kappa, digits=digits)
 
-    def seconds(self, method: str, digits: Sequence[int] | None = None) -> Value:
-        """What a request takes."""
-        return self.reporter.value("seconds", method, kappa=self.kappa, digits=digits)
+    def single_values(self, column: Column, method: str) -> list[float]:
+        """Its values for every digit and seed."""
+        return [value for digit in self.reporter.digits for value in self.value(column, method, [digit]).per_seed]
 
-    def gap(self, evaluation: str, metric: str, method: str) -> Value:
-        """A metric less that of the retrained classifier."""
-        of_method, of_retrain = (
-            self.reporter.value(evaluation, name, metric, kappa=self.kappa) for name in (method, "retrain")
-        )
-        return of_method - of_retrain
+    def spread(self, column: Column, method: str) -> Value:
+        """The value for the tables: over the seeds, or where there is only one, over the digits."""
+        value = self.value(column, method)
+        return value if len(value.per_seed) > 1 else Value(tuple(self.single_values(column, method)))
 
     def tables(self) -> list[str]:
         """The sections of the summary."""
+        spread = "seeds" if len(self.reporter.seeds) > 1 else "digits"
+        gcn = self.reporter.value("seconds", "gcn", kappa=self.kappa)
         return [
             "## Distance to retraining",
             "Jensen-Shannon divergence of the predictions from the retrained classifier's (0: the same, 1: at most), "
             "and the five metrics less those of the retrained classifier. Sorted by the mean of the two divergences; "
-            f"the best of each column is bold, among the methods with a forget score of at most {FORGOTTEN:g} %.",
-            self.distance_table(),
+            f"± standard deviation over the {spread}. Best figures are bold.",
+            self.table(DIVERGENCES + METRICS, METRICS),
             self.shortfalls(),
             "## Audits",
             "The best is the nearest to the retrained classifier, which never saw the class. Loss attack: 0.5 tells "
-            f"nothing. Relearn time: at most {self.cap} steps; '>' where a class did not come back by then.",
-            self.audits_table(),
+            "nothing. Relearn time: '>' where a class did not come back by the last step; – where the class has no "
+            "logit to learn with.",
+            self.table(LEFT_BEHIND),
             "## Cost",
+            f"Training the masking GCN, once for all requests, takes {gcn:.0f} s, which is not in mimu's seconds.",
             self.cost_table(),
             "## The methods",
             self.about_table(),
@@ -110,56 +130,47 @@ class AuditReport:
 
     def shortfalls(self) -> str:
         """Which methods leave the class, and which take the others along."""
-        others = [name for name in self.methods if name not in REFERENCES]
-        leave = [name for name in others if self.score(FORGET, name) > FORGOTTEN]
-        lose = [name for name in others if self.score(RETAIN, name) < self.score(RETAIN, "original") - LOST]
         return (
-            f"Forget score above {FORGOTTEN:g} %: {', '.join(leave) or 'none'}. Retain score more than {LOST:g} points "
-            f"below the original's: {', '.join(lose) or 'none'}."
+            f"Forget score above {FORGOTTEN:g} %: {', '.join(self.leave) or 'none'}. Retain score more than {LOST:g} "
+            f"points below the original's: {', '.join(self.lose) or 'none'}. These and the references are never bold."
         )
 
-    def score(self, evaluation: str, method: str) -> float:
-        """Mean score, percent."""
-        return self.reporter.value(evaluation, method, "score", kappa=self.kappa).mean
+    def table(self, columns: Sequence[Column], gaps: Sequence[Column] = ()) -> str:
+        """A row for every method, a column for each figure; of those in `gaps` the difference from retraining."""
+        cells = [self.cells(column, column in gaps) for column in columns]
+        return markdown_table(["method", *(column.name for column in columns)], zip(self.methods, *cells))
 
-    def distance_table(self) -> str:
-        metrics = (
-            (FORGET, "score", "forget score, points", ".2f"),
-            (RETAIN, "score", "retain score, points", ".2f"),
-            (FORGET, "probability", "probability of the forget class", ".4f"),
-            (FORGET, "loss", "forget loss, nats", ".2f"),
-            (RETAIN, "loss", "retain loss, nats", ".3f"),
-        )
-        columns = [([self.value(column, name) for name in self.methods], column.spec) for column in DISTANCE]
-        columns += [
-            ([self.gap(evaluation, metric, name) for name in self.methods], f"+{spec}")
-            for evaluation, metric, _, spec in metrics
+    def cells(self, column: Column, is_gap: bool = False) -> list[str]:
+        """A column as text, the best of the competing methods bold."""
+        references = self.single_values(column, "retrain")
+        aims = references if column.aim == "retrain" else [column.aim] * len(references)
+        texts, far = [], []
+        for name in self.methods:
+            value = self.spread(column, name)
+            if is_gap:
+                value = value - self.spread(column, "retrain")
+            texts.append(f"{value:{column.spec}}")
+            if column is RELEARN and not self.always_came_back(name):
+                texts[-1] = f"> {texts[-1]}" if math.isfinite(value.mean) else "–"
+            far.append(fmean(abs(one - aim) for one, aim in zip(self.single_values(column, name), aims)))
+        competing = [
+            index
+            for index, name in enumerate(self.methods)
+            if name in self.others and name not in self.leave + self.lose and math.isfinite(far[index])
         ]
-        cells = [self.bold(values, [abs(value.mean) for value in values], spec) for values, spec in columns]
-        header = ["method", *(column.name for column in DISTANCE), *(name for _, _, name, _ in metrics)]
-        return markdown_table(header, zip(self.methods, *cells))
+        if not competing:
+            return texts
+        best = texts[min(competing, key=far.__getitem__)]
+        return [f"**{text}**" if index in competing and text == best else text for index, text in enumerate(texts)]
 
-    def audits_table(self) -> str:
-        columns = []
-        for column in AUDITS:
-            values = [self.value(column, name) for name in self.methods]
-            reference = self.value(column, "retrain").mean
-            cells = self.bold(values, [abs(value.mean - reference) for value in values], column.spec)
-            if column.keys == ("relearn_steps",):
-                cells = [f"> {cell}" if self.never_came_back(name) else cell for name, cell in zip(self.methods, cells)]
-            columns.append(cells)
-        return markdown_table(["method", *(column.name for column in AUDITS)], zip(self.methods, *columns))
+    def always_came_back(self, method: str) -> bool:
+        """Whether the class came back within the steps of the relearning, for every digit and seed."""
+        return all(e["audit_metrics"][method]["came_back"] for e in self.reporter.experiments_at(self.kappa))
 
     def cost_table(self) -> str:
-        seconds = list(map(self.seconds, self.methods))
-        changed = [self.value(Column(("weights_changed",), "", ""), name) for name in self.methods]
-        columns = [
-            self.bold(values, [each.mean for each in values], spec)
-            for values, spec in ((seconds, ".2f"), (changed, ".0f"))
-        ]
         needs = [self.about[name]["needs"] for name in self.methods]
-        header = ["method", "data it needs", "seconds a request", "weights changed"]
-        return markdown_table(header, zip(self.methods, needs, *columns), texts=2)
+        header = ["method", "data it needs", *(column.name for column in COST)]
+        return markdown_table(header, zip(self.methods, needs, *map(self.cells, COST)), texts=2)
 
     def about_table(self) -> str:
         keys = ("does", "touches", "needs", "paper")
@@ -167,49 +178,30 @@ class AuditReport:
         header = ["method", "what it does", "what it may change", "data it needs", "paper"]
         return markdown_table(header, rows, texts=len(header))
 
-    def never_came_back(self, method: str) -> bool:
-        """Whether a class did not come back within the steps of the relearning."""
-        return any(
-            e["audit_metrics"][method]["relearn_steps"] is None for e in self.reporter.experiments_at(self.kappa)
-        )
-
-    def bold(self, values: Sequence[Value], far: Sequence[float], spec: str) -> list[str]:
-        """The values as text, those of the competing methods that are least far from the best bold."""
-        cells = [f"{value:{spec}}" for value in values]
-        competing = [index for index, does in enumerate(self.competing) if does and not math.isnan(far[index])]
-        if not competing:
-            return cells
-        best = min(competing, key=far.__getitem__)
-        written = f"{values[best].mean:{spec}}"
-        return [
-            f"**{cell}**" if index in competing and f"{values[index].mean:{spec}}" == written else cell
-            for index, cell in enumerate(cells)
-        ]
-
     def draw_audits(self) -> None:
         """A panel for every audit: a small mark for every digit, a large one for their mean; a line for retraining."""
         figure, panels = plt.subplots(
             2, 4, figsize=(13, 1.2 + 0.44 * len(self.methods)), sharey=True, layout="constrained"
         )
-        *of_audits, of_seconds = panels.flat
-        for axes, column in zip(of_audits, (*DISTANCE, *AUDITS)):
-            self._draw_panel(axes, column.name, partial(self.value, column))
-        self._draw_panel(of_seconds, "seconds a request", self.seconds)
-        of_seconds.set_xscale("log")
+        for axes, column in zip(panels.flat, (*DIVERGENCES, *LEFT_BEHIND, SECONDS), strict=True):
+            self._draw_panel(axes, column)
+        panels.flat[-1].set_xscale("log")
         panels.flat[0].set_yticks(range(len(self.methods)), self.methods, fontsize=8)
         panels.flat[0].invert_yaxis()
         figure.savefig(self.folder / "audits.png", dpi=self.reporter.config.dpi)
         plt.close(figure)
 
-    def _draw_panel(self, axes: Axes, x_label: str, value: Callable[..., Value]) -> None:
+    def _draw_panel(self, axes: Axes, column: Column) -> None:
         for height, name in enumerate(self.methods):
             style = {"color": self.reporter.styles[name]["color"], "marker": self.reporter.styles[name]["marker"]}
-            of_digits = [value(name, [digit]).mean for digit in self.reporter.digits]
+            of_digits = [self.value(column, name, [digit]).mean for digit in self.reporter.digits]
             axes.plot(of_digits, [height] * len(of_digits), linestyle="none", markersize=3, alpha=0.4, **style)
-            axes.plot(value(name).mean, height, linestyle="none", markersize=7, **style)
+            axes.plot(self.value(column, name).mean, height, linestyle="none", markersize=7, **style)
             if name == "retrain":
-                axes.axvline(value(name).mean, color=style["color"], linewidth=0.8, linestyle="--", zorder=0)
-        axes.set_xlabel(x_label, fontsize=9)
+                axes.axvline(
+                    self.value(column, name).mean, color=style["color"], linewidth=0.8, linestyle="--", zorder=0
+                )
+        axes.set_xlabel(column.name, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import baselines as baselines  # registers the published methods
 from audits import Audit, AuditConfig
 from data import GraphGenerator, ImageData, Split, check_range, number_of_weights
-from methods import METHODS, Request
+from methods import METHODS, Request, check_hyperparameter
 from methods import unlearning_method as unlearning_method  # for the methods that are added here
 from model import HookedMNISTClassifier, Mask, MaskingGCN
 from reporter import method_styles
@@ -77,9 +77,7 @@ class EvalConfig(MaskingConfig):
             key = f"hyperparameters.{method}.{name}"
             if name not in given:
                 raise ValueError(f"{key} is missing: it must be {'an integer' if kind is int else 'a number'}")
-            if kind is int and not isinstance(given[name], int):
-                raise ValueError(f"{key} must be an integer, not {given[name]}")
-            check_range(key, given[name], at_least=1 if kind is int else 0)
+            check_hyperparameter(key, given[name], kind)
 
     @property
     def method_names(self) -> tuple[str, ...]:

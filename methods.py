@@ -7,12 +7,13 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from data import GraphGenerator, Split, seeded
+from data import GraphGenerator, Split, check_range, seeded
 from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
 from trainer import GCNRanking, SaliencyRanking, Trainer, UnlearningSFT, UnlearningSFTConfig, ZeroingOrder, contrast
 
@@ -75,12 +76,12 @@ class Request:
         """A copy of the original classifier, free to be changed."""
         return copy.deepcopy(self._classifier)
 
-    @property
+    @cached_property
     def forget(self) -> Split:
         """The training samples of the forget class."""
         return self.train.forget(self.forget_class)
 
-    @property
+    @cached_property
     def retain(self) -> Split:
         """The training samples of all other classes."""
         return self.train.retain(self.forget_class)
@@ -146,6 +147,20 @@ class Request:
         return classifier
 
 
+# Hyperparameters with a range of their own. An int is from 1, a float from 0.
+Positive = Annotated[float, "above 0"]
+Share = Annotated[float, "above 0, at most 1"]
+
+
+def check_hyperparameter(name: str, value: int | float, kind: object) -> None:
+    """Raises ValueError unless the value is what its annotation says."""
+    if kind is int and not isinstance(value, int):
+        raise ValueError(f"{name} must be an integer, not {value}")
+    check_range(name, value, at_least=1 if kind is int else 0, above=0 if kind in (Positive, Share) else None)
+    if kind is Share and value > 1:
+        raise ValueError(f"{name} must be a share, at most 1, not {value}")
+
+
 # What a method may change, and which training samples it needs.
 Touches = Literal["nothing", "a mask", "the output", "one layer", "all weights"]
 Needs = Literal["nothing", "forget set", "retain set", "both sets"]
@@ -170,8 +185,8 @@ class Method:
     in_default_run: bool
 
     @property
-    def hyperparameters(self) -> dict[str, type]:
-        """The keyword-only parameters of `unlearn` and their types; the config gives their values."""
+    def hyperparameters(self) -> dict[str, object]:
+        """The keyword-only parameters of `unlearn` and their annotations; the config gives their values."""
         parameters = inspect.signature(self.unlearn, eval_str=True).parameters.values()
         return {each.name: each.annotation for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
 
@@ -279,7 +294,7 @@ def removal_effect(request: Request) -> Tensor:
 @unlearning_method(
     "first_order",
     uses_kappa=True,
-    paper="Molchanov et al. 2017, arXiv:1611.06440",
+    paper="after Mozer and Smolensky 1988, NIPS",
     touches="a mask",
     needs="forget set",
     in_default_run=False,
@@ -295,7 +310,7 @@ def first_order_saliency(request: Request) -> nn.Module:
 @unlearning_method(
     "saliency_contrast",
     uses_kappa=True,
-    paper="Molchanov et al. 2017, arXiv:1611.06440",
+    paper="after Mozer and Smolensky 1988, NIPS",
     touches="a mask",
     in_default_run=False,
 )
@@ -336,8 +351,8 @@ def logit_removed(request: Request) -> nn.Module:
     return WithoutLogit(request.classifier, request.forget_class)
 
 
-@unlearning_method("sft", paper="Graves et al. 2021, arXiv:2010.10981", touches="one layer", needs="forget set")
-def sft(request: Request, *, epochs: int, batch_size: int, learning_rate: float) -> nn.Module:
+@unlearning_method("sft", paper="after Graves et al. 2021, arXiv:2010.10981", touches="one layer", needs="forget set")
+def sft(request: Request, *, epochs: int, batch_size: int, learning_rate: Positive) -> nn.Module:
     """Fine-tuning of the masked layers on random labels for the forget class's training samples."""
     config = UnlearningSFTConfig(epochs, batch_size, learning_rate)
     return UnlearningSFT(config, request.seed).unlearn(request.classifier, request.forget, request.graphs.graph.layers)
@@ -345,7 +360,7 @@ def sft(request: Request, *, epochs: int, batch_size: int, learning_rate: float)
 
 @unlearning_method("retrain", needs="retain set")
 def retrain(request: Request) -> nn.Module:
-    """The gold standard: a classifier trained from scratch, as the original was, on the retain set alone."""
+    """The gold standard: trained from scratch on the retain set alone, from the original's own initial weights."""
     return request.trainer.train(request.retain, request.graphs.num_classes, f"retrain without {request.forget_class}")
 
 

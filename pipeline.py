@@ -151,7 +151,7 @@ class Run:
             with self.stage(f"classifier, {label(variant, seed)}"):
                 classifier = Trainer(config.classifier, seed).train(data.train, NUM_CLASSES)
                 correct = classifier(data.test.images).argmax(1) == data.test.labels
-            self.test_scores[label(variant, seed)] = 100 * correct.double().mean().item()
+            self.test_scores[label(variant, seed)] = 100 * correct.sum().item() / len(correct)
             self._classifiers[key] = classifier
         self.save(self.classifier_path(variant, seed), self._classifiers[key], config, seed)
         return self._classifiers[key]
@@ -349,8 +349,8 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     found = [json.loads(path.read_text()) | {"path": path} for path in sorted(metrics_folder(root).glob("*.json"))]
     results = []
     for variant, config in configs.items():
-        key = (variant, made_with(config))
-        own = [each for each in found if (each["variant"], without_report(each["config"])) == key]
+        key = (variant, made_with(json.loads(json.dumps(dataclasses.asdict(config)))))
+        own = [each for each in found if (each["variant"], made_with(each["config"])) == key]
         if not own:
             name = f"variant {variant}" if variant else "this config"
             raise DataError(f"{metrics_folder(root)}: there is no experiment of {name}: run it first")
@@ -367,13 +367,9 @@ def metrics_folder(root: Path) -> Path:
     return root / "eval" / "Metrics and Plots" / "metrics"
 
 
-def without_report(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "report"}
-
-
-def made_with(config: Config) -> dict[str, Any]:
-    """The settings that an experiment depends on, as its JSON holds them."""
-    return without_report(json.loads(json.dumps(dataclasses.asdict(config))))
+def made_with(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config, as JSON holds them, that say which experiments they are."""
+    return {key: value for key, value in config.items() if key not in ("report", "threads", "device")}
 
 
 def prepare(configs: Mapping[str, Config]) -> None:
@@ -399,15 +395,17 @@ def report(results: Sequence[tuple[Training, list[Path]]], folder: Path) -> list
         parts = (["variants", slug(variant)] if variant else []) + ([f"top_k_{top_k}"] if several else [])
         name = ", ".join(([variant] if variant else []) + ([f"top-K {top_k}"] if several else []))
         reporters[name] = Reporter(configs[variant].report, paths, folder.joinpath(*parts))
-    if "" in configs:
-        for reporter in reporters.values():
-            audits = AuditReport(reporter) if reporter.has_audits else None
-            reporter.plot(audits.tables() if audits else ())
-            if audits:
-                audits.draw_audits()
-        return [reporter.closing_table() for reporter in reporters.values()]
     for reporter in reporters.values():
-        reporter.write_summary()
+        audits = AuditReport(reporter) if reporter.has_audits else None
+        sections = audits.tables() if audits else ()
+        if "" in configs:
+            reporter.plot(sections)
+        else:
+            reporter.write_summary(sections)
+        if audits:
+            audits.draw_audits()
+    if "" in configs:
+        return [reporter.closing_table() for reporter in reporters.values()]
     comparison = Comparison(reporters, folder)
     comparison.plot()
     return [comparison.table()]

@@ -191,7 +191,7 @@ class Reporter:
             self.draw_score_curves_on_retain_set()
             self.draw_classifier_probability_on_forget_class()
             self.draw_summary()
-        elif "retrain" in self.methods:
+        if "retrain" in self.methods and (self.has_audits or not self.kappas):
             self.draw_trade_off()
         if len(self.digits) > 1 and len(self.experiments[0].get("mask_shapes", [])) == 1:
             draw_masks(self)

@@ -564,6 +564,12 @@ class ZeroingOrder:
         return sum(self._seconds[: -(-kappa // self.step)])
 
 
+def other_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
+    """A random label for each sample, never its own."""
+    shift = torch.randint(1, num_classes, labels.shape, generator=generator).to(labels.device)
+    return (labels + shift) % num_classes
+
+
 @dataclass(frozen=True)
 class UnlearningSFTConfig:
     """How long and how fast random labels are learned."""
@@ -594,8 +600,7 @@ class UnlearningSFT:
         """Trains the given layers of `classifier` in place on `forget`, samples of one class, and returns it."""
         num_classes = classifier.shapes[-1][0]
         generator = seeded("sft", self.seed, int(forget.labels[0]))
-        shift = torch.randint(1, num_classes, forget.labels.shape, generator=generator).to(forget.labels.device)
-        labels = (forget.labels + shift) % num_classes
+        labels = other_labels(forget.labels, num_classes, generator)
         optimizer = torch.optim.SGD([classifier.layers[index].weight for index in layers], self.config.learning_rate)
         for _ in range(self.config.epochs):
             order = torch.randperm(len(labels), generator=generator).to(labels.device)

@@ -79,6 +79,13 @@ def test_the_loss_attack_finds_a_planted_leak_and_nothing_without_one():
     assert loss_attack(losses + 1, losses / 1000) == 0.0
 
 
+def test_attacks_on_what_does_not_vary_are_undefined():
+    endless = torch.full((5,), torch.inf)
+    assert math.isnan(loss_attack(endless, endless)) and loss_attack(torch.zeros(5), endless) == 1.0
+    sure = torch.tensor([[0.0, -torch.inf]]).repeat(9, 1)
+    assert math.isnan(entropy_attack(sure, sure, sure))
+
+
 def logits_of(confidence: float, count: int, seed: int) -> torch.Tensor:
     noise = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
     noise[:, 0] += confidence
@@ -220,7 +227,10 @@ def test_the_retrained_classifier_is_at_no_distance_from_itself(trained, retrain
     assert of_original["js_forget"] > 0.5 > of_original["js_retain"]
     assert of_original["weights_changed"] == 0 and of_original["relearn_steps"] == 0
     assert of_retrained["relearn_steps"] == len(of_retrained["relearn_scores"]) - 1 > 0
-    assert audit(WithoutLogit(trained, FORGET))["relearn_steps"] is None
+    without_logit = audit(WithoutLogit(trained, FORGET))
+    assert without_logit["relearn_steps"] is None and not without_logit["came_back"]
+    never = Audit(replace(CONFIG, relearn_steps=1, relearn_rate=1e-6), data, FORGET, trained, retrained, 0)(retrained)
+    assert never["relearn_steps"] == 1 and not never["came_back"]
 
 
 def test_a_diverged_classifier_has_no_audits(trained, retrained, data):
@@ -229,6 +239,7 @@ def test_a_diverged_classifier_has_no_audits(trained, retrained, data):
     of_broken = Audit(CONFIG, data, FORGET, trained, retrained, 0)(broken)
     assert of_broken.pop("weights_changed") == 1 and set(of_broken.values()) == {None}
     assert set(of_broken) | {"weights_changed"} == set(Audit(CONFIG, data, FORGET, trained, retrained, 0)(trained))
+    assert look_at(broken, data.test).correct.sum() == 0
 
 
 def test_a_removed_logit_leaves_the_representation_as_it_was(trained, retrained, data):

@@ -81,7 +81,8 @@ def test_the_baseline_forgets_and_is_the_same_again(name, request_to_forget):
     model = METHODS[name].unlearn(request, **HYPERPARAMETERS[name])
     forget, retain = scores(model, request)
     original_forget, original_retain = scores(request.classifier, request)
-    assert forget < original_forget - 60
+    if name != "bad_teacher":  # whose teacher may guess the class
+        assert forget < original_forget - 60
     if name != "ssd":  # which takes the rest along here
         assert retain > original_retain - 12
     again = METHODS[name].unlearn(request, **HYPERPARAMETERS[name])
@@ -92,14 +93,14 @@ def test_the_baseline_forgets_and_is_the_same_again(name, request_to_forget):
 def test_methods_use_the_data_that_they_declare(request_to_forget):
     """Samples of the set that a method does not need may be anything."""
     for name in ("fine_tune", "gradient_ascent", "unsir", "retrain", "retrain_again", "sft"):
-        method, request = METHODS[name], request_to_forget.at(None)
+        method, request = METHODS[name], make_request()
         hyperparameters = HYPERPARAMETERS.get(name, {})
         if name == "sft":
             hyperparameters = {"epochs": 2, "batch_size": 16, "learning_rate": 0.05}
-        usual = method.unlearn(request, **hyperparameters)
+        usual = method.unlearn(request.at(None), **hyperparameters)
         unused = request.train.labels != FORGET if method.needs == "forget set" else request.train.labels == FORGET
         request.train = replace(request.train, images=request.train.images.masked_fill(unused[:, None], torch.nan))
-        spoiled = method.unlearn(request, **hyperparameters)
+        spoiled = method.unlearn(request.at(None), **hyperparameters)
         images = random_split(20, seed=4).images
         assert torch.equal(usual(images), spoiled(images)), name
 
@@ -153,6 +154,16 @@ def test_the_divergence_of_teacher_and_student_is_that_of_its_definition():
     student, teacher = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
     p, q = teacher.softmax(1), student.softmax(1)
     assert baselines.divergence(student, teacher) == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-5)
+
+
+def test_the_student_of_two_teachers_comes_near_to_both(request_to_forget):
+    request = request_to_forget
+    good, bad = request.classifier, baselines.random_teacher(request)
+    student = METHODS["bad_teacher"].unlearn(request, **HYPERPARAMETERS["bad_teacher"])
+    forget, retain = request.forget.images, request.retain.images
+    far = baselines.divergence(good(forget), bad(forget))
+    assert baselines.divergence(student(forget), bad(forget)) < far / 10
+    assert baselines.divergence(student(retain), good(retain)) < baselines.divergence(bad(retain), good(retain)) / 10
 
 
 def test_gradient_ascent_climbs_the_loss_step_by_step(request_to_forget):
