@@ -66,8 +66,8 @@ class Tuning:
 
     def scores(self, seen: Seen, digit: int) -> tuple[float, float]:
         """Forget and retain score, percent."""
-        correct, is_forget = (seen.logits.argmax(1) == seen.labels).double(), seen.labels == digit
-        return 100 * correct[is_forget].mean().item(), 100 * correct[~is_forget].mean().item()
+        is_forget = seen.labels == digit
+        return 100 * seen.correct[is_forget].mean().item(), 100 * seen.correct[~is_forget].mean().item()
 
     def trial(self, method: str, values: dict[str, int | float]) -> Trial:
         figures = []
@@ -89,10 +89,11 @@ class Tuning:
         return min(trials, key=rank)
 
 
-def candidates(grid: dict[str, list[int | float]]) -> Iterator[dict[str, int | float]]:
-    """Every combination of the values of a grid."""
-    for values in itertools.product(*grid.values()):
-        yield dict(zip(grid, values))
+def candidates(rounds: list[dict[str, list[int | float]]]) -> Iterator[dict[str, int | float]]:
+    """Every combination of the values of each grid."""
+    for grid in rounds:
+        for values in itertools.product(*grid.values()):
+            yield dict(zip(grid, values))
 
 
 def row(method: str, trial: Trial, mark: str) -> list[str]:
@@ -107,16 +108,16 @@ def main(methods: list[str]) -> None:
     written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     tuning = Tuning(settings)
     rows = []
-    for method, grid in settings["candidates"].items():
+    for method, rounds in settings["candidates"].items():
         if methods and method not in methods:
             rows += [cells for cells in written if cells[0] == method]
             continue
-        trials = [tuning.trial(method, values) for values in tqdm(list(candidates(grid)), method, leave=False)]
+        trials = [tuning.trial(method, values) for values in tqdm(list(candidates(rounds)), method, leave=False)]
         best = tuning.best(trials)
         rows += [row(method, trial, "chosen" if trial is best else "") for trial in trials]
         print("\n".join(" ".join(each) for each in rows[-len(trials) :]), flush=True)
     header = ["method", "hyperparameters", "forget score, %", "retain score, %", "distance to retraining, bits", ""]
-    table.write_text(f"# Every candidate\n\n{markdown_table(header, rows)}\n")
+    table.write_text(f"# Every candidate\n\n{markdown_table(header, rows, texts=2)}\n")
 
 
 if __name__ == "__main__":
