@@ -254,6 +254,7 @@ class Reporter:
         axes.set_xscale("symlog", linthresh=1)
         axes.set_yscale("symlog", linthresh=1)
         axes.set_xticks([0, 1, 3, 10, 30, 100])
+        axes.set_xlim(-0.3, 130)  # no score is below 0, though a bar may reach there
         ticks = [-100, -30, -10, -3, -1, 0, 1]
         axes.set_yticks([tick for tick in ticks if tick >= 1.2 * axes.get_ylim()[0]])
         axes.xaxis.set_major_formatter("{x:g}")
