@@ -57,7 +57,7 @@ def run_figures() -> tuple[float, float, list[float]]:
 
 def default() -> str:
     run("config")
-    for name in ("score_forget_set", "score_retain_set", "summary"):
+    for name in ("score_forget_set", "score_retain_set"):
         shutil.copy(REPORTS / f"{name}.png", DOCS / f"{name}.png")
     seconds, gigabytes, (score,) = run_figures()
     started = time.perf_counter()
