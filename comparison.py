@@ -117,9 +117,9 @@ class AuditReport:
             self.table(DIVERGENCES + METRICS, METRICS),
             self.shortfalls(),
             "## Audits",
-            "Bold: the smallest mean absolute difference from the retrained classifier, which never saw the class, over "
-            "digits and seeds. Loss attack: 0.5 tells nothing. Relearn time: '>' where a class did not come back by the "
-            "last step; – where the class has no logit to learn with.",
+            "Bold: the smallest mean absolute difference from the retrained classifier, which never saw the class, "
+            "over digits and seeds. Loss attack: 0.5 tells nothing. Relearn time: '>' where a class did not come back "
+            "by the last step; – where the class has no logit to learn with.",
             self.table(LEFT_BEHIND),
             "## Cost",
             f"Training the masking GCN, once for all requests, takes {gcn:.0f} s, which is not in mimu's seconds.",
