@@ -1,6 +1,8 @@
 """The published baselines against their definitions, on a small problem."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,3 +226,27 @@ def test_the_second_retrained_classifier_is_another_one(request_to_forget):
     one, other = (METHODS[name].unlearn(request_to_forget) for name in ("retrain", "retrain_again"))
     assert not torch.equal(one.layers[0].weight, other.layers[0].weight)
     assert scores(other, request_to_forget)[0] == 0 and scores(other, request_to_forget)[1] > 70
+
+
+def test_the_config_has_the_candidates_that_were_chosen():
+    table = (Path(__file__).resolve().parents[1] / "docs" / "tuning.md").read_text().splitlines()[4:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    chosen = {name: values for name, values, *_, mark in rows if mark == "chosen"}
+    hyperparameters = load_config().eval.hyperparameters
+    assert set(chosen) - {"mimu"} == set(hyperparameters)
+    for name, values in hyperparameters.items():
+        assert dict(part.split() for part in chosen[name].split(", ")) == {key: f"{v:g}" for key, v in values.items()}
+
+
+def test_the_nearest_of_the_candidates_that_forget_and_keep_is_chosen():
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
+    from tune import Trial, Tuning
+
+    tuning = Tuning.__new__(Tuning)
+    tuning.settings, tuning.smallest_retain = {"largest_forget_score": 1.0}, 95.0
+    far, near, leaves, loses = (
+        Trial({}, forget, retain, distance)
+        for forget, retain, distance in ((0.9, 95.1, 0.3), (0.1, 96.0, 0.2), (1.5, 97.0, 0.01), (0.0, 94.0, 0.01))
+    )
+    assert tuning.best([far, near, leaves, loses]) is near
+    assert tuning.best([leaves, loses]) is leaves  # half a point is missing, not a whole one

@@ -465,6 +465,7 @@ def test_hyperparameters_reach_the_method_as_the_config_has_them(tmp_path, regis
 
 def test_methods_out_of_the_default_run_are_asked_for_by_name_or_by_all(tmp_path):
     default = load_config().eval
-    assert default.method_names == ("original", "mimu", "saliency", "random", "magnitude", "sft", "retrain")
+    assert {"original", "mimu", "saliency", "random", "magnitude", "sft", "retrain"} <= set(default.method_names)
+    assert not {"scrub", "logit_removed", "retrain_again"} & set(default.method_names)
     assert replace(default, methods="all").method_names == tuple(METHODS)
     assert replace(default, methods=("mimu", "scrub")).method_names == ("mimu", "scrub")
