@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from data import ImageData, Split, check_range, seeded
+from data import ImageData, Split, check_range, is_correct, seeded
 from model import linear_layers
 
 AUDITS = (
@@ -58,8 +58,8 @@ class Seen:
 
     @property
     def correct(self) -> Tensor:
-        """1 for each sample that is classified correctly, else 0, (samples); 0 where logits are not numbers."""
-        return ((self.logits.argmax(1) == self.labels) & ~self.logits.isnan().any(1)).double()
+        """1 for each sample that is classified correctly, else 0, (samples)."""
+        return is_correct(self.logits, self.labels).double()
 
     @property
     def has_diverged(self) -> bool:
@@ -265,16 +265,15 @@ class Audit:
         splits = (split.forget(self.forget_class) for split in (self.data.train, self.data.test))
         scores = relearn(model, *splits, self.goal, self.config, self.seed)
         came_back = scores[-1] >= self.goal
-        figures = (
-            jensen_shannon(test.logits[self.is_forget], self.retrained.logits[self.is_forget]),
-            jensen_shannon(test.logits[~self.is_forget], self.retrained.logits[~self.is_forget]),
-            loss_attack(train.of(is_member).loss, test.of(self.is_forget).loss),
-            entropy_attack(train.logits[~is_member], test.logits, train.logits[is_member]),
-            100 * found[self.is_forget].mean().item(),
-            100 * found[~self.is_forget].mean().item(),
-            len(scores) - 1 if came_back or len(scores) > self.config.relearn_steps else None,
-            came_back,
-            scores,
-            changed,
-        )
-        return dict(zip(AUDITS, figures, strict=True))
+        return {
+            "js_forget": jensen_shannon(test.logits[self.is_forget], self.retrained.logits[self.is_forget]),
+            "js_retain": jensen_shannon(test.logits[~self.is_forget], self.retrained.logits[~self.is_forget]),
+            "loss_attack": loss_attack(train.of(is_member).loss, test.of(self.is_forget).loss),
+            "entropy_attack": entropy_attack(train.logits[~is_member], test.logits, train.logits[is_member]),
+            "probe_recall": 100 * found[self.is_forget].mean().item(),
+            "probe_retain": 100 * found[~self.is_forget].mean().item(),
+            "relearn_steps": len(scores) - 1 if came_back or len(scores) > self.config.relearn_steps else None,
+            "came_back": came_back,
+            "relearn_scores": scores,
+            "weights_changed": changed,
+        }

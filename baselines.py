@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from data import Split, seeded, seeded_initialisation
 from methods import Positive, Request, Share, unlearning_method
 from model import HookedMNISTClassifier
-from trainer import masked_logits, other_labels
+from trainer import forgetting_loss, masked_logits, other_labels
 
 Batch = tuple[Tensor, Tensor]  # images (batch, 784), labels (batch)
 
@@ -229,7 +229,7 @@ def scrub(
 def random_teacher(request: Request) -> HookedMNISTClassifier:
     """A classifier of the same shape that was never trained, from other initial weights than the original's."""
     config, in_features = request.trainer.config, request.train.images.shape[1]
-    with seeded_initialisation(request.trainer.seed + 1_000_000):
+    with seeded_initialisation(request.other_seed):
         teacher = HookedMNISTClassifier(config.hidden_sizes, in_features, request.graphs.num_classes, config.bias)
     return teacher.to(request.train.images.device)
 
@@ -316,7 +316,7 @@ def optimised_mask(
         flat = chosen.flatten()
         log_p = masked_logits(classifier, graphs.graph, keep[None], graphs.inputs[flat])[0].log_softmax(1)
         is_forget = graphs.labels[flat] == d
-        forget = -torch.log1p(-log_p[is_forget, d].exp().clamp(max=1 - 1e-6)).mean()
+        forget = forgetting_loss(log_p[is_forget, d].exp())
         retain = -(without_class[flat] * log_p).sum(1)[~is_forget].mean()
         loss = forget_weight * forget + retain + sparsity * (1 - keep).mean()
         optimizer.zero_grad()

@@ -228,29 +228,24 @@ def flattened(settings: Any, section: type, origin: str, prefix: str = "") -> It
         if dataclasses.is_dataclass(hints[name]):
             yield from flattened(value, hints[name], origin, f"{key}.")
             continue
-        if typing.get_origin(hints[name]) is dict:
-            yield from flattened_tables(value, hints[name], origin, key)
-            continue
-        try:
-            yield key, converted(value, hints[name])
-        except TypeError:
-            raise ConfigError(f"{origin}: {key} must be {description(hints[name])}, not {value!r}") from None
+        yield from leaves(value, hints[name], origin, key)
 
 
-def flattened_tables(tables: Any, hint: Any, origin: str, key: str) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, value) of a mapping from names to mappings from names to numbers. Raises ConfigError."""
-    number = typing.get_args(typing.get_args(hint)[1])[1]
-    if not isinstance(tables, dict):
-        raise ConfigError(f"{origin}: {key} must be a mapping, not {tables!r}")
-    for table, values in tables.items():
-        if not isinstance(values, dict):
-            raise ConfigError(f"{origin}: {key}.{table} must be a mapping, not {values!r}")
-        for name, value in values.items():
-            try:
-                yield f"{key}.{table}.{name}", converted(value, number)
-            except TypeError:
-                kind = description(number)
-                raise ConfigError(f"{origin}: {key}.{table}.{name} must be {kind}, not {value!r}") from None
+def leaves(value: Any, hint: Any, origin: str, key: str) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value in the hint's type) of a setting, or of all in a mapping from names to settings.
+
+    Raises ConfigError.
+    """
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{origin}: {key} must be a mapping, not {value!r}")
+        for name, inner in value.items():
+            yield from leaves(inner, typing.get_args(hint)[1], origin, f"{key}.{name}")
+        return
+    try:
+        yield key, converted(value, hint)
+    except TypeError:
+        raise ConfigError(f"{origin}: {key} must be {description(hint)}, not {value!r}") from None
 
 
 def converted(value: Any, hint: Any) -> Any:

@@ -104,6 +104,14 @@ class Split:
         return DataLoader(samples, sampler=batches, batch_size=None)
 
 
+def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which samples are classified correctly, (samples): none whose logits (samples, classes) are not numbers.
+
+    The largest of logits that are not numbers would be the first class.
+    """
+    return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+
+
 class ImageData:
     """A training split that methods may use, and a test split that scores them.
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import baselines as baselines  # registers the published methods
 from audits import Audit, AuditConfig
-from data import GraphGenerator, ImageData, Split, check_range, number_of_weights
+from data import GraphGenerator, ImageData, Split, check_range, is_correct, number_of_weights
 from methods import METHODS, Request, check_hyperparameter
 from methods import unlearning_method as unlearning_method  # for the methods that are added here
 from model import HookedMNISTClassifier, Mask, MaskingGCN
@@ -207,6 +207,11 @@ def valid_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def metrics_folder(folder: Path) -> Path:
+    """Where the JSON of the experiments stands in the folder of an evaluation."""
+    return folder / "Metrics and Plots" / "metrics"
+
+
 class Eval:
     """Scores every method on one experiment with the five metrics, writes them as JSON and draws them.
 
@@ -228,7 +233,7 @@ class Eval:
         self.request = request
         self.data = data
         self.folder = folder
-        self.metrics_path = folder / "Metrics and Plots" / "metrics" / f"{experiment.id}.json"
+        self.metrics_path = metrics_folder(folder) / f"{experiment.id}.json"
         self.graph = request.graphs.graph
         self._shared = {} if shared is None else shared
         self._own: dict[Hashable, Any] = {}
@@ -267,8 +272,7 @@ class Eval:
         for images, labels in tqdm(data_loader, description, delay=2, leave=False, disable=None):
             logits, labels = model(images).cpu().double(), labels.cpu()
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            # The largest of logits that are not numbers would be the first class.
-            correct += ((logits.argmax(1) == labels) & ~logits.isnan().any(1)).sum().item()
+            correct += is_correct(logits, labels).sum().item()
             probability += logits.softmax(1)[:, self.experiment.forget_digit].sum().item()
         count = len(data_loader.dataset)
         metrics = {"loss": loss / count, "score": 100 * correct / count}

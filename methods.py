@@ -87,6 +87,11 @@ class Request:
         return self.train.retain(self.forget_class)
 
     @property
+    def other_seed(self) -> int:
+        """A seed whose initial weights are not those of the original."""
+        return self.trainer.seed + 1_000_000
+
+    @property
     def order(self) -> ZeroingOrder:
         """The order in which the masking GCN zeroes weights."""
         return self.order_of("mimu", self.ranking)
@@ -367,5 +372,5 @@ def retrain(request: Request) -> nn.Module:
 @unlearning_method("retrain_again", needs="retain set", in_default_run=False)
 def retrain_again(request: Request) -> nn.Module:
     """The same from other initial weights: how far two classifiers are apart that never saw the class."""
-    trainer = Trainer(request.trainer.config, request.trainer.seed + 1_000_000)
+    trainer = Trainer(request.trainer.config, request.other_seed)
     return trainer.train(request.retain, request.graphs.num_classes, f"retrain again without {request.forget_class}")

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from comparison import AuditReport, Comparison
 from config import Config
-from data import IMAGE_SIZE, NUM_CLASSES, DataError, GraphGenerator, ImageData, load_image_data
-from eval import Eval, Experiment, slug
+from data import IMAGE_SIZE, NUM_CLASSES, DataError, GraphGenerator, ImageData, is_correct, load_image_data
+from eval import Eval, Experiment, metrics_folder, slug
 from methods import Request
 from model import HookedMNISTClassifier, MaskingGCN, keep_freed_memory
 from reporter import Reporter
@@ -150,7 +150,7 @@ class Run:
         if key not in self._classifiers:
             with self.stage(f"classifier, {label(variant, seed)}"):
                 classifier = Trainer(config.classifier, seed).train(data.train, NUM_CLASSES)
-                correct = classifier(data.test.images).argmax(1) == data.test.labels
+                correct = is_correct(classifier(data.test.images), data.test.labels)
             self.test_scores[label(variant, seed)] = 100 * correct.sum().item() / len(correct)
             self._classifiers[key] = classifier
         self.save(self.classifier_path(variant, seed), self._classifiers[key], config, seed)
@@ -346,14 +346,15 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 
     Settings of the reports may differ. Raises DataError where a config has no experiment.
     """
-    found = [json.loads(path.read_text()) | {"path": path} for path in sorted(metrics_folder(root).glob("*.json"))]
+    folder = metrics_folder(root / "eval")
+    found = [json.loads(path.read_text()) | {"path": path} for path in sorted(folder.glob("*.json"))]
     results = []
     for variant, config in configs.items():
         key = (variant, made_with(json.loads(json.dumps(dataclasses.asdict(config)))))
         own = [each for each in found if (each["variant"], made_with(each["config"])) == key]
         if not own:
             name = f"variant {variant}" if variant else "this config"
-            raise DataError(f"{metrics_folder(root)}: there is no experiment of {name}: run it first")
+            raise DataError(f"{folder}: there is no experiment of {name}: run it first")
         groups = sorted({(each["seed"], each["top_k"]) for each in own})
         for seed, top_k in groups:
             paths = [each["path"] for each in own if (each["seed"], each["top_k"]) == (seed, top_k)]
@@ -361,10 +362,6 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     tables = report(results, root / "reports")
     print("\n".join(f"\n{table}" for table in tables))
     print(f"\nCurves and tables: {root / 'reports'}")
-
-
-def metrics_folder(root: Path) -> Path:
-    return root / "eval" / "Metrics and Plots" / "metrics"
 
 
 def made_with(config: dict[str, Any]) -> dict[str, Any]:

@@ -141,11 +141,10 @@ class Reporter:
         method, samples, metric = getter.groups()
         return lambda: self.curve(FORGET if samples == "forget" else RETAIN, method, metric)
 
-    def value(self, *keys: str, kappa: Kappa, digits: Sequence[int] | None = None, missing: float = math.nan) -> Value:
+    def value(self, *keys: str, kappa: Kappa, digits: Sequence[int] | None = None) -> Value:
         """What stands under `keys` in the JSON at one kappa, over the given digits (None: all) and all seeds.
 
-        missing: what counts where an experiment has no such key, or null under it
-        Not a number where an experiment is missing.
+        Not a number where an experiment is missing, has no such key, or null under it.
         """
         means = []
         for seed in self.seeds:
@@ -155,7 +154,7 @@ class Reporter:
                     number: Any = experiment
                     for key in keys:
                         number = (number or {}).get(key)
-                    numbers.append(missing if number is None else number)
+                    numbers.append(math.nan if number is None else number)
             expected = len(self.digits if digits is None else digits)
             means.append(fmean(numbers) if len(numbers) == expected else math.nan)
         return Value(tuple(means))

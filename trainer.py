@@ -121,6 +121,11 @@ def log_uniform(span: tuple[int, ...], generator: torch.Generator) -> int:
     return round(low * (high / low) ** torch.rand((), generator=generator).item())
 
 
+def forgetting_loss(p: Tensor) -> Tensor:
+    """Mean of -log(1 - p) in nats, p the probability of the forget class on its own samples: 0 where all forget it."""
+    return -torch.log1p(-p.clamp(max=1 - 1e-6)).mean()
+
+
 def prior_divergence(logits: Tensor, weights: Tensor) -> Tensor:
     """KL(Q || P) in nats, Q = softmax(logits) and P proportional to |w| + 1e-12, both over the vertices.
 
@@ -282,7 +287,7 @@ class GCNLoss:
         is_forget = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
         # p(d) of the samples of d under the mask of d, (samples, masks)
         p_forget = log_p[is_forget].diagonal(dim1=0, dim2=2).exp()
-        forget = -torch.log1p(-p_forget.clamp(max=1 - 1e-6)).mean()
+        forget = forgetting_loss(p_forget)
 
         predictions = self.predictions[flat].unflatten(0, samples.shape)  # (classes of the samples, samples, classes)
         target = predictions.masked_fill(is_forget[:, None, None], float("-inf")).softmax(-1)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from comparison import AuditReport  # noqa: E402
 from config import load_config  # noqa: E402
+from eval import metrics_folder  # noqa: E402
 from reporter import FORGET, RETAIN, Reporter, markdown_table  # noqa: E402
 
 REPORTS, DOCS = ROOT / "reports", ROOT / "docs"
@@ -41,12 +42,11 @@ def run_config(config: str, *arguments: str, processes: int = 1) -> Path:
     return path
 
 
-def run(config: str) -> Reporter:
+def run(config: str, *arguments: str, processes: int = 1) -> Reporter:
     """Runs a config from a clean start and returns the reporter of its experiments."""
-    path = run_config(config)
-    metrics = sorted((ROOT / "eval" / "Metrics and Plots" / "metrics").glob("*.json"))
+    path = run_config(config, *arguments, processes=processes)
     shutil.copy(REPORTS / "summary.md", DOCS / f"{config}.md")
-    return Reporter(load_config(path).report, metrics, REPORTS)
+    return Reporter(load_config(path).report, sorted(metrics_folder(ROOT / "eval").glob("*.json")), REPORTS)
 
 
 def run_figures() -> tuple[float, float, list[float]]:
@@ -118,17 +118,14 @@ def baselines() -> str:
     """Every method beside retraining, on three classifiers; and what one classifier takes, in one process."""
     run_config("baselines")
     seconds, gigabytes, _ = run_figures()
-    path = run_config("baselines", "sweep.seeds=[0, 1, 2]", processes=2)
-    shutil.copy(REPORTS / "summary.md", DOCS / "baselines.md")
+    report = AuditReport(run("baselines", "sweep.seeds=[0, 1, 2]", processes=2))
     for name in ("audits", "masks", "trade_off"):
         shutil.copy(REPORTS / f"{name}.png", DOCS / f"{name}.png")
-    metrics = sorted((ROOT / "eval" / "Metrics and Plots" / "metrics").glob("*.json"))
-    tables = "\n\n".join(AuditReport(Reporter(load_config(path).report, metrics, REPORTS)).tables())
     return (
         f"`uv run main.py --config configs/baselines.yaml`, one classifier, takes {seconds:.0f} s and {gigabytes:.1f} "
         "GB. Here, three classifiers, two processes with one thread each: `uv run torchrun --nproc-per-node 2 main.py "
         f"--config configs/baselines.yaml 'sweep.seeds=[0, 1, 2]'`, {run_figures()[0]:.0f} s.\n\n"
-        + tables.replace("## ", "### ")
+        + "\n\n".join(report.tables()).replace("## ", "### ")
     )
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from audits import Seen, jensen_shannon, look_at  # noqa: E402
 from config import load_config  # noqa: E402
-from data import GraphGenerator, load_image_data, number_of_weights  # noqa: E402
+from data import NUM_CLASSES, GraphGenerator, load_image_data, number_of_weights  # noqa: E402
 from methods import METHODS, Request  # noqa: E402
 from reporter import markdown_table  # noqa: E402
 from trainer import TrainedGCN, Trainer  # noqa: E402
@@ -48,16 +48,16 @@ class Tuning:
         self.settings = settings
         self.data = load_image_data(config.dataset, ROOT / "datasets", "cpu", settings["held_out"])
         trainer = Trainer(config.classifier, seed)
-        self.classifier = trainer.train(self.data.train, 10)
-        graphs = GraphGenerator(self.classifier, self.data.train, config.graphs, seed)
+        classifier = trainer.train(self.data.train, NUM_CLASSES)
+        graphs = GraphGenerator(classifier, self.data.train, config.graphs, seed)
         top_k = number_of_weights(config.sweep.top_k[0], graphs.graph.num_vertices)
         gcn = TrainedGCN.load().gcn
         self.arguments = [
-            (config.eval, self.classifier, trainer, self.data.train, graphs, gcn, digit, top_k, seed)
+            (config.eval, classifier, trainer, self.data.train, graphs, gcn, digit, top_k, seed)
             for digit in range(graphs.num_classes)
         ]
         self.retrained = [self.seen(METHODS["retrain"].unlearn(Request(*each))) for each in self.arguments]
-        original = self.seen(self.classifier)
+        original = self.seen(classifier)
         scores = [self.scores(original, digit)[1] for digit in range(graphs.num_classes)]
         self.smallest_retain = sum(scores) / len(scores) - settings["largest_retain_loss"]
 
