@@ -404,9 +404,10 @@ class Eval:
             values = [metrics[name][metric] for name in metrics]
             heights = [value if math.isfinite(value) else 0.0 for value in values]
             bars = axes.bar(range(len(values)), heights, color=[styles[name]["color"] for name in metrics])
-            axes.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=7)
+            # Upright, since side by side they would touch.
+            axes.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=7, rotation=90, padding=2)
             axes.set_ylabel(AXIS_LABELS[metric], fontsize=9)
-            axes.margins(y=0.15)
+            axes.margins(y=0.35)
             axes.set_xticks(range(len(values)), list(metrics), rotation=45, ha="right")
 
     def _draw_class_probabilities(self, figure: Figure) -> None:
