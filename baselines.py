@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from data import Split, seeded, seeded_initialisation
 from methods import Positive, Request, Share, unlearning_method
 from model import HookedMNISTClassifier
-from trainer import forgetting_loss, masked_logits, other_labels
+from trainer import check_finite, forgetting_loss, masked_logits, other_labels
 
 Batch = tuple[Tensor, Tensor]  # images (batch, 784), labels (batch)
 
@@ -62,10 +62,13 @@ def minimise(
     """A step of the optimizer on the loss of every batch.
 
     trainable: for every parameter of the classifier, 1 where it may change and 0 where not; None: everywhere
+    Raises TrainingError on a loss that is not a finite number.
     """
-    for images, labels in batches:
+    for step, (images, labels) in enumerate(batches):
         optimizer.zero_grad()
-        loss(images, labels).backward()
+        value = loss(images, labels)
+        check_finite({"loss": value.item()}, step, "eval.hyperparameters")
+        value.backward()
         if trainable is not None:
             for parameter, mask in zip(classifier.parameters(), trainable):
                 parameter.grad *= mask
@@ -277,8 +280,9 @@ def unsir(
     noise = torch.randn(batch_size, request.train.images.shape[1], generator=generator).to(device).requires_grad_()
     labels = torch.full((batch_size,), request.forget_class, device=device)
     optimizer = torch.optim.Adam([noise], noise_rate)
-    for _ in range(noise_steps):
+    for step in range(noise_steps):
         loss = -F.cross_entropy(classifier(noise), labels) + noise_penalty * noise.square().sum(1).mean()
+        check_finite({"loss of the noise": loss.item()}, step, "eval.hyperparameters.unsir")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -309,7 +313,7 @@ def optimised_mask(
     numbers = torch.ones(graphs.graph.num_vertices, device=graphs.labels.device, requires_grad=True)
     optimizer = torch.optim.Adam([numbers], learning_rate)
     group_size = max(1, samples // graphs.num_classes)
-    for _ in range(steps):
+    for step in range(steps):
         soft = numbers.sigmoid()
         keep = (numbers > 0).float() + soft - soft.detach()
         chosen = graphs.draw(group_size, generator)
@@ -319,6 +323,7 @@ def optimised_mask(
         forget = forgetting_loss(log_p[is_forget, d].exp())
         retain = -(without_class[flat] * log_p).sum(1)[~is_forget].mean()
         loss = forget_weight * forget + retain + sparsity * (1 - keep).mean()
+        check_finite({"loss of the mask": loss.item()}, step, "eval.hyperparameters.optimised_mask")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

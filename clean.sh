@@ -4,13 +4,20 @@ set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 shopt -s nullglob
 
-rm -f checkpoints/{classifier,gcn}_seed_[0-9]*.pt{,.[0-9]*} datasets/Graphs/seed_[0-9]*.pt eval/masks/seed_[0-9]*_digit_*.pt
+if [ -e .lock ] && command -v flock >/dev/null && ! flock --nonblock .lock true; then
+    echo "clean.sh: a run works here: $(cat .lock)" >&2
+    exit 2
+fi
+rm -f .lock
+# What killed runs have left half written.
+find checkpoints datasets eval reports -name '*.partial' -type f -delete 2>/dev/null || true
+rm -f checkpoints/{classifier,gcn}_seed_[0-9]*.pt datasets/Graphs/seed_[0-9]*.pt eval/masks/seed_[0-9]*_digit_*.pt
 rm -f "eval/Metrics and Plots/metrics"/seed_[0-9]*_digit_*.json
 rm -rf "eval/Metrics and Plots/plots"/seed_[0-9]*_digit_*
 for folder in reports reports/{,variants/*/}top_k_[0-9]* reports/variants/*; do
     rm -f "$folder"/{loss,score}_{forget,retain}_set.png "$folder"/probability_on_forget_class.png
     rm -f "$folder"/{audits,masks,trade_off}.png
-    rm -f "$folder"/{summary.png,summary.md,variants.png,variants.md,run.json,benchmark.json}
+    rm -f "$folder"/{summary.png,summary.md,variants.png,variants.md,run.json,run.log,benchmark.json}
 done
 # torchvision unpacks these from the tracked .gz files.
 for packed in datasets/MNIST/raw/*.gz; do rm -f "${packed%.gz}"; done

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from reporter import FORGET, RETAIN, Reporter, Value, markdown_table, method_styles, worst
+import artifacts
+from reporter import FORGET, RETAIN, Reporter, Value, markdown_table, method_styles, save_figure, worst
 
 # What an unlearned classifier is measured against; the others compete.
 REFERENCES = ("original", "retrain", "retrain_again")
@@ -188,7 +189,7 @@ class AuditReport:
         panels.flat[-1].set_xscale("log")
         panels.flat[0].set_yticks(range(len(self.methods)), self.methods, fontsize=8)
         panels.flat[0].invert_yaxis()
-        figure.savefig(self.folder / "audits.png", dpi=self.reporter.config.dpi)
+        save_figure(figure, self.folder / "audits.png", self.reporter.config.dpi)
         plt.close(figure)
 
     def _draw_panel(self, axes: Axes, column: Column) -> None:
@@ -279,8 +280,7 @@ class Comparison:
     def plot(self) -> None:
         """Draws `variants.png` and writes `variants.md`."""
         plt.switch_backend("Agg")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "variants.md").write_text(f"# Variants\n\n{self.table()}\n")
+        artifacts.write_text(self.folder / "variants.md", f"# Variants\n\n{self.table()}\n")
         self.draw_variants()
 
     def draw_variants(self) -> None:
@@ -313,7 +313,7 @@ class Comparison:
             axes.grid(alpha=0.3)
         panels[0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
         panels[0].invert_yaxis()
-        figure.savefig(self.folder / "variants.png", dpi=150)
+        save_figure(figure, self.folder / "variants.png", 150)
         plt.close(figure)
 
     def _row(self, variant: str, reporter: Reporter, method: str) -> ComparisonRow:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from artifacts import InputError
 from data import DATASETS, IMAGE_SIZE, NUM_CLASSES, Amount, GraphConfig, check_amount, number_of_weights
 from eval import EvalConfig, slug
 from model import WeightGraph
@@ -25,7 +26,7 @@ YAML_ERRORS = (yaml.YAMLError, ValueError, IndexError, RecursionError)
 BASE = Path(__file__).resolve().parent / "configs" / "config.yaml"
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A setting that cannot work; the message names the file, the key and what would be valid."""
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
+from artifacts import InputError, one_line, written_whole
 from model import HookedMNISTClassifier, LayerRecord, Mask, WeightGraph
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ DATASET_ROOT = Path(__file__).resolve().parent / "datasets"
 IMAGE_SIZE = 28 * 28
 NUM_CLASSES = 10
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST")
+FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 
 
 def seeded(*key: object) -> torch.Generator:
@@ -75,8 +79,8 @@ def number_of_weights(amount: Amount, num_vertices: int) -> int:
     return amount if isinstance(amount, int) else max(1, round(amount * num_vertices))
 
 
-class DataError(ValueError):
-    """A data set that is not there and cannot be had."""
+class DataError(InputError):
+    """A data set that is not there and cannot be had, or whose files are not what they should be."""
 
 
 @dataclass(frozen=True)
@@ -149,28 +153,97 @@ def load_image_data(
     held_out: for choices that the test split must not make, this many training samples, the last ones, are taken out of
         the training split and stand in the place of the test split
 
-    Raises DataError when its files are missing and cannot be had, ValueError on an unknown name.
+    Raises DataError where its files are missing and cannot be had or are damaged, ValueError on an unknown name.
     """
     # Imported here, so that a bad setting is told without waiting for it.
     import torchvision
 
     if name not in DATASETS:
         raise ValueError(f"dataset {name!r} is not known: valid are {', '.join(DATASETS)}")
-    dataset = getattr(torchvision.datasets, name)
+    dataset, folder = getattr(torchvision.datasets, name), root / name / "raw"
+    unpack(dict(dataset.resources), folder)
     try:
         parts = [dataset(root=root, train=is_train, download=True) for is_train in (True, False)]
-    except (RuntimeError, OSError) as error:
-        files = ", ".join(file for file, _ in dataset.resources)
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"dataset {name} is not in {root / name / 'raw'} and cannot be downloaded: put {files} there ({reason})"
-        ) from error
-    train, test = (Split(part.data.to(device).float().flatten(1), part.targets.to(device)) for part in parts)
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        missing = [f"{file}.gz" for file in FILES if not (folder / file).exists()]
+        what = f"{', '.join(missing)} cannot be downloaded: put them there" if missing else "its files cannot be read"
+        raise DataError(f"dataset {name} in {folder}: {what} ({one_line(error)})") from None
+    splits = []
+    for part, where in zip(parts, FILES[::2]):
+        check_samples(part.data, part.targets, folder / where)
+        splits.append(Split(part.data.to(device).float().flatten(1), part.targets.to(device)))
+    train, test = splits
     if held_out:
         test = Split(train.images[-held_out:], train.labels[-held_out:])
         train = Split(train.images[:-held_out], train.labels[:-held_out])
+    for split, kind in ((train, "training"), (test, "test")):
+        counts = torch.bincount(split.labels, minlength=NUM_CLASSES)
+        if not counts.all():
+            raise DataError(f"dataset {name} in {folder}: class {int(counts.argmin())} has no {kind} sample")
     deviation, mean = torch.std_mean(train.images)
     return ImageData(*(Split((split.images - mean) / deviation, split.labels) for split in (train, test)))
+
+
+def checksums(name: str, root: Path = DATASET_ROOT) -> dict[str, str]:
+    """CRC-32 and size of every file of a data set, without unpacking it: what says which data set it is.
+
+    Empty where a file is not there, neither packed nor unpacked.
+    """
+    found = {}
+    for file in FILES:
+        path = root / name / "raw" / file
+        try:
+            if (packed := packed_file(path)).exists():
+                found[file] = packed.read_bytes()[-8:].hex()  # where gzip keeps both
+            else:
+                found[file] = gzip_trailer(path.read_bytes()).hex()
+        except OSError:
+            return {}
+    return found
+
+
+def packed_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.gz")
+
+
+def gzip_trailer(content: bytes) -> bytes:
+    """CRC-32 and size, as they end a gzip file of this content."""
+    return zlib.crc32(content).to_bytes(4, "little") + (len(content) % 2**32).to_bytes(4, "little")
+
+
+def unpack(md5: dict[str, str], folder: Path) -> None:
+    """Unpacks the files of a data set that are not there or not what their packed files hold.
+
+    torchvision looks at the names of unpacked files only.
+
+    md5: of every packed file by its name. Raises DataError on a packed file with another.
+    """
+    for path in map(folder.joinpath, FILES):
+        packed = packed_file(path)
+        if not packed.exists():
+            continue
+        content = packed.read_bytes()
+        if (found := hashlib.md5(content).hexdigest()) != md5[packed.name]:
+            raise DataError(
+                f"{packed}: is damaged (its md5 is {found}, not {md5[packed.name]}): fetch it anew, MNIST by "
+                "`git checkout datasets`"
+            )
+        if not path.exists() or gzip_trailer(path.read_bytes()) != content[-8:]:
+            with written_whole(path) as file:
+                file.write(gzip.decompress(content))
+
+
+def check_samples(images: Tensor, labels: Tensor, path: Path) -> None:
+    """Raises DataError where these are not 28 x 28 images of the ten classes, a label for each."""
+    if images.ndim != 3 or images[0].numel() != IMAGE_SIZE or len(images) != len(labels):
+        raise DataError(
+            f"{path}: holds images of shape {tuple(images.shape)} with {len(labels)} labels, "
+            "not 28 x 28 images with a label each"
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= NUM_CLASSES:
+        raise DataError(
+            f"{path}: has labels from {int(labels.min())} to {int(labels.max())}, not from 0 to {NUM_CLASSES - 1}"
+        )
 
 
 class ClassGroup:
@@ -334,13 +407,14 @@ class GraphGenerator:
         others = {name: (x.sum(0) - x)[label] / (len(x) - 1) for name, x in classes.items()}
         return Data(x=self._standardised(own, others)[0], edge_index=self.graph.edge_index().to(label.device), y=label)
 
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        records = [
-            {name: getattr(record, name) for name in ("inputs", "outputs", "loss_gradient", "margin_gradient")}
-            for record in self.records
-        ]
-        torch.save({"layers": list(self.graph.layers), "labels": self.labels, "records": records}, path)
+    def recorded(self) -> dict[str, Any]:
+        """What was recorded, as it is saved: `layers`, `labels` (samples), and `records`, a dictionary for each layer.
+
+        Its tensors are (samples, neurons), as in `LayerRecord`.
+        """
+        names = ("inputs", "outputs", "loss_gradient", "margin_gradient")
+        records = [{name: getattr(record, name) for name in names} for record in self.records]
+        return {"layers": list(self.graph.layers), "labels": self.labels, "records": records}
 
     def class_features(
         self, samples: Tensor, names: Sequence[str], mask: Mask | None = None

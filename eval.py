@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import operator
@@ -10,27 +9,25 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import baselines as baselines  # registers the published methods
+from artifacts import Artifact, short
 from audits import Audit, AuditConfig
 from data import GraphGenerator, ImageData, Split, check_range, is_correct, number_of_weights
 from methods import METHODS, Request, check_hyperparameter
 from methods import unlearning_method as unlearning_method  # for the methods that are added here
 from model import HookedMNISTClassifier, Mask, MaskingGCN
-from reporter import method_styles
-from trainer import GCNRanking, MaskingConfig, TrainedGCN, ZeroingOrder
+from trainer import GCNRanking, MaskingConfig, TrainedGCN, TrainingError, ZeroingOrder, check_weights
+from visualization import Visualization
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,14 @@ class EvalConfig(MaskingConfig):
             return tuple(name for name, method in METHODS.items() if method.in_default_run)
         return tuple(METHODS) if self.methods == "all" else self.methods
 
+    def decisive(self) -> dict[str, Any]:
+        """The settings that the metrics depend on: without those of the plots and of what does not run."""
+        settings = asdict(self) | {"methods": self.method_names, "visualize": None}
+        settings["hyperparameters"] = {name: self.hyperparameters.get(name, {}) for name in self.method_names}
+        if not self.audit.enabled:
+            settings["audit"] = None
+        return settings
+
 
 def slug(name: str) -> str:
     """The name in letters, digits and underscores, as it stands in the names of files."""
@@ -97,7 +102,9 @@ class Experiment:
     """What sets one experiment apart from the others of a sweep, and what it shares with them.
 
     variant: the name of the config among those of the run, "" where there is one only
+    kappa: None until auto has found it
     gcn_seconds: what training the masking GCN took, once for all requests; config: the whole config
+    made_by: what the results depend on, as in `Artifact`
     """
 
     variant: str
@@ -105,20 +112,29 @@ class Experiment:
     forget_digit: int
     mask_layer: int | tuple[int, ...] | None
     top_k: int
-    kappa: int
+    kappa: int | None
     kappa_choice: Literal["fixed", "auto"]
     gcn_seconds: float
     config: dict[str, Any]
+    made_by: dict[str, Any]
 
     @property
     def id(self) -> str:
+        """Its name, as files have it; at the end what tells it from experiments with other settings."""
         layers = [self.mask_layer] if isinstance(self.mask_layer, int) else self.mask_layer
         masked = "all" if layers is None else "_".join(map(str, layers))
-        return (
-            f"seed_{self.seed}_digit_{self.forget_digit}_layer_{masked}"
-            f"_top_k_{self.top_k}_kappa_{self.kappa}_{self.kappa_choice}"
-            + (f"_{slug(self.variant)}" if self.variant else "")
-        )
+        kappa = "auto" if self.kappa_choice == "auto" else f"{self.kappa}_fixed"
+        name = f"seed_{self.seed}_digit_{self.forget_digit}_layer_{masked[:60]}_top_k_{self.top_k}_kappa_{kappa}"
+        variant = f"_{slug(self.variant)[:60]}" if self.variant else ""
+        return f"{name}{variant}_{short(self.made_by['settings'])}"
+
+    def metrics(self, folder: Path) -> Artifact:
+        """Its JSON in the folder of an evaluation."""
+        return Artifact(metrics_folder(folder) / f"{self.id}.json", self.made_by)
+
+    def mask(self, folder: Path) -> Artifact:
+        """Its mask in the folder of an evaluation."""
+        return Artifact(folder / "masks" / f"{self.id}.pt", self.made_by)
 
 
 def unlearn(
@@ -175,13 +191,6 @@ def unlearn(
     return mask
 
 
-AXIS_LABELS = {
-    "loss": "cross entropy (nats)",
-    "score": "classified correctly (%)",
-    "probability": "probability of the forget class",
-}
-
-
 @dataclass(frozen=True)
 class Answer:
     """An unlearned classifier, what it took from the request to it, and if it is a mask, the weights that it zeroes.
@@ -233,7 +242,7 @@ class Eval:
         self.request = request
         self.data = data
         self.folder = folder
-        self.metrics_path = metrics_folder(folder) / f"{experiment.id}.json"
+        self.metrics_path = experiment.metrics(folder).path
         self.graph = request.graphs.graph
         self._shared = {} if shared is None else shared
         self._own: dict[Hashable, Any] = {}
@@ -318,6 +327,7 @@ class Eval:
 
     def eval(self) -> dict[str, Any]:
         """Runs all evaluations, saves the mask, writes the JSON and, where the config says so, the plots."""
+        started = time.perf_counter()
         experiment = self.experiment
         results = {
             "id": experiment.id,
@@ -341,116 +351,23 @@ class Eval:
             "methods": {name: METHODS[name].about() for name in self.config.method_names},
             "num_zeroed": {name: self._answer(name).num_zeroed for name in self.config.method_names},
             "zeroed_by_layer": {name: self._answer(name).zeroed_by_layer for name in self.config.method_names},
+            "class_probabilities": {name: self._class_probabilities(name) for name in self.config.method_names},
+            "weight_histograms": self._weight_histograms(),
             "config": experiment.config,
             "seconds": {"gcn": experiment.gcn_seconds}
             | {name: self._answer(name).seconds for name in self.config.method_names},
         }
-        self._mask().save(self.folder / "masks" / f"{experiment.id}.pt")
-        self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
-        self.metrics_path.write_text(json.dumps(valid_json(results), indent=1, allow_nan=False))
+        results["seconds"]["experiment"] = time.perf_counter() - started
+        experiment.mask(self.folder).save(self._mask().saved())
+        experiment.metrics(self.folder).save(valid_json(results))
         if self.config.visualize:
             self.draw_visualization(results)
         return results
 
     def draw_visualization(self, results: dict[str, Any]) -> None:
         """Draws bar charts of each evaluation, where the forget set goes, and which weights are zeroed."""
-        folder = self.folder / "Metrics and Plots" / "plots" / self.experiment.id
-        folder.mkdir(parents=True, exist_ok=True)
-        forgetting = f"Forgetting digit {self.experiment.forget_digit}, kappa = {self.experiment.kappa}"
-        keeping = (
-            f"Digit {self.experiment.forget_digit}: every weight kept (original), or only K = {self.experiment.top_k}"
-        )
-        drawings: dict[str, tuple[str, Callable[[Figure], None]]] = {
-            "unlearning": (
-                f"{forgetting}: forget set",
-                lambda figure: self._draw_bars(figure, results["unlearning_metrics"]),
-            ),
-            "performance_degradation": (
-                f"{forgetting}: retain set",
-                lambda figure: self._draw_bars(figure, results["performance_degradation_metrics"]),
-            ),
-            "mask_efficacy": (keeping, lambda figure: self._draw_bars(figure, results["mask_efficacy_metrics"])),
-            "class_probabilities": (f"{forgetting}: forget set", self._draw_class_probabilities),
-            "weights": (forgetting, self._draw_weights),
-        }
-        for name, (title, draw) in drawings.items():
-            picture = partial(self._picture, name, title, draw)
-            png = self._once((name, "picture"), picture, uses_kappa=name != "mask_efficacy")
-            (folder / f"{name}.png").write_bytes(png)
-
-    def _picture(self, name: str, title: str, draw: Callable[[Figure], None]) -> bytes:
-        """A drawing as PNG. Finding room for its labels takes half the time: all kappas share what the first found."""
-        figure = Figure(figsize=(9, 3), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.08)  # room for a longer number on the axis of another kappa
-        draw(figure)
-        figure.suptitle(title, fontsize=10)
-
-        def positions() -> list[Bbox]:
-            figure.draw_without_rendering()
-            return [axes.get_position() for axes in figure.axes]
-
-        found = self._once((name, "positions"), positions)
-        figure.set_layout_engine("none")
-        for axes, position in zip(figure.axes, found):
-            axes.set_position(position)
-        png = io.BytesIO()
-        figure.savefig(png, dpi=100)
-        return png.getvalue()
-
-    def _draw_bars(self, figure: Figure, metrics: dict[str, dict[str, float]]) -> None:
-        styles = method_styles([*self.config.method_names, *metrics])
-        measured = next(iter(metrics.values()))
-        for axes, metric in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured):
-            values = [metrics[name][metric] for name in metrics]
-            heights = [value if math.isfinite(value) else 0.0 for value in values]
-            bars = axes.bar(range(len(values)), heights, color=[styles[name]["color"] for name in metrics])
-            # Upright, since side by side they would touch.
-            axes.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=7, rotation=90, padding=2)
-            axes.set_ylabel(AXIS_LABELS[metric], fontsize=9)
-            axes.margins(y=0.35)
-            axes.set_xticks(range(len(values)), list(metrics), rotation=45, ha="right")
-
-    def _draw_class_probabilities(self, figure: Figure) -> None:
-        """Mean predicted probability of every class on the forget set, a row per method."""
-        axes = figure.subplots()
-        rows = torch.tensor([self._class_probabilities(name) for name in self.config.method_names])
-        image = axes.imshow(rows.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for (row, column), value in zip(
-            ((r, c) for r in range(len(rows)) for c in range(rows.shape[1])), rows.flatten()
-        ):
-            axes.text(
-                column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value > 0.6 else "k"
-            )
-        axes.set_yticks(range(len(rows)), self.config.method_names)
-        axes.set_xticks(range(rows.shape[1]))
-        axes.set_xlabel("class")
-        figure.colorbar(image, label="mean probability")
-
-    def _draw_weights(self, figure: Figure) -> None:
-        """Histogram of the weights of every masked layer, and of those that the masking GCN zeroes."""
-        keep = self.graph.split(torch.cat([part.flatten() for part in self._mask().keep]).cpu())
-        weights = [weight.cpu() for weight in self.request.graphs.weights()]
-        color = method_styles(["mimu"])["mimu"]["color"]
-        for axes, layer, weight, kept in zip(
-            figure.subplots(1, len(weights), squeeze=False)[0], self.graph.layers, weights, keep
-        ):
-            edges = torch.linspace(float(weight.min()), float(weight.max()), 61)
-            shown = (
-                (weight, "0.75", f"all {weight.numel()} weights"),
-                (
-                    weight[kept == 0],
-                    color,
-                    f"{int((kept == 0).sum())} zeroed by mimu",
-                ),
-            )
-            for values, face, label in shown:
-                # One outline, where `hist` draws a rectangle for every bin.
-                counts, _ = values.flatten().histogram(edges)
-                axes.stairs(counts.numpy(), edges.numpy(), fill=True, color=face, label=label)
-            axes.set_yscale("log")
-            axes.set_xlabel(f"weight of layer {layer}, {weight.shape[0]} x {weight.shape[1]}")
-            axes.set_ylabel("number of weights")
-            axes.legend(fontsize=8)
+        read_again = json.loads(json.dumps(valid_json(results)))
+        Visualization(read_again, self.folder, self._shared).draw()
 
     def _mask(self) -> Mask:
         return Mask.zeroing(self.graph, self.request.order.first(self.experiment.kappa))
@@ -464,7 +381,11 @@ class Eval:
         original = request.classifier.state_dict()
         with self.data.sealed():
             started = time.perf_counter()
-            model = METHODS[name].unlearn(request, **self.config.hyperparameters.get(name, {}))
+            try:
+                model = METHODS[name].unlearn(request, **self.config.hyperparameters.get(name, {}))
+                check_weights(model, "classifier", "eval.hyperparameters")
+            except TrainingError as error:
+                raise TrainingError(f"method {name}, digit {self.experiment.forget_digit}: {error}") from None
             seconds = time.perf_counter() - started
         for key, weight in request.classifier.state_dict().items():
             if not torch.equal(weight, original.get(key, weight[:0])):
@@ -500,7 +421,22 @@ class Eval:
     @torch.no_grad()
     def _class_probabilities(self, name: str) -> list[float]:
         model = self._answer(name).model
-        return torch.cat([model(images).softmax(1) for images, _ in self.mnist_forget_set()]).mean(0).tolist()
+        probabilities = torch.cat([model(images).softmax(1) for images, _ in self.mnist_forget_set()])
+        return probabilities.double().mean(0).tolist()
+
+    def _weight_histograms(self) -> list[dict[str, Any]]:
+        """Of every masked layer: how many weights there are between `edges`, and how many of them the mask zeroes."""
+        keep = self.graph.split(torch.cat([part.flatten() for part in self._mask().keep]).cpu())
+        histograms = []
+        for layer, weight, kept in zip(self.graph.layers, self.request.graphs.weights(), keep):
+            weight = weight.cpu()
+            edges = torch.linspace(float(weight.min()), float(weight.max()), 61)
+            counts = {
+                name: values.flatten().histogram(edges)[0].long().tolist()
+                for name, values in (("all", weight), ("zeroed", weight[kept == 0]))
+            }
+            histograms.append({"layer": layer, "shape": list(weight.shape), "edges": edges.tolist()} | counts)
+        return histograms
 
     def _once(self, key: Hashable, compute: Callable[[], Any], uses_kappa: bool = False) -> Any:
         """Computes a result once: for this experiment, or for all kappas of the request."""

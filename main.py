@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import time
+import traceback
 from pathlib import Path
+from types import FrameType
 
 CONFIG = Path(__file__).resolve().parent / "configs" / "config.yaml"
 
@@ -35,6 +39,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="draw the reports anew from the metrics of a run of the same config, and stop",
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be run, what is there already, and about how long it would take, and stop",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="remove first what earlier runs of the same config have left",
+    )
+    parser.add_argument("--debug", action="store_true", help="show where in the code an error was raised")
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
@@ -44,27 +59,72 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 2 for a setting that cannot work or files that are not there or not what they should."""
+    """Returns the exit status.
+
+    0: all is done; 2: something that the user can mend, such as a setting, a file, a full disk; 1: any other error;
+    130 and 143: stopped by Ctrl-C and by SIGTERM
+    """
     started = time.perf_counter()
     parsed = parse_arguments(arguments)
-    # Imported here, so that --help does not wait for PyTorch.
-    from config import ConfigError, load_variants
-    from data import DataError
-    from pipeline import plot, pretrain, run
-    from trainer import CheckpointError, TrainingError
-
+    before = signal.getsignal(signal.SIGTERM)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # torchrun ends its processes itself, also while they wait
+        signal.signal(signal.SIGTERM, terminate)
     try:
-        configs = load_variants(parsed.config, parsed.overrides)
-        if parsed.pretrain:
-            pretrain(configs)
-        elif parsed.plot_only:
-            plot(configs)
-        else:
-            run(configs, started=started)
-    except (CheckpointError, ConfigError, DataError, TrainingError) as error:
+        start(parsed, started)
+    except KeyboardInterrupt as stopped:
+        again = "the same command without --fresh" if parsed.fresh else "the same command"
+        print(f"\nstopped: all that is finished stays, and {again} goes on from there", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
+    except Exception as error:
+        if parsed.debug:
+            raise
+        return tell(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def start(parsed: argparse.Namespace, started: float) -> None:
+    # Imported here, so that --help does not wait for PyTorch.
+    from config import load_variants
+    from pipeline import dry_run, plot, pretrain, run
+
+    configs = load_variants(parsed.config, parsed.overrides)
+    if parsed.dry_run:
+        dry_run(configs)
+    elif parsed.pretrain:
+        pretrain(configs)
+    elif parsed.plot_only:
+        plot(configs)
+    else:
+        run(configs, started=started, is_fresh=parsed.fresh)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the run ends as it does on Ctrl-C."""
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def tell(error: Exception) -> int:
+    """Prints an error as one line, and returns the exit status."""
+    from artifacts import InputError, one_line
+
+    if isinstance(error, InputError):
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    if isinstance(error, OSError):
+        print(f"error: {error.filename or 'a file'}: {error.strerror or one_line(error)}", file=sys.stderr)
+        return 2
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    print(
+        f"error: {type(error).__name__}: {one_line(error)} ({Path(where.filename).name}, line {where.lineno}); "
+        "reports/run.log has the traceback, --debug shows it",
+        file=sys.stderr,
+    )
+    return 1
 
 
 if __name__ == "__main__":

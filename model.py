@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.utils import parametrize
 
+import artifacts
+
 
 def keep_freed_memory() -> None:
     """Lets glibc keep all freed memory for the next tensors instead of giving it back to the system.
@@ -462,12 +464,18 @@ class Mask:
         finally:
             self.remove(model)
 
+    def saved(self) -> dict[str, list]:
+        """The mask as `save` writes it: `layers`, and `keep`, a tensor of bool for each."""
+        return {"layers": list(self.layers), "keep": [keep.bool().cpu() for keep in self.keep]}
+
     def save(self, path: Path | str) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"layers": list(self.layers), "keep": [keep.bool().cpu() for keep in self.keep]}, path)
+        artifacts.save(Path(path), self.saved())
 
     @staticmethod
     def load(path: Path | str) -> Mask:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return Mask(tuple(saved["layers"]), tuple(keep.float() for keep in saved["keep"]))
+        """Raises ArtifactError where the file is not a mask."""
+        saved = artifacts.load(Path(path))
+        try:
+            return Mask(tuple(saved["layers"]), tuple(keep.float() for keep in saved["keep"]))
+        except (LookupError, TypeError, AttributeError):
+            raise artifacts.ArtifactError(f"{path}: is not a mask, but holds {', '.join(map(str, saved))}") from None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import os
+import platform
 import resource
+import shlex
 import sys
 import time
+import traceback
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +23,18 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+import artifacts
+from artifacts import ROOT, Artifact, ArtifactError, locked, one_line
 from comparison import AuditReport, Comparison
 from config import Config
 from data import IMAGE_SIZE, NUM_CLASSES, DataError, GraphGenerator, ImageData, is_correct, load_image_data
-from eval import Eval, Experiment, metrics_folder, slug
+from eval import Eval, slug
 from methods import Request
 from model import HookedMNISTClassifier, MaskingGCN, keep_freed_memory
+from plan import Artifacts, Plan, Task, Training, tasks_in_order, time_in_words, trainings_of, whole_experiments
 from reporter import Reporter
 from trainer import PRETRAINED, GCNTrainer, TrainedGCN, Trainer, TrainingError
-
-ROOT = Path(__file__).resolve().parent
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """What the requests to forget a class of one classifier share: the classifier, its graphs and its masking GCN."""
-
-    variant: str
-    config: Config
-    seed: int
-    top_k: int
-
-    @property
-    def name(self) -> str:
-        """How messages call it."""
-        return f"{label(self.variant, self.seed)}, top-K {self.top_k}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What one process does at a time: a training, or all experiments on one forget digit after it."""
-
-    training: Training
-    digit: int | None = None
-
-
-def tasks_in_order(configs: Mapping[str, Config], processes: int) -> list[Task]:
-    """All tasks of a run. Trainings come early enough for the other processes to have requests to work on meanwhile."""
-    trainings = [
-        Training(variant, config, seed, top_k)
-        for variant, config in configs.items()
-        for seed in config.seeds
-        for top_k in config.sweep.top_ks(config.num_vertices)
-    ]
-    tasks = [Task(training) for training in trainings[: processes - 1]]
-    for index, training in enumerate(trainings):
-        tasks += [Task(ahead) for ahead in trainings[index + processes - 1 : index + processes]]
-        tasks += [Task(training, digit) for digit in training.config.sweep.forget_digits]
-    return tasks
+from visualization import Visualization
 
 
 class Processes:
@@ -89,19 +56,16 @@ class Processes:
             if device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
-    def take(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Task]]:
-        """The next task that no process has taken, with its index, until there is none."""
-        while (index := self.store.add("tasks taken", 1) - 1) < len(tasks):
-            yield index, tasks[index]
+    def take(self, tasks: Sequence[int]) -> Iterator[int]:
+        """The next task that no process has taken, until there is none."""
+        while (taken := self.store.add("tasks taken", 1) - 1) < len(tasks):
+            yield tasks[taken]
 
-    @contextmanager
-    def one_before_the_others(self) -> Iterator[None]:
-        """The first process passes, then all others, as where a file is to be unpacked once."""
-        if self.rank > 0:
-            self.store.get("first is done")
-        yield
+    def told_by_the_first(self, tell: Callable[[], Any]) -> Any:
+        """What the first process finds out (as JSON holds it), at all of them: the others wait for it."""
         if self.rank == 0:
-            self.store.set("first is done", "")
+            self.store.set("told", json.dumps(tell()))
+        return json.loads(self.store.get("told"))
 
     def gathered(self, value: Any) -> list[Any]:
         """The values (as JSON holds them) of all processes in order, at the first one; nothing at the others."""
@@ -111,28 +75,52 @@ class Processes:
         return [value] + [json.loads(self.store.get(f"share of {rank}")) for rank in range(1, self.count)]
 
 
-class Run:
-    """What the stages share: the folder of the artifacts, the seconds that each took, data and classifiers."""
+class Log:
+    """What a run says: on the terminal beside the bars of the progress, and with the time in `reports/run.log`."""
 
     def __init__(self, root: Path, processes: Processes) -> None:
+        self.path = root / "reports" / "run.log"
+        self.prefix = f"process {processes.rank}: " if processes.count > 1 else ""
+
+    def __call__(self, message: str) -> None:
+        tqdm.write(f"{self.prefix}{message}")
+        sys.stdout.flush()
+        self.note(message)
+
+    def note(self, message: str) -> None:
+        """Says it in the file alone."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.prefix}{message}\n")
+        except OSError as error:
+            raise ArtifactError(f"{self.path}: cannot be written ({error.strerror or error})") from None
+
+
+class Run:
+    """What the stages share: the files, the seconds that each stage took, data, classifiers and the last training."""
+
+    def __init__(self, root: Path, processes: Processes, files: Artifacts) -> None:
         self.root = root
         self.processes = processes
+        self.files = files
+        self.log = Log(root, processes)
         self.seconds: dict[str, float] = {}
         self.test_scores: dict[str, float] = {}
         self._data: dict[Hashable, ImageData] = {}
-        self._classifiers: dict[Hashable, HookedMNISTClassifier] = {}
+        self._classifiers: dict[Path, HookedMNISTClassifier] = {}
         self._last: tuple[Training, GraphGenerator, MaskingGCN, float] | None = None
+        self._reported, self._report_seconds = time.perf_counter(), 1.0
 
     @contextmanager
-    def stage(self, name: str, is_last: bool = True) -> Iterator[None]:
+    def stage(self, name: str, says_so: bool = True) -> Iterator[None]:
         """Measures a stage, or a part of it, and says when it is done."""
         started = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-        if is_last:
-            process = f"process {self.processes.rank}: " if self.processes.count > 1 else ""
-            tqdm.write(f"{process}{name}: {self.seconds[name]:.1f} s")
-            sys.stdout.flush()
+        seconds = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        if says_so:
+            self.log(f"{name}: {seconds:.1f} s")
 
     def data(self, config: Config) -> ImageData:
         """The data set of a config, read once."""
@@ -143,158 +131,203 @@ class Run:
                 self._data[key] = load_image_data(config.dataset, self.root / "datasets", device, config.held_out)
         return self._data[key]
 
-    def classifier(self, config: Config, seed: int, variant: str) -> HookedMNISTClassifier:
-        """The classifier of a config and a seed, trained once for all variants that leave it as it is."""
+    def classifier(self, training: Training) -> HookedMNISTClassifier:
+        """The classifier of a training: from its checkpoint, or trained and written."""
+        artifact, config, name = self.files.classifier(training), training.config, training.classifier_name
+        if artifact.path in self._classifiers:
+            return self._classifiers[artifact.path]
         data = self.data(config)
-        key = (config.dataset, config.device, config.held_out, config.classifier, seed)
-        if key not in self._classifiers:
-            with self.stage(f"classifier, {label(variant, seed)}"):
-                classifier = Trainer(config.classifier, seed).train(data.train, NUM_CLASSES)
+        classifier = HookedMNISTClassifier(
+            config.classifier.hidden_sizes, IMAGE_SIZE, NUM_CLASSES, config.classifier.bias
+        ).to(data.train.labels.device)
+        try:
+            self.test_scores[name] = restore(classifier, artifact)["test_score"]
+            self.log(f"classifier, {name}: reused")
+        except ArtifactError:
+            with self.stage(f"classifier, {name}"):
+                classifier = Trainer(config.classifier, training.seed).train(data.train, NUM_CLASSES)
                 correct = is_correct(classifier(data.test.images), data.test.labels)
-            self.test_scores[label(variant, seed)] = 100 * correct.sum().item() / len(correct)
-            self._classifiers[key] = classifier
-        self.save(self.classifier_path(variant, seed), self._classifiers[key], config, seed)
-        return self._classifiers[key]
+            self.test_scores[name] = 100 * correct.sum().item() / len(correct)
+            self.save(artifact, classifier, training, test_score=self.test_scores[name])
+        self._classifiers[artifact.path] = classifier
+        return classifier
 
-    def graphs(self, config: Config, seed: int, classifier: HookedMNISTClassifier) -> GraphGenerator:
-        """The activation graphs of a classifier."""
-        return GraphGenerator(classifier, self.data(config).train, config.graphs, seed)
+    def graphs(self, training: Training) -> GraphGenerator:
+        """The activation graphs of a training's classifier: they are recorded sooner than read."""
+        classifier, artifact = self.classifier(training), self.files.graphs(training)
+        with self.stage(f"activation graphs, {training.classifier_name}", says_so=False):
+            graphs = GraphGenerator(classifier, self.data(training.config).train, training.config.graphs, training.seed)
+        if artifact.why_not():
+            artifact.save(graphs.recorded())
+        return graphs
 
-    def classifier_path(self, variant: str, seed: int) -> Path:
-        return self.root / "checkpoints" / f"classifier_{stem(variant, seed)}.pt"
+    def gcn(self, training: Training, graphs: GraphGenerator) -> tuple[MaskingGCN, float]:
+        """The masking GCN and the seconds of its training: the tracked one, from its checkpoint, or trained."""
+        artifact, config, device = self.files.gcn(training), training.config, graphs.labels.device
+        if artifact is None:
+            return TrainedGCN.load().gcn.to(device), 0.0
+        gcn = MaskingGCN(
+            config.graphs.num_features, config.gcn.hidden, config.gcn.rounds, config.gcn.message_passing
+        ).to(device)
+        try:
+            seconds = restore(gcn, artifact)["seconds"]
+            self.log(f"masking GCN, {training.name}: reused")
+        except ArtifactError:
+            stage = f"masking GCN, {training.name}"
+            with self.stage(stage):
+                gcn = GCNTrainer(config.gcn, [graphs], training.top_k, training.seed).train()
+            seconds = self.seconds[stage]
+            self.save(artifact, gcn, training, top_k=training.top_k, seconds=seconds)
+        return gcn, seconds
 
-    def gcn_path(self, training: Training) -> Path:
-        name = f"gcn_{stem(training.variant, training.seed)}_top_k_{training.top_k}.pt"
-        return self.root / "checkpoints" / name
-
-    def save(self, path: Path, module: nn.Module, config: Config, seed: int, **more: Any) -> None:
+    def save(self, artifact: Artifact, module: nn.Module, training: Training, **more: Any) -> None:
         """Writes a checkpoint: the weights, with the config and the seed that made them."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint = {"state_dict": module.state_dict(), "config": dataclasses.asdict(config), "seed": seed}
-        # Another process may read it meanwhile.
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        torch.save(checkpoint | more, beside)
-        beside.replace(path)
+        config = asdict(training.config)
+        artifact.save({"state_dict": module.state_dict(), "config": config, "seed": training.seed} | more)
 
-    def train(self, training: Training) -> None:
-        """Trains the classifier and its masking GCN, writes both, and tells the other processes so."""
-        config, seed, top_k = training.config, training.seed, training.top_k
-        classifier = self.classifier(config, seed, training.variant)
-        with self.stage(f"activation graphs, {label(training.variant, seed)}"):
-            graphs = self.graphs(config, seed, classifier)
-        graphs.save(self.root / "datasets" / "Graphs" / f"{stem(training.variant, seed)}.pt")
-        stage = f"masking GCN, {training.name}"
-        with self.stage(stage):
-            if config.gcn.pretrained:
-                gcn = TrainedGCN.load().gcn.to(graphs.labels.device)
-            else:
-                gcn = GCNTrainer(config.gcn, [graphs], top_k, seed).train()
-                self.save(self.gcn_path(training), gcn, config, seed, top_k=top_k)
-        self._last = (training, graphs, gcn, self.seconds[stage])
-        self.processes.store.set(training.name, repr(self.seconds[stage]))
+    def train(self, training: Training, makes: Sequence[str], awaited: Sequence[str]) -> None:
+        """Makes the files of a training, and tells the other processes so.
+
+        makes: those that no other process makes; awaited: all that some process makes
+        """
+        self.wait_for(training, [path for path in awaited if path not in makes])
+        self.trained(training)
+        for path in makes:
+            self.processes.store.set(path, "")
+
+    def wait_for(self, training: Training, awaited: Sequence[str]) -> None:
+        """Waits for the files of a training that other processes make."""
+        for artifact in self.files.of_training(training).values():
+            if str(artifact.path) in awaited:
+                self.processes.store.get(str(artifact.path))
 
     def trained(self, training: Training) -> tuple[GraphGenerator, MaskingGCN, float]:
-        """Graphs and masking GCN of a training, and the seconds that it took: read from its files if not at hand."""
+        """Graphs and masking GCN of a training, and the seconds that it took."""
         if self._last is None or self._last[0] != training:
-            seconds = float(self.processes.store.get(training.name))  # waits for the process that trains it
-            config, device = training.config, self.data(training.config).train.labels.device
-            classifier = HookedMNISTClassifier(
-                config.classifier.hidden_sizes, IMAGE_SIZE, NUM_CLASSES, config.classifier.bias
-            ).to(device)
-            path = self.classifier_path(training.variant, training.seed)
-            classifier.load_state_dict(torch.load(path, map_location=device, weights_only=True)["state_dict"])
-            trained = TrainedGCN.load() if config.gcn.pretrained else TrainedGCN.load(self.gcn_path(training))
-            graphs = self.graphs(config, training.seed, classifier)
-            self._last = (training, graphs, trained.gcn.to(device), seconds)
+            graphs = self.graphs(training)
+            self._last = (training, graphs, *self.gcn(training, graphs))
         return self._last[1:]
 
-    def work(self, tasks: Sequence[Task]) -> dict[str, Any]:
-        """Does every task that no other process has taken.
+    def work(self, tasks: Sequence[Task], to_do: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Does what no other process has taken of what is to do, as `Plan.to_do` has it.
 
-        Returns, as JSON holds it: `metrics`, the paths of the experiments' JSON with the index of their task;
-        `seconds` of the stages, `test_scores` of the classifiers, and `peak_bytes`, the most memory held.
+        Returns, as JSON holds it: `seconds` of the stages, `test_scores` of the classifiers, and `peak_bytes`, the most
+        memory held.
         """
-        metrics: list[tuple[int, list[str]]] = []
+        awaited = [path for each in to_do for path in each["makes"]]
+        total = sum(each["seconds"] for each in to_do)
+        started = time.perf_counter()
         hidden = True if self.processes.rank else None
-        with tqdm(total=len(tasks), desc="tasks", unit="task", leave=False, disable=hidden) as progress:
-            for index, task in self.processes.take(tasks):
+        bar = "{desc}: {percentage:3.0f} %|{bar}| {elapsed}, about {remaining} left"
+        with tqdm(total=total, desc="the whole run", bar_format=bar, leave=False, disable=hidden) as progress:
+            for position in self.processes.take(range(len(to_do))):
+                task = tasks[to_do[position]["task"]]
+                torch.set_num_threads(task.training.config.threads or self.files.threads)
                 if task.digit is None:
-                    self.train(task.training)
+                    self.train(task.training, to_do[position]["makes"], awaited)
                 else:
-                    is_last = task.training not in [following.training for following in tasks[index + 1 : index + 2]]
-                    self.trained(task.training)  # may wait for another process, which is not time of this stage
-                    with self.stage(f"experiments, {task.training.name}", is_last):
-                        metrics.append((index, list(map(str, self.experiments(task.training, task.digit)))))
-                progress.update(index + 1 - progress.n)
+                    self.wait_for(task.training, awaited)
+                    self.experiments(task.training, task.digit)
+                done = sum(each["seconds"] for each in to_do[: position + 1])
+                progress.update(done - progress.n)
+                if task.digit is not None and position + 1 < len(to_do):
+                    left = (total - done) * (time.perf_counter() - started) / max(done, 1e-9)
+                    self.log(f"about {time_in_words(left)} left")
+                    self.report_so_far()
         # Kilobytes on Linux, bytes on macOS.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {
-            "metrics": metrics,
-            "seconds": dict(self.seconds),
-            "test_scores": self.test_scores,
-            "peak_bytes": peak,
-        }
+        return {"seconds": dict(self.seconds), "test_scores": self.test_scores, "peak_bytes": peak}
 
-    def experiments(self, training: Training, digit: int) -> list[Path]:
-        """Runs every experiment on one forget digit; returns the JSON of each."""
-        graphs, gcn, gcn_seconds = self.trained(training)
-        config, seed, top_k = training.config, training.seed, training.top_k
-        num_vertices, data = graphs.graph.num_vertices, self.data(config)
-        trainer = Trainer(config.classifier, seed)
-        request = Request(config.eval, graphs.classifier, trainer, data.train, graphs, gcn, digit, top_k, seed)
-        shared: dict[Hashable, Any] = {}
-        kappas = [(kappa, "fixed") for kappa in config.sweep.fixed_kappas(num_vertices)]
-        if "auto" in config.sweep.kappa:
-            kappas.append((request.auto_kappa(request.order), "auto"))
-        paths = []
-        for kappa, choice in kappas:
-            experiment = Experiment(
-                variant=training.variant,
-                seed=seed,
-                forget_digit=digit,
-                mask_layer=config.graphs.mask_layer,
-                top_k=top_k,
-                kappa=kappa,
-                kappa_choice=choice,
-                gcn_seconds=gcn_seconds,
-                config=dataclasses.asdict(config),
+    def experiments(self, training: Training, digit: int) -> None:
+        """Runs every experiment on one forget digit that is not there yet, and draws the plots that are not."""
+        config, folder, shared = training.config, self.root / "eval", {}
+        experiments = self.files.experiments(training, digit)
+        missing = [each for each in experiments if each.metrics(folder).why_not() or each.mask(folder).why_not()]
+        if missing:
+            graphs, gcn, gcn_seconds = self.trained(training)
+            data, trainer = self.data(config), Trainer(config.classifier, training.seed)
+            request = Request(
+                config.eval, graphs.classifier, trainer, data.train, graphs, gcn, digit, training.top_k, training.seed
             )
-            evaluation = Eval(config.eval, experiment, request, data, self.root / "eval", shared)
-            evaluation.eval()
-            paths.append(evaluation.metrics_path)
-        return paths
+        with self.stage(f"experiments, {training.name}", says_so=False):
+            started = time.perf_counter()
+            for experiment in experiments:
+                if experiment in missing:
+                    kappa = request.auto_kappa(request.order) if experiment.kappa is None else experiment.kappa
+                    found = replace(experiment, kappa=kappa, gcn_seconds=gcn_seconds)
+                    Eval(config.eval, found, request, data, folder, shared).eval()
+                elif config.eval.visualize:
+                    Visualization(experiment.metrics(folder).load(), folder, shared).draw()
+        took = f"{time.perf_counter() - started:.1f} s"
+        reused = f", {len(experiments) - len(missing)} reused" if len(missing) < len(experiments) else ""
+        self.log(f"experiments, {training.name}, digit {digit}: {took}, {len(missing)} made{reused}")
+
+    def report_so_far(self) -> None:
+        """Draws the reports of what is finished, unless it would take more than a twentieth of the time."""
+        started = time.perf_counter()
+        if self.processes.rank > 0 or started - self._reported < 20 * self._report_seconds:
+            return
+        try:
+            report(self.files.reportable(), self.root / "reports")
+        except Exception as error:  # the experiments go on; the last report raises it
+            self.log(f"reports so far: {one_line(error)}")
+        self._reported = time.perf_counter()
+        self._report_seconds = self._reported - started
 
 
-def label(variant: str, seed: int) -> str:
-    """How messages call the classifier of a variant and a seed."""
-    return f"{variant}, seed {seed}" if variant else f"seed {seed}"
+def restore(module: nn.Module, artifact: Artifact) -> dict[str, Any]:
+    """Gives a module the weights of its checkpoint, and returns that. Raises ArtifactError where it is not there."""
+    checkpoint = artifact.load()
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{artifact.path}: does not fit ({one_line(error)})") from None
+    return checkpoint
 
 
-def stem(variant: str, seed: int) -> str:
-    """How names of files call it."""
-    return f"seed_{seed}_{slug(variant)}" if variant else f"seed_{seed}"
-
-
-def run(configs: Mapping[str, Config], root: Path = ROOT, started: float | None = None) -> None:
+def run(configs: Mapping[str, Config], root: Path = ROOT, started: float | None = None, is_fresh: bool = False) -> None:
     """Runs the experiments of every config by its name, "" for the only one, and leaves their artifacts under `root`.
 
-    started: when the clock of the whole run began
+    What is there already, made by the same settings and the same code, is taken as it is.
+
+    started: when the clock of the whole run began; is_fresh: removes first what is there of the same configs
     """
     started = time.perf_counter() if started is None else started
     prepare(configs)
     processes = Processes(next(iter(configs.values())).torch_device())
-    stages = Run(root, processes)
-    with processes.one_before_the_others():
-        for config in configs.values():
-            stages.data(config)  # all of it first, so that a missing file is told before any work
-    tasks = tasks_in_order(configs, processes.count)
-    shares = processes.gathered(stages.work(tasks))
+    with locked(root) if processes.rank == 0 else nullcontext():
+        stages = Run(root, processes, Artifacts(configs, root, torch.get_num_threads()))
+        try:
+            run_stages(stages, started, is_fresh)
+        except Exception:
+            stages.log.note(traceback.format_exc())
+            raise
+
+
+def run_stages(stages: Run, started: float, is_fresh: bool) -> None:
+    """All stages of a run in one of its processes."""
+    processes, files, root, log = stages.processes, stages.files, stages.root, stages.log
+
+    def begin() -> list[dict[str, Any]]:
+        log.note(f"{shlex.join(sys.argv)}: {describe_machine()}")
+        for config in files.configs.values():
+            if not files.data(config.dataset):
+                stages.data(config)  # which downloads it
+        if is_fresh:
+            files.remove()
+        plan = Plan(files, processes.count)
+        log(plan.summary())
+        return plan.to_do
+
+    to_do = processes.told_by_the_first(begin)
+    if to_do:
+        for config in files.configs.values():
+            stages.data(config)  # all of it first, so that a damaged file is told before any work
+    shares = processes.gathered(stages.work(tasks_in_order(files.configs, processes.count), to_do))
     if processes.rank > 0:
         return
-    metrics = sorted((indexed for share in shares for indexed in share["metrics"]), key=lambda indexed: indexed[0])
     with stages.stage("reports"):
-        results = [(tasks[index].training, list(map(Path, paths))) for index, paths in metrics]
-        tables = report(results, root / "reports")
+        tables = report(files.reportable(), root / "reports")
     seconds: Counter[str] = Counter(reports=stages.seconds["reports"])
     for share in shares:
         seconds.update(share["seconds"])
@@ -306,14 +339,25 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, started: float | None 
         "peak_bytes": peak,
         "processes": processes.count,
         "threads": torch.get_num_threads(),
+        "machine": describe_machine(),
+        "tasks": len(to_do),
         "classifier_test_scores": {name: score for share in shares for name, score in share["test_scores"].items()},
     }
-    (root / "reports" / "run.json").write_text(json.dumps(summary, indent=1))
+    artifacts.write_text(root / "reports" / "run.json", json.dumps(summary, indent=1))
     print("\n".join(f"\n{table}" for table in tables))
     each = " a process" if processes.count > 1 else ""
-    print(f"\n{total:.0f} s, {peak / 1e9:.1f} GB at most{each}. Curves and tables: {root / 'reports'}")
+    print()
+    log(f"{total:.0f} s, {peak / 1e9:.1f} GB at most{each}. Curves and tables: {root / 'reports'}")
     print(
         f"Metrics and plots of each experiment: {root / 'eval' / 'Metrics and Plots'}; masks: {root / 'eval' / 'masks'}"
+    )
+
+
+def describe_machine() -> str:
+    """What the last digits of the numbers depend on."""
+    return (
+        f"{platform.node()}, {platform.machine()}, {torch.get_num_threads()} threads, Python "
+        f"{platform.python_version()}, torch {torch.__version__}"
     )
 
 
@@ -322,59 +366,62 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 
     It takes the place of the tracked one.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise TrainingError("--pretrain runs in one process: start it without torchrun")
+    one_process("--pretrain")
     prepare(configs)
     config = next(iter(configs.values()))
-    stages = Run(root, Processes(config.torch_device()))
-    for each in configs.values():
-        stages.data(each)
-    graphs = [
-        stages.graphs(each, seed, stages.classifier(each, seed, variant))
-        for variant, each in configs.items()
-        for seed in each.seeds
-    ]
-    with stages.stage(f"masking GCN, {len(graphs)} classifiers"):
-        gcn = GCNTrainer(config.gcn, graphs, config.sweep.top_k[0], config.seed).train()
-    path = root / PRETRAINED.relative_to(ROOT)
-    stages.save(path, gcn, config, config.seed, top_k=config.sweep.top_k[0])
-    print(f"{path}: {path.stat().st_size / 1000:.0f} KB")
+    with locked(root):
+        stages = Run(root, Processes(config.torch_device()), Artifacts(configs, root, torch.get_num_threads()))
+        for each in configs.values():
+            stages.data(each)
+        trainings = {str(stages.files.graphs(training).path): training for training in trainings_of(configs)}
+        graphs = [stages.graphs(training) for training in trainings.values()]
+        with stages.stage(f"masking GCN, {len(graphs)} classifiers"):
+            gcn = GCNTrainer(config.gcn, graphs, config.sweep.top_k[0], config.seed).train()
+        path = root / PRETRAINED.relative_to(ROOT)
+        checkpoint = {"state_dict": gcn.state_dict(), "config": asdict(config), "seed": config.seed}
+        artifacts.save(path, checkpoint | {"top_k": config.sweep.top_k[0]})
+        stages.log(f"{path}: {path.stat().st_size / 1000:.0f} KB")
+
+
+def one_process(option: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise TrainingError(f"{option} runs in one process: start it without torchrun")
+
+
+def dry_run(configs: Mapping[str, Config], root: Path = ROOT) -> None:
+    """Says what a run would make, what it would reuse, and about how long it would take; writes nothing."""
+    one_process("--dry-run")
+    prepare(configs)
+    print("\n".join(Plan(Artifacts(configs, root, torch.get_num_threads())).table()))
 
 
 def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
-    """Draws and writes the reports anew from the JSON of experiments that were made with these configs.
+    """Draws and writes the reports anew from the JSON of experiments that a run of these configs would reuse.
 
-    Settings of the reports may differ. Raises DataError where a config has no experiment.
+    Raises ArtifactError on one that is damaged, DataError where nothing is finished.
     """
-    folder = metrics_folder(root / "eval")
-    found = [json.loads(path.read_text()) | {"path": path} for path in sorted(folder.glob("*.json"))]
-    results = []
-    for variant, config in configs.items():
-        key = (variant, made_with(json.loads(json.dumps(dataclasses.asdict(config)))))
-        own = [each for each in found if (each["variant"], made_with(each["config"])) == key]
-        if not own:
-            name = f"variant {variant}" if variant else "this config"
-            raise DataError(f"{folder}: there is no experiment of {name}: run it first")
-        groups = sorted({(each["seed"], each["top_k"]) for each in own})
-        for seed, top_k in groups:
-            paths = [each["path"] for each in own if (each["seed"], each["top_k"]) == (seed, top_k)]
-            results.append((Training(variant, config, seed, top_k), paths))
-    tables = report(results, root / "reports")
+    one_process("--plot-only")
+    prepare(configs)
+    with locked(root):
+        # Those of one process are worth reports, and those of several with a thread each.
+        made_with = {each["made_by"]["settings"]["threads"] for each in whole_experiments(root)}
+        for threads in (*(made_with - {torch.get_num_threads()}), torch.get_num_threads()):
+            files = Artifacts(configs, root, threads)
+            if results := files.reportable():
+                break
+        files.check()
+        plan = Plan(files)
+        if not results:
+            raise DataError(f"{root / 'eval'}: nothing of this config is finished: {plan.summary()}")
+        tables = report(results, root / "reports")
     print("\n".join(f"\n{table}" for table in tables))
-    print(f"\nCurves and tables: {root / 'reports'}")
-
-
-def made_with(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a config, as JSON holds them, that say which experiments they are."""
-    return {key: value for key, value in config.items() if key not in ("report", "threads", "device")}
+    print(f"\n{plan.summary()}. Curves and tables: {root / 'reports'}")
 
 
 def prepare(configs: Mapping[str, Config]) -> None:
-    """Sets up memory and threads, and checks the pretrained GCN where a config asks for it."""
+    """Sets up the memory, and checks the pretrained GCN where a config asks for it."""
     keep_freed_memory()
     for config in configs.values():
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         if config.gcn.pretrained:
             TrainedGCN.load().check(config.graphs)
 

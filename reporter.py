@@ -13,6 +13,9 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+import artifacts
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. Dashed: the two references.
 # A colour for every family of methods, a marker for each method in it.
@@ -56,6 +59,12 @@ def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
         free = {"color": FREE_COLORS[turn % len(FREE_COLORS)], "marker": FREE_MARKERS[turn % len(FREE_MARKERS)]}
         styles[name] = METHOD_STYLES.get(name, free)
     return styles
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Writes a figure as PNG, whole."""
+    with artifacts.written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> str:
@@ -182,7 +191,6 @@ class Reporter:
         sections: what else the summary says
         """
         plt.switch_backend("Agg")
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.kappas:
             self.draw_loss_curves_on_forget_set()
             self.draw_score_curves_on_forget_set()
@@ -263,12 +271,11 @@ class Reporter:
         axes.set_ylabel("retain score against retraining (points)")
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-        figure.savefig(self.folder / "trade_off.png", dpi=self.config.dpi)
+        save_figure(figure, self.folder / "trade_off.png", self.config.dpi)
         plt.close(figure)
 
     def write_summary(self, more: Sequence[str] = ()) -> None:
         """Writes `summary.md`: the numbers of the figures, more sections, the mask efficacy, and the single digits."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         averaged = f"Mean over {len(self.digits)} digits" if len(self.digits) > 1 else f"Digit {self.digits[0]}"
         if len(self.seeds) > 1:
             averaged += f", ± standard deviation over {len(self.seeds)} seeds"
@@ -294,7 +301,7 @@ class Reporter:
             for digit in self.digits:
                 sections += [f"## Digit {digit}, kappa = {kappa}", self.about(kappa, [digit])]
                 sections += [self.methods_table(kappa, [digit])]
-        (self.folder / "summary.md").write_text("\n\n".join(sections) + "\n")
+        artifacts.write_text(self.folder / "summary.md", "\n\n".join(sections) + "\n")
 
     def split(self) -> str:
         """What the experiments were scored on."""
@@ -442,7 +449,7 @@ class Reporter:
             plt.ylabel(y_label)
             plt.grid(alpha=0.3)
             figure.legend(loc="outside upper center", ncols=4, frameon=False)
-            figure.savefig(self.folder / name, dpi=self.config.dpi)
+            save_figure(figure, self.folder / name, self.config.dpi)
         finally:
             plt.close(figure)
 
@@ -502,5 +509,5 @@ def draw_masks(reporter: Reporter) -> None:
     right.set_yticks(range(len(digits)), digits)
     right.set(xlabel="digit", ylabel="digit")
     figure.colorbar(image, ax=right, label="weights in common (%)")
-    figure.savefig(reporter.folder / "masks.png", dpi=reporter.config.dpi)
+    save_figure(figure, reporter.folder / "masks.png", reporter.config.dpi)
     plt.close(figure)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import artifacts
+from artifacts import ArtifactError, InputError, one_line
 from data import (
     Amount,
     GraphConfig,
@@ -32,7 +34,7 @@ from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
 PRETRAINED = Path(__file__).resolve().parent / "checkpoints" / "pretrained" / "gcn.pt"
 
 
-class TrainingError(ValueError):
+class TrainingError(InputError):
     """A training that cannot start, or whose loss is no longer a finite number."""
 
 
@@ -40,7 +42,13 @@ def check_finite(losses: dict[str, float], step: int, setting: str) -> None:
     """Raises TrainingError on a loss that is infinite or not a number; `setting` is what to look at."""
     for name, loss in losses.items():
         if not math.isfinite(loss):
-            raise TrainingError(f"{name} is {loss} after step {step}: training diverged, see {setting}")
+            raise TrainingError(f"{name} is {loss} at step {step}: training diverged, see {setting}")
+
+
+def check_weights(model: nn.Module, name: str, setting: str) -> None:
+    """The same for the weights that the last step has left."""
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise TrainingError(f"a weight of the {name} is not a finite number: training diverged, see {setting}")
 
 
 @dataclass(frozen=True)
@@ -84,15 +92,17 @@ class Trainer:
         optimizer = torch.optim.Adam(classifier.parameters(), self.config.learning_rate)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         generator = seeded("classifier", self.seed)
+        setting = "classifier.learning_rate"
         for _ in tqdm(range(self.config.epochs), description, unit="epoch", delay=1, leave=False, disable=None):
             order = torch.randperm(len(train.labels), generator=generator).to(device)
             for batch in order.split(self.config.batch_size):
                 loss = F.cross_entropy(classifier(train.images[batch]), train.labels[batch])
+                check_finite({f"loss of the {description}": loss.item()}, schedule.last_epoch, setting)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            check_finite({f"loss of the {description}": loss.item()}, schedule.last_epoch, "classifier.learning_rate")
+        check_weights(classifier, description, setting)
         return classifier
 
 
@@ -341,6 +351,7 @@ class GCNTrainer:
             progress.set_postfix({name: f"{value:.3f}" for name, value in self.history[-1].items()}, refresh=False)
             go_on = config.partly_masked is not None and step + 1 >= config.warmup and not len(zeroed)
             zeroed = loss_on.partial_mask(scores, generator) if go_on else nothing
+        check_weights(gcn, "masking GCN", "gcn.learning_rate")
         return gcn
 
 
@@ -380,10 +391,6 @@ class MaskingConfig:
             raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum}")
 
 
-class CheckpointError(ValueError):
-    """A file that is not the checkpoint of a masking GCN, or of one that reads other features."""
-
-
 @dataclass(frozen=True)
 class TrainedGCN:
     """A masking GCN, the features that it reads, and the settings of its requests: what its checkpoint holds."""
@@ -395,9 +402,9 @@ class TrainedGCN:
 
     @staticmethod
     def load(path: Path | str = PRETRAINED) -> TrainedGCN:
-        """Reads what a run left in `checkpoints/`, or the tracked GCN. Raises CheckpointError."""
+        """Reads what a run left in `checkpoints/`, or the tracked GCN. Raises ArtifactError."""
+        checkpoint = artifacts.load(Path(path))
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             config = checkpoint["config"]
             graphs = GraphConfig(**config["graphs"])
             masking = MaskingConfig(**{field.name: config["eval"][field.name] for field in fields(MaskingConfig)})
@@ -409,19 +416,16 @@ class TrainedGCN:
             check_amount("top_k", top_k)
             if not all(weight.isfinite().all() for weight in gcn.parameters()):
                 raise ValueError("a weight is not a finite number")
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error})") from None
-        except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path}: is not the checkpoint of a masking GCN ({reason})") from None
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path}: is not the checkpoint of a masking GCN ({one_line(error)})") from None
         return TrainedGCN(gcn, graphs, masking, top_k)
 
     def check(self, graphs: GraphConfig) -> None:
-        """Raises CheckpointError where the graphs do not have the features that the GCN reads."""
+        """Raises ArtifactError where the graphs do not have the features that the GCN reads."""
         for name in ("features", "other_classes"):
             reads, has = getattr(self.graphs, name), getattr(graphs, name)
             if reads != has:
-                raise CheckpointError(f"graphs.{name} must be {reads}, which the trained GCN reads, not {has}")
+                raise ArtifactError(f"graphs.{name} must be {reads}, which the trained GCN reads, not {has}")
 
 
 class GCNRanking:
@@ -607,10 +611,12 @@ class UnlearningSFT:
         generator = seeded("sft", self.seed, int(forget.labels[0]))
         labels = other_labels(forget.labels, num_classes, generator)
         optimizer = torch.optim.SGD([classifier.layers[index].weight for index in layers], self.config.learning_rate)
+        steps = itertools.count()
         for _ in range(self.config.epochs):
             order = torch.randperm(len(labels), generator=generator).to(labels.device)
             for batch in order.split(self.config.batch_size):
                 loss = F.cross_entropy(classifier(forget.images[batch]), labels[batch])
+                check_finite({"loss": loss.item()}, next(steps), "eval.hyperparameters.sft")
                 classifier.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -7,6 +7,7 @@ Run it with `uv run docs/tune.py`, or with the names of some methods, the others
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from config import load_config  # noqa: E402
 from data import NUM_CLASSES, GraphGenerator, load_image_data, number_of_weights  # noqa: E402
 from methods import METHODS, Request  # noqa: E402
 from reporter import markdown_table  # noqa: E402
-from trainer import TrainedGCN, Trainer  # noqa: E402
+from trainer import TrainedGCN, Trainer, TrainingError  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ class Tuning:
         figures = []
         for digit, (arguments, retrained) in enumerate(zip(self.arguments, self.retrained)):
             request = Request(*arguments).at(1, is_auto=True)
-            seen = self.seen(METHODS[method].unlearn(request, **values))
+            try:
+                seen = self.seen(METHODS[method].unlearn(request, **values))
+            except TrainingError:
+                return Trial(values, 100.0, 0.0, math.inf)
             parts = [seen.labels == digit, seen.labels != digit]
             distance = sum(jensen_shannon(seen.logits[part], retrained.logits[part]) for part in parts) / 2
             figures.append((*self.scores(seen, digit), distance))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import artifacts  # noqa: E402
 import pipeline  # noqa: E402
 from config import Config, load_config, load_variants  # noqa: E402
 from data import GraphGenerator, ImageData, Split, load_image_data, number_of_weights  # noqa: E402
@@ -212,7 +213,7 @@ def graphs_part(config: Config, quick: bool, results: Results) -> Iterator[Measu
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graphs.pt"
-        graphs.save(path)
+        artifacts.save(path, graphs.recorded())
         recorded = path.stat().st_size / len(graphs)
         torch.save(torch.stack([graph.x for graph in one_sample_at_a_time(classifier, some, layer)]), path)
         of_vertices = path.stat().st_size / count
@@ -263,7 +264,7 @@ def growth_part(config: Config, quick: bool, results: Results) -> Iterator[Measu
 
 
 def evaluation_of(request: Request, data: ImageData, config: Config, folder: Path) -> Eval:
-    experiment = Experiment("", 0, request.forget_class, -2, request.top_k, 200, "fixed", 0.0, {})
+    experiment = Experiment("", 0, request.forget_class, -2, request.top_k, 200, "fixed", 0.0, {}, {"settings": {}})
     return Eval(dataclasses.replace(config.eval, methods=("mimu",), visualize=False), experiment, request, data, folder)
 
 

@@ -169,7 +169,7 @@ def test_missing_data_is_one_line_and_exit_status_2(tmp_path, monkeypatch, capsy
     import pipeline
     from data import DataError
 
-    def missing(configs, started):
+    def missing(configs, **options):
         raise DataError("dataset KMNIST is not there")
 
     monkeypatch.setattr(pipeline, "run", missing)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from conftest import NUM_CLASSES, graph_generator, random_classifier, random_split
 
+import artifacts
 import data
 from data import (
     FEATURES,
@@ -58,7 +59,7 @@ def test_other_data_sets_are_read_by_the_same_interface(tmp_path, name):
 
 def test_missing_files_are_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["file:///nowhere/"])
-    with pytest.raises(DataError, match=r"dataset MNIST .* put train-images-idx3-ubyte.gz"):
+    with pytest.raises(DataError, match=r"dataset MNIST in .*: train-images-idx3-ubyte.gz, .* cannot be downloaded"):
         load_image_data("MNIST", tmp_path)
 
 
@@ -235,7 +236,7 @@ def test_a_class_without_samples_is_refused():
 
 
 def test_saved_graphs_hold_what_was_recorded(graphs, tmp_path):
-    graphs.save(tmp_path / "graphs.pt")
+    artifacts.save(tmp_path / "graphs.pt", graphs.recorded())
     saved = torch.load(tmp_path / "graphs.pt", weights_only=True)
     assert saved["layers"] == [1] and torch.equal(saved["labels"], graphs.labels)
     assert torch.equal(saved["records"][0]["loss_gradient"], graphs.records[0].loss_gradient)

@@ -17,6 +17,7 @@ from methods import METHODS, Request, unlearning_method
 from model import HookedMNISTClassifier, Mask, MaskingGCN
 from reporter import method_styles
 from trainer import TrainedGCN, Trainer, TrainerConfig
+from visualization import Visualization
 
 FORGET, KAPPA, TOP_K = 1, 9, 8
 
@@ -40,7 +41,9 @@ def make_eval(folder, test: Split | None = None, kappa: int = KAPPA, shared=None
     torch.manual_seed(0)
     gcn = MaskingGCN(graphs.config.num_features, 8, 2)
     request = Request(config, classifier, trainer, train, graphs, gcn, FORGET, TOP_K, 0)
-    experiment = Experiment("", 0, FORGET, mask_layer, TOP_K, kappa, "fixed", 1.5, {"seed": 0})
+    experiment = Experiment(
+        "", 0, FORGET, mask_layer, TOP_K, kappa, "fixed", 1.5, {"seed": 0}, {"settings": {"kappa": kappa}}
+    )
     return Eval(config, experiment, request, ImageData(train, test or random_split(13, seed=5)), folder, shared)
 
 
@@ -84,7 +87,7 @@ def test_every_method_stands_in_every_evaluation(tmp_path):
     assert list(results["unlearning_metrics"]) == list(results["performance_degradation_metrics"]) == names
     assert list(results["mask_efficacy_metrics"]) == ["original", "mimu", "random", "magnitude"]
     assert results["unlearning_metrics"]["original"] == results["mask_efficacy_metrics"]["original"]
-    assert list(results["seconds"]) == ["gcn", *names] and results["seconds"]["retrain"] > 0
+    assert list(results["seconds"]) == ["gcn", *names, "experiment"] and results["seconds"]["retrain"] > 0
 
 
 def test_the_json_is_valid_and_holds_what_was_returned(tmp_path):
@@ -94,7 +97,9 @@ def test_the_json_is_valid_and_holds_what_was_returned(tmp_path):
     scored = make_eval(tmp_path)
     results = scored.eval()
     text = scored.metrics_path.read_text()
-    assert json.loads(text, parse_constant=refuse) == json.loads(json.dumps(results))
+    written = json.loads(text, parse_constant=refuse)
+    assert written.pop("checksum") and written.pop("made_by") == scored.experiment.made_by
+    assert written == json.loads(json.dumps(results))
     assert scored.metrics_path.parent == tmp_path / "Metrics and Plots" / "metrics"
     saved = Mask.load(tmp_path / "masks" / f"{results['id']}.pt")
     assert torch.equal(saved.as_tensor(), scored.get_model_mask())
@@ -266,7 +271,7 @@ def test_a_method_has_its_colour_where_not_all_are_drawn(tmp_path, registry):
     unlearning_method("second")(lambda request: request.classifier)
     scored = make_eval(tmp_path)
     figure = Figure()
-    scored._draw_bars(figure, {"second": {"score": 50.0}})
+    Visualization(scored.eval(), tmp_path)._draw_bars(figure, {"second": {"score": 50.0}})
     colour = method_styles(scored.config.method_names)["second"]["color"]
     assert to_hex(figure.axes[0].patches[0].get_facecolor()) == to_hex(colour)
 

@@ -10,11 +10,11 @@ from conftest import NUM_CLASSES, graph_generator, random_classifier, random_spl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from artifacts import ArtifactError
 from config import load_config
 from data import GraphGenerator, Split, seeded
 from model import Mask, MaskingGCN
 from trainer import (
-    CheckpointError,
     GCNLoss,
     GCNRanking,
     GCNTrainer,
@@ -335,27 +335,27 @@ def test_a_trained_gcn_comes_back_with_its_features_and_settings(tmp_path):
     assert torch.equal(loaded.gcn(x, graphs.graph), gcn(x, graphs.graph))
     assert loaded.graphs == graphs.config and loaded.masking == masking_config(step=0.1) and loaded.top_k == 0.25
     loaded.check(graphs.config)
-    with pytest.raises(CheckpointError, match="graphs.features must be .*, which the trained GCN reads, not"):
+    with pytest.raises(ArtifactError, match="graphs.features must be .*, which the trained GCN reads, not"):
         loaded.check(dataclasses.replace(graphs.config, features=("weight", "margin")))
-    with pytest.raises(CheckpointError, match="graphs.other_classes must be True"):
+    with pytest.raises(ArtifactError, match="graphs.other_classes must be True"):
         loaded.check(dataclasses.replace(graphs.config, other_classes=False))
 
 
 def test_a_file_that_is_no_trained_gcn_is_named(tmp_path):
     graphs = graph_generator()
     path = tmp_path / "gcn.pt"
-    with pytest.raises(CheckpointError, match="gcn.pt: cannot be read"):
+    with pytest.raises(ArtifactError, match="gcn.pt: cannot be read"):
         TrainedGCN.load(path)
     saved(path, graphs, MaskingGCN(3, 8, 2))
-    with pytest.raises(CheckpointError, match="gcn.pt: is not the checkpoint of a masking GCN .*size mismatch"):
+    with pytest.raises(ArtifactError, match="gcn.pt: is not the checkpoint of a masking GCN .*size mismatch"):
         TrainedGCN.load(path)
     saved(path, graphs, MaskingGCN(graphs.config.num_features, 8, 2), config={})
-    with pytest.raises(CheckpointError, match="gcn.pt: is not the checkpoint"):
+    with pytest.raises(ArtifactError, match="gcn.pt: is not the checkpoint"):
         TrainedGCN.load(path)
     whole = path.read_bytes()
     for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match="gcn.pt: is not the checkpoint"):
+        with pytest.raises(ArtifactError, match="gcn.pt: is damaged or something else"):
             TrainedGCN.load(path)
 
 

@@ -1,0 +1,216 @@
+"""Files that are written whole and know what made them, and the lock on the folder that they stand in."""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent
+
+
+class InputError(ValueError):
+    """What the user can mend: a setting, a file, a folder. The message says what and where, in one line."""
+
+
+class ArtifactError(InputError):
+    """A file that cannot be written, or that is not what it should be."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks and at most 300 characters of it."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[io.BytesIO]:
+    """A buffer whose content is the file once the context is left: all of it, or what was there before.
+
+    It is written beside the file, flushed to the disk, and renamed; where the context raises, nothing is written.
+    Raises ArtifactError where that cannot be done.
+    """
+    content = io.BytesIO()
+    yield content
+    beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(beside, "wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, outlives a power cut
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value as JSON holds it, keys in order; 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Writes a dictionary whole: as JSON with a checksum to a `.json` file, else as PyTorch writes a checkpoint."""
+    with written_whole(path) as file:
+        if path.suffix == ".json":
+            content = content | {"checksum": digest(content)}
+            file.write(json.dumps(content, indent=1, allow_nan=False).encode())
+        else:
+            torch.save(content, file)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads what `save` has written. No code of the file is run. Raises ArtifactError where the file is not as it was.
+
+    A checkpoint is a zip archive with a checksum for every record, which PyTorch does not look at.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from None
+    try:
+        if path.suffix == ".json":
+            loaded = json.loads(content)
+            if loaded.pop("checksum", None) != digest(loaded):
+                raise ValueError("it was changed after it was written")
+        else:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} does not match its checksum")
+            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(loaded, dict):
+            raise ValueError(f"it holds a {type(loaded).__name__}")
+    except Exception as error:  # any byte may be wrong, and what that raises is anything
+        raise ArtifactError(f"{path}: is damaged or something else ({one_line(error)})") from None
+    return loaded
+
+
+def code_of(module: str, without: tuple[str, ...] = (), root: Path = ROOT) -> dict[str, str]:
+    """File to the hash of its code, for a module of this project and all of this project that it imports.
+
+    without: modules to leave out. Comments and the look of the code do not change a hash.
+    """
+    found: dict[str, str] = {}
+    names = [module]
+    while names:
+        path = root / f"{names.pop()}.py"
+        if path.name in found or path.stem in without or not path.exists():
+            continue
+        tree = ast.parse(path.read_bytes())
+        found[path.name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.append(node.module)
+    return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file of a run and what it depends on: with any of that changed it is another, and made anew.
+
+    made_by: `settings`, the part of the config with the seed; `code`, a hash for every source file; `data`, a checksum
+        for every file of the data set; `torch`, the version. All as JSON holds it.
+    """
+
+    path: Path
+    made_by: dict[str, Any]
+
+    def save(self, content: dict[str, Any]) -> None:
+        save(self.path, content | {"made_by": self.made_by})
+
+    def load(self) -> dict[str, Any]:
+        """The content. Raises ArtifactError where it is not there, damaged, or made by something else."""
+        content = load(self.path)
+        if difference := changes(content.get("made_by"), self.made_by):
+            raise ArtifactError(f"{self.path}: {difference}")
+        return content
+
+    def why_not(self) -> str:
+        """Why it has to be made, in a few words; nothing where it is there as it would be made."""
+        if not self.path.exists():
+            return "not there yet"
+        try:
+            content = load(self.path)
+        except ArtifactError:
+            return "damaged"
+        return changes(content.get("made_by"), self.made_by)
+
+
+def changes(before: Any, now: dict[str, Any]) -> str:
+    """What differs between two `made_by`, in a few words."""
+    if before == now:
+        return ""
+    if not isinstance(before, dict) or set(before) != set(now):
+        return "made by another version"
+    if before["code"] != now["code"] and isinstance(before["code"], dict):
+        files = sorted(name for name, _ in before["code"].items() ^ now["code"].items())
+        return f"{', '.join(dict.fromkeys(files))} changed"
+    return f"{', '.join(name for name in now if before[name] != now[name])} changed"
+
+
+def short(settings: dict[str, Any]) -> str:
+    """Eight hexadecimal digits that tell settings apart in the names of files."""
+    return digest(settings)[:8]
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Holds a folder for one run. The system releases it when the process ends, however that may be.
+
+    Raises ArtifactError where another run holds it, and says which, or where the folder cannot be written to.
+    """
+    path = root / ".lock"
+    try:
+        file = open(path, "a+")
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ArtifactError(f"{root}: is held by another run ({file.read().strip()}): wait or end it") from None
+        remove_partial(root)
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}: {shlex.join(sys.argv)}\n")
+        file.flush()
+        yield
+
+
+def remove_partial(root: Path) -> None:
+    """Removes what a killed run has left half written beside its files."""
+    for folder in ("checkpoints", "datasets", "eval", "reports"):
+        for path in (root / folder).rglob("*.partial"):
+            path.unlink(missing_ok=True)

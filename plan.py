@@ -1,0 +1,350 @@
+"""What a run consists of, what of it is there already, and how long the rest takes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+import artifacts
+from artifacts import Artifact, ArtifactError, code_of, digest, short
+from config import Config
+from data import IMAGE_SIZE, NUM_CLASSES, checksums
+from eval import Experiment, metrics_folder
+from trainer import PRETRAINED
+from visualization import Visualization
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the requests to forget a class of one classifier share: the classifier, its graphs and its masking GCN."""
+
+    variant: str
+    config: Config
+    seed: int
+    top_k: int
+
+    @property
+    def classifier_name(self) -> str:
+        """How messages call the classifier."""
+        return f"{self.variant}, seed {self.seed}" if self.variant else f"seed {self.seed}"
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"{self.classifier_name}, top-K {self.top_k}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process does at a time: a training, or all experiments on one forget digit after it."""
+
+    training: Training
+    digit: int | None = None
+
+
+def trainings_of(configs: Mapping[str, Config]) -> list[Training]:
+    return [
+        Training(variant, config, seed, top_k)
+        for variant, config in configs.items()
+        for seed in config.seeds
+        for top_k in config.sweep.top_ks(config.num_vertices)
+    ]
+
+
+def tasks_in_order(configs: Mapping[str, Config], processes: int) -> list[Task]:
+    """All tasks of a run. Trainings come early enough for the other processes to have requests to work on meanwhile."""
+    trainings = trainings_of(configs)
+    tasks = [Task(training) for training in trainings[: processes - 1]]
+    for index, training in enumerate(trainings):
+        tasks += [Task(ahead) for ahead in trainings[index + processes - 1 : index + processes]]
+        tasks += [Task(training, digit) for digit in training.config.sweep.forget_digits]
+    return tasks
+
+
+class Artifacts:
+    """Where every file of a run stands, and what it depends on.
+
+    Two configs share what both would make alike, and nothing else: the names of files end in a digest of the settings
+    that they depend on. A change of the code, the data set or PyTorch leaves the name and makes the file anew.
+
+    configs: by their names; threads: of a process, where a config does not say
+    """
+
+    def __init__(self, configs: Mapping[str, Config], root: Path, threads: int) -> None:
+        self.configs = configs
+        self.root = root
+        self.threads = threads
+        training = code_of("trainer") | {"pipeline.py": code_of("pipeline")["pipeline.py"]}
+        evaluation = code_of("eval", without=("reporter", "visualization"))  # no number depends on the plots
+        self._code = {"training": training, "evaluation": training | evaluation}
+        self._checksums: dict[str, dict[str, str]] = {}
+
+    def classifier(self, training: Training) -> Artifact:
+        made_by = self._made_by(training, "training", ("classifier",))
+        name = f"classifier_seed_{training.seed}_{short(made_by['settings'])}.pt"
+        return Artifact(self.root / "checkpoints" / name, made_by)
+
+    def graphs(self, training: Training) -> Artifact:
+        made_by = self._made_by(training, "training", ("classifier", "graphs"))
+        name = f"seed_{training.seed}_{short(made_by['settings'])}.pt"
+        return Artifact(self.root / "datasets" / "Graphs" / name, made_by)
+
+    def gcn(self, training: Training) -> Artifact | None:
+        """The checkpoint of the masking GCN; None where the tracked one is taken."""
+        if training.config.gcn.pretrained:
+            return None
+        made_by = self._made_by(training, "training", ("classifier", "graphs", "gcn"), top_k=training.top_k)
+        name = f"gcn_seed_{training.seed}_top_k_{training.top_k}_{short(made_by['settings'])}.pt"
+        return Artifact(self.root / "checkpoints" / name, made_by)
+
+    def of_training(self, training: Training) -> dict[str, Artifact]:
+        """What a training makes, by the name of what it is."""
+        made = {
+            "classifier": self.classifier(training),
+            "activation graphs": self.graphs(training),
+            "masking GCN": self.gcn(training),
+        }
+        return {name: artifact for name, artifact in made.items() if artifact}
+
+    def experiments(self, training: Training, digit: int) -> list[Experiment]:
+        """All experiments on one forget digit, those with kappa auto without the kappa."""
+        config, top_k = training.config, training.top_k
+        kappas: list[tuple[int | None, str]] = [
+            (kappa, "fixed") for kappa in config.sweep.fixed_kappas(config.num_vertices)
+        ]
+        if "auto" in config.sweep.kappa:
+            kappas.append((None, "auto"))
+        return [
+            Experiment(
+                variant=training.variant,
+                seed=training.seed,
+                forget_digit=digit,
+                mask_layer=config.graphs.mask_layer,
+                top_k=top_k,
+                kappa=kappa,
+                kappa_choice=choice,
+                gcn_seconds=0.0,
+                config=asdict(config),
+                made_by=self._made_by(
+                    training,
+                    "evaluation",
+                    ("classifier", "graphs", "gcn"),
+                    eval=config.eval.decisive(),
+                    variant=training.variant,
+                    top_k=top_k,
+                    forget_digit=digit,
+                    kappa="auto" if kappa is None else kappa,
+                ),
+            )
+            for kappa, choice in kappas
+        ]
+
+    def finished(self, training: Training, digit: int) -> list[Path]:
+        """The JSON of every experiment on a digit; none where one of them has to be made."""
+        files = [experiment.metrics(self.root / "eval") for experiment in self.experiments(training, digit)]
+        return [] if any(file.why_not() for file in files) else [file.path for file in files]
+
+    def reportable(self) -> list[tuple[Training, list[Path]]]:
+        """The JSON of finished experiments, as far as reports may average them.
+
+        Of every training with all its forget digits; where there is none yet, of the first one the digits so far.
+        """
+        finished = [
+            (training, [self.finished(training, digit) for digit in training.config.sweep.forget_digits])
+            for training in trainings_of(self.configs)
+        ]
+        chosen = [each for each in finished if all(each[1])] or [each for each in finished if any(each[1])][:1]
+        return [(training, [path for paths in digits for path in paths]) for training, digits in chosen]
+
+    def remove(self) -> None:
+        """Removes all files of the trainings and the experiments."""
+        for training in trainings_of(self.configs):
+            paths = [artifact.path for artifact in self.of_training(training).values()]
+            for digit in training.config.sweep.forget_digits:
+                for each in self.experiments(training, digit):
+                    paths += [each.metrics(self.root / "eval").path, each.mask(self.root / "eval").path]
+            for path in paths:
+                path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raises ArtifactError on the first JSON of an experiment that is damaged."""
+        for training in trainings_of(self.configs):
+            for digit in training.config.sweep.forget_digits:
+                for each in self.experiments(training, digit):
+                    if (path := each.metrics(self.root / "eval").path).exists():
+                        artifacts.load(path)
+
+    def _made_by(self, training: Training, stage: str, sections: Iterable[str], **request: Any) -> dict[str, Any]:
+        config = training.config
+        settings = {
+            "seed": training.seed,
+            "device": config.torch_device().type,
+            "threads": config.threads or self.threads,
+            "dataset": config.dataset,
+            "held_out": config.held_out,
+            **{section: asdict(getattr(config, section)) for section in sections},
+            **request,
+        }
+        made_by = {
+            "settings": settings,
+            "code": self._code[stage],
+            "data": self.data(config.dataset),
+            "torch": torch.__version__,
+        }
+        if "gcn" in settings and config.gcn.pretrained:
+            made_by["gcn"] = digest(PRETRAINED.read_bytes().hex())
+        return json.loads(json.dumps(made_by))
+
+    def data(self, dataset: str) -> dict[str, str]:
+        """The checksums of the files of a data set; empty where they are not there."""
+        if not self._checksums.get(dataset):
+            self._checksums[dataset] = checksums(dataset, self.root / "datasets")
+        return self._checksums[dataset]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a run: how messages call it, its file, why it has to be made (empty: it is there), and its seconds."""
+
+    name: str
+    path: Path
+    why: str
+    seconds: float
+
+
+class Plan:
+    """What of a run is there already, and what is still to do."""
+
+    def __init__(self, files: Artifacts, processes: int = 1) -> None:
+        self.files = files
+        self.tasks = tasks_in_order(files.configs, processes)
+        self._guess = Guess(files.root)
+        self._looked_at: set[Path] = set()
+        self.steps = [self._steps(task) for task in self.tasks]
+
+    @property
+    def to_do(self) -> list[dict[str, Any]]:
+        """What is still to do, as JSON holds it: the index of a `task`, its `seconds`, the paths that it `makes`."""
+        return [
+            {
+                "task": index,
+                "seconds": sum(step.seconds for step in steps if step.why),
+                "makes": [str(step.path) for step in steps if step.why and self.tasks[index].digit is None],
+            }
+            for index, steps in enumerate(self.steps)
+            if any(step.why for step in steps)
+        ]
+
+    def table(self) -> list[str]:
+        """A line for every part of the run, and the sum."""
+        lines = []
+        for steps in self.steps:
+            for step in steps:
+                what = f"about {time_in_words(step.seconds)} ({step.why})" if step.why else "there"
+                lines.append(f"{step.name}: {what}")
+        return [*lines, self.summary()]
+
+    def summary(self) -> str:
+        """How many experiments are there, why the others are not, and how long what is left takes."""
+        steps = [step for task, steps in zip(self.tasks, self.steps) if task.digit is not None for step in steps]
+        reasons = Counter(step.why for step in steps)
+        there = reasons.pop("", 0)
+        why = f" ({', '.join(f'{count} {reason}' for reason, count in reasons.items())})" if reasons else ""
+        total = sum(each["seconds"] for each in self.to_do)
+        left = f"about {time_in_words(total)} of work left" if self.to_do else "nothing left to do"
+        return f"{there} of {len(steps)} experiments there{why}; {left}"
+
+    def _steps(self, task: Task) -> list[Step]:
+        return self._training_steps(task.training) if task.digit is None else self._experiment_steps(task)
+
+    def _training_steps(self, training: Training) -> list[Step]:
+        steps = []
+        for name, artifact in self.files.of_training(training).items():
+            if artifact.path not in self._looked_at:  # variants may share it
+                self._looked_at.add(artifact.path)
+                whose = training.name if name == "masking GCN" else training.classifier_name
+                seconds = self._guess.training(name, training.config)
+                steps.append(Step(f"{name}, {whose}", artifact.path, artifact.why_not(), seconds))
+        return steps
+
+    def _experiment_steps(self, task: Task) -> list[Step]:
+        training, steps, shared = task.training, [], {}
+        folder, experiments = self.files.root / "eval", self.files.experiments(training, task.digit)
+        for experiment in experiments:
+            metrics = experiment.metrics(folder)
+            seconds, why = 0.0, metrics.why_not() or experiment.mask(folder).why_not()
+            if why:
+                seconds = self._guess.experiment(training.config, len(experiments))
+            elif training.config.eval.visualize:
+                missing = Visualization(metrics.load(), folder, shared).missing()
+                why, seconds = "plots to draw" if missing else "", 0.1 * len(missing)
+            kappa = "auto" if experiment.kappa is None else experiment.kappa
+            name = f"experiment, {training.name}, digit {task.digit}, kappa {kappa}"
+            steps.append(Step(name, metrics.path, why, seconds))
+        return steps
+
+
+def whole_experiments(root: Path) -> Iterator[dict[str, Any]]:
+    """The JSON of all experiments in the folder, of whatever config, but for damaged ones."""
+    for path in metrics_folder(root / "eval").glob("*.json"):
+        with suppress(ArtifactError):
+            yield artifacts.load(path)
+
+
+# On two cores, as in the tables of the README; what is not here is taken for a second.
+CLASSIFIER_SECONDS = 2.4  # a million weights, an epoch
+GCN_SECONDS = 4.3  # a million vertices, a step
+REQUEST_SECONDS = {"original": 0.0, "mimu": 0.3, "saliency": 0.2, "random": 0.0, "magnitude": 0.0, "sft": 0.1}
+METRICS_SECONDS = 0.03  # of a method
+AUDIT_SECONDS = 1.0  # of a method
+PLOTS_SECONDS = 0.5
+
+
+class Guess:
+    """How long parts of a run take: as they took before in this folder, else as on the machine of the README."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @cached_property
+    def recorded(self) -> dict[str, float]:
+        """The mean of the experiments that are in the folder, by their settings of the evaluation."""
+        seconds: dict[str, list[float]] = {}
+        for experiment in whole_experiments(self.root):
+            settings = digest(experiment["made_by"]["settings"]["eval"])
+            seconds.setdefault(settings, []).append(experiment["seconds"]["experiment"])
+        return {settings: fmean(each) for settings, each in seconds.items()}
+
+    def training(self, name: str, config: Config) -> float:
+        """Of a file of a training, by its name in `Artifacts.of_training`."""
+        if name == "classifier":
+            weights = sum(m * n for m, n in config.classifier.shapes(IMAGE_SIZE, NUM_CLASSES))
+            return CLASSIFIER_SECONDS * weights / 1e6 * config.classifier.epochs
+        return GCN_SECONDS * config.num_vertices / 1e6 * config.gcn.steps if name == "masking GCN" else 0.1
+
+    def experiment(self, config: Config, kappas: int) -> float:
+        """Of one of the kappas of a request."""
+        settings, names = config.eval.decisive(), config.eval.method_names
+        known = self.recorded.get(digest(settings))
+        if known is not None:
+            return known
+        once = sum(REQUEST_SECONDS.get(name, 1.0) + AUDIT_SECONDS * config.eval.audit.enabled for name in names)
+        return once / kappas + METRICS_SECONDS * len(names) + PLOTS_SECONDS * config.eval.visualize
+
+
+def time_in_words(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
