@@ -26,6 +26,17 @@ YAML_ERRORS = (yaml.YAMLError, ValueError, IndexError, RecursionError)
 BASE = Path(__file__).resolve().parent / "configs" / "config.yaml"
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """YAML as PyYAML reads it, but that a key which stands twice is an error, where PyYAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [(key.value, key.start_mark) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, (key, mark) in enumerate(keys):
+            if key in [before for before, _ in keys[:index]]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", mark)
+        return super().construct_mapping(node, deep)
+
+
 class ConfigError(InputError):
     """A setting that cannot work; the message names the file, the key and what would be valid."""
 
@@ -192,7 +203,7 @@ def layered(path: Path, layers: Sequence[tuple[str, Any]], overrides: Sequence[s
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError."""
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.load(path.read_text(), UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except YAML_ERRORS as error:
@@ -206,7 +217,7 @@ def parse_override(override: str) -> tuple[str, dict[str, Any]]:
     if not equals or not key:
         raise ConfigError(f"{override!r}: is not an override; write section.key=value")
     try:
-        settings: Any = yaml.safe_load(text)
+        settings: Any = yaml.load(text, UniqueKeys)
     except YAML_ERRORS:
         raise ConfigError(f"{override!r}: its value is not valid YAML") from None
     for name in reversed(key.split(".")):

@@ -320,7 +320,7 @@ def run_stages(stages: Run, started: float, is_fresh: bool) -> None:
         return plan.to_do
 
     to_do = processes.told_by_the_first(begin)
-    if to_do:
+    if any(each["data"] for each in to_do):
         for config in files.configs.values():
             stages.data(config)  # all of it first, so that a damaged file is told before any work
     shares = processes.gathered(stages.work(tasks_in_order(files.configs, processes.count), to_do))
@@ -426,8 +426,26 @@ def prepare(configs: Mapping[str, Config]) -> None:
             TrainedGCN.load().check(config.graphs)
 
 
+# In the folder of the reports, and in those of single variants and top-K.
+CURVES = [f"{metric}_{part}_set.png" for metric in ("loss", "score") for part in ("forget", "retain")]
+PICTURES = ["probability_on_forget_class.png", "summary.png", "trade_off.png", "masks.png", "audits.png"]
+REPORTS = [*CURVES, *PICTURES, "summary.md", "variants.png", "variants.md"]
+
+
 def report(results: Sequence[tuple[Training, list[Path]]], folder: Path) -> list[str]:
-    """Draws and writes the reports: of every config and top_k, and of variants side by side. Returns closing tables."""
+    """Draws and writes the reports, in the place of all that were there. Returns the closing tables."""
+    before = {path: path.stat().st_ino for path in folder.rglob("*") if path.name in REPORTS}
+    tables = draw_reports(results, folder)
+    for path, inode in before.items():
+        if path.stat().st_ino == inode:  # not written anew: of another config
+            path.unlink()
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    return tables
+
+
+def draw_reports(results: Sequence[tuple[Training, list[Path]]], folder: Path) -> list[str]:
+    """The reports of every config and top_k, and of variants side by side."""
     metrics: dict[tuple[str, int], list[Path]] = {}
     configs: dict[str, Config] = {}
     for training, paths in results:

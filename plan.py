@@ -211,6 +211,9 @@ class Artifacts:
         return self._checksums[dataset]
 
 
+PLOTS = "plots to draw"  # of an experiment that is there
+
+
 @dataclass(frozen=True)
 class Step:
     """A part of a run: how messages call it, its file, why it has to be made (empty: it is there), and its seconds."""
@@ -233,10 +236,14 @@ class Plan:
 
     @property
     def to_do(self) -> list[dict[str, Any]]:
-        """What is still to do, as JSON holds it: the index of a `task`, its `seconds`, the paths that it `makes`."""
+        """What is still to do, as JSON holds it.
+
+        The index of a `task`, whether it needs the `data`, its `seconds`, and the paths that it `makes`.
+        """
         return [
             {
                 "task": index,
+                "data": any(step.why not in ("", PLOTS) for step in steps),
                 "seconds": sum(step.seconds for step in steps if step.why),
                 "makes": [str(step.path) for step in steps if step.why and self.tasks[index].digit is None],
             }
@@ -245,20 +252,27 @@ class Plan:
         ]
 
     def table(self) -> list[str]:
-        """A line for every part of the run, and the sum."""
+        """A line for every file of a training and for the experiments on every digit, and the sum."""
         lines = []
-        for steps in self.steps:
-            for step in steps:
-                what = f"about {time_in_words(step.seconds)} ({step.why})" if step.why else "there"
-                lines.append(f"{step.name}: {what}")
+        for task, steps in zip(self.tasks, self.steps):
+            if task.digit is None:
+                for step in steps:
+                    what = f"{step.why}, about {time_in_words(step.seconds)}" if step.why else "there"
+                    lines.append(f"{step.name}: {what}")
+                continue
+            seconds = sum(step.seconds for step in steps)
+            counts = Counter(step.why or "there" for step in steps)
+            what = ", ".join(f"{count} {why}" for why, count in counts.items())
+            about = f", about {time_in_words(seconds)}" if seconds else ""
+            lines.append(f"experiments, {task.training.name}, digit {task.digit}: {what}{about}")
         return [*lines, self.summary()]
 
     def summary(self) -> str:
         """How many experiments are there, why the others are not, and how long what is left takes."""
         steps = [step for task, steps in zip(self.tasks, self.steps) if task.digit is not None for step in steps]
         reasons = Counter(step.why for step in steps)
-        there = reasons.pop("", 0)
-        why = f" ({', '.join(f'{count} {reason}' for reason, count in reasons.items())})" if reasons else ""
+        there = reasons.pop("", 0) + reasons[PLOTS]
+        why = f" ({', '.join(f'{count} {reason}' for reason, count in reasons.items() if count)})" if +reasons else ""
         total = sum(each["seconds"] for each in self.to_do)
         left = f"about {time_in_words(total)} of work left" if self.to_do else "nothing left to do"
         return f"{there} of {len(steps)} experiments there{why}; {left}"
@@ -286,10 +300,9 @@ class Plan:
                 seconds = self._guess.experiment(training.config, len(experiments))
             elif training.config.eval.visualize:
                 missing = Visualization(metrics.load(), folder, shared).missing()
-                why, seconds = "plots to draw" if missing else "", 0.1 * len(missing)
+                why, seconds = PLOTS if missing else "", 0.1 * len(missing)
             kappa = "auto" if experiment.kappa is None else experiment.kappa
-            name = f"experiment, {training.name}, digit {task.digit}, kappa {kappa}"
-            steps.append(Step(name, metrics.path, why, seconds))
+            steps.append(Step(f"kappa {kappa}", metrics.path, why, seconds))
         return steps
 
 
@@ -300,12 +313,20 @@ def whole_experiments(root: Path) -> Iterator[dict[str, Any]]:
             yield artifacts.load(path)
 
 
-# On two cores, as in the tables of the README; what is not here is taken for a second.
+# On two cores, as in the tables of the README; a method that is not here is taken for half a second.
 CLASSIFIER_SECONDS = 2.4  # a million weights, an epoch
 GCN_SECONDS = 4.3  # a million vertices, a step
-REQUEST_SECONDS = {"original": 0.0, "mimu": 0.3, "saliency": 0.2, "random": 0.0, "magnitude": 0.0, "sft": 0.1}
+REQUEST_SECONDS = {
+    "original": 0.0,
+    "mimu": 0.3,
+    "saliency": 0.2,
+    "random": 0.0,
+    "magnitude": 0.0,
+    "sft": 0.1,
+    "retrain": 1.2,
+}
 METRICS_SECONDS = 0.03  # of a method
-AUDIT_SECONDS = 1.0  # of a method
+AUDIT_SECONDS = 0.4  # of a method
 PLOTS_SECONDS = 0.5
 
 
@@ -337,7 +358,7 @@ class Guess:
         known = self.recorded.get(digest(settings))
         if known is not None:
             return known
-        once = sum(REQUEST_SECONDS.get(name, 1.0) + AUDIT_SECONDS * config.eval.audit.enabled for name in names)
+        once = sum(REQUEST_SECONDS.get(name, 0.5) + AUDIT_SECONDS * config.eval.audit.enabled for name in names)
         return once / kappas + METRICS_SECONDS * len(names) + PLOTS_SECONDS * config.eval.visualize
 
 

@@ -1,3 +1,4 @@
+import shutil
 import sys
 from pathlib import Path
 
@@ -5,6 +6,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from runs import PROJECT
 
 from data import FEATURES, GraphConfig, GraphGenerator, Split
 from model import HookedMNISTClassifier
@@ -46,3 +49,37 @@ def classifier() -> HookedMNISTClassifier:
 @pytest.fixture
 def graphs() -> GraphGenerator:
     return graph_generator()
+
+
+def copy_to(folder: Path, *patterns: str) -> Path:
+    for pattern in patterns:
+        for path in PROJECT.glob(pattern):
+            target = folder / path.relative_to(PROJECT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    return folder
+
+
+TRACKED = ("*.py", "*.sh", "configs/*.yaml", "checkpoints/pretrained/*.pt", "README.md")
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """The tracked files of the project, as a clone has them."""
+    return copy_to(tmp_path, *TRACKED, "datasets/MNIST/raw/*.gz")
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The same with the unpacked data set of the project: not to be cleaned."""
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "MNIST").symlink_to(PROJECT / "datasets" / "MNIST")
+    return copy_to(tmp_path, *TRACKED)
+
+
+@pytest.fixture
+def here(tmp_path) -> Path:
+    """A folder with the data set only, for runs in this process."""
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "MNIST").symlink_to(PROJECT / "datasets" / "MNIST")
+    return tmp_path

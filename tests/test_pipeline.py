@@ -1,6 +1,5 @@
 """The whole path with the smoke config, as users run it: reruns, clean.sh, and baselines added by hand."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from runs import PROJECT, QUICK, SMOKE, checkpoint, files, metrics, replace_once, run, run_here, torchrun
 
 import pipeline
 from artifacts import ArtifactError
@@ -20,76 +20,7 @@ from model import HookedMNISTClassifier
 from plan import tasks_in_order
 from trainer import GCNRanking, GCNTrainer, TrainedGCN, Trainer, ZeroingOrder
 
-PROJECT = Path(__file__).resolve().parents[1]
-SMOKE = ("--config", "configs/smoke.yaml")
 METHODS = {"original", "mimu", "saliency", "random", "magnitude", "sft", "retrain"}
-QUICK = ("eval.visualize=false", "sweep.forget_digits=[3]")
-
-
-@pytest.fixture
-def copy(tmp_path) -> Path:
-    """The tracked files of the project, as a clone has them."""
-    for pattern in (
-        "*.py",
-        "*.sh",
-        "configs/*.yaml",
-        "checkpoints/pretrained/*.pt",
-        "datasets/MNIST/raw/*.gz",
-        "README.md",
-    ):
-        for path in PROJECT.glob(pattern):
-            target = tmp_path / path.relative_to(PROJECT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target)
-    return tmp_path
-
-
-def run(folder: Path, *arguments: str, status: int = 0) -> str:
-    done = subprocess.run([sys.executable, "main.py", *arguments], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-@pytest.fixture
-def here(tmp_path) -> Path:
-    """A folder with the data set only, for runs in this process."""
-    (tmp_path / "datasets").mkdir()
-    (tmp_path / "datasets" / "MNIST").symlink_to(PROJECT / "datasets" / "MNIST")
-    return tmp_path
-
-
-def run_here(folder: Path, *overrides: str) -> None:
-    """The same as `run`, without the seconds that importing PyTorch takes."""
-    threads = torch.get_num_threads()
-    try:
-        pipeline.run(load_variants(PROJECT / SMOKE[1], ["eval.visualize=false", *overrides]), folder)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def files(folder: Path) -> dict[str, str]:
-    """Path to content of every file, but for Python's own."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
-def metrics(folder: Path) -> dict[str, dict]:
-    results = {path.name: json.loads(path.read_text()) for path in folder.glob("eval/*/metrics/*.json")}
-    for result in results.values():
-        del result["seconds"], result["checksum"]
-    return results
-
-
-def checkpoint(folder: Path, name: str) -> dict:
-    """The only checkpoint whose name begins so."""
-    (path,) = folder.glob(f"checkpoints/{name}_*.pt")
-    return torch.load(path, weights_only=True)
-
-
-def replace_once(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {path.name}"
-    path.write_text(text.replace(old, new))
 
 
 def print_legends(folder: Path) -> None:
@@ -105,22 +36,26 @@ def legends(output: str) -> dict[str, list[str]]:
     return {name: re.findall(r"'([^']+)'", labels) for name, labels in re.findall(r"FIGURE (\S+) (\[.*\])", output)}
 
 
-def test_the_whole_path_leaves_its_artifacts_and_a_rerun_gives_the_same_metrics(copy):
-    before = files(copy)
-    own = {copy / "eval" / "masks" / "seed_of_mine.pt", copy / "reports" / "mine.png", copy / "reports" / "top_k_notes"}
+def test_the_whole_path_leaves_its_artifacts_and_a_rerun_gives_the_same_metrics(clone):
+    before = files(clone)
+    own = {
+        clone / "eval" / "masks" / "seed_of_mine.pt",
+        clone / "reports" / "mine.png",
+        clone / "reports" / "top_k_notes",
+    }
     for path in own:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
-    output = run(copy, *SMOKE)
+    output = run(clone, *SMOKE)
     for name in (*METHODS, "forget score", "retain score", "reports"):
         assert name in output
-    first = metrics(copy)
+    first = metrics(clone)
     assert len(first) == 6 and {result["forget_digit"] for result in first.values()} == {3, 9}
     for result in first.values():
         assert set(result["unlearning_metrics"]) == METHODS
         assert len(result["zeroed"]) == result["kappa"] and result["kappa_choice"] in ("fixed", "auto")
         assert result["num_graph_vertices"] == 16 * 32 and result["num_graph_edges"] == 16 * 32 * (16 + 32 - 2)
-    written = files(copy)
+    written = files(clone)
     for name in ("checkpoints/classifier_seed_0_", "checkpoints/gcn_seed_0_top_k_128_", "datasets/Graphs/seed_0_"):
         assert sum(path.startswith(name) for path in written) == 1
     for name in ("loss_forget_set", "score_forget_set", "loss_retain_set", "score_retain_set", "summary"):
@@ -129,14 +64,14 @@ def test_the_whole_path_leaves_its_artifacts_and_a_rerun_gives_the_same_metrics(
     assert sum(name.startswith("eval/masks/seed_0") for name in written) == 6
     assert sum(name.startswith("eval/Metrics and Plots/plots") for name in written) == 6 * 5
 
-    subprocess.run(["bash", str(copy / "clean.sh")], check=True, cwd="/")
+    subprocess.run(["bash", str(clone / "clean.sh")], check=True, cwd="/")
     for path in own:
         assert path.read_text() == "mine"
         path.unlink()
-    assert files(copy) == before
+    assert files(clone) == before
 
-    run_here(copy)
-    again = metrics(copy)
+    run_here(clone)
+    again = metrics(clone)
     for name, result in again.items():
         assert result.pop("config") | {"eval": None} == first[name].pop("config") | {"eval": None}
     assert again == first
@@ -355,11 +290,6 @@ def test_a_data_set_that_is_not_there_is_told_before_any_work(here, monkeypatch)
     with pytest.raises(DataError):
         pipeline.run(configs, here)
     assert not (here / "checkpoints").exists()
-
-
-def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "main.py", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 def test_two_processes_write_what_one_writes(copy):

@@ -10,6 +10,7 @@ from conftest import NUM_CLASSES, graph_generator, random_classifier, random_spl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import artifacts
 from artifacts import ArtifactError
 from config import load_config
 from data import GraphGenerator, Split, seeded
@@ -323,7 +324,7 @@ def saved(path, graphs, gcn, **changes):
         "eval": dataclasses.asdict(masking_config(step=0.1)) | {"visualize": False},
         "gcn": {"hidden": 8, "rounds": 2, "message_passing": True, "steps": 3},
     }
-    torch.save({"state_dict": gcn.state_dict(), "config": config, "seed": 0, "top_k": 0.25} | changes, path)
+    artifacts.save(path, {"state_dict": gcn.state_dict(), "config": config, "seed": 0, "top_k": 0.25} | changes)
 
 
 def test_a_trained_gcn_comes_back_with_its_features_and_settings(tmp_path):
