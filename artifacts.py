@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -132,16 +133,23 @@ def code_of(module: str, without: tuple[str, ...] = (), root: Path = ROOT) -> di
     names = [module]
     while names:
         path = root / f"{names.pop()}.py"
-        if path.name in found or path.stem in without or not path.exists():
-            continue
-        tree = ast.parse(path.read_bytes())
-        found[path.name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                names += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names.append(node.module)
+        if path.name not in found and path.stem not in without and path.exists():
+            found[path.name], imports = code_and_imports(path.read_bytes())
+            names += imports
     return dict(sorted(found.items()))
+
+
+@functools.cache
+def code_and_imports(source: bytes) -> tuple[str, list[str]]:
+    """The hash of the code of a file, and the modules that it imports."""
+    tree = ast.parse(source)
+    imports: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imports.append(node.module)
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], imports
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,14 @@ def layered(path: Path, layers: Sequence[tuple[str, Any]], overrides: Sequence[s
     for origin, settings in sources:
         for key, value in flattened(settings, Config, origin):
             values[key], origins[key] = value, origin
-    return build(Config, values, origins)
+    try:
+        return build(Config, values, origins)
+    except ConfigError as error:
+        over = dict.fromkeys(origin for origin, _ in sources if origin != BASE.name)
+        if over and str(error).startswith(f"{BASE.name}: "):
+            # Its own value, but with what was changed beside it.
+            raise ConfigError(f"{', '.join(over)}, over {error}") from None
+        raise
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -222,7 +229,7 @@ def parse_override(override: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{override!r}: its value is not valid YAML") from None
     for name in reversed(key.split(".")):
         settings = {name: settings}
-    return f"override {override}", settings
+    return f"override {' '.join(override.split())}", settings
 
 
 def flattened(settings: Any, section: type, origin: str, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -194,6 +194,63 @@ def test_overrides_go_over_the_file_and_the_file_over_the_default(tmp_path):
     assert config.classifier == default.classifier and config.seeds == (4,)
 
 
+def test_a_default_that_a_change_makes_impossible_names_both(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("classifier: {hidden_sizes: [32, 16]}")
+    assert main(["--config", str(path), "seed=1"]) == 2
+    message = "sweep.kappa must be from 1 to 511 (masked weights less one), not 1000"
+    assert capsys.readouterr().err == f"error: {path}, override seed=1, over config.yaml: {message}\n"
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("gcn: {steps: 3}\nseed: 1\ngcn: {steps: 4}")
+    assert main(["--config", str(path)]) == 2
+    assert "mine.yaml: is not valid YAML (gcn stands twice in" in capsys.readouterr().err
+
+
+def leaves_of(section, prefix=""):
+    for name, hint in typing.get_type_hints(section).items():
+        if dataclasses.is_dataclass(hint):
+            yield from leaves_of(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+KEYS = sorted(leaves_of(Config))
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["auto", "all"])
+)
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
+def test_any_setting_makes_a_config_that_holds_it_or_one_line(changes):
+    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in changes.items()]
+    try:
+        config = load_config(BASE, overrides)
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+        return
+    for key, value in changes.items():
+        read = config
+        for name in key.split("."):
+            read = getattr(read, name)
+        if isinstance(value, list):
+            assert list(read) == value
+        elif not isinstance(value, dict):
+            assert read == value or float(read) == float(value)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.sampled_from(KEYS), st.data())
+def test_numbers_that_are_none_are_refused_everywhere(key, data):
+    for number in (".nan", ".inf", "-.inf", "[.nan]", "[.inf, 3]"):
+        with pytest.raises(ConfigError, match=key.split(".")[0]):
+            load_config(BASE, [f"{key}={number}"])
+
+
 def test_an_empty_file_is_the_default(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("# nothing\n")
