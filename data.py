@@ -235,7 +235,7 @@ def unpack(md5: dict[str, str], folder: Path) -> None:
 
 def check_samples(images: Tensor, labels: Tensor, path: Path) -> None:
     """Raises DataError where these are not 28 x 28 images of the ten classes, a label for each."""
-    if images.ndim != 3 or images[0].numel() != IMAGE_SIZE or len(images) != len(labels):
+    if images.shape[1:] != (28, 28) or len(images) != len(labels) or not len(labels):
         raise DataError(
             f"{path}: holds images of shape {tuple(images.shape)} with {len(labels)} labels, "
             "not 28 x 28 images with a label each"

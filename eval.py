@@ -9,7 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,7 +104,7 @@ class Experiment:
     variant: the name of the config among those of the run, "" where there is one only
     kappa: None until auto has found it
     gcn_seconds: what training the masking GCN took, once for all requests; config: the whole config
-    made_by: what the results depend on, as in `Artifact`
+    made_by: what the results depend on, as in `Artifact`; files: the checkpoints that it is about
     """
 
     variant: str
@@ -117,6 +117,7 @@ class Experiment:
     gcn_seconds: float
     config: dict[str, Any]
     made_by: dict[str, Any]
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -356,6 +357,7 @@ class Eval:
             "class_probabilities": {name: self._class_probabilities(name) for name in self.config.method_names},
             "weight_histograms": self._weight_histograms(),
             "config": experiment.config,
+            "files": experiment.files,
             "seconds": {"gcn": experiment.gcn_seconds}
             | {name: self._answer(name).seconds for name in self.config.method_names},
         }

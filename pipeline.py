@@ -251,7 +251,7 @@ class Run:
             )
         with self.stage(f"experiments, {training.name}", says_so=False):
             started = time.perf_counter()
-            for experiment in experiments:
+            for experiment in tqdm(experiments, f"digit {digit}", unit="experiment", leave=False, disable=None):
                 if experiment in missing:
                     kappa = request.auto_kappa(request.order) if experiment.kappa is None else experiment.kappa
                     found = replace(experiment, kappa=kappa, gcn_seconds=gcn_seconds)

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -123,8 +123,10 @@ class Artifacts:
         ]
         if "auto" in config.sweep.kappa:
             kappas.append((None, "auto"))
-        return [
-            Experiment(
+        files = {name.split()[-1].lower(): file for name, file in self.of_training(training).items()}
+        experiments = []
+        for kappa, choice in kappas:
+            experiment = Experiment(
                 variant=training.variant,
                 seed=training.seed,
                 forget_digit=digit,
@@ -145,8 +147,10 @@ class Artifacts:
                     kappa="auto" if kappa is None else kappa,
                 ),
             )
-            for kappa, choice in kappas
-        ]
+            files["mask"] = experiment.mask(self.root / "eval")
+            relative = {name: str(file.path.relative_to(self.root)) for name, file in files.items()}
+            experiments.append(replace(experiment, files=relative))
+        return experiments
 
     def finished(self, training: Training, digit: int) -> list[Path]:
         """The JSON of every experiment on a digit; none where one of them has to be made."""

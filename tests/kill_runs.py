@@ -85,7 +85,7 @@ def main() -> None:
             os.waitpid(child, 0)
             kills += 1
             # Now and then the sequence ends with a run that is left alone.
-            if random.random() < 0.8 and kills < arguments.kills:
+            if random.random() < 0.9 and kills < arguments.kills:
                 continue
             status = ended(start(folder), 600)
         finished += 1

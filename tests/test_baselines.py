@@ -14,7 +14,7 @@ from config import load_config
 from data import GraphConfig, GraphGenerator
 from methods import METHODS, Request, removal_effect
 from model import MaskingGCN
-from trainer import Trainer, TrainerConfig
+from trainer import Trainer, TrainerConfig, TrainingError
 
 FORGET = 1
 # What they take on so small a problem.
@@ -250,3 +250,19 @@ def test_the_nearest_of_the_candidates_that_forget_and_keep_is_chosen():
     )
     assert tuning.best([far, near, leaves, loses]) is near
     assert tuning.best([leaves, loses]) is leaves  # half a point is missing, not a whole one
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("fine_tune", {"learning_rate": 1e30}),
+        ("gradient_ascent", {"learning_rate": 1e30}),
+        ("scrub", {"learning_rate": 1e30}),
+        ("unsir", {"noise_rate": 1e30}),
+        ("unsir", {"impair_rate": 1e30}),
+        ("optimised_mask", {"forget_weight": 1e38, "sparsity": 1e39}),
+    ],
+)
+def test_a_method_that_diverges_stops_with_its_loss_and_step(request_to_forget, name, changes):
+    with pytest.raises(TrainingError, match=r"loss.* is -?(nan|inf) at step \d+: training diverged, see eval.hyperp"):
+        METHODS[name].unlearn(request_to_forget, **HYPERPARAMETERS.get(name, {}) | changes)

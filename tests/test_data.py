@@ -63,6 +63,51 @@ def test_missing_files_are_one_clear_error(tmp_path, monkeypatch):
         load_image_data("MNIST", tmp_path)
 
 
+def write_data_set(folder, images: torch.Tensor, labels: torch.Tensor, test_labels: torch.Tensor) -> None:
+    """A data set of ones own, in the format of MNIST."""
+    raw = folder / "KMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, of_part in (("train", labels), ("t10k", test_labels)):
+        pictures = images[: len(of_part)].to(torch.uint8)
+        header = b"".join(number.to_bytes(4, "big") for number in (0x803, *pictures.shape))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pictures.numpy().tobytes())
+        header = b"".join(number.to_bytes(4, "big") for number in (0x801, len(of_part)))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + of_part.to(torch.uint8).numpy().tobytes())
+
+
+IMAGES, LABELS = torch.arange(30 * 784).view(30, 28, 28) % 256, torch.arange(30) % 10
+
+
+def test_a_data_set_of_ones_own_is_read(tmp_path):
+    write_data_set(tmp_path, IMAGES, LABELS, LABELS[:10])
+    own = load_image_data("KMNIST", tmp_path)
+    assert torch.equal(own.train.labels, LABELS) and own.test.images.shape == (10, 784)
+    assert len(data.checksums("KMNIST", tmp_path)) == 4 and data.checksums("FashionMNIST", tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "images, labels, test_labels, message",
+    [
+        (IMAGES, LABELS.clamp(max=8), LABELS[:10], "class 9 has no training sample"),
+        (IMAGES, LABELS, LABELS[:9], "class 9 has no test sample"),
+        (IMAGES, LABELS + 1, LABELS, "has labels from 1 to 10, not from 0 to 9"),
+        (IMAGES[:, :20], LABELS, LABELS, r"holds images of shape \(30, 20, 28\) with 30 labels, not 28 x 28"),
+        (IMAGES[:20], LABELS, LABELS, r"holds images of shape \(20, 28, 28\) with 30 labels, not 28 x 28"),
+    ],
+)
+def test_a_data_set_that_cannot_work_is_refused(tmp_path, images, labels, test_labels, message):
+    write_data_set(tmp_path, images, labels, test_labels)
+    with pytest.raises(DataError, match=message):
+        load_image_data("KMNIST", tmp_path)
+
+
+def test_unpacked_files_that_cannot_be_read_are_named(tmp_path):
+    write_data_set(tmp_path, IMAGES, LABELS, LABELS)
+    (tmp_path / "KMNIST" / "raw" / "t10k-images-idx3-ubyte").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="dataset KMNIST in .*: its files cannot be read"):
+        load_image_data("KMNIST", tmp_path)
+
+
 def test_an_unknown_data_set_is_refused():
     with pytest.raises(ValueError, match="'CIFAR10' is not known: valid are MNIST"):
         load_image_data("CIFAR10")

@@ -16,7 +16,7 @@ from eval import Eval, Experiment, unlearn, valid_json
 from methods import METHODS, Request, unlearning_method
 from model import HookedMNISTClassifier, Mask, MaskingGCN
 from reporter import method_styles
-from trainer import TrainedGCN, Trainer, TrainerConfig
+from trainer import TrainedGCN, Trainer, TrainerConfig, TrainingError
 from visualization import Visualization
 
 FORGET, KAPPA, TOP_K = 1, 9, 8
@@ -172,6 +172,26 @@ def test_a_keep_mask_that_asks_for_the_test_split_fails(tmp_path, registry):
     METHODS["original"] = replace(METHODS["original"], most_needed=lambda request: scored.data.test)
     with pytest.raises(PermissionError, match="test split is sealed"):
         scored.eval_mask_efficacy()
+
+
+def test_a_method_that_diverges_is_named_with_the_digit(tmp_path, registry):
+    @unlearning_method("broken")
+    def broken(request):
+        model = request.classifier
+        model.layers[0].weight.data.fill_(torch.nan)
+        return model
+
+    expected = f"method broken, digit {FORGET}: a weight of the classifier is not a finite number: training diverged"
+    with pytest.raises(TrainingError, match=expected):
+        make_eval(tmp_path).eval()
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_nothing_to_score_is_said(tmp_path):
+    test = random_split(13, seed=5)
+    scored = make_eval(tmp_path, test=test.retain(FORGET))
+    with pytest.raises(ValueError, match="original: there is no sample to score"):
+        scored.eval_unlearning()
 
 
 def test_methods_get_copies_of_the_classifier(tmp_path):

@@ -109,6 +109,29 @@ def test_graphs_scored_together_or_one_by_one_get_the_same_scores(monkeypatch, m
         assert torch.allclose(gcn(x, graph), together, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("mask_layer", [-2, None])
+def test_the_gradients_of_the_gcn_are_those_of_finite_differences(mask_layer):
+    torch.manual_seed(0)
+    graph = WeightGraph([(4, 5), (3, 4), (2, 3)], mask_layer)
+    gcn = MaskingGCN(2, hidden=3, rounds=3).double()
+    x = torch.randn(2, graph.num_vertices, 2, dtype=torch.float64)
+    names, parameters = zip(*gcn.named_parameters())
+
+    def logits(x, *parameters):
+        return torch.func.functional_call(gcn, dict(zip(names, parameters)), (x, graph))
+
+    assert torch.autograd.gradcheck(logits, (x, *parameters))
+
+
+def test_the_gcn_in_single_precision_is_that_in_double():
+    torch.manual_seed(0)
+    graph, gcn = WeightGraph([(64, 128)]), MaskingGCN(15)
+    x = torch.randn(3, graph.num_vertices, 15)
+    logits = gcn(x, graph)
+    expected = gcn.double()(x.double(), graph)
+    assert torch.allclose(logits.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
 def test_the_gradients_of_the_step_on_all_vertices_are_those_of_finite_differences():
     torch.manual_seed(0)
     shapes = ((2, 4, 5, 3), (3, 6), (2, 5, 6), (2, 4, 6))  # x, matrix, source, target

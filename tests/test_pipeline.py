@@ -104,6 +104,26 @@ def test_the_baseline_of_the_readme_shows_up_everywhere(copy):
         assert len(set(scores)) == 4
     assert len(legends(output)) == 6 and all(name in labels for labels in legends(output).values())
     assert name in (copy / "reports" / "summary.md").read_text() and name in output.split("kappa =")[-1]
+    assert_the_readme_masks_the_classifier_of_a_run(copy)
+
+
+def assert_the_readme_masks_the_classifier_of_a_run(folder: Path) -> None:
+    example = re.search(
+        r"```python\n(import json\n.*?mask\.apply.*?)```", (folder / "README.md").read_text(), re.DOTALL
+    )[1]
+    for ours, here in (("digit_9", "digit_3"), ("kappa_200", "kappa_20"), ("(128, 64)", "(32, 16)")):
+        assert ours in example
+        example = example.replace(ours, here)
+    check = (
+        "from data import load_image_data\ntest = load_image_data().test.forget(3)\n"
+        "print(100 * (classifier(test.images).argmax(1) == 3).double().mean().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", example + check], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (score,) = [
+        result["unlearning_metrics"]["mimu"]["score"] for name, result in metrics(folder).items() if "kappa_20_" in name
+    ]
+    assert float(done.stdout) == pytest.approx(score)
 
 
 def test_a_model_scored_by_hand_and_a_line_plotted_by_hand_show_up(copy):

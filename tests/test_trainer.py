@@ -28,6 +28,7 @@ from trainer import (
     UnlearningSFT,
     UnlearningSFTConfig,
     ZeroingOrder,
+    check_weights,
     contrast,
     gumbel_noise,
     masked_logits,
@@ -232,6 +233,44 @@ def test_training_that_diverges_says_so(split):
     endless = Split(split.images * torch.inf, split.labels)
     with pytest.raises(TrainingError, match="loss of the classifier is nan .* see classifier.learning_rate"):
         Trainer(TrainerConfig((6, 5), False, 5, 16, 0.01), 0).train(endless, NUM_CLASSES)
+
+
+def test_a_classifier_whose_loss_is_no_number_stops_with_the_step(split):
+    images = split.images.clone()
+    images[0] = torch.inf
+    with pytest.raises(TrainingError, match="loss of the classifier is (nan|inf) at step 0: .* see classifier.learn"):
+        Trainer(TrainerConfig((6, 5), False, 1, len(split.labels), 0.01), 0).train(
+            Split(images, split.labels), NUM_CLASSES
+        )
+
+
+@pytest.mark.parametrize("term", ["sufficiency", "prior", "necessity_forget", "necessity_retain"])
+def test_a_term_of_the_gcn_that_is_no_number_stops_with_its_name_and_the_step(graphs, monkeypatch, term):
+    terms = GCNLoss.__call__
+    steps = itertools.count()
+
+    def broken(self, gcn, zeroed, generator):
+        values, scores = terms(self, gcn, zeroed, generator)
+        return values | ({term: values[term] * torch.inf} if next(steps) == 2 else {}), scores
+
+    monkeypatch.setattr(GCNLoss, "__call__", broken)
+    config = gcn_config(steps=5, partly_masked=None, sufficiency=1.0, prior=1.0)
+    expected = f"{term} is -?(inf|nan) at step 2: training diverged, see gcn.learning_rate and the weight of the term"
+    with pytest.raises(TrainingError, match=expected):
+        GCNTrainer(config, [graphs], 6, 0).train()
+
+
+def test_random_labels_that_diverge_stop_with_the_step(split, classifier):
+    forget = Split(split.images[:20] * torch.inf, torch.ones(20, dtype=torch.long))
+    with pytest.raises(TrainingError, match="loss is nan at step 0: training diverged, see eval.hyperparameters.sft"):
+        UnlearningSFT(UnlearningSFTConfig(1, 5, 0.1), 0).unlearn(classifier, forget, (1,))
+
+
+def test_weights_that_are_no_numbers_are_seen(classifier):
+    check_weights(classifier, "classifier", "the setting")
+    classifier.layers[1].weight.data[0, 0] = torch.nan
+    with pytest.raises(TrainingError, match="a weight of the classifier is not a finite number.*see the setting"):
+        check_weights(classifier, "classifier", "the setting")
 
 
 def test_the_necessity_terms_by_hand():
