@@ -18,6 +18,8 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torchvision  # noqa: E402, F401
+
 import artifacts  # noqa: E402
 import pipeline  # noqa: E402
 from config import load_variants  # noqa: E402

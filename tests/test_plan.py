@@ -358,6 +358,7 @@ def test_a_stopped_run_says_how_to_go_on(copy, number, status):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background, shells ignore it
     )
     for line in process.stdout:
         if "digit 3" in line:
