@@ -132,10 +132,12 @@ def code_of(module: str, without: tuple[str, ...] = (), root: Path = ROOT) -> di
     found: dict[str, str] = {}
     names = [module]
     while names:
-        path = root / f"{names.pop()}.py"
-        if path.name not in found and path.stem not in without and path.exists():
-            found[path.name], imports = code_and_imports(path.read_bytes())
-            names += imports
+        name = names.pop()
+        for path in (root / f"{name.replace('.', '/')}.py", root / name.replace(".", "/") / "__init__.py"):
+            file = path.relative_to(root).as_posix()
+            if file not in found and name not in without and path.exists():
+                found[file], imports = code_and_imports(path.read_bytes())
+                names += imports
     return dict(sorted(found.items()))
 
 
@@ -148,7 +150,7 @@ def code_and_imports(source: bytes) -> tuple[str, list[str]]:
         if isinstance(node, ast.Import):
             imports += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            imports.append(node.module)
+            imports += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], imports
 
 
@@ -224,6 +226,18 @@ def locked(root: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}: {shlex.join(sys.argv)}\n")
         file.flush()
         yield
+
+
+def make_folders(root: Path) -> None:
+    """Makes the folders of a run's files. Raises ArtifactError where one cannot be made or written to."""
+    for name in ("checkpoints", "datasets/Graphs", "eval", "reports"):
+        folder = root / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(f"{folder}: cannot be made ({error.strerror or error})") from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ArtifactError(f"{folder}: cannot be written to")
 
 
 def remove_partial(root: Path) -> None:

@@ -190,16 +190,16 @@ class Run:
 
         makes: those that no other process makes; awaited: all that some process makes
         """
-        self.wait_for(training, [path for path in awaited if path not in makes])
+        self.wait_for(training, [name for name in awaited if name not in makes])
         self.trained(training)
-        for path in makes:
-            self.processes.store.set(path, "")
+        for name in makes:
+            self.processes.store.set(name, "")
 
     def wait_for(self, training: Training, awaited: Sequence[str]) -> None:
         """Waits for the files of a training that other processes make."""
         for artifact in self.files.of_training(training).values():
-            if str(artifact.path) in awaited:
-                self.processes.store.get(str(artifact.path))
+            if artifact.path.name in awaited:
+                self.processes.store.get(artifact.path.name)
 
     def trained(self, training: Training) -> tuple[GraphGenerator, MaskingGCN, float]:
         """Graphs and masking GCN of a training, and the seconds that it took."""
@@ -214,7 +214,7 @@ class Run:
         Returns, as JSON holds it: `seconds` of the stages, `test_scores` of the classifiers, and `peak_bytes`, the most
         memory held.
         """
-        awaited = [path for each in to_do for path in each["makes"]]
+        awaited = [name for each in to_do for name in each["makes"]]
         total = sum(each["seconds"] for each in to_do)
         started = time.perf_counter()
         hidden = True if self.processes.rank else None
@@ -313,6 +313,7 @@ def run_stages(stages: Run, started: float, is_fresh: bool) -> None:
         for config in files.configs.values():
             if not files.data(config.dataset):
                 stages.data(config)  # which downloads it
+        artifacts.make_folders(root)
         if is_fresh:
             files.remove()
         plan = Plan(files, processes.count)

@@ -107,12 +107,8 @@ class Artifacts:
         return Artifact(self.root / "checkpoints" / name, made_by)
 
     def of_training(self, training: Training) -> dict[str, Artifact]:
-        """What a training makes, by the name of what it is."""
-        made = {
-            "classifier": self.classifier(training),
-            "activation graphs": self.graphs(training),
-            "masking GCN": self.gcn(training),
-        }
+        """The files that a training makes, by what is in them."""
+        made = {"classifier": self.classifier(training), "graphs": self.graphs(training), "gcn": self.gcn(training)}
         return {name: artifact for name, artifact in made.items() if artifact}
 
     def experiments(self, training: Training, digit: int) -> list[Experiment]:
@@ -123,7 +119,7 @@ class Artifacts:
         ]
         if "auto" in config.sweep.kappa:
             kappas.append((None, "auto"))
-        files = {name.split()[-1].lower(): file for name, file in self.of_training(training).items()}
+        files = self.of_training(training)
         experiments = []
         for kappa, choice in kappas:
             experiment = Experiment(
@@ -169,23 +165,24 @@ class Artifacts:
         chosen = [each for each in finished if all(each[1])] or [each for each in finished if any(each[1])][:1]
         return [(training, [path for paths in digits for path in paths]) for training, digits in chosen]
 
+    def all_experiments(self) -> Iterator[Experiment]:
+        for training in trainings_of(self.configs):
+            for digit in training.config.sweep.forget_digits:
+                yield from self.experiments(training, digit)
+
     def remove(self) -> None:
         """Removes all files of the trainings and the experiments."""
-        for training in trainings_of(self.configs):
-            paths = [artifact.path for artifact in self.of_training(training).values()]
-            for digit in training.config.sweep.forget_digits:
-                for each in self.experiments(training, digit):
-                    paths += [each.metrics(self.root / "eval").path, each.mask(self.root / "eval").path]
-            for path in paths:
-                path.unlink(missing_ok=True)
+        made = [artifact for each in trainings_of(self.configs) for artifact in self.of_training(each).values()]
+        for each in self.all_experiments():
+            made += [each.metrics(self.root / "eval"), each.mask(self.root / "eval")]
+        for artifact in made:
+            artifact.path.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raises ArtifactError on the first JSON of an experiment that is damaged."""
-        for training in trainings_of(self.configs):
-            for digit in training.config.sweep.forget_digits:
-                for each in self.experiments(training, digit):
-                    if (path := each.metrics(self.root / "eval").path).exists():
-                        artifacts.load(path)
+        for each in self.all_experiments():
+            if (path := each.metrics(self.root / "eval").path).exists():
+                artifacts.load(path)
 
     def _made_by(self, training: Training, stage: str, sections: Iterable[str], **request: Any) -> dict[str, Any]:
         config = training.config
@@ -216,6 +213,7 @@ class Artifacts:
 
 
 PLOTS = "plots to draw"  # of an experiment that is there
+SPOKEN = {"classifier": "classifier", "graphs": "activation graphs", "gcn": "masking GCN"}
 
 
 @dataclass(frozen=True)
@@ -242,14 +240,15 @@ class Plan:
     def to_do(self) -> list[dict[str, Any]]:
         """What is still to do, as JSON holds it.
 
-        The index of a `task`, whether it needs the `data`, its `seconds`, and the paths that it `makes`.
+        The index of a `task`, whether it needs the `data`, its `seconds`, and the names of the files that it
+        `makes` for other tasks.
         """
         return [
             {
                 "task": index,
                 "data": any(step.why not in ("", PLOTS) for step in steps),
                 "seconds": sum(step.seconds for step in steps if step.why),
-                "makes": [str(step.path) for step in steps if step.why and self.tasks[index].digit is None],
+                "makes": [step.path.name for step in steps if step.why and self.tasks[index].digit is None],
             }
             for index, steps in enumerate(self.steps)
             if any(step.why for step in steps)
@@ -289,9 +288,9 @@ class Plan:
         for name, artifact in self.files.of_training(training).items():
             if artifact.path not in self._looked_at:  # variants may share it
                 self._looked_at.add(artifact.path)
-                whose = training.name if name == "masking GCN" else training.classifier_name
+                whose = training.name if name == "gcn" else training.classifier_name
                 seconds = self._guess.training(name, training.config)
-                steps.append(Step(f"{name}, {whose}", artifact.path, artifact.why_not(), seconds))
+                steps.append(Step(f"{SPOKEN[name]}, {whose}", artifact.path, artifact.why_not(), seconds))
         return steps
 
     def _experiment_steps(self, task: Task) -> list[Step]:
@@ -354,7 +353,7 @@ class Guess:
         if name == "classifier":
             weights = sum(m * n for m, n in config.classifier.shapes(IMAGE_SIZE, NUM_CLASSES))
             return CLASSIFIER_SECONDS * weights / 1e6 * config.classifier.epochs
-        return GCN_SECONDS * config.num_vertices / 1e6 * config.gcn.steps if name == "masking GCN" else 0.1
+        return GCN_SECONDS * config.num_vertices / 1e6 * config.gcn.steps if name == "gcn" else 0.1
 
     def experiment(self, config: Config, kappas: int) -> float:
         """Of one of the kappas of a request."""

@@ -202,6 +202,10 @@ def test_the_code_of_a_module_is_that_of_all_it_imports_but_its_comments(tmp_pat
     after = code(c="d = 2")
     assert after != before and {name for name in after if after[name] != before[name]} == {"c.py"}
     assert "b.py" not in code_of("a", without=("b",), root=tmp_path)
+    (tmp_path / "own").mkdir()
+    for name in ("__init__", "e", "f"):
+        (tmp_path / "own" / f"{name}.py").write_text("")
+    assert set(code(a="import own.e\nfrom own import f")) == {"a.py", "own/__init__.py", "own/e.py", "own/f.py"}
 
 
 def test_the_numbers_depend_on_no_plot_and_the_trainings_on_no_evaluation():
@@ -225,6 +229,15 @@ def test_a_second_run_in_a_folder_says_who_holds_it(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_named():
     with pytest.raises(ArtifactError, match="/proc/.lock: cannot be written"), locked(Path("/proc")):
         pass
+
+
+def test_folders_that_cannot_be_made_are_named_before_any_work(tmp_path):
+    artifacts.make_folders(tmp_path)
+    assert (tmp_path / "datasets" / "Graphs").is_dir()
+    (tmp_path / "eval").rmdir()
+    (tmp_path / "eval").write_text("a file")
+    with pytest.raises(ArtifactError, match="eval: cannot be made .File exists"):
+        artifacts.make_folders(tmp_path)
 
 
 def test_masks_on_disk_are_masks_or_refused(tmp_path):
