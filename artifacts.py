@@ -154,6 +154,9 @@ def code_and_imports(source: bytes) -> tuple[str, list[str]]:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], imports
 
 
+NOT_THERE = "not there yet"
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A file of a run and what it depends on: with any of that changed it is another, and made anew.
@@ -178,7 +181,7 @@ class Artifact:
     def why_not(self) -> str:
         """Why it has to be made, in a few words; nothing where it is there as it would be made."""
         if not self.path.exists():
-            return "not there yet"
+            return NOT_THERE
         try:
             content = load(self.path)
         except ArtifactError:
@@ -210,16 +213,22 @@ def locked(root: Path) -> Iterator[None]:
     Raises ArtifactError where another run holds it, and says which, or where the folder cannot be written to.
     """
     path = root / ".lock"
-    try:
-        file = open(path, "a+")
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from None
-    with file:
+    while True:
+        try:
+            file = open(path, "a+")
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise ArtifactError(f"{root}: is held by another run ({file.read().strip()}): wait or end it") from None
+            holder = file.read().strip()
+            file.close()
+            raise ArtifactError(f"{root}: is held by another run ({holder}): wait or end it") from None
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            break
+        file.close()  # clean.sh has removed it in between
+    with file:
         remove_partial(root)
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -4,11 +4,13 @@ set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 shopt -s nullglob
 
-if [ -e .lock ] && command -v flock >/dev/null && ! flock --nonblock .lock true; then
-    echo "clean.sh: a run works here: $(cat .lock)" >&2
-    exit 2
+if command -v flock >/dev/null; then
+    exec 9>>.lock
+    if ! flock --nonblock 9; then
+        echo "clean.sh: a run works here: $(cat .lock)" >&2
+        exit 2
+    fi
 fi
-rm -f .lock
 # What killed runs have left half written.
 find checkpoints datasets eval reports -name '*.partial' -type f -delete 2>/dev/null || true
 rm -f checkpoints/{classifier,gcn}_seed_[0-9]*.pt datasets/Graphs/seed_[0-9]*.pt eval/masks/seed_[0-9]*_digit_*.pt
@@ -26,3 +28,4 @@ for folder in "eval/Metrics and Plots"/{metrics,plots} "eval/Metrics and Plots" 
     reports/{,variants/*/}top_k_[0-9]* reports/variants/* reports/variants reports checkpoints datasets/Graphs; do
     if [ ! -L "$folder" ]; then rmdir "$folder" 2>/dev/null || true; fi
 done
+rm -f .lock

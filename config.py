@@ -211,7 +211,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError."""
     try:
         settings = yaml.load(path.read_text(), UniqueKeys)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except YAML_ERRORS as error:
         raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -27,23 +28,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="PATH",
         help="a YAML file with what it changes of configs/config.yaml, where every setting is explained",
     )
-    parser.add_argument(
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
         "--pretrain",
         action="store_true",
         help="train one masking GCN on the classifiers of all variants and seeds of the config, keep it for "
         "gcn.pretrained, and stop",
     )
-    parser.add_argument(
+    mode.add_argument(
         "--plot-only",
         action="store_true",
         help="draw the reports anew from the metrics of a run of the same config, and stop",
     )
-    parser.add_argument(
+    mode.add_argument(
         "--dry-run",
         action="store_true",
         help="say what would be run, what is there already, and about how long it would take, and stop",
     )
-    parser.add_argument(
+    mode.add_argument(
         "--fresh",
         action="store_true",
         help="remove first what earlier runs of the same config have left",
@@ -73,7 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
         start(parsed, started)
     except KeyboardInterrupt as stopped:
         again = "the same command without --fresh" if parsed.fresh else "the same command"
-        print(f"\nstopped: all that is finished stays, and {again} goes on from there", file=sys.stderr)
+        message = f"stopped: all that is finished stays, and {again} goes on from there"
+        print(f"\n{message}", file=sys.stderr)
+        note(message)
         return 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
     except Exception as error:
         if parsed.debug:
@@ -109,9 +113,12 @@ def terminate(number: int, frame: FrameType | None) -> None:
 
 
 def tell(error: Exception) -> int:
-    """Prints an error as one line, and returns the exit status."""
+    """Prints an error as one line, and returns the exit status. The log gets the traceback of what nobody expected."""
     from artifacts import InputError, one_line
 
+    if isinstance(error, BrokenPipeError):  # of `main.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     if isinstance(error, InputError):
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -121,10 +128,20 @@ def tell(error: Exception) -> int:
     where = traceback.extract_tb(error.__traceback__)[-1]
     print(
         f"error: {type(error).__name__}: {one_line(error)} ({Path(where.filename).name}, line {where.lineno}); "
-        "reports/run.log has the traceback, --debug shows it",
+        "the traceback is in reports/run.log, and --debug shows it",
         file=sys.stderr,
     )
+    note("".join(traceback.format_exception(error)))
     return 1
+
+
+def note(message: str) -> None:
+    """Says it in the log of the runs, if that can be written."""
+    log = Path(__file__).resolve().parent / "reports" / "run.log"
+    with suppress(OSError):
+        log.parent.mkdir(exist_ok=True)
+        with open(log, "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
 
 if __name__ == "__main__":

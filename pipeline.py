@@ -10,7 +10,6 @@ import resource
 import shlex
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,7 +30,7 @@ from data import IMAGE_SIZE, NUM_CLASSES, DataError, GraphGenerator, ImageData, 
 from eval import Eval, slug
 from methods import Request
 from model import HookedMNISTClassifier, MaskingGCN, keep_freed_memory
-from plan import Artifacts, Plan, Task, Training, tasks_in_order, time_in_words, trainings_of, whole_experiments
+from plan import Artifacts, Plan, Task, Training, Work, tasks_in_order, thread_counts, time_in_words, trainings_of
 from reporter import Reporter
 from trainer import PRETRAINED, GCNTrainer, TrainedGCN, Trainer, TrainingError
 from visualization import Visualization
@@ -62,13 +61,13 @@ class Processes:
             yield tasks[taken]
 
     def told_by_the_first(self, tell: Callable[[], Any]) -> Any:
-        """What the first process finds out (as JSON holds it), at all of them: the others wait for it."""
+        """What the first process finds out (as JSON holds it), at all of them, once a run: the others wait for it."""
         if self.rank == 0:
             self.store.set("told", json.dumps(tell()))
         return json.loads(self.store.get("told"))
 
     def gathered(self, value: Any) -> list[Any]:
-        """The values (as JSON holds them) of all processes in order, at the first one; nothing at the others."""
+        """The values (as JSON holds them) of all processes in order, once a run, at the first one; else nothing."""
         if self.rank > 0:
             self.store.set(f"share of {self.rank}", json.dumps(value))
             return []
@@ -148,6 +147,7 @@ class Run:
                 classifier = Trainer(config.classifier, training.seed).train(data.train, NUM_CLASSES)
                 correct = is_correct(classifier(data.test.images), data.test.labels)
             self.test_scores[name] = 100 * correct.sum().item() / len(correct)
+            self.log(f"classifier, {name}: {self.test_scores[name]:.2f} % of the test split classified correctly")
             self.save(artifact, classifier, training, test_score=self.test_scores[name])
         self._classifiers[artifact.path] = classifier
         return classifier
@@ -208,27 +208,27 @@ class Run:
             self._last = (training, graphs, *self.gcn(training, graphs))
         return self._last[1:]
 
-    def work(self, tasks: Sequence[Task], to_do: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Does what no other process has taken of what is to do, as `Plan.to_do` has it.
+    def work(self, tasks: Sequence[Task], to_do: Sequence[Work]) -> dict[str, Any]:
+        """Does what no other process has taken of what is to do.
 
         Returns, as JSON holds it: `seconds` of the stages, `test_scores` of the classifiers, and `peak_bytes`, the most
         memory held.
         """
-        awaited = [name for each in to_do for name in each["makes"]]
-        total = sum(each["seconds"] for each in to_do)
+        awaited = [name for work in to_do for name in work.makes]
+        total = sum(work.seconds for work in to_do)
         started = time.perf_counter()
         hidden = True if self.processes.rank else None
         bar = "{desc}: {percentage:3.0f} %|{bar}| {elapsed}, about {remaining} left"
         with tqdm(total=total, desc="the whole run", bar_format=bar, leave=False, disable=hidden) as progress:
             for position in self.processes.take(range(len(to_do))):
-                task = tasks[to_do[position]["task"]]
+                task = tasks[to_do[position].task]
                 torch.set_num_threads(task.training.config.threads or self.files.threads)
                 if task.digit is None:
-                    self.train(task.training, to_do[position]["makes"], awaited)
+                    self.train(task.training, to_do[position].makes, awaited)
                 else:
                     self.wait_for(task.training, awaited)
                     self.experiments(task.training, task.digit)
-                done = sum(each["seconds"] for each in to_do[: position + 1])
+                done = sum(work.seconds for work in to_do[: position + 1])
                 progress.update(done - progress.n)
                 if task.digit is not None and position + 1 < len(to_do):
                     left = (total - done) * (time.perf_counter() - started) / max(done, 1e-9)
@@ -242,7 +242,7 @@ class Run:
         """Runs every experiment on one forget digit that is not there yet, and draws the plots that are not."""
         config, folder, shared = training.config, self.root / "eval", {}
         experiments = self.files.experiments(training, digit)
-        missing = [each for each in experiments if each.metrics(folder).why_not() or each.mask(folder).why_not()]
+        missing = [each for each in experiments if self.files.why_not(each)]
         if missing:
             graphs, gcn, gcn_seconds = self.trained(training)
             data, trainer = self.data(config), Trainer(config.classifier, training.seed)
@@ -296,12 +296,7 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, started: float | None 
     prepare(configs)
     processes = Processes(next(iter(configs.values())).torch_device())
     with locked(root) if processes.rank == 0 else nullcontext():
-        stages = Run(root, processes, Artifacts(configs, root, torch.get_num_threads()))
-        try:
-            run_stages(stages, started, is_fresh)
-        except Exception:
-            stages.log.note(traceback.format_exc())
-            raise
+        run_stages(Run(root, processes, Artifacts(configs, root, torch.get_num_threads())), started, is_fresh)
 
 
 def run_stages(stages: Run, started: float, is_fresh: bool) -> None:
@@ -309,6 +304,7 @@ def run_stages(stages: Run, started: float, is_fresh: bool) -> None:
     processes, files, root, log = stages.processes, stages.files, stages.root, stages.log
 
     def begin() -> list[dict[str, Any]]:
+        """What is to do, as JSON holds it."""
         log.note(f"{shlex.join(sys.argv)}: {describe_machine()}")
         for config in files.configs.values():
             if not files.data(config.dataset):
@@ -317,11 +313,12 @@ def run_stages(stages: Run, started: float, is_fresh: bool) -> None:
         if is_fresh:
             files.remove()
         plan = Plan(files, processes.count)
-        log(plan.summary())
-        return plan.to_do
+        for line in (plan.summary(), *plan.made_anew()):
+            log(line)
+        return [asdict(work) for work in plan.to_do]
 
-    to_do = processes.told_by_the_first(begin)
-    if any(each["data"] for each in to_do):
+    to_do = [Work(**work) for work in processes.told_by_the_first(begin)]
+    if any(work.needs_data for work in to_do):
         for config in files.configs.values():
             stages.data(config)  # all of it first, so that a damaged file is told before any work
     shares = processes.gathered(stages.work(tasks_in_order(files.configs, processes.count), to_do))
@@ -385,6 +382,7 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 
 
 def one_process(option: str) -> None:
+    """Raises TrainingError where torchrun has started several."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise TrainingError(f"{option} runs in one process: start it without torchrun")
 
@@ -393,7 +391,11 @@ def dry_run(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     """Says what a run would make, what it would reuse, and about how long it would take; writes nothing."""
     one_process("--dry-run")
     prepare(configs)
-    print("\n".join(Plan(Artifacts(configs, root, torch.get_num_threads())).table()))
+    files = Artifacts(configs, root, torch.get_num_threads())
+    for dataset in dict.fromkeys(config.dataset for config in configs.values()):
+        if not files.data(dataset):
+            print(f"data, {dataset}: to be downloaded")
+    print("\n".join(Plan(files).table()))
 
 
 def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
@@ -404,16 +406,14 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     one_process("--plot-only")
     prepare(configs)
     with locked(root):
-        # Those of one process are worth reports, and those of several with a thread each.
-        made_with = {each["made_by"]["settings"]["threads"] for each in whole_experiments(root)}
-        for threads in (*(made_with - {torch.get_num_threads()}), torch.get_num_threads()):
+        for threads in dict.fromkeys((*thread_counts(root), torch.get_num_threads())):
             files = Artifacts(configs, root, threads)
             if results := files.reportable():
                 break
         files.check()
         plan = Plan(files)
         if not results:
-            raise DataError(f"{root / 'eval'}: nothing of this config is finished: {plan.summary()}")
+            raise DataError(f"{root / 'eval'}: nothing of this config is finished: run it first ({plan.summary()})")
         tables = report(results, root / "reports")
     print("\n".join(f"\n{table}" for table in tables))
     print(f"\n{plan.summary()}. Curves and tables: {root / 'reports'}")

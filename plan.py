@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -15,12 +17,12 @@ from typing import Any
 import torch
 
 import artifacts
-from artifacts import Artifact, ArtifactError, code_of, digest, short
+from artifacts import NOT_THERE, Artifact, ArtifactError, code_of, digest, short
 from config import Config
 from data import IMAGE_SIZE, NUM_CLASSES, checksums
 from eval import Experiment, metrics_folder
 from trainer import PRETRAINED
-from visualization import Visualization
+from visualization import Visualization, plots_folder
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,16 @@ class Artifacts:
             experiments.append(replace(experiment, files=relative))
         return experiments
 
+    def why_not(self, experiment: Experiment) -> str:
+        """Why an experiment has to be made, in a few words; nothing where it is there as it would be made."""
+        return experiment.metrics(self.root / "eval").why_not() or experiment.mask(self.root / "eval").why_not()
+
     def finished(self, training: Training, digit: int) -> list[Path]:
         """The JSON of every experiment on a digit; none where one of them has to be made."""
-        files = [experiment.metrics(self.root / "eval") for experiment in self.experiments(training, digit)]
-        return [] if any(file.why_not() for file in files) else [file.path for file in files]
+        experiments = self.experiments(training, digit)
+        if any(map(self.why_not, experiments)):
+            return []
+        return [experiment.metrics(self.root / "eval").path for experiment in experiments]
 
     def reportable(self) -> list[tuple[Training, list[Path]]]:
         """The JSON of finished experiments, as far as reports may average them.
@@ -171,10 +179,11 @@ class Artifacts:
                 yield from self.experiments(training, digit)
 
     def remove(self) -> None:
-        """Removes all files of the trainings and the experiments."""
+        """Removes all files of the trainings and the experiments, those that other configs share, too."""
         made = [artifact for each in trainings_of(self.configs) for artifact in self.of_training(each).values()]
         for each in self.all_experiments():
             made += [each.metrics(self.root / "eval"), each.mask(self.root / "eval")]
+            shutil.rmtree(plots_folder(self.root / "eval", each.id), ignore_errors=True)
         for artifact in made:
             artifact.path.unlink(missing_ok=True)
 
@@ -202,7 +211,7 @@ class Artifacts:
             "torch": torch.__version__,
         }
         if "gcn" in settings and config.gcn.pretrained:
-            made_by["gcn"] = digest(PRETRAINED.read_bytes().hex())
+            made_by["gcn"] = hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()
         return json.loads(json.dumps(made_by))
 
     def data(self, dataset: str) -> dict[str, str]:
@@ -226,6 +235,19 @@ class Step:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Work:
+    """A task of which something is to do.
+
+    task: its index; seconds: about how long it takes; makes: the names of the files that it makes for other tasks
+    """
+
+    task: int
+    seconds: float
+    needs_data: bool
+    makes: list[str]
+
+
 class Plan:
     """What of a run is there already, and what is still to do."""
 
@@ -237,22 +259,20 @@ class Plan:
         self.steps = [self._steps(task) for task in self.tasks]
 
     @property
-    def to_do(self) -> list[dict[str, Any]]:
-        """What is still to do, as JSON holds it.
+    def to_do(self) -> list[Work]:
+        """The tasks of which something is still to do, in their order."""
+        found = []
+        for index, (task, steps) in enumerate(zip(self.tasks, self.steps)):
+            if missing := [step for step in steps if step.why]:
+                makes = [step.path.name for step in missing] if task.digit is None else []
+                needs_data = any(step.why != PLOTS for step in missing)
+                found.append(Work(index, sum(step.seconds for step in missing), needs_data, makes))
+        return found
 
-        The index of a `task`, whether it needs the `data`, its `seconds`, and the names of the files that it
-        `makes` for other tasks.
-        """
-        return [
-            {
-                "task": index,
-                "data": any(step.why not in ("", PLOTS) for step in steps),
-                "seconds": sum(step.seconds for step in steps if step.why),
-                "makes": [step.path.name for step in steps if step.why and self.tasks[index].digit is None],
-            }
-            for index, steps in enumerate(self.steps)
-            if any(step.why for step in steps)
-        ]
+    def made_anew(self) -> list[str]:
+        """A line for every file of a training that is there and cannot be taken, with the reason."""
+        steps = [step for task, steps in zip(self.tasks, self.steps) if task.digit is None for step in steps]
+        return [f"{step.name}: {step.why}, made anew" for step in steps if step.why not in ("", NOT_THERE)]
 
     def table(self) -> list[str]:
         """A line for every file of a training and for the experiments on every digit, and the sum."""
@@ -271,14 +291,17 @@ class Plan:
         return [*lines, self.summary()]
 
     def summary(self) -> str:
-        """How many experiments are there, why the others are not, and how long what is left takes."""
+        """How many experiments are there, why others that were made are not taken, and how long the rest takes."""
         steps = [step for task, steps in zip(self.tasks, self.steps) if task.digit is not None for step in steps]
         reasons = Counter(step.why for step in steps)
         there = reasons.pop("", 0) + reasons[PLOTS]
+        to_make = len(steps) - there
+        del reasons[NOT_THERE]
         why = f" ({', '.join(f'{count} {reason}' for reason, count in reasons.items() if count)})" if +reasons else ""
-        total = sum(each["seconds"] for each in self.to_do)
-        left = f"about {time_in_words(total)} of work left" if self.to_do else "nothing left to do"
-        return f"{there} of {len(steps)} experiments there{why}; {left}"
+        if not self.to_do:
+            return f"{there} of {len(steps)} experiments are there; nothing left to do"
+        about = f"about {time_in_words(sum(work.seconds for work in self.to_do))} of work"
+        return f"{there} of {len(steps)} experiments are there; {to_make} to make{why}, {about}"
 
     def _steps(self, task: Task) -> list[Step]:
         return self._training_steps(task.training) if task.digit is None else self._experiment_steps(task)
@@ -298,7 +321,7 @@ class Plan:
         folder, experiments = self.files.root / "eval", self.files.experiments(training, task.digit)
         for experiment in experiments:
             metrics = experiment.metrics(folder)
-            seconds, why = 0.0, metrics.why_not() or experiment.mask(folder).why_not()
+            seconds, why = 0.0, self.files.why_not(experiment)
             if why:
                 seconds = self._guess.experiment(training.config, len(experiments))
             elif training.config.eval.visualize:
@@ -310,10 +333,16 @@ class Plan:
 
 
 def whole_experiments(root: Path) -> Iterator[dict[str, Any]]:
-    """The JSON of all experiments in the folder, of whatever config, but for damaged ones."""
-    for path in metrics_folder(root / "eval").glob("*.json"):
+    """The JSON of all experiments in the folder, the latest first, of whatever config, but for damaged ones."""
+    paths = metrics_folder(root / "eval").glob("*.json")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         with suppress(ArtifactError):
             yield artifacts.load(path)
+
+
+def thread_counts(root: Path) -> list[int]:
+    """The numbers of threads with which experiments were made, that of the latest first."""
+    return list(dict.fromkeys(each["made_by"]["settings"]["threads"] for each in whole_experiments(root)))
 
 
 # On two cores, as in the tables of the README; a method that is not here is taken for half a second.
@@ -334,7 +363,7 @@ PLOTS_SECONDS = 0.5
 
 
 class Guess:
-    """How long parts of a run take: as they took before in this folder, else as on the machine of the README."""
+    """How long parts of a run take: experiments as they took before in this folder, else as in the README."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -372,13 +372,15 @@ class Reporter:
         return markdown_table(["weights zeroed", *self.layers()], rows)
 
     def closing_table(self) -> str:
-        """What a run says last: forget and retain score of every method."""
+        """What a run says last: what was forgotten, and forget and retain score of every method."""
         kappa = self.headline_kappa()
         rows = [
             [name, *(f"{self.value(evaluation, name, 'score', kappa=kappa):.2f}" for evaluation in (FORGET, RETAIN))]
             for name in self.methods
         ]
-        return markdown_table([f"kappa = {kappa}", "forget score, %", "retain score, %"], rows)
+        table = markdown_table(["method", "forget score, %", "retain score, %"], rows)
+        digits = f"digit{'s' if len(self.digits) > 1 else ''} {', '.join(map(str, self.digits))}"
+        return f"Forgetting {digits}, scored on {self.split()}. {self.about(kappa)}\n\n{table}"
 
     def efficacy_table(self, kappa: Kappa) -> str:
         """The mask efficacy of everything that can say which weights a class needs; it does not depend on kappa."""

@@ -21,6 +21,11 @@ AXIS_LABELS = {
 }
 
 
+def plots_folder(folder: Path, experiment: str) -> Path:
+    """Where the plots of an experiment stand in the folder of an evaluation."""
+    return folder / "Metrics and Plots" / "plots" / experiment
+
+
 class Visualization:
     """Bar charts of each evaluation, where the forget set goes, and which weights are zeroed.
 
@@ -28,14 +33,14 @@ class Visualization:
 
     results: the JSON of the experiment
     folder: that of the evaluation, where `Metrics and Plots/plots/<id>/` goes
-    shared: the code's version, layouts and pictures, kept from one experiment of a request to the next
+    shared: layouts and pictures, kept from one experiment of a request to the next
     """
 
     def __init__(self, results: dict[str, Any], folder: Path, shared: dict[Hashable, Any] | None = None) -> None:
         self.results = results
-        self.folder = folder / "Metrics and Plots" / "plots" / results["id"]
+        self.folder = plots_folder(folder, results["id"])
         self._shared = {} if shared is None else shared
-        self._code = self._once("code", lambda: code_of("visualization"))
+        self._code = code_of("visualization")
         digit, kappa, top_k = (results[key] for key in ("forget_digit", "kappa", "top_k"))
         forgetting = f"Forgetting digit {digit}, kappa = {kappa}"
         keeping = f"Digit {digit}: every weight kept (original), or only K = {top_k}"
@@ -65,10 +70,11 @@ class Visualization:
 
     def draw(self) -> None:
         """Draws the pictures that are missing."""
-        sources, missing = self.sources(), self.missing()
-        for path in missing:
+        for path, source in self.sources().items():
+            if source_of(path) == source:
+                continue
             # Several kappas have the same picture of the mask efficacy.
-            png = self._once(sources[path], lambda path=path: self._picture(path.stem, sources[path]))
+            png = self._once(source, lambda name=path.stem, source=source: self._picture(name, source))
             with written_whole(path) as file:
                 file.write(png)
 

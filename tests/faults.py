@@ -38,9 +38,7 @@ class Watched:
         try:
             self._power.use()
         except BaseException:
-            self._file.write(
-                bytes(content)[: len(content) // 2] if "b" in self._file.mode else content[: len(content) // 2]
-            )
+            self._file.write(content[: len(content) // 2])
             self._file.flush()
             raise
         return self._file.write(content)
@@ -80,7 +78,7 @@ def power(monkeypatch: Any, cut_before: int | None = None, error: BaseException 
 
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "open", open_watched)
-        for name in ("replace", "fsync", "mkdir", "unlink"):
+        for name in ("replace", "fsync", "mkdir", "rmdir", "unlink"):
             patch.setattr(os, name, watched(getattr(os, name)))
         yield supply
 

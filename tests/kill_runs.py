@@ -18,7 +18,7 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torchvision  # noqa: E402, F401
+import torchvision  # noqa: E402, F401  # once for all runs
 
 import artifacts  # noqa: E402
 import pipeline  # noqa: E402

@@ -26,8 +26,14 @@ from data import FILES, DataError, ImageData, Split, load_image_data
 from main import main
 
 pytestmark = pytest.mark.faults
-TINY = ("sweep.forget_digits=[3]", "sweep.kappa=[auto, 20]", "gcn.steps=2", "gcn.warmup=0")
-TINY = (*TINY, "eval.methods=[original, mimu, retrain]", "report.dpi=20")
+TINY = (
+    "sweep.forget_digits=[3]",
+    "sweep.kappa=[auto, 20]",
+    "gcn.steps=2",
+    "gcn.warmup=0",
+    "eval.methods=[original, mimu, retrain]",
+    "report.dpi=20",
+)
 
 
 @pytest.fixture

@@ -68,11 +68,11 @@ FILES = ("classifier", "activation graphs", "masking GCN", "experiments")
 
 def test_a_change_makes_anew_what_depends_on_it_and_nothing_else(here, little_data, sources):
     everything = reasons(here)
-    assert all("not there yet" in why for why in everything.values()) and "about" in everything["masking GCN"]
+    assert all(everything[name].removeprefix("1 ").startswith("not there yet, about ") for name in FILES)
     run_here(here, *TINY)
     finished = dict.fromkeys(FILES, "there") | {
         "experiments": "1 there",
-        "sum": "1 of 1 experiments there; nothing left to do",
+        "sum": "1 of 1 experiments are there; nothing left to do",
     }
     assert reasons(here) == finished
 
@@ -98,15 +98,13 @@ def test_a_change_makes_anew_what_depends_on_it_and_nothing_else(here, little_da
         ("threads=2", FILES),
         ("seed=1", FILES),
         ("report.dpi=51", ()),
-        ("sweep.kappa=[20, 30]", ()),
         ("eval.hyperparameters.scrub.epochs=2", ()),  # of a method that does not run
         ("eval.audit.probe_steps=2", ()),
     ):
         said = reasons(here, setting)
-        assert {name for name in FILES if "not there yet" in said[name].removeprefix("1 there, 1 not there")} == set(
-            made
-        ), (setting, said)
+        assert {name for name in FILES if said[name].removeprefix("1 ").startswith("not there yet")} == set(made), said
     assert reasons(here) == finished
+    assert reasons(here, "sweep.kappa=[20, 30]")["experiments"].startswith("1 there, 1 not there yet, about")
 
 
 def test_another_data_set_under_the_same_name_is_seen(here, little_data):
@@ -128,7 +126,7 @@ def test_a_finished_run_computes_nothing_again(here, little_data, capsys):
     capsys.readouterr()
     run_here(here, *TINY, "eval.visualize=true")
     output = capsys.readouterr().out
-    assert "1 of 1 experiments there; nothing left to do" in output and "classifier, " not in output
+    assert "1 of 1 experiments are there; nothing left to do" in output and "classifier, " not in output
     after = files(here)
     changed = {name for name in after if after[name] != before.get(name)}
     assert changed == {"reports/run.json", "reports/run.log", ".lock"} and before.keys() == after.keys()
@@ -144,7 +142,7 @@ def test_a_colour_only_plots(here, little_data, sources, monkeypatch, capsys):
     assert reasons(here, "eval.visualize=true")["experiments"].startswith("1 plots to draw, about")
     capsys.readouterr()
     run_here(here, *settings)
-    assert "1 of 1 experiments there (1 plots to draw)" in capsys.readouterr().out
+    assert "1 of 1 experiments are there; 0 to make (1 plots to draw), about " in capsys.readouterr().out
     after = files(here)
     changed = {Path(name).name for name in after if after[name] != before[name]}
     assert {"summary.png", "unlearning.png", "mask_efficacy.png", "weights.png"} < changed
@@ -157,7 +155,7 @@ def test_a_colour_only_plots(here, little_data, sources, monkeypatch, capsys):
 def test_a_dry_run_writes_nothing(copy):
     before = files(copy)
     output = run(copy, *SMOKE, "--dry-run", "sweep.kappa=[20]")
-    assert output.splitlines()[-1].startswith("0 of 2 experiments there (2 not there yet); about ")
+    assert output.splitlines()[-1].startswith("0 of 2 experiments are there; 2 to make, about ")
     assert files(copy) == before
 
 
@@ -194,7 +192,7 @@ def test_fresh_makes_all_anew(here, little_data, capsys):
     mine = here / "checkpoints" / "gcn_of_mine.pt"
     mine.write_text("mine")
     pipeline.run(configs(*TINY), here, is_fresh=True)
-    assert "0 of 1 experiments there (1 not there yet)" in capsys.readouterr().out
+    assert "0 of 1 experiments are there; 1 to make" in capsys.readouterr().out
     assert path.stat().st_mtime_ns > made_at and metrics(here) == before and mine.read_text() == "mine"
 
 
@@ -273,28 +271,33 @@ def test_reports_are_drawn_while_experiments_go_on(here, little_data, monkeypatc
 
 
 def test_a_report_that_fails_midway_does_not_stop_the_experiments(here, little_data, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "report", lambda results, folder: [][0])
-    monkeypatch.setattr(pipeline.Run, "_reported", -1e9, raising=False)
+    def fail(results, folder):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(pipeline, "report", fail)
     stages = pipeline.Run(here, pipeline.Processes(torch.device("cpu")), Artifacts(configs(*TINY), here, 1))
     stages._reported = -1e9
     stages.report_so_far()
-    assert "reports so far: list index out of range" in capsys.readouterr().out
-    with pytest.raises(IndexError):
+    assert "reports so far: no picture" in capsys.readouterr().out
+    with pytest.raises(RuntimeError):
         run_here(here, *TINY)
     assert len(metrics(here)) == 1
-    assert "IndexError" in (here / "reports" / "run.log").read_text()
 
 
-def test_metrics_of_another_number_of_threads_can_be_plotted(here, little_data):
-    run_here(here, *TINY, "threads=null")
-    (result,) = metrics(here).values()
-    assert result["made_by"]["settings"]["threads"] == torch.get_num_threads()
-    before = torch.get_num_threads()
-    torch.set_num_threads(before + 1)
-    try:
+def test_metrics_of_another_number_of_threads_are_plotted_those_of_the_latest(here, little_data, monkeypatch):
+    drawn = []
+    draw = pipeline.report
+    monkeypatch.setattr(pipeline, "report", lambda results, folder: drawn.append(results) or draw(results, folder))
+    own = torch.get_num_threads()
+    for threads in (own + 1, own, own + 2):
+        torch.set_num_threads(threads)
+        try:
+            pipeline.run(configs(*TINY, "threads=null"), here)
+        finally:
+            torch.set_num_threads(own)
         pipeline.plot(configs(*TINY, "threads=null"), here)
-    finally:
-        torch.set_num_threads(before)
+        (((_, (path,)),),) = drawn[-1:]
+        assert json.loads(path.read_text())["made_by"]["settings"]["threads"] == threads
 
 
 def test_json_changed_by_hand_is_not_plotted_and_not_reused(here, little_data):
@@ -314,7 +317,7 @@ def test_json_changed_by_hand_is_not_plotted_and_not_reused(here, little_data):
 
 def test_the_estimate_follows_what_was_measured_here(here, little_data):
     untouched = plan_of(here, *TINY, "sweep.forget_digits=[3, 4]")
-    assert untouched.to_do and all(each["seconds"] > 0 for each in untouched.to_do)
+    assert untouched.to_do and all(work.seconds > 0 for work in untouched.to_do)
     run_here(here, *TINY)
     (path,) = here.glob("eval/*/metrics/*.json")
     took = json.loads(path.read_text())["seconds"]["experiment"]
@@ -335,7 +338,9 @@ def test_times_are_said_in_words(seconds, words):
 def test_a_log_has_all_that_was_said_with_the_time(here, little_data, capsys):
     run_here(here, *TINY)
     said = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith(("0 of 1", "classifier", "masking"))
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("0 of 1", "classifier, seed 0: 0", "mask"))
     ]
     log = (here / "reports" / "run.log").read_text()
     assert len(said) == 3 and all(line in log for line in said)
@@ -369,7 +374,7 @@ def test_a_stopped_run_says_how_to_go_on(copy, number, status):
     assert said.strip() == (
         "stopped: all that is finished stays, and the same command without --fresh goes on from there"
     )
-    assert "3 of 6 experiments there" in run(copy, *SMOKE, "--dry-run")
+    assert "3 of 6 experiments are there" in run(copy, *SMOKE, "--dry-run")
 
 
 def test_a_full_disk_is_one_line(copy):
@@ -396,7 +401,7 @@ def test_a_second_run_stops_and_names_the_first(here, little_data):
     assert not (here / "checkpoints").exists()
 
 
-def test_clean_waits_for_no_run(clone):
+def test_clean_refuses_while_a_run_works(clone):
     with artifacts.locked(clone):
         done = subprocess.run(["bash", str(clone / "clean.sh")], capture_output=True, text=True)
         assert done.returncode == 2 and f"a run works here: process {os.getpid()}" in done.stderr
@@ -408,8 +413,9 @@ def tell(monkeypatch, capsys, error: Exception, *options: str) -> tuple[int, str
     def fail(*arguments, **keywords):
         raise error
 
+    monkeypatch.chdir(PROJECT)
     monkeypatch.setattr(pipeline, "run", fail)
-    status = main([*SMOKE, *options]) if os.chdir(PROJECT) is None else 0
+    status = main([*SMOKE, *options])
     return status, capsys.readouterr().err
 
 
@@ -426,10 +432,34 @@ def tell(monkeypatch, capsys, error: Exception, *options: str) -> tuple[int, str
     ],
 )
 def test_every_error_is_one_line(monkeypatch, capsys, error, status, line):
+    noted = []
+    monkeypatch.setattr("main.note", noted.append)
     returned, said = tell(monkeypatch, capsys, error)
     assert returned == status and said.startswith(line) and len(said.splitlines()) == 1
+    assert len(noted) == (status == 1) and all("Traceback (most recent call last)" in text for text in noted)
     with pytest.raises(type(error)):
         tell(monkeypatch, capsys, error, "--debug")
+
+
+@pytest.mark.parametrize("options", [("--pretrain", "--plot-only"), ("--dry-run", "--fresh")])
+def test_options_that_exclude_one_another_are_refused(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*options])
+    assert stopped.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_file_of_a_training_that_is_not_taken_is_named_with_the_reason(here, little_data, capsys):
+    run_here(here, *TINY)
+    (path,) = here.glob("checkpoints/classifier_*")
+    path.write_bytes(b"no checkpoint")
+    capsys.readouterr()
+    run_here(here, *TINY)
+    assert "classifier, seed 0: damaged, made anew" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_which_data_set_is_not_there(here, capsys):
+    pipeline.dry_run(configs("dataset=FashionMNIST"), here)
+    assert capsys.readouterr().out.startswith("data, FashionMNIST: to be downloaded\n")
 
 
 def test_options_that_need_one_process_say_so(monkeypatch):
