@@ -22,6 +22,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent
+# As they are imported: what is edited while a run goes on counts for the next one.
+SOURCES = {path: path.read_bytes() for path in ROOT.glob("*.py")}
+PARTIAL = ".mimu-partial"  # how files end that are not whole yet
 
 
 class InputError(ValueError):
@@ -46,7 +49,7 @@ def written_whole(path: Path) -> Iterator[io.BytesIO]:
     """
     content = io.BytesIO()
     yield content
-    beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -136,22 +139,28 @@ def code_of(module: str, without: tuple[str, ...] = (), root: Path = ROOT) -> di
         for path in (root / f"{name.replace('.', '/')}.py", root / name.replace(".", "/") / "__init__.py"):
             file = path.relative_to(root).as_posix()
             if file not in found and name not in without and path.exists():
-                found[file], imports = code_and_imports(path.read_bytes())
+                package = name if path.stem == "__init__" else name.rpartition(".")[0]
+                found[file], imports = code_and_imports(SOURCES.get(path) or path.read_bytes(), package)
                 names += imports
     return dict(sorted(found.items()))
 
 
 @functools.cache
-def code_and_imports(source: bytes) -> tuple[str, list[str]]:
-    """The hash of the code of a file, and the modules that it imports."""
+def code_and_imports(source: bytes, package: str) -> tuple[str, list[str]]:
+    """The hash of the code of a file in a package ("": in none), and all that its imports may be names of."""
     tree = ast.parse(source)
     imports: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imports += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            imports += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], imports
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            imports += [module, *(f"{module}.{alias.name}" for alias in node.names)]
+    # A package is imported before what is in it.
+    parts = [name.split(".") for name in imports]
+    parents = [".".join(of_name[:end]) for of_name in parts for end in range(1, len(of_name) + 1)]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], list(dict.fromkeys(parents))
 
 
 NOT_THERE = "not there yet"
@@ -195,6 +204,8 @@ def changes(before: Any, now: dict[str, Any]) -> str:
         return ""
     if not isinstance(before, dict) or set(before) != set(now):
         return "made by another version"
+    if not now["data"]:
+        return "data set not there"
     if before["code"] != now["code"] and isinstance(before["code"], dict):
         files = sorted(name for name, _ in before["code"].items() ^ now["code"].items())
         return f"{', '.join(dict.fromkeys(files))} changed"
@@ -230,10 +241,13 @@ def locked(root: Path) -> Iterator[None]:
         file.close()  # clean.sh has removed it in between
     with file:
         remove_partial(root)
-        file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}: {shlex.join(sys.argv)}\n")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}: {shlex.join(sys.argv)}\n")
+            file.flush()
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from None
         yield
 
 
@@ -252,5 +266,5 @@ def make_folders(root: Path) -> None:
 def remove_partial(root: Path) -> None:
     """Removes what a killed run has left half written beside its files."""
     for folder in ("checkpoints", "datasets", "eval", "reports"):
-        for path in (root / folder).rglob("*.partial"):
+        for path in (root / folder).rglob(f"*{PARTIAL}"):
             path.unlink(missing_ok=True)

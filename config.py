@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -14,15 +15,17 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from artifacts import InputError
+from artifacts import InputError, one_line
 from data import DATASETS, IMAGE_SIZE, NUM_CLASSES, Amount, GraphConfig, check_amount, number_of_weights
 from eval import EvalConfig, slug
 from model import WeightGraph
 from reporter import ReporterConfig
 from trainer import GCNTrainerConfig, TrainerConfig
 
-# PyYAML lets Python's own errors through where a date, a number or a nesting is too much for it.
-YAML_ERRORS = (yaml.YAMLError, ValueError, IndexError, RecursionError)
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 100
+SHORT.maxlist = SHORT.maxtuple = SHORT.maxdict = 20
+SHORT.maxlevel = 3
 BASE = Path(__file__).resolve().parent / "configs" / "config.yaml"
 
 
@@ -162,18 +165,29 @@ def load_variants(path: Path = BASE, overrides: Sequence[str] = ()) -> dict[str,
     """
     settings = read_yaml(path)
     variants = settings.get("variants") if isinstance(settings, dict) else None
-    if variants is None:
-        return {"": load_config(path, overrides)}
-    if not isinstance(variants, dict) or not variants:
-        raise ConfigError(f"{path}: variants must map names to what each changes, not {variants!r}")
-    slugs = [slug(str(name)) for name in variants]
-    if "" in slugs or len(set(slugs)) < len(slugs):
-        raise ConfigError(f"{path}: variants must differ in the letters and digits of their names: {list(variants)}")
     base = (file_name(path), without_variants(settings))
+    if variants is None:
+        return {"": layered(path, [base], overrides)}
+    if not isinstance(variants, dict) or not variants:
+        raise ConfigError(f"{path}: variants must map names to what each changes, not {shown(variants)}")
+    names = list(map(str, variants))
+    for name in names:
+        if not name.isprintable() or len(name) > 100 or "$" in name or not slug(name):
+            raise ConfigError(f"{path}: the name of a variant must be up to 100 characters without $, not {name!a}")
+    if len(set(map(slug, names))) < len(names):
+        raise ConfigError(f"{path}: variants must differ in the letters and digits of their names: {names}")
     return {
-        str(name): layered(path, [base, (f"{path}, variant {name}", changes or {})], overrides)
-        for name, changes in variants.items()
+        name: layered(path, [base, (f"{path}, variant {name}", {} if changes is None else changes)], overrides)
+        for name, changes in zip(names, variants.values())
     }
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it, but for most of a long or deep one."""
+    try:
+        return SHORT.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a {type(value).__name__}"
 
 
 def file_name(path: Path) -> str:
@@ -215,8 +229,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except YAML_ERRORS as error:
-        raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
+    except Exception as error:  # PyYAML lets Python's own through where a date, a number or a nesting is odd
+        raise ConfigError(f"{path}: is not valid YAML ({one_line(error)})") from None
     return {} if settings is None else settings
 
 
@@ -227,7 +241,7 @@ def parse_override(override: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{override!r}: is not an override; write section.key=value")
     try:
         settings: Any = yaml.load(text, UniqueKeys)
-    except YAML_ERRORS:
+    except Exception:
         raise ConfigError(f"{override!r}: its value is not valid YAML") from None
     for name in reversed(key.split(".")):
         settings = {name: settings}
@@ -239,9 +253,9 @@ def flattened(settings: Any, section: type, origin: str, prefix: str = "") -> It
     hints = typing.get_type_hints(section)
     if not isinstance(settings, dict):
         where = prefix.rstrip(".") or "the file"
-        raise ConfigError(f"{origin}: {where} must be a mapping with keys of {', '.join(hints)}, not {settings!r}")
+        raise ConfigError(f"{origin}: {where} must be a mapping with keys of {', '.join(hints)}, not {shown(settings)}")
     for name, value in settings.items():
-        key = f"{prefix}{name}"
+        key = f"{prefix}{' '.join(str(name).split())}"
         if name not in hints:
             near = difflib.get_close_matches(str(name), hints, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
@@ -259,14 +273,14 @@ def leaves(value: Any, hint: Any, origin: str, key: str) -> Iterator[tuple[str, 
     """
     if typing.get_origin(hint) is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{origin}: {key} must be a mapping, not {value!r}")
+            raise ConfigError(f"{origin}: {key} must be a mapping, not {shown(value)}")
         for name, inner in value.items():
             yield from leaves(inner, typing.get_args(hint)[1], origin, f"{key}.{name}")
         return
     try:
         yield key, converted(value, hint)
     except TypeError:
-        raise ConfigError(f"{origin}: {key} must be {description(hint)}, not {value!r}") from None
+        raise ConfigError(f"{origin}: {key} must be {description(hint)}, not {shown(value)}") from None
 
 
 def converted(value: Any, hint: Any) -> Any:

@@ -67,9 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     130 and 143: stopped by Ctrl-C and by SIGTERM
     """
     started = time.perf_counter()
+    # Where the shell has closed them, Python has none.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     parsed = parse_arguments(arguments)
     before = signal.getsignal(signal.SIGTERM)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # torchrun ends its processes itself, also while they wait
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # torchrun ends its processes itself, also while they wait
         signal.signal(signal.SIGTERM, terminate)
     try:
         start(parsed, started)
@@ -82,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if parsed.debug:
             raise
-        return tell(error)
+        return tell(error, has_log=not parsed.dry_run)
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
@@ -112,7 +114,7 @@ def terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
-def tell(error: Exception) -> int:
+def tell(error: Exception, has_log: bool = True) -> int:
     """Prints an error as one line, and returns the exit status. The log gets the traceback of what nobody expected."""
     from artifacts import InputError, one_line
 
@@ -120,19 +122,25 @@ def tell(error: Exception) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     if isinstance(error, InputError):
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     if isinstance(error, OSError):
-        print(f"error: {error.filename or 'a file'}: {error.strerror or one_line(error)}", file=sys.stderr)
+        say(f"error: {error.filename or 'a file'}: {error.strerror or one_line(error)}")
         return 2
     where = traceback.extract_tb(error.__traceback__)[-1]
-    print(
-        f"error: {type(error).__name__}: {one_line(error)} ({Path(where.filename).name}, line {where.lineno}); "
-        "the traceback is in reports/run.log, and --debug shows it",
-        file=sys.stderr,
+    log = "the traceback is in reports/run.log, and " if has_log else ""
+    place = f"{Path(where.filename).name}, line {where.lineno}"
+    say(
+        f"error: {type(error).__name__}: {one_line(error)} ({place}); {log}--debug shows {'it' if has_log else 'where'}"
     )
-    note("".join(traceback.format_exception(error)))
+    if has_log:
+        note("".join(traceback.format_exception(error)))
     return 1
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr, whatever characters are in it."""
+    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
 
 
 def note(message: str) -> None:
@@ -141,7 +149,7 @@ def note(message: str) -> None:
     with suppress(OSError):
         log.parent.mkdir(exist_ok=True)
         with open(log, "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode(errors="backslashreplace").decode())
 
 
 if __name__ == "__main__":

@@ -228,6 +228,8 @@ def unlearning_method(
     def register(unlearn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         if name in METHODS or name in ("gcn", "experiment"):  # these stand beside the methods in the JSON's seconds
             raise ValueError(f"method {name!r} is registered already: choose another name")
+        if not name.isprintable() or not name or "$" in name:
+            raise ValueError(f"method {name!a} must have a name of printable characters without $")
         METHODS[name] = Method(unlearn, uses_kappa, most_needed, paper, touches, needs, in_default_run)
         return unlearn
 

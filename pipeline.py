@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,9 @@ class Log:
         self.prefix = f"process {processes.rank}: " if processes.count > 1 else ""
 
     def __call__(self, message: str) -> None:
-        tqdm.write(f"{self.prefix}{message}")
-        sys.stdout.flush()
+        with suppress(OSError):  # nobody reads it any more: `main.py | head`
+            tqdm.write(f"{self.prefix}{message}")
+            sys.stdout.flush()
         self.note(message)
 
     def note(self, message: str) -> None:
@@ -120,6 +121,9 @@ class Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         if says_so:
             self.log(f"{name}: {seconds:.1f} s")
+
+    def set_threads(self, config: Config) -> None:
+        torch.set_num_threads(config.threads or self.files.threads)
 
     def data(self, config: Config) -> ImageData:
         """The data set of a config, read once."""
@@ -222,7 +226,7 @@ class Run:
         with tqdm(total=total, desc="the whole run", bar_format=bar, leave=False, disable=hidden) as progress:
             for position in self.processes.take(range(len(to_do))):
                 task = tasks[to_do[position].task]
-                torch.set_num_threads(task.training.config.threads or self.files.threads)
+                self.set_threads(task.training.config)
                 if task.digit is None:
                     self.train(task.training, to_do[position].makes, awaited)
                 else:
@@ -311,6 +315,8 @@ def run_stages(stages: Run, started: float, is_fresh: bool) -> None:
                 stages.data(config)  # which downloads it
         artifacts.make_folders(root)
         if is_fresh:
+            for config in files.configs.values():
+                stages.data(config)  # before anything is removed
             files.remove()
         plan = Plan(files, processes.count)
         for line in (plan.summary(), *plan.made_anew()):
@@ -372,7 +378,11 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
         for each in configs.values():
             stages.data(each)
         trainings = {str(stages.files.graphs(training).path): training for training in trainings_of(configs)}
-        graphs = [stages.graphs(training) for training in trainings.values()]
+        graphs = []
+        for training in trainings.values():
+            stages.set_threads(training.config)
+            graphs.append(stages.graphs(training))
+        stages.set_threads(config)
         with stages.stage(f"masking GCN, {len(graphs)} classifiers"):
             gcn = GCNTrainer(config.gcn, graphs, config.sweep.top_k[0], config.seed).train()
         path = root / PRETRAINED.relative_to(ROOT)
@@ -431,11 +441,13 @@ def prepare(configs: Mapping[str, Config]) -> None:
 CURVES = [f"{metric}_{part}_set.png" for metric in ("loss", "score") for part in ("forget", "retain")]
 PICTURES = ["probability_on_forget_class.png", "summary.png", "trade_off.png", "masks.png", "audits.png"]
 REPORTS = [*CURVES, *PICTURES, "summary.md", "variants.png", "variants.md"]
+REPORT_FOLDERS = ["top_k_*", "variants/*", "variants/*/top_k_*"]
 
 
 def report(results: Sequence[tuple[Training, list[Path]]], folder: Path) -> list[str]:
     """Draws and writes the reports, in the place of all that were there. Returns the closing tables."""
-    before = {path: path.stat().st_ino for path in folder.rglob("*") if path.name in REPORTS}
+    folders = [folder, *(each for pattern in REPORT_FOLDERS for each in folder.glob(pattern))]
+    before = {path: path.stat().st_ino for each in folders for path in map(each.joinpath, REPORTS) if path.is_file()}
     tables = draw_reports(results, folder)
     for path, inode in before.items():
         if path.stat().st_ino == inode:  # not written anew: of another config

@@ -337,7 +337,8 @@ def whole_experiments(root: Path) -> Iterator[dict[str, Any]]:
     paths = metrics_folder(root / "eval").glob("*.json")
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         with suppress(ArtifactError):
-            yield artifacts.load(path)
+            if isinstance((experiment := artifacts.load(path)).get("made_by"), dict):
+                yield experiment
 
 
 def thread_counts(root: Path) -> list[int]:

@@ -91,7 +91,7 @@ def main() -> None:
                 continue
             status = ended(start(folder), 600)
         finished += 1
-        equal += status == 0 and results(folder) == expected and not list(folder.rglob("*.partial"))
+        equal += status == 0 and results(folder) == expected and not list(folder.rglob("*.mimu-partial"))
         empty(folder)
     print(json.dumps({"kills": kills, "finished": finished, "equal": equal, "seconds": time.perf_counter() - started}))
 

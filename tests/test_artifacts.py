@@ -18,7 +18,7 @@ from artifacts import Artifact, ArtifactError, code_of, locked, written_whole
 from model import Mask, WeightGraph
 
 PROJECT = Path(__file__).resolve().parents[1]
-MADE_BY = {"settings": {"seed": 0}, "code": {"model.py": "a", "trainer.py": "b"}, "data": {}, "torch": "2"}
+MADE_BY = {"settings": {"seed": 0}, "code": {"model.py": "a", "trainer.py": "b"}, "data": {"file": "c"}, "torch": "2"}
 
 
 def content(value: float) -> dict:
@@ -59,7 +59,7 @@ def test_a_kill_at_any_operation_leaves_the_file_before_or_the_file_after(tmp_pa
             assert same(artifacts.load(path), content(2.0)) or same(artifacts.load(path), content(before))
         else:
             assert before is None
-        left = [each for each in tmp_path.rglob("*.partial")]
+        left = [each for each in tmp_path.rglob("*.mimu-partial")]
         assert len(left) <= 1
         artifacts.save(path, content(2.0))
         assert same(artifacts.load(path), content(2.0))
@@ -70,11 +70,13 @@ def test_a_kill_at_any_operation_leaves_the_file_before_or_the_file_after(tmp_pa
 def test_partial_files_of_killed_runs_are_removed_and_others_stay(tmp_path):
     for folder in ("checkpoints", "datasets/Graphs", "eval/masks", "reports", "mine"):
         (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "a.pt.host.17.partial").write_text("half")
+        (tmp_path / folder / "a.pt.host.17.mimu-partial").write_text("half")
         (tmp_path / folder / "a.pt").write_text("whole")
+        (tmp_path / folder / "of_mine.partial").write_text("mine")
     with locked(tmp_path):
-        left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.partial"))
-    assert left == ["mine/a.pt.host.17.partial"] and len(list(tmp_path.rglob("a.pt"))) == 5
+        left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.mimu-partial"))
+    assert left == ["mine/a.pt.host.17.mimu-partial"]
+    assert len(list(tmp_path.rglob("a.pt"))) == len(list(tmp_path.rglob("of_mine.partial"))) == 5
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
@@ -171,6 +173,7 @@ def test_a_file_that_is_not_there_or_a_folder_is_named(tmp_path):
         (MADE_BY | {"code": {"data.py": "d", "model.py": "a"}}, "data.py, trainer.py changed"),
         (MADE_BY | {"torch": "3"}, "torch changed"),
         (MADE_BY | {"settings": {"seed": 1}, "data": {"a": "b"}}, "settings, data changed"),
+        (MADE_BY | {"data": {}}, "data set not there"),
         (MADE_BY | {"gcn": "e"}, "made by another version"),
     ],
 )
@@ -205,7 +208,24 @@ def test_the_code_of_a_module_is_that_of_all_it_imports_but_its_comments(tmp_pat
     (tmp_path / "own").mkdir()
     for name in ("__init__", "e", "f"):
         (tmp_path / "own" / f"{name}.py").write_text("")
-    assert set(code(a="import own.e\nfrom own import f")) == {"a.py", "own/__init__.py", "own/e.py", "own/f.py"}
+    whole = {"a.py", "own/__init__.py", "own/e.py", "own/f.py"}
+    assert set(code(a="import own.e\nfrom own import f")) == whole
+    (tmp_path / "own" / "f.py").write_text("from .e import anything")
+    assert set(code(a="import own.f")) == whole
+    (tmp_path / "own" / "f.py").write_text("from . import e")
+    assert set(code(a="import own.f")) == whole
+
+
+def test_what_counts_is_the_code_as_it_was_imported(monkeypatch, tmp_path):
+    """An edit while a run goes on is for the next one."""
+    code = (
+        f"import sys; sys.path.insert(0, '{tmp_path}'); import artifacts; before = artifacts.code_of('trainer');"
+        "path = artifacts.ROOT / 'trainer.py'; path.write_text(path.read_text() + 'x = 1');"
+        "assert artifacts.ROOT != artifacts.Path.cwd() and artifacts.code_of('trainer') == before"
+    )
+    for path in PROJECT.glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    subprocess.run([sys.executable, "-c", code], cwd="/", check=True)
 
 
 def test_the_numbers_depend_on_no_plot_and_the_trainings_on_no_evaluation():

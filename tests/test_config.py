@@ -1,7 +1,9 @@
 """Settings that work are read as they are written; those that cannot work are one clear line."""
 
 import dataclasses
+import os
 import typing
+from pathlib import Path
 
 import pytest
 import yaml
@@ -115,6 +117,11 @@ def test_a_variant_goes_over_its_file_and_an_override_over_both(tmp_path):
         ("variants: 3", "variants must map names to what each changes, not 3"),
         ("variants: {}", "variants must map names to what each changes, not {}"),
         ("variants: {a b: {}, A-B: {}}", "variants must differ in the letters and digits of their names"),
+        ("variants: {" + "a" * 101 + ": {}}", "the name of a variant must be up to 100 characters without $, not 'aaa"),
+        ("variants: {a $b$: {}}", "the name of a variant must be up to 100 characters without $, not 'a $b$'"),
+        ('variants: {"a\\ud800": {}}', "must be up to 100 characters without $, not 'a\\ud800'"),
+        ("variants: {'.': {}}", "the name of a variant must be up to 100 characters without $, not '.'"),
+        ("variants: {wide: 0}", "mine.yaml, variant wide: the file must be a mapping"),
         ("variants: {wide: {gcn: {hiden: 3}}}", "mine.yaml, variant wide: gcn.hiden is not a setting; did you mean"),
         ("variants: {wide: {gcn: {hidden: 0}}}", "mine.yaml, variant wide: gcn.hidden must be at least 1, not 0"),
     ],
@@ -200,6 +207,41 @@ def test_a_default_that_a_change_makes_impossible_names_both(tmp_path, capsys):
     assert main(["--config", str(path), "seed=1"]) == 2
     message = "sweep.kappa must be from 1 to 511 (masked weights less one), not 1000"
     assert capsys.readouterr().err == f"error: {path}, override seed=1, over config.yaml: {message}\n"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=!!bool abc",
+        "seed=!!timestamp abc",
+        'device="\\UFFFFFFFF"',
+        "seed=1" + ":30" * 300 + ".5",
+        "device=0x" + "f" * 5000,
+        'gcn={"a\\nb": 1}',
+        "gcn.kappa=" + "[" * 30 + "]" * 30,
+        "seed=" + str(list(range(100_000))),
+    ],
+)
+def test_odd_values_are_one_short_line(override, capsys):
+    assert main(["--dry-run", override]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1
+    assert len(err) < 1000 + 2 * len(override) and "Traceback" not in err
+
+
+def test_aliases_of_aliases_are_one_short_line(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    nested = "".join(f"  - &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefg", "bcdefgh"))
+    path.write_text(f"seed:\n  - &a [x, x, x, x, x, x, x, x, x]\n{nested}")
+    assert main(["--config", str(path)]) == 2
+    assert len(capsys.readouterr().err) < 100_000
+
+
+def test_a_config_may_come_from_a_pipe():
+    reading, writing = os.pipe()
+    os.write(writing, b"seed: 4")
+    os.close(writing)
+    assert load_variants(Path(f"/dev/fd/{reading}"))[""].seed == 4
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path, capsys):

@@ -299,6 +299,9 @@ def test_a_method_has_its_colour_where_not_all_are_drawn(tmp_path, registry):
 def test_a_name_is_registered_once(registry):
     with pytest.raises(ValueError, match="'mimu' is registered already"):
         unlearning_method("mimu")(lambda request: request.classifier)
+    for name in ("", "$x$", "a\nb", "experiment"):
+        with pytest.raises(ValueError, match="must have a name of printable characters without|registered already"):
+            unlearning_method(name)(lambda request: request.classifier)
 
 
 def test_a_request_that_goes_on_counts_the_steps_before(tmp_path):

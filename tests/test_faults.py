@@ -63,7 +63,7 @@ def empty(folder: Path) -> None:
 
 def assert_whole(folder: Path) -> None:
     """Every file is one that a run leaves, and is whole."""
-    assert not list(folder.rglob("*.partial"))
+    assert not list(folder.rglob("*.mimu-partial"))
     for path in folder.rglob("*"):
         if path.suffix in (".pt", ".json") and path.name != "run.json":
             artifacts.load(path)

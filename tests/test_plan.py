@@ -176,12 +176,15 @@ def test_configs_do_not_write_over_one_another(here, little_data):
 
 def test_reports_of_another_config_do_not_stay_beside(here, little_data):
     run_here(here, *TINY, "sweep.forget_digits=[3, 4]", "sweep.top_k=[64, 128]")
-    (here / "reports" / "mine.md").write_text("mine")
+    for own in ("mine.md", "first_try/summary.png", "variants/mine.md"):
+        (here / "reports" / own).parent.mkdir(exist_ok=True)
+        (here / "reports" / own).write_text("mine")
+    (here / "reports" / "trade_off.png").symlink_to("nowhere")
     assert (here / "reports" / "top_k_64" / "masks.png").exists()
     run_here(here, *TINY)
     names = {str(path.relative_to(here / "reports")) for path in (here / "reports").rglob("*")}
     assert "masks.png" not in names and not any(name.startswith("top_k") for name in names)
-    assert {"mine.md", "summary.md", "score_forget_set.png"} < names
+    assert {"mine.md", "first_try/summary.png", "variants/mine.md", "summary.md", "score_forget_set.png"} < names
 
 
 def test_fresh_makes_all_anew(here, little_data, capsys):
@@ -194,6 +197,40 @@ def test_fresh_makes_all_anew(here, little_data, capsys):
     pipeline.run(configs(*TINY), here, is_fresh=True)
     assert "0 of 1 experiments are there; 1 to make" in capsys.readouterr().out
     assert path.stat().st_mtime_ns > made_at and metrics(here) == before and mine.read_text() == "mine"
+
+
+def test_fresh_removes_nothing_where_the_data_cannot_be_read(here, little_data, monkeypatch):
+    run_here(here, *TINY)
+    before = files(here)
+
+    def damaged(*arguments):
+        raise DataError("damaged")
+
+    monkeypatch.setattr(pipeline, "load_image_data", damaged)
+    with pytest.raises(DataError):
+        pipeline.run(configs(*TINY), here, is_fresh=True)
+    assert {name for name in before if files(here)[name] != before[name]} <= {".lock", "reports/run.log"}
+
+
+def test_what_pretraining_leaves_is_what_a_run_would_make(here, little_data, tmp_path):
+    pipeline.pretrain(configs(*TINY, "threads=1"), here)
+    pretrained = checkpoint(here, "classifier_seed_0")
+    shutil.rmtree(here / "checkpoints")
+    run_here(here, *TINY, "threads=1")
+    made = checkpoint(here, "classifier_seed_0")
+    assert made["made_by"] == pretrained["made_by"]
+    assert all(torch.equal(made["state_dict"][name], weight) for name, weight in pretrained["state_dict"].items())
+
+
+def test_an_output_that_nobody_reads_does_not_stop_a_run(copy):
+    done = subprocess.run(
+        f"{sys.executable} main.py {' '.join(SMOKE + QUICK)} sweep.kappa=[20] > /dev/full",
+        shell=True,
+        cwd=copy,
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr and len(metrics(copy)) == 1
 
 
 def test_variants_that_share_a_gcn_train_it_once(here, little_data, capsys):
@@ -386,7 +423,7 @@ def test_a_full_disk_is_one_line(copy):
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {copy}/datasets/Graphs/seed_0_") and len(done.stderr.splitlines()) == 1
-    assert "cannot be written (File too large)" in done.stderr and not list(copy.rglob("*.partial"))
+    assert "cannot be written (File too large)" in done.stderr and not list(copy.rglob("*.mimu-partial"))
     assert "classifier, seed 0: reused" in run(copy, *SMOKE, *QUICK)
 
 
