@@ -79,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
         again = "the same command without --fresh" if parsed.fresh else "the same command"
         message = f"stopped: all that is finished stays, and {again} goes on from there"
         print(f"\n{message}", file=sys.stderr)
-        note(message)
+        if not parsed.dry_run:
+            note(message)
         return 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
     except Exception as error:
         if parsed.debug:
