@@ -279,10 +279,9 @@ def test_any_setting_makes_a_config_that_holds_it_or_one_line(changes):
         read = config
         for name in key.split("."):
             read = getattr(read, name)
-        if isinstance(value, list):
-            assert list(read) == value
-        elif not isinstance(value, dict):
-            assert read == value or float(read) == float(value)
+        if not isinstance(value, dict):
+            pairs = zip(read, value, strict=True) if isinstance(value, list) else [(read, value)]
+            assert all(ours == given or float(ours) == float(given) for ours, given in pairs)
 
 
 @settings(deadline=None, max_examples=100)
