@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,49 +13,81 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from data import ImageData, Split, check_range, is_correct, seeded
-from model import linear_layers
+from data import ImageData, Split, check_range, is_correct, seeded, seeded_initialisation
+from model import HookedMNISTClassifier, linear_layers
 
 AUDITS = (
     "js_forget", "js_retain", "loss_attack", "entropy_attack", "probe_recall", "probe_retain", "relearn_steps",
-    "came_back", "relearn_scores", "weights_changed",
+    "came_back", "relearn_scores", "weights_changed", "probes", "relearn_from",
 )  # fmt: skip
+PROBES = ("softmax", "two_layer", "neighbours", "hidden")
 
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """Whether audits are made, and the settings of the probe and of the relearning.
+    """Whether audits are made, and the settings of the probes and of the relearning.
 
-    probe_penalty: weight of the squared norm in the loss of the probe
+    probe_penalty: weight of the squared norm in the loss of the linear probe, which is trained to convergence
+    probes: more of them, names of PROBES: `softmax`, the linear one trained for few epochs; `two_layer`, a perceptron;
+        `neighbours`, the majority of the nearest training samples; `hidden`, softmax at every hidden layer before the last
+    relearn_from: from how few samples of every class the class is relearned, numbers of samples
     """
 
     enabled: bool
     probe_penalty: float
     probe_steps: int
+    probes: tuple[str, ...]
+    probe_epochs: int
+    probe_batch_size: int
+    probe_rate: float
+    probe_units: int
+    probe_neighbours: int
+    probe_neighbours_of: int
     relearn_steps: int
     relearn_batch_size: int
     relearn_rate: float
+    relearn_from: tuple[int, ...]
+    relearn_from_rate: float
 
     def __post_init__(self) -> None:
-        for name in ("probe_steps", "relearn_steps", "relearn_batch_size"):
+        for name in (
+            "probe_steps", "probe_epochs", "probe_batch_size", "probe_units", "probe_neighbours", "probe_neighbours_of",
+            "relearn_steps", "relearn_batch_size",
+        ):  # fmt: skip
             check_range(name, getattr(self, name), at_least=1)
         check_range("probe_penalty", self.probe_penalty, at_least=0)
-        check_range("relearn_rate", self.relearn_rate, above=0)
+        for name in ("probe_rate", "relearn_rate", "relearn_from_rate"):
+            check_range(name, getattr(self, name), above=0)
+        for name in self.probes:
+            if name not in PROBES:
+                raise ValueError(f"probes: {name!r} is not known: valid are {', '.join(PROBES)}")
+        for number in self.relearn_from:
+            check_range("relearn_from", number, at_least=1)
+        if self.probe_neighbours > self.probe_neighbours_of:
+            raise ValueError(
+                f"probe_neighbours must be at most probe_neighbours_of, {self.probe_neighbours_of}, "
+                f"not {self.probe_neighbours}"
+            )
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a classifier does with a split: its logits (samples, classes), and the input of its last layer.
+    """What a classifier does with a split: its logits (samples, classes), and the inputs of its layers after the first.
 
-    features: (samples, n); labels: (samples)
+    hidden: of every layer after the first, (samples, n); labels: (samples)
     """
 
     logits: Tensor
-    features: Tensor
+    hidden: tuple[Tensor, ...]
     labels: Tensor
 
     def of(self, chosen: Tensor) -> Seen:
-        return Seen(self.logits[chosen], self.features[chosen], self.labels[chosen])
+        return Seen(self.logits[chosen], tuple(x[chosen] for x in self.hidden), self.labels[chosen])
+
+    @property
+    def features(self) -> Tensor:
+        """What the last layer is given: the representation, (samples, n)."""
+        return self.hidden[-1]
 
     @property
     def correct(self) -> Tensor:
@@ -74,15 +107,20 @@ class Seen:
 
 @torch.no_grad()
 def look_at(model: nn.Module, split: Split) -> Seen:
-    """Runs a classifier on a split; the features are what its last linear layer is given. All of it on the CPU."""
-    features: list[Tensor] = []
-    last = linear_layers(model)[-1]
-    hook = last.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].detach()))
+    """Runs a classifier on a split. All of it on the CPU."""
+    # A classifier of one layer represents the images by themselves.
+    watched = linear_layers(model)[1:] or linear_layers(model)
+    hidden: list[list[Tensor]] = [[] for _ in watched]
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, inputs, of_layer=of_layer: of_layer.append(inputs[0].detach()))
+        for layer, of_layer in zip(watched, hidden)
+    ]
     try:
         logits = torch.cat([model(images) for images in split.images.split(10_000)])
     finally:
-        hook.remove()
-    return Seen(logits.cpu(), torch.cat(features).cpu(), split.labels.cpu())
+        for hook in hooks:
+            hook.remove()
+    return Seen(logits.cpu(), tuple(torch.cat(of_layer).cpu() for of_layer in hidden), split.labels.cpu())
 
 
 def jensen_shannon(logits: Tensor, others: Tensor) -> float:
@@ -142,14 +180,19 @@ def entropy_attack(retain: Tensor, test: Tensor, forget: Tensor) -> float:
     return 100 * (slope * entropy(forget) + offset > 0).double().mean().item()
 
 
+def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Both less the mean of the first, over its standard deviation, (samples, n) each."""
+    deviation, mean = torch.std_mean(train, 0)
+    return (train - mean) / (deviation + 1e-6), (test - mean) / (deviation + 1e-6)
+
+
 def linear_probe(train: Seen, test: Seen, penalty: float, steps: int) -> Tensor:
     """Softmax regression on the features, standardised on the training split, trained to convergence by L-BFGS.
 
     What the representation still holds of the classes, whatever the output layer makes of it: Alain and Bengio 2016,
     arXiv:1610.01644. Returns the predicted class of every test sample, (samples).
     """
-    deviation, mean = torch.std_mean(train.features, 0)
-    x, x_test = ((seen.features - mean) / (deviation + 1e-6) for seen in (train, test))
+    x, x_test = standardised(train.features, test.features)
     # In the directions of the principal components, each of variance 1, few steps do.
     values, vectors = torch.linalg.eigh((x.T @ x / len(x)).double())
     whiten = (vectors / (values.clamp_min(0) + 1e-6).sqrt()).float()
@@ -169,6 +212,44 @@ def linear_probe(train: Seen, test: Seen, penalty: float, steps: int) -> Tensor:
 
     optimizer.step(closure)
     return (F.pad(x_test @ whiten, (0, 1), value=1.0) @ solution.detach()).argmax(1)
+
+
+def trained_probe(
+    train: Tensor, labels: Tensor, test: Tensor, hidden: Sequence[int], config: AuditConfig, seed: int
+) -> Tensor:
+    """A perceptron on standardised features, a softmax regression where `hidden` is empty: Adam, a few epochs.
+
+    train: (samples, n) with labels (samples); test: (others, n); hidden: units of each of its hidden layers
+    Returns the predicted class of every one of the others.
+    """
+    x, x_test = standardised(train, test)
+    with seeded_initialisation(seed):
+        probe = HookedMNISTClassifier(hidden, x.shape[1], int(labels.max()) + 1, bias=True)
+    optimizer = torch.optim.Adam(probe.parameters(), config.probe_rate)
+    generator = seeded("probe", seed)
+    for _ in range(config.probe_epochs):
+        for batch in torch.randperm(len(x), generator=generator).split(config.probe_batch_size):
+            loss = F.cross_entropy(probe(x.index_select(0, batch)), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        return probe(x_test).argmax(1)
+
+
+def neighbours_probe(train: Tensor, labels: Tensor, test: Tensor, count: int) -> Tensor:
+    """The most frequent class among the nearest training samples, by the Euclidean distance of standardised features.
+
+    train: (samples, n) with labels (samples); test: (others, n). Returns a class for every one of the others.
+    """
+    x, x_test = standardised(train, test)
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 a b: |a|^2 is the same for all neighbours of a.
+    squares = x.square().sum(1)
+    found = []
+    for part in x_test.split(1000):
+        nearest = torch.addmm(squares, part, x.T, alpha=-2).topk(min(count, len(x)), largest=False).indices
+        found.append(F.one_hot(labels[nearest], int(labels.max()) + 1).sum(1).argmax(1))
+    return torch.cat(found)
 
 
 def made_permanent(model: nn.Module) -> nn.Module:
@@ -210,6 +291,38 @@ def relearn(model: nn.Module, forget: Split, test: Split, goal: float, config: A
             optimizer.step()
 
 
+def relearn_from(model: nn.Module, samples: Split, test: Split, goal: float, rate: float, max_steps: int) -> int | None:
+    """How many steps bring the class back from few samples: SGD on all of `samples` at once, all weights free.
+
+    samples: some of every class; test: of the class, on which its score must reach the goal, percent
+    Returns `max_steps` where it does not come back by then, None where the loss is not finite.
+    """
+    model = made_permanent(model).requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    for step in range(max_steps):
+        with torch.no_grad():
+            if 100 * is_correct(model(test.images), test.labels).double().mean().item() >= goal:
+                return step
+        loss = F.cross_entropy(model(samples.images), samples.labels)
+        if not loss.isfinite():
+            return None
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return max_steps
+
+
+def some_of_every_class(split: Split, count: int, seed: int) -> Split:
+    """The same random samples for every classifier, `count` of every class, or all where it has fewer."""
+    chosen = []
+    for label in split.labels.unique():
+        of_class = (split.labels == label).nonzero()[:, 0]
+        order = torch.randperm(len(of_class), generator=seeded("relearn from", seed, int(label)))[:count]
+        chosen.append(of_class[order.to(of_class.device)])
+    found = torch.cat(chosen)
+    return Split(split.images.index_select(0, found), split.labels[found])
+
+
 def weights_changed(model: nn.Module, original: nn.Module) -> int:
     """How many weights differ from the original's."""
     pairs = zip(linear_layers(model), linear_layers(original))
@@ -219,7 +332,7 @@ def weights_changed(model: nn.Module, original: nn.Module) -> int:
 class Audit:
     """The audits of the methods that answer one request.
 
-    original, retrained: the classifier before, and the one trained from scratch without the class
+    original, retrained: the classifier before, and the one trained from scratch without the class, if it is there
     """
 
     def __init__(
@@ -228,7 +341,7 @@ class Audit:
         data: ImageData,
         forget_class: int,
         original: nn.Module,
-        retrained: nn.Module,
+        retrained: nn.Module | None,
         seed: int,
     ) -> None:
         self.config = config
@@ -236,14 +349,16 @@ class Audit:
         self.forget_class = forget_class
         self.seed = seed
         self.original = original
-        self.retrained = look_at(retrained, data.test)
-        self.is_forget = self.retrained.labels == forget_class
-        self.goal = 50 * look_at(original, data.test).of(self.is_forget).correct.mean().item()
+        self.retrained = None if retrained is None else look_at(retrained, data.test)
+        before = look_at(original, data.test)
+        self.is_forget = before.labels == forget_class
+        self.goal = 50 * before.of(self.is_forget).correct.mean().item()
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
         """The audits of one classifier.
 
-        js_forget, js_retain: Jensen-Shannon divergence from the retrained classifier on the test split, bits
+        js_forget, js_retain: Jensen-Shannon divergence from the retrained classifier on the test split, bits; null
+            without one
         loss_attack: area under the curve, its forget class's training against test samples
         entropy_attack: percent of the forget class's training samples that pass for members
         probe_recall: percent of the forget class's test samples that a linear probe of the features finds
@@ -253,6 +368,8 @@ class Audit:
         came_back: whether it did
         relearn_scores: the score before every step and after the last
         weights_changed: how many differ from the original's
+        probes: the recall of every further probe by its name, percent
+        relearn_from: steps until the class is back from so many samples of every class, by their number
 
         All but the last are null for a classifier that has diverged, whose outputs are not numbers.
         """
@@ -266,8 +383,8 @@ class Audit:
         scores = relearn(model, *splits, self.goal, self.config, self.seed)
         came_back = scores[-1] >= self.goal
         return {
-            "js_forget": jensen_shannon(test.logits[self.is_forget], self.retrained.logits[self.is_forget]),
-            "js_retain": jensen_shannon(test.logits[~self.is_forget], self.retrained.logits[~self.is_forget]),
+            "js_forget": self._divergence(test, self.is_forget),
+            "js_retain": self._divergence(test, ~self.is_forget),
             "loss_attack": loss_attack(train.of(is_member).loss, test.of(self.is_forget).loss),
             "entropy_attack": entropy_attack(train.logits[~is_member], test.logits, train.logits[is_member]),
             "probe_recall": 100 * found[self.is_forget].mean().item(),
@@ -276,4 +393,36 @@ class Audit:
             "came_back": came_back,
             "relearn_scores": scores,
             "weights_changed": changed,
+            "probes": self._probes(train, test),
+            "relearn_from": {str(count): self._relearn_from(model, count) for count in self.config.relearn_from},
         }
+
+    def _divergence(self, test: Seen, chosen: Tensor) -> float | None:
+        if self.retrained is None:
+            return None
+        return jensen_shannon(test.logits[chosen], self.retrained.logits[chosen])
+
+    def _probes(self, train: Seen, test: Seen) -> dict[str, float]:
+        """Percent of the forget class's test samples that each further probe finds."""
+        config, labels = self.config, train.labels
+        forget = test.of(self.is_forget)
+        predicted: dict[str, Tensor] = {}
+        if "softmax" in config.probes:
+            predicted["softmax"] = trained_probe(train.features, labels, forget.features, (), config, self.seed)
+        if "two_layer" in config.probes:
+            units = (config.probe_units,)
+            predicted["two_layer"] = trained_probe(train.features, labels, forget.features, units, config, self.seed)
+        if "neighbours" in config.probes:
+            order = torch.randperm(len(labels), generator=seeded("neighbours", self.seed))[: config.probe_neighbours_of]
+            predicted["neighbours"] = neighbours_probe(
+                train.features[order], labels[order], forget.features, config.probe_neighbours
+            )
+        if "hidden" in config.probes:
+            for index, (x, x_forget) in enumerate(zip(train.hidden[:-1], forget.hidden)):
+                predicted[f"hidden_{index}"] = trained_probe(x, labels, x_forget, (), config, self.seed)
+        return {name: 100 * (found == self.forget_class).double().mean().item() for name, found in predicted.items()}
+
+    def _relearn_from(self, model: nn.Module, count: int) -> int | None:
+        samples = some_of_every_class(self.data.train, count, self.seed)
+        test = self.data.test.forget(self.forget_class)
+        return relearn_from(model, samples, test, self.goal, self.config.relearn_from_rate, self.config.relearn_steps)

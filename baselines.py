@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from data import Split, seeded, seeded_initialisation
 from methods import Positive, Request, Share, unlearning_method
 from model import HookedMNISTClassifier
-from trainer import check_finite, forgetting_loss, masked_logits, other_labels
+from trainer import check_finite, forgetting_loss, masked_outputs, other_labels
 
 Batch = tuple[Tensor, Tensor]  # images (batch, 784), labels (batch)
 
@@ -297,13 +297,20 @@ def unsir(
     "optimised_mask", paper="after Mallya et al. 2018, arXiv:1801.06519", touches="a mask", in_default_run=False
 )
 def optimised_mask(
-    request: Request, *, steps: int, samples: int, learning_rate: Positive, forget_weight: float, sparsity: float
+    request: Request,
+    *,
+    steps: int,
+    samples: int,
+    learning_rate: Positive,
+    forget_weight: float,
+    sparsity: float,
+    erasure_weight: float,
 ) -> nn.Module:
     """A mask of the same layers trained for this class alone: Adam on a real number per weight, kept where above 0.
 
     Backwards through the threshold as through a sigmoid. The loss is that of the masking GCN: without the class
-    -log(1 - p(d)) on the forget set, the original's predictions without d on the retain set; plus the kept share's
-    distance from 1, weighted by sparsity.
+    -log(1 - p(d)) on the forget set, the original's predictions without d on the retain set, and where erasure is asked
+    for, R^2 of the class in the representation; plus the kept share's distance from 1, weighted by sparsity.
     """
     graphs, classifier, d = request.graphs, request.classifier, request.forget_class
     generator = generator_of("optimised_mask", request)
@@ -318,11 +325,15 @@ def optimised_mask(
         keep = (numbers > 0).float() + soft - soft.detach()
         chosen = graphs.draw(group_size, generator)
         flat = chosen.flatten()
-        log_p = masked_logits(classifier, graphs.graph, keep[None], graphs.inputs[flat])[0].log_softmax(1)
+        features, logits = masked_outputs(classifier, graphs.graph, keep[None], graphs.inputs[flat])
+        log_p = logits[0].log_softmax(1)
         is_forget = graphs.labels[flat] == d
         forget = forgetting_loss(log_p[is_forget, d].exp())
         retain = -(without_class[flat] * log_p).sum(1)[~is_forget].mean()
         loss = forget_weight * forget + retain + sparsity * (1 - keep).mean()
+        if weight := erasure_weight * request.config.erasure:
+            by_class = features.view(*chosen.shape, -1)
+            loss = loss + weight * graphs.explained_variance(graphs.against_rivals(by_class, [d]), [d])[0]
         check_finite({"loss of the mask": loss.item()}, step, "eval.hyperparameters.optimised_mask")
         optimizer.zero_grad()
         loss.backward()

@@ -18,7 +18,7 @@ rm -f "eval/Metrics and Plots/metrics"/seed_[0-9]*_digit_*.json
 rm -rf "eval/Metrics and Plots/plots"/seed_[0-9]*_digit_*
 for folder in reports reports/{,variants/*/}top_k_[0-9]* reports/variants/*; do
     rm -f "$folder"/{loss,score}_{forget,retain}_set.png "$folder"/probability_on_forget_class.png
-    rm -f "$folder"/{audits,masks,trade_off}.png
+    rm -f "$folder"/{audits,frontier,masks,trade_off}.png
     rm -f "$folder"/{summary.png,summary.md,variants.png,variants.md,run.json,run.log,benchmark.json}
 done
 # torchvision unpacks these from the tracked .gz files.

@@ -14,7 +14,18 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 import artifacts
-from reporter import FORGET, RETAIN, Reporter, Value, markdown_table, method_styles, save_figure, worst
+from reporter import (
+    FORGET,
+    RETAIN,
+    Kappa,
+    Reporter,
+    Value,
+    markdown_table,
+    method_styles,
+    number_at,
+    save_figure,
+    worst,
+)
 
 # What an unlearned classifier is measured against; the others compete.
 REFERENCES = ("original", "retrain", "retrain_again")
@@ -50,6 +61,7 @@ METRICS = (
     Column((FORGET, "loss"), "forget loss, nats", "+.2f"),
     Column((RETAIN, "loss"), "retain loss, nats", "+.3f"),
 )
+RETAIN_SCORE = METRICS[1]
 RELEARN = Column(("audit_metrics", "relearn_steps"), "relearn time, steps", ".1f")
 LEFT_BEHIND = (
     Column(("audit_metrics", "loss_attack"), "loss attack, area under the curve", ".3f"),
@@ -60,6 +72,11 @@ LEFT_BEHIND = (
 )
 SECONDS = Column(("seconds",), "seconds a request", ".2f", 0)
 COST = (SECONDS, Column(("audit_metrics", "weights_changed"), "weights changed", ".0f", 0))
+
+
+def probe_name(name: str) -> str:
+    """How tables call a probe of the audits: those of hidden layers by the number of the layer."""
+    return f"at layer {int(name.removeprefix('hidden_')) + 1}" if name.startswith("hidden_") else name.replace("_", " ")
 
 
 class AuditReport:
@@ -243,11 +260,22 @@ class Comparison:
         self.reporters = reporters
         self.folder = folder
         self._retrained = {
-            self._request(experiment): experiment[RETAIN]["retrain"]["score"]
-            for reporter in reporters.values()
+            self._request(experiment): experiment
+            for reporter in sorted(reporters.values(), key=lambda each: each.has_audits)  # the audited ones stay
             for experiment in reporter.experiments
             if "retrain" in experiment[RETAIN]
         }
+
+    def against_retraining(self, variant: str, column: Column, method: str, kappa: Kappa) -> Value:
+        """A method's figure less that of the classifier retrained without the class, mean over digits for every seed."""
+        reporter = self.reporters[variant]
+        gaps: dict[int, list[float]] = {seed: [] for seed in reporter.seeds}
+        for experiment in reporter.experiments_at(kappa):
+            retrained = self._retrained.get(self._request(experiment), {})
+            gap = number_at(experiment, column.of(method)) - number_at(retrained, column.of("retrain"))
+            gaps[experiment["seed"]].append(gap)
+        complete = len(reporter.digits)
+        return Value(tuple(fmean(each) if len(each) == complete else math.nan for each in gaps.values()))
 
     def rows(self) -> list[ComparisonRow]:
         return [
@@ -277,10 +305,46 @@ class Comparison:
             ],
         )
 
+    def audit_columns(self) -> list[Column]:
+        """What the audits of any variant have found with probes, and how long relearning from few samples took."""
+        found = [audits for each in self.reporters.values() for audits in each.experiments[0]["audit_metrics"].values()]
+        probes = dict.fromkeys(name for audits in found for name in audits.get("probes") or ())
+        numbers = dict.fromkeys(number for audits in found for number in audits.get("relearn_from") or ())
+        columns = [Column(("audit_metrics", "probes", name), probe_name(name), "+.1f") for name in probes]
+        columns += [Column(("audit_metrics", "probe_recall"), "to convergence", "+.1f")] if found else []
+        return columns + [
+            Column(("audit_metrics", "relearn_from", number), f"steps, {number} a class", ".0f") for number in numbers
+        ]
+
+    def audit_table(self) -> str:
+        """What every row leaves in the representation: a column for each probe, then one for each relearning.
+
+        Of the probes the recall of the class above the retrained classifier's, points; of the relearning the steps.
+        """
+        columns = self.audit_columns()
+        lines = []
+        for variant, reporter in self.reporters.items():
+            kappa = reporter.headline_kappa()
+            for method in reporter.methods:
+                cells = []
+                for column in columns:
+                    if column.spec.startswith("+"):
+                        value = self.against_retraining(variant, column, method, kappa)
+                    else:
+                        value = reporter.value(*column.of(method), kappa=kappa)
+                    cells.append(f"{value:{column.spec}}")
+                if any(cell != "–" for cell in cells):
+                    lines.append([variant if method == "mimu" else f"{variant}: {method}", *cells])
+        return markdown_table(["variant", *(column.name for column in columns)], lines)
+
+    def tables(self) -> list[str]:
+        """The table of the variants, and where they were audited that of what they leave behind."""
+        return [self.table()] + ([self.audit_table()] if self.audit_columns() else [])
+
     def plot(self) -> None:
         """Draws `variants.png` and writes `variants.md`."""
         plt.switch_backend("Agg")
-        artifacts.write_text(self.folder / "variants.md", f"# Variants\n\n{self.table()}\n")
+        artifacts.write_text(self.folder / "variants.md", "\n\n".join(["# Variants", *self.tables()]) + "\n")
         self.draw_variants()
 
     def draw_variants(self) -> None:
@@ -318,11 +382,10 @@ class Comparison:
 
     def _row(self, variant: str, reporter: Reporter, method: str) -> ComparisonRow:
         kappa = reporter.headline_kappa()
-        gaps: dict[int, list[float]] = {seed: [] for seed in reporter.seeds}
-        forget: list[float] = []
+        forget, gaps = [], []
         for experiment in reporter.experiments_at(kappa):
-            retrained = self._retrained.get(self._request(experiment), math.nan)
-            gaps[experiment["seed"]].append(experiment[RETAIN][method]["score"] - retrained)
+            retrained = self._retrained.get(self._request(experiment), {})
+            gaps.append(experiment[RETAIN][method]["score"] - number_at(retrained, RETAIN_SCORE.of("retrain")))
             forget.append(experiment[FORGET][method]["score"])
         zeroed = reporter.value("num_zeroed", method, kappa=kappa)
         return ComparisonRow(
@@ -330,8 +393,8 @@ class Comparison:
             method=method,
             forget=reporter.value(FORGET, method, "score", kappa=kappa),
             worst_forget=max(forget),
-            gap=Value(tuple(fmean(of_seed) for of_seed in gaps.values())),
-            worst_gap=worst(gap for of_seed in gaps.values() for gap in of_seed),
+            gap=self.against_retraining(variant, RETAIN_SCORE, method, kappa),
+            worst_gap=worst(gaps),
             zeroed=Value(
                 tuple(100 * number / reporter.experiments[0]["num_graph_vertices"] for number in zeroed.per_seed)
             ),

@@ -121,6 +121,12 @@ class Config:
         for top_k in self.sweep.top_ks(vertices):
             if top_k > vertices:
                 raise ValueError(f"sweep.top_k must be from 1 to {vertices} (masked weights), not {top_k}")
+        if self.eval.erasure and not self.graphs.erasure:
+            raise ValueError(f"eval.erasure must be 0 where graphs.erasure is false, not {self.eval.erasure}")
+        if self.eval.erasure and not self.gcn.pretrained and self.gcn.erasure is None:
+            raise ValueError(f"eval.erasure must be 0 where gcn.erasure is null, not {self.eval.erasure}")
+        if self.gcn.erasure is not None and not self.graphs.erasure:
+            raise ValueError(f"gcn.erasure must be null where graphs.erasure is false, not {list(self.gcn.erasure)}")
         spans = [self.gcn.kappa] + ([] if self.gcn.partly_masked is None else [self.gcn.partly_masked])
         largest = sum(number_of_weights(high, vertices) for _, high in spans)
         if largest >= vertices:

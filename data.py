@@ -6,17 +6,18 @@ import gzip
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from artifacts import InputError, one_line, written_whole
+from erasure import explained_variance, nearest_classes, probe_recall
 from model import HookedMNISTClassifier, LayerRecord, Mask, WeightGraph
 
 if TYPE_CHECKING:
@@ -306,13 +307,19 @@ FEATURES: dict[str, Callable[[ClassGroup], Tensor]] = {
 class GraphConfig:
     """mask_layer: an index, a list of them, or null for all layers; features: names of FEATURES.
 
+    scope: whether the weights of all masked layers compete, or every layer gives the same share of its own
     other_classes adds to each feature (but the weight) its mean over the other classes.
+    erasure adds the feature of `GraphGenerator.erasure`, which measures a class against as many rivals, with this ridge.
     """
 
     mask_layer: int | tuple[int, ...] | None
+    scope: Literal["global", "layerwise"]
     features: tuple[str, ...]
     other_classes: bool
     samples_per_class: int
+    erasure: bool
+    rivals: int
+    ridge: float
 
     def __post_init__(self) -> None:
         for name in self.features:
@@ -323,10 +330,12 @@ class GraphConfig:
         if len(set(self.features)) < len(self.features):
             raise ValueError(f"features: {list(self.features)} names a feature twice")
         check_range("samples_per_class", self.samples_per_class, at_least=1)
+        check_range("rivals", self.rivals, at_least=1)
+        check_range("ridge", self.ridge, above=0)
 
     @property
     def num_features(self) -> int:
-        return len(self.features) + self.other_classes * sum(name != "weight" for name in self.features)
+        return len(self.features) + self.other_classes * sum(name != "weight" for name in self.features) + self.erasure
 
 
 class GraphGenerator:
@@ -338,6 +347,7 @@ class GraphGenerator:
 
     def __init__(self, classifier: HookedMNISTClassifier, train: Split, config: GraphConfig, seed: int) -> None:
         self.classifier = classifier
+        self.train = train
         self.config = config
         self.graph = WeightGraph(classifier.shapes, config.mask_layer)
         self.num_classes = classifier.shapes[-1][0]
@@ -374,15 +384,94 @@ class GraphGenerator:
         order = keys.argsort(1)[:, :group_size]
         return (order + self.samples_per_class * torch.arange(self.num_classes)[:, None]).to(self.labels.device)
 
-    def class_graphs(self, samples: Tensor, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def rivals(self) -> Tensor:
+        """The classes that are nearest to each class in the representation of the whole classifier, (classes, rivals)."""
+        with torch.no_grad():
+            features = self.classifier.features(self.inputs, self.graph.layers[0])
+        count = min(self.config.rivals, self.num_classes - 1)
+        return nearest_classes(features, self.labels, self.num_classes, count)
+
+    def against_rivals(self, x: Tensor, classes: Sequence[int]) -> Tensor:
+        """Of each of `classes` its own samples and then those of its rivals.
+
+        x: (all classes, samples, ...) to (classes, (1 + rivals) * samples, ...)
+        """
+        own = torch.tensor(classes, device=x.device)
+        return x[torch.cat([own[:, None], self.rivals[own]], 1)].flatten(1, 2)
+
+    def explained_variance(self, features: Tensor, classes: Sequence[int]) -> Tensor:
+        """R^2 of each of `classes` against its rivals, (classes): how much of it the representation carries.
+
+        features: (classes, (1 + rivals) * samples, n), as from `against_rivals`
+        """
+        num_samples = features.shape[1]
+        is_class = torch.arange(num_samples, device=features.device) < num_samples // (1 + self.rivals.shape[1])
+        return explained_variance(features, is_class.expand(len(classes), -1), self.config.ridge)
+
+    def erasure(self, samples: Tensor, classes: Sequence[int], mask: Mask | None = None) -> Tensor:
+        """How much each weight carries a class into the representation: w dR^2/dw, the first-order fall of its R^2.
+
+        samples: a group of every class, (all classes, group_size)
+        Returns (classes, vertices), on the classifier or on a masked one.
+        """
+        flat, layers = samples.flatten(), self.graph.layers
+        with nullcontext() if mask is None else mask.applied_to(self.classifier):
+            weights = self.weights()
+            with torch.enable_grad(), self.classifier.hooks(layers) as seen:
+                features = self.classifier.features(self.inputs[flat], layers[0])
+        with torch.enable_grad():
+            chosen = self.against_rivals(features.detach().unflatten(0, samples.shape), classes).requires_grad_()
+            (gradients,) = torch.autograd.grad(self.explained_variance(chosen, classes).sum(), chosen)
+        positions = torch.arange(len(flat), device=flat.device).view(samples.shape)
+        reached = [layer for layer in layers if layer in seen]  # all but the output layer, which comes after
+        falls = torch.zeros(len(classes), self.graph.num_vertices, device=flat.device, dtype=features.dtype)
+        for fall, of_class, gradient in zip(falls, self.against_rivals(positions, classes), gradients):
+            if not reached:
+                continue
+            upstream = torch.zeros_like(features).index_copy_(0, of_class, gradient)
+            deltas = torch.autograd.grad(features, [seen[layer][1] for layer in reached], upstream, retain_graph=True)
+            of_layers = dict(zip(layers, zip(self.graph.split(fall), weights)))
+            for layer, delta in zip(reached, deltas):
+                of_layer, weight = of_layers[layer]
+                torch.mul(weight, delta[of_class].T @ seen[layer][0][of_class], out=of_layer)
+        return falls
+
+    @cached_property
+    def pixel_recall(self) -> Tensor:
+        """Percent of each class that a ridge regression on the pixels finds among the training samples, (classes).
+
+        An estimate, without retraining, of what a representation tells of a class that it was never trained on.
+        """
+        return probe_recall(self.train.images, self.train.labels, self.num_classes, self.config.ridge)
+
+    @torch.no_grad()
+    def probe_recall(self, mask: Mask) -> Tensor:
+        """The same of the representation of a masked classifier, on the recorded samples, (classes)."""
+        with mask.applied_to(self.classifier):
+            features = self.classifier.features(self.inputs, self.graph.layers[0])
+        return probe_recall(features, self.labels, self.num_classes, self.config.ridge)
+
+    def class_graphs(
+        self, samples: Tensor, mask: Mask | None = None, erasure_weight: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """The graph of one group of samples per class, on the classifier or on a masked one.
 
-        samples: (classes, group_size). Returns the vertex features (classes, vertices, features), each standardised
-        over its graph, and the mean cross entropy of each class (classes), nats.
+        samples: (classes, group_size); erasure_weight: what the erasure feature, if there is one, is multiplied with
+        Returns the vertex features (classes, vertices, features), each standardised over its graph before, and the mean
+        cross entropy of each class (classes), nats.
         """
         own, loss = self.class_features(samples, self.config.features, mask)
         others = {name: (x.sum(0) - x) / (len(x) - 1) for name, x in own.items()}
-        return self._standardised(own, others), loss
+        if not self.config.erasure:
+            return self._standardised(own, others), loss
+        if erasure_weight == 0:
+            erasure = torch.zeros(len(loss), self.graph.num_vertices, device=loss.device, dtype=loss.dtype)
+        else:
+            erasure = self.erasure(samples, range(self.num_classes), mask)
+        x = self._standardised(own | {"erasure": erasure}, others)
+        x[..., len(own)] *= erasure_weight
+        return x, loss
 
     def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
         """The graph of one sample (n = 1) for PyG: x (vertices, features), edge_index (2, edges), y (1).

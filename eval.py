@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 import baselines as baselines  # registers the published methods
 from artifacts import Artifact, short
-from audits import Audit, AuditConfig
+from audits import Audit, AuditConfig, look_at
 from data import GraphGenerator, ImageData, Split, check_range, is_correct, number_of_weights
+from erasure import probe_recall
 from methods import METHODS, Request, check_hyperparameter
 from methods import unlearning_method as unlearning_method  # for the methods that are added here
 from model import HookedMNISTClassifier, Mask, MaskingGCN
@@ -54,8 +55,6 @@ class EvalConfig(MaskingConfig):
             raise ValueError(f"methods must name mimu, and each method once, not {list(self.method_names)}")
         check_range("batch_size", self.batch_size, at_least=1)
         check_range("random_masks", self.random_masks, at_least=1)
-        if self.audit.enabled and "retrain" not in self.method_names:
-            raise ValueError("audit.enabled needs retrain among the methods: it is what they compare with")
         for name in self.hyperparameters:
             if name not in METHODS or not METHODS[name].hyperparameters:
                 valid = ", ".join(each for each in METHODS if METHODS[each].hyperparameters)
@@ -322,6 +321,17 @@ class Eval:
             for name in self.config.method_names
         }
 
+    def eval_representation(self) -> dict[str, float]:
+        """Percent of the class that the regression of the stopping rule finds, by method, and in the pixels.
+
+        On training samples; empty where the graphs have no erasure feature.
+        """
+        graphs = self.request.graphs
+        if not graphs.config.erasure:
+            return {}
+        recalls = {name: self._training_recall(name) for name in self.config.method_names}
+        return {"pixels": graphs.pixel_recall[self.experiment.forget_digit].item()} | recalls
+
     def eval_audits(self) -> dict[str, dict[str, Any]]:
         """What every method's classifier still knows of the class, and how far it is from the retrained one."""
         if not self.config.audit.enabled:
@@ -350,6 +360,7 @@ class Eval:
             "performance_degradation_metrics": self.eval_performance_degradation(),
             "mask_efficacy_metrics": self.eval_mask_efficacy(),
             "training_split_metrics": self.eval_training_split(),
+            "training_recall": self.eval_representation(),
             "audit_metrics": self.eval_audits(),
             "methods": {name: METHODS[name].about() for name in self.config.method_names},
             "num_zeroed": {name: self._answer(name).num_zeroed for name in self.config.method_names},
@@ -413,10 +424,20 @@ class Eval:
 
         return self._once((name, "efficacy"), score)
 
+    def _training_recall(self, name: str) -> float:
+        def recall() -> float:
+            graphs = self.request.graphs
+            seen = look_at(self._answer(name).model, graphs.samples)
+            recalls = probe_recall(seen.features, seen.labels, graphs.num_classes, graphs.config.ridge)
+            return recalls[self.experiment.forget_digit].item()
+
+        return self._once((name, "training recall"), recall, METHODS[name].uses_kappa)
+
     def _audit(self, name: str) -> dict[str, Any]:
         def audits() -> Audit:
             experiment = self.experiment
-            models = (self.request.classifier, self._answer("retrain").model)
+            retrained = self._answer("retrain").model if "retrain" in self.config.method_names else None
+            models = (self.request.classifier, retrained)
             return Audit(self.config.audit, self.data, experiment.forget_digit, *models, experiment.seed)
 
         audit = self._once("audits", audits)

@@ -253,9 +253,11 @@ def mimu(request: Request) -> nn.Module:
 
 
 @unlearning_method("saliency", uses_kappa=True, touches="a mask")
-def saliency(request: Request, *, retain_weight: float) -> nn.Module:
+def saliency(request: Request, *, retain_weight: float, erasure_weight: float) -> nn.Module:
     """No GCN: in the same steps, the weights whose removal costs the class its margin and the others the least loss."""
-    ranking = SaliencyRanking(request.config, request.graphs, request.forget_class, request.seed, retain_weight)
+    config, graphs = request.config, request.graphs
+    erasure_weight *= config.erasure
+    ranking = SaliencyRanking(config, graphs, request.forget_class, request.seed, retain_weight, erasure_weight)
     return request.zeroing(request.first_of(request.order_of("saliency", ranking)))
 
 

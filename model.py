@@ -112,14 +112,16 @@ class HookedMNISTClassifier(nn.Module):
         """(out, in) of every weight matrix, from the input layer to the output layer."""
         return [(layer.out_features, layer.in_features) for layer in self.layers]
 
+    def features(self, images: Tensor, first: int = 0) -> Tensor:
+        """What the last layer is given, (batch, n): the representation of the images."""
+        x = images.flatten(1)
+        for index in range(first, len(self.layers) - 1):
+            x = self.layers[index](x).relu()
+        return x
+
     def forward(self, images: Tensor, first: int = 0) -> Tensor:
         """Logits (batch, classes); with `first`, `images` are the input activations (batch, n) of that layer."""
-        x = images.flatten(1)
-        for index in range(first, len(self.layers)):
-            x = self.layers[index](x)
-            if index < len(self.layers) - 1:
-                x = x.relu()
-        return x  # (batch, classes)
+        return self.layers[-1](self.features(images, first))
 
     @contextmanager
     def hooks(self, layers: Sequence[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:

@@ -28,6 +28,7 @@ from comparison import AuditReport, Comparison
 from config import Config
 from data import IMAGE_SIZE, NUM_CLASSES, DataError, GraphGenerator, ImageData, is_correct, load_image_data
 from eval import Eval, slug
+from frontier import Frontier
 from methods import Request
 from model import HookedMNISTClassifier, MaskingGCN, keep_freed_memory
 from plan import Artifacts, Plan, Task, Training, Work, tasks_in_order, thread_counts, time_in_words, trainings_of
@@ -440,7 +441,7 @@ def prepare(configs: Mapping[str, Config]) -> None:
 # In the folder of the reports, and in those of single variants and top-K.
 CURVES = [f"{metric}_{part}_set.png" for metric in ("loss", "score") for part in ("forget", "retain")]
 PICTURES = ["probability_on_forget_class.png", "summary.png", "trade_off.png", "masks.png", "audits.png"]
-REPORTS = [*CURVES, *PICTURES, "summary.md", "variants.png", "variants.md"]
+REPORTS = [*CURVES, *PICTURES, "summary.md", "variants.png", "variants.md", "frontier.png"]
 REPORT_FOLDERS = ["top_k_*", "variants/*", "variants/*/top_k_*"]
 
 
@@ -471,7 +472,7 @@ def draw_reports(results: Sequence[tuple[Training, list[Path]]], folder: Path) -
         name = ", ".join(([variant] if variant else []) + ([f"top-K {top_k}"] if several else []))
         reporters[name] = Reporter(configs[variant].report, paths, folder.joinpath(*parts))
     for reporter in reporters.values():
-        audits = AuditReport(reporter) if reporter.has_audits else None
+        audits = AuditReport(reporter) if reporter.has_audits and "retrain" in reporter.methods else None
         sections = audits.tables() if audits else ()
         if "" in configs:
             reporter.plot(sections)
@@ -483,4 +484,7 @@ def draw_reports(results: Sequence[tuple[Training, list[Path]]], folder: Path) -
         return [reporter.closing_table() for reporter in reporters.values()]
     comparison = Comparison(reporters, folder)
     comparison.plot()
-    return [comparison.table()]
+    frontier = Frontier(comparison)
+    if frontier.is_there:
+        frontier.draw()
+    return comparison.tables()

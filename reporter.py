@@ -112,6 +112,14 @@ class Value:
         return f"{self.mean:{spec}}{spread}"
 
 
+def number_at(experiment: dict[str, Any], keys: Sequence[str]) -> float:
+    """What stands under `keys` in the JSON of an experiment; not a number where it has no such key, or null there."""
+    number: Any = experiment
+    for key in keys:
+        number = (number or {}).get(key)
+    return math.nan if number is None else number
+
+
 class Reporter:
     """Plots and tables over kappa; a value is the mean over the digits and seeds of the sweep.
 
@@ -160,10 +168,7 @@ class Reporter:
             numbers: list[float] = []
             for experiment in self.experiments_at(kappa):
                 if experiment["seed"] == seed and (digits is None or experiment["forget_digit"] in digits):
-                    number: Any = experiment
-                    for key in keys:
-                        number = (number or {}).get(key)
-                    numbers.append(math.nan if number is None else number)
+                    numbers.append(number_at(experiment, keys))
             expected = len(self.digits if digits is None else digits)
             means.append(fmean(numbers) if len(numbers) == expected else math.nan)
         return Value(tuple(means))

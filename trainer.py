@@ -18,6 +18,7 @@ from tqdm import tqdm
 import artifacts
 from artifacts import ArtifactError, InputError, one_line
 from data import (
+    LARGEST,
     Amount,
     GraphConfig,
     GraphGenerator,
@@ -159,15 +160,56 @@ def contrast(importance: Tensor, damage: Tensor | None = None) -> Tensor:
     return importance - (weighted.sum(0) - weighted) / (v.sum() - v)[:, None]
 
 
-def masked_logits(classifier: HookedMNISTClassifier, graph: WeightGraph, keep: Tensor, inputs: Tensor) -> Tensor:
+def ranked(scores: Tensor, graph: WeightGraph, scope: str, zeroed: Tensor, count: int) -> Tensor:
+    """The vertices to zero next, (count): those of the largest scores (vertices) that are not among `zeroed`.
+
+    With the scope layerwise, those of the largest place within their layer: counted together with `zeroed`, every layer
+    gives the same share.
+    """
+    free = len(scores) - len(zeroed)
+    if scope == "layerwise":
+        scores = scores.index_fill(0, zeroed, float("inf"))
+        places = []
+        for of_layer in scores.split(graph.sizes):
+            order = of_layer.argsort(descending=True, stable=True)
+            place = torch.empty_like(of_layer)
+            place[order] = torch.arange(len(order), device=order.device).to(place) + 0.5
+            places.append(-place / len(order))
+        scores = torch.cat(places)
+    return scores.index_fill(0, zeroed, float("-inf")).topk(min(count, free)).indices
+
+
+def top_k_masks(scores: Tensor, graph: WeightGraph, scope: str, zeroed: Tensor, k: int, temperature: float) -> Tensor:
+    """`top_k_mask` of scores (masks, vertices) in standard deviations, without the vertices `zeroed`, which are 1, too.
+
+    With the scope layerwise, of every layer by itself, each with its share of k.
+    """
+    sizes = graph.sizes if scope == "layerwise" else [graph.num_vertices]
+    is_zeroed = torch.zeros(graph.num_vertices, dtype=torch.bool, device=scores.device).index_fill(0, zeroed, True)
+    masks = []
+    for part, gone in zip(scores.split(sizes, 1), is_zeroed.split(sizes)):
+        share = min(max(1, round(k * len(gone) / graph.num_vertices)), int((~gone).sum()))
+        if share == 0:
+            masks.append(torch.ones_like(part))
+            continue
+        part = part / part.std(1, keepdim=True)
+        masks.append(top_k_mask(part.masked_fill(gone, float("-inf")), share, temperature))
+    return torch.cat(masks, 1).index_fill(1, zeroed, 1.0)
+
+
+def masked_outputs(
+    classifier: HookedMNISTClassifier, graph: WeightGraph, keep: Tensor, inputs: Tensor
+) -> tuple[Tensor, Tensor]:
     """The classifier under many masks at once, differentiable with respect to the masks.
 
     keep: (masks, vertices); inputs of the first masked layer: (samples, n) for all, or (masks, samples, n)
-    Returns logits (masks, samples, classes).
+    Returns the features, which the last layer is given (masks, samples, n), or (samples, n) where no mask touches them,
+    and the logits (masks, samples, classes).
     """
     keep_of = dict(zip(graph.layers, graph.split(keep)))
     x = inputs
     for index in range(graph.layers[0], len(classifier.layers)):
+        features = x
         layer = classifier.layers[index]
         weight = layer.weight.detach()
         if index in keep_of:
@@ -177,7 +219,12 @@ def masked_logits(classifier: HookedMNISTClassifier, graph: WeightGraph, keep: T
             x = x + layer.bias.detach()
         if index < len(classifier.layers) - 1:
             x = x.relu()
-    return x
+    return features, x
+
+
+def masked_logits(classifier: HookedMNISTClassifier, graph: WeightGraph, keep: Tensor, inputs: Tensor) -> Tensor:
+    """The logits of `masked_outputs` alone, (masks, samples, classes)."""
+    return masked_outputs(classifier, graph, keep, inputs)[1]
 
 
 def mask_of(graphs: GraphGenerator, zeroed: Tensor) -> Mask | None:
@@ -208,6 +255,7 @@ class GCNTrainerConfig:
     prior: float
     necessity_forget: float
     necessity_retain: float
+    erasure: tuple[float, ...] | None
     kappa: tuple[Amount, ...]
     partly_masked: tuple[Amount, ...] | None
     warmup: int
@@ -222,6 +270,10 @@ class GCNTrainerConfig:
             check_range(name, getattr(self, name), at_least=0)
         if not any(getattr(self, name) for name in terms):
             raise ValueError(f"{', '.join(terms)} are all 0: the loss needs a term")
+        if self.erasure is not None and not (
+            len(self.erasure) == 2 and 0 <= self.erasure[0] <= self.erasure[1] <= LARGEST
+        ):
+            raise ValueError(f"erasure must be null or [low, high], weights from 0, not {list(self.erasure)}")
         check_span("kappa", self.kappa)
         if self.partly_masked is not None:
             check_span("partly_masked", self.partly_masked)
@@ -240,7 +292,9 @@ class GCNLoss:
     - sufficiency: with the top-K weights of a class alone, its samples keep their label (cross entropy);
     - prior: KL(Q || P) between softmax(logits) and the distribution proportional to |w|;
     - necessity: without the kappa weights of largest contrast for class d, p(d) of its samples goes to 0, by
-      -log(1 - p(d)), and all others keep the original's prediction with class d removed (cross entropy).
+      -log(1 - p(d)), and all others keep the original's prediction with class d removed (cross entropy);
+    - erasure: without them, the representation does not tell class d from its rivals (R^2 of a linear regression). Its
+      weight is drawn anew at every step, and the GCN is told: it serves requests that ask for any of them.
     """
 
     def __init__(self, config: GCNTrainerConfig, graphs: GraphGenerator, top_k: Amount) -> None:
@@ -258,9 +312,14 @@ class GCNLoss:
         return tuple(number_of_weights(amount, self.graph.num_vertices) for amount in span)
 
     def __call__(self, gcn: MaskingGCN, zeroed: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """The terms with a weight above 0 on the classifier without the vertices `zeroed`, and the contrast."""
+        """The terms with a weight above 0 on the classifier without the vertices `zeroed`, and the contrast.
+
+        The erasure term comes with its weight.
+        """
         mask = mask_of(self.graphs, zeroed)
-        x, damage = self.graphs.class_graphs(self.graphs.draw(self.config.group_size, generator), mask)
+        erasure_weight = self._erasure_weight(generator)
+        group = self.graphs.draw(self.config.group_size, generator)
+        x, damage = self.graphs.class_graphs(group, mask, erasure_weight)
         importance = gcn(x, self.graph)  # (classes, vertices)
         scores = contrast(importance, damage if self.config.contrast == "damage" else None)
         samples = self.graphs.draw(max(1, self.config.samples // self.graphs.num_classes), generator)
@@ -269,15 +328,23 @@ class GCNLoss:
             terms["sufficiency"] = self._sufficiency(importance, samples, generator)
         if self.config.prior:
             terms["prior"] = prior_divergence(importance, self.weights).mean()
-        if self.config.necessity_forget or self.config.necessity_retain:
+        if self.config.necessity_forget or self.config.necessity_retain or erasure_weight:
             kappa = log_uniform(self.kappa, generator)
-            terms |= self._necessity(scores, zeroed, kappa, samples)
+            terms |= self._necessity(scores, zeroed, kappa, samples, erasure_weight)
         return terms, scores.detach()
+
+    def _erasure_weight(self, generator: torch.Generator) -> float:
+        if self.config.erasure is None:
+            return 0.0
+        low, high = self.config.erasure
+        return low + (high - low) * torch.rand((), generator=generator).item()
 
     def partial_mask(self, scores: Tensor, generator: torch.Generator) -> Tensor:
         """The vertices that a classifier lacks midway through a request: the first of `scores` for a random class."""
         forget_class = int(torch.randint(len(scores), (), generator=generator))
-        return scores[forget_class].topk(log_uniform(self.partly_masked, generator)).indices
+        count = log_uniform(self.partly_masked, generator)
+        nothing = torch.empty(0, dtype=torch.long, device=scores.device)
+        return ranked(scores[forget_class], self.graph, self.graphs.config.scope, nothing, count)
 
     def _sufficiency(self, importance: Tensor, samples: Tensor, generator: torch.Generator) -> Tensor:
         scores = importance / importance.std(1, keepdim=True)
@@ -286,12 +353,13 @@ class GCNLoss:
         logits = masked_logits(self.graphs.classifier, self.graph, keep, self.graphs.inputs[samples])
         return F.cross_entropy(logits.flatten(0, 1), self.graphs.labels[samples].flatten())
 
-    def _necessity(self, scores: Tensor, zeroed: Tensor, kappa: int, samples: Tensor) -> dict[str, Tensor]:
-        scores = scores / scores.std(1, keepdim=True)
-        scores = scores.index_fill(1, zeroed, float("-inf"))
-        removed = top_k_mask(scores, kappa, self.config.temperature).index_fill(1, zeroed, 1.0)
+    def _necessity(
+        self, scores: Tensor, zeroed: Tensor, kappa: int, samples: Tensor, erasure_weight: float
+    ) -> dict[str, Tensor]:
+        graphs, temperature = self.graphs, self.config.temperature
+        removed = top_k_masks(scores, self.graph, graphs.config.scope, zeroed, kappa, temperature)
         flat = samples.flatten()
-        logits = masked_logits(self.graphs.classifier, self.graph, 1 - removed, self.graphs.inputs[flat])
+        features, logits = masked_outputs(graphs.classifier, self.graph, 1 - removed, graphs.inputs[flat])
         log_p = logits.unflatten(1, samples.shape).log_softmax(-1)  # (masks, classes of the samples, samples, classes)
 
         is_forget = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
@@ -302,7 +370,13 @@ class GCNLoss:
         predictions = self.predictions[flat].unflatten(0, samples.shape)  # (classes of the samples, samples, classes)
         target = predictions.masked_fill(is_forget[:, None, None], float("-inf")).softmax(-1)
         retain = -(target * log_p).sum(-1)[~is_forget].mean()
-        return {"necessity_forget": forget, "necessity_retain": retain}
+        terms = {"necessity_forget": forget, "necessity_retain": retain}
+        if erasure_weight:
+            by_class = features.expand(len(scores), -1, -1).unflatten(1, samples.shape)
+            own = [graphs.against_rivals(under_mask, [d]) for d, under_mask in enumerate(by_class)]
+            variance = graphs.explained_variance(torch.cat(own), range(len(scores)))
+            terms["erasure"] = erasure_weight * variance.mean()
+        return terms
 
 
 class GCNTrainer:
@@ -315,8 +389,10 @@ class GCNTrainer:
     """
 
     def __init__(self, config: GCNTrainerConfig, graphs: Sequence[GraphGenerator], top_k: Amount, seed: int) -> None:
-        if len({(each.config.features, each.config.other_classes) for each in graphs}) > 1:
-            raise TrainingError("features and other_classes of the graphs must be the same for all classifiers")
+        if len({(each.config.features, each.config.other_classes, each.config.erasure) for each in graphs}) > 1:
+            raise TrainingError(
+                "features, other_classes and erasure of the graphs must be the same for all classifiers"
+            )
         self.config = config
         self.graphs = graphs
         self.top_k = top_k
@@ -339,7 +415,7 @@ class GCNTrainer:
             if not len(zeroed):
                 loss_on = self.losses[int(torch.randint(len(self.losses), (), generator=generator))]
             terms, scores = loss_on(gcn, zeroed, generator)
-            loss = sum(getattr(config, name) * value for name, value in terms.items())
+            loss = sum(value if name == "erasure" else getattr(config, name) * value for name, value in terms.items())
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(gcn.parameters(), config.gradient_norm)
@@ -379,6 +455,8 @@ class MaskingConfig:
     group_size: int
     draws: int
     target: float
+    erasure: float
+    erasure_target: float | None
     max_kappa: Amount
 
     def __post_init__(self) -> None:
@@ -387,6 +465,9 @@ class MaskingConfig:
         for name in ("max_kappa",) + (() if self.step is None else ("step",)):
             check_amount(name, getattr(self, name))
         check_range("target", self.target, above=0)
+        check_range("erasure", self.erasure, at_least=0)
+        if self.erasure_target is not None:
+            check_range("erasure_target", self.erasure_target)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum}")
 
@@ -422,7 +503,7 @@ class TrainedGCN:
 
     def check(self, graphs: GraphConfig) -> None:
         """Raises ArtifactError where the graphs do not have the features that the GCN reads."""
-        for name in ("features", "other_classes"):
+        for name in ("features", "other_classes", "erasure"):
             reads, has = getattr(self.graphs, name), getattr(graphs, name)
             if reads != has:
                 raise ArtifactError(f"graphs.{name} must be {reads}, which the trained GCN reads, not {has}")
@@ -454,7 +535,7 @@ class GCNRanking:
         importance, damage = [], []
         for draw in range(self.config.draws):
             samples = request_samples(self.config, self.graphs, self.seed, self.forget_class, step, draw)
-            x, loss = self.graphs.class_graphs(samples, mask_of(self.graphs, zeroed))
+            x, loss = self.graphs.class_graphs(samples, mask_of(self.graphs, zeroed), self.config.erasure)
             importance.append(self.gcn(x, self.graphs.graph))
             damage.append(loss)
         return torch.stack(importance).mean(0), torch.stack(damage).mean(0)
@@ -468,31 +549,44 @@ class GCNRanking:
 class SaliencyRanking:
     """The same without a GCN: what removing a weight does to the forget class's margin and to the other classes' loss.
 
-        w E_d[d margin/dw] + retain_weight (w E_r[dL/dw] - w^2 E_r[(dL/dw)^2] / 2)
+        w E_d[d margin/dw] + retain_weight (w E_r[dL/dw] - w^2 E_r[(dL/dw)^2] / 2) + erasure_weight w dR^2/dw
 
     The first term is the first-order fall of the margin, the bracket the second-order fall of the loss, with the Fisher
-    information for the curvature; E_r is the mean over the other classes, weighted by damage as in `contrast`.
+    information for the curvature; E_r is the mean over the other classes, weighted by damage as in `contrast`. The last
+    one is what the representation loses of the class, `GraphGenerator.erasure`.
     """
 
     def __init__(
-        self, config: MaskingConfig, graphs: GraphGenerator, forget_class: int, seed: int, retain_weight: float
+        self,
+        config: MaskingConfig,
+        graphs: GraphGenerator,
+        forget_class: int,
+        seed: int,
+        retain_weight: float,
+        erasure_weight: float,
     ) -> None:
         self.config = config
         self.graphs = graphs
         self.forget_class = forget_class
         self.seed = seed
         self.retain_weight = retain_weight
+        self.erasure_weight = erasure_weight
 
     def __call__(self, step: int, zeroed: Tensor) -> Tensor:
         """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
         samples = request_samples(self.config, self.graphs, self.seed, self.forget_class, step)
         names = ("margin", "effect", "fisher")
-        features, damage = self.graphs.class_features(samples, names, mask_of(self.graphs, zeroed))
+        mask = mask_of(self.graphs, zeroed)
+        features, damage = self.graphs.class_features(samples, names, mask)
         fall_of_loss = features["effect"] - features["fisher"] ** 2 / 2
         # With 0 for its own class, the contrast is minus the weighted mean over the others.
         fall_of_loss[self.forget_class] = 0
         retain = -contrast(fall_of_loss, damage)[self.forget_class]
-        return features["margin"][self.forget_class] + self.retain_weight * retain
+        scores = features["margin"][self.forget_class] + self.retain_weight * retain
+        if self.erasure_weight:
+            (erasure,) = self.graphs.erasure(samples, [self.forget_class], mask)
+            scores += self.erasure_weight * erasure
+        return scores
 
 
 def request_samples(
@@ -533,15 +627,18 @@ class ZeroingOrder:
             scores = self.ranking(len(self._seconds), self._zeroed)
             scores = scores / scores.std().clamp_min(1e-12)
             self._mean = scores if self._mean is None else torch.lerp(scores, self._mean, self.config.momentum)
-            free = len(scores) - len(self._zeroed)
-            ranked = self._mean.index_fill(0, self._zeroed, float("-inf")).topk(min(self.step, free)).indices
-            self._zeroed = torch.cat([self._zeroed, ranked])
+            graph, scope = self.graphs.graph, self.graphs.config.scope
+            self._zeroed = torch.cat([self._zeroed, ranked(self._mean, graph, scope, self._zeroed, self.step)])
             self._seconds.append(time.perf_counter() - started)
         return self._zeroed[:kappa]
 
     @torch.no_grad()
     def forgotten_at(self, forget: Split) -> int:
         """The smallest kappa of whole steps that leaves less than `config.target` percent of these samples correct.
+
+        With an `erasure_target`, a ridge regression on the representation must also find the class less often than it
+        would in one that never saw the class, or by less than so many points more often. That recall is estimated by
+        what the regression finds in the pixels. Both are recalls on training samples.
 
         Where all is zeroed at once, it goes in hundredths of `max_kappa`. At `max_kappa` it is given up, and that is
         returned.
@@ -561,12 +658,20 @@ class ZeroingOrder:
         for kappa in range(stride, self.max_kappa, stride):
             zeroed = self.first(kappa)
             started = time.perf_counter()
-            with Mask.zeroing(self.graphs.graph, zeroed).applied_to(classifier):
+            mask = Mask.zeroing(self.graphs.graph, zeroed)
+            with mask.applied_to(classifier):
                 correct = (classifier(inputs, first).argmax(1) == forget.labels).float().mean().item()
+            is_forgotten = 100 * correct < self.config.target and self._is_erased(mask, int(forget.labels[0]))
             self._seconds[-(-kappa // self.step) - 1] += time.perf_counter() - started
-            if 100 * correct < self.config.target:
+            if is_forgotten:
                 return kappa
         return self.max_kappa
+
+    def _is_erased(self, mask: Mask, forget_class: int) -> bool:
+        if self.config.erasure_target is None:
+            return True
+        excess = self.graphs.probe_recall(mask)[forget_class] - self.graphs.pixel_recall[forget_class]
+        return excess.item() < self.config.erasure_target
 
     def seconds(self, kappa: int) -> float:
         """What the steps up to this kappa took, of those that are made."""

@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import correlation, fmean
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from comparison import AuditReport  # noqa: E402
-from config import load_config  # noqa: E402
+from config import load_config, load_variants  # noqa: E402
 from eval import metrics_folder  # noqa: E402
 from reporter import FORGET, RETAIN, Reporter, markdown_table  # noqa: E402
 
@@ -111,10 +112,11 @@ def published() -> str:
     return markdown_table(["kappa", "forget score, %", "retain score, %"], rows)
 
 
-def variants(config: str, processes: int = 1) -> str:
-    """The table of the variants of a config."""
+def variants(config: str, processes: int = 1, is_drawn: bool = True) -> str:
+    """The tables of the variants of a config."""
     run_config(config, processes=processes)
-    shutil.copy(REPORTS / "variants.png", DOCS / f"{config}.png")
+    if is_drawn:
+        shutil.copy(REPORTS / "variants.png", DOCS / f"{config}.png")
     seconds, gigabytes, _ = run_figures()
     table = (REPORTS / "variants.md").read_text().partition("\n\n")[2]
     several = processes > 1
@@ -135,6 +137,45 @@ def baselines() -> str:
         "GB. Here, three classifiers, two processes with one thread each: `uv run torchrun --nproc-per-node 2 main.py "
         f"--config configs/baselines.yaml 'sweep.seeds=[0, 1, 2]'`, {run_figures()[0]:.0f} s.\n\n"
         + "\n\n".join(report.tables()).replace("## ", "### ")
+    )
+
+
+def erasure() -> str:
+    """What methods leave in the representation, on three classifiers; and what one classifier takes."""
+    config = run_config("erasure", processes=2)
+    one_seed, gigabytes, _ = run_figures()
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "main.py", "--config", config]
+    subprocess.run([*start, "sweep.seeds=[0, 1, 2]"], cwd=ROOT, check=True)  # what is there of the first is reused
+    shutil.copy(REPORTS / "frontier.png", DOCS / "frontier.png")
+    shutil.copy(REPORTS / "variants.md", DOCS / "erasure.md")
+    tables = (REPORTS / "variants.md").read_text().partition("\n\n")[2]
+    first, second = tables.strip().split("\n\n")
+    return (
+        "Ten digits, three classifiers (mean ± standard deviation over them), test split; kappa is chosen for each "
+        "request on the training split.\n\n"
+        f"{first}\n\n"
+        "What is left in the representation: recall of the class by each probe against that of the same probe on the "
+        "retrained classifier, points; and the steps of relearning from 1, 10 and 100 samples of every class, at most "
+        f"{load_variants(config)['hidden'].eval.audit.relearn_steps}.\n\n"
+        f"{second}\n\n{reference_agreement()}\n\n"
+        "`uv run torchrun --nproc-per-node 2 main.py --config configs/erasure.yaml`, one classifier, takes "
+        f"{one_seed:.0f} s and {gigabytes:.1f} GB a process; with `'sweep.seeds=[0, 1, 2]'` behind it the two others "
+        f"take {run_figures()[0]:.0f} s more."
+    )
+
+
+def reference_agreement() -> str:
+    """How well the regression on the pixels tells what it finds in the representation of a retrained classifier."""
+    experiments = [json.loads(path.read_text()) for path in metrics_folder(ROOT / "eval").glob("*.json")]
+    recalls = [each["training_recall"] for each in experiments if "retrain" in each["training_recall"]]
+    pixels, retrained, original = ([each[key] for each in recalls] for key in ("pixels", "retrain", "original"))
+    differences = [a - b for a, b in zip(pixels, retrained)]
+    return (
+        f"The regression of the stopping rule finds a class in {fmean(retrained):.1f} % of the training samples in the "
+        f"representation of the retrained classifiers, in {fmean(original):.1f} % in that of the originals, and in "
+        f"{fmean(pixels):.1f} % in the pixels, by which the first is estimated: mean difference "
+        f"{fmean(differences):+.1f} points, mean absolute difference {fmean(map(abs, differences)):.1f}, correlation "
+        f"over {len(recalls)} classes and classifiers {correlation(pixels, retrained):.2f}."
     )
 
 
@@ -178,6 +219,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "ablation": lambda: variants("ablation", processes=2),
     "baselines": baselines,
     "full_model": full_model,
+    "erasure": erasure,
+    "erasure_ablation": lambda: variants("erasure_ablation", processes=2, is_drawn=False),
     "full_model_ablation": lambda: variants("full_model_ablation", processes=2),
     "published": published,
     "all_digits": all_digits,

@@ -74,8 +74,9 @@ class Tuning:
         figures = []
         for digit, (arguments, retrained) in enumerate(zip(self.arguments, self.retrained)):
             request = Request(*arguments).at(1, is_auto=True)
+            hyperparameters = request.config.hyperparameters.get(method, {}) | values
             try:
-                seen = self.seen(METHODS[method].unlearn(request, **values))
+                seen = self.seen(METHODS[method].unlearn(request, **hyperparameters))
             except TrainingError:
                 return Trial(values, 100.0, 0.0, math.inf)
             parts = [seen.labels == digit, seen.labels != digit]

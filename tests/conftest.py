@@ -2,8 +2,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,10 +32,56 @@ def random_classifier(seed: int = 0, dtype: torch.dtype = torch.float32, bias: b
     return HookedMNISTClassifier(HIDDEN, IN_FEATURES, NUM_CLASSES, bias).to(dtype)
 
 
+def graph_config(mask_layer=-2, **changes) -> GraphConfig:
+    settings = {
+        "scope": "global", "features": tuple(FEATURES), "other_classes": True, "samples_per_class": 15,
+        "erasure": False, "rivals": 1, "ridge": 0.01,
+    }  # fmt: skip
+    return GraphConfig(mask_layer=mask_layer, **settings | changes)
+
+
 def graph_generator(mask_layer=-2, dtype: torch.dtype = torch.float32, bias: bool = False, **changes) -> GraphGenerator:
-    settings = {"features": tuple(FEATURES), "other_classes": True, "samples_per_class": 15} | changes
     classifier = random_classifier(dtype=dtype, bias=bias)
-    return GraphGenerator(classifier, random_split(dtype=dtype), GraphConfig(mask_layer, **settings), 0)
+    return GraphGenerator(classifier, random_split(dtype=dtype), graph_config(mask_layer, **changes), 0)
+
+
+def as_matrix(features: Tensor) -> np.ndarray:
+    """Features in double precision, standardised as the closed forms have it."""
+    x = features.detach().double().numpy()
+    return (x - x.mean(0)) / (x.std(0) + 1e-3)
+
+
+def r_squared(features: Tensor, is_class: Tensor, ridge: float) -> float:
+    """R^2 of the ridge regression to the indicator of a class, by NumPy: features (samples, n), is_class (samples)."""
+    h, t = as_matrix(features), is_class.double().numpy()
+    b = h.T @ (t - t.mean()) / len(t)
+    return b @ np.linalg.solve(h.T @ h / len(t) + ridge * np.eye(len(b)), b) / t.var()
+
+
+def ridge_recalls(features: Tensor, labels: Tensor, ridge: float) -> list[float]:
+    """Percent of each class that a ridge regression finds, by NumPy, one class at a time."""
+    h, y = as_matrix(features), labels.numpy()
+    correlation = h.T @ h / len(h) + ridge * np.eye(h.shape[1])
+    scores = []
+    for label in range(int(y.max()) + 1):
+        t = (y == label).astype(float)
+        scores.append(h @ np.linalg.solve(correlation, h.T @ (t - t.mean()) / len(t)) + t.mean())
+    found = np.argmax(scores, 0)
+    return [100 * float((found[y == label] == label).mean()) for label in range(len(scores))]
+
+
+def representation(classifier: HookedMNISTClassifier, images: Tensor) -> Tensor:
+    """The input of the last layer, by the weights alone."""
+    for layer in classifier.layers[:-1]:
+        images = (images @ layer.weight.T + (0 if layer.bias is None else layer.bias)).relu()
+    return images.detach()
+
+
+def carried(graphs: GraphGenerator, classifier: HookedMNISTClassifier, samples: Tensor, label: int) -> float:
+    """R^2 of a class against its rivals in the representation of a classifier, on groups of samples of every class."""
+    rows = torch.cat([samples[each] for each in (label, *graphs.rivals[label].tolist())])
+    features = representation(classifier, graphs.samples.images[rows])
+    return r_squared(features, graphs.labels[rows] == label, graphs.config.ridge)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 from conftest import IN_FEATURES, NUM_CLASSES, random_classifier, random_split
 
 from audits import (
+    PROBES,
     Audit,
     AuditConfig,
     Seen,
@@ -18,18 +19,24 @@ from audits import (
     look_at,
     loss_attack,
     made_permanent,
+    neighbours_probe,
     relearn,
+    relearn_from,
+    some_of_every_class,
+    trained_probe,
     weights_changed,
 )
-from data import ImageData, Split, seeded
+from data import ImageData, Split, seeded, seeded_initialisation
 from methods import WithoutLogit
-from model import Mask, WeightGraph
+from model import HookedMNISTClassifier, Mask, WeightGraph
 from trainer import Trainer, TrainerConfig
 
 FORGET = 1
 CONFIG = AuditConfig(
-    enabled=True, probe_penalty=0.0, probe_steps=200, relearn_steps=40, relearn_batch_size=10, relearn_rate=0.1
-)
+    enabled=True, probe_penalty=0.0, probe_steps=200, probes=(), probe_epochs=30, probe_batch_size=32, probe_rate=0.05,
+    probe_units=8, probe_neighbours=5, probe_neighbours_of=150, relearn_steps=40, relearn_batch_size=10,
+    relearn_rate=0.1, relearn_from=(), relearn_from_rate=0.1,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +128,7 @@ def test_the_entropy_attack_finds_the_optimum_of_its_loss():
 
 
 def seen(features: torch.Tensor, labels: torch.Tensor) -> Seen:
-    return Seen(torch.zeros(len(labels), int(labels.max()) + 1), features, labels)
+    return Seen(torch.zeros(len(labels), int(labels.max()) + 1), (features,), labels)
 
 
 def test_the_probe_finds_a_class_that_the_features_hold_and_none_that_they_do_not():
@@ -131,8 +138,7 @@ def test_the_probe_finds_a_class_that_the_features_hold_and_none_that_they_do_no
     found = linear_probe(*blind, penalty=0.0, steps=200) == test.labels
     assert found.double().mean() < 0.5
     sighted = [
-        Seen(each.logits, torch.cat([each.features, (each.labels == FORGET)[:, None].float()], 1), each.labels)
-        for each in blind
+        seen(torch.cat([each.features, (each.labels == FORGET)[:, None].float()], 1), each.labels) for each in blind
     ]
     found = linear_probe(*sighted, penalty=1e-6, steps=200) == test.labels
     assert found[test.labels == FORGET].all()
@@ -255,11 +261,203 @@ def test_audits_leave_the_classifier_and_the_global_generator_alone(trained, ret
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_features_are_the_input_of_the_last_layer():
+def test_features_are_the_input_of_the_last_layer_and_hidden_those_of_every_layer_after_the_first():
     classifier, split = random_classifier(), random_split(10)
     looked = look_at(torch.nn.Sequential(classifier), Split(split.images, split.labels))
     expected = split.images
-    for layer in classifier.layers[:-1]:
+    for layer, hidden in zip(classifier.layers[:-1], looked.hidden, strict=True):
         expected = layer(expected).relu()
+        assert torch.equal(hidden, expected)
+    chosen = looked.of(looked.labels == FORGET)
+    assert all(torch.equal(x, y[split.labels == FORGET]) for x, y in zip(chosen.hidden, looked.hidden, strict=True))
     assert torch.equal(looked.features, expected) and torch.equal(looked.logits, classifier(split.images))
     assert looked.loss[3] == pytest.approx(-classifier(split.images).double().log_softmax(1)[3, split.labels[3]].item())
+
+
+def test_a_classifier_of_one_layer_represents_the_images_by_themselves():
+    classifier, split = HookedMNISTClassifier((), IN_FEATURES, NUM_CLASSES), random_split(10)
+    assert torch.equal(look_at(classifier, split).features, split.images)
+    assert len(look_at(classifier, split).hidden) == 1
+
+
+def two_classes_apart(samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of many scales, the class in the sign of one of them."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(2, (samples,), generator=generator)
+    features = torch.randn(samples, 4, generator=generator)
+    features[:, 2] += 8.0 * labels
+    return features * torch.tensor([1.0, 100.0, 0.01, 10.0]) + 5, labels
+
+
+def exclusive_or(samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(2, (samples, 2), generator=generator)
+    return 2.0 * signs - 1 + 0.1 * torch.randn(samples, 2, generator=generator), signs.sum(1) % 2
+
+
+@pytest.mark.parametrize("hidden", [(), (8,)])
+def test_a_trained_probe_finds_a_class_that_is_linearly_there_and_none_that_is_not(hidden):
+    (train, labels), (test, expected) = two_classes_apart(400, 0), two_classes_apart(300, 1)
+    state = torch.get_rng_state()
+    found = trained_probe(train, labels, test, hidden, CONFIG, 0)
+    assert (found == expected).double().mean() > 0.99
+    blind = trained_probe(train[:, [0, 1, 3]], labels, test[:, [0, 1, 3]], hidden, CONFIG, 0)
+    assert 0.35 < (blind == expected).double().mean() < 0.65
+    assert torch.equal(trained_probe(train, labels, test, hidden, CONFIG, 0), found)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_two_layers_find_what_no_line_can_part():
+    (train, labels), (test, expected) = exclusive_or(400, 0), exclusive_or(300, 1)
+    linear, two_layer = (trained_probe(train, labels, test, hidden, CONFIG, 0) == expected for hidden in ((), (8,)))
+    assert linear.double().mean() < 0.8 and two_layer.double().mean() > 0.99
+
+
+def test_a_trained_probe_is_adam_on_standardised_features():
+    train, test = random_split(30), random_split(20, seed=9)
+    config = replace(CONFIG, probe_epochs=2)
+    found = trained_probe(train.images, train.labels, test.images, (), config, 3)
+    mean, deviation = train.images.mean(0), train.images.std(0)
+    with seeded_initialisation(3):
+        layer = torch.nn.Linear(IN_FEATURES, NUM_CLASSES)
+    optimizer, generator = torch.optim.Adam(layer.parameters(), config.probe_rate), seeded("probe", 3)
+    for _ in range(2):
+        order = torch.randperm(90, generator=generator)
+        for start in range(0, 90, config.probe_batch_size):
+            batch = order[start : start + config.probe_batch_size]
+            logits = layer((train.images[batch] - mean) / deviation)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(logits, train.labels[batch]).backward()
+            optimizer.step()
+    assert torch.equal(found, layer((test.images - mean) / deviation).argmax(1))
+
+
+def test_the_nearest_neighbours_by_brute_force():
+    """More samples than are looked at in one go; where classes are equally frequent, any of them."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([1.0, 100.0, 0.01])
+    train, test = torch.randn(80, 3, generator=generator) * scales, torch.randn(1100, 3, generator=generator) * scales
+    labels = torch.randint(4, (80,), generator=generator)
+    found = neighbours_probe(train, labels, test, 7)
+    mean, deviation = train.double().mean(0), train.double().std(0)
+    distances = torch.cdist((test.double() - mean) / deviation, (train.double() - mean) / deviation)
+    for row, label in zip(distances, found.tolist(), strict=True):
+        votes = labels[row.argsort()[:7]].bincount(minlength=4)
+        assert votes[label] == votes.max()
+    assert set(found.tolist()) == {0, 1, 2, 3}
+
+
+def test_neighbours_are_no_more_than_there_are_samples():
+    train, test = random_split(2), random_split(3, seed=9)
+    assert neighbours_probe(train.images, train.labels, test.images, 20).tolist() == [0] * 9
+
+
+def test_some_samples_of_every_class_are_the_same_for_every_classifier():
+    split = random_split(9)
+    few = Split(split.images[split.labels != 2], split.labels[split.labels != 2])
+    one = split.forget(2)
+    uneven = Split(torch.cat([few.images, one.images[:3]]), torch.cat([few.labels, one.labels[:3]]))
+    chosen = some_of_every_class(uneven, 5, 0)
+    assert chosen.labels.bincount().tolist() == [5, 5, 3]
+    rows = {tuple(image): label for image, label in zip(uneven.images.tolist(), uneven.labels.tolist())}
+    assert [rows[tuple(image)] for image in chosen.images.tolist()] == chosen.labels.tolist()
+    assert len({tuple(image) for image in chosen.images.tolist()}) == 13
+    again, other = some_of_every_class(uneven, 5, 0), some_of_every_class(uneven, 5, 1)
+    assert torch.equal(again.images, chosen.images) and not torch.equal(other.images, chosen.images)
+
+
+def steps_of_sgd(model, samples: Split, test: Split, goal: float, frozen=()) -> int:
+    """Steps at a rate of 0.1 until the goal; the weights `frozen` of the middle layer stay 0."""
+    steps = 0
+    while 100 * (model(test.images).argmax(1) == FORGET).double().mean() < goal:
+        loss = torch.nn.functional.cross_entropy(model(samples.images), samples.labels)
+        for parameter, gradient in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()))):
+            parameter.data -= 0.1 * gradient
+        model.layers[1].weight.data.view(-1)[list(frozen)] = 0
+        steps += 1
+    return steps
+
+
+def test_relearning_from_few_samples_counts_the_steps_of_sgd(retrained, data):
+    samples, test = some_of_every_class(data.train, 10, 0), data.test.forget(FORGET)
+    before = {name: value.clone() for name, value in retrained.state_dict().items()}
+    steps = relearn_from(retrained, samples, test, 60.0, 0.1, 200)
+    assert steps == steps_of_sgd(copy.deepcopy(retrained), samples, test, 60.0) > 1
+    assert relearn_from(retrained, samples, test, 60.0, 0.1, steps - 1) == steps - 1
+    assert all(torch.equal(value, before[name]) for name, value in retrained.state_dict().items())
+
+
+def test_relearning_from_few_samples_frees_the_weights_of_a_mask(retrained, trained, data):
+    samples, test = some_of_every_class(data.train, 10, 0), data.test.forget(FORGET)
+    zeroed = range(0, 30, 2)
+    steps = relearn_from(masked(retrained, zeroed), samples, test, 60.0, 0.1, 200)
+    free, frozen = copy.deepcopy(retrained), copy.deepcopy(retrained)
+    for model in (free, frozen):
+        model.layers[1].weight.data.view(-1)[list(zeroed)] = 0
+    assert steps == steps_of_sgd(free, samples, test, 60.0) != steps_of_sgd(frozen, samples, test, 60.0, zeroed)
+    assert relearn_from(trained, samples, test, 60.0, 0.1, 200) == 0
+
+
+def test_relearning_from_few_samples_tells_what_does_not_come_back_from_what_cannot(trained, retrained, data):
+    samples, test = some_of_every_class(data.train, 2, 0), data.test.forget(FORGET)
+    assert relearn_from(retrained, samples, test, 60.0, 1e-6, 5) == 5
+    assert relearn_from(WithoutLogit(copy.deepcopy(trained), FORGET), samples, test, 60.0, 0.1, 5) is None
+
+
+def recall(found: torch.Tensor) -> float:
+    return 100 * (found == FORGET).double().mean().item()
+
+
+def test_the_further_probes_and_relearnings_are_those_that_were_asked_for(trained, retrained, data):
+    few = {"probe_neighbours": 3, "probe_neighbours_of": 3}  # all neighbours are the same
+    config = replace(CONFIG, probes=PROBES, relearn_from=(1, 5), probe_epochs=2, **few)
+    found = Audit(config, data, FORGET, trained, retrained, 4)(retrained)
+    train, test = data.train, data.test.forget(FORGET)
+    first = [retrained.layers[0](split.images).relu().detach() for split in (train, test)]
+    last = [retrained.layers[1](x).relu().detach() for x in first]
+    order = torch.randperm(300, generator=seeded("neighbours", 4))[:3]
+    assert found["probes"] == {
+        "softmax": recall(trained_probe(last[0], train.labels, last[1], (), config, 4)),
+        "two_layer": recall(trained_probe(last[0], train.labels, last[1], (8,), config, 4)),
+        "neighbours": recall(neighbours_probe(last[0][order], train.labels[order], last[1], 3)),
+        "hidden_0": recall(trained_probe(first[0], train.labels, first[1], (), config, 4)),
+    }
+    original = 50 * (trained(test.images).argmax(1) == FORGET).double().mean().item()
+    assert found["relearn_from"] == {
+        str(count): relearn_from(retrained, some_of_every_class(train, count, 4), test, original, 0.1, 40)
+        for count in (1, 5)
+    }
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_every_further_probe_stands_alone(name, trained, data):
+    config = replace(CONFIG, probes=(name,), probe_epochs=1, relearn_steps=1)
+    found = Audit(config, data, FORGET, trained, None, 0)(trained)
+    assert list(found["probes"]) == ["hidden_0" if name == "hidden" else name] and found["relearn_from"] == {}
+    assert found["probes"].popitem()[1] > 50
+
+
+def test_without_a_retrained_classifier_only_the_divergences_are_missing(trained, retrained, data):
+    alone, beside = (Audit(CONFIG, data, FORGET, trained, other, 0)(trained) for other in (None, retrained))
+    assert alone["js_forget"] is None and alone["js_retain"] is None
+    assert alone == beside | {"js_forget": None, "js_retain": None} and None not in beside.values()
+    assert beside["probes"] == beside["relearn_from"] == {}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"probes": ("softmax", "sofmax")}, "probes: 'sofmax' is not known: valid are softmax, two_layer, neighb"),
+        ({"relearn_from": (5, 0)}, "relearn_from must be at least 1, not 0"),
+        ({"probe_neighbours": 9, "probe_neighbours_of": 8}, "probe_neighbours must be at most probe_neighbours_of, 8"),
+        *(({name: 0}, f"{name} must be at least 1, not 0") for name in (
+            "probe_steps", "probe_epochs", "probe_batch_size", "probe_units", "probe_neighbours", "probe_neighbours_of",
+            "relearn_steps", "relearn_batch_size",
+        )),
+        *(({name: 0.0}, f"{name} must be above 0") for name in ("probe_rate", "relearn_rate", "relearn_from_rate")),
+        ({"probe_penalty": -1.0}, "probe_penalty must be at least 0"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_of_the_audits_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **change)

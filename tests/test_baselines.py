@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NUM_CLASSES, random_classifier, random_split
+from conftest import NUM_CLASSES, carried, graph_config, random_classifier, random_split
 
 import baselines
 from config import load_config
-from data import GraphConfig, GraphGenerator
+from data import GraphGenerator
 from methods import METHODS, Request, removal_effect
 from model import MaskingGCN
-from trainer import Trainer, TrainerConfig, TrainingError
+from trainer import SaliencyRanking, Trainer, TrainerConfig, TrainingError, ZeroingOrder
 
 FORGET = 1
 # What they take on so small a problem.
@@ -34,15 +34,18 @@ HYPERPARAMETERS = {
         "noise_steps": 20, "noise_rate": 0.1, "noise_penalty": 0.01, "batch_size": 16, "noise_batches": 6,
         "retain_share": 1.0, "impair_rate": 0.03, "repair_rate": 0.015,
     },
-    "optimised_mask": {"steps": 150, "samples": 60, "learning_rate": 0.1, "forget_weight": 1.0, "sparsity": 0.1},
+    "optimised_mask": {
+        "steps": 150, "samples": 60, "learning_rate": 0.1, "forget_weight": 1.0, "sparsity": 0.1, "erasure_weight": 0.0,
+    },
 }  # fmt: skip
 
 
-def make_request(**changes) -> Request:
+def make_request(mask_layer=-2, **changes) -> Request:
     train = random_split(60)
     trainer = Trainer(TrainerConfig((12, 8), False, 4, 16, 0.01), 0)
     classifier = trainer.train(train, NUM_CLASSES)
-    graphs = GraphGenerator(classifier, train, GraphConfig(-2, ("weight", "margin"), True, 40), 0)
+    described = graph_config(mask_layer, features=("weight", "margin"), samples_per_class=40)
+    graphs = GraphGenerator(classifier, train, described, 0)
     config = replace(load_config().eval, group_size=20, **{"step": 4, "max_kappa": 0.9, **changes})
     torch.manual_seed(0)
     return Request(config, classifier, trainer, train, graphs, MaskingGCN(3, 8, 2), FORGET, 24, 0)
@@ -190,6 +193,33 @@ def test_the_optimised_mask_is_a_mask_and_its_sparsity_counts(request_to_forget)
     assert int((sparse.layers[1].weight == 0).sum()) < int(zeroed.sum())
 
 
+def test_the_optimised_mask_takes_the_class_out_of_the_representation_where_that_is_asked_for():
+    request, asking = make_request(None), make_request(None, erasure=5.0)
+    hyperparameters = HYPERPARAMETERS["optimised_mask"] | {"sparsity": 1.0}
+
+    def left(request: Request, weight: float) -> float:
+        model = METHODS["optimised_mask"].unlearn(request.at(None), **hyperparameters | {"erasure_weight": weight})
+        assert scores(model, request)[0] < 10
+        return carried(request.graphs, model, request.graphs.by_class(), FORGET)
+
+    plain = left(request, 1.0)
+    assert plain == left(asking, 0.0), "nothing is asked for"
+    assert left(asking, 1.0) < plain - 0.2
+
+
+@pytest.mark.parametrize("asked", [0.0, 2.0])
+def test_the_saliency_weighs_the_erasure_as_much_as_it_is_asked_for(asked):
+    request = make_request(None, erasure=asked)
+    METHODS["saliency"].unlearn(request.at(40), retain_weight=1.0, erasure_weight=50.0)
+    found = request._orders["saliency"].first(40).tolist()
+
+    def by_hand(weight: float) -> list[int]:
+        ranking = SaliencyRanking(request.config, request.graphs, FORGET, request.seed, 1.0, weight)
+        return ZeroingOrder(request.config, request.graphs, ranking).first(40).tolist()
+
+    assert found == by_hand(50.0 * asked) != by_hand(50.0)
+
+
 @pytest.mark.parametrize("name", ["first_order", "saliency_contrast"])
 def test_one_shot_saliencies_rank_by_the_first_order_effect(name, request_to_forget):
     """Gradients by autograd on the samples of a class, over the whole network."""
@@ -235,7 +265,12 @@ def test_the_config_has_the_candidates_that_were_chosen():
     hyperparameters = load_config().eval.hyperparameters
     assert set(chosen) - {"mimu"} == set(hyperparameters)
     for name, values in hyperparameters.items():
-        assert dict(part.split() for part in chosen[name].split(", ")) == {key: f"{v:g}" for key, v in values.items()}
+        assert dict(part.split() for part in chosen[name].split(", ")) == {
+            # Which is of use in other runs than those that chose.
+            key: f"{value:g}"
+            for key, value in values.items()
+            if key != "erasure_weight"
+        }
 
 
 def test_the_nearest_of_the_candidates_that_forget_and_keep_is_chosen():

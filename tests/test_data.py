@@ -1,20 +1,31 @@
 """Splits, the sealed test split, per-sample gradients, and vertex features against autograd one sample at a time."""
 
+import copy
 import gzip
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import NUM_CLASSES, graph_generator, random_classifier, random_split
+from conftest import (
+    NUM_CLASSES,
+    as_matrix,
+    carried,
+    graph_config,
+    graph_generator,
+    random_classifier,
+    random_split,
+    representation,
+    ridge_recalls,
+)
 
 import artifacts
 import data
 from data import (
     FEATURES,
     DataError,
-    GraphConfig,
     GraphGenerator,
     ImageData,
     Split,
@@ -268,7 +279,7 @@ def test_draws_take_samples_of_their_class_without_repetition(graphs):
 
 
 def test_recorded_samples_are_training_samples_of_their_class(split):
-    graphs = GraphGenerator(random_classifier(), split, GraphConfig(-2, ("weight",), False, 1000), 0)
+    graphs = GraphGenerator(random_classifier(), split, graph_config(samples_per_class=1000), 0)
     assert len(graphs) == 60 and graphs.samples_per_class == 20
     rows = {tuple(image.tolist()) for image in split.images}
     assert all(tuple(image.tolist()) in rows for image in graphs.samples.images)
@@ -277,7 +288,7 @@ def test_recorded_samples_are_training_samples_of_their_class(split):
 def test_a_class_without_samples_is_refused():
     only_two = random_split().retain(2)
     with pytest.raises(ValueError, match="class 2 has no training sample"):
-        GraphGenerator(random_classifier(), only_two, GraphConfig(-2, ("weight",), False, 10), 0)
+        GraphGenerator(random_classifier(), only_two, graph_config(), 0)
 
 
 def test_saved_graphs_hold_what_was_recorded(graphs, tmp_path):
@@ -294,12 +305,128 @@ def test_saved_graphs_hold_what_was_recorded(graphs, tmp_path):
         ({"features": ()}, "at least one"),
         ({"features": ("weight", "weight")}, "twice"),
         ({"samples_per_class": 0}, "samples_per_class must be at least 1"),
+        ({"rivals": 0}, "rivals must be at least 1"),
+        ({"ridge": 0.0}, "ridge must be above 0"),
+        ({"ridge": -0.1}, "ridge must be above 0"),
     ],
 )
 def test_impossible_graph_settings_are_refused(change, message):
-    settings = {"mask_layer": -2, "features": ("weight",), "other_classes": True, "samples_per_class": 5}
     with pytest.raises(ValueError, match=message):
-        GraphConfig(**settings | change)
+        graph_config(**change)
+
+
+def test_rivals_are_the_nearest_classes_in_the_representation():
+    graphs = graph_generator(dtype=torch.float64)
+    x, y = as_matrix(representation(graphs.classifier, graphs.samples.images)), graphs.labels.numpy()
+    means = [x[y == label].mean(0) for label in range(NUM_CLASSES)]
+    for label, (rival,) in enumerate(graphs.rivals.tolist()):
+        others = [other for other in range(NUM_CLASSES) if other != label]
+        assert rival == min(others, key=lambda other: np.linalg.norm(means[other] - means[label]))
+    assert graph_generator(rivals=9).rivals.sort().values.tolist() == [[1, 2], [0, 2], [0, 1]]
+
+
+def test_rivals_are_those_of_the_whole_classifier_at_any_time():
+    graphs, masked = graph_generator(None, erasure=True), graph_generator(None, erasure=True)
+    masked.erasure(masked.draw(5, seeded("test")), [0], Mask.zeroing(masked.graph, torch.arange(30)))
+    assert torch.equal(masked.rivals, graphs.rivals)
+
+
+@pytest.mark.parametrize("rivals", [1, 2])
+def test_its_own_samples_come_first_and_then_those_of_its_rivals(rivals):
+    graphs = graph_generator(rivals=rivals)
+    chosen = graphs.against_rivals(graphs.by_class(), [2, 0])
+    for label, rows in zip((2, 0), chosen):
+        labels = [label, *graphs.rivals[label].tolist()]
+        assert graphs.labels[rows].tolist() == [each for each in labels for _ in range(15)]
+    features = torch.randn(NUM_CLASSES, 15, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(graphs.against_rivals(features, [2, 0]), features.flatten(0, 1)[chosen])
+
+
+def carried_with(graphs, samples, label, factors):
+    """R^2 of the class where weights, by (layer, position), are multiplied with factors."""
+    classifier = copy.deepcopy(graphs.classifier)
+    for (layer, position), factor in factors.items():
+        classifier.layers[layer].weight.data.view(-1)[position] *= factor
+    return carried(graphs, classifier, samples, label)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("masked", [[], [0, 3, 11, 29]])
+@pytest.mark.parametrize("mask_layer", [-2, [0, 2], None])
+def test_erasure_is_what_scaling_a_weight_does_to_the_class(mask_layer, masked, bias):
+    """Central differences of R^2 in the factor of one weight."""
+    graphs = graph_generator(mask_layer, torch.float64, bias, erasure=True)
+    samples = graphs.draw(12, seeded("test"))
+    places = [(layer, i) for layer, size in zip(graphs.graph.layers, graphs.graph.sizes) for i in range(size)]
+    gone = {places[vertex]: 0.0 for vertex in masked}
+    falls = graphs.erasure(samples, [2, 0], Mask.zeroing(graphs.graph, torch.tensor(masked)) if masked else None)
+    assert falls.shape == (2, len(places)) and (falls[:, masked] == 0).all()
+    generator, step, seen = torch.Generator().manual_seed(0), 1e-5, 0
+    for label, fall in zip((2, 0), falls.tolist()):
+        for layer in graphs.graph.layers:
+            of_layer = [vertex for vertex, place in enumerate(places) if place[0] == layer]
+            for index in torch.randperm(len(of_layer), generator=generator)[:6].tolist():
+                vertex = of_layer[index]
+                up, down = (
+                    carried_with(graphs, samples, label, {places[vertex]: 1 + sign * step} | gone) for sign in (1, -1)
+                )
+                assert fall[vertex] == pytest.approx((up - down) / (2 * step), rel=1e-4, abs=1e-8)
+                assert layer < 2 or fall[vertex] == 0
+                seen += abs(fall[vertex]) > 1e-4
+    assert seen > 3
+
+
+def test_the_output_layer_carries_nothing_into_the_representation():
+    graphs = graph_generator(-1, erasure=True)
+    assert (graphs.erasure(graphs.draw(5, seeded("test")), range(NUM_CLASSES)) == 0).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_unit_without_weights_leaves_the_erasure_of_the_others_finite(bias):
+    graphs = graph_generator(None, bias=bias, erasure=True)
+    unit = 42 + torch.arange(6)  # all that leads to the first unit of layer 1
+    if bias:
+        graphs.classifier.layers[1].bias.data[0] = 0.5
+    falls = graphs.erasure(graphs.draw(12, seeded("test")), range(NUM_CLASSES), Mask.zeroing(graphs.graph, unit))
+    assert falls.isfinite().all() and (falls[:, unit] == 0).all() and (falls[:, 48:72] != 0).any()
+
+
+@pytest.mark.parametrize("other_classes", [True, False])
+@pytest.mark.parametrize("masked", [None, [0, 3, 17]])
+def test_the_erasure_is_one_more_feature(masked, other_classes):
+    plain, graphs = (graph_generator(None, erasure=erasure, other_classes=other_classes) for erasure in (False, True))
+    samples = graphs.draw(5, seeded("test"))
+    mask = None if masked is None else Mask.zeroing(graphs.graph, torch.tensor(masked))
+    expected, loss = plain.class_graphs(samples, mask)
+    erasure = graphs.erasure(samples, range(NUM_CLASSES), mask)
+    for weight in (0.0, 2.5):
+        x, damage = graphs.class_graphs(samples, mask, weight)
+        assert x.shape[-1] == graphs.config.num_features == plain.config.num_features + 1
+        assert torch.equal(x[..., :8], expected[..., :8]) and torch.equal(x[..., 9:], expected[..., 8:])
+        assert torch.equal(damage, loss)
+        for found, of_class in zip(x[..., 8], erasure):
+            assert torch.allclose(found, weight * standardised(of_class), atol=1e-4)
+
+
+def test_the_recall_of_the_pixels_is_that_of_a_regression_on_all_training_samples():
+    split = random_split(40)
+    split.images.add_(5 * torch.randn(split.images.shape, generator=torch.Generator().manual_seed(2)))
+    graphs = GraphGenerator(random_classifier(), split, graph_config(), 0)
+    expected = ridge_recalls(split.images, split.labels, graphs.config.ridge)
+    assert graphs.pixel_recall.tolist() == pytest.approx(expected)
+    assert expected != ridge_recalls(graphs.samples.images, graphs.labels, graphs.config.ridge)
+
+
+@pytest.mark.parametrize("mask_layer", [-1, -2, None])
+def test_the_recall_under_a_mask_is_that_of_a_regression_on_the_recorded_samples(mask_layer):
+    graphs = graph_generator(mask_layer)
+    vertices = torch.arange(0, graphs.graph.num_vertices, 2)
+    with Mask.zeroing(graphs.graph, vertices).applied_to(graphs.classifier):
+        features = representation(graphs.classifier, graphs.samples.images)
+    expected = ridge_recalls(features, graphs.labels, graphs.config.ridge)
+    whole = ridge_recalls(representation(graphs.classifier, graphs.samples.images), graphs.labels, graphs.config.ridge)
+    assert graphs.probe_recall(Mask.zeroing(graphs.graph, vertices)).tolist() == pytest.approx(expected)
+    assert (expected == whole) == (mask_layer == -1)
 
 
 def test_split_holds_what_it_is_given():

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import NUM_CLASSES, random_split
+from conftest import NUM_CLASSES, graph_config, random_split
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 import methods
 from config import load_config
-from data import GraphConfig, GraphGenerator, ImageData, Split
+from data import GraphGenerator, ImageData, Split
 from eval import Eval, Experiment, unlearn, valid_json
 from methods import METHODS, Request, unlearning_method
 from model import HookedMNISTClassifier, Mask, MaskingGCN
@@ -37,7 +37,8 @@ def make_eval(folder, test: Split | None = None, kappa: int = KAPPA, shared=None
     train = random_split(40)
     trainer = Trainer(TrainerConfig((6, 5), False, 10, 16, 0.01), 0)
     classifier = trainer.train(train, NUM_CLASSES)
-    graphs = GraphGenerator(classifier, train, GraphConfig(mask_layer, ("weight", "margin"), True, 20), 0)
+    described = graph_config(mask_layer, features=("weight", "margin"), samples_per_class=20)
+    graphs = GraphGenerator(classifier, train, described, 0)
     torch.manual_seed(0)
     gcn = MaskingGCN(graphs.config.num_features, 8, 2)
     request = Request(config, classifier, trainer, train, graphs, gcn, FORGET, TOP_K, 0)
@@ -231,7 +232,7 @@ def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path):
     scored = make_eval(tmp_path, target=60.0, max_kappa=29)
     request = scored.request
     forget = request.train.forget(FORGET)
-    METHODS["saliency"].unlearn(request.at(1), retain_weight=20.0)
+    METHODS["saliency"].unlearn(request.at(1), retain_weight=20.0, erasure_weight=5.0)
     kappas = {
         name: order.forgotten_at(forget)
         for name, order in (("mimu", request.order), ("saliency", request._orders["saliency"]))
@@ -469,6 +470,17 @@ def test_audits_stand_in_the_json_of_every_method(tmp_path):
     assert written["audit_metrics"]["logit_removed"]["relearn_steps"] is None
     assert written["methods"]["mimu"]["touches"] == "a mask" and written["methods"]["retrain"]["needs"] == "retain set"
     assert make_eval(tmp_path).eval()["audit_metrics"] == {}
+
+
+def test_audits_are_made_without_a_retrained_classifier(tmp_path):
+    audit = replace(load_config().eval.audit, enabled=True, relearn_steps=3, probes=("softmax",), relearn_from=(2,))
+    scored = make_eval(tmp_path, methods=("original", "mimu"), audit=audit)
+    scored.eval()
+    audits = json.loads(scored.metrics_path.read_text())["audit_metrics"]
+    assert list(audits) == ["original", "mimu"]
+    for of_method in audits.values():
+        assert of_method["js_forget"] is None and of_method["js_retain"] is None
+        assert 0 <= of_method["probes"]["softmax"] <= 100 and 0 <= of_method["relearn_from"]["2"] <= 3
 
 
 def test_hyperparameters_reach_the_method_as_the_config_has_them(tmp_path, registry):

@@ -256,6 +256,7 @@ def variant(folder, name, methods, scores, classifier=(128, 64)):
                 "kappa_choice": "auto",
                 "unlearning_metrics": {m: {"score": scores[m][0] + shift} for m in methods},
                 "performance_degradation_metrics": {m: {"score": scores[m][1] + shift} for m in methods},
+                "audit_metrics": {},
                 "num_zeroed": {m: 10 if m == "mimu" else None for m in methods},
                 "seconds": {m: 0.5 for m in methods},
             }

@@ -6,7 +6,16 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NUM_CLASSES, graph_generator, random_classifier, random_split
+from conftest import (
+    NUM_CLASSES,
+    carried,
+    graph_config,
+    graph_generator,
+    random_classifier,
+    random_split,
+    representation,
+    ridge_recalls,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +23,8 @@ import artifacts
 from artifacts import ArtifactError
 from config import load_config
 from data import GraphGenerator, Split, seeded
-from model import Mask, MaskingGCN
+from erasure import explained_variance
+from model import Mask, MaskingGCN, WeightGraph
 from trainer import (
     GCNLoss,
     GCNRanking,
@@ -33,8 +43,10 @@ from trainer import (
     gumbel_noise,
     masked_logits,
     prior_divergence,
+    ranked,
     set_difference,
     top_k_mask,
+    top_k_masks,
 )
 
 TERMS = ("sufficiency", "prior", "necessity_forget", "necessity_retain")
@@ -63,6 +75,8 @@ def masking_config(**changes):
         "group_size": 8,
         "draws": 1,
         "target": 1.25,
+        "erasure": 0.0,
+        "erasure_target": None,
         "max_kappa": 20,
     }
     return MaskingConfig(**settings | changes)
@@ -83,6 +97,86 @@ def test_the_top_k_mask_has_exactly_k_ones_on_the_largest(rows, k):
     assert set(mask.unique().tolist()) <= {0.0, 1.0} and (mask.sum(-1) == k).all()
     for row, kept in zip(logits, mask):
         assert k == 6 or row[kept == 1].min() >= row[kept == 0].max()
+
+
+LAYERS = WeightGraph([(6, 7), (5, 6), (3, 5)])
+
+
+def layers_of(vertices, graph=LAYERS) -> list[list[int]]:
+    """The vertices of every layer, in the order in which they are given."""
+    starts = [sum(graph.sizes[:index]) for index in range(len(graph.sizes) + 1)]
+    return [[v for v in vertices if start <= v < end] for start, end in itertools.pairwise(starts)]
+
+
+def largest_free(scores, vertices, gone, count) -> list[int]:
+    """Of `vertices` those of the largest scores that are not among `gone`, one after another."""
+    return sorted(set(vertices) - set(gone), key=lambda v: -scores[v])[:count]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 80), st.integers(1, 100))
+def test_global_ranks_are_those_of_the_scores(seed, gone, count):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(LAYERS.num_vertices, generator=generator)
+    zeroed = torch.randperm(LAYERS.num_vertices, generator=generator)[:gone]
+    expected = largest_free(scores.tolist(), range(LAYERS.num_vertices), zeroed.tolist(), count)
+    assert ranked(scores, LAYERS, "global", zeroed, count).tolist() == expected
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 25), min_size=1, max_size=10), st.integers(0, 10**6))
+def test_layerwise_every_layer_gives_its_share_at_any_time_and_its_largest_scores_first(steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    zeroed = NOTHING
+    for count in steps:
+        scores = torch.randn(LAYERS.num_vertices, generator=generator)
+        new = ranked(scores, LAYERS, "layerwise", zeroed, count)
+        assert len(new) == min(count, LAYERS.num_vertices - len(zeroed))
+        for of_layer, everything in zip(layers_of(new.tolist()), layers_of(range(LAYERS.num_vertices))):
+            assert of_layer == largest_free(scores.tolist(), everything, zeroed.tolist(), len(of_layer))
+        zeroed = torch.cat([zeroed, new])
+        for of_layer, size in zip(layers_of(zeroed.tolist()), LAYERS.sizes):
+            assert abs(len(of_layer) - len(zeroed) * size / LAYERS.num_vertices) <= 1
+    assert len(set(zeroed.tolist())) == len(zeroed)
+
+
+def test_layerwise_and_global_are_the_same_on_one_layer():
+    graph, scores = WeightGraph([(5, 6)]), torch.randn(30, generator=seeded("test"))
+    zeroed = torch.tensor([4, 9, 20])
+    assert torch.equal(ranked(scores, graph, "layerwise", zeroed, 8), ranked(scores, graph, "global", zeroed, 8))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(0, 40))
+def test_layerwise_masks_have_their_share_of_ones_in_every_layer(seed, k, gone):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(2, LAYERS.num_vertices, generator=generator)
+    order = ranked(torch.randn(LAYERS.num_vertices, generator=generator), LAYERS, "layerwise", NOTHING, gone)
+    zeroed = set(order.tolist())
+    masks = top_k_masks(scores, LAYERS, "layerwise", order, k, 0.5)
+    for of_scores, mask in zip(scores.tolist(), masks):
+        ones = set((mask == 1).nonzero()[:, 0].tolist())
+        assert zeroed <= ones and set(mask.unique().tolist()) <= {0.0, 1.0}
+        for everything, size in zip(layers_of(range(LAYERS.num_vertices)), LAYERS.sizes):
+            share = max(1, round(k * size / LAYERS.num_vertices))
+            assert ones & set(everything) - zeroed == set(largest_free(of_scores, everything, zeroed, share))
+
+
+def test_global_masks_are_one_top_k_over_all_layers():
+    scores = torch.randn(2, LAYERS.num_vertices, dtype=torch.float64, generator=seeded("test")).requires_grad_()
+    zeroed, weighting = torch.tensor([1, 50, 80]), torch.randn(2, LAYERS.num_vertices, generator=seeded("weighting"))
+    masks = top_k_masks(scores, LAYERS, "global", zeroed, 9, 0.5)
+    free = (scores / scores.std(1, keepdim=True)).index_fill(1, zeroed, -torch.inf)
+    expected = top_k_mask(free, 9, 0.5).index_fill(1, zeroed, 1.0)
+    assert torch.equal(masks, expected) and masks.sum(1).tolist() == [12, 12]
+    gradients = [torch.autograd.grad((each * weighting).sum(), scores)[0] for each in (masks, expected)]
+    assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
+
+
+def test_a_layer_without_a_free_weight_adds_none_to_a_mask():
+    scores = torch.randn(2, LAYERS.num_vertices, generator=seeded("test"))
+    masks = top_k_masks(scores, LAYERS, "layerwise", torch.arange(72, 87), 20, 0.5)
+    assert [len(of_layer) for of_layer in layers_of((masks[0] == 1).nonzero()[:, 0].tolist())] == [10, 7, 15]
 
 
 def test_ties_do_not_change_the_number_of_ones():
@@ -163,10 +257,11 @@ def test_every_term_reaches_every_parameter_of_the_gcn(term, mask_layer):
     assert all(parameter.grad is None for parameter in graphs.classifier.parameters())
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms(monkeypatch):
-    graphs = graph_generator()
+@pytest.mark.parametrize("erasure", [None, (1.0, 9.0)])
+def test_the_loss_is_the_weighted_sum_of_its_terms(monkeypatch, erasure):
+    graphs = graph_generator(erasure=erasure is not None)
     config = gcn_config(sufficiency=0.3, prior=0.2, necessity_forget=2.0, necessity_retain=0.5, partly_masked=None)
-    config = dataclasses.replace(config, steps=1, learning_rate=1e-9)
+    config = dataclasses.replace(config, steps=1, learning_rate=1e-9, erasure=erasure)
     gradients = []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: gradients.extend(
         parameter.grad.clone() for parameter in parameters
@@ -176,7 +271,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(monkeypatch):
     generator = seeded("gcn", 0, 6)
     torch.randint(1, (), generator=generator)  # which classifier
     terms, _ = trainer.losses[0](gcn, torch.arange(0), generator)
-    loss = sum(getattr(config, name) * terms[name] for name in TERMS)
+    assert set(terms) == {*TERMS, *(["erasure"] if erasure else [])}
+    loss = sum(getattr(config, name) * terms[name] for name in TERMS) + terms.get("erasure", 0)
     expected = torch.autograd.grad(loss, list(gcn.parameters()))
     assert all(torch.allclose(g, e, rtol=1e-3, atol=1e-6) for g, e in zip(gradients, expected))
 
@@ -279,7 +375,8 @@ def test_the_necessity_terms_by_hand():
     scores = torch.randn(NUM_CLASSES, 30)
     zeroed = torch.tensor([2, 7])
     samples = graphs.draw(10, seeded("test"))
-    terms = loss._necessity(scores, zeroed, 5, samples)
+    terms = loss._necessity(scores, zeroed, 5, samples, 0.0)
+    assert set(terms) == {"necessity_forget", "necessity_retain"}
     forget, retain = [], []
     for d in range(NUM_CLASSES):
         free = [v for v in scores[d].argsort(descending=True).tolist() if v not in (2, 7)]
@@ -296,6 +393,76 @@ def test_the_necessity_terms_by_hand():
                 retain.append(-(target.softmax(0) * masked[sample].log()).sum())
     assert torch.allclose(terms["necessity_forget"], torch.stack(forget).mean(), rtol=1e-4)
     assert torch.allclose(terms["necessity_retain"], torch.stack(retain).mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("rivals", [1, 2])
+@pytest.mark.parametrize("scope", ["global", "layerwise"])
+@pytest.mark.parametrize("mask_layer", [-2, -1, [0, 2], None])
+def test_the_erasure_term_by_hand(mask_layer, scope, rivals):
+    graphs = graph_generator(mask_layer, erasure=True, rivals=rivals, scope=scope)
+    size = graphs.graph.num_vertices
+    scores, zeroed = torch.randn(NUM_CLASSES, size, generator=seeded("scores")), torch.tensor([2, 7])
+    samples = graphs.draw(10, seeded("test"))
+    terms = GCNLoss(gcn_config(), graphs, 6)._necessity(scores, zeroed, 9, samples, 3.0)
+    values = []
+    for d, of_class in enumerate(scores.tolist()):
+        layers = layers_of(range(size), graphs.graph) if scope == "layerwise" else [list(range(size))]
+        removed = [v for layer in layers for v in largest_free(of_class, layer, [2, 7], round(9 * len(layer) / size))]
+        with Mask.zeroing(graphs.graph, torch.tensor([2, 7, *removed])).applied_to(graphs.classifier):
+            values.append(carried(graphs, graphs.classifier, samples, d))
+    assert terms["erasure"].item() == pytest.approx(3.0 * sum(values) / NUM_CLASSES, rel=1e-3)
+
+
+def test_the_erasure_term_reaches_every_parameter_of_the_gcn():
+    graphs = graph_generator(None, erasure=True)
+    gcn = MaskingGCN(graphs.config.num_features, 8, 3)
+    terms, _ = GCNLoss(gcn_config(erasure=(2.0, 2.0)), graphs, 6)(gcn, torch.arange(0), seeded("test"))
+    terms["erasure"].backward()
+    for name, parameter in gcn.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+    assert all(parameter.grad is None for parameter in graphs.classifier.parameters())
+
+
+def test_the_erasure_is_asked_for_without_the_other_terms_of_necessity():
+    graphs = graph_generator(None, erasure=True)
+    config = gcn_config(prior=1.0, necessity_forget=0.0, necessity_retain=0.0, erasure=(2.0, 2.0))
+    gcn = MaskingGCN(graphs.config.num_features, 8, 2)
+    assert "erasure" in GCNLoss(config, graphs, 6)(gcn, NOTHING, seeded("test"))[0]
+
+
+@pytest.mark.parametrize("span", [(1.0, 3.0), None])
+def test_the_gcn_is_told_the_weight_of_the_erasure_that_it_is_asked_for(monkeypatch, span):
+    graphs = graph_generator(None, erasure=True)
+    told, asked = [], []
+    class_graphs, necessity = GraphGenerator.class_graphs, GCNLoss._necessity
+
+    def spy_on_graphs(*arguments):
+        x, damage = class_graphs(*arguments)
+        told.extend(x[..., 8].std(1).unique(dim=0).tolist()[:1])
+        return x, damage
+
+    def spy_on_loss(*arguments):
+        asked.append(arguments[-1])
+        return necessity(*arguments)
+
+    monkeypatch.setattr(GraphGenerator, "class_graphs", spy_on_graphs)
+    monkeypatch.setattr(GCNLoss, "_necessity", spy_on_loss)
+    trainer = GCNTrainer(gcn_config(steps=40, erasure=span), [graphs], 6, 0)
+    trainer.train()
+    assert told == pytest.approx(asked, rel=1e-3) and len(asked) == 40
+    if span is None:
+        assert set(asked) == {0.0} and not any("erasure" in terms for terms in trainer.history)
+    else:
+        assert 1.0 <= min(asked) < 1.3 and 2.7 < max(asked) <= 3.0
+        assert all(0 <= terms["erasure"] <= weight for terms, weight in zip(trainer.history, asked))
+
+
+@pytest.mark.parametrize("weight", [0.0, 4.0])
+def test_a_request_tells_the_gcn_the_weight_that_it_asks_for(weight):
+    graphs = graph_generator(None, erasure=True)
+    ranking = zeroing_order(graphs, erasure=weight).ranking
+    x, _ = graphs.class_graphs(graphs.draw(8, seeded("request", 0, 0, 0, 0)), None, weight)
+    assert torch.equal(ranking.importance(0, NOTHING)[0], ranking.gcn(x, graphs.graph))
 
 
 @pytest.fixture(scope="module")
@@ -353,8 +520,9 @@ def test_one_gcn_learns_from_several_classifiers(monkeypatch):
 
 
 def test_classifiers_to_learn_from_need_the_same_features():
-    with pytest.raises(TrainingError, match="features and other_classes of the graphs must be the same"):
-        GCNTrainer(gcn_config(), [graph_generator(), graph_generator(other_classes=False)], 6, 0)
+    for change in ({"other_classes": False}, {"erasure": True}):
+        with pytest.raises(TrainingError, match="of the graphs must be the same"):
+            GCNTrainer(gcn_config(), [graph_generator(), graph_generator(**change)], 6, 0)
 
 
 def saved(path, graphs, gcn, **changes):
@@ -379,6 +547,8 @@ def test_a_trained_gcn_comes_back_with_its_features_and_settings(tmp_path):
         loaded.check(dataclasses.replace(graphs.config, features=("weight", "margin")))
     with pytest.raises(ArtifactError, match="graphs.other_classes must be True"):
         loaded.check(dataclasses.replace(graphs.config, other_classes=False))
+    with pytest.raises(ArtifactError, match="graphs.erasure must be False, which the trained GCN reads, not True"):
+        loaded.check(dataclasses.replace(graphs.config, erasure=True))
 
 
 def test_a_file_that_is_no_trained_gcn_is_named(tmp_path):
@@ -522,10 +692,11 @@ def test_the_set_difference_is_what_the_order_follows():
     assert torch.equal(order.first(30), ranked)
 
 
+@pytest.mark.parametrize("erasure_weight", [0.0, 3.0])
 @pytest.mark.parametrize("zeroed", [[], [3, 8, 21]])
-def test_the_saliency_by_hand(zeroed):
+def test_the_saliency_by_hand(zeroed, erasure_weight):
     graphs = graph_generator()
-    ranking = SaliencyRanking(masking_config(), graphs, 1, 0, retain_weight=5.0)
+    ranking = SaliencyRanking(masking_config(), graphs, 1, 0, retain_weight=5.0, erasure_weight=erasure_weight)
     scores = ranking(2, torch.tensor(zeroed, dtype=torch.long))
     samples = graphs.draw(8, seeded("request", 0, 1, 2, 0))
     classifier = random_classifier()
@@ -546,7 +717,76 @@ def test_the_saliency_by_hand(zeroed):
         logits = classifier(graphs.samples.images[samples[c]])
         v.append((F.cross_entropy(logits, graphs.labels[samples[c]]) + 0.02).sqrt().detach())
     expected = margin + 5.0 * (v[0] * fall[0] + v[1] * fall[1]) / (v[0] + v[1])
-    assert torch.allclose(scores, expected.flatten(), rtol=1e-3, atol=1e-6)
+    if erasure_weight:
+        rows = torch.cat([samples[1], samples[graphs.rivals[1, 0]]])
+        classifier.zero_grad()
+        features = classifier.layers[1](classifier.layers[0](graphs.samples.images[rows]).relu()).relu()
+        explained_variance(features, graphs.labels[rows] == 1, graphs.config.ridge).backward()
+        fall = erasure_weight * w * classifier.layers[1].weight.grad
+        assert fall.abs().max() > 0.1
+        expected = expected + fall
+    assert torch.allclose(scores, expected.flatten(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def erasing():
+    """A small problem, and an order of all its weights for every class, as (graphs, split, order of a class)."""
+    split = random_split(60)
+    classifier = Trainer(TrainerConfig((8, 6), False, 10, 16, 0.02), 0).train(split, NUM_CLASSES)
+    graphs = GraphGenerator(classifier, split, graph_config(None, scope="layerwise", samples_per_class=50), 0)
+
+    def order(forget_class, **changes):
+        config = masking_config(step=3, group_size=40, target=60.0, max_kappa=120, **changes)
+        return ZeroingOrder(config, graphs, SaliencyRanking(config, graphs, forget_class, 0, 1.0, 20.0))
+
+    return graphs, split, order
+
+
+def test_layerwise_orders_and_partial_masks_take_their_share_of_every_layer(erasing):
+    graphs, _, order = erasing
+    partly = GCNLoss(gcn_config(partly_masked=(50, 50)), graphs, 6)
+    scores = torch.randn(NUM_CLASSES, graphs.graph.num_vertices, generator=seeded("scores"))
+    for zeroed in (order(1).first(50), partly.partial_mask(scores, seeded("test"))):
+        for of_layer, size in zip(layers_of(zeroed.tolist(), graphs.graph), graphs.graph.sizes, strict=True):
+            assert abs(len(of_layer) - 50 * size / graphs.graph.num_vertices) <= 1
+
+
+def test_auto_goes_on_until_the_class_is_found_no_better_than_in_the_pixels(erasing):
+    graphs, split, order = erasing
+    of_pixels = ridge_recalls(split.images, split.labels, graphs.config.ridge)
+    found = []
+    for forget_class, target in itertools.product(range(NUM_CLASSES), (None, 30.0, 0.0, -15.0)):
+        by_hand = []
+        for kappa in range(3, 120, 3):
+            zeroed = order(forget_class).first(kappa)
+            with Mask.zeroing(graphs.graph, zeroed).applied_to(graphs.classifier):
+                forget = split.forget(forget_class)
+                score = 100 * (graphs.classifier(forget.images).argmax(1) == forget_class).float().mean().item()
+                features = representation(graphs.classifier, graphs.samples.images)
+            recall = ridge_recalls(features, graphs.labels, graphs.config.ridge)[forget_class]
+            is_erased = target is None or recall - of_pixels[forget_class] < target
+            by_hand.append(score < 60 and is_erased)
+            if by_hand[-1]:
+                break
+        expected = 3 * len(by_hand) if by_hand[-1] else 120
+        assert order(forget_class, erasure_target=target).forgotten_at(split.forget(forget_class)) == expected
+        found.append(expected)
+    by_class = [found[start : start + 4] for start in range(0, len(found), 4)]
+    assert all(kappas == sorted(kappas) for kappas in by_class) and any(len(set(kappas)) > 2 for kappas in by_class)
+
+
+@pytest.mark.parametrize("span", [(), (8.0,), (0.0, 1.0, 2.0), (3.0, 1.0), (-1.0, 2.0), (0.0, 2e9)])
+def test_a_span_of_the_erasure_that_is_none_is_refused(span):
+    with pytest.raises(ValueError, match=r"erasure must be null or \[low, high\], weights from 0, not \["):
+        gcn_config(erasure=span)
+    assert gcn_config(erasure=(2.0, 2.0)).erasure == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("change", [{"erasure": -0.1}, {"erasure": 2e9}, {"erasure_target": 2e9}])
+def test_impossible_settings_of_the_erasure_are_refused(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))} must be at"):
+        masking_config(**change)
+    assert masking_config(erasure_target=-3.0).erasure_target == -3.0
 
 
 def test_random_labels_are_of_all_other_classes(split, monkeypatch):
