@@ -29,7 +29,7 @@ class AuditConfig:
 
     probe_penalty: weight of the squared norm in the loss of the linear probe, which is trained to convergence
     probes: more of them, names of PROBES: `softmax`, the linear one trained for few epochs; `two_layer`, a perceptron;
-        `neighbours`, the majority of the nearest training samples; `hidden`, softmax at every hidden layer before the last
+        `neighbours`, the majority of the nearest training samples; `hidden`, softmax at the layers before
     relearn_from: from how few samples of every class the class is relearned, numbers of samples
     """
 

@@ -267,7 +267,7 @@ class Comparison:
         }
 
     def against_retraining(self, variant: str, column: Column, method: str, kappa: Kappa) -> Value:
-        """A method's figure less that of the classifier retrained without the class, mean over digits for every seed."""
+        """A method's figure less that of the classifier retrained without the class: mean over digits a seed."""
         reporter = self.reporters[variant]
         gaps: dict[int, list[float]] = {seed: [] for seed in reporter.seeds}
         for experiment in reporter.experiments_at(kappa):

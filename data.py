@@ -309,7 +309,7 @@ class GraphConfig:
 
     scope: whether the weights of all masked layers compete, or every layer gives the same share of its own
     other_classes adds to each feature (but the weight) its mean over the other classes.
-    erasure adds the feature of `GraphGenerator.erasure`, which measures a class against as many rivals, with this ridge.
+    erasure adds the feature of `GraphGenerator.erasure`, which measures a class against so many rivals with this ridge.
     """
 
     mask_layer: int | tuple[int, ...] | None
@@ -386,7 +386,7 @@ class GraphGenerator:
 
     @cached_property
     def rivals(self) -> Tensor:
-        """The classes that are nearest to each class in the representation of the whole classifier, (classes, rivals)."""
+        """The classes that are nearest to each class in the representation, without a mask, (classes, rivals)."""
         with torch.no_grad():
             features = self.classifier.features(self.inputs, self.graph.layers[0])
         count = min(self.config.rivals, self.num_classes - 1)
