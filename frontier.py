@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class Frontier:
         figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.axvline(0, color="0.6", linewidth=0.8)
+        beside = itertools.cycle([(6, 4), (-10, -10), (6, -10), (-10, 4)])  # so that neighbours do not overlap
         for method in methods:
             style = {"color": styles[method]["color"], "marker": styles[method]["marker"]}
             for points in self.over_kappa(method):
@@ -107,11 +109,14 @@ class Frontier:
                 axes.plot(
                     point.excess.per_seed, point.gap.per_seed, linestyle="none", markersize=2.5, alpha=0.5, **style
                 )
-            for point in points[:: max(1, len(points) - 1)] if is_curve else []:
+            if not is_curve:
+                continue
+            offset = next(beside)
+            for point in (points[0], points[-1]):
                 axes.annotate(
                     f"{point.weight:g}",
                     (point.excess.mean, point.gap.mean),
-                    xytext=(5, 4),
+                    xytext=offset,
                     textcoords="offset points",
                     fontsize=7,
                     color=styles[method]["color"],
