@@ -476,6 +476,8 @@ class GraphGenerator:
     def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
         """The graph of one sample (n = 1) for PyG: x (vertices, features), edge_index (2, edges), y (1).
 
+        Without the erasure feature, which a class has and a sample has not.
+
         max_edges: an edge takes 16 bytes in the list, and about 100 while the list is built
         Raises IndexError where there is no such sample, ValueError on a graph with more edges.
         """

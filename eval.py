@@ -155,7 +155,7 @@ def unlearn(
     seed: of the samples that are drawn
 
     Warns where the class is not forgotten when the largest kappa of the settings is reached, and says how many percent
-    of its samples are still classified as it.
+    of its samples are still classified as it; and where settings that ask for erasure do not get it by then.
     Raises ValueError where the model is something else, where labels and inputs do not fit it, and where a class has no
     sample.
     """
@@ -188,6 +188,8 @@ def unlearn(
         left = 100 * (classifier(forget.images).argmax(1) == forget_class).float().mean().item()
     if left >= trained.masking.target:
         warnings.warn(f"{left:.1f} % of class {forget_class} are left after {kappa} zeroed weights", stacklevel=2)
+    if not order.is_erased(mask, forget_class):
+        warnings.warn(f"class {forget_class} is still represented after {kappa} zeroed weights", stacklevel=2)
     return mask
 
 

@@ -661,13 +661,14 @@ class ZeroingOrder:
             mask = Mask.zeroing(self.graphs.graph, zeroed)
             with mask.applied_to(classifier):
                 correct = (classifier(inputs, first).argmax(1) == forget.labels).float().mean().item()
-            is_forgotten = 100 * correct < self.config.target and self._is_erased(mask, int(forget.labels[0]))
+            is_forgotten = 100 * correct < self.config.target and self.is_erased(mask, int(forget.labels[0]))
             self._seconds[-(-kappa // self.step) - 1] += time.perf_counter() - started
             if is_forgotten:
                 return kappa
         return self.max_kappa
 
-    def _is_erased(self, mask: Mask, forget_class: int) -> bool:
+    def is_erased(self, mask: Mask, forget_class: int) -> bool:
+        """Whether a mask brings the recall of the class below the `erasure_target`; with none, every mask does."""
         if self.config.erasure_target is None:
             return True
         excess = self.graphs.probe_recall(mask)[forget_class] - self.graphs.pixel_recall[forget_class]

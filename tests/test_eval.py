@@ -419,6 +419,16 @@ def test_unlearning_says_when_the_class_is_not_forgotten():
     assert int((mask.as_tensor() == 0).sum()) == 2
 
 
+def test_unlearning_says_when_the_class_is_still_represented(recwarn):
+    model, train = own_model(), random_split(200)
+    pretrained = patient_gcn()
+    unlearn(model, train.images, train.labels, 1, gcn=pretrained)
+    assert not recwarn.list
+    asking = replace(pretrained, masking=replace(pretrained.masking, erasure_target=-1000.0, max_kappa=40))
+    unlearn(model, train.images, train.labels, 1, gcn=asking)
+    assert [str(each.message) for each in recwarn.list][-1] == "class 1 is still represented after 40 zeroed weights"
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
