@@ -22,13 +22,15 @@ COST = "retain score against the retrained classifier's (points)"
 class Point:
     """A method of a variant at one kappa, both values against the classifier retrained without the class.
 
-    weight: of the erasure in its requests; excess: recall of the probe, points; gap: retain score, points
+    weight: of the erasure in its requests; layers: the masked ones, as the config names them
+    excess: recall of the probe, points; gap: retain score, points
     """
 
     variant: str
     method: str
     kappa: Kappa
     weight: float
+    layers: str
     excess: Value
     gap: Value
 
@@ -41,7 +43,8 @@ class Frontier:
     """Retain score against the recall of a probe, for all variants of a config in one picture.
 
     A method is one curve over the weight of the erasure, at the kappa that is chosen for each request; and one over the
-    fixed kappas for every weight that has some. Methods that know neither are single marks.
+    fixed kappas for every weight that has some. Methods that know neither are single marks. Variants that mask other
+    layers than the first one are hollow marks.
     """
 
     def __init__(self, comparison: Comparison) -> None:
@@ -50,14 +53,15 @@ class Frontier:
 
     def _points(self) -> Iterator[Point]:
         for variant, reporter in self.comparison.reporters.items():
-            weight = reporter.experiments[0]["config"]["eval"]["erasure"]
+            config = reporter.experiments[0]["config"]
+            weight, layers = config["eval"]["erasure"], str(reporter.experiments[0]["mask_layer"])
             for kappa in (*reporter.kappas, *(["auto"] if reporter.has_auto else [])):
                 for method in reporter.methods:
                     values = (
                         self.comparison.against_retraining(variant, column, method, kappa)
                         for column in (PROBE, RETAIN_SCORE)
                     )
-                    yield Point(variant, method, kappa, weight, *values)
+                    yield Point(variant, method, kappa, weight, layers, *values)
 
     @property
     def is_there(self) -> bool:
@@ -65,9 +69,17 @@ class Frontier:
         return bool(self.points)
 
     def over_weight(self, method: str) -> list[Point]:
-        """The points of a method at the chosen kappa, by the weight of the erasure."""
+        """The points of a method at the chosen kappa by the weight of the erasure, on the layers of the first variant."""
         chosen = [point for point in self.points if point.method == method and point.kappa == "auto"]
-        return sorted(chosen, key=lambda point: point.weight)
+        return sorted((each for each in chosen if each.layers == self.points[0].layers), key=lambda each: each.weight)
+
+    def on_other_layers(self, method: str) -> list[Point]:
+        """Its points at the chosen kappa on other layers."""
+        return [
+            point
+            for point in self.points
+            if point.method == method and point.kappa == "auto" and point.layers != self.points[0].layers
+        ]
 
     def over_kappa(self, method: str) -> list[list[Point]]:
         """The points of a method at fixed kappas, those of every variant together."""
@@ -109,6 +121,8 @@ class Frontier:
                 axes.plot(
                     point.excess.per_seed, point.gap.per_seed, linestyle="none", markersize=2.5, alpha=0.5, **style
                 )
+            for point in self.on_other_layers(method):
+                axes.plot(point.excess.mean, point.gap.mean, linestyle="none", markersize=6, fillstyle="none", **style)
             if not is_curve:
                 continue
             offset = next(beside)

@@ -188,7 +188,7 @@ def test_every_method_of_every_variant_is_a_point_at_every_kappa(comparison):
     "excess, gap, is_finite", [(1.0, 2.0, True), (math.nan, 2.0, False), (1.0, math.inf, False), (1.0, math.nan, False)]
 )
 def test_a_point_without_both_of_its_values_is_not_finite(excess, gap, is_finite):
-    assert Point("a", "mimu", "auto", 0.0, Value((0.0, excess)), Value((gap, 0.0))).is_finite == is_finite
+    assert Point("a", "mimu", "auto", 0.0, "None", Value((0.0, excess)), Value((gap, 0.0))).is_finite == is_finite
 
 
 def test_a_method_is_a_curve_over_the_weight_and_one_over_the_kappas_of_every_variant(comparison, variant):
@@ -199,6 +199,20 @@ def test_a_method_is_a_curve_over_the_weight_and_one_over_the_kappas_of_every_va
     curves = [[(point.variant, point.kappa) for point in points] for points in frontier.over_kappa("mimu")]
     assert curves == [[("weak", 10), ("weak", 20)], [("middle", kappa) for kappa in (10, 20, 40)]]
     assert frontier.over_kappa("retrain") == []
+
+
+def test_a_variant_that_masks_other_layers_is_a_hollow_mark_beside_the_curve(comparison, variant, drawn):
+    def of_the_first_layers(content):
+        content["mask_layer"] = [0, 1]
+
+    comparison.reporters["elsewhere"] = variant("elsewhere", erasure=8.0, change=of_the_first_layers)
+    frontier = Frontier(comparison)
+    assert "elsewhere" not in [point.variant for point in frontier.over_weight("mimu")]
+    (point,) = frontier.on_other_layers("mimu")
+    assert point.variant == "elsewhere" and frontier.on_other_layers("retrain") == []
+    frontier.draw()
+    hollow = [line.get_xydata().tolist() for line in drawn[0].axes[0].lines if line.get_fillstyle() == "none"]
+    assert hollow == [[[point.excess.mean, point.gap.mean]]]
 
 
 def test_there_is_no_frontier_without_the_softmax_probe(variant, tmp_path, comparison):
