@@ -69,7 +69,7 @@ class Frontier:
         return bool(self.points)
 
     def over_weight(self, method: str) -> list[Point]:
-        """The points of a method at the chosen kappa by the weight of the erasure, on the layers of the first variant."""
+        """Its points at the chosen kappa, on the layers of the first variant, by the weight of the erasure."""
         chosen = [point for point in self.points if point.method == method and point.kappa == "auto"]
         return sorted((each for each in chosen if each.layers == self.points[0].layers), key=lambda each: each.weight)
 
