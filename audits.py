@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from data import ImageData, Split, check_range, is_correct, seeded, seeded_initialisation
+from data import ImageData, Split, check_range, is_correct, seeded, seeded_initialisation, some_of_every_class
 from model import HookedMNISTClassifier, linear_layers
 
 AUDITS = (
@@ -312,17 +312,6 @@ def relearn_from(model: nn.Module, samples: Split, test: Split, goal: float, rat
     return max_steps
 
 
-def some_of_every_class(split: Split, count: int, seed: int) -> Split:
-    """The same random samples for every classifier, `count` of every class, or all where it has fewer."""
-    chosen = []
-    for label in split.labels.unique():
-        of_class = (split.labels == label).nonzero()[:, 0]
-        order = torch.randperm(len(of_class), generator=seeded("relearn from", seed, int(label)))[:count]
-        chosen.append(of_class[order.to(of_class.device)])
-    found = torch.cat(chosen)
-    return Split(split.images.index_select(0, found), split.labels[found])
-
-
 def weights_changed(model: nn.Module, original: nn.Module) -> int:
     """How many weights differ from the original's."""
     pairs = zip(linear_layers(model), linear_layers(original))
@@ -423,6 +412,6 @@ class Audit:
         return {name: 100 * (found == self.forget_class).double().mean().item() for name, found in predicted.items()}
 
     def _relearn_from(self, model: nn.Module, count: int) -> int | None:
-        samples = some_of_every_class(self.data.train, count, self.seed)
+        samples = some_of_every_class(self.data.train, count, "relearn from", self.seed)
         test = self.data.test.forget(self.forget_class)
         return relearn_from(model, samples, test, self.goal, self.config.relearn_from_rate, self.config.relearn_steps)

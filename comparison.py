@@ -224,6 +224,11 @@ class AuditReport:
         axes.grid(alpha=0.3)
 
 
+def row_name(variant: str, method: str) -> str:
+    """How a method of a variant is called: the project's own by the variant alone."""
+    return variant if method == "mimu" else f"{variant}: {method}"
+
+
 @dataclass(frozen=True)
 class ComparisonRow:
     """A method of a variant: mean over digits for every seed, and the worst digit of any seed.
@@ -243,7 +248,7 @@ class ComparisonRow:
 
     @property
     def name(self) -> str:
-        return self.variant if self.method == "mimu" else f"{self.variant}: {self.method}"
+        return row_name(self.variant, self.method)
 
 
 class Comparison:
@@ -268,14 +273,18 @@ class Comparison:
 
     def against_retraining(self, variant: str, column: Column, method: str, kappa: Kappa) -> Value:
         """A method's figure less that of the classifier retrained without the class: mean over digits a seed."""
-        reporter = self.reporters[variant]
-        gaps: dict[int, list[float]] = {seed: [] for seed in reporter.seeds}
-        for experiment in reporter.experiments_at(kappa):
+        complete = len(self.reporters[variant].digits)
+        gaps = self._gaps(variant, column, method, kappa).values()
+        return Value(tuple(fmean(of_seed) if len(of_seed) == complete else math.nan for of_seed in gaps))
+
+    def _gaps(self, variant: str, column: Column, method: str, kappa: Kappa) -> dict[int, list[float]]:
+        """The same for every digit, by the seed."""
+        gaps: dict[int, list[float]] = {seed: [] for seed in self.reporters[variant].seeds}
+        for experiment in self.reporters[variant].experiments_at(kappa):
             retrained = self._retrained.get(self._request(experiment), {})
             gap = number_at(experiment, column.of(method)) - number_at(retrained, column.of("retrain"))
             gaps[experiment["seed"]].append(gap)
-        complete = len(reporter.digits)
-        return Value(tuple(fmean(each) if len(each) == complete else math.nan for each in gaps.values()))
+        return gaps
 
     def rows(self) -> list[ComparisonRow]:
         return [
@@ -334,7 +343,7 @@ class Comparison:
                         value = reporter.value(*column.of(method), kappa=kappa)
                     cells.append(f"{value:{column.spec}}")
                 if any(cell != "–" for cell in cells):
-                    lines.append([variant if method == "mimu" else f"{variant}: {method}", *cells])
+                    lines.append([row_name(variant, method), *cells])
         return markdown_table(["variant", *(column.name for column in columns)], lines)
 
     def tables(self) -> list[str]:
@@ -382,19 +391,15 @@ class Comparison:
 
     def _row(self, variant: str, reporter: Reporter, method: str) -> ComparisonRow:
         kappa = reporter.headline_kappa()
-        forget, gaps = [], []
-        for experiment in reporter.experiments_at(kappa):
-            retrained = self._retrained.get(self._request(experiment), {})
-            gaps.append(experiment[RETAIN][method]["score"] - number_at(retrained, RETAIN_SCORE.of("retrain")))
-            forget.append(experiment[FORGET][method]["score"])
+        gaps = self._gaps(variant, RETAIN_SCORE, method, kappa).values()
         zeroed = reporter.value("num_zeroed", method, kappa=kappa)
         return ComparisonRow(
             variant=variant,
             method=method,
             forget=reporter.value(FORGET, method, "score", kappa=kappa),
-            worst_forget=max(forget),
+            worst_forget=max(experiment[FORGET][method]["score"] for experiment in reporter.experiments_at(kappa)),
             gap=self.against_retraining(variant, RETAIN_SCORE, method, kappa),
-            worst_gap=worst(gaps),
+            worst_gap=worst(gap for of_seed in gaps for gap in of_seed),
             zeroed=Value(
                 tuple(100 * number / reporter.experiments[0]["num_graph_vertices"] for number in zeroed.per_seed)
             ),

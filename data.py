@@ -109,6 +109,21 @@ class Split:
         return DataLoader(samples, sampler=batches, batch_size=None)
 
 
+def some_of_every_class(split: Split, count: int, *key: object) -> Split:
+    """Random samples, class after class: `count` of every class that is there, or all where it has fewer.
+
+    key: what the draw depends on, beside the class
+    """
+    chosen = []
+    for label in split.labels.unique().tolist():
+        of_class = (split.labels == label).nonzero().squeeze(1)
+        order = torch.randperm(len(of_class), generator=seeded(*key, label))
+        chosen.append(of_class[order[:count].to(of_class.device)])
+    found = torch.cat(chosen)
+    # Copies rows; indexing copies numbers one by one.
+    return Split(split.images.index_select(0, found), split.labels[found])
+
+
 def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """Which samples are classified correctly, (samples): none whose logits (samples, classes) are not numbers.
 
@@ -355,14 +370,7 @@ class GraphGenerator:
         self.samples_per_class = min(config.samples_per_class, int(counts.min()))
         if self.samples_per_class == 0:
             raise ValueError(f"class {int(counts.argmin())} has no training sample: every class needs at least one")
-        chosen = []
-        for label in range(self.num_classes):
-            of_class = (train.labels == label).nonzero().squeeze(1)
-            order = torch.randperm(len(of_class), generator=seeded("graphs", seed, label))
-            chosen.append(of_class[order[: self.samples_per_class].to(of_class.device)])
-        chosen = torch.cat(chosen)
-        # Copies rows; indexing copies numbers one by one.
-        self.samples = Split(train.images.index_select(0, chosen), train.labels[chosen])
+        self.samples = some_of_every_class(train, self.samples_per_class, "graphs", seed)
         self.labels = self.samples.labels
         self.records, self.loss = classifier.record(self.samples.images, self.labels, self.graph.layers)
 
@@ -426,9 +434,9 @@ class GraphGenerator:
         positions = torch.arange(len(flat), device=flat.device).view(samples.shape)
         reached = [layer for layer in layers if layer in seen]  # all but the output layer, which comes after
         falls = torch.zeros(len(classes), self.graph.num_vertices, device=flat.device, dtype=features.dtype)
+        if not reached:
+            return falls
         for fall, of_class, gradient in zip(falls, self.against_rivals(positions, classes), gradients):
-            if not reached:
-                continue
             upstream = torch.zeros_like(features).index_copy_(0, of_class, gradient)
             deltas = torch.autograd.grad(features, [seen[layer][1] for layer in reached], upstream, retain_graph=True)
             of_layers = dict(zip(layers, zip(self.graph.split(fall), weights)))

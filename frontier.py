@@ -70,16 +70,15 @@ class Frontier:
 
     def over_weight(self, method: str) -> list[Point]:
         """Its points at the chosen kappa, on the layers of the first variant, by the weight of the erasure."""
-        chosen = [point for point in self.points if point.method == method and point.kappa == "auto"]
-        return sorted((each for each in chosen if each.layers == self.points[0].layers), key=lambda each: each.weight)
+        here = [point for point in self._at_chosen_kappa(method) if point.layers == self.points[0].layers]
+        return sorted(here, key=lambda point: point.weight)
 
     def on_other_layers(self, method: str) -> list[Point]:
         """Its points at the chosen kappa on other layers."""
-        return [
-            point
-            for point in self.points
-            if point.method == method and point.kappa == "auto" and point.layers != self.points[0].layers
-        ]
+        return [point for point in self._at_chosen_kappa(method) if point.layers != self.points[0].layers]
+
+    def _at_chosen_kappa(self, method: str) -> list[Point]:
+        return [point for point in self.points if point.method == method and point.kappa == "auto"]
 
     def over_kappa(self, method: str) -> list[list[Point]]:
         """The points of a method at fixed kappas, those of every variant together."""

@@ -22,11 +22,10 @@ from audits import (
     neighbours_probe,
     relearn,
     relearn_from,
-    some_of_every_class,
     trained_probe,
     weights_changed,
 )
-from data import ImageData, Split, seeded, seeded_initialisation
+from data import ImageData, Split, seeded, seeded_initialisation, some_of_every_class
 from methods import WithoutLogit
 from model import HookedMNISTClassifier, Mask, WeightGraph
 from trainer import Trainer, TrainerConfig
@@ -357,12 +356,12 @@ def test_some_samples_of_every_class_are_the_same_for_every_classifier():
     few = Split(split.images[split.labels != 2], split.labels[split.labels != 2])
     one = split.forget(2)
     uneven = Split(torch.cat([few.images, one.images[:3]]), torch.cat([few.labels, one.labels[:3]]))
-    chosen = some_of_every_class(uneven, 5, 0)
+    chosen = some_of_every_class(uneven, 5, "relearn from", 0)
     assert chosen.labels.bincount().tolist() == [5, 5, 3]
     rows = {tuple(image): label for image, label in zip(uneven.images.tolist(), uneven.labels.tolist())}
     assert [rows[tuple(image)] for image in chosen.images.tolist()] == chosen.labels.tolist()
     assert len({tuple(image) for image in chosen.images.tolist()}) == 13
-    again, other = some_of_every_class(uneven, 5, 0), some_of_every_class(uneven, 5, 1)
+    again, other = some_of_every_class(uneven, 5, "relearn from", 0), some_of_every_class(uneven, 5, "relearn from", 1)
     assert torch.equal(again.images, chosen.images) and not torch.equal(other.images, chosen.images)
 
 
@@ -379,7 +378,7 @@ def steps_of_sgd(model, samples: Split, test: Split, goal: float, frozen=()) -> 
 
 
 def test_relearning_from_few_samples_counts_the_steps_of_sgd(retrained, data):
-    samples, test = some_of_every_class(data.train, 10, 0), data.test.forget(FORGET)
+    samples, test = some_of_every_class(data.train, 10, "relearn from", 0), data.test.forget(FORGET)
     before = {name: value.clone() for name, value in retrained.state_dict().items()}
     steps = relearn_from(retrained, samples, test, 60.0, 0.1, 200)
     assert steps == steps_of_sgd(copy.deepcopy(retrained), samples, test, 60.0) > 1
@@ -388,7 +387,7 @@ def test_relearning_from_few_samples_counts_the_steps_of_sgd(retrained, data):
 
 
 def test_relearning_from_few_samples_frees_the_weights_of_a_mask(retrained, trained, data):
-    samples, test = some_of_every_class(data.train, 10, 0), data.test.forget(FORGET)
+    samples, test = some_of_every_class(data.train, 10, "relearn from", 0), data.test.forget(FORGET)
     zeroed = range(0, 30, 2)
     steps = relearn_from(masked(retrained, zeroed), samples, test, 60.0, 0.1, 200)
     free, frozen = copy.deepcopy(retrained), copy.deepcopy(retrained)
@@ -399,7 +398,7 @@ def test_relearning_from_few_samples_frees_the_weights_of_a_mask(retrained, trai
 
 
 def test_relearning_from_few_samples_tells_what_does_not_come_back_from_what_cannot(trained, retrained, data):
-    samples, test = some_of_every_class(data.train, 2, 0), data.test.forget(FORGET)
+    samples, test = some_of_every_class(data.train, 2, "relearn from", 0), data.test.forget(FORGET)
     assert relearn_from(retrained, samples, test, 60.0, 1e-6, 5) == 5
     assert relearn_from(WithoutLogit(copy.deepcopy(trained), FORGET), samples, test, 60.0, 0.1, 5) is None
 
@@ -424,7 +423,9 @@ def test_the_further_probes_and_relearnings_are_those_that_were_asked_for(traine
     }
     original = 50 * (trained(test.images).argmax(1) == FORGET).double().mean().item()
     assert found["relearn_from"] == {
-        str(count): relearn_from(retrained, some_of_every_class(train, count, 4), test, original, 0.1, 40)
+        str(count): relearn_from(
+            retrained, some_of_every_class(train, count, "relearn from", 4), test, original, 0.1, 40
+        )
         for count in (1, 5)
     }
 
