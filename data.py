@@ -1,24 +1,22 @@
-"""MNIST in memory, its forget and retain splits, and the activation graphs of a classifier."""
+"""Image data sets in memory, their forget and retain splits, and the activation graphs of a classifier."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
-from artifacts import InputError, one_line, written_whole
-from erasure import explained_variance, nearest_classes, probe_recall
 from model import HookedMNISTClassifier, LayerRecord, Mask, WeightGraph
+from runs.files import InputError, one_line
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -28,6 +26,20 @@ IMAGE_SIZE = 28 * 28
 NUM_CLASSES = 10
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST")
 FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+SCORED_AT_ONCE = 10_000  # samples of a batch without a backward pass
+
+# What settings may be; a config is checked against these words.
+Count = Annotated[int, "at least 1"]
+Positive = Annotated[float, "above 0"]
+NonNegative = Annotated[float, "at least 0"]
+Share = Annotated[float, "above 0, at most 1"]
+# A number of the masked weights, or a share of them.
+Amount = Count | Annotated[float, "above 0, below 1"]
+
+
+def number_of_weights(amount: Amount, num_vertices: int) -> int:
+    """The amount as a number of the masked weights, one at least."""
+    return amount if isinstance(amount, int) else max(1, round(amount * num_vertices))
 
 
 def seeded(*key: object) -> torch.Generator:
@@ -42,42 +54,6 @@ def seeded_initialisation(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-LARGEST = 10**9
-
-
-def check_range(name: str, value: float, at_least: float | None = None, above: float | None = None) -> None:
-    """Raises ValueError unless the value is in its range and at most LARGEST, above which no setting makes sense."""
-    if not value <= LARGEST:
-        raise ValueError(f"{name} must be at most {LARGEST}, not {value}")
-    if at_least is not None and value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, not {value}")
-    if above is not None and value <= above:
-        raise ValueError(f"{name} must be above {above}, not {value}")
-
-
-# How many of the masked weights: a number of them (an integer), or a share (a fraction below 1).
-Amount = int | float
-
-
-def check_amount(name: str, amount: Amount) -> None:
-    """Raises ValueError unless the amount is a number of weights from 1, or a share of them between 0 and 1."""
-    if not (1 <= amount <= LARGEST if isinstance(amount, int) else 0 < amount < 1):
-        raise ValueError(f"{name} must be a number of weights from 1, or a share of them below 1, not {amount}")
-
-
-def check_span(name: str, span: Sequence[Amount]) -> None:
-    """Raises ValueError unless the span is [low, high], both numbers of weights or both shares of them."""
-    if len(span) != 2 or isinstance(span[0], int) != isinstance(span[1], int) or span[0] > span[1]:
-        raise ValueError(f"{name} must be [low, high], two numbers of weights or two shares of them, not {list(span)}")
-    for amount in span:
-        check_amount(name, amount)
-
-
-def number_of_weights(amount: Amount, num_vertices: int) -> int:
-    """The amount as a number of the masked weights, one at least."""
-    return amount if isinstance(amount, int) else max(1, round(amount * num_vertices))
 
 
 class DataError(InputError):
@@ -102,7 +78,7 @@ class Split:
     def _where(self, chosen: Tensor) -> Split:
         return Split(self.images[chosen], self.labels[chosen])
 
-    def loader(self, batch_size: int) -> DataLoader:
+    def loader(self, batch_size: int = SCORED_AT_ONCE) -> DataLoader:
         """Whole batches (images, labels) in order, cut from the tensors at once rather than sample by sample."""
         samples = TensorDataset(self.images, self.labels)
         batches = BatchSampler(SequentialSampler(samples), batch_size, drop_last=False)
@@ -175,20 +151,26 @@ def load_image_data(
     import torchvision
 
     if name not in DATASETS:
-        raise ValueError(f"dataset {name!r} is not known: valid are {', '.join(DATASETS)}")
-    dataset, folder = getattr(torchvision.datasets, name), root / name / "raw"
-    unpack(dict(dataset.resources), folder)
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {name!r}")
+    folder = root / name / "raw"
     try:
-        parts = [dataset(root=root, train=is_train, download=True) for is_train in (True, False)]
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
-        missing = [f"{file}.gz" for file in FILES if not (folder / file).exists()]
-        what = f"{', '.join(missing)} cannot be downloaded: put them there" if missing else "its files cannot be read"
+        for path in map(folder.joinpath, FILES):
+            # torchvision unpacks what is not there, but looks at no more than the names of what is.
+            if path.exists() and packed(path).exists() and crc_and_size(path) != crc_and_size(packed(path)):
+                path.unlink()
+        parts = [getattr(torchvision.datasets, name)(root, is_train, download=True) for is_train in (True, False)]
+    except (RuntimeError, OSError, ValueError, AssertionError, EOFError, zlib.error) as error:
+        missing = [packed(folder / file).name for file in FILES if not (folder / file).exists()]
+        what = f"{', '.join(missing)}: not there, or damaged, and cannot be downloaded" if missing else "cannot be read"
         raise DataError(f"dataset {name} in {folder}: {what} ({one_line(error)})") from None
-    splits = []
-    for part, where in zip(parts, FILES[::2]):
-        check_samples(part.data, part.targets, folder / where)
-        splits.append(Split(part.data.to(device).float().flatten(1), part.targets.to(device)))
-    train, test = splits
+    for part, file in zip(parts, FILES[::2]):
+        shape, labels = tuple(part.data.shape), part.targets
+        if shape != (len(labels), 28, 28) or not len(labels) or not 0 <= labels.min() <= labels.max() < NUM_CLASSES:
+            raise DataError(
+                f"{folder / file}: must hold 28 x 28 images, each with a label from 0 to {NUM_CLASSES - 1}, not images "
+                f"of shape {shape} with {len(labels)} labels from {set(labels.tolist())}"
+            )
+    train, test = (Split(part.data.to(device).float().flatten(1), part.targets.to(device)) for part in parts)
     if held_out:
         test = Split(train.images[-held_out:], train.labels[-held_out:])
         train = Split(train.images[:-held_out], train.labels[:-held_out])
@@ -200,157 +182,113 @@ def load_image_data(
     return ImageData(*(Split((split.images - mean) / deviation, split.labels) for split in (train, test)))
 
 
-def checksums(name: str, root: Path = DATASET_ROOT) -> dict[str, str]:
-    """CRC-32 and size of every file of a data set, without unpacking it: what says which data set it is.
-
-    Empty where a file is not there, neither packed nor unpacked.
-    """
-    found = {}
-    for file in FILES:
-        path = root / name / "raw" / file
-        try:
-            if (packed := packed_file(path)).exists():
-                found[file] = packed.read_bytes()[-8:].hex()  # where gzip keeps both
-            else:
-                found[file] = gzip_trailer(path.read_bytes()).hex()
-        except OSError:
-            return {}
-    return found
-
-
-def packed_file(path: Path) -> Path:
+def packed(path: Path) -> Path:
     return path.with_name(f"{path.name}.gz")
 
 
-def gzip_trailer(content: bytes) -> bytes:
-    """CRC-32 and size, as they end a gzip file of this content."""
+def crc_and_size(path: Path) -> bytes:
+    """CRC-32 and size of the content of a file, of a packed one without unpacking it: they end every gzip file."""
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        return content[-8:]
     return zlib.crc32(content).to_bytes(4, "little") + (len(content) % 2**32).to_bytes(4, "little")
 
 
-def unpack(md5: dict[str, str], folder: Path) -> None:
-    """Unpacks the files of a data set that are not there or not what their packed files hold.
-
-    torchvision looks at the names of unpacked files only.
-
-    md5: of every packed file by its name. Raises DataError on a packed file with another.
-    """
-    for path in map(folder.joinpath, FILES):
-        packed = packed_file(path)
-        if not packed.exists():
-            continue
-        content = packed.read_bytes()
-        if (found := hashlib.md5(content).hexdigest()) != md5[packed.name]:
-            raise DataError(
-                f"{packed}: is damaged (its md5 is {found}, not {md5[packed.name]}): fetch it anew, MNIST by "
-                "`git checkout datasets`"
-            )
-        if not path.exists() or gzip_trailer(path.read_bytes()) != content[-8:]:
-            with written_whole(path) as file:
-                file.write(gzip.decompress(content))
-
-
-def check_samples(images: Tensor, labels: Tensor, path: Path) -> None:
-    """Raises DataError where these are not 28 x 28 images of the ten classes, a label for each."""
-    if images.shape[1:] != (28, 28) or len(images) != len(labels) or not len(labels):
-        raise DataError(
-            f"{path}: holds images of shape {tuple(images.shape)} with {len(labels)} labels, "
-            "not 28 x 28 images with a label each"
-        )
-    if int(labels.min()) < 0 or int(labels.max()) >= NUM_CLASSES:
-        raise DataError(
-            f"{path}: has labels from {int(labels.min())} to {int(labels.max())}, not from 0 to {NUM_CLASSES - 1}"
-        )
+def checksums(name: str, root: Path = DATASET_ROOT) -> dict[str, str]:
+    """CRC-32 and size of every file of a data set: what says which data set it is. Empty where a file is not there."""
+    paths = [root / name / "raw" / file for file in FILES]
+    try:
+        return {path.name: crc_and_size(packed(path) if packed(path).exists() else path).hex() for path in paths}
+    except OSError:
+        return {}
 
 
 class ClassGroup:
-    """One layer's record of one group of samples per class: what the vertex features are made of.
+    """One layer's record of a group of samples for every class: what the vertex features are made of.
 
-    The fields of the record carry (classes, samples, neurons) here; weight is (m, n).
+    Fields of the record are (classes, samples, neurons) here; weight is (m, n).
     """
 
     def __init__(self, record: LayerRecord, weight: Tensor) -> None:
         self.record = record
         self.weight = weight
 
-    @cached_property
-    def gradient(self) -> Tensor:
-        """Mean gradient of the cross entropy with respect to each weight, (classes, m, n)."""
-        return self._mean_product(self.record.loss_gradient, self.record.inputs)
-
-    def _mean_product(self, of_target: Tensor, of_source: Tensor) -> Tensor:
+    def mean_product(self, of_target: Tensor, of_source: Tensor) -> Tensor:
         """Mean over the samples of of_target[s, r] * of_source[s, c], (classes, m, n)."""
         return of_target.transpose(1, 2) @ of_source / of_source.shape[1]
 
-    def input_activation(self) -> Tensor:
-        """E[a_c], the activation of the weight's source neuron."""
-        return self.record.inputs.mean(1)[:, None]
-
-    def output_activation(self) -> Tensor:
-        """E[h_r], the activation of the weight's target neuron."""
-        return self.record.outputs.mean(1)[:, :, None]
-
-    def effect(self) -> Tensor:
-        """w E[dL/dw]: the first-order fall of the loss when the weight is removed."""
-        return self.weight * self.gradient
-
-    def fisher(self) -> Tensor:
-        """|w| sqrt(E[(dL/dw)^2]), the root of the diagonal Fisher information of removing the weight."""
-        return self.weight.abs() * self._mean_product(self.record.loss_gradient**2, self.record.inputs**2).sqrt()
-
-    def margin(self) -> Tensor:
-        """w E[d(logit of the class - mean logit)/dw]: the first-order fall of the margin when the weight is removed."""
-        return self.weight * self._mean_product(self.record.margin_gradient, self.record.inputs)
-
-    def coactivation(self) -> Tensor:
-        """|w| E[unit r is active * a_c]: the signal that the weight passes on."""
-        return self.weight.abs() * self._mean_product(self.record.active, self.record.inputs)
+    @cached_property
+    def gradient(self) -> Tensor:
+        """Mean gradient of the cross entropy with respect to each weight, (classes, m, n)."""
+        return self.mean_product(self.record.loss_gradient, self.record.inputs)
 
 
+# From a group to (classes, m, n), or what broadcasts to it; E is the mean over the samples of a class.
 FEATURES: dict[str, Callable[[ClassGroup], Tensor]] = {
-    "input_activation": ClassGroup.input_activation,
-    "output_activation": ClassGroup.output_activation,
+    # E[a_c], of the weight's source neuron
+    "input_activation": lambda group: group.record.inputs.mean(1)[:, None],
+    # E[h_r], of the weight's target neuron
+    "output_activation": lambda group: group.record.outputs.mean(1)[:, :, None],
     "weight": lambda group: group.weight[None],
+    # E[dL/dw]
     "gradient": lambda group: group.gradient,
-    "effect": ClassGroup.effect,
-    "fisher": ClassGroup.fisher,
-    "margin": ClassGroup.margin,
-    "coactivation": ClassGroup.coactivation,
+    # w E[dL/dw]: the first-order fall of the loss when the weight is removed
+    "effect": lambda group: group.weight * group.gradient,
+    # |w| sqrt(E[(dL/dw)^2]): the root of the diagonal Fisher information of removing the weight
+    "fisher": lambda group: (
+        group.weight.abs() * group.mean_product(group.record.loss_gradient**2, group.record.inputs**2).sqrt()
+    ),
+    # w E[d(logit of the class - mean logit)/dw]: the first-order fall of the margin when the weight is removed
+    "margin": lambda group: group.weight * group.mean_product(group.record.margin_gradient, group.record.inputs),
+    # |w| E[unit r is active * a_c]: the signal that the weight passes on
+    "coactivation": lambda group: group.weight.abs() * group.mean_product(group.record.active, group.record.inputs),
 }
 
 
 @dataclass(frozen=True)
 class GraphConfig:
-    """mask_layer: an index, a list of them, or null for all layers; features: names of FEATURES.
+    """What the activation graphs are made of.
 
+    mask_layer: an index, a list of them, or null for all layers; features: names of FEATURES
     scope: whether the weights of all masked layers compete, or every layer gives the same share of its own
-    other_classes adds to each feature (but the weight) its mean over the other classes.
-    erasure adds the feature of `GraphGenerator.erasure`, which measures a class against so many rivals with this ridge.
+    other_classes: adds to each feature (but the weight) its mean over the other classes
     """
 
     mask_layer: int | tuple[int, ...] | None
     scope: Literal["global", "layerwise"]
     features: tuple[str, ...]
     other_classes: bool
-    samples_per_class: int
-    erasure: bool
-    rivals: int
-    ridge: float
+    samples_per_class: Count
 
     def __post_init__(self) -> None:
-        for name in self.features:
-            if name not in FEATURES:
-                raise ValueError(f"features: {name!r} is not known: valid are {', '.join(FEATURES)}")
-        if not self.features:
-            raise ValueError(f"features: at least one is needed of {', '.join(FEATURES)}")
-        if len(set(self.features)) < len(self.features):
-            raise ValueError(f"features: {list(self.features)} names a feature twice")
-        check_range("samples_per_class", self.samples_per_class, at_least=1)
-        check_range("rivals", self.rivals, at_least=1)
-        check_range("ridge", self.ridge, above=0)
+        if not self.features or len(set(self.features)) < len(self.features) or set(self.features) - set(FEATURES):
+            raise ValueError(f"features must be some of {', '.join(FEATURES)}, each once, not {list(self.features)}")
 
     @property
     def num_features(self) -> int:
-        return len(self.features) + self.other_classes * sum(name != "weight" for name in self.features) + self.erasure
+        """The features of a vertex, without an auxiliary one."""
+        return len(self.features) + self.other_classes * sum(name != "weight" for name in self.features)
+
+
+class Auxiliary(Protocol):
+    """What may be asked of a mask beside forgetting: a further feature, term of the loss, and condition for done.
+
+    weight: what it is worth to a request; 0: nothing
+    """
+
+    weight: float
+
+    def draw_weight(self, generator: torch.Generator) -> float:
+        """The weight of the term in a step of training; the GCN is told it as the scale of the feature."""
+
+    def feature(self, samples: Tensor, classes: Sequence[int], mask: Mask | None) -> Tensor:
+        """The feature of each of `classes` (classes, vertices), from a group of every class (classes, group_size)."""
+
+    def loss(self, features: Tensor, classes: Sequence[int]) -> Tensor:
+        """The mean over masks, one for each of `classes`, on representations (masks, classes, group_size, n)."""
+
+    def is_reached(self, mask: Mask, forget_class: int) -> bool:
+        """Whether a mask is enough, so that kappa auto may stop there."""
 
 
 class GraphGenerator:
@@ -358,9 +296,18 @@ class GraphGenerator:
 
     Stored are a few hundred floats a sample; the vertex features of a group are formed when they are needed.
     The samples of class c are the indices c * samples_per_class to (c + 1) * samples_per_class - 1.
+
+    auxiliary: makes what is asked of masks beside forgetting
     """
 
-    def __init__(self, classifier: HookedMNISTClassifier, train: Split, config: GraphConfig, seed: int) -> None:
+    def __init__(
+        self,
+        classifier: HookedMNISTClassifier,
+        train: Split,
+        config: GraphConfig,
+        seed: int,
+        auxiliary: Callable[[GraphGenerator], Auxiliary] | None = None,
+    ) -> None:
         self.classifier = classifier
         self.train = train
         self.config = config
@@ -373,14 +320,25 @@ class GraphGenerator:
         self.samples = some_of_every_class(train, self.samples_per_class, "graphs", seed)
         self.labels = self.samples.labels
         self.records, self.loss = classifier.record(self.samples.images, self.labels, self.graph.layers)
+        self.auxiliary = None if auxiliary is None else auxiliary(self)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
+    def num_features(self) -> int:
+        """The features of a vertex in a class graph."""
+        return self.config.num_features + (self.auxiliary is not None)
+
+    @property
     def inputs(self) -> Tensor:
         """Input activations of the first masked layer, (samples, n): no mask changes what comes before."""
         return self.records[0].inputs
+
+    @property
+    def nothing(self) -> Tensor:
+        """No vertex of the weight graph."""
+        return torch.empty(0, dtype=torch.long, device=self.labels.device)
 
     def by_class(self) -> Tensor:
         """Indices of all samples, (classes, samples_per_class)."""
@@ -392,128 +350,30 @@ class GraphGenerator:
         order = keys.argsort(1)[:, :group_size]
         return (order + self.samples_per_class * torch.arange(self.num_classes)[:, None]).to(self.labels.device)
 
-    @cached_property
-    def rivals(self) -> Tensor:
-        """The classes that are nearest to each class in the representation, without a mask, (classes, rivals)."""
-        with torch.no_grad():
-            features = self.classifier.features(self.inputs, self.graph.layers[0])
-        count = min(self.config.rivals, self.num_classes - 1)
-        return nearest_classes(features, self.labels, self.num_classes, count)
-
-    def against_rivals(self, x: Tensor, classes: Sequence[int]) -> Tensor:
-        """Of each of `classes` its own samples and then those of its rivals.
-
-        x: (all classes, samples, ...) to (classes, (1 + rivals) * samples, ...)
-        """
-        own = torch.tensor(classes, device=x.device)
-        return x[torch.cat([own[:, None], self.rivals[own]], 1)].flatten(1, 2)
-
-    def explained_variance(self, features: Tensor, classes: Sequence[int]) -> Tensor:
-        """R^2 of each of `classes` against its rivals, (classes): how much of it the representation carries.
-
-        features: (classes, (1 + rivals) * samples, n), as from `against_rivals`
-        """
-        num_samples = features.shape[1]
-        is_class = torch.arange(num_samples, device=features.device) < num_samples // (1 + self.rivals.shape[1])
-        return explained_variance(features, is_class.expand(len(classes), -1), self.config.ridge)
-
-    def erasure(self, samples: Tensor, classes: Sequence[int], mask: Mask | None = None) -> Tensor:
-        """How much each weight carries a class into the representation: w dR^2/dw, the first-order fall of its R^2.
-
-        samples: a group of every class, (all classes, group_size)
-        Returns (classes, vertices), on the classifier or on a masked one.
-        """
-        flat, layers = samples.flatten(), self.graph.layers
-        with nullcontext() if mask is None else mask.applied_to(self.classifier):
-            weights = self.weights()
-            with torch.enable_grad(), self.classifier.hooks(layers) as seen:
-                features = self.classifier.features(self.inputs[flat], layers[0])
-        with torch.enable_grad():
-            chosen = self.against_rivals(features.detach().unflatten(0, samples.shape), classes).requires_grad_()
-            (gradients,) = torch.autograd.grad(self.explained_variance(chosen, classes).sum(), chosen)
-        positions = torch.arange(len(flat), device=flat.device).view(samples.shape)
-        reached = [layer for layer in layers if layer in seen]  # all but the output layer, which comes after
-        falls = torch.zeros(len(classes), self.graph.num_vertices, device=flat.device, dtype=features.dtype)
-        if not reached:
-            return falls
-        for fall, of_class, gradient in zip(falls, self.against_rivals(positions, classes), gradients):
-            upstream = torch.zeros_like(features).index_copy_(0, of_class, gradient)
-            deltas = torch.autograd.grad(features, [seen[layer][1] for layer in reached], upstream, retain_graph=True)
-            of_layers = dict(zip(layers, zip(self.graph.split(fall), weights)))
-            for layer, delta in zip(reached, deltas):
-                of_layer, weight = of_layers[layer]
-                torch.mul(weight, delta[of_class].T @ seen[layer][0][of_class], out=of_layer)
-        return falls
-
-    @cached_property
-    def pixel_recall(self) -> Tensor:
-        """Percent of each class that a ridge regression on the pixels finds among the training samples, (classes).
-
-        An estimate, without retraining, of what a representation tells of a class that it was never trained on.
-        """
-        return probe_recall(self.train.images, self.train.labels, self.num_classes, self.config.ridge)
-
-    @torch.no_grad()
-    def probe_recall(self, mask: Mask) -> Tensor:
-        """The same of the representation of a masked classifier, on the recorded samples, (classes)."""
-        with mask.applied_to(self.classifier):
-            features = self.classifier.features(self.inputs, self.graph.layers[0])
-        return probe_recall(features, self.labels, self.num_classes, self.config.ridge)
+    def weights(self) -> list[Tensor]:
+        """The weight matrices of the masked layers as they are now, (m, n) each."""
+        return [self.classifier.layers[index].weight.detach() for index in self.graph.layers]
 
     def class_graphs(
-        self, samples: Tensor, mask: Mask | None = None, erasure_weight: float = 0.0
+        self, samples: Tensor, mask: Mask | None = None, auxiliary_weight: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """The graph of one group of samples per class, on the classifier or on a masked one.
 
-        samples: (classes, group_size); erasure_weight: what the erasure feature, if there is one, is multiplied with
+        samples: (classes, group_size); auxiliary_weight: what the auxiliary feature, if there is one, is scaled with
         Returns the vertex features (classes, vertices, features), each standardised over its graph before, and the mean
         cross entropy of each class (classes), nats.
         """
         own, loss = self.class_features(samples, self.config.features, mask)
         others = {name: (x.sum(0) - x) / (len(x) - 1) for name, x in own.items()}
-        if not self.config.erasure:
-            return self._standardised(own, others), loss
-        if erasure_weight == 0:
-            erasure = torch.zeros(len(loss), self.graph.num_vertices, device=loss.device, dtype=loss.dtype)
+        if self.auxiliary is None:
+            return self._vertex_features(own, others), loss
+        if auxiliary_weight:
+            own["auxiliary"] = self.auxiliary.feature(samples, range(self.num_classes), mask)
         else:
-            erasure = self.erasure(samples, range(self.num_classes), mask)
-        x = self._standardised(own | {"erasure": erasure}, others)
-        x[..., len(own)] *= erasure_weight
+            own["auxiliary"] = torch.zeros(len(loss), self.graph.num_vertices, device=loss.device, dtype=loss.dtype)
+        x = self._vertex_features(own, others)
+        x[..., len(own) - 1] *= auxiliary_weight
         return x, loss
-
-    def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
-        """The graph of one sample (n = 1) for PyG: x (vertices, features), edge_index (2, edges), y (1).
-
-        Without the erasure feature, which a class has and a sample has not.
-
-        max_edges: an edge takes 16 bytes in the list, and about 100 while the list is built
-        Raises IndexError where there is no such sample, ValueError on a graph with more edges.
-        """
-        # Imported here, since it takes longer than the rest and only this export needs it.
-        from torch_geometric.data import Data
-
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} is not there: valid are 0 to {len(self) - 1}")
-        if (edges := self.graph.num_edges) > max_edges:
-            raise ValueError(
-                f"max_edges is {max_edges:,}, and the graph has {edges:,} edges: a list of {16 * edges / 1e9:.1f} GB, "
-                f"and about {100 * edges / 1e9:.0f} GB while it is built"
-            )
-        label = self.labels[index : index + 1]
-        everything = self.by_class()
-        own, _ = self.class_features(everything.view(-1)[index : index + 1, None], self.config.features)
-        classes, _ = self.class_features(everything, self.config.features)
-        others = {name: (x.sum(0) - x)[label] / (len(x) - 1) for name, x in classes.items()}
-        return Data(x=self._standardised(own, others)[0], edge_index=self.graph.edge_index().to(label.device), y=label)
-
-    def recorded(self) -> dict[str, Any]:
-        """What was recorded, as it is saved: `layers`, `labels` (samples), and `records`, a dictionary for each layer.
-
-        Its tensors are (samples, neurons), as in `LayerRecord`.
-        """
-        names = ("inputs", "outputs", "loss_gradient", "margin_gradient")
-        records = [{name: getattr(record, name) for name in names} for record in self.records]
-        return {"layers": list(self.graph.layers), "labels": self.labels, "records": records}
 
     def class_features(
         self, samples: Tensor, names: Sequence[str], mask: Mask | None = None
@@ -542,11 +402,8 @@ class GraphGenerator:
             features[name] = torch.cat(parts, 1)  # (groups, vertices)
         return features, loss.view(samples.shape).mean(1)
 
-    def weights(self) -> list[Tensor]:
-        """The weight matrices of the masked layers as they are now, (m, n) each."""
-        return [self.classifier.layers[index].weight.detach() for index in self.graph.layers]
-
-    def _standardised(self, own: dict[str, Tensor], others: dict[str, Tensor]) -> Tensor:
+    def _vertex_features(self, own: dict[str, Tensor], others: dict[str, Tensor]) -> Tensor:
+        """Features of the class and of the others, standardised over the vertices: (groups, vertices, features)."""
         features = list(own.values())
         if self.config.other_classes:
             features += [x for name, x in others.items() if name != "weight"]
@@ -555,4 +412,35 @@ class GraphGenerator:
         x -= x.mean(-1, keepdim=True)
         deviation = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / max(1, x.shape[-1] - 1) ** 0.5
         x /= deviation.clamp_min(1e-12)
-        return x.permute(1, 2, 0).contiguous()  # (groups, vertices, features)
+        return x.permute(1, 2, 0).contiguous()
+
+    def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
+        """The graph of one sample (n = 1) for PyG: x (vertices, features), edge_index (2, edges), y (1).
+
+        Without the auxiliary feature, which a class has and a sample has not.
+
+        max_edges: an edge takes 16 bytes in the list, and about 100 while the list is built
+        Raises IndexError where there is no such sample, ValueError on a graph with more edges.
+        """
+        # Imported here, since it takes longer than the rest and only this export needs it.
+        from torch_geometric.data import Data
+
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} is not there: valid are 0 to {len(self) - 1}")
+        if (edges := self.graph.num_edges) > max_edges:
+            raise ValueError(
+                f"max_edges must be at least {edges:,} (a list of {16 * edges / 1e9:.1f} GB), not {max_edges:,}"
+            )
+        label, everything = self.labels[index : index + 1], self.by_class()
+        own, _ = self.class_features(everything.view(-1)[index : index + 1, None], self.config.features)
+        classes, _ = self.class_features(everything, self.config.features)
+        others = {name: (x.sum(0) - x)[label] / (len(x) - 1) for name, x in classes.items()}
+        x = self._vertex_features(own, others)[0]
+        return Data(x=x, edge_index=self.graph.edge_index().to(label.device), y=label)
+
+    def recorded(self) -> dict[str, Any]:
+        """What was recorded, as it is saved: `layers`, `labels` (samples), and `records`, a dictionary for each layer.
+
+        Tensors in it are (samples, neurons), as in `LayerRecord`.
+        """
+        return {"layers": list(self.graph.layers), "labels": self.labels, "records": list(map(vars, self.records))}

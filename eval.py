@@ -1,16 +1,15 @@
-"""The metrics that score the answers of every method to a request, and unlearning as a function."""
+"""Requests to forget a class, the registry of the methods that answer them, and the metrics that score the answers."""
 
 from __future__ import annotations
 
-import json
+import copy
+import inspect
 import math
 import operator
-import re
 import time
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,61 +18,40 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import baselines as baselines  # registers the published methods
-from artifacts import Artifact, short
-from audits import Audit, AuditConfig, look_at
-from data import GraphGenerator, ImageData, Split, check_range, is_correct, number_of_weights
-from erasure import probe_recall
-from methods import METHODS, Request, check_hyperparameter
-from methods import unlearning_method as unlearning_method  # for the methods that are added here
-from model import HookedMNISTClassifier, Mask, MaskingGCN
-from trainer import GCNRanking, MaskingConfig, TrainedGCN, TrainingError, ZeroingOrder, check_weights
-from visualization import Visualization
+from data import Auxiliary, Count, GraphGenerator, ImageData, Positive, Split, is_correct, number_of_weights, seeded
+from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
+from runs.files import Artifact
+from trainer import (
+    GCNRanking,
+    MaskingConfig,
+    TrainedGCN,
+    Trainer,
+    TrainingError,
+    UnlearningSFT,
+    UnlearningSFTConfig,
+    Zeroing,
+    ZeroingOrder,
+    check_weights,
+)
 
 
 @dataclass(frozen=True)
 class EvalConfig(MaskingConfig):
-    """How requests are answered and scored: the settings of the masks, of the methods and of the audits.
+    """How requests are answered and scored: the settings of the masks, of the methods and of the plots.
 
     methods: which to score; `all` that are registered, or None: those of the default run
     hyperparameters: of every method that has some, by its name
     """
 
     methods: tuple[str, ...] | Literal["all"] | None
-    batch_size: int
     visualize: bool
-    random_masks: int
+    random_masks: Count
     hyperparameters: dict[str, dict[str, int | float]]
-    audit: AuditConfig
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.method_names:
-            if name not in METHODS:
-                raise ValueError(f"methods: {name!r} is not registered: valid are {', '.join(METHODS)}")
-        if "mimu" not in self.method_names or len(set(self.method_names)) < len(self.method_names):
-            raise ValueError(f"methods must name mimu, and each method once, not {list(self.method_names)}")
-        check_range("batch_size", self.batch_size, at_least=1)
-        check_range("random_masks", self.random_masks, at_least=1)
-        for name in self.hyperparameters:
-            if name not in METHODS or not METHODS[name].hyperparameters:
-                valid = ", ".join(each for each in METHODS if METHODS[each].hyperparameters)
-                raise ValueError(f"hyperparameters.{name} is not a method with hyperparameters: valid are {valid}")
-        for name in self.method_names:
-            self._check_hyperparameters(name)
-
-    def _check_hyperparameters(self, method: str) -> None:
-        given, expected = self.hyperparameters.get(method, {}), METHODS[method].hyperparameters
-        for name in given:
-            if name not in expected:
-                raise ValueError(
-                    f"hyperparameters.{method}.{name} is not a setting: valid are {', '.join(expected) or 'none'}"
-                )
-        for name, kind in expected.items():
-            key = f"hyperparameters.{method}.{name}"
-            if name not in given:
-                raise ValueError(f"{key} is missing: it must be {'an integer' if kind is int else 'a number'}")
-            check_hyperparameter(key, given[name], kind)
+        names = self.method_names
+        if set(names) - set(METHODS) or "mimu" not in names or len(set(names)) < len(names):
+            raise ValueError(f"methods must name mimu and others of {', '.join(METHODS)} once, not {list(names)}")
 
     @property
     def method_names(self) -> tuple[str, ...]:
@@ -84,57 +62,455 @@ class EvalConfig(MaskingConfig):
 
     def decisive(self) -> dict[str, Any]:
         """The settings that the metrics depend on: without those of the plots and of what does not run."""
-        settings = asdict(self) | {"methods": self.method_names, "visualize": None}
-        settings["hyperparameters"] = {name: self.hyperparameters.get(name, {}) for name in self.method_names}
-        if not self.audit.enabled:
-            settings["audit"] = None
-        return settings
-
-
-def slug(name: str) -> str:
-    """The name in letters, digits and underscores, as it stands in the names of files."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+        hyperparameters = {name: self.hyperparameters.get(name, {}) for name in self.method_names}
+        changes = {"methods": self.method_names, "visualize": None, "hyperparameters": hyperparameters}
+        return asdict(self) | changes
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """What sets one experiment apart from the others of a sweep, and what it shares with them.
+class Request:
+    """One request to forget a class, and all that a method may use to answer it: of the data the training split only.
 
-    variant: the name of the config among those of the run, "" where there is one only
-    kappa: None until auto has found it
-    gcn_seconds: what training the masking GCN took, once for all requests; config: the whole config
-    made_by: what the results depend on, as in `Artifact`; files: the checkpoints that it is about
+    original: the classifier, not to be changed; trainer: trains another one as it was trained
+    train: the training split; graphs, gcn: the activation graphs of the original and the masking GCN trained on them
+    forget_class: the class to forget; top_k: how many weights a keep mask keeps; seed: of all random draws
+    asked: how many weights to zero; `auto`: as few as forget; None where the answer does not depend on it
+    orders: in which weights are zeroed, kept by the name of the method from one kappa to the next
     """
 
-    variant: str
-    seed: int
-    forget_digit: int
-    mask_layer: int | tuple[int, ...] | None
+    config: EvalConfig
+    original: HookedMNISTClassifier
+    trainer: Trainer
+    train: Split
+    graphs: GraphGenerator
+    gcn: MaskingGCN
+    forget_class: int
     top_k: int
-    kappa: int | None
-    kappa_choice: Literal["fixed", "auto"]
-    gcn_seconds: float
-    config: dict[str, Any]
-    made_by: dict[str, Any]
-    files: dict[str, str] = field(default_factory=dict)
+    seed: int
+    asked: int | Literal["auto"] | None = None
+    orders: dict[str, ZeroingOrder] = field(default_factory=dict)
 
     @property
-    def id(self) -> str:
-        """Its name, as files have it; at the end what tells it from experiments with other settings."""
-        layers = [self.mask_layer] if isinstance(self.mask_layer, int) else self.mask_layer
-        masked = "all" if layers is None else "_".join(map(str, layers))
-        kappa = "auto" if self.kappa_choice == "auto" else f"{self.kappa}_fixed"
-        name = f"seed_{self.seed}_digit_{self.forget_digit}_layer_{masked[:60]}_top_k_{self.top_k}_kappa_{kappa}"
-        variant = f"_{slug(self.variant)[:60]}" if self.variant else ""
-        return f"{name}{variant}_{short(self.made_by['settings'])}"
+    def classifier(self) -> HookedMNISTClassifier:
+        """A copy of the original classifier, free to be changed."""
+        return copy.deepcopy(self.original)
 
-    def metrics(self, folder: Path) -> Artifact:
-        """Its JSON in the folder of an evaluation."""
-        return Artifact(metrics_folder(folder) / f"{self.id}.json", self.made_by)
+    @property
+    def forget(self) -> Split:
+        """The training samples of the forget class."""
+        return self.train.forget(self.forget_class)
 
-    def mask(self, folder: Path) -> Artifact:
-        """Its mask in the folder of an evaluation."""
-        return Artifact(folder / "masks" / f"{self.id}.pt", self.made_by)
+    @property
+    def retain(self) -> Split:
+        """The training samples of all other classes."""
+        return self.train.retain(self.forget_class)
+
+    @property
+    def other_seed(self) -> int:
+        """A seed whose initial weights are not those of the original."""
+        return self.trainer.seed + 1_000_000
+
+    @property
+    def kappa(self) -> int:
+        """How many weights to zero; with auto as many as the masking GCN zeroes."""
+        if self.asked is None:
+            raise ValueError("this method reads request.kappa: register it with uses_kappa=True")
+        return len(self.in_steps("mimu", self.ranking).vertices) if self.asked == "auto" else self.asked
+
+    @property
+    def ranking(self) -> GCNRanking:
+        """How much the masking GCN wants each weight zeroed."""
+        return GCNRanking(self.config, self.gcn, self.graphs, self.forget_class, self.top_k, self.seed)
+
+    def in_steps(self, name: str, ranking: Callable[[int, Tensor], Tensor], all_at_once: bool = False) -> Zeroing:
+        """The weights that a ranking zeroes first, up to kappa; with auto up to its own smallest kappa that forgets.
+
+        name: of the method; ranking: from the number of the step and the vertices zeroed before it to scores (vertices)
+        all_at_once: ranks on the whole classifier alone, where the others rank anew after every `eval.step` weights
+        """
+        if name not in self.orders:
+            config = replace(self.config, step=None) if all_at_once else self.config
+            self.orders[name] = ZeroingOrder(config, self.graphs, ranking)
+        order = self.orders[name]
+        return order.until_forgotten(self.forget) if self.asked == "auto" else order.first(self.kappa)
+
+    def zeroing(self, vertices: Tensor, graph: WeightGraph | None = None) -> Mask:
+        """The mask without the given vertices of the weight graph, or of that of other masked layers."""
+        return Mask.zeroing(graph or self.graphs.graph, vertices)
+
+    def keeping(self, vertices: Tensor) -> Mask:
+        """The mask with only the given vertices of the weight graph; layers that are not masked stay whole."""
+        return Mask.keeping(self.graphs.graph, vertices)
+
+
+# From a request, and the hyperparameters as keywords, to an unlearned classifier or what to zero in the original.
+Unlearning = Callable[..., nn.Module | Mask | Zeroing]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to forget, and what tables say of it.
+
+    unlearn: what answers a request. Keyword-only parameters are its hyperparameters, whose values are those of
+        `eval.hyperparameters.<name>`; the first paragraph of its docstring says in the tables what it does.
+    uses_kappa: whether the answer depends on `request.kappa`; if not, it is computed once for all kappas
+    most_needed: gives the K = `request.top_k` vertices that the class needs, for the mask efficacy; or (choices, K),
+        whose metrics are averaged; None where the method cannot say
+    paper, touches, needs: the source, what the method changes, and which training samples it needs
+    in_default_run: whether it runs where the config names no methods
+    """
+
+    unlearn: Unlearning
+    uses_kappa: bool = False
+    most_needed: Callable[[Request], Tensor] | None = None
+    paper: str = ""
+    touches: Literal["nothing", "a mask", "the output", "one layer", "all weights"] = "all weights"
+    needs: Literal["nothing", "forget set", "retain set", "both sets"] = "both sets"
+    in_default_run: bool = True
+
+    @property
+    def hyperparameters(self) -> dict[str, object]:
+        """The names of the hyperparameters and their annotations."""
+        parameters = inspect.signature(self.unlearn, eval_str=True).parameters.values()
+        return {each.name: each.annotation for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def about(self) -> dict[str, Any]:
+        """What tables say of it, as JSON holds it."""
+        says = (inspect.getdoc(self.unlearn) or "").partition("\n\n")[0].replace("\n", " ")
+        return {"does": says, "paper": self.paper, "touches": self.touches, "needs": self.needs}
+
+
+METHODS: dict[str, Method] = {}
+
+
+def unlearning_method(name: str, **about: Any) -> Callable[[Unlearning], Unlearning]:
+    """Registers a function that answers requests as a `Method`, which then stands in every plot and table.
+
+    about: what else there is to say of it, by the fields of `Method`
+    """
+    # The last two stand beside the methods in the JSON's seconds.
+    if name in (*METHODS, "gcn", "experiment") or not name.isprintable() or not name or "$" in name:
+        raise ValueError(f"method {name!a} must have a name of its own, of printable characters without $")
+
+    def register(unlearn: Unlearning) -> Unlearning:
+        METHODS[name] = Method(unlearn, **about)
+        return unlearn
+
+    return register
+
+
+def every_vertex(request: Request) -> Tensor:
+    return torch.arange(request.graphs.graph.num_vertices)
+
+
+@unlearning_method("original", most_needed=every_vertex, touches="nothing", needs="nothing")
+def original(request: Request) -> nn.Module:
+    """The classifier as it is: nothing is forgotten. As a keep mask it keeps every weight."""
+    return request.classifier
+
+
+@unlearning_method("mimu", uses_kappa=True, most_needed=lambda request: request.ranking.most_needed(), touches="a mask")
+def mimu(request: Request) -> Zeroing:
+    """The kappa weights that the masking GCN zeroes first."""
+    return request.in_steps("mimu", request.ranking)
+
+
+def random_vertices(request: Request, count: int, draw: int = 0) -> Tensor:
+    generator = seeded("random", request.seed, request.forget_class, draw)
+    return torch.randperm(request.graphs.graph.num_vertices, generator=generator)[:count]
+
+
+def random_choices(request: Request) -> Tensor:
+    """Several random keep masks (masks, K), since a single one may keep a class or lose it by chance."""
+    return torch.stack([random_vertices(request, request.top_k, draw) for draw in range(request.config.random_masks)])
+
+
+@unlearning_method("random", uses_kappa=True, most_needed=random_choices, touches="a mask", needs="nothing")
+def random(request: Request) -> Mask:
+    """The control: kappa random weights of the same layers."""
+    return request.zeroing(random_vertices(request, request.kappa))
+
+
+@unlearning_method("sft", paper="after Graves et al. 2021, arXiv:2010.10981", touches="one layer", needs="forget set")
+def sft(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
+    """Fine-tuning of the masked layers on random labels for the forget class's training samples."""
+    config = UnlearningSFTConfig(epochs, batch_size, learning_rate)
+    return UnlearningSFT(config, request.seed).unlearn(request.classifier, request.forget, request.graphs.graph.layers)
+
+
+@unlearning_method("retrain", needs="retain set")
+def retrain(request: Request) -> nn.Module:
+    """The gold standard: trained from scratch on the retain set alone, from the original's own initial weights."""
+    return request.trainer.train(request.retain, request.graphs.num_classes)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The classifier that a method makes of a request, what it took, and where it is the masked original, the mask.
+
+    gave_up: whether the class is not forgotten at the largest kappa; None where no kappa was searched for
+    """
+
+    model: nn.Module
+    seconds: float
+    mask: Mask | None
+    gave_up: bool | None
+
+
+def answer(request: Request, name: str) -> Answer:
+    """Lets a method answer a request.
+
+    Raises TrainingError where it diverges, ValueError where it changes the original.
+    """
+    before = copy.deepcopy(request.original.state_dict())
+    started = time.perf_counter()
+    try:
+        model = METHODS[name].unlearn(request, **request.config.hyperparameters.get(name, {}))
+        mask, seconds, gave_up = None, None, None
+        if isinstance(model, Zeroing):
+            model, seconds, gave_up = request.zeroing(model.vertices), model.seconds, model.gave_up
+        if isinstance(model, Mask):
+            model, mask = request.classifier, model
+            mask.apply(model)
+        check_weights(model, "classifier", f"eval.hyperparameters.{name}")
+    except TrainingError as error:
+        raise TrainingError(f"method {name}, class {request.forget_class}: {error}") from None
+    # Steps that were made before, for a smaller kappa, count as spent: of them the clock knows nothing.
+    seconds = time.perf_counter() - started if seconds is None else seconds
+    after = request.original.state_dict()
+    for key, weight in before.items():
+        if key not in after or not torch.equal(weight, after[key]):
+            raise ValueError(f"method {name!r} changed the original's {key}: change request.classifier, a copy")
+    return Answer(model, seconds, mask, gave_up)
+
+
+def count_by_layer(mask: Mask, output_layer: int, forget_class: int) -> dict[str, int]:
+    """How many weights a mask zeroes in each layer; of the output layer, the row of the forget class apart.
+
+    Zeroing that row alone is the trivial way to forget.
+    """
+    counts = {}
+    for layer, keep in zip(mask.layers, mask.keep):
+        zeroed = keep == 0
+        counts[f"layer {layer}"] = int(zeroed.sum())
+        if layer == output_layer:
+            counts["output row of the class"] = int(zeroed[forget_class].sum())
+            counts[f"layer {layer}"] -= counts["output row of the class"]
+    return counts
+
+
+def valid_json(value: Any) -> Any:
+    """The value with every number that JSON cannot hold (infinite, not a number) replaced by None."""
+    if isinstance(value, dict):
+        return {key: valid_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [valid_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass
+class Eval:
+    """Scores every method on one request with the five metrics, and writes them as JSON.
+
+    metrics, mask: the files to write; about: what else the JSON says, such as the id, the config and earlier seconds
+    shared: results that do not depend on kappa, kept from one kappa of a request to the next
+    audit: from the original and the retrained classifier (None without one) to what audits a classifier
+    draw: draws the plots of the results, which it is given
+    """
+
+    request: Request
+    data: ImageData
+    metrics: Artifact
+    mask: Artifact
+    about: dict[str, Any]
+    shared: dict[Hashable, Any]
+    audit: Callable[[nn.Module, nn.Module | None], Callable[[nn.Module], dict[str, Any]]] | None = None
+    draw: Callable[[dict[str, Any]], None] | None = None
+    own: dict[Hashable, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> EvalConfig:
+        return self.request.config
+
+    def get_model_mask(self) -> Tensor:
+        """The mask for the forget digit, 1 = keep: (m, n) for one masked layer, (vertices) for several."""
+        return self._answer("mimu").mask.as_tensor()
+
+    def mnist_forget_set(self) -> DataLoader:
+        """The test split's samples of the forget digit."""
+        return self.data.test.forget(self.request.forget_class).loader()
+
+    def mnist_retain_set(self) -> DataLoader:
+        """The test split's samples of all other digits."""
+        return self.data.test.retain(self.request.forget_class).loader()
+
+    @torch.no_grad()
+    def inference(
+        self, model: nn.Module, data_loader: DataLoader, is_forget_set: bool, description: str
+    ) -> dict[str, float]:
+        """Scores a classifier: sums over samples in double precision, divided by the number of samples.
+
+        Returns `loss` (cross entropy, nats), `score` (percent classified correctly) and on the forget set `probability`
+        (of the forget class, mean over the samples). Raises ValueError where there is no sample.
+        """
+        if not len(data_loader.dataset):
+            raise ValueError(f"{description}: there is no sample to score")
+        model.eval()
+        loss = correct = probability = 0.0
+        for images, labels in tqdm(data_loader, description, delay=2, leave=False, disable=None):
+            logits, labels = model(images).cpu().double(), labels.cpu()
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            correct += is_correct(logits, labels).sum().item()
+            probability += logits.softmax(1)[:, self.request.forget_class].sum().item()
+        count = len(data_loader.dataset)
+        metrics = {"loss": loss / count, "score": 100 * correct / count}
+        return metrics | {"probability": probability / count} if is_forget_set else metrics
+
+    def eval_unlearning(self) -> dict[str, dict[str, float]]:
+        """Every method on the forget set: loss, score and probability of the forget class."""
+        metrics = {}
+        for name in self.config.method_names:
+            metrics[name] = self._scored(name, "test", self.mnist_forget_set(), is_forget_set=True)
+        return metrics
+
+    def eval_performance_degradation(self) -> dict[str, dict[str, float]]:
+        """Every method on the retain set: loss and score."""
+        metrics = {}
+        for name in self.config.method_names:
+            metrics[name] = self._scored(name, "test", self.mnist_retain_set(), is_forget_set=False)
+        return metrics
+
+    def eval_mask_efficacy(self) -> dict[str, dict[str, float]]:
+        """Every keep mask on the forget set: with K weights of the masked layers, is the class still classified?"""
+        metrics = {}
+        for name in self.config.method_names:
+            if METHODS[name].most_needed is not None:
+                metrics[name] = self._once((name, "efficacy"), lambda name=name: self._efficacy(name))
+        return metrics
+
+    def eval_training_split(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Every method on training samples: for choices, as of a kappa to report, that the test split must not make."""
+        samples, forget_class = self.request.graphs.samples, self.request.forget_class
+        forget, retain = samples.forget(forget_class).loader(), samples.retain(forget_class).loader()
+        return {
+            name: {
+                "forget": self._scored(name, "training", forget, is_forget_set=True),
+                "retain": self._scored(name, "training", retain, is_forget_set=False),
+            }
+            for name in self.config.method_names
+        }
+
+    def eval_audits(self) -> dict[str, dict[str, Any]]:
+        """What every method's classifier still knows of the class, and how far it is from the retrained one."""
+        return {} if self.audit is None else {name: self._audit(name) for name in self.config.method_names}
+
+    def eval(self) -> dict[str, Any]:
+        """Runs all evaluations, saves the mask, writes the JSON and, where the config says so, draws the plots."""
+        started = time.perf_counter()
+        request, names = self.request, self.config.method_names
+        answers = {name: self._answer(name) for name in names}
+        masks = {name: each.mask for name, each in answers.items()}
+        zeroed = request.in_steps("mimu", request.ranking).vertices
+        graph = request.graphs.graph
+        results = {
+            **self.about,
+            "seed": request.seed,
+            "forget_digit": request.forget_class,
+            "top_k": request.top_k,
+            "kappa": len(zeroed),
+            "kappa_choice": "auto" if request.asked == "auto" else "fixed",
+            "num_weights": sum(m * n for m, n in request.original.shapes),
+            "mask_shapes": graph.shapes,
+            "num_graph_vertices": graph.num_vertices,
+            "num_graph_edges": graph.num_edges,
+            "zeroed": zeroed.tolist(),
+            "unlearning_metrics": self.eval_unlearning(),
+            "performance_degradation_metrics": self.eval_performance_degradation(),
+            "mask_efficacy_metrics": self.eval_mask_efficacy(),
+            "training_split_metrics": self.eval_training_split(),
+            "audit_metrics": self.eval_audits(),
+            "methods": {name: METHODS[name].about() for name in names},
+            "num_zeroed": {name: mask and mask.num_zeroed for name, mask in masks.items()},
+            "zeroed_by_layer": {name: mask and self._by_layer(mask) for name, mask in masks.items()},
+            "gave_up": {name: each.gave_up for name, each in answers.items() if each.gave_up is not None},
+            "class_probabilities": {name: self._class_probabilities(name) for name in names},
+            "weight_histograms": self._weight_histograms(),
+        }
+        seconds = {name: each.seconds for name, each in answers.items()}
+        results["seconds"] = self.about["seconds"] | seconds | {"experiment": time.perf_counter() - started}
+        self.mask.save(self._answer("mimu").mask.saved())
+        self.metrics.save(valid_json(results))
+        if self.draw is not None:
+            self.draw_visualization()
+        return results
+
+    def draw_visualization(self) -> None:
+        """Draws bar charts of each evaluation, where the forget set goes, and which weights are zeroed."""
+        self.draw(self.metrics.load())
+
+    def _answer(self, name: str) -> Answer:
+        uses_kappa = METHODS[name].uses_kappa
+        request = self.request if uses_kappa else replace(self.request, asked=None)
+
+        def sealed() -> Answer:
+            with self.data.sealed():
+                return answer(request, name)
+
+        return self._once((name, "answer"), sealed, uses_kappa)
+
+    def _by_layer(self, mask: Mask) -> dict[str, int]:
+        return count_by_layer(mask, len(self.request.original.layers) - 1, self.request.forget_class)
+
+    def _scored(self, name: str, split: str, loader: DataLoader, is_forget_set: bool) -> dict[str, float]:
+        return self._once(
+            (name, split, is_forget_set),
+            lambda: self.inference(self._answer(name).model, loader, is_forget_set, name),
+            METHODS[name].uses_kappa,
+        )
+
+    def _efficacy(self, name: str) -> dict[str, float]:
+        with self.data.sealed():
+            choices = METHODS[name].most_needed(replace(self.request, asked=None))
+        scored = []
+        for vertices in choices.reshape(-1, choices.shape[-1]):
+            with self.request.keeping(vertices).applied_to(self.request.classifier) as model:
+                scored.append(self.inference(model, self.mnist_forget_set(), True, f"{name}, kept"))
+        return {metric: sum(metrics[metric] for metrics in scored) / len(scored) for metric in scored[0]}
+
+    def _audit(self, name: str) -> dict[str, Any]:
+        def audit() -> Callable[[nn.Module], dict[str, Any]]:
+            retrained = self._answer("retrain").model if "retrain" in self.config.method_names else None
+            return self.audit(self.request.classifier, retrained)
+
+        audited = self._once("audit", audit)
+        return self._once((name, "audit"), lambda: audited(self._answer(name).model), METHODS[name].uses_kappa)
+
+    @torch.no_grad()
+    def _class_probabilities(self, name: str) -> list[float]:
+        model = self._answer(name).model
+        probabilities = torch.cat([model(images).softmax(1) for images, _ in self.mnist_forget_set()])
+        return probabilities.cpu().double().mean(0).tolist()
+
+    def _weight_histograms(self) -> list[dict[str, Any]]:
+        """Of every masked layer: how many weights there are between `edges`, and how many of them the mask zeroes."""
+        histograms = []
+        graphs, mask = self.request.graphs, self._answer("mimu").mask
+        for layer, weight, keep in zip(graphs.graph.layers, graphs.weights(), mask.keep):
+            weight = weight.cpu()
+            edges = torch.linspace(float(weight.min()), float(weight.max()), 61)
+            counts = {
+                name: values.flatten().histogram(edges)[0].long().tolist()
+                for name, values in (("all", weight), ("zeroed", weight[keep.cpu() == 0]))
+            }
+            histograms.append({"layer": layer, "shape": list(weight.shape), "edges": edges.tolist()} | counts)
+        return histograms
+
+    def _once(self, key: Hashable, compute: Callable[[], Any], uses_kappa: bool = False) -> Any:
+        """Computes a result once: for this kappa, or for all kappas of the request."""
+        results = self.own if uses_kappa else self.shared
+        if key not in results:
+            results[key] = compute()
+        return results[key]
 
 
 def unlearn(
@@ -143,8 +519,9 @@ def unlearn(
     labels: Tensor,
     forget_class: int,
     gcn: MaskingGCN | TrainedGCN | None = None,
-    mask_layer: int | tuple[int, ...] | None = -2,
+    mask_layer: int | Sequence[int] | None = -2,
     seed: int = 0,
+    auxiliary: Callable[[GraphGenerator], Auxiliary] | None = None,
 ) -> Mask:
     """The mask that makes a classifier of the user's own forget a class; the classifier is left as it is.
 
@@ -153,9 +530,10 @@ def unlearn(
     gcn: what ranks the weights; None: the pretrained one, whose settings a bare MaskingGCN takes too
     mask_layer: an index among the linear layers, several, or None for all
     seed: of the samples that are drawn
+    auxiliary: what is asked beside forgetting, for a GCN that was trained with it
 
     Warns where the class is not forgotten when the largest kappa of the settings is reached, and says how many percent
-    of its samples are still classified as it; and where settings that ask for erasure do not get it by then.
+    of its samples are still classified as it.
     Raises ValueError where the model is something else, where labels and inputs do not fit it, and where a class has no
     sample.
     """
@@ -175,299 +553,20 @@ def unlearn(
     if not 0 <= forget_class < num_classes:
         raise ValueError(f"forget_class must be from 0 to {num_classes - 1}, not {forget_class}")
     trained = gcn if isinstance(gcn, TrainedGCN) else TrainedGCN.load()
-    masking_gcn = gcn if isinstance(gcn, MaskingGCN) else trained.gcn
+    if isinstance(gcn, MaskingGCN):
+        trained = replace(trained, gcn=gcn)
     train = Split(inputs.flatten(1), labels.long())
-    graphs = GraphGenerator(classifier, train, replace(trained.graphs, mask_layer=mask_layer), seed)
+    graphs = GraphGenerator(classifier, train, replace(trained.graphs, mask_layer=mask_layer), seed, auxiliary)
+    trained.check(graphs.config, graphs.num_features)
     top_k = number_of_weights(trained.top_k, graphs.graph.num_vertices)
-    ranking = GCNRanking(trained.masking, masking_gcn.to(inputs.device), graphs, forget_class, top_k, seed)
-    order = ZeroingOrder(trained.masking, graphs, ranking)
+    ranking = GCNRanking(trained.masking, trained.gcn.to(inputs.device), graphs, forget_class, top_k, seed)
     forget = train.forget(forget_class)
-    kappa = order.forgotten_at(forget)
-    mask = Mask.zeroing(graphs.graph, order.first(kappa))
-    with torch.no_grad(), mask.applied_to(classifier):
-        left = 100 * (classifier(forget.images).argmax(1) == forget_class).float().mean().item()
-    if left >= trained.masking.target:
-        warnings.warn(f"{left:.1f} % of class {forget_class} are left after {kappa} zeroed weights", stacklevel=2)
-    if not order.is_erased(mask, forget_class):
-        warnings.warn(f"class {forget_class} is still represented after {kappa} zeroed weights", stacklevel=2)
+    vertices, _, gave_up = ZeroingOrder(trained.masking, graphs, ranking).until_forgotten(forget)
+    mask = Mask.zeroing(graphs.graph, vertices)
+    if gave_up:
+        with torch.no_grad(), mask.applied_to(classifier):
+            left = 100 * (classifier(forget.images).argmax(1) == forget_class).float().mean().item()
+        is_named = f"{left:.1f} % of class {forget_class} are left"
+        what = is_named if left >= trained.masking.target else f"class {forget_class} is still represented"
+        warnings.warn(f"{what} after {len(vertices)} zeroed weights", stacklevel=2)
     return mask
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An unlearned classifier, what it took from the request to it, and if it is a mask, the weights that it zeroes.
-
-    zeroed_by_layer: how many of them are in each masked layer, the output row of the forget class apart
-    """
-
-    model: nn.Module
-    seconds: float
-    zeroed_by_layer: dict[str, int] | None
-
-    @property
-    def num_zeroed(self) -> int | None:
-        return None if self.zeroed_by_layer is None else sum(self.zeroed_by_layer.values())
-
-
-def valid_json(value: Any) -> Any:
-    """The value with every number that JSON cannot hold (infinite, not a number) replaced by None."""
-    if isinstance(value, dict):
-        return {key: valid_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [valid_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def metrics_folder(folder: Path) -> Path:
-    """Where the JSON of the experiments stands in the folder of an evaluation."""
-    return folder / "Metrics and Plots" / "metrics"
-
-
-class Eval:
-    """Scores every method on one experiment with the five metrics, writes them as JSON and draws them.
-
-    shared: results that do not depend on kappa, kept from one experiment of a request to the next
-    folder: where `masks/` and `Metrics and Plots/` go
-    """
-
-    def __init__(
-        self,
-        config: EvalConfig,
-        experiment: Experiment,
-        request: Request,
-        data: ImageData,
-        folder: Path,
-        shared: dict[Hashable, Any] | None = None,
-    ) -> None:
-        self.config = config
-        self.experiment = experiment
-        self.request = request
-        self.data = data
-        self.folder = folder
-        self.metrics_path = experiment.metrics(folder).path
-        self.graph = request.graphs.graph
-        self._shared = {} if shared is None else shared
-        self._own: dict[Hashable, Any] = {}
-
-    def get_model_mask(self) -> Tensor:
-        """The mask for the forget digit, 1 = keep: (m, n) for one masked layer, (vertices) for several."""
-        return self._mask().as_tensor()
-
-    def mnist_forget_set(self) -> DataLoader:
-        """The test split's samples of the forget digit."""
-        return self.data.test.forget(self.experiment.forget_digit).loader(self.config.batch_size)
-
-    def mnist_retain_set(self) -> DataLoader:
-        """The test split's samples of all other digits."""
-        return self.data.test.retain(self.experiment.forget_digit).loader(self.config.batch_size)
-
-    def training_forget_set(self) -> DataLoader:
-        """The training samples of the forget digit that the activation graphs are made of."""
-        return self.request.graphs.samples.forget(self.experiment.forget_digit).loader(self.config.batch_size)
-
-    def training_retain_set(self) -> DataLoader:
-        """The training samples of all other digits that the activation graphs are made of."""
-        return self.request.graphs.samples.retain(self.experiment.forget_digit).loader(self.config.batch_size)
-
-    @torch.no_grad()
-    def inference(
-        self, model: nn.Module, data_loader: DataLoader, is_forget_set: bool, description: str
-    ) -> dict[str, float]:
-        """Scores a classifier: sums over samples in double precision, divided by the number of samples.
-
-        Returns `loss` (cross entropy, nats), `score` (percent classified correctly) and on the forget set `probability`
-        (of the forget class, mean over the samples). Raises ValueError where there is no sample.
-        """
-        if not len(data_loader.dataset):
-            raise ValueError(f"{description}: there is no sample to score")
-        model.eval()
-        loss = correct = probability = 0.0
-        for images, labels in tqdm(data_loader, description, delay=2, leave=False, disable=None):
-            logits, labels = model(images).cpu().double(), labels.cpu()
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            correct += is_correct(logits, labels).sum().item()
-            probability += logits.softmax(1)[:, self.experiment.forget_digit].sum().item()
-        count = len(data_loader.dataset)
-        metrics = {"loss": loss / count, "score": 100 * correct / count}
-        return metrics | {"probability": probability / count} if is_forget_set else metrics
-
-    def eval_unlearning(self) -> dict[str, dict[str, float]]:
-        """Every method on the forget set: loss, score and probability of the forget class."""
-        metrics = {}
-        for name in self.config.method_names:
-            metrics[name] = self._scored(name, self.mnist_forget_set, is_forget_set=True)
-        return metrics
-
-    def eval_performance_degradation(self) -> dict[str, dict[str, float]]:
-        """Every method on the retain set: loss and score."""
-        metrics = {}
-        for name in self.config.method_names:
-            metrics[name] = self._scored(name, self.mnist_retain_set, is_forget_set=False)
-        return metrics
-
-    def eval_mask_efficacy(self) -> dict[str, dict[str, float]]:
-        """Every keep mask on the forget set: with K weights of the masked layers, is the class still classified?"""
-        metrics = {}
-        for name in self.config.method_names:
-            if METHODS[name].most_needed is not None:
-                metrics[name] = self._efficacy(name)
-        return metrics
-
-    def eval_training_split(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Every method on training samples: for choices, as of a kappa to report, that the test split must not make."""
-        return {
-            name: {
-                "forget": self._scored(name, self.training_forget_set, is_forget_set=True),
-                "retain": self._scored(name, self.training_retain_set, is_forget_set=False),
-            }
-            for name in self.config.method_names
-        }
-
-    def eval_representation(self) -> dict[str, float]:
-        """Percent of the class that the regression of the stopping rule finds, by method, and in the pixels.
-
-        On training samples; empty where the graphs have no erasure feature.
-        """
-        graphs = self.request.graphs
-        if not graphs.config.erasure:
-            return {}
-        recalls = {name: self._training_recall(name) for name in self.config.method_names}
-        return {"pixels": graphs.pixel_recall[self.experiment.forget_digit].item()} | recalls
-
-    def eval_audits(self) -> dict[str, dict[str, Any]]:
-        """What every method's classifier still knows of the class, and how far it is from the retrained one."""
-        if not self.config.audit.enabled:
-            return {}
-        return {name: self._audit(name) for name in self.config.method_names}
-
-    def eval(self) -> dict[str, Any]:
-        """Runs all evaluations, saves the mask, writes the JSON and, where the config says so, the plots."""
-        started = time.perf_counter()
-        experiment = self.experiment
-        results = {
-            "id": experiment.id,
-            "variant": experiment.variant,
-            "seed": experiment.seed,
-            "forget_digit": experiment.forget_digit,
-            "mask_layer": experiment.mask_layer,
-            "top_k": experiment.top_k,
-            "kappa": experiment.kappa,
-            "kappa_choice": experiment.kappa_choice,
-            "num_weights": sum(m * n for m, n in self.request.graphs.classifier.shapes),
-            "mask_shapes": self.graph.shapes,
-            "num_graph_vertices": self.graph.num_vertices,
-            "num_graph_edges": self.graph.num_edges,
-            "zeroed": self.request.order.first(experiment.kappa).tolist(),
-            "unlearning_metrics": self.eval_unlearning(),
-            "performance_degradation_metrics": self.eval_performance_degradation(),
-            "mask_efficacy_metrics": self.eval_mask_efficacy(),
-            "training_split_metrics": self.eval_training_split(),
-            "training_recall": self.eval_representation(),
-            "audit_metrics": self.eval_audits(),
-            "methods": {name: METHODS[name].about() for name in self.config.method_names},
-            "num_zeroed": {name: self._answer(name).num_zeroed for name in self.config.method_names},
-            "zeroed_by_layer": {name: self._answer(name).zeroed_by_layer for name in self.config.method_names},
-            "class_probabilities": {name: self._class_probabilities(name) for name in self.config.method_names},
-            "weight_histograms": self._weight_histograms(),
-            "config": experiment.config,
-            "files": experiment.files,
-            "seconds": {"gcn": experiment.gcn_seconds}
-            | {name: self._answer(name).seconds for name in self.config.method_names},
-        }
-        results["seconds"]["experiment"] = time.perf_counter() - started
-        experiment.mask(self.folder).save(self._mask().saved())
-        experiment.metrics(self.folder).save(valid_json(results))
-        if self.config.visualize:
-            self.draw_visualization(results)
-        return results
-
-    def draw_visualization(self, results: dict[str, Any]) -> None:
-        """Draws bar charts of each evaluation, where the forget set goes, and which weights are zeroed."""
-        read_again = json.loads(json.dumps(valid_json(results)))
-        Visualization(read_again, self.folder, self._shared).draw()
-
-    def _mask(self) -> Mask:
-        return Mask.zeroing(self.graph, self.request.order.first(self.experiment.kappa))
-
-    def _answer(self, name: str) -> Answer:
-        return self._once((name, "answer"), lambda: self._timed_answer(name), METHODS[name].uses_kappa)
-
-    def _timed_answer(self, name: str) -> Answer:
-        kappa = self.experiment.kappa if METHODS[name].uses_kappa else None
-        request = self.request.at(kappa, is_auto=self.experiment.kappa_choice == "auto")
-        original = request.classifier.state_dict()
-        with self.data.sealed():
-            started = time.perf_counter()
-            try:
-                model = METHODS[name].unlearn(request, **self.config.hyperparameters.get(name, {}))
-                check_weights(model, "classifier", "eval.hyperparameters")
-            except TrainingError as error:
-                raise TrainingError(f"method {name}, digit {self.experiment.forget_digit}: {error}") from None
-            seconds = time.perf_counter() - started
-        for key, weight in request.classifier.state_dict().items():
-            if not torch.equal(weight, original.get(key, weight[:0])):
-                raise ValueError(f"method {name!r} changed the original's {key}: change request.classifier, a copy")
-        return Answer(model, seconds + request.reused_seconds, request.zeroed_by_layer)
-
-    def _scored(self, name: str, loader: Callable[[], DataLoader], is_forget_set: bool) -> dict[str, float]:
-        return self._once(
-            (name, loader.__name__),
-            lambda: self.inference(self._answer(name).model, loader(), is_forget_set, name),
-            METHODS[name].uses_kappa,
-        )
-
-    def _efficacy(self, name: str) -> dict[str, float]:
-        def score() -> dict[str, float]:
-            with self.data.sealed():
-                choices = METHODS[name].most_needed(self.request.at(None))
-                models = [self.request.keeping(vertices) for vertices in choices.reshape(-1, choices.shape[-1])]
-            scored = [self.inference(model, self.mnist_forget_set(), True, f"{name}, kept") for model in models]
-            return {metric: sum(metrics[metric] for metrics in scored) / len(scored) for metric in scored[0]}
-
-        return self._once((name, "efficacy"), score)
-
-    def _training_recall(self, name: str) -> float:
-        def recall() -> float:
-            graphs = self.request.graphs
-            seen = look_at(self._answer(name).model, graphs.samples)
-            recalls = probe_recall(seen.features, seen.labels, graphs.num_classes, graphs.config.ridge)
-            return recalls[self.experiment.forget_digit].item()
-
-        return self._once((name, "training recall"), recall, METHODS[name].uses_kappa)
-
-    def _audit(self, name: str) -> dict[str, Any]:
-        def audits() -> Audit:
-            experiment = self.experiment
-            retrained = self._answer("retrain").model if "retrain" in self.config.method_names else None
-            models = (self.request.classifier, retrained)
-            return Audit(self.config.audit, self.data, experiment.forget_digit, *models, experiment.seed)
-
-        audit = self._once("audits", audits)
-        return self._once((name, "audit"), lambda: audit(self._answer(name).model), METHODS[name].uses_kappa)
-
-    @torch.no_grad()
-    def _class_probabilities(self, name: str) -> list[float]:
-        model = self._answer(name).model
-        probabilities = torch.cat([model(images).softmax(1) for images, _ in self.mnist_forget_set()])
-        return probabilities.double().mean(0).tolist()
-
-    def _weight_histograms(self) -> list[dict[str, Any]]:
-        """Of every masked layer: how many weights there are between `edges`, and how many of them the mask zeroes."""
-        keep = self.graph.split(torch.cat([part.flatten() for part in self._mask().keep]).cpu())
-        histograms = []
-        for layer, weight, kept in zip(self.graph.layers, self.request.graphs.weights(), keep):
-            weight = weight.cpu()
-            edges = torch.linspace(float(weight.min()), float(weight.max()), 61)
-            counts = {
-                name: values.flatten().histogram(edges)[0].long().tolist()
-                for name, values in (("all", weight), ("zeroed", weight[kept == 0]))
-            }
-            histograms.append({"layer": layer, "shape": list(weight.shape), "edges": edges.tolist()} | counts)
-        return histograms
-
-    def _once(self, key: Hashable, compute: Callable[[], Any], uses_kappa: bool = False) -> Any:
-        """Computes a result once: for this experiment, or for all kappas of the request."""
-        results = self._own if uses_kappa else self._shared
-        if key not in results:
-            results[key] = compute()
-        return results[key]

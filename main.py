@@ -1,101 +1,427 @@
-"""The command line: reads a config and runs what it describes."""
+"""The command line, and the stages of a run in their order.
+
+Data, classifier, activation graphs, masking GCN, requests to forget, reports: `Stages.forget` goes through them.
+"""
 
 from __future__ import annotations
 
-import argparse
-import os
-import signal
-import sys
 import time
-import traceback
-from contextlib import suppress
+
+from runs.command_line import parse_arguments, run_command
+
+STARTED = time.perf_counter()
+if __name__ == "__main__":
+    parse_arguments()  # answers --help and wrong options before PyTorch is imported, which takes seconds
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from typing import Any, Literal
 
-CONFIG = Path(__file__).resolve().parent / "configs" / "config.yaml"
+import torch
+from tqdm import tqdm
 
+import tables
+from audits import Audit
+from audits.erasure import Erasure
+from configs import Config, load_variants
+from data import IMAGE_SIZE, NUM_CLASSES, DataError, GraphGenerator, ImageData, checksums, is_correct, load_image_data
+from eval import Eval, Request
+from model import HookedMNISTClassifier, MaskingGCN, keep_freed_memory
+from runs.files import Artifact, InputError, code_of, digest, locked, save, slug, write_text
+from runs.work import Work, describe_machine, in_words, peak_bytes, reasons
+from tables import experiment
+from trainer import PRETRAINED, GCNTrainer, TrainedGCN, Trainer
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="main.py",
-        description="Trains a classifier, makes it forget classes by masks of its weights, scores and plots it all.",
-        epilog="for example: main.py sweep.forget_digits=[3] 'sweep.kappa=[100, 300]' gcn.steps=200",
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=CONFIG,
-        metavar="PATH",
-        help="a YAML file with what it changes of configs/config.yaml, where every setting is explained",
-    )
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--pretrain",
-        action="store_true",
-        help="train one masking GCN on the classifiers of all variants and seeds of the config, keep it for "
-        "gcn.pretrained, and stop",
-    )
-    mode.add_argument(
-        "--plot-only",
-        action="store_true",
-        help="draw the reports anew from the metrics of a run of the same config, and stop",
-    )
-    mode.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="say what would be run, what is there already, and about how long it would take, and stop",
-    )
-    mode.add_argument(
-        "--fresh",
-        action="store_true",
-        help="remove first what earlier runs of the same config have left",
-    )
-    parser.add_argument("--debug", action="store_true", help="show where in the code an error was raised")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="a setting to change, its value read as YAML: seed=1, eval.step=50, gcn.prior=0.1",
-    )
-    return parser.parse_intermixed_args(arguments)
+ROOT = Path(__file__).resolve().parent
+Asked = int | Literal["auto"]  # for how many weights to zero
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status.
+@dataclass(frozen=True)
+class Training:
+    """What requests share: a classifier, the graphs of its activations, and the masking GCN trained on them."""
 
-    0: all is done; 2: something that the user can mend, such as a setting, a file, a full disk; 1: any other error;
-    130 and 143: stopped by Ctrl-C and by SIGTERM
+    variant: str
+    config: Config
+    seed: int
+    top_k: int
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"{self.variant}, seed {self.seed}" if self.variant else f"seed {self.seed}"
+
+
+class Stages:
+    """The stages of one process of a run; what a stage makes is taken from its file where it is there."""
+
+    def __init__(self, work: Work, files: Files) -> None:
+        self.work = work
+        self.files = files
+        self.test_scores: dict[str, float] = {}
+        self._data: dict[tuple[str, str, int], ImageData] = {}
+        self._last: tuple[Training, GraphGenerator, MaskingGCN, float] | None = None
+        self._threads = torch.get_num_threads()
+
+    def forget(self, training: Training, forget_class: int | None) -> None:
+        """The method, stage by stage, up to the metrics and the mask of every kappa; without a class, the training."""
+        config = training.config
+        torch.set_num_threads(config.threads or self._threads)
+        classes = config.sweep.forget_digits if forget_class is None else [forget_class]
+        is_missing = any(set(reasons(self.files.experiments(training, each))) != {""} for each in classes)
+        if is_missing and (self._last is None or self._last[0] != training):
+            data = self.data(config)
+            classifier = self.classifier(training, data)
+            graphs = self.graphs(training, classifier, data)
+            self._last = (training, graphs, *self.gcn(training, graphs))
+        if forget_class is not None:
+            self.requests(training, forget_class)
+
+    def data(self, config: Config) -> ImageData:
+        """Images and labels in memory, read once."""
+        key = (config.dataset, config.device, config.held_out)
+        if key not in self._data:
+            with self.work.stage(f"data, {config.dataset}"):
+                root, device = self.work.root / "datasets", config.torch_device()
+                self._data[key] = load_image_data(config.dataset, root, device, config.held_out)
+        return self._data[key]
+
+    def classifier(self, training: Training, data: ImageData) -> HookedMNISTClassifier:
+        config, name = training.config, f"classifier, {training.name}"
+
+        def train() -> dict[str, Any]:
+            classifier = Trainer(config.classifier, training.seed).train(data.train, NUM_CLASSES)
+            correct = is_correct(classifier(data.test.images), data.test.labels)
+            score = 100 * correct.sum().item() / len(correct)
+            where = f"{config.held_out} held-out training samples" if config.held_out else "the test split"
+            self.work.log(f"{name}: {score:.2f} % of {where} classified correctly")
+            return checkpoint_of(classifier, training) | {"test_score": score}
+
+        checkpoint = self.work.made(self.files.classifier(training), name, train)
+        self.test_scores[training.name] = checkpoint["test_score"]
+        sizes, bias = config.classifier.hidden_sizes, config.classifier.bias
+        classifier = HookedMNISTClassifier(sizes, IMAGE_SIZE, NUM_CLASSES, bias)
+        classifier.load_state_dict(checkpoint["state_dict"])
+        return classifier.to(config.torch_device())
+
+    def graphs(self, training: Training, classifier: HookedMNISTClassifier, data: ImageData) -> GraphGenerator:
+        """The activation graphs: recorded in any case, since that takes less than reading them."""
+        config, artifact = training.config, self.files.graphs(training)
+        erasure = partial(Erasure, config.erasure) if config.erasure.trained else None
+        graphs = GraphGenerator(classifier, data.train, config.graphs, training.seed, erasure)
+        self.work.processes.once(artifact.path.name, lambda: artifact.why_not() and artifact.save(graphs.recorded()))
+        return graphs
+
+    def gcn(self, training: Training, graphs: GraphGenerator) -> tuple[MaskingGCN, float]:
+        """The masking GCN, and the seconds of its training."""
+        config = training.config.gcn
+        if config.pretrained:
+            return TrainedGCN.load().gcn.to(graphs.labels.device), 0.0
+
+        def train() -> dict[str, Any]:
+            started = time.perf_counter()
+            gcn = GCNTrainer(config, [graphs], training.top_k, training.seed).train()
+            seconds = time.perf_counter() - started
+            return checkpoint_of(gcn, training) | {"top_k": training.top_k, "seconds": seconds}
+
+        name = f"masking GCN, {training.name}, top-K {training.top_k}"
+        checkpoint = self.work.made(self.files.gcn(training), name, train)
+        gcn = MaskingGCN(graphs.num_features, config.hidden, config.rounds, config.message_passing)
+        gcn.load_state_dict(checkpoint["state_dict"])
+        return gcn.to(graphs.labels.device), checkpoint["seconds"]
+
+    def requests(self, training: Training, forget_class: int) -> None:
+        """Every experiment on one forget class that is not there, and the plots that are not."""
+        config, folder = training.config, self.work.root / "eval"
+        shared, orders, made, started = {}, {}, 0, time.perf_counter()
+        draw = partial(experiment.draw, folder=folder, shared=shared) if config.eval.visualize else None
+        for asked in tqdm(config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None):
+            metrics, mask = self.files.metrics_and_mask(training, forget_class, asked)
+            if not (metrics.why_not() or mask.why_not()):
+                if draw is not None:
+                    draw(metrics.load())
+                continue
+            _, graphs, gcn, gcn_seconds = self._last
+            data, trainer = self.data(config), Trainer(config.classifier, training.seed)
+            request = Request(
+                config.eval, graphs.classifier, trainer, data.train, graphs, gcn, forget_class, training.top_k,
+                training.seed, asked, orders,
+            )  # fmt: skip
+            paths = self.files.of_training(training) | {"mask": mask}
+            about = {
+                "id": metrics.path.stem,
+                "variant": training.variant,
+                "mask_layer": config.graphs.mask_layer,
+                "config": asdict(config),
+                "files": {name: file.path.relative_to(self.work.root).as_posix() for name, file in paths.items()},
+                "seconds": {"gcn": gcn_seconds},
+            }
+            audit = partial(Audit, config.audit, data, forget_class, training.seed, graphs.auxiliary)
+            Eval(request, data, metrics, mask, about, shared, audit if config.audit.enabled else None, draw).eval()
+            made += 1
+        seconds = time.perf_counter() - started
+        self.work.seconds[f"requests, {training.name}"] += seconds
+        self.work.log(f"class {forget_class}, {training.name}: {seconds:.1f} s, {made} of {len(config.kappas)} made")
+
+
+def checkpoint_of(model: torch.nn.Module, training: Training) -> dict[str, Any]:
+    """The weights of a model, with the config and the seed that made them."""
+    return {"state_dict": model.state_dict(), "config": asdict(training.config), "seed": training.seed}
+
+
+class Files:
+    """Where every file of a run stands, and what it depends on.
+
+    Two configs share what both would make alike, and nothing else: the names of files end in a digest of the settings
+    that they depend on. A change of the code, the data set or PyTorch leaves the name and makes the file anew.
     """
-    started = time.perf_counter()
-    # Where the shell has closed them, Python has none.
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
-    parsed = parse_arguments(arguments)
-    before = signal.getsignal(signal.SIGTERM)
-    if os.environ.get("WORLD_SIZE", "1") == "1":  # torchrun ends its processes itself, also while they wait
-        signal.signal(signal.SIGTERM, terminate)
-    try:
-        start(parsed, started)
-    except KeyboardInterrupt as stopped:
-        again = "the same command without --fresh" if parsed.fresh else "the same command"
-        message = f"stopped: all that is finished stays, and {again} goes on from there"
-        print(f"\n{message}", file=sys.stderr)
-        if not parsed.dry_run:
-            note(message)
-        return 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
-    except Exception as error:
-        if parsed.debug:
-            raise
-        return tell(error, has_log=not parsed.dry_run)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._training_code = code_of(ROOT, ["main.py", "model.py", "data.py", "trainer.py", "audits/*.py"])
+        self._code = code_of(ROOT, ["*.py", "audits/*.py", "methods/*.py"])
+        self._code.pop("reporter.py", None)  # no number depends on it
+        self._checksums: dict[str, dict[str, str]] = {}
+
+    def classifier(self, training: Training) -> Artifact:
+        return self._made_by_training(f"checkpoints/classifier_seed_{training.seed}", training, "classifier")
+
+    def graphs(self, training: Training) -> Artifact:
+        return self._made_by_training(f"datasets/Graphs/seed_{training.seed}", training, "classifier", "graphs")
+
+    def gcn(self, training: Training) -> Artifact:
+        name = f"checkpoints/gcn_seed_{training.seed}_top_k_{training.top_k}"
+        return self._made_by_training(name, training, "classifier", "graphs", "gcn")
+
+    def of_training(self, training: Training) -> dict[str, Artifact]:
+        """The files that a training makes, by what is in them."""
+        made = {"classifier": self.classifier(training), "graphs": self.graphs(training)}
+        return made if training.config.gcn.pretrained else made | {"gcn": self.gcn(training)}
+
+    def metrics_and_mask(self, training: Training, forget_class: int, asked: Asked) -> tuple[Artifact, Artifact]:
+        """The JSON of an experiment, whose name is the experiment's id, and its mask."""
+        config, layers = training.config, training.config.graphs.mask_layer
+        masked = "all" if layers is None else "_".join(map(str, [layers] if isinstance(layers, int) else layers))
+        name = f"seed_{training.seed}_digit_{forget_class}_layer_{masked[:60]}_top_k_{training.top_k}"
+        name += "_kappa_auto" if asked == "auto" else f"_kappa_{asked}_fixed"
+        name += f"_{slug(training.variant)[:60]}" if training.variant else ""
+        settings = self._settings(training, "classifier", "graphs", "gcn") | {
+            "eval": config.eval.decisive(),
+            "audit": asdict(config.audit) if config.audit.enabled else None,
+            "erasure": asdict(config.erasure),
+            "variant": training.variant,
+            "forget_digit": forget_class,
+            "kappa": asked,
+        }
+        metrics = self._artifact(f"eval/Metrics and Plots/metrics/{name}", ".json", settings, self._code)
+        return metrics, self._artifact(f"eval/masks/{name}", ".pt", settings, self._code)
+
+    def experiments(self, training: Training, forget_class: int) -> list[Artifact]:
+        """The JSON and the mask of every kappa."""
+        kappas = training.config.kappas
+        return [file for asked in kappas for file in self.metrics_and_mask(training, forget_class, asked)]
+
+    def _settings(self, training: Training, *sections: str) -> dict[str, Any]:
+        config = training.config
+        settings = {name: getattr(config, name) for name in ("threads", "dataset", "held_out")}
+        settings |= {"seed": training.seed, "device": config.torch_device().type}
+        settings |= {section: asdict(getattr(config, section)) for section in sections}
+        if "gcn" in sections:
+            settings["top_k"] = training.top_k
+            settings["pretrained"] = config.gcn.pretrained and hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()
+            erasure = config.erasure
+            settings["erasure"] = erasure.trained and [erasure.trained, erasure.rivals, erasure.ridge]
+        return settings
+
+    def _made_by_training(self, name: str, training: Training, *sections: str) -> Artifact:
+        return self._artifact(name, ".pt", self._settings(training, *sections), self._training_code)
+
+    def _artifact(self, name: str, suffix: str, settings: dict[str, Any], code: dict[str, str]) -> Artifact:
+        dataset = settings["dataset"]
+        if not self._checksums.get(dataset):
+            self._checksums[dataset] = checksums(dataset, self.root / "datasets")
+        made_by = {"settings": settings, "code": code, "data": self._checksums[dataset], "torch": torch.__version__}
+        path = self.root / f"{name}_{digest(settings)[:8]}{suffix}"
+        return Artifact(path, json.loads(json.dumps(made_by)))
 
 
-def start(parsed: argparse.Namespace, started: float) -> None:
-    # Imported here, so that --help does not wait for PyTorch.
-    from config import load_variants
-    from pipeline import dry_run, plot, pretrain, run
+def trainings_of(configs: Mapping[str, Config]) -> list[Training]:
+    return [
+        Training(variant, config, seed, top_k)
+        for variant, config in configs.items()
+        for seed in config.seeds
+        for top_k in config.top_ks
+    ]
 
+
+def tasks_in_order(configs: Mapping[str, Config], processes: int) -> list[tuple[Training, int | None]]:
+    """What a process does at a time: a training alone, or with the experiments on one forget class.
+
+    Trainings come early enough for the other processes to have requests to work on meanwhile.
+    """
+    trainings = trainings_of(configs)
+    tasks: list[tuple[Training, int | None]] = [(training, None) for training in trainings[: processes - 1]]
+    for index, training in enumerate(trainings):
+        tasks += [(ahead, None) for ahead in trainings[index + processes - 1 : index + processes]]
+        tasks += [(training, forget_class) for forget_class in training.config.sweep.forget_digits]
+    return tasks
+
+
+def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False) -> None:
+    """Runs the experiments of every config by its name, "" for the only one, and leaves their files under `root`.
+
+    What is there already, made by the same settings and the same code, is taken as it is.
+
+    is_fresh: removes first what is there of the same configs
+    """
+    prepare(configs)
+    work = Work(root)
+    with locked(root) if work.processes.rank == 0 else nullcontext():
+        stages = Stages(work, Files(root))
+        work.processes.first(partial(begin, stages, configs, is_fresh))
+        tasks = tasks_in_order(configs, work.processes.count)
+        for training, forget_class in tqdm(
+            work.processes.take(tasks), "the whole run", len(tasks), leave=False, disable=None
+        ):
+            stages.forget(training, forget_class)
+        shares = work.processes.gathered([work.seconds, stages.test_scores, peak_bytes()])
+        if work.processes.rank == 0:
+            end(stages, configs, shares)
+
+
+def begin(stages: Stages, configs: Mapping[str, Config], is_fresh: bool) -> None:
+    """What the first process does before all work: looks at what is there, and says it."""
+    stages.work.log.note(f"{shlex.join(sys.argv)}: {describe_machine()}")
+    artifacts = [artifact for _, of_task in plan(stages.files, configs) for artifact in of_task]
+    if is_fresh:
+        for artifact in artifacts:
+            artifact.path.unlink(missing_ok=True)
+    counts = reasons(artifacts)
+    if counts.total() > counts[""]:
+        for config in configs.values():
+            stages.data(config)  # all of it first, so that a missing or damaged file is told before any work
+    stages.work.log(in_words(counts))
+
+
+def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[Any]) -> None:
+    """What the first process does after all work: draws the reports, and says what the run took."""
+    work, reports = stages.work, stages.work.root / "reports"
+    with work.stage("reports"):
+        closing = tables.report(finished(stages.files, configs), reports)
+    seconds, scores, peaks = zip(*shares)
+    total = time.perf_counter() - STARTED
+    summary = {
+        "seconds": sum(map(Counter, seconds), Counter()) | {"reports": work.seconds["reports"]},
+        "total_seconds": total,
+        "peak_bytes": max(peaks),
+        "processes": len(shares),
+        "machine": describe_machine(),
+        "classifier_test_scores": {name: score for of_process in scores for name, score in of_process.items()},
+    }
+    write_text(reports / "run.json", json.dumps(summary, indent=1))
+    print("\n".join(f"\n{table}" for table in closing), end="\n\n")
+    each = " a process" if len(shares) > 1 else ""
+    work.log(f"{total:.0f} s, {max(peaks) / 1e9:.1f} GB at most{each}. Curves and tables: {reports}")
+    print(f"Metrics and plots of each experiment, and masks: {work.root / 'eval'}")
+
+
+def finished(files: Files, configs: Mapping[str, Config]) -> list[tables.Result]:
+    """The JSON of finished experiments, as far as reports may average them.
+
+    Of every training with all its forget classes; where there is none yet, of the first one the classes so far.
+    """
+    of_trainings = []
+    for training in trainings_of(configs):
+        made = [files.experiments(training, forget_class) for forget_class in training.config.sweep.forget_digits]
+        of_trainings.append((training, [each if set(reasons(each)) == {""} else [] for each in made]))
+    chosen = [each for each in of_trainings if all(each[1])] or [each for each in of_trainings if any(each[1])][:1]
+    results = []
+    for training, made in chosen:
+        metrics = [file.path for of_class in made for file in of_class if file.path.suffix == ".json"]
+        results.append(tables.Result(training.variant, training.top_k, training.config.report, metrics))
+    return results
+
+
+def plan(files: Files, configs: Mapping[str, Config]) -> Iterator[tuple[str, list[Artifact]]]:
+    """All files that a run makes, and how messages call what they are of."""
+    for training in trainings_of(configs):
+        yield f"training, {training.name}, top-K {training.top_k}", list(files.of_training(training).values())
+        for forget_class in training.config.sweep.forget_digits:
+            name = f"class {forget_class}, {training.name}, top-K {training.top_k}"
+            yield name, files.experiments(training, forget_class)
+
+
+def dry_run(configs: Mapping[str, Config], root: Path = ROOT) -> None:
+    """Says what a run would make and what it would reuse; writes nothing."""
+    prepare(configs, one_process="--dry-run")
+    counts: Counter[str] = Counter()
+    for name, artifacts in plan(Files(root), configs):
+        print(f"{name}: {in_words(reasons(artifacts))}")
+        counts += reasons(artifacts)
+    print(in_words(counts))
+
+
+def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
+    """Draws and writes the reports anew from the JSON of finished experiments.
+
+    Raises DataError where nothing is finished.
+    """
+    prepare(configs, one_process="--plot-only")
+    files = Files(root)
+    with locked(root):
+        results = finished(files, configs)
+        if not results:
+            raise DataError(f"{root / 'eval'}: nothing of this config is finished: run it first")
+        closing = tables.report(results, root / "reports")
+    print("\n".join(f"\n{table}" for table in closing))
+    print(f"\nCurves and tables: {root / 'reports'}")
+
+
+def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
+    """Trains one masking GCN on the classifiers of all configs and their seeds, with the settings of the first config.
+
+    It takes the place of the tracked one.
+    """
+    prepare(configs, one_process="--pretrain")
+    config = next(iter(configs.values()))
+    with locked(root):
+        work = Work(root)
+        stages, graphs = Stages(work, Files(root)), []
+        for training in trainings_of(configs):
+            data = stages.data(training.config)
+            graphs.append(stages.graphs(training, stages.classifier(training, data), data))
+        with work.stage(f"masking GCN, {len(graphs)} classifiers"):
+            gcn = GCNTrainer(config.gcn, graphs, config.sweep.top_k[0], config.seed).train()
+        path = root / PRETRAINED.relative_to(ROOT)
+        about = {"config": asdict(config), "seed": config.seed, "top_k": config.sweep.top_k[0]}
+        save(path, about | {"state_dict": gcn.state_dict()})
+        work.log(f"{path}: {path.stat().st_size / 1000:.0f} KB")
+
+
+def prepare(configs: Mapping[str, Config], one_process: str = "") -> None:
+    """Sets up the memory, and checks what is not in the configs alone.
+
+    one_process: the option that runs in one process only
+    """
+    if one_process and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"{one_process} runs in one process: start it without torchrun")
+    keep_freed_memory()
+    for config in configs.values():
+        if config.gcn.pretrained:
+            TrainedGCN.load().check(config.graphs, config.num_features)
+
+
+def start(parsed: argparse.Namespace) -> None:
+    """Does what the command line asks for."""
     configs = load_variants(parsed.config, parsed.overrides)
     if parsed.dry_run:
         dry_run(configs)
@@ -104,53 +430,12 @@ def start(parsed: argparse.Namespace, started: float) -> None:
     elif parsed.plot_only:
         plot(configs)
     else:
-        run(configs, started=started, is_fresh=parsed.fresh)
+        run(configs, is_fresh=parsed.fresh)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: the run ends as it does on Ctrl-C."""
-
-
-def terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
-
-
-def tell(error: Exception, has_log: bool = True) -> int:
-    """Prints an error as one line, and returns the exit status. The log gets the traceback of what nobody expected."""
-    from artifacts import InputError, one_line
-
-    if isinstance(error, BrokenPipeError):  # of `main.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    if isinstance(error, InputError):
-        say(f"error: {error}")
-        return 2
-    if isinstance(error, OSError):
-        say(f"error: {error.filename or 'a file'}: {error.strerror or one_line(error)}")
-        return 2
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    log = "the traceback is in reports/run.log, and " if has_log else ""
-    place = f"{Path(where.filename).name}, line {where.lineno}"
-    say(
-        f"error: {type(error).__name__}: {one_line(error)} ({place}); {log}--debug shows {'it' if has_log else 'where'}"
-    )
-    if has_log:
-        note("".join(traceback.format_exception(error)))
-    return 1
-
-
-def say(line: str) -> None:
-    """Prints a line to stderr, whatever characters are in it."""
-    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
-
-
-def note(message: str) -> None:
-    """Says it in the log of the runs, if that can be written."""
-    log = Path(__file__).resolve().parent / "reports" / "run.log"
-    with suppress(OSError):
-        log.parent.mkdir(exist_ok=True)
-        with open(log, "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode(errors="backslashreplace").decode())
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    return run_command(start, arguments, ROOT)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""The hooked classifier, the graph of its weights, the masking GCN, and masks that go on and come off."""
+"""The hooked classifier, the graph of its weights, the masking GCN, and masks that go on and come off.
+
+The idea comes first; what only makes it fast stands at the end.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,22 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.utils import parametrize
 
-import artifacts
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep all freed memory for the next tensors instead of giving it back to the system.
-
-    Without it every tensor of more than 32 MB gets new pages, and the tensors of a small graph often do: mapping them
-    takes longer than the arithmetic (`tests/benchmark.py`). Does nothing where the C library is another one.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)  # never
+from runs import files
 
 
 @dataclass(frozen=True)
@@ -112,16 +100,35 @@ class HookedMNISTClassifier(nn.Module):
         """(out, in) of every weight matrix, from the input layer to the output layer."""
         return [(layer.out_features, layer.in_features) for layer in self.layers]
 
-    def features(self, images: Tensor, first: int = 0) -> Tensor:
-        """What the last layer is given, (batch, n): the representation of the images."""
-        x = images.flatten(1)
-        for index in range(first, len(self.layers) - 1):
-            x = self.layers[index](x).relu()
-        return x
-
     def forward(self, images: Tensor, first: int = 0) -> Tensor:
         """Logits (batch, classes); with `first`, `images` are the input activations (batch, n) of that layer."""
-        return self.layers[-1](self.features(images, first))
+        return self.outputs(images.flatten(1), first)[1]
+
+    def outputs(
+        self, inputs: Tensor, first: int = 0, weights: Mapping[int, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The representation, which the last layer is given, (..., batch, n), and the logits (..., batch, classes).
+
+        inputs: (batch, 784), or the input activations of layer `first`
+        weights: matrices in the place of the layers' own, by the index of the layer, from `first` on: (m, n), or
+            (masks, m, n) for many classifiers at once
+        """
+        features = self.features(inputs, first, weights)
+        return features, self._linear(len(self.layers) - 1, features, weights)
+
+    def features(self, inputs: Tensor, first: int = 0, weights: Mapping[int, Tensor] | None = None) -> Tensor:
+        """The representation alone, (..., batch, n)."""
+        x = inputs
+        for index in range(first, len(self.layers) - 1):
+            x = self._linear(index, x, weights).relu()
+        return x
+
+    def _linear(self, index: int, x: Tensor, weights: Mapping[int, Tensor] | None) -> Tensor:
+        layer = self.layers[index]
+        if weights is None:
+            return layer(x)
+        z = x @ weights[index].mT
+        return z if layer.bias is None else z + layer.bias.detach()
 
     @contextmanager
     def hooks(self, layers: Sequence[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
@@ -231,94 +238,6 @@ class WeightGraph:
         return edges[(edges[:, 0] * self.num_vertices + edges[:, 1]).argsort()].T.contiguous()
 
 
-class AffineReLU(torch.autograd.Function):
-    """relu(x[r, c] M + source[c] + target[r]): the only work of the GCN that touches every vertex.
-
-    Graph by graph, so that its tensors stay in the cache; and without the copies of autograd's own formulas.
-
-    Shapes: x (batch, m, n, in), matrix M (in, out), source (batch, n, out), target (batch, m, out) to
-    (batch, m, n, out).
-    """
-
-    @staticmethod
-    def forward(context: FunctionCtx, x: Tensor, matrix: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        output = x.new_empty(*x.shape[:3], matrix.shape[1])
-        for x_of, source_of, target_of, y in zip(x, source, target, output):
-            torch.add(source_of, target_of[:, None], out=y)
-            y.flatten(0, 1).addmm_(x_of.flatten(0, 1), matrix).relu_()
-        context.save_for_backward(x, matrix, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(context: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        x, matrix, output = context.saved_tensors
-        of_x = x.new_empty(x.shape) if context.needs_input_grad[0] else None
-        of_matrix = torch.zeros_like(matrix)
-        of_source, of_target = [], []
-        for index, (x_of, y) in enumerate(zip(x, output)):
-            of_y = torch.ops.aten.threshold_backward(gradient[index], y, 0)
-            flat = of_y.flatten(0, 1)
-            # A gradient x^T g is formed twice as fast as g^T x.
-            of_matrix.addmm_(x_of.flatten(0, 1).T, flat)
-            of_source.append(of_y.sum(0))
-            of_target.append(of_y.sum(1))
-            if of_x is not None:
-                torch.mm(flat, matrix.T, out=of_x[index].flatten(0, 1))
-        return of_x, of_matrix, torch.stack(of_source), torch.stack(of_target)
-
-
-@dataclass(frozen=True)
-class AffineFeatures:
-    """Vertex features of the form y[r, c] = x[r, c] M + source[c] + target[r], with a layer's own M, source and target.
-
-    A linear round on them changes M, source and target alone, all of them small: the features of the vertices are
-    formed when a non-linearity needs them. The lists have an entry for every masked layer.
-
-    x: (batch, m, n, in)
-    source_sums, target_sums: of x over the weights of each source (batch, n, in) and target neuron (batch, m, in)
-    matrix: M, (in, features); source: (batch, n, features); target: (batch, m, features); without them y is x
-    """
-
-    graph: WeightGraph
-    x: list[Tensor]
-    source_sums: list[Tensor]
-    target_sums: list[Tensor]
-    matrix: list[Tensor] | None = None
-    source: list[Tensor] | None = None
-    target: list[Tensor] | None = None
-
-    @staticmethod
-    def of(graph: WeightGraph, x: list[Tensor]) -> AffineFeatures:
-        """The features x themselves."""
-        return AffineFeatures(graph, x, [part.sum(1) for part in x], [part.sum(2) for part in x])
-
-    def neuron_totals(self) -> dict[int, Tensor]:
-        """Totals of y over the masked weights at every neuron: column of neurons to (batch, neurons, features)."""
-        totals: dict[int, Tensor] = {}
-        for index, (layer, (m, n)) in enumerate(zip(self.graph.layers, self.graph.shapes)):
-            of_source, of_target = self.source_sums[index], self.target_sums[index]
-            if self.matrix is not None:
-                matrix, source, target = self.matrix[index], self.source[index], self.target[index]
-                of_source = of_source @ matrix + m * source + target.sum(1, keepdim=True)
-                of_target = of_target @ matrix + n * target + source.sum(1, keepdim=True)
-            for column, total in ((layer, of_source), (layer + 1, of_target)):
-                totals[column] = totals[column] + total if column in totals else total
-        return totals
-
-    def transformed(self, matrix: list[Tensor], source: list[Tensor], target: list[Tensor]) -> AffineFeatures:
-        """y[r, c] M' + source'[c] + target'[r], with an M' (features, out), source' and target' for every layer."""
-        if self.matrix is not None:
-            source = [before @ by + added for before, by, added in zip(self.source, matrix, source)]
-            target = [before @ by + added for before, by, added in zip(self.target, matrix, target)]
-            matrix = [before @ by for before, by in zip(self.matrix, matrix)]
-        return replace(self, matrix=matrix, source=source, target=target)
-
-    def relu(self) -> list[Tensor]:
-        """relu(y) of each masked layer, (batch, m, n, features)."""
-        return list(map(AffineReLU.apply, self.x, self.matrix, self.source, self.target))
-
-
 class WeightGraphSAGE(nn.Module):
     """GraphSAGE with mean aggregation on the weight graph (Hamilton et al. 2017, arXiv:1706.02216), in closed form.
 
@@ -354,13 +273,8 @@ class VertexLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, features: AffineFeatures) -> AffineFeatures:
-        matrix = [self.weight.T] * len(features.x)
-        source = [self.weight.new_zeros(len(sums), sums.shape[1], self.out_features) for sums in features.source_sums]
-        target = [self.weight.new_zeros(len(sums), sums.shape[1], self.out_features) for sums in features.target_sums]
-        return features.transformed(matrix, source, target)
-
-
-VERTICES_AT_ONCE = 2**17  # of a batch of graphs that the GCN scores
+        nothing = [self.weight.new_zeros(())] * len(features.x)
+        return features.transformed([self.weight.T] * len(features.x), nothing, nothing)
 
 
 class MaskingGCN(nn.Module):
@@ -381,18 +295,19 @@ class MaskingGCN(nn.Module):
     def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
         # Small graphs share what is done to their neurons; large ones, together, would leave the cache.
         batches = x.split(max(1, VERTICES_AT_ONCE // graph.num_vertices))
-        return torch.cat([self._score(graph.split(batch, dim=1), graph) for batch in batches])  # (batch, vertices)
+        return torch.cat([self._score(graph.split(batch, dim=1), graph) for batch in batches])
 
-    def _score(self, parts: list[Tensor], graph: WeightGraph) -> Tensor:
-        features = AffineFeatures.of(graph, parts)
+    def _score(self, x: list[Tensor], graph: WeightGraph) -> Tensor:
+        """The logits of graphs whose vertex features come in a tensor (batch, m, n, features) for every layer."""
+        features = AffineFeatures.of(graph, x)
         for index, conv in enumerate(self.convs):
             features = conv(features)
-            # The first round only gathers (products of its features are left to the later ones).
+            # The first round only gathers: without a ReLU behind it, it costs next to nothing.
             if index > 0 or len(self.convs) == 1:
-                parts = features.relu()
+                x = features.relu()
                 if index < len(self.convs) - 1:
-                    features = AffineFeatures.of(graph, parts)
-        return torch.cat([(part @ self.readout.weight[0]).flatten(1) for part in parts], 1)
+                    features = AffineFeatures.of(graph, x)
+        return torch.cat([(part @ self.readout.weight[0]).flatten(1) for part in x], 1)
 
 
 class WeightMask(nn.Module):
@@ -429,6 +344,11 @@ class Mask:
         keep = torch.zeros(graph.num_vertices, device=vertices.device)
         keep[vertices] = 1
         return Mask(graph.layers, tuple(graph.split(keep)))
+
+    @property
+    def num_zeroed(self) -> int:
+        """How many weights it switches off, kappa."""
+        return sum(int((keep == 0).sum()) for keep in self.keep)
 
     def as_tensor(self) -> Tensor:
         """The layer's shape (m, n) for one masked layer, flat in vertex order (vertices) for several."""
@@ -471,13 +391,122 @@ class Mask:
         return {"layers": list(self.layers), "keep": [keep.bool().cpu() for keep in self.keep]}
 
     def save(self, path: Path | str) -> None:
-        artifacts.save(Path(path), self.saved())
+        files.save(Path(path), self.saved())
 
     @staticmethod
     def load(path: Path | str) -> Mask:
         """Raises ArtifactError where the file is not a mask."""
-        saved = artifacts.load(Path(path))
+        saved = files.load(Path(path))
         try:
             return Mask(tuple(saved["layers"]), tuple(keep.float() for keep in saved["keep"]))
         except (LookupError, TypeError, AttributeError):
-            raise artifacts.ArtifactError(f"{path}: is not a mask, but holds {', '.join(map(str, saved))}") from None
+            raise files.ArtifactError(f"{path}: is not a mask, but holds {', '.join(map(str, saved))}") from None
+
+
+# What follows makes it fast.
+
+VERTICES_AT_ONCE = 2**17  # of a batch of graphs that the GCN scores
+
+
+@dataclass(frozen=True)
+class AffineFeatures:
+    """Vertex features of the form y[r, c] = x[r, c] M + source[c] + target[r], with a layer's own M, source and target.
+
+    A linear round on them changes M, source and target alone, all of them small: the features of the vertices are
+    formed when a non-linearity needs them. The lists have an entry for every masked layer.
+
+    x: (batch, m, n, in)
+    source_sums, target_sums: of x over the weights of each source (batch, n, in) and target neuron (batch, m, in)
+    matrix: M, (in, features); source: (batch, n, features); target: (batch, m, features)
+    """
+
+    graph: WeightGraph
+    x: list[Tensor]
+    source_sums: list[Tensor]
+    target_sums: list[Tensor]
+    matrix: list[Tensor]
+    source: list[Tensor]
+    target: list[Tensor]
+
+    @staticmethod
+    def of(graph: WeightGraph, x: list[Tensor]) -> AffineFeatures:
+        """The features x themselves."""
+        sums = [part.sum(1) for part in x], [part.sum(2) for part in x]
+        zeros = [list(map(torch.zeros_like, of_neurons)) for of_neurons in sums]
+        return AffineFeatures(graph, x, *sums, [torch.eye(part.shape[-1]).to(part) for part in x], *zeros)
+
+    def neuron_totals(self) -> dict[int, Tensor]:
+        """Totals of y over the masked weights at every neuron: column of neurons to (batch, neurons, features)."""
+        totals: dict[int, Tensor] = {}
+        for index, (layer, (m, n)) in enumerate(zip(self.graph.layers, self.graph.shapes)):
+            matrix, source, target = self.matrix[index], self.source[index], self.target[index]
+            of_source = self.source_sums[index] @ matrix + m * source + target.sum(1, keepdim=True)
+            of_target = self.target_sums[index] @ matrix + n * target + source.sum(1, keepdim=True)
+            for column, total in ((layer, of_source), (layer + 1, of_target)):
+                totals[column] = totals[column] + total if column in totals else total
+        return totals
+
+    def transformed(self, matrix: list[Tensor], source: list[Tensor], target: list[Tensor]) -> AffineFeatures:
+        """y[r, c] M' + source'[c] + target'[r], with an M' (features, out), source' and target' for every layer."""
+        return replace(
+            self,
+            matrix=[before @ by for before, by in zip(self.matrix, matrix)],
+            source=[before @ by + added for before, by, added in zip(self.source, matrix, source)],
+            target=[before @ by + added for before, by, added in zip(self.target, matrix, target)],
+        )
+
+    def relu(self) -> list[Tensor]:
+        """relu(y) of each masked layer, (batch, m, n, features)."""
+        return list(map(AffineReLU.apply, self.x, self.matrix, self.source, self.target))
+
+
+class AffineReLU(torch.autograd.Function):
+    """relu(x[r, c] M + source[c] + target[r]): the only work of the GCN that touches every vertex.
+
+    Graph by graph, so that its tensors stay in the cache; and without the copies of autograd's own formulas.
+
+    Shapes: x (batch, m, n, in), matrix M (in, out), source (batch, n, out), target (batch, m, out) to
+    (batch, m, n, out).
+    """
+
+    @staticmethod
+    def forward(context: FunctionCtx, x: Tensor, matrix: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        output = x.new_empty(*x.shape[:3], matrix.shape[1])
+        for x_of, source_of, target_of, y in zip(x, source, target, output):
+            torch.add(source_of, target_of[:, None], out=y)
+            y.flatten(0, 1).addmm_(x_of.flatten(0, 1), matrix).relu_()
+        context.save_for_backward(x, matrix, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        x, matrix, output = context.saved_tensors
+        of_x = x.new_empty(x.shape) if context.needs_input_grad[0] else None
+        of_matrix = torch.zeros_like(matrix)
+        of_source, of_target = [], []
+        for index, (x_of, y) in enumerate(zip(x, output)):
+            of_y = torch.ops.aten.threshold_backward(gradient[index], y, 0)
+            flat = of_y.flatten(0, 1)
+            # A gradient x^T g is formed twice as fast as g^T x.
+            of_matrix.addmm_(x_of.flatten(0, 1).T, flat)
+            of_source.append(of_y.sum(0))
+            of_target.append(of_y.sum(1))
+            if of_x is not None:
+                torch.mm(flat, matrix.T, out=of_x[index].flatten(0, 1))
+        return of_x, of_matrix, torch.stack(of_source), torch.stack(of_target)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep all freed memory for the next tensors instead of giving it back to the system.
+
+    Without it every tensor of more than 32 MB gets new pages, and the tensors of a small graph often do: mapping them
+    takes longer than the arithmetic (`tests/benchmark.py`). Does nothing where the C library is another one.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)  # never

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import ast
-import fcntl
-import functools
 import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-ROOT = Path(__file__).resolve().parent
-# As they are imported: what is edited while a run goes on counts for the next one.
-SOURCES = {path: path.read_bytes() for path in ROOT.glob("*.py")}
 PARTIAL = ".mimu-partial"  # how files end that are not whole yet
+CHECKSUM_SIZE = 64
+NOT_THERE = "not there yet"
+NOT_THERE = "not there yet"
 
 
 class InputError(ValueError):
@@ -40,6 +41,20 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def slug(name: str) -> str:
+    """The name in letters, digits and underscores, as it stands in the names of files."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+@contextmanager
+def naming(path: Path, what: str = "written") -> Iterator[None]:
+    """Turns an OSError into an ArtifactError that names the file and says what cannot be done with it."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be {what} ({error.strerror or error})") from error
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[io.BytesIO]:
     """A buffer whose content is the file once the context is left: all of it, or what was there before.
@@ -50,7 +65,7 @@ def written_whole(path: Path) -> Iterator[io.BytesIO]:
     content = io.BytesIO()
     yield content
     beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
-    try:
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(beside, "wb") as file:
@@ -61,13 +76,6 @@ def written_whole(path: Path) -> Iterator[io.BytesIO]:
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too, outlives a power cut
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -82,41 +90,33 @@ def digest(value: Any) -> str:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Writes a dictionary whole and with a checksum: to a `.json` file as JSON, else as PyTorch writes a checkpoint."""
+    """Writes a dictionary whole: to a `.json` file as JSON, else as PyTorch writes a checkpoint, with a checksum."""
     with written_whole(path) as file:
         if path.suffix == ".json":
             content = content | {"checksum": digest(content)}
             file.write(json.dumps(content, indent=1, allow_nan=False).encode())
         else:
-            archive = io.BytesIO()
-            torch.save(content, archive)
-            file.write(with_checksum(archive.getvalue()))
+            import torch  # takes seconds, which the command line need not wait for
 
-
-CHECKSUM_SIZE = 64
-
-
-def with_checksum(archive: bytes) -> bytes:
-    """A zip archive with its SHA-256 as the comment at the end, which readers of checkpoints skip.
-
-    The records have checksums of their own, but PyTorch does not look at them, and the directory has none.
-    """
-    content = archive[:-2] + CHECKSUM_SIZE.to_bytes(2, "little")  # the last field is the length of the comment
-    return content + hashlib.sha256(content).hexdigest().encode()
+            # Readers of a zip archive skip the comment at its end; the field before it is the length of the comment.
+            torch.save(content, file)
+            file.seek(-2, io.SEEK_END)
+            file.write(CHECKSUM_SIZE.to_bytes(2, "little"))
+            file.write(hashlib.sha256(file.getvalue()).hexdigest().encode())
 
 
 def load(path: Path) -> dict[str, Any]:
     """Reads what `save` has written. No code of the file is run. Raises ArtifactError where a byte of it is another."""
-    try:
+    with naming(path, "read"):
         content = path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from None
     try:
         if path.suffix == ".json":
             loaded = json.loads(content)
             if loaded.pop("checksum", None) != digest(loaded):
                 raise ValueError("it was changed after it was written")
         else:
+            import torch
+
             if content[-CHECKSUM_SIZE:] != hashlib.sha256(content[:-CHECKSUM_SIZE]).hexdigest().encode():
                 raise ValueError("it does not match its checksum")
             loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -127,43 +127,10 @@ def load(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def code_of(module: str, without: tuple[str, ...] = (), root: Path = ROOT) -> dict[str, str]:
-    """File to the hash of its code, for a module of this project and all of this project that it imports.
-
-    without: modules to leave out. Comments and the look of the code do not change a hash.
-    """
-    found: dict[str, str] = {}
-    names = [module]
-    while names:
-        name = names.pop()
-        for path in (root / f"{name.replace('.', '/')}.py", root / name.replace(".", "/") / "__init__.py"):
-            file = path.relative_to(root).as_posix()
-            if file not in found and name not in without and path.exists():
-                package = name if path.stem == "__init__" else name.rpartition(".")[0]
-                found[file], imports = code_and_imports(SOURCES.get(path) or path.read_bytes(), package)
-                names += imports
-    return dict(sorted(found.items()))
-
-
-@functools.cache
-def code_and_imports(source: bytes, package: str) -> tuple[str, list[str]]:
-    """The hash of the code of a file in a package ("": in none), and all that its imports may be names of."""
-    tree = ast.parse(source)
-    imports: list[str] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imports += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
-            module = ".".join([*parents, *([node.module] if node.module else [])])
-            imports += [module, *(f"{module}.{alias.name}" for alias in node.names)]
-    # A package is imported before what is in it.
-    parts = [name.split(".") for name in imports]
-    parents = [".".join(of_name[:end]) for of_name in parts for end in range(1, len(of_name) + 1)]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], list(dict.fromkeys(parents))
-
-
-NOT_THERE = "not there yet"
+def code_of(root: Path, patterns: Iterable[str]) -> dict[str, str]:
+    """File to the hash of its bytes, for all files under `root` that match a pattern such as `audits/*.py`."""
+    paths = {path.relative_to(root).as_posix(): path for pattern in patterns for path in root.glob(pattern)}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in sorted(paths.items())}
 
 
 @dataclass(frozen=True)
@@ -206,61 +173,35 @@ def changes(before: Any, now: dict[str, Any]) -> str:
         return "made by another version"
     if not now["data"]:
         return "data set not there"
-    if before["code"] != now["code"] and isinstance(before["code"], dict):
-        files = sorted(name for name, _ in before["code"].items() ^ now["code"].items())
-        return f"{', '.join(dict.fromkeys(files))} changed"
+    if before["code"] != now["code"]:
+        files = sorted({name for name, _ in before["code"].items() ^ now["code"].items()})
+        return f"{', '.join(files)} changed"
     return f"{', '.join(name for name in now if before[name] != now[name])} changed"
-
-
-def short(settings: dict[str, Any]) -> str:
-    """Eight hexadecimal digits that tell settings apart in the names of files."""
-    return digest(settings)[:8]
 
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
     """Holds a folder for one run. The system releases it when the process ends, however that may be.
 
+    Where the system has no such locks (Windows), nothing is held.
     Raises ArtifactError where another run holds it, and says which, or where the folder cannot be written to.
     """
-    path = root / ".lock"
-    while True:
-        try:
-            file = open(path, "a+")
-        except OSError as error:
-            raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip()
-            file.close()
-            raise ArtifactError(f"{root}: is held by another run ({holder}): wait or end it") from None
-        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            break
-        file.close()  # clean.sh has removed it in between
+    with naming(root / ".lock"):
+        file = open(root / ".lock", "a+")
     with file:
-        remove_partial(root)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        try:
+        with naming(root / ".lock"):
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ArtifactError(f"{root}: is held by another run ({file.read().strip()}): wait or end it") from None
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}: {shlex.join(sys.argv)}\n")
             file.flush()
-        except OSError as error:
-            raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from None
+        remove_partial(root)
         yield
-
-
-def make_folders(root: Path) -> None:
-    """Makes the folders of a run's files. Raises ArtifactError where one cannot be made or written to."""
-    for name in ("checkpoints", "datasets/Graphs", "eval", "reports"):
-        folder = root / name
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ArtifactError(f"{folder}: cannot be made ({error.strerror or error})") from None
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise ArtifactError(f"{folder}: cannot be written to")
 
 
 def remove_partial(root: Path) -> None:

@@ -1,0 +1,113 @@
+"""What a classifier does with a split, and what its predictions betray."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import Split, is_correct
+from model import linear_layers
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a classifier does with a split, on the CPU.
+
+    logits: (samples, classes); labels: (samples)
+    hidden: inputs of the layers after the first, (samples, n) each; the last is the representation
+    """
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+    labels: Tensor
+
+    @property
+    def correct(self) -> Tensor:
+        """1 for each sample that is classified correctly, else 0, (samples)."""
+        return is_correct(self.logits, self.labels).double()
+
+    @property
+    def loss(self) -> Tensor:
+        """Cross entropy of every sample, (samples), nats, in double precision."""
+        return F.cross_entropy(self.logits.double(), self.labels, reduction="none")
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether an output is not a number, or infinite; a logit of minus infinity is a removed class."""
+        return not (self.hidden[-1].isfinite().all() and (self.logits < torch.inf).all())
+
+
+@torch.no_grad()
+def look_at(model: nn.Module, split: Split) -> Seen:
+    """Runs a classifier of one or several linear layers on a split."""
+    # A classifier of one layer represents the images by themselves.
+    watched = linear_layers(model)[1:] or linear_layers(model)
+    hidden: list[list[Tensor]] = [[] for _ in watched]
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, of_layer=of_layer: of_layer.append(inputs[0]))
+        for layer, of_layer in zip(watched, hidden)
+    ]
+    try:
+        logits = torch.cat([model(images) for images in split.images.split(10_000)])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Seen(logits.cpu(), tuple(torch.cat(of_layer).cpu() for of_layer in hidden), split.labels.cpu())
+
+
+def jensen_shannon(logits: Tensor, others: Tensor) -> float:
+    """Jensen-Shannon divergence of two classifiers' predictions, mean over samples, bits: 0 to 1, 0 where they agree.
+
+    Lin 1991, Divergence measures based on the Shannon entropy. Both are logits (samples, classes).
+    """
+    p, q = logits.double().softmax(1), others.double().softmax(1)
+    middle = (p + q) / 2
+    terms = [torch.xlogy(x, x) - torch.xlogy(x, middle) for x in (p, q)]
+    return (sum(term.sum(1) for term in terms).mean() / (2 * math.log(2))).item()
+
+
+def loss_attack(members: Tensor, others: Tensor) -> float:
+    """Membership inference by the loss: the area under the ROC curve when a smaller loss says "member".
+
+    The probability that a member's loss is below that of a non-member, ties counted half: 0.5 tells nothing. Not a
+    number where no loss is finite. Yeom et al. 2018, arXiv:1709.01604. Both are losses (samples).
+    """
+    if not members.isfinite().any() and not others.isfinite().any():
+        return math.nan
+    ordered = others.sort().values
+    above = len(others) - torch.searchsorted(ordered, members, right=True)
+    not_below = len(others) - torch.searchsorted(ordered, members, right=False)
+    return ((above + not_below).double().mean() / (2 * len(others))).item()
+
+
+def entropy_attack(retain: Tensor, test: Tensor, forget: Tensor) -> float:
+    """The membership attack of the SSD paper: percent of the forget class's training samples that pass for members.
+
+    Logistic regression on the entropy of the prediction, the retain set's training samples as members and the test
+    split as non-members, both with the same weight. Foster et al. 2023, arXiv:2308.07707, after Chundawat et al. 2022,
+    arXiv:2205.08096. Not a number where all entropies are the same. All are logits (samples, classes).
+    """
+    members, others, asked = (
+        torch.special.entr(logits.double().softmax(1)).sum(1) for logits in (retain, test, forget)
+    )
+    x = torch.cat([members, others])
+    if x.max() == x.min():
+        return math.nan
+    is_member = torch.cat([torch.ones_like(members), torch.zeros_like(others)])
+    weight = is_member * len(x) / (2 * len(members)) + (1 - is_member) * len(x) / (2 * len(others))
+    inputs = torch.stack([x, torch.ones_like(x)], 1)
+    solution, penalty = x.new_zeros(2), x.new_tensor([1.0, 0.0])  # of the slope, as scikit-learn has it
+    for _ in range(30):  # Newton's method
+        p = (inputs @ solution).sigmoid()
+        gradient = inputs.T @ (weight * (p - is_member)) + penalty * solution
+        hessian = inputs.T @ (inputs * (weight * p * (1 - p))[:, None]) + torch.diag(penalty)
+        step = torch.linalg.solve(hessian + 1e-9 * torch.eye(2).to(hessian), gradient)
+        solution = solution - step
+        if step.abs().max() < 1e-9:
+            break
+    slope, offset = solution
+    return 100 * (slope * asked + offset > 0).double().mean().item()

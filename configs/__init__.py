@@ -1,0 +1,157 @@
+"""What the settings of the YAML files beside this one are read into, and what is checked of them before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+import methods  # noqa: F401  # registers what is not in eval.py
+from audits import AuditConfig
+from audits.erasure import ErasureConfig
+from data import DATASETS, IMAGE_SIZE, NUM_CLASSES, Amount, GraphConfig, number_of_weights
+from eval import METHODS, EvalConfig
+from model import WeightGraph
+from reporter import ReporterConfig
+from runs import settings
+from runs.settings import converted, description
+from trainer import GCNTrainerConfig, TrainerConfig
+
+CONFIG = Path(__file__).resolve().parent / "config.yaml"
+BASES = (CONFIG, CONFIG.with_name("methods.yaml"))
+Seed = Annotated[int, f"at least 0, at most {2**63 - 1}"]
+Asked = int | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """The experiments: one for every seed, top_k, forget digit and kappa.
+
+    top_k: numbers or shares of the masked weights; kappa: the same, and `auto` for the smallest that forgets
+    seeds None: the one seed of the config
+    """
+
+    forget_digits: tuple[Annotated[int, f"at least 0, at most {NUM_CLASSES - 1}"], ...]
+    top_k: tuple[Amount, ...]
+    kappa: tuple[Amount | Literal["auto"], ...]
+    seeds: tuple[Seed, ...] | None
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            values = getattr(self, each.name)
+            if values is not None and (not values or len(set(values)) < len(values)):
+                raise ValueError(f"{each.name} must name at least one value, and each once, not {list(values)}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run.
+
+    held_out: how many training samples are scored in the place of the test split; 0: the test split
+    """
+
+    seed: Seed
+    device: str
+    threads: Annotated[int, "at least 1, at most 1024"] | None
+    dataset: Literal[DATASETS]
+    held_out: Annotated[int, "at least 0, at most 50000"]
+    classifier: TrainerConfig
+    graphs: GraphConfig
+    gcn: GCNTrainerConfig
+    erasure: ErasureConfig
+    sweep: SweepConfig
+    eval: EvalConfig
+    audit: AuditConfig
+    report: ReporterConfig
+
+    def __post_init__(self) -> None:
+        self.torch_device()
+        try:
+            vertices = self.num_vertices
+        except ValueError as error:
+            raise ValueError(f"graphs.{error}") from None
+        for name, kappas in (("sweep.kappa", self.sweep.kappa), ("eval.max_kappa", [self.eval.max_kappa])):
+            for kappa in kappas:
+                if kappa != "auto" and number_of_weights(kappa, vertices) >= vertices:
+                    raise ValueError(f"{name} must be from 1 to {vertices - 1} (masked weights less one), not {kappa}")
+        if max(self.top_ks) > vertices:
+            raise ValueError(f"sweep.top_k must be from 1 to {vertices} (masked weights), not {max(self.top_ks)}")
+        spans = [self.gcn.kappa] + ([] if self.gcn.partly_masked is None else [self.gcn.partly_masked])
+        largest = sum(number_of_weights(high, vertices) for _, high in spans)
+        if largest >= vertices:
+            raise ValueError(f"gcn.kappa and partly_masked reach {largest} weights together, of {vertices} masked ones")
+        if self.erasure.weight and self.erasure.trained is None:
+            raise ValueError(f"erasure.weight must be 0 where erasure.trained is null, not {self.erasure.weight}")
+        self._check_hyperparameters()
+
+    def _check_hyperparameters(self) -> None:
+        """Raises ValueError where a method has others than its keyword-only parameters, or values out of range."""
+        for method in self.eval.hyperparameters:
+            if method not in METHODS:
+                raise ValueError(f"eval.hyperparameters.{method} is not a method: valid are {', '.join(METHODS)}")
+        for method in self.eval.method_names:
+            hints, values = METHODS[method].hyperparameters, self.eval.hyperparameters.get(method, {})
+            if set(hints) != set(values):
+                must, has = (", ".join(names) or "none" for names in (hints, values))
+                raise ValueError(f"eval.hyperparameters.{method} must have values of {must}, not of {has}")
+            for name, hint in hints.items():
+                try:
+                    converted(values[name], hint)
+                except (TypeError, ValueError):
+                    must = f"must be {description(hint)}, not {values[name]}"
+                    raise ValueError(f"eval.hyperparameters.{method}.{name} {must}") from None
+
+    @cached_property
+    def num_vertices(self) -> int:
+        """The number of masked weights. Raises ValueError where mask_layer is not there."""
+        return WeightGraph(self.classifier.shapes(IMAGE_SIZE, NUM_CLASSES), self.graphs.mask_layer).num_vertices
+
+    @property
+    def num_features(self) -> int:
+        """The features of a vertex of the class graphs."""
+        return self.graphs.num_features + (self.erasure.trained is not None)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return (self.seed,) if self.sweep.seeds is None else self.sweep.seeds
+
+    @property
+    def top_ks(self) -> list[int]:
+        """Every K as a number of weights."""
+        return list(dict.fromkeys(number_of_weights(top_k, self.num_vertices) for top_k in self.sweep.top_k))
+
+    @property
+    def kappas(self) -> list[Asked]:
+        """Every kappa: numbers of weights from small to large, auto at the end."""
+        fixed = {number_of_weights(kappa, self.num_vertices) for kappa in self.sweep.kappa if kappa != "auto"}
+        return sorted(fixed) + ["auto"] * ("auto" in self.sweep.kappa)
+
+    def torch_device(self) -> torch.device:
+        """The device to run on: `auto` takes CUDA, else the CPU. Raises ValueError where it is not there."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            if device.type not in ("cpu", "cuda", "mps"):
+                raise RuntimeError(f"{device.type} is not supported")
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError):
+            raise ValueError(f"device must be auto, cpu, or cuda or mps that is there, not {self.device!r}") from None
+        return device
+
+
+def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[str, Config]:
+    """The configs that a file describes, by the names of its variants; where it has none, one named "".
+
+    Raises ConfigError.
+    """
+    return settings.load_variants(Config, BASES, path, overrides)
+
+
+def load_config(path: Path = CONFIG, overrides: Sequence[str] = ()) -> Config:
+    """The config that all variants of a file share. Raises ConfigError."""
+    return settings.load_config(Config, BASES, path, overrides)

@@ -1,0 +1,237 @@
+"""Published ways to forget by changing all weights, each in its published form; the tables name what each needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import Count, NonNegative, Positive, Share, Split, seeded, seeded_initialisation
+from eval import Request, unlearning_method
+from model import HookedMNISTClassifier
+from trainer import check_finite, learn, other_labels
+
+published = partial(unlearning_method, in_default_run=False)
+
+
+def joined(*splits: Split) -> Split:
+    return Split(torch.cat([split.images for split in splits]), torch.cat([split.labels for split in splits]))
+
+
+def random_part(split: Split, share: Share, generator: torch.Generator) -> Split:
+    """A random share of the samples."""
+    order = torch.randperm(len(split.labels), generator=generator).to(split.labels.device)
+    kept = order[: round(share * len(order))]
+    return Split(split.images.index_select(0, kept), split.labels[kept])
+
+
+def with_random_labels(request: Request) -> Split:
+    """The forget class's training samples, each labelled as a random other class."""
+    forget, generator = request.forget, seeded("random labels", request.seed, request.forget_class)
+    return Split(forget.images, other_labels(forget.labels, request.graphs.num_classes, generator))
+
+
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """KL(target || prediction) in nats, mean over the batch; both are logits (batch, classes)."""
+    return F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+def sgd(classifier: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(classifier.parameters(), learning_rate, momentum=0.9)
+
+
+@published("fine_tune", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="retain set")
+def fine_tune(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
+    """Fine-tuning on the retain set alone (SGD with momentum): the class fades as it is no longer seen."""
+    classifier, generator = request.classifier, seeded("fine_tune", request.seed, request.forget_class)
+    return learn(classifier, request.retain, epochs, batch_size, sgd(classifier, learning_rate), generator)
+
+
+@published("random_labels", paper="Graves et al. 2021, arXiv:2010.10981")
+def random_labels(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
+    """Fine-tuning of the whole network (SGD with momentum) on the retain set and the relabelled forget set together."""
+    classifier, generator = request.classifier, seeded("random_labels", request.seed, request.forget_class)
+    samples = joined(request.retain, with_random_labels(request))
+    return learn(classifier, samples, epochs, batch_size, sgd(classifier, learning_rate), generator)
+
+
+@published("gradient_ascent", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="forget set")
+def gradient_ascent(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
+    """Negative gradient: ascent of the cross entropy on the forget set (SGD)."""
+    classifier, generator = request.classifier, seeded("gradient_ascent", request.seed, request.forget_class)
+    optimizer = torch.optim.SGD(classifier.parameters(), learning_rate)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        return -F.cross_entropy(classifier(images), labels)
+
+    return learn(classifier, request.forget, epochs, batch_size, optimizer, generator, loss)
+
+
+def endlessly(split: Split, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """The samples again and again, in random batches: images (batch, 784), labels (batch)."""
+    while True:
+        for batch in torch.randperm(len(split.labels), generator=generator).to(split.labels.device).split(batch_size):
+            yield split.images.index_select(0, batch), split.labels[batch]
+
+
+@published("neg_grad_plus", paper="Kurmanji et al. 2023, arXiv:2302.09880")
+def neg_grad_plus(
+    request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive, retain_weight: Share
+) -> nn.Module:
+    """NegGrad+: descent on the retain set and ascent on the forget set in one loss, a L_retain - (1 - a) L_forget."""
+    classifier, generator = request.classifier, seeded("neg_grad_plus", request.seed, request.forget_class)
+    forget = endlessly(request.forget, batch_size, generator)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        forget_images, forget_labels = next(forget)
+        on_retain = F.cross_entropy(classifier(images), labels)
+        on_forget = F.cross_entropy(classifier(forget_images), forget_labels)
+        return retain_weight * on_retain - (1 - retain_weight) * on_forget
+
+    return learn(classifier, request.retain, epochs, batch_size, sgd(classifier, learning_rate), generator, loss)
+
+
+def fisher_information(classifier: HookedMNISTClassifier, split: Split) -> list[Tensor]:
+    """The diagonal Fisher information E[(dL/dw)^2] of every weight matrix, (m, n) each.
+
+    The gradient of a sample is delta a^T: its squares summed over samples are one product, (delta^2)^T a^2.
+    """
+    totals = [torch.zeros(shape, device=split.images.device) for shape in classifier.shapes]
+    layers = range(len(classifier.layers))
+    for images, labels in zip(split.images.split(10_000), split.labels.split(10_000)):
+        records, _ = classifier.record(images, labels, layers)
+        for total, record in zip(totals, records):
+            total += (record.loss_gradient**2).T @ record.inputs**2
+    return [total / len(split.labels) for total in totals]
+
+
+@published("ssd", paper="Foster et al. 2023, arXiv:2308.07707")
+@torch.no_grad()
+def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> nn.Module:
+    """Selective synaptic dampening: weights with F_forget > selection F_all shrink by dampening F_all / F_forget.
+
+    F is the diagonal Fisher information on the forget set and on the whole training split; no weight grows.
+    """
+    classifier = request.classifier
+    of_forget = fisher_information(classifier, request.forget)
+    of_all = fisher_information(classifier, request.train)
+    for layer, forget, everything in zip(classifier.layers, of_forget, of_all):
+        factor = (dampening * everything / forget.clamp_min(1e-30)).clamp(max=1.0)
+        layer.weight *= torch.where(forget > selection * everything, factor, 1.0)
+    return classifier
+
+
+@published("salun", paper="Fan et al. 2023, arXiv:2310.12508")
+def salun(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive, share: Share) -> nn.Module:
+    """SalUn: fine-tuning with random labels of the share of weights alone that has the largest forget gradient."""
+    classifier, generator = request.classifier, seeded("salun", request.seed, request.forget_class)
+    F.cross_entropy(classifier(request.forget.images), request.forget.labels).backward()
+    saliency = torch.cat([parameter.grad.abs().flatten() for parameter in classifier.parameters()])
+    threshold = saliency.sort(descending=True).values[round(share * (len(saliency) - 1))]
+    trainable = [(parameter.grad.abs() >= threshold).float() for parameter in classifier.parameters()]
+    samples, optimizer = joined(request.retain, with_random_labels(request)), sgd(classifier, learning_rate)
+    return learn(classifier, samples, epochs, batch_size, optimizer, generator, trainable=trainable)
+
+
+@published("scrub", paper="Kurmanji et al. 2023, arXiv:2302.09880")
+def scrub(
+    request: Request,
+    *,
+    epochs: Count,
+    max_epochs: Count,
+    batch_size: Count,
+    learning_rate: Positive,
+    divergence_weight: NonNegative,
+    label_weight: NonNegative,
+) -> nn.Module:
+    """SCRUB: in turn away from the original on the forget set (in the first epochs) and towards it on the retain set.
+
+    KL(original || student) is maximised on the forget set; on the retain set its weighted sum with the cross entropy is
+    minimised (Adam). The temperature of both is 1.
+    """
+    classifier, teacher, generator = (
+        request.classifier,
+        request.classifier,
+        seeded("scrub", request.seed, request.forget_class),
+    )
+    optimizer = torch.optim.Adam(classifier.parameters(), learning_rate)
+
+    def apart(images: Tensor, labels: Tensor) -> Tensor:
+        return -divergence(classifier(images), teacher(images).detach())
+
+    def together(images: Tensor, labels: Tensor) -> Tensor:
+        logits = classifier(images)
+        from_teacher = divergence(logits, teacher(images).detach())
+        return divergence_weight * from_teacher + label_weight * F.cross_entropy(logits, labels)
+
+    forget, retain = request.forget, request.retain
+    for epoch in range(epochs):
+        if epoch < max_epochs:
+            learn(classifier, forget, 1, batch_size, optimizer, generator, apart)
+        learn(classifier, retain, 1, batch_size, optimizer, generator, together)
+    return classifier
+
+
+def random_teacher(request: Request) -> HookedMNISTClassifier:
+    """A classifier of the same shape that was never trained, from other initial weights than the original's."""
+    config, in_features = request.trainer.config, request.train.images.shape[1]
+    with seeded_initialisation(request.other_seed):
+        teacher = HookedMNISTClassifier(config.hidden_sizes, in_features, request.graphs.num_classes, config.bias)
+    return teacher.to(request.train.images.device)
+
+
+@published("bad_teacher", paper="Chundawat et al. 2022, arXiv:2205.08096")
+def bad_teacher(
+    request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive, retain_share: Share
+) -> nn.Module:
+    """Bad teaching: towards a random classifier on the forget set, the original on a part of the retain set (Adam)."""
+    classifier, good, bad = request.classifier, request.classifier, random_teacher(request)
+    generator = seeded("bad_teacher", request.seed, request.forget_class)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        is_forget = labels == request.forget_class
+        target = torch.where(is_forget[:, None], bad(images), good(images)).detach()
+        return divergence(classifier(images), target)
+
+    samples = joined(random_part(request.retain, retain_share, generator), request.forget)
+    optimizer = torch.optim.Adam(classifier.parameters(), learning_rate)
+    return learn(classifier, samples, epochs, batch_size, optimizer, generator, loss)
+
+
+@published("unsir", paper="Tarun et al. 2021, arXiv:2111.08947", needs="retain set")
+def unsir(
+    request: Request,
+    *,
+    noise_steps: Count,
+    noise_rate: Positive,
+    noise_penalty: NonNegative,
+    batch_size: Count,
+    noise_batches: Count,
+    retain_share: Share,
+    impair_rate: Positive,
+    repair_rate: Positive,
+) -> nn.Module:
+    """UNSIR: an epoch on retain samples and on noise that maximises the class's loss (impair), one without it (repair).
+
+    The noise is a batch of images labelled as the forget class, made by Adam on -L + penalty E[|noise|^2]; the two
+    epochs use Adam.
+    """
+    classifier, generator = request.classifier, seeded("unsir", request.seed, request.forget_class)
+    device = request.train.images.device
+    noise = torch.randn(batch_size, request.train.images.shape[1], generator=generator).to(device).requires_grad_()
+    labels = torch.full((batch_size,), request.forget_class, device=device)
+    optimizer = torch.optim.Adam([noise], noise_rate)
+    for step in range(noise_steps):
+        loss = -F.cross_entropy(classifier(noise), labels) + noise_penalty * noise.square().sum(1).mean()
+        check_finite({"loss of the noise": loss.item()}, step, "eval.hyperparameters.unsir")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    noisy = Split(noise.detach().repeat(noise_batches, 1), labels.repeat(noise_batches))
+    retain = random_part(request.retain, retain_share, generator)
+    for samples, learning_rate in ((joined(retain, noisy), impair_rate), (retain, repair_rate)):
+        learn(classifier, samples, 1, batch_size, torch.optim.Adam(classifier.parameters(), learning_rate), generator)
+    return classifier

@@ -1,0 +1,86 @@
+"""One process of a run at work: what it says, what its stages take, and files that are made once."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runs.files import NOT_THERE, Artifact
+from runs.log import Log
+from runs.processes import Processes
+
+
+class Work:
+    """What the stages of one process share.
+
+    seconds: of every stage so far, by its name
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.processes = Processes()
+        prefix = f"process {self.processes.rank}: " if self.processes.count > 1 else ""
+        self.log = Log(root / "reports" / "run.log", prefix)
+        self.seconds: Counter[str] = Counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measures a stage, and says when it is done."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.seconds[name] += seconds
+        self.log(f"{name}: {seconds:.1f} s")
+
+    def made(self, artifact: Artifact, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The content of a file: as it is there, or made and written by the first process that asks for it."""
+
+        def make_it() -> None:
+            why = artifact.why_not()
+            if not why:
+                self.log(f"{name}: reused")
+                return
+            if why != NOT_THERE:
+                self.log(f"{name}: {why}, made anew")
+            with self.stage(name):
+                artifact.save(make())
+
+        self.processes.once(artifact.path.name, make_it)
+        return artifact.load()
+
+
+def reasons(artifacts: Iterable[Artifact]) -> Counter[str]:
+    """How many of the files have to be made, by the reason; under "" how many are there as they would be made."""
+    return Counter(artifact.why_not() for artifact in artifacts)
+
+
+def in_words(counts: Counter[str]) -> str:
+    """The numbers of `reasons` as people read them."""
+    missing = [f"{count} {why}" for why, count in counts.items() if why]
+    return f"{counts['']} of {counts.total()} files are there; {', '.join(missing) or 'nothing left to make'}"
+
+
+def describe_machine() -> str:
+    """What the last digits of the numbers depend on."""
+    return (
+        f"{platform.node()}, {platform.machine()}, {torch.get_num_threads()} threads, Python "
+        f"{platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,76 @@
+"""The reports of a run, drawn from the JSON of its experiments alone."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from reporter import Reporter, ReporterConfig
+from runs.files import slug
+from tables.pictures import draw_masks, draw_trade_off
+from tables.retraining import AuditReport
+from tables.variants import Comparison
+
+CURVES = [f"{metric}_{part}_set.png" for metric in ("loss", "score") for part in ("forget", "retain")]
+PICTURES = ["probability_on_forget_class.png", "summary.png", "trade_off.png", "masks.png", "audits.png"]
+REPORTS = [*CURVES, *PICTURES, "summary.md", "variants.png", "variants.md", "frontier.png"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Finished experiments: of a variant ("" without variants), with one top_k; the paths of their JSON."""
+
+    variant: str
+    top_k: int
+    config: ReporterConfig
+    paths: list[Path]
+
+
+def report(results: Sequence[Result], folder: Path) -> list[str]:
+    """Draws and writes the reports, in the place of those that are there. Returns the tables that a run ends with."""
+    plt.switch_backend("Agg")
+    remove_reports(folder)
+    paths: dict[tuple[str, int], list[Path]] = {}
+    for result in results:
+        paths.setdefault((result.variant, result.top_k), []).extend(result.paths)
+    reporters = {}
+    for variant, top_k in paths:
+        several = sum(other == variant for other, _ in paths) > 1
+        parts = [f"variants/{slug(variant)}"] * bool(variant) + [f"top_k_{top_k}"] * several
+        name = ", ".join([variant] * bool(variant) + [f"top-K {top_k}"] * several)
+        reporters[name] = Reporter(results[0].config, paths[variant, top_k], folder.joinpath(*parts))
+    has_variants = any(result.variant for result in results)
+    for reporter in reporters.values():
+        draw_alone(reporter, with_curves=not has_variants)
+    if not has_variants:
+        return [reporter.closing_table() for reporter in reporters.values()]
+    comparison = Comparison(reporters, folder)
+    comparison.plot()
+    return comparison.tables()
+
+
+def draw_alone(reporter: Reporter, with_curves: bool) -> None:
+    """The summary of one variant and top_k and its audits, and where no variants stand beside it all other pictures."""
+    audits = AuditReport(reporter) if reporter.has_audits and reporter.retrained else None
+    sections = audits.tables() if audits else []
+    if audits:
+        audits.draw()
+    if not with_curves:
+        return reporter.write_summary(sections)
+    reporter.plot(sections)
+    if reporter.retrained and (audits or not reporter.kappas):
+        draw_trade_off(reporter)
+    if len(reporter.digits) > 1 and len(reporter.experiments[0]["mask_shapes"]) == 1:
+        draw_masks(reporter)
+
+
+def remove_reports(folder: Path) -> None:
+    """Removes the reports by their known names, and folders of theirs that are empty then; nothing else."""
+    inner = [each for pattern in ("top_k_*", "variants/*", "variants/*/top_k_*") for each in folder.glob(pattern)]
+    for path in [each / name for each in (folder, *inner) for name in REPORTS]:
+        if path.is_file():
+            path.unlink()
+            with suppress(OSError):  # something is left there
+                path.parent.rmdir()

@@ -1,0 +1,99 @@
+"""The five plots of one experiment, from its JSON alone."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from reporter import FORGET, RETAIN, method_styles
+from runs.files import written_whole
+from tables.pictures import draw_matrix
+
+Styles = dict[str, dict[str, Any]]
+DRAWN_BY = (Path(__file__), Path(__file__).with_name("pictures.py"), Path(__file__).parents[1] / "reporter.py")
+AXIS_LABELS = {"loss": "cross entropy (nats)", "score": "score (%)", "probability": "probability of the forget class"}
+
+
+def missing(experiment: str, folder: Path) -> list[Path]:
+    """The plots of an experiment (its id) that are not there, or older than its JSON or the code that draws them."""
+    metrics = folder / "Metrics and Plots" / "metrics" / f"{experiment}.json"
+    latest = max(path.stat().st_mtime_ns for path in (metrics, *DRAWN_BY) if path.exists())
+    paths = [folder / "Metrics and Plots" / "plots" / experiment / f"{name}.png" for name in PLOTS]
+    return [path for path in paths if not path.exists() or path.stat().st_mtime_ns < latest]
+
+
+def draw(results: dict[str, Any], folder: Path, shared: dict[Any, Any]) -> None:
+    """Draws the plots of an experiment that are missing, from its JSON, into the folder of an evaluation.
+
+    shared: kept from one kappa of a request to the next, which have the picture of the mask efficacy in common
+    """
+    styles = method_styles([*results["methods"], *results[FORGET], *results[RETAIN]])
+    size = (max(10, 0.65 * len(results[FORGET])), max(3, 0.2 * len(results[FORGET])))  # room for the names
+    for path in missing(results["id"], folder):
+        title, key, draw_content = PLOTS[path.stem]
+        source = json.dumps([title.format_map(results), results[key]])
+        if source not in shared:
+            figure = Figure(figsize=size)
+            figure.subplots_adjust(wspace=0.35)
+            figure.suptitle(title.format_map(results), fontsize=10)
+            draw_content(figure, results[key], styles)
+            png = io.BytesIO()
+            figure.savefig(png, format="png", dpi=100, bbox_inches="tight")  # a constrained layout takes longer
+            shared[source] = png.getvalue()
+        with written_whole(path) as file:
+            file.write(shared[source])
+
+
+def draw_bars(figure: Figure, metrics: dict[str, dict[str, float | None]], styles: Styles) -> None:
+    """A panel for every metric, a bar for every method."""
+    colors, names = [styles[name]["color"] for name in metrics], next(iter(metrics.values()))
+    for axes, metric in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        values = [of_method[metric] for of_method in metrics.values()]
+        bars = axes.bar(list(metrics), [value or 0.0 for value in values], color=colors)
+        # Upright, since side by side they would touch.
+        labels = ["inf" if value is None else f"{value:.3g}" for value in values]
+        axes.bar_label(bars, labels, fontsize=7, rotation=90, padding=2)
+        axes.set_ylabel(AXIS_LABELS[metric], fontsize=9)
+        axes.margins(y=0.35)
+        axes.tick_params(axis="x", rotation=90, labelsize=8)
+
+
+def draw_class_probabilities(figure: Figure, probabilities: dict[str, list[float]], styles: Styles) -> None:
+    """Mean predicted probability of every class on the forget set, a row per method."""
+    axes = figure.subplots()
+    draw_matrix(axes, list(probabilities.values()), "mean probability", 1.0, ".2f")
+    axes.set_yticks(range(len(probabilities)), probabilities)
+    axes.set_xlabel("class")
+
+
+def draw_weights(figure: Figure, histograms: list[dict[str, Any]], styles: Styles) -> None:
+    """Histogram of the weights of every masked layer, and of those that the masking GCN zeroes."""
+    blue = styles["mimu"]["color"]
+    for axes, histogram in zip(figure.subplots(1, len(histograms), squeeze=False)[0], histograms):
+        for part, color, text in (("all", "0.75", "all {} weights"), ("zeroed", blue, "{} zeroed by mimu")):
+            # One outline, where `hist` draws a rectangle for every bin.
+            label = text.format(sum(histogram[part]))
+            axes.stairs(histogram[part], histogram["edges"], fill=True, color=color, label=label)
+        axes.set_yscale("log")
+        axes.set_xlabel(f"weight of layer {histogram['layer']}, {' x '.join(map(str, histogram['shape']))}")
+        axes.set_ylabel("number of weights")
+        axes.set_ylim(0.8, 1.2 * max(histogram["all"]) ** 1.3)  # room for the legend
+        axes.legend(fontsize=8, loc="upper center")
+
+
+FORGETTING = "Forgetting digit {forget_digit}, kappa = {kappa}"
+# Name of every plot: its title, what it shows of the JSON, and how.
+PLOTS: dict[str, tuple[str, str, Callable[[Figure, Any, Styles], None]]] = {
+    "unlearning": (f"{FORGETTING}: forget set", FORGET, draw_bars),
+    "performance_degradation": (f"{FORGETTING}: retain set", RETAIN, draw_bars),
+    "mask_efficacy": (
+        "Digit {forget_digit}, K = {top_k} weights kept (original: all)",
+        "mask_efficacy_metrics",
+        draw_bars,
+    ),
+    "class_probabilities": (f"{FORGETTING}: forget set", "class_probabilities", draw_class_probabilities),
+    "weights": (FORGETTING, "weight_histograms", draw_weights),
+}

@@ -1,0 +1,109 @@
+"""Every method beside the classifier that was retrained without the class."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+
+from reporter import FORGET_SCORE, METRICS, RETAIN_SCORE, SECONDS, Column, Reporter, markdown_table, save_figure
+from tables.pictures import draw_panels, symmetric_log
+
+# What an unlearned classifier is measured against; the others compete.
+REFERENCES = ("original", "retrain", "retrain_again")
+FORGOTTEN = 1.0  # percent: the largest mean forget score of a method that competes for the best figures
+LOST = 2.0  # points of the retain score below the original's that are worth a word
+
+DIVERGENCES = (
+    Column(("audit_metrics", "js_forget"), "divergence on the forget set, bits", ".3f"),
+    Column(("audit_metrics", "js_retain"), "divergence on the retain set, bits", ".4f"),
+)
+GAPS = tuple(replace(of, name=of.name.replace("%", "points"), spec=f"+{of.spec}", is_gap=True) for of in METRICS)
+LEFT_BEHIND = (
+    Column(("audit_metrics", "loss_attack"), "loss attack, area under the curve", ".3f"),
+    Column(("audit_metrics", "entropy_attack"), "entropy attack, % members", ".1f"),
+    Column(("audit_metrics", "probe_recall", "linear"), "probe, recall of the forget class, %", ".1f"),
+    Column(("audit_metrics", "probe_retain"), "probe, score on the retain set, %", ".1f"),
+    Column(("audit_metrics", "relearn_steps"), "relearn time, steps", ".1f"),
+)
+COST = (SECONDS, Column(("audit_metrics", "weights_changed"), "weights changed", ".0f"))
+ABOUT = {"does": "what it does", "touches": "what it may change", "needs": "data it needs", "paper": "paper"}
+
+
+class AuditReport:
+    """Every method beside the classifier retrained without the class, in the order of their distance to it.
+
+    The distance is the Jensen-Shannon divergence of the predictions, mean of the forget set's and the retain set's.
+    Bold: least far from what is best, mean over digits and seeds, and all that is written alike. REFERENCES do not
+    compete, nor do methods that leave more than FORGOTTEN percent of the class or lose more than LOST points.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+        self.kappa = reporter.headline_kappa()
+        self.about = reporter.experiments[0]["methods"]  # without models that are scored by hand
+        distances = {name: fmean(self.mean(column, name) for column in DIVERGENCES) for name in self.about}
+        self.methods = sorted(distances, key=lambda name: (math.isnan(distances[name]), distances[name]))
+        others = [name for name in self.methods if name not in REFERENCES]
+        least = self.mean(RETAIN_SCORE, "original" if "original" in self.about else "retrain") - LOST
+        self.leave = [name for name in others if not self.mean(FORGET_SCORE, name) <= FORGOTTEN]
+        self.lose = [name for name in others if not self.mean(RETAIN_SCORE, name) >= least]
+        self.competing = [name for name in others if name not in self.leave + self.lose]
+
+    def mean(self, column: Column, method: str) -> float:
+        """A method's figure, mean over digits and seeds."""
+        return self.reporter.figure(column, method, self.kappa).mean
+
+    def tables(self) -> list[str]:
+        """The sections of the summary."""
+        spread = "seeds" if len(self.reporter.seeds) > 1 else "digits"
+        gcn = self.reporter.value("seconds", "gcn", kappa=self.kappa)
+        about = [[name, *map(self.about[name].get, ABOUT)] for name in self.methods]
+        return [
+            "## Distance to retraining",
+            "Jensen-Shannon divergence of the predictions from the retrained classifier's (0: the same, 1: at most), "
+            "and the five metrics less those of the retrained classifier. Sorted by the mean of the two divergences; "
+            f"± standard deviation over the {spread}. Bold: the smallest mean absolute value over digits and seeds.",
+            self.table(DIVERGENCES + GAPS),
+            f"Forget score above {FORGOTTEN:g} %: {', '.join(self.leave) or 'none'}. Retain score more than {LOST:g} "
+            f"points below the original's: {', '.join(self.lose) or 'none'}. These and the references are never bold.",
+            "## Audits",
+            "Bold: the smallest mean absolute distance from the retrained classifier. Loss attack: 0.5 tells nothing. "
+            "Relearn time: '>' where a class was not back by the last step; – where it has no logit to learn with.",
+            self.table(LEFT_BEHIND, aim="retrain"),
+            "## Cost",
+            f"Training the masking GCN, once for all requests, takes {gcn:.0f} s, which is not in mimu's seconds.",
+            self.table(COST),
+            "## The methods",
+            markdown_table(["method", *ABOUT.values()], about, texts=1 + len(ABOUT)),
+        ]
+
+    def table(self, columns: Sequence[Column], aim: str | None = None) -> str:
+        """A row for every method, a column for each figure; best is what is nearest to that of `aim` (None: to 0)."""
+        cells = [self.cells(column, aim) for column in columns]
+        return markdown_table(["method", *(column.name for column in columns)], zip(self.methods, *cells))
+
+    def cells(self, column: Column, aim: str | None) -> list[str]:
+        """A column as text, the best of the competing methods bold."""
+        numbers = {name: self.reporter.single_figures(column, name, self.kappa) for name in self.methods}
+        best = numbers[aim] if aim else [0.0] * len(numbers["retrain"])
+        far = {name: fmean(abs(a - b) for a, b in zip(numbers[name], best)) for name in self.competing}
+        known = [name for name in self.competing if math.isfinite(far[name])]
+        texts = {name: self.text(column, name) for name in self.methods}
+        nearest = texts[min(known, key=far.__getitem__)] if known else ""
+        return [f"**{text}**" if name in known and text == nearest else text for name, text in texts.items()]
+
+    def text(self, column: Column, method: str) -> str:
+        """A method's figure, marked where the class did not always come back within the steps of relearning."""
+        text = f"{self.reporter.spread(column, method, self.kappa):{column.spec}}"
+        came_back = all(each["audit_metrics"][method]["came_back"] for each in self.reporter.found[self.kappa].values())
+        return text if came_back or text == "–" or column is not LEFT_BEHIND[-1] else f"> {text}"
+
+    def draw(self) -> None:
+        """Draws `audits.png`: a panel for every audit, with a line where the retrained classifier is."""
+        columns = (*DIVERGENCES, *LEFT_BEHIND, SECONDS)
+        figure, axes = draw_panels([(name, self.reporter, name) for name in self.methods], columns, high=2)
+        for panel, column in zip(axes, columns):
+            panel.axvline(self.mean(column, "retrain"), color=self.reporter.styles["retrain"]["color"], linestyle="--")
+        symmetric_log(axes[1], "x", linear=0.01)
+        axes[-1].set_xscale("log")
+        save_figure(figure, self.reporter.folder / "audits.png", self.reporter.config.dpi)
