@@ -6,8 +6,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -69,14 +68,21 @@ class Split:
 
     def forget(self, forget_class: int) -> Split:
         """The samples of the forget class."""
-        return self._where(self.labels == forget_class)
+        return self[self.labels == forget_class]
 
     def retain(self, forget_class: int) -> Split:
         """The samples of all other classes."""
-        return self._where(self.labels != forget_class)
+        return self[self.labels != forget_class]
 
-    def _where(self, chosen: Tensor) -> Split:
+    def __getitem__(self, chosen: Tensor | slice) -> Split:
         return Split(self.images[chosen], self.labels[chosen])
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Split]:
+        """Random batches of the samples, again and again."""
+        while True:
+            order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+            for batch in order.split(batch_size):
+                yield Split(self.images.index_select(0, batch), self.labels[batch])
 
     def loader(self, batch_size: int = SCORED_AT_ONCE) -> DataLoader:
         """Whole batches (images, labels) in order, cut from the tensors at once rather than sample by sample."""
@@ -86,10 +92,7 @@ class Split:
 
 
 def some_of_every_class(split: Split, count: int, *key: object) -> Split:
-    """Random samples, class after class: `count` of every class that is there, or all where it has fewer.
-
-    key: what the draw depends on, beside the class
-    """
+    """Random samples, class after class: `count` of every class that is there, or all where it has fewer; by a key."""
     chosen = []
     for label in split.labels.unique().tolist():
         of_class = (split.labels == label).nonzero().squeeze(1)
@@ -101,10 +104,8 @@ def some_of_every_class(split: Split, count: int, *key: object) -> Split:
 
 
 def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which samples are classified correctly, (samples): none whose logits (samples, classes) are not numbers.
-
-    The largest of logits that are not numbers would be the first class.
-    """
+    """Which samples are classified correctly, (samples): none whose logits (samples, classes) are not numbers."""
+    # The largest of logits that are not numbers would be the first class.
     return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
 
 
@@ -122,9 +123,7 @@ class ImageData:
     @property
     def test(self) -> Split:
         if self._sealed:
-            raise PermissionError(
-                "the test split is sealed while a method runs: methods may use the training split only"
-            )
+            raise PermissionError("the test split is sealed while a method runs: it may use the training split only")
         return self._test
 
     @contextmanager
@@ -142,9 +141,7 @@ def load_image_data(
 ) -> ImageData:
     """Reads a torchvision data set of 28 x 28 images into memory, standardised by its training split.
 
-    held_out: for choices that the test split must not make, this many training samples, the last ones, are taken out of
-        the training split and stand in the place of the test split
-
+    held_out: this many training samples, the last, stand in the place of the test split, for choices it must not make
     Raises DataError where its files are missing and cannot be had or are damaged, ValueError on an unknown name.
     """
     # Imported here, so that a bad setting is told without waiting for it.
@@ -156,28 +153,21 @@ def load_image_data(
     try:
         for path in map(folder.joinpath, FILES):
             # torchvision unpacks what is not there, but looks at no more than the names of what is.
-            if path.exists() and packed(path).exists() and crc_and_size(path) != crc_and_size(packed(path)):
+            if path.exists() and packed(path).exists() and crc(path) != crc(packed(path)):
                 path.unlink()
         parts = [getattr(torchvision.datasets, name)(root, is_train, download=True) for is_train in (True, False)]
     except (RuntimeError, OSError, ValueError, AssertionError, EOFError, zlib.error) as error:
-        missing = [packed(folder / file).name for file in FILES if not (folder / file).exists()]
-        what = f"{', '.join(missing)}: not there, or damaged, and cannot be downloaded" if missing else "cannot be read"
-        raise DataError(f"dataset {name} in {folder}: {what} ({one_line(error)})") from None
-    for part, file in zip(parts, FILES[::2]):
-        shape, labels = tuple(part.data.shape), part.targets
-        if shape != (len(labels), 28, 28) or not len(labels) or not 0 <= labels.min() <= labels.max() < NUM_CLASSES:
-            raise DataError(
-                f"{folder / file}: must hold 28 x 28 images, each with a label from 0 to {NUM_CLASSES - 1}, not images "
-                f"of shape {shape} with {len(labels)} labels from {set(labels.tolist())}"
-            )
+        raise DataError(f"dataset {name} in {folder}: cannot be read or downloaded ({one_line(error)})") from None
     train, test = (Split(part.data.to(device).float().flatten(1), part.targets.to(device)) for part in parts)
     if held_out:
-        test = Split(train.images[-held_out:], train.labels[-held_out:])
-        train = Split(train.images[:-held_out], train.labels[:-held_out])
+        test, train = train[-held_out:], train[:-held_out]
     for split, kind in ((train, "training"), (test, "test")):
         counts = torch.bincount(split.labels, minlength=NUM_CLASSES)
-        if not counts.all():
-            raise DataError(f"dataset {name} in {folder}: class {int(counts.argmin())} has no {kind} sample")
+        if split.images.shape != (len(split.labels), IMAGE_SIZE) or len(counts) > NUM_CLASSES or not counts.all():
+            raise DataError(
+                f"dataset {name} in {folder}: the {kind} split must be 28 x 28 images of every class from 0 to "
+                f"{NUM_CLASSES - 1}, not {tuple(split.images.shape)} pixels and {counts.tolist()} labels of each class"
+            )
     deviation, mean = torch.std_mean(train.images)
     return ImageData(*(Split((split.images - mean) / deviation, split.labels) for split in (train, test)))
 
@@ -186,78 +176,52 @@ def packed(path: Path) -> Path:
     return path.with_name(f"{path.name}.gz")
 
 
-def crc_and_size(path: Path) -> bytes:
-    """CRC-32 and size of the content of a file, of a packed one without unpacking it: they end every gzip file."""
+def crc(path: Path) -> bytes:
+    """CRC-32 of what a file holds, of a packed one without unpacking it: every gzip file ends with it and a size."""
     content = path.read_bytes()
-    if path.suffix == ".gz":
-        return content[-8:]
-    return zlib.crc32(content).to_bytes(4, "little") + (len(content) % 2**32).to_bytes(4, "little")
+    return content[-8:-4] if path.suffix == ".gz" else zlib.crc32(content).to_bytes(4, "little")
 
 
 def checksums(name: str, root: Path = DATASET_ROOT) -> dict[str, str]:
-    """CRC-32 and size of every file of a data set: what says which data set it is. Empty where a file is not there."""
+    """CRC-32 of every file of a data set: what says which data set it is. Empty where a file is not there."""
     paths = [root / name / "raw" / file for file in FILES]
     try:
-        return {path.name: crc_and_size(packed(path) if packed(path).exists() else path).hex() for path in paths}
+        return {path.name: crc(packed(path) if packed(path).exists() else path).hex() for path in paths}
     except OSError:
         return {}
 
 
-class ClassGroup:
-    """One layer's record of a group of samples for every class: what the vertex features are made of.
-
-    Fields of the record are (classes, samples, neurons) here; weight is (m, n).
-    """
-
-    def __init__(self, record: LayerRecord, weight: Tensor) -> None:
-        self.record = record
-        self.weight = weight
-
-    def mean_product(self, of_target: Tensor, of_source: Tensor) -> Tensor:
-        """Mean over the samples of of_target[s, r] * of_source[s, c], (classes, m, n)."""
-        return of_target.transpose(1, 2) @ of_source / of_source.shape[1]
-
-    @cached_property
-    def gradient(self) -> Tensor:
-        """Mean gradient of the cross entropy with respect to each weight, (classes, m, n)."""
-        return self.mean_product(self.record.loss_gradient, self.record.inputs)
+def mean_product(of_target: Tensor, of_source: Tensor) -> Tensor:
+    """Mean over the samples of of_target[s, r] * of_source[s, c], (classes, m, n)."""
+    return of_target.transpose(1, 2) @ of_source / of_source.shape[1]
 
 
-# From a group to (classes, m, n), or what broadcasts to it; E is the mean over the samples of a class.
-FEATURES: dict[str, Callable[[ClassGroup], Tensor]] = {
-    # E[a_c], of the weight's source neuron
-    "input_activation": lambda group: group.record.inputs.mean(1)[:, None],
-    # E[h_r], of the weight's target neuron
-    "output_activation": lambda group: group.record.outputs.mean(1)[:, :, None],
-    "weight": lambda group: group.weight[None],
-    # E[dL/dw]
-    "gradient": lambda group: group.gradient,
+# From what a layer does on a group of samples of every class, a record of (classes, samples, neurons), and its weight
+# (m, n) to (classes, m, n), or what broadcasts to it. The weight leads from neuron c to r; E is the mean over a group.
+FEATURES: dict[str, Callable[[LayerRecord, Tensor], Tensor]] = {
+    "input_activation": lambda record, weight: record.inputs.mean(1)[:, None],  # E[a_c]
+    "output_activation": lambda record, weight: record.outputs.mean(1)[:, :, None],  # E[h_r]
+    "weight": lambda record, weight: weight[None],
+    "gradient": lambda record, weight: mean_product(record.loss_gradient, record.inputs),  # E[dL/dw]
     # w E[dL/dw]: the first-order fall of the loss when the weight is removed
-    "effect": lambda group: group.weight * group.gradient,
+    "effect": lambda record, weight: weight * mean_product(record.loss_gradient, record.inputs),
     # |w| sqrt(E[(dL/dw)^2]): the root of the diagonal Fisher information of removing the weight
-    "fisher": lambda group: (
-        group.weight.abs() * group.mean_product(group.record.loss_gradient**2, group.record.inputs**2).sqrt()
-    ),
+    "fisher": lambda record, weight: weight.abs() * mean_product(record.loss_gradient**2, record.inputs**2).sqrt(),
     # w E[d(logit of the class - mean logit)/dw]: the first-order fall of the margin when the weight is removed
-    "margin": lambda group: group.weight * group.mean_product(group.record.margin_gradient, group.record.inputs),
+    "margin": lambda record, weight: weight * mean_product(record.margin_gradient, record.inputs),
     # |w| E[unit r is active * a_c]: the signal that the weight passes on
-    "coactivation": lambda group: group.weight.abs() * group.mean_product(group.record.active, group.record.inputs),
+    "coactivation": lambda record, weight: weight.abs() * mean_product(record.active, record.inputs),
 }
 
 
 @dataclass(frozen=True)
 class GraphConfig:
-    """What the activation graphs are made of.
+    """What the activation graphs are made of."""
 
-    mask_layer: an index, a list of them, or null for all layers; features: names of FEATURES
-    scope: whether the weights of all masked layers compete, or every layer gives the same share of its own
-    other_classes: adds to each feature (but the weight) its mean over the other classes
-    """
-
-    mask_layer: int | tuple[int, ...] | None
-    scope: Literal["global", "layerwise"]
-    features: tuple[str, ...]
-    other_classes: bool
+    mask_layer: int | tuple[int, ...] | None  # an index, several, or None for all layers
+    scope: Literal["global", "layerwise"]  # all masked weights compete, or every layer gives the same share of its own
+    features: tuple[str, ...]  # names of FEATURES
+    other_classes: bool  # adds to each feature (but the weight) its mean over the other classes
     samples_per_class: Count
 
     def __post_init__(self) -> None:
@@ -271,12 +235,9 @@ class GraphConfig:
 
 
 class Auxiliary(Protocol):
-    """What may be asked of a mask beside forgetting: a further feature, term of the loss, and condition for done.
+    """What may be asked of a mask beside forgetting: a further feature, term of the loss, and condition for done."""
 
-    weight: what it is worth to a request; 0: nothing
-    """
-
-    weight: float
+    weight: float  # what it is worth to a request; 0: nothing
 
     def draw_weight(self, generator: torch.Generator) -> float:
         """The weight of the term in a step of training; the GCN is told it as the scale of the feature."""
@@ -291,35 +252,40 @@ class Auxiliary(Protocol):
         """Whether a mask is enough, so that kappa auto may stop there."""
 
 
+def vertex_features(features: Sequence[Tensor]) -> Tensor:
+    """Features (groups, vertices), standardised over the vertices, as (groups, vertices, features)."""
+    x = torch.stack(features)
+    # torch.std_mean takes ten times as long.
+    x -= x.mean(-1, keepdim=True)
+    deviation = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / max(1, x.shape[-1] - 1) ** 0.5
+    x /= deviation.clamp_min(1e-12)
+    return x.permute(1, 2, 0).contiguous()
+
+
+@dataclass(eq=False)
 class GraphGenerator:
     """Activation graphs of a classifier: what every sample does in the masked layers, recorded in one batched pass.
 
-    Stored are a few hundred floats a sample; the vertex features of a group are formed when they are needed.
-    The samples of class c are the indices c * samples_per_class to (c + 1) * samples_per_class - 1.
-
-    auxiliary: makes what is asked of masks beside forgetting
+    Stored are a few hundred floats a sample, class after class; vertex features are formed when they are needed.
+    `auxiliary` makes what is asked of masks beside forgetting.
     """
 
-    def __init__(
-        self,
-        classifier: HookedMNISTClassifier,
-        train: Split,
-        config: GraphConfig,
-        seed: int,
-        auxiliary: Callable[[GraphGenerator], Auxiliary] | None = None,
-    ) -> None:
-        self.classifier = classifier
-        self.train = train
-        self.config = config
-        self.graph = WeightGraph(classifier.shapes, config.mask_layer)
-        self.num_classes = classifier.shapes[-1][0]
-        counts = torch.bincount(train.labels, minlength=self.num_classes)
-        self.samples_per_class = min(config.samples_per_class, int(counts.min()))
+    classifier: HookedMNISTClassifier
+    train: Split
+    config: GraphConfig
+    seed: int
+    auxiliary: InitVar[Callable[[GraphGenerator], Auxiliary] | None] = None
+
+    def __post_init__(self, auxiliary: Callable[[GraphGenerator], Auxiliary] | None) -> None:
+        self.graph = WeightGraph(self.classifier.shapes, self.config.mask_layer)
+        self.num_classes = self.classifier.shapes[-1][0]
+        counts = torch.bincount(self.train.labels, minlength=self.num_classes)
+        self.samples_per_class = min(self.config.samples_per_class, int(counts.min()))
         if self.samples_per_class == 0:
             raise ValueError(f"class {int(counts.argmin())} has no training sample: every class needs at least one")
-        self.samples = some_of_every_class(train, self.samples_per_class, "graphs", seed)
+        self.samples = some_of_every_class(self.train, self.samples_per_class, "graphs", self.seed)
         self.labels = self.samples.labels
-        self.records, self.loss = classifier.record(self.samples.images, self.labels, self.graph.layers)
+        self.records, self.loss = self.classifier.record(self.samples.images, self.labels, self.graph.layers)
         self.auxiliary = None if auxiliary is None else auxiliary(self)
 
     def __len__(self) -> int:
@@ -347,8 +313,7 @@ class GraphGenerator:
     def draw(self, group_size: int, generator: torch.Generator) -> Tensor:
         """Indices of `group_size` random samples of every class, (classes, group_size), without repetition."""
         keys = torch.rand(self.num_classes, self.samples_per_class, generator=generator)
-        order = keys.argsort(1)[:, :group_size]
-        return (order + self.samples_per_class * torch.arange(self.num_classes)[:, None]).to(self.labels.device)
+        return self.by_class().gather(1, keys.argsort(1)[:, :group_size].to(self.labels.device))
 
     def weights(self) -> list[Tensor]:
         """The weight matrices of the masked layers as they are now, (m, n) each."""
@@ -357,70 +322,55 @@ class GraphGenerator:
     def class_graphs(
         self, samples: Tensor, mask: Mask | None = None, auxiliary_weight: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """The graph of one group of samples per class, on the classifier or on a masked one.
+        """The graph of a group of every class, samples (classes, group_size), on the classifier or on a masked one.
 
-        samples: (classes, group_size); auxiliary_weight: what the auxiliary feature, if there is one, is scaled with
-        Returns the vertex features (classes, vertices, features), each standardised over its graph before, and the mean
-        cross entropy of each class (classes), nats.
+        Returns the vertex features (classes, vertices, features), standardised over each graph, an auxiliary one then
+        scaled by its weight, and the mean cross entropy of each class (classes), nats.
         """
         own, loss = self.class_features(samples, self.config.features, mask)
-        others = {name: (x.sum(0) - x) / (len(x) - 1) for name, x in own.items()}
-        if self.auxiliary is None:
-            return self._vertex_features(own, others), loss
-        if auxiliary_weight:
-            own["auxiliary"] = self.auxiliary.feature(samples, range(self.num_classes), mask)
-        else:
-            own["auxiliary"] = torch.zeros(len(loss), self.graph.num_vertices, device=loss.device, dtype=loss.dtype)
-        x = self._vertex_features(own, others)
-        x[..., len(own) - 1] *= auxiliary_weight
+        features, others = list(own.values()), self._of_others(own)
+        if self.auxiliary is not None and auxiliary_weight:
+            features.append(self.auxiliary.feature(samples, range(self.num_classes), mask))
+        elif self.auxiliary is not None:
+            features.append(torch.zeros_like(features[0]))
+        x = vertex_features(features + others)
+        if self.auxiliary is not None:
+            x[..., len(features) - 1] *= auxiliary_weight
         return x, loss
 
     def class_features(
         self, samples: Tensor, names: Sequence[str], mask: Mask | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The features of groups of samples before they are standardised, on the classifier or on a masked one.
+        """Some of FEATURES, not standardised, of groups of samples (groups, group_size), with or without a mask.
 
-        samples: (groups, group_size); names: of FEATURES
         Returns name to (groups, vertices), and the mean cross entropy of each group (groups), nats.
         """
-        flat = samples.flatten()
         if mask is None:
-            records, loss = [record.map(lambda x: x[flat]) for record in self.records], self.loss[flat]
-            weights = self.weights()
+            records, loss, weights, rows = self.records, self.loss, self.weights(), samples
         else:
-            first = self.graph.layers[0]
+            flat, layers = samples.flatten(), self.graph.layers
+            rows = torch.arange(len(flat), device=flat.device).view_as(samples)
             with mask.applied_to(self.classifier):
-                records, loss = self.classifier.record(self.inputs[flat], self.labels[flat], self.graph.layers, first)
+                records, loss = self.classifier.record(self.inputs[flat], self.labels[flat], layers, layers[0])
                 weights = self.weights()
-        groups = [
-            ClassGroup(record.map(lambda x: x.unflatten(0, samples.shape)), weight)
-            for record, weight in zip(records, weights)
-        ]
+        groups = [LayerRecord(*(x[rows] for x in record)) for record in records]
         features = {}
         for name in names:
-            parts = [FEATURES[name](group).expand(len(samples), *group.weight.shape).flatten(1) for group in groups]
+            parts = [FEATURES[name](*of_layer) for of_layer in zip(groups, weights)]
+            parts = [part.expand(len(rows), *weight.shape).flatten(1) for part, weight in zip(parts, weights)]
             features[name] = torch.cat(parts, 1)  # (groups, vertices)
-        return features, loss.view(samples.shape).mean(1)
+        return features, loss[rows].mean(1)
 
-    def _vertex_features(self, own: dict[str, Tensor], others: dict[str, Tensor]) -> Tensor:
-        """Features of the class and of the others, standardised over the vertices: (groups, vertices, features)."""
-        features = list(own.values())
-        if self.config.other_classes:
-            features += [x for name, x in others.items() if name != "weight"]
-        x = torch.stack(features)  # (features, groups, vertices)
-        # torch.std_mean takes ten times as long.
-        x -= x.mean(-1, keepdim=True)
-        deviation = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / max(1, x.shape[-1] - 1) ** 0.5
-        x /= deviation.clamp_min(1e-12)
-        return x.permute(1, 2, 0).contiguous()
+    def _of_others(self, own: dict[str, Tensor]) -> list[Tensor]:
+        """Means of features (classes, vertices) over the other classes: of none or of all but the weight."""
+        names = [name for name in own if name != "weight"] if self.config.other_classes else []
+        return [(own[name].sum(0) - own[name]) / (len(own[name]) - 1) for name in names]
 
     def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
-        """The graph of one sample (n = 1) for PyG: x (vertices, features), edge_index (2, edges), y (1).
+        """The graph of one sample for PyG: x (vertices, features), edge_index (2, edges), y (1).
 
-        Without the auxiliary feature, which a class has and a sample has not.
-
-        max_edges: an edge takes 16 bytes in the list, and about 100 while the list is built
-        Raises IndexError where there is no such sample, ValueError on a graph with more edges.
+        Without the auxiliary feature, which a class has and a sample has not. While the list of edges is built, an edge
+        takes about 100 bytes. Raises IndexError where there is no such sample, ValueError on more than `max_edges`.
         """
         # Imported here, since it takes longer than the rest and only this export needs it.
         from torch_geometric.data import Data
@@ -428,19 +378,14 @@ class GraphGenerator:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is not there: valid are 0 to {len(self) - 1}")
         if (edges := self.graph.num_edges) > max_edges:
-            raise ValueError(
-                f"max_edges must be at least {edges:,} (a list of {16 * edges / 1e9:.1f} GB), not {max_edges:,}"
-            )
-        label, everything = self.labels[index : index + 1], self.by_class()
-        own, _ = self.class_features(everything.view(-1)[index : index + 1, None], self.config.features)
-        classes, _ = self.class_features(everything, self.config.features)
-        others = {name: (x.sum(0) - x)[label] / (len(x) - 1) for name, x in classes.items()}
-        x = self._vertex_features(own, others)[0]
+            raise ValueError(f"max_edges must be at least {edges:,} ({16 * edges / 1e9:.1f} GB), not {max_edges:,}")
+        label, names = self.labels[index : index + 1], self.config.features
+        own, _ = self.class_features(torch.tensor([[index]], device=label.device), names)
+        classes, _ = self.class_features(self.by_class(), names)
+        x = vertex_features([*own.values(), *(x[label] for x in self._of_others(classes))])[0]
         return Data(x=x, edge_index=self.graph.edge_index().to(label.device), y=label)
 
     def recorded(self) -> dict[str, Any]:
-        """What was recorded, as it is saved: `layers`, `labels` (samples), and `records`, a dictionary for each layer.
-
-        Tensors in it are (samples, neurons), as in `LayerRecord`.
-        """
-        return {"layers": list(self.graph.layers), "labels": self.labels, "records": list(map(vars, self.records))}
+        """What was recorded, as it is saved: `layers`, `labels` (samples), and `records`, each layer's as a dict."""
+        records = [record._asdict() for record in self.records]
+        return {"layers": list(self.graph.layers), "labels": self.labels, "records": records}

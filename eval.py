@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
+import json
 import operator
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import trainer
 from data import Auxiliary, Count, GraphGenerator, ImageData, Positive, Split, is_correct, number_of_weights, seeded
 from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
 from runs.files import Artifact
-from trainer import (
-    GCNRanking,
-    MaskingConfig,
-    TrainedGCN,
-    Trainer,
-    TrainingError,
-    UnlearningSFT,
-    UnlearningSFTConfig,
-    Zeroing,
-    ZeroingOrder,
-    check_weights,
-)
+from trainer import GCNRanking, MaskingConfig, TrainedGCN, Trainer, TrainingError, Zeroing, ZeroingOrder, check_weights
 
 
 @dataclass(frozen=True)
@@ -63,8 +54,7 @@ class EvalConfig(MaskingConfig):
     def decisive(self) -> dict[str, Any]:
         """The settings that the metrics depend on: without those of the plots and of what does not run."""
         hyperparameters = {name: self.hyperparameters.get(name, {}) for name in self.method_names}
-        changes = {"methods": self.method_names, "visualize": None, "hyperparameters": hyperparameters}
-        return asdict(self) | changes
+        return asdict(self) | {"methods": self.method_names, "visualize": None, "hyperparameters": hyperparameters}
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,7 @@ class Request:
     train: the training split; graphs, gcn: the activation graphs of the original and the masking GCN trained on them
     forget_class: the class to forget; top_k: how many weights a keep mask keeps; seed: of all random draws
     asked: how many weights to zero; `auto`: as few as forget; None where the answer does not depend on it
-    orders: in which weights are zeroed, kept by the name of the method from one kappa to the next
+    orders: in which weights are zeroed, by the name of the method; kept from one kappa to the next
     """
 
     config: EvalConfig
@@ -126,7 +116,7 @@ class Request:
         """The weights that a ranking zeroes first, up to kappa; with auto up to its own smallest kappa that forgets.
 
         name: of the method; ranking: from the number of the step and the vertices zeroed before it to scores (vertices)
-        all_at_once: ranks on the whole classifier alone, where the others rank anew after every `eval.step` weights
+        all_at_once: ranks the whole classifier once, instead of anew after every `eval.step` weights
         """
         if name not in self.orders:
             config = replace(self.config, step=None) if all_at_once else self.config
@@ -137,10 +127,6 @@ class Request:
     def zeroing(self, vertices: Tensor, graph: WeightGraph | None = None) -> Mask:
         """The mask without the given vertices of the weight graph, or of that of other masked layers."""
         return Mask.zeroing(graph or self.graphs.graph, vertices)
-
-    def keeping(self, vertices: Tensor) -> Mask:
-        """The mask with only the given vertices of the weight graph; layers that are not masked stay whole."""
-        return Mask.keeping(self.graphs.graph, vertices)
 
 
 # From a request, and the hyperparameters as keywords, to an unlearned classifier or what to zero in the original.
@@ -184,10 +170,7 @@ METHODS: dict[str, Method] = {}
 
 
 def unlearning_method(name: str, **about: Any) -> Callable[[Unlearning], Unlearning]:
-    """Registers a function that answers requests as a `Method`, which then stands in every plot and table.
-
-    about: what else there is to say of it, by the fields of `Method`
-    """
+    """Registers a function as a `Method`, of which `about` are the further fields, for every plot and table."""
     # The last two stand beside the methods in the JSON's seconds.
     if name in (*METHODS, "gcn", "experiment") or not name.isprintable() or not name or "$" in name:
         raise ValueError(f"method {name!a} must have a name of its own, of printable characters without $")
@@ -234,8 +217,9 @@ def random(request: Request) -> Mask:
 @unlearning_method("sft", paper="after Graves et al. 2021, arXiv:2010.10981", touches="one layer", needs="forget set")
 def sft(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
     """Fine-tuning of the masked layers on random labels for the forget class's training samples."""
-    config = UnlearningSFTConfig(epochs, batch_size, learning_rate)
-    return UnlearningSFT(config, request.seed).unlearn(request.classifier, request.forget, request.graphs.graph.layers)
+    config = trainer.UnlearningSFTConfig(epochs, batch_size, learning_rate)
+    unlearning, layers = trainer.UnlearningSFT(config, request.seed), request.graphs.graph.layers
+    return unlearning.unlearn(request.classifier, request.forget, layers)
 
 
 @unlearning_method("retrain", needs="retain set")
@@ -244,68 +228,51 @@ def retrain(request: Request) -> nn.Module:
     return request.trainer.train(request.retain, request.graphs.num_classes)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The classifier that a method makes of a request, what it took, and where it is the masked original, the mask.
-
-    gave_up: whether the class is not forgotten at the largest kappa; None where no kappa was searched for
-    """
+class Answer(NamedTuple):
+    """What a method makes of a request; mask: where it is the masked original; seconds, left: as in `Zeroing`."""
 
     model: nn.Module
-    seconds: float
     mask: Mask | None
-    gave_up: bool | None
+    seconds: float
+    left: str | None
 
 
 def answer(request: Request, name: str) -> Answer:
-    """Lets a method answer a request.
-
-    Raises TrainingError where it diverges, ValueError where it changes the original.
-    """
+    """A method's answer. Raises TrainingError where it diverges, ValueError where it changes the original."""
     before = copy.deepcopy(request.original.state_dict())
     started = time.perf_counter()
     try:
-        model = METHODS[name].unlearn(request, **request.config.hyperparameters.get(name, {}))
-        mask, seconds, gave_up = None, None, None
-        if isinstance(model, Zeroing):
-            model, seconds, gave_up = request.zeroing(model.vertices), model.seconds, model.gave_up
-        if isinstance(model, Mask):
-            model, mask = request.classifier, model
+        made = METHODS[name].unlearn(request, **request.config.hyperparameters.get(name, {}))
+        seconds, left = time.perf_counter() - started, None
+        if isinstance(made, Zeroing):
+            # Steps that were made before, for a smaller kappa, count as spent: of them the clock knows nothing.
+            made, seconds, left = request.zeroing(made.vertices), made.seconds, made.left
+        model, mask = (request.classifier, made) if isinstance(made, Mask) else (made, None)
+        if mask is not None:
             mask.apply(model)
         check_weights(model, "classifier", f"eval.hyperparameters.{name}")
     except TrainingError as error:
         raise TrainingError(f"method {name}, class {request.forget_class}: {error}") from None
-    # Steps that were made before, for a smaller kappa, count as spent: of them the clock knows nothing.
-    seconds = time.perf_counter() - started if seconds is None else seconds
     after = request.original.state_dict()
     for key, weight in before.items():
         if key not in after or not torch.equal(weight, after[key]):
             raise ValueError(f"method {name!r} changed the original's {key}: change request.classifier, a copy")
-    return Answer(model, seconds, mask, gave_up)
+    return Answer(model, mask, seconds, left)
 
 
 def count_by_layer(mask: Mask, output_layer: int, forget_class: int) -> dict[str, int]:
-    """How many weights a mask zeroes in each layer; of the output layer, the row of the forget class apart.
-
-    Zeroing that row alone is the trivial way to forget.
-    """
+    """How many weights a mask zeroes in each layer; the class's row of the output layer, the trivial mask, apart."""
     counts = {}
     for layer, keep in zip(mask.layers, mask.keep):
-        zeroed = keep == 0
-        counts[f"layer {layer}"] = int(zeroed.sum())
-        if layer == output_layer:
-            counts["output row of the class"] = int(zeroed[forget_class].sum())
-            counts[f"layer {layer}"] -= counts["output row of the class"]
+        of_rows = (keep == 0).sum(1).tolist()  # how many in each row
+        apart = {"output row of the class": of_rows.pop(forget_class)} if layer == output_layer else {}
+        counts |= {f"layer {layer}": sum(of_rows)} | apart
     return counts
 
 
 def valid_json(value: Any) -> Any:
-    """The value with every number that JSON cannot hold (infinite, not a number) replaced by None."""
-    if isinstance(value, dict):
-        return {key: valid_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [valid_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """The value as JSON holds it, with None for every number that it cannot hold (infinite, not a number)."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 @dataclass
@@ -329,8 +296,9 @@ class Eval:
     own: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
-    def config(self) -> EvalConfig:
-        return self.request.config
+    def names(self) -> tuple[str, ...]:
+        """The methods to score."""
+        return self.request.config.method_names
 
     def get_model_mask(self) -> Tensor:
         """The mask for the forget digit, 1 = keep: (m, n) for one masked layer, (vertices) for several."""
@@ -368,54 +336,51 @@ class Eval:
 
     def eval_unlearning(self) -> dict[str, dict[str, float]]:
         """Every method on the forget set: loss, score and probability of the forget class."""
-        metrics = {}
-        for name in self.config.method_names:
-            metrics[name] = self._scored(name, "test", self.mnist_forget_set(), is_forget_set=True)
+        metrics = {name: self._scored(name, "test", self.mnist_forget_set(), True) for name in self.names}
         return metrics
 
     def eval_performance_degradation(self) -> dict[str, dict[str, float]]:
         """Every method on the retain set: loss and score."""
-        metrics = {}
-        for name in self.config.method_names:
-            metrics[name] = self._scored(name, "test", self.mnist_retain_set(), is_forget_set=False)
+        metrics = {name: self._scored(name, "test", self.mnist_retain_set(), False) for name in self.names}
         return metrics
 
     def eval_mask_efficacy(self) -> dict[str, dict[str, float]]:
         """Every keep mask on the forget set: with K weights of the masked layers, is the class still classified?"""
-        metrics = {}
-        for name in self.config.method_names:
-            if METHODS[name].most_needed is not None:
-                metrics[name] = self._once((name, "efficacy"), lambda name=name: self._efficacy(name))
-        return metrics
+        able = [name for name in self.names if METHODS[name].most_needed is not None]
+        return {name: self._once((name, "efficacy"), partial(self._efficacy, name)) for name in able}
 
     def eval_training_split(self) -> dict[str, dict[str, dict[str, float]]]:
         """Every method on training samples: for choices, as of a kappa to report, that the test split must not make."""
         samples, forget_class = self.request.graphs.samples, self.request.forget_class
-        forget, retain = samples.forget(forget_class).loader(), samples.retain(forget_class).loader()
+        sets = {"forget": samples.forget(forget_class).loader(), "retain": samples.retain(forget_class).loader()}
         return {
-            name: {
-                "forget": self._scored(name, "training", forget, is_forget_set=True),
-                "retain": self._scored(name, "training", retain, is_forget_set=False),
-            }
-            for name in self.config.method_names
+            name: {part: self._scored(name, "training", loader, part == "forget") for part, loader in sets.items()}
+            for name in self.names
         }
 
     def eval_audits(self) -> dict[str, dict[str, Any]]:
         """What every method's classifier still knows of the class, and how far it is from the retrained one."""
-        return {} if self.audit is None else {name: self._audit(name) for name in self.config.method_names}
+        if self.audit is None:
+            return {}
+        retrained = self._answer("retrain").model if "retrain" in self.names else None
+        audit = self._once("audit", lambda: self.audit(self.request.classifier, retrained))
+        return {
+            name: self._once((name, "audit"), lambda name=name: audit(self._answer(name).model), name)
+            for name in self.names
+        }
 
     def eval(self) -> dict[str, Any]:
         """Runs all evaluations, saves the mask, writes the JSON and, where the config says so, draws the plots."""
         started = time.perf_counter()
-        request, names = self.request, self.config.method_names
-        answers = {name: self._answer(name) for name in names}
+        request, graph = self.request, self.request.graphs.graph
+        answers = {name: self._answer(name) for name in self.names}
         masks = {name: each.mask for name, each in answers.items()}
-        zeroed = request.in_steps("mimu", request.ranking).vertices
-        graph = request.graphs.graph
+        last, label = len(request.original.layers) - 1, request.forget_class
+        zeroed = request.in_steps("mimu", request.ranking).vertices.tolist()
         results = {
             **self.about,
             "seed": request.seed,
-            "forget_digit": request.forget_class,
+            "forget_digit": label,
             "top_k": request.top_k,
             "kappa": len(zeroed),
             "kappa_choice": "auto" if request.asked == "auto" else "fixed",
@@ -423,22 +388,22 @@ class Eval:
             "mask_shapes": graph.shapes,
             "num_graph_vertices": graph.num_vertices,
             "num_graph_edges": graph.num_edges,
-            "zeroed": zeroed.tolist(),
+            "zeroed": zeroed,
             "unlearning_metrics": self.eval_unlearning(),
             "performance_degradation_metrics": self.eval_performance_degradation(),
             "mask_efficacy_metrics": self.eval_mask_efficacy(),
             "training_split_metrics": self.eval_training_split(),
             "audit_metrics": self.eval_audits(),
-            "methods": {name: METHODS[name].about() for name in names},
+            "methods": {name: METHODS[name].about() for name in self.names},
             "num_zeroed": {name: mask and mask.num_zeroed for name, mask in masks.items()},
-            "zeroed_by_layer": {name: mask and self._by_layer(mask) for name, mask in masks.items()},
-            "gave_up": {name: each.gave_up for name, each in answers.items() if each.gave_up is not None},
-            "class_probabilities": {name: self._class_probabilities(name) for name in names},
+            "zeroed_by_layer": {name: mask and count_by_layer(mask, last, label) for name, mask in masks.items()},
+            "gave_up": {name: each.left != "" for name, each in answers.items() if each.left is not None},
+            "class_probabilities": {name: self._class_probabilities(each.model) for name, each in answers.items()},
             "weight_histograms": self._weight_histograms(),
         }
         seconds = {name: each.seconds for name, each in answers.items()}
         results["seconds"] = self.about["seconds"] | seconds | {"experiment": time.perf_counter() - started}
-        self.mask.save(self._answer("mimu").mask.saved())
+        self.mask.save(masks["mimu"].saved())
         self.metrics.save(valid_json(results))
         if self.draw is not None:
             self.draw_visualization()
@@ -449,65 +414,41 @@ class Eval:
         self.draw(self.metrics.load())
 
     def _answer(self, name: str) -> Answer:
-        uses_kappa = METHODS[name].uses_kappa
-        request = self.request if uses_kappa else replace(self.request, asked=None)
-
-        def sealed() -> Answer:
-            with self.data.sealed():
-                return answer(request, name)
-
-        return self._once((name, "answer"), sealed, uses_kappa)
-
-    def _by_layer(self, mask: Mask) -> dict[str, int]:
-        return count_by_layer(mask, len(self.request.original.layers) - 1, self.request.forget_class)
+        request = self.request if METHODS[name].uses_kappa else replace(self.request, asked=None)
+        return self._once((name, "answer"), self.data.sealed()(partial(answer, request, name)), name)
 
     def _scored(self, name: str, split: str, loader: DataLoader, is_forget_set: bool) -> dict[str, float]:
-        return self._once(
-            (name, split, is_forget_set),
-            lambda: self.inference(self._answer(name).model, loader, is_forget_set, name),
-            METHODS[name].uses_kappa,
-        )
+        key = (name, split, is_forget_set)
+        return self._once(key, lambda: self.inference(self._answer(name).model, loader, is_forget_set, name), name)
 
     def _efficacy(self, name: str) -> dict[str, float]:
         with self.data.sealed():
             choices = METHODS[name].most_needed(replace(self.request, asked=None))
         scored = []
         for vertices in choices.reshape(-1, choices.shape[-1]):
-            with self.request.keeping(vertices).applied_to(self.request.classifier) as model:
+            with Mask.keeping(self.request.graphs.graph, vertices).applied_to(self.request.classifier) as model:
                 scored.append(self.inference(model, self.mnist_forget_set(), True, f"{name}, kept"))
         return {metric: sum(metrics[metric] for metrics in scored) / len(scored) for metric in scored[0]}
 
-    def _audit(self, name: str) -> dict[str, Any]:
-        def audit() -> Callable[[nn.Module], dict[str, Any]]:
-            retrained = self._answer("retrain").model if "retrain" in self.config.method_names else None
-            return self.audit(self.request.classifier, retrained)
-
-        audited = self._once("audit", audit)
-        return self._once((name, "audit"), lambda: audited(self._answer(name).model), METHODS[name].uses_kappa)
-
     @torch.no_grad()
-    def _class_probabilities(self, name: str) -> list[float]:
-        model = self._answer(name).model
+    def _class_probabilities(self, model: nn.Module) -> list[float]:
         probabilities = torch.cat([model(images).softmax(1) for images, _ in self.mnist_forget_set()])
         return probabilities.cpu().double().mean(0).tolist()
 
     def _weight_histograms(self) -> list[dict[str, Any]]:
         """Of every masked layer: how many weights there are between `edges`, and how many of them the mask zeroes."""
-        histograms = []
-        graphs, mask = self.request.graphs, self._answer("mimu").mask
+        histograms, graphs, mask = [], self.request.graphs, self._answer("mimu").mask
         for layer, weight, keep in zip(graphs.graph.layers, graphs.weights(), mask.keep):
-            weight = weight.cpu()
+            weight, is_zeroed = weight.cpu(), keep.cpu() == 0
             edges = torch.linspace(float(weight.min()), float(weight.max()), 61)
-            counts = {
-                name: values.flatten().histogram(edges)[0].long().tolist()
-                for name, values in (("all", weight), ("zeroed", weight[keep.cpu() == 0]))
-            }
-            histograms.append({"layer": layer, "shape": list(weight.shape), "edges": edges.tolist()} | counts)
+            everything, zeroed = (part.histogram(edges)[0].long().tolist() for part in (weight, weight[is_zeroed]))
+            of_layer = {"layer": layer, "shape": list(weight.shape), "edges": edges.tolist()}
+            histograms.append(of_layer | {"all": everything, "zeroed": zeroed})
         return histograms
 
-    def _once(self, key: Hashable, compute: Callable[[], Any], uses_kappa: bool = False) -> Any:
-        """Computes a result once: for this kappa, or for all kappas of the request."""
-        results = self.own if uses_kappa else self.shared
+    def _once(self, key: Hashable, compute: Callable[[], Any], method: str | None = None) -> Any:
+        """Computes a result once: for all kappas of the request, or for this one where the method depends on it."""
+        results = self.own if method is not None and METHODS[method].uses_kappa else self.shared
         if key not in results:
             results[key] = compute()
         return results[key]
@@ -528,30 +469,25 @@ def unlearn(
     model: any stack of linear layers, with or without bias, and ReLU between them
     inputs: (samples, ...), training samples, some of every class; labels: (samples), from 0 to the number of logits - 1
     gcn: what ranks the weights; None: the pretrained one, whose settings a bare MaskingGCN takes too
-    mask_layer: an index among the linear layers, several, or None for all
-    seed: of the samples that are drawn
+    mask_layer: an index among the linear layers, several, or None for all; seed: of the samples that are drawn
     auxiliary: what is asked beside forgetting, for a GCN that was trained with it
 
-    Warns where the class is not forgotten when the largest kappa of the settings is reached, and says how many percent
-    of its samples are still classified as it.
-    Raises ValueError where the model is something else, where labels and inputs do not fit it, and where a class has no
-    sample.
+    Warns where the class is not forgotten at the largest kappa of the settings, and says how much of it is left.
+    Raises ValueError where the model is something else, labels and inputs do not fit it, or a class has no sample.
     """
     if gcn is not None and not isinstance(gcn, MaskingGCN | TrainedGCN):
         raise ValueError(f"gcn must be a MaskingGCN, a TrainedGCN or None, not {gcn!r}")
     if inputs.dtype != torch.float32:
         raise ValueError(f"inputs must be float32, as the model and the masking GCN are, not {inputs.dtype}")
     if len(inputs) == 0 or labels.shape != inputs.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"labels must be integers of shape ({len(inputs)},), not {labels.dtype} of {tuple(labels.shape)}"
-        )
+        has = f"{labels.dtype} of {tuple(labels.shape)}"
+        raise ValueError(f"labels must be integers of shape ({len(inputs)},), not {has}")
     classifier = HookedMNISTClassifier.of(model, inputs[:100])
-    num_classes = classifier.shapes[-1][0]
-    if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(f"labels must be from 0 to {num_classes - 1}, not {int(labels.min())} to {int(labels.max())}")
     forget_class = operator.index(forget_class)  # a number of NumPy or PyTorch draws the same samples
-    if not 0 <= forget_class < num_classes:
-        raise ValueError(f"forget_class must be from 0 to {num_classes - 1}, not {forget_class}")
+    low, high, num_classes = int(labels.min()), int(labels.max()), classifier.shapes[-1][0]
+    if not 0 <= low <= high < num_classes or not 0 <= forget_class < num_classes:
+        has = f"{low} to {high} and {forget_class}"
+        raise ValueError(f"labels and forget_class must be from 0 to {num_classes - 1}, not {has}")
     trained = gcn if isinstance(gcn, TrainedGCN) else TrainedGCN.load()
     if isinstance(gcn, MaskingGCN):
         trained = replace(trained, gcn=gcn)
@@ -560,13 +496,7 @@ def unlearn(
     trained.check(graphs.config, graphs.num_features)
     top_k = number_of_weights(trained.top_k, graphs.graph.num_vertices)
     ranking = GCNRanking(trained.masking, trained.gcn.to(inputs.device), graphs, forget_class, top_k, seed)
-    forget = train.forget(forget_class)
-    vertices, _, gave_up = ZeroingOrder(trained.masking, graphs, ranking).until_forgotten(forget)
-    mask = Mask.zeroing(graphs.graph, vertices)
-    if gave_up:
-        with torch.no_grad(), mask.applied_to(classifier):
-            left = 100 * (classifier(forget.images).argmax(1) == forget_class).float().mean().item()
-        is_named = f"{left:.1f} % of class {forget_class} are left"
-        what = is_named if left >= trained.masking.target else f"class {forget_class} is still represented"
-        warnings.warn(f"{what} after {len(vertices)} zeroed weights", stacklevel=2)
-    return mask
+    found = ZeroingOrder(trained.masking, graphs, ranking).until_forgotten(train.forget(forget_class))
+    if found.left:
+        warnings.warn(f"{found.left} after {len(found.vertices)} zeroed weights", stacklevel=2)
+    return Mask.zeroing(graphs.graph, found.vertices)

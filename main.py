@@ -25,7 +25,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -33,17 +33,16 @@ from tqdm import tqdm
 import tables
 from audits import Audit
 from audits.erasure import Erasure
-from configs import Config, load_variants
+from configs import Asked, Config, load_variants
 from data import IMAGE_SIZE, NUM_CLASSES, DataError, GraphGenerator, ImageData, checksums, is_correct, load_image_data
 from eval import Eval, Request
 from model import HookedMNISTClassifier, MaskingGCN, keep_freed_memory
 from runs.files import Artifact, InputError, code_of, digest, locked, save, slug, write_text
-from runs.work import Work, describe_machine, in_words, peak_bytes, reasons
+from runs.work import Work, describe_machine, how_many, peak_bytes
 from tables import experiment
 from trainer import PRETRAINED, GCNTrainer, TrainedGCN, Trainer
 
 ROOT = Path(__file__).resolve().parent
-Asked = int | Literal["auto"]  # for how many weights to zero
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,9 @@ class Stages:
         config = training.config
         torch.set_num_threads(config.threads or self._threads)
         classes = config.sweep.forget_digits if forget_class is None else [forget_class]
-        is_missing = any(set(reasons(self.files.experiments(training, each))) != {""} for each in classes)
-        if is_missing and (self._last is None or self._last[0] != training):
+        files = [file for each in classes for file in self.files.experiments(training, each)]
+        is_done = all(file.is_there for file in files)
+        if not is_done and (self._last is None or self._last[0] != training):
             data = self.data(config)
             classifier = self.classifier(training, data)
             graphs = self.graphs(training, classifier, data)
@@ -118,7 +118,7 @@ class Stages:
         config, artifact = training.config, self.files.graphs(training)
         erasure = partial(Erasure, config.erasure) if config.erasure.trained else None
         graphs = GraphGenerator(classifier, data.train, config.graphs, training.seed, erasure)
-        self.work.processes.once(artifact.path.name, lambda: artifact.why_not() and artifact.save(graphs.recorded()))
+        self.work.processes.once(artifact.path.name, lambda: artifact.is_there or artifact.save(graphs.recorded()))
         return graphs
 
     def gcn(self, training: Training, graphs: GraphGenerator) -> tuple[MaskingGCN, float]:
@@ -146,7 +146,7 @@ class Stages:
         draw = partial(experiment.draw, folder=folder, shared=shared) if config.eval.visualize else None
         for asked in tqdm(config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None):
             metrics, mask = self.files.metrics_and_mask(training, forget_class, asked)
-            if not (metrics.why_not() or mask.why_not()):
+            if metrics.is_there and mask.is_there:
                 if draw is not None:
                     draw(metrics.load())
                 continue
@@ -193,14 +193,14 @@ class Files:
         self._checksums: dict[str, dict[str, str]] = {}
 
     def classifier(self, training: Training) -> Artifact:
-        return self._made_by_training(f"checkpoints/classifier_seed_{training.seed}", training, "classifier")
+        return self._artifact(f"checkpoints/classifier_seed_{training.seed}.pt", training, ["classifier"])
 
     def graphs(self, training: Training) -> Artifact:
-        return self._made_by_training(f"datasets/Graphs/seed_{training.seed}", training, "classifier", "graphs")
+        return self._artifact(f"datasets/Graphs/seed_{training.seed}.pt", training, ["classifier", "graphs"])
 
     def gcn(self, training: Training) -> Artifact:
-        name = f"checkpoints/gcn_seed_{training.seed}_top_k_{training.top_k}"
-        return self._made_by_training(name, training, "classifier", "graphs", "gcn")
+        name = f"checkpoints/gcn_seed_{training.seed}_top_k_{training.top_k}.pt"
+        return self._artifact(name, training, ["classifier", "graphs", "gcn"])
 
     def of_training(self, training: Training) -> dict[str, Artifact]:
         """The files that a training makes, by what is in them."""
@@ -214,7 +214,7 @@ class Files:
         name = f"seed_{training.seed}_digit_{forget_class}_layer_{masked[:60]}_top_k_{training.top_k}"
         name += "_kappa_auto" if asked == "auto" else f"_kappa_{asked}_fixed"
         name += f"_{slug(training.variant)[:60]}" if training.variant else ""
-        settings = self._settings(training, "classifier", "graphs", "gcn") | {
+        decisive = {
             "eval": config.eval.decisive(),
             "audit": asdict(config.audit) if config.audit.enabled else None,
             "erasure": asdict(config.erasure),
@@ -222,36 +222,34 @@ class Files:
             "forget_digit": forget_class,
             "kappa": asked,
         }
-        metrics = self._artifact(f"eval/Metrics and Plots/metrics/{name}", ".json", settings, self._code)
-        return metrics, self._artifact(f"eval/masks/{name}", ".pt", settings, self._code)
+        paths = f"eval/Metrics and Plots/metrics/{name}.json", f"eval/masks/{name}.pt"
+        return tuple(self._artifact(path, training, ["classifier", "graphs", "gcn"], decisive) for path in paths)
 
     def experiments(self, training: Training, forget_class: int) -> list[Artifact]:
         """The JSON and the mask of every kappa."""
         kappas = training.config.kappas
         return [file for asked in kappas for file in self.metrics_and_mask(training, forget_class, asked)]
 
-    def _settings(self, training: Training, *sections: str) -> dict[str, Any]:
+    def _artifact(
+        self, path: str, training: Training, sections: Sequence[str], of_experiment: dict[str, Any] | None = None
+    ) -> Artifact:
+        """A file that depends on sections of the config, and where it is of an experiment, on more."""
         config = training.config
         settings = {name: getattr(config, name) for name in ("threads", "dataset", "held_out")}
         settings |= {"seed": training.seed, "device": config.torch_device().type}
         settings |= {section: asdict(getattr(config, section)) for section in sections}
         if "gcn" in sections:
-            settings["top_k"] = training.top_k
-            settings["pretrained"] = config.gcn.pretrained and hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()
             erasure = config.erasure
-            settings["erasure"] = erasure.trained and [erasure.trained, erasure.rivals, erasure.ridge]
-        return settings
-
-    def _made_by_training(self, name: str, training: Training, *sections: str) -> Artifact:
-        return self._artifact(name, ".pt", self._settings(training, *sections), self._training_code)
-
-    def _artifact(self, name: str, suffix: str, settings: dict[str, Any], code: dict[str, str]) -> Artifact:
-        dataset = settings["dataset"]
-        if not self._checksums.get(dataset):
-            self._checksums[dataset] = checksums(dataset, self.root / "datasets")
-        made_by = {"settings": settings, "code": code, "data": self._checksums[dataset], "torch": torch.__version__}
-        path = self.root / f"{name}_{digest(settings)[:8]}{suffix}"
-        return Artifact(path, json.loads(json.dumps(made_by)))
+            settings["erasure of the GCN"] = erasure.trained and [erasure.trained, erasure.rivals, erasure.ridge]
+            settings["pretrained"] = config.gcn.pretrained and hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()
+            settings["top_k"] = training.top_k
+        settings |= of_experiment or {}
+        if not self._checksums.get(config.dataset):
+            self._checksums[config.dataset] = checksums(config.dataset, self.root / "datasets")
+        code = self._training_code if of_experiment is None else self._code
+        made_by = digest([settings, code, self._checksums[config.dataset], torch.__version__])
+        where = self.root / path
+        return Artifact(where.with_stem(f"{where.stem}_{digest(settings)[:8]}"), made_by)
 
 
 def trainings_of(configs: Mapping[str, Config]) -> list[Training]:
@@ -289,9 +287,8 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
         stages = Stages(work, Files(root))
         work.processes.first(partial(begin, stages, configs, is_fresh))
         tasks = tasks_in_order(configs, work.processes.count)
-        for training, forget_class in tqdm(
-            work.processes.take(tasks), "the whole run", len(tasks), leave=False, disable=None
-        ):
+        progress = tqdm(work.processes.take(tasks), "the whole run", len(tasks), leave=False, disable=None)
+        for training, forget_class in progress:
             stages.forget(training, forget_class)
         shares = work.processes.gathered([work.seconds, stages.test_scores, peak_bytes()])
         if work.processes.rank == 0:
@@ -302,14 +299,13 @@ def begin(stages: Stages, configs: Mapping[str, Config], is_fresh: bool) -> None
     """What the first process does before all work: looks at what is there, and says it."""
     stages.work.log.note(f"{shlex.join(sys.argv)}: {describe_machine()}")
     artifacts = [artifact for _, of_task in plan(stages.files, configs) for artifact in of_task]
+    if is_fresh or not all(artifact.is_there for artifact in artifacts):
+        for config in configs.values():
+            stages.data(config)  # all of it first, so that a missing or damaged file is told before any work
     if is_fresh:
         for artifact in artifacts:
             artifact.path.unlink(missing_ok=True)
-    counts = reasons(artifacts)
-    if counts.total() > counts[""]:
-        for config in configs.values():
-            stages.data(config)  # all of it first, so that a missing or damaged file is told before any work
-    stages.work.log(in_words(counts))
+    stages.work.log(how_many(artifacts))
 
 
 def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[Any]) -> None:
@@ -342,7 +338,7 @@ def finished(files: Files, configs: Mapping[str, Config]) -> list[tables.Result]
     of_trainings = []
     for training in trainings_of(configs):
         made = [files.experiments(training, forget_class) for forget_class in training.config.sweep.forget_digits]
-        of_trainings.append((training, [each if set(reasons(each)) == {""} else [] for each in made]))
+        of_trainings.append((training, [each if all(file.is_there for file in each) else [] for each in made]))
     chosen = [each for each in of_trainings if all(each[1])] or [each for each in of_trainings if any(each[1])][:1]
     results = []
     for training, made in chosen:
@@ -363,11 +359,8 @@ def plan(files: Files, configs: Mapping[str, Config]) -> Iterator[tuple[str, lis
 def dry_run(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     """Says what a run would make and what it would reuse; writes nothing."""
     prepare(configs, one_process="--dry-run")
-    counts: Counter[str] = Counter()
     for name, artifacts in plan(Files(root), configs):
-        print(f"{name}: {in_words(reasons(artifacts))}")
-        counts += reasons(artifacts)
-    print(in_words(counts))
+        print(f"{name}: {how_many(artifacts)}")
 
 
 def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
@@ -393,6 +386,7 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     """
     prepare(configs, one_process="--pretrain")
     config = next(iter(configs.values()))
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     with locked(root):
         work = Work(root)
         stages, graphs = Stages(work, Files(root)), []

@@ -1,15 +1,15 @@
-"""The hooked classifier, the graph of its weights, the masking GCN, and masks that go on and come off.
-
-The idea comes first; what only makes it fast stands at the end.
-"""
+"""The hooked classifier, the graph of its weights, the masking GCN, and masks; last, what only makes it fast."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,26 +20,14 @@ from torch.nn.utils import parametrize
 from runs import files
 
 
-@dataclass(frozen=True)
-class LayerRecord:
-    """What one linear layer did on a batch; the weight gradient of sample s is `loss_gradient[s] inputs[s]^T`.
+class LayerRecord(NamedTuple):
+    """What one linear layer did on a batch; the weight gradient of sample s is `loss_gradient[s] inputs[s]^T`."""
 
-    inputs: (samples, n), the input activation a
-    outputs: (samples, m), the output activation h: after the ReLU, or the logits for the output layer
-    active: (samples, m), 1 where the unit passes a signal on; a unit without ReLU always does
-    loss_gradient: (samples, m), gradient of the sample's cross entropy at the pre-activation, delta
-    margin_gradient: (samples, m), gradient of the label's logit minus the mean logit at the pre-activation
-    """
-
-    inputs: Tensor
-    outputs: Tensor
-    active: Tensor
-    loss_gradient: Tensor
-    margin_gradient: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> LayerRecord:
-        """The record with `function` applied to each of its tensors."""
-        return LayerRecord(*(function(getattr(self, field.name)) for field in fields(self)))
+    inputs: Tensor  # (samples, n), the input activation a
+    outputs: Tensor  # (samples, m), the output activation h: after the ReLU, or the logits for the output layer
+    active: Tensor  # (samples, m), 1 where the unit passes a signal on; a unit without ReLU always does
+    loss_gradient: Tensor  # (samples, m), gradient of the sample's cross entropy at the pre-activation, delta
+    margin_gradient: Tensor  # (samples, m), gradient of the label's logit minus the mean logit at the pre-activation
 
 
 def linear_layers(model: nn.Module) -> list[nn.Linear]:
@@ -69,16 +57,13 @@ class HookedMNISTClassifier(nn.Module):
     def of(model: nn.Module, inputs: Tensor) -> HookedMNISTClassifier:
         """The same classifier as `model`, another stack of linear layers with ReLU between them; the layers are shared.
 
-        inputs: (samples, ...), on which both must give the same logits
-        Raises ValueError where they do not: where the model does anything else, such as a convolution.
+        Raises ValueError where the logits of both on `inputs` (samples, ...) differ, as with a convolution in it.
         """
         layers = linear_layers(model)
-        sizes = [layer.in_features for layer in layers] + [layer.out_features for layer in layers[-1:]]
-        if not layers or any(layer.out_features != size for layer, size in zip(layers, sizes[1:])):
+        sizes = [inputs[0].numel(), *(layer.out_features for layer in layers)]
+        if not layers or any(layer.in_features != size for layer, size in zip(layers, sizes)):
             shapes = ", ".join(f"{layer.in_features} to {layer.out_features}" for layer in layers)
-            raise ValueError(f"model must be a stack of linear layers; it has {shapes or 'none'}")
-        if inputs[0].numel() != sizes[0]:
-            raise ValueError(f"inputs have {inputs[0].numel()} features, the first layer of the model takes {sizes[0]}")
+            raise ValueError(f"model must be linear layers on inputs of {sizes[0]} features, not {shapes or 'none'}")
         with torch.random.fork_rng(devices=[]):
             classifier = HookedMNISTClassifier((), 1, 1)
         classifier.layers = nn.ModuleList(layers)
@@ -89,10 +74,7 @@ class HookedMNISTClassifier(nn.Module):
             for module, mode in modes.items():
                 module.training = mode
         if expected.shape != logits.shape or not torch.allclose(expected, logits, rtol=1e-3, atol=1e-4):
-            raise ValueError(
-                "model must be linear layers with ReLU between them and nothing else: "
-                "its outputs are not the logits of such a stack"
-            )
+            raise ValueError("model must be linear layers with ReLU between them and nothing else: its logits differ")
         return classifier
 
     @property
@@ -110,8 +92,7 @@ class HookedMNISTClassifier(nn.Module):
         """The representation, which the last layer is given, (..., batch, n), and the logits (..., batch, classes).
 
         inputs: (batch, 784), or the input activations of layer `first`
-        weights: matrices in the place of the layers' own, by the index of the layer, from `first` on: (m, n), or
-            (masks, m, n) for many classifiers at once
+        weights: by layer, from `first` on, in the place of its own: (m, n), or (masks, m, n) for many masks at once
         """
         features = self.features(inputs, first, weights)
         return features, self._linear(len(self.layers) - 1, features, weights)
@@ -134,26 +115,20 @@ class HookedMNISTClassifier(nn.Module):
     def hooks(self, layers: Sequence[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
         """Collects (input activation, pre-activation) of each of `layers` in the next forward pass.
 
-        The first of them starts the autograd graph, so that a backward pass ends there. The hooks come off when the
-        context is left, on errors too.
+        The first of them starts the autograd graph, so that a backward pass ends there.
         """
         seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-        def hook_for(index: int):
-            def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-                if index == min(layers):
-                    output = output.detach().requires_grad_()
-                seen[index] = (inputs[0].detach(), output)
-                return output
+        def hook(index: int, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            if index == min(layers):
+                output = output.detach().requires_grad_()
+            seen[index] = (inputs[0].detach(), output)
+            return output
 
-            return hook
-
-        handles = [self.layers[index].register_forward_hook(hook_for(index)) for index in layers]
-        try:
+        with ExitStack() as hooks:
+            for index in layers:
+                hooks.enter_context(self.layers[index].register_forward_hook(partial(hook, index)))
             yield seen
-        finally:
-            for hook_handle in handles:
-                hook_handle.remove()
 
     def record(
         self, inputs: Tensor, labels: Tensor, layers: Sequence[int], first: int = 0
@@ -181,19 +156,14 @@ class HookedMNISTClassifier(nn.Module):
 
 
 def resolve_mask_layer(mask_layer: int | Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
-    """The masked layers as sorted indices from 0: of one index, a list of them, or None for all layers.
-
-    Raises ValueError on an index that is not there or stands twice, and on an empty list.
-    """
+    """Sorted indices, from 0, of the masked layers: one, several or, by None, all. Raises ValueError on any other."""
     if mask_layer is None:
         return tuple(range(num_layers))
-    indices = [mask_layer] if isinstance(mask_layer, int) else list(mask_layer)
-    for index in indices:
-        if not -num_layers <= index < num_layers:
-            raise ValueError(f"mask_layer {index} is not there: valid are {-num_layers} to {num_layers - 1}")
-    layers = sorted(index % num_layers for index in indices)
-    if not layers or len(set(layers)) < len(layers):
-        raise ValueError(f"mask_layer {mask_layer} must name at least one layer, and each only once")
+    indices = [mask_layer] if isinstance(mask_layer, int) else mask_layer
+    layers = sorted({index % num_layers for index in indices if -num_layers <= index < num_layers})
+    if not layers or len(layers) < len(indices):
+        valid = f"{-num_layers} to {num_layers - 1}"
+        raise ValueError(f"mask_layer must be null, or one or several of {valid}, each once, not {mask_layer}")
     return tuple(layers)
 
 
@@ -214,10 +184,9 @@ class WeightGraph:
         self.sizes = [m * n for m, n in self.shapes]
         self.num_vertices = sum(self.sizes)
         # A column of neurons is numbered as the layer that it feeds: layer l leads from column l to column l + 1.
-        weights_per_neuron: dict[int, int] = {}
+        weights_per_neuron: Counter[int] = Counter()
         for layer, (m, n) in zip(self.layers, self.shapes):
-            weights_per_neuron[layer] = weights_per_neuron.get(layer, 0) + m
-            weights_per_neuron[layer + 1] = weights_per_neuron.get(layer + 1, 0) + n
+            weights_per_neuron.update({layer: m, layer + 1: n})
         self.degrees = [weights_per_neuron[layer] + weights_per_neuron[layer + 1] - 2 for layer in self.layers]
         self.num_edges = sum(size * degree for size, degree in zip(self.sizes, self.degrees))
 
@@ -227,12 +196,11 @@ class WeightGraph:
 
     def edge_index(self) -> Tensor:
         """Every directed edge, (2, edges), sorted. For export and tests: nothing in training or evaluation needs it."""
-        cliques: dict[tuple[int, int], list[Tensor]] = {}
-        for layer, ids in zip(self.layers, self.split(torch.arange(self.num_vertices))):
-            for neuron, members in enumerate(ids.unbind(1)):
-                cliques.setdefault((layer, neuron), []).append(members)
-            for neuron, members in enumerate(ids.unbind(0)):
-                cliques.setdefault((layer + 1, neuron), []).append(members)
+        cliques: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+        for layer, vertices in zip(self.layers, self.split(torch.arange(self.num_vertices))):
+            for column, by_neuron in ((layer, vertices.T), (layer + 1, vertices)):
+                for neuron, members in enumerate(by_neuron):
+                    cliques[column, neuron].append(members)
         pairs = [torch.combinations(torch.cat(members), 2) for members in cliques.values()]
         edges = torch.cat([*pairs, *(pair.flip(1) for pair in pairs)])
         return edges[(edges[:, 0] * self.num_vertices + edges[:, 1]).argsort()].T.contiguous()
@@ -254,40 +222,42 @@ class WeightGraphSAGE(nn.Module):
         self.lin_l = nn.Linear(in_features, out_features, bias=False)
         self.lin_r = nn.Linear(in_features, out_features, bias=False)
 
-    def forward(self, features: AffineFeatures) -> AffineFeatures:
-        totals = features.neuron_totals()
-        matrix, source, target = [], [], []
-        for layer, degree in zip(features.graph.layers, features.graph.degrees):
+    def forward(self, features: list[AffineFeatures], graph: WeightGraph) -> list[AffineFeatures]:
+        totals: dict[int, Tensor] = {}  # t, by column of neurons
+        for layer, part in zip(graph.layers, features):
+            for column, total in zip((layer, layer + 1), part.totals()):
+                totals[column] = totals[column] + total if column in totals else total
+        results = []
+        for layer, degree, part in zip(graph.layers, graph.degrees, features):
             # A weight without neighbours has the mean 0, whatever the divisor.
             neighbours = self.lin_l.weight.T / max(degree, 1)
-            matrix.append(torch.sub(self.lin_r.weight.T, neighbours, alpha=2))
-            source.append(totals[layer] @ neighbours)
-            target.append(totals[layer + 1] @ neighbours)
-        return features.transformed(matrix, source, target)
+            matrix = torch.sub(self.lin_r.weight.T, neighbours, alpha=2)
+            results.append(part.transformed(matrix, totals[layer] @ neighbours, totals[layer + 1] @ neighbours))
+        return results
 
 
 class VertexLinear(nn.Linear):
     """What is left of a GraphSAGE round without its neighbours: x'[v] = W x[v]."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, features: AffineFeatures) -> AffineFeatures:
-        nothing = [self.weight.new_zeros(())] * len(features.x)
-        return features.transformed([self.weight.T] * len(features.x), nothing, nothing)
+    def forward(self, features: list[AffineFeatures], graph: WeightGraph) -> list[AffineFeatures]:
+        matrix, results = self.weight.T, []
+        for part in features:
+            sums = (part.source_sums, part.target_sums)
+            nothing = (matrix.new_zeros(*of_neurons.shape[:2], self.out_features) for of_neurons in sums)
+            results.append(part.transformed(matrix, *nothing))
+        return results
 
 
 class MaskingGCN(nn.Module):
     """Scores how much a class depends on each weight: GraphSAGE rounds, then a linear read-out, all without bias.
 
-    message_passing: False is the control, in which every weight is scored by its own features alone
-
+    Without `message_passing`, the control, every weight is scored by its own features alone.
     Shapes: vertex features (batch, vertices, features) to logits (batch, vertices).
     """
 
     def __init__(self, num_features: int, hidden: int = 32, rounds: int = 3, message_passing: bool = True) -> None:
         super().__init__()
-        conv = WeightGraphSAGE if message_passing else VertexLinear
+        conv = WeightGraphSAGE if message_passing else partial(VertexLinear, bias=False)
         sizes = [num_features] + [hidden] * rounds
         self.convs = nn.ModuleList(conv(n, m) for n, m in zip(sizes, sizes[1:]))
         self.readout = nn.Linear(hidden, 1, bias=False)
@@ -299,14 +269,13 @@ class MaskingGCN(nn.Module):
 
     def _score(self, x: list[Tensor], graph: WeightGraph) -> Tensor:
         """The logits of graphs whose vertex features come in a tensor (batch, m, n, features) for every layer."""
-        features = AffineFeatures.of(graph, x)
         for index, conv in enumerate(self.convs):
-            features = conv(features)
             # The first round only gathers: without a ReLU behind it, it costs next to nothing.
+            if index != 1:
+                features = [AffineFeatures(part, part.sum(1), part.sum(2)) for part in x]
+            features = conv(features, graph)
             if index > 0 or len(self.convs) == 1:
-                x = features.relu()
-                if index < len(self.convs) - 1:
-                    features = AffineFeatures.of(graph, x)
+                x = [part.relu() for part in features]
         return torch.cat([(part @ self.readout.weight[0]).flatten(1) for part in x], 1)
 
 
@@ -323,26 +292,21 @@ class WeightMask(nn.Module):
 
 @dataclass(frozen=True)
 class Mask:
-    """Which weights of the masked layers are kept (1) and which are switched off (0), apart from any classifier.
-
-    layers: indices of the masked layers; keep: the mask of each, (m, n)
-    """
+    """Which weights of the masked layers are kept (1) and which are switched off (0), apart from any classifier."""
 
     layers: tuple[int, ...]
-    keep: tuple[Tensor, ...]
+    keep: tuple[Tensor, ...]  # (m, n) of each masked layer
 
     @staticmethod
     def zeroing(graph: WeightGraph, vertices: Tensor) -> Mask:
         """The mask that switches off the given vertices (kappa) of the weight graph and keeps all others."""
-        keep = torch.ones(graph.num_vertices, device=vertices.device)
-        keep[vertices] = 0
+        keep = torch.ones(graph.num_vertices, device=vertices.device).index_fill(0, vertices, 0)
         return Mask(graph.layers, tuple(graph.split(keep)))
 
     @staticmethod
     def keeping(graph: WeightGraph, vertices: Tensor) -> Mask:
         """The mask that keeps the given vertices (K) of the weight graph and switches off all others."""
-        keep = torch.zeros(graph.num_vertices, device=vertices.device)
-        keep[vertices] = 1
+        keep = torch.zeros(graph.num_vertices, device=vertices.device).index_fill(0, vertices, 1)
         return Mask(graph.layers, tuple(graph.split(keep)))
 
     @property
@@ -358,12 +322,11 @@ class Mask:
         """Switches the weights off. Raises ValueError where a layer is masked already or has another shape."""
         layers = linear_layers(model)
         for index, keep in zip(self.layers, self.keep):
-            if index >= len(layers):
-                raise ValueError(f"layer {index} is not there: the model has {len(layers)} linear layers")
+            shape = tuple(layers[index].weight.shape) if index < len(layers) else "not there"
+            if shape != tuple(keep.shape):
+                raise ValueError(f"layer {index} is {shape}, its mask {tuple(keep.shape)}")
             if parametrize.is_parametrized(layers[index], "weight"):
                 raise ValueError(f"layer {index} carries a mask already: take it off first")
-            if layers[index].weight.shape != keep.shape:
-                raise ValueError(f"layer {index} is {tuple(layers[index].weight.shape)}, its mask {tuple(keep.shape)}")
         for index, keep in zip(self.layers, self.keep):
             weight_mask = WeightMask(keep.to(layers[index].weight))
             parametrize.register_parametrization(layers[index], "weight", weight_mask)
@@ -374,8 +337,7 @@ class Mask:
         for index in self.layers:
             parametrize.remove_parametrizations(layers[index], "weight", leave_parametrized=False)
             # PyTorch puts the weight back behind the bias; an optimizer's state goes by the order of parameters.
-            bias = layers[index]._parameters.pop("bias", None)
-            layers[index].register_parameter("bias", bias)
+            layers[index].register_parameter("bias", layers[index]._parameters.pop("bias", None))
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -410,63 +372,45 @@ VERTICES_AT_ONCE = 2**17  # of a batch of graphs that the GCN scores
 
 @dataclass(frozen=True)
 class AffineFeatures:
-    """Vertex features of the form y[r, c] = x[r, c] M + source[c] + target[r], with a layer's own M, source and target.
+    """Vertex features of one masked layer in the form y[r, c] = x[r, c] M + source[c] + target[r].
 
     A linear round on them changes M, source and target alone, all of them small: the features of the vertices are
-    formed when a non-linearity needs them. The lists have an entry for every masked layer.
-
-    x: (batch, m, n, in)
-    source_sums, target_sums: of x over the weights of each source (batch, n, in) and target neuron (batch, m, in)
-    matrix: M, (in, features); source: (batch, n, features); target: (batch, m, features)
+    formed when a non-linearity needs them.
     """
 
-    graph: WeightGraph
-    x: list[Tensor]
-    source_sums: list[Tensor]
-    target_sums: list[Tensor]
-    matrix: list[Tensor]
-    source: list[Tensor]
-    target: list[Tensor]
+    x: Tensor  # (batch, m, n, in)
+    source_sums: Tensor  # of x over the weights of each source neuron, (batch, n, in)
+    target_sums: Tensor  # of x over the weights of each target neuron, (batch, m, in)
+    matrix: Tensor | None = None  # M, (in, features); without it y is x
+    source: Tensor | None = None  # (batch, n, features)
+    target: Tensor | None = None  # (batch, m, features)
 
-    @staticmethod
-    def of(graph: WeightGraph, x: list[Tensor]) -> AffineFeatures:
-        """The features x themselves."""
-        sums = [part.sum(1) for part in x], [part.sum(2) for part in x]
-        zeros = [list(map(torch.zeros_like, of_neurons)) for of_neurons in sums]
-        return AffineFeatures(graph, x, *sums, [torch.eye(part.shape[-1]).to(part) for part in x], *zeros)
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Of y over the weights of each source neuron (batch, n, features) and target neuron (batch, m, features)."""
+        if self.matrix is None:
+            return self.source_sums, self.target_sums
+        m, n = self.x.shape[1:3]
+        of_source = self.source_sums @ self.matrix + m * self.source + self.target.sum(1, keepdim=True)
+        of_target = self.target_sums @ self.matrix + n * self.target + self.source.sum(1, keepdim=True)
+        return of_source, of_target
 
-    def neuron_totals(self) -> dict[int, Tensor]:
-        """Totals of y over the masked weights at every neuron: column of neurons to (batch, neurons, features)."""
-        totals: dict[int, Tensor] = {}
-        for index, (layer, (m, n)) in enumerate(zip(self.graph.layers, self.graph.shapes)):
-            matrix, source, target = self.matrix[index], self.source[index], self.target[index]
-            of_source = self.source_sums[index] @ matrix + m * source + target.sum(1, keepdim=True)
-            of_target = self.target_sums[index] @ matrix + n * target + source.sum(1, keepdim=True)
-            for column, total in ((layer, of_source), (layer + 1, of_target)):
-                totals[column] = totals[column] + total if column in totals else total
-        return totals
+    def transformed(self, matrix: Tensor, source: Tensor, target: Tensor) -> AffineFeatures:
+        """y[r, c] M' + source'[c] + target'[r], with an M' (features, out)."""
+        if self.matrix is not None:
+            source = self.source @ matrix + source
+            target = self.target @ matrix + target
+            matrix = self.matrix @ matrix
+        return replace(self, matrix=matrix, source=source, target=target)
 
-    def transformed(self, matrix: list[Tensor], source: list[Tensor], target: list[Tensor]) -> AffineFeatures:
-        """y[r, c] M' + source'[c] + target'[r], with an M' (features, out), source' and target' for every layer."""
-        return replace(
-            self,
-            matrix=[before @ by for before, by in zip(self.matrix, matrix)],
-            source=[before @ by + added for before, by, added in zip(self.source, matrix, source)],
-            target=[before @ by + added for before, by, added in zip(self.target, matrix, target)],
-        )
-
-    def relu(self) -> list[Tensor]:
-        """relu(y) of each masked layer, (batch, m, n, features)."""
-        return list(map(AffineReLU.apply, self.x, self.matrix, self.source, self.target))
+    def relu(self) -> Tensor:
+        """relu(y), (batch, m, n, features)."""
+        return AffineReLU.apply(self.x, self.matrix, self.source, self.target)
 
 
 class AffineReLU(torch.autograd.Function):
     """relu(x[r, c] M + source[c] + target[r]): the only work of the GCN that touches every vertex.
 
     Graph by graph, so that its tensors stay in the cache; and without the copies of autograd's own formulas.
-
-    Shapes: x (batch, m, n, in), matrix M (in, out), source (batch, n, out), target (batch, m, out) to
-    (batch, m, n, out).
     """
 
     @staticmethod
@@ -507,6 +451,5 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)  # never
+    mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: no tensor gets pages of its own
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: no limit

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import chain, cycle
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any, Literal
@@ -19,26 +20,22 @@ from matplotlib.figure import Figure
 
 from runs.files import write_text, written_whole
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart: a colour and a line for every family of methods
-# (dashed: the references), a marker for each method in it.
-METHOD_STYLES: dict[str, dict[str, Any]] = {
-    name: {"color": color, "marker": marker, "linestyle": line}
-    for color, line, markers in (
-        ("#000000", "--", {"original": "D"}),
-        ("#009E73", "--", {"retrain": "*", "retrain_again": "p"}),
-        ("#0072B2", "-", {"mimu": "o"}),
-        ("#56B4E9", "-", {"saliency": "v", "first_order": "^", "saliency_contrast": "<", "optimised_mask": "D"}),
-        ("#7F7F7F", "-", {"random": "s"}),
-        ("#CC79A7", "-", {"magnitude": "P"}),
-        ("#E69F00", "-", {"output_row": "X", "logit_removed": "d"}),
-        ("#D55E00", ":", {"sft": "^", "random_labels": "v", "salun": "s"}),
-        ("#8C564B", ":", {"fine_tune": "o", "gradient_ascent": "^", "neg_grad_plus": "P"}),
-        ("#9467BD", ":", {"ssd": "D", "scrub": "o", "bad_teacher": "^", "unsir": "s"}),
-    )
-    for name, marker in markers.items()
-}
+# Okabe and Ito's palette, which colour-blind readers can tell apart: a colour and a line (dashed: references, dotted:
+# methods that train) for every family of methods. Markers are given in turn.
+FAMILIES = (
+    ("#000000", "--", ("original",)),
+    ("#009E73", "--", ("retrain", "retrain_again")),
+    ("#0072B2", "-", ("mimu",)),
+    ("#56B4E9", "-", ("saliency", "first_order", "saliency_contrast", "optimised_mask")),
+    ("#7F7F7F", "-", ("random",)),
+    ("#CC79A7", "-", ("magnitude",)),
+    ("#E69F00", "-", ("output_row", "logit_removed")),
+    ("#D55E00", ":", ("sft", "random_labels", "salun")),
+    ("#8C564B", ":", ("fine_tune", "gradient_ascent", "neg_grad_plus")),
+    ("#9467BD", ":", ("ssd", "scrub", "bad_teacher", "unsir")),
+)
 FREE_COLORS = ("#17BECF", "#BCBD22", "#F0E442", "#882255", "#332288", "#44AA99")
-FREE_MARKERS = "X<>phdH"
+MARKERS = "D*pov^<sPXdh>"
 
 Kappa = int | Literal["auto"]  # a number of weights, or the one that was chosen for each request
 Digits = Sequence[int] | None  # None: all of the sweep
@@ -48,21 +45,33 @@ Digits = Sequence[int] | None  # None: all of the sweep
 class Column:
     """A figure of every method: where it stands in the JSON of an experiment, what it is called, how it is written.
 
-    keys: the first stands before the name of the method, the others behind it
+    keys: in the JSON, the first before the name of the method, the others behind it
     is_gap: less the figure of the classifier retrained without the class; is_share: percent of the masked weights
     is_worst: not the mean over the digits, but the largest of any digit and seed, of gaps the smallest
     """
 
     keys: tuple[str, ...]
-    name: str
-    spec: str
+    name: str = ""
+    spec: str = ".2f"
     is_gap: bool = False
     is_share: bool = False
     is_worst: bool = False
 
-    def of(self, method: str) -> tuple[str, ...]:
-        """The keys in the JSON for one method."""
-        return (self.keys[0], method, *self.keys[1:])
+    def of(self, method: str, experiment: Mapping[str, Any]) -> float:
+        """What stands in the JSON for a method; not a number where it has no such key, or null there."""
+        keys = (self.keys[0], method, *self.keys[1:])
+        number = reduce(lambda found, key: (found or {}).get(key), keys, experiment)
+        return math.nan if number is None else number
+
+    def text(self, numbers: Sequence[float]) -> str:
+        """Their mean ± standard deviation, of one number that alone; a dash where it is not finite."""
+        mean, spec = fmean(numbers), self.spec
+        if not math.isfinite(mean):
+            return "–"
+        if abs(mean) >= 1e6:  # a loss that exploded
+            return f"{mean:{spec[:-1].partition('.')[0]}.1e}"
+        spread = f" ± {stdev(numbers):{spec.lstrip('+')}}" if len(numbers) > 1 else ""
+        return f"{mean:{spec}}{spread}"
 
 
 FORGET, RETAIN = "unlearning_metrics", "performance_degradation_metrics"
@@ -73,15 +82,22 @@ PROBABILITY = Column((FORGET, "probability"), "probability of the forget class",
 FORGET_LOSS = Column((FORGET, "loss"), "forget loss, nats", ".2f")
 RETAIN_LOSS = Column((RETAIN, "loss"), "retain loss, nats", ".3f")
 METRICS = (FORGET_SCORE, RETAIN_SCORE, PROBABILITY, FORGET_LOSS, RETAIN_LOSS)
-WORST = tuple(replace(column, is_worst=True) for column in (FORGET_SCORE, RETAIN_GAP))
 ZEROED = Column(("num_zeroed",), "weights zeroed", ".0f")
 SECONDS = Column(("seconds",), "seconds a request", ".2f")
+EVERYTHING = (FORGET_SCORE, RETAIN_SCORE, RETAIN_GAP, PROBABILITY, FORGET_LOSS, RETAIN_LOSS, ZEROED, SECONDS)
+WORST = tuple(replace(column, is_worst=True) for column in (FORGET_SCORE, RETAIN_GAP))
+EFFICACY = tuple(
+    replace(column, keys=("mask_efficacy_metrics", column.keys[1]), spec=".3f")
+    for column in (FORGET_SCORE, PROBABILITY, FORGET_LOSS)
+)
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """How each method is drawn, in every plot alike; those without a style of their own take free ones in turn."""
-    free = enumerate(name for name in dict.fromkeys(methods) if name not in METHOD_STYLES)
-    return METHOD_STYLES | {name: {"color": FREE_COLORS[i % 6], "marker": FREE_MARKERS[i % 7]} for i, name in free}
+    """How each method is drawn, in every plot alike; those of no family take free colours in turn."""
+    styles = {name: {"color": color, "linestyle": line} for color, line, names in FAMILIES for name in names}
+    free = [name for name in dict.fromkeys(methods) if name not in styles]
+    styles |= {name: {"color": color} for name, color in zip(free, cycle(FREE_COLORS))}
+    return {name: style | {"marker": marker} for (name, style), marker in zip(styles.items(), cycle(MARKERS))}
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
@@ -100,39 +116,11 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], text
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def number_at(experiment: Mapping[str, Any], keys: Sequence[str]) -> float:
-    """What stands under `keys` in the JSON of an experiment; not a number where it has no such key, or null there."""
-    number = reduce(lambda found, key: (found or {}).get(key), keys, experiment)
-    return math.nan if number is None else number
-
-
 @dataclass(frozen=True)
 class ReporterConfig:
     """Resolution of the figures, dots per inch."""
 
     dpi: Annotated[int, "at least 20, at most 1200"]
-
-
-@dataclass(frozen=True)
-class Value:
-    """A number for every seed (the mean over digits), written as mean ± standard deviation over the seeds."""
-
-    per_seed: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return fmean(self.per_seed)
-
-    def __sub__(self, other: Value) -> Value:
-        return Value(tuple(a - b for a, b in zip(self.per_seed, other.per_seed)))
-
-    def __format__(self, spec: str) -> str:
-        if not math.isfinite(self.mean):
-            return "–"
-        if abs(self.mean) >= 1e6:  # a loss that exploded
-            return f"{self.mean:{spec[:-1].partition('.')[0]}.1e}"
-        spread = f" ± {stdev(self.per_seed):{spec.lstrip('+')}}" if len(self.per_seed) > 1 else ""
-        return f"{self.mean:{spec}}{spread}"
 
 
 class Reporter:
@@ -143,6 +131,7 @@ class Reporter:
     metrics: JSON files of the experiments
     folder: where the figures and `summary.md` go
     retrained: the experiments, by seed and digit, whose retrained classifier gaps are measured against
+    kappa: what to report first, auto where the sweep has it, else the best of the fixed ones
 
     For every method and metric there is a getter with one value per kappa, for instance
     `get_sft_unlearning_forget_set_score()` and `get_mimu_unlearning_retain_set_loss()`.
@@ -164,59 +153,59 @@ class Reporter:
         self.has_audits = all(each["audit_metrics"] for each in self.experiments)
         self.digits = sorted({each["forget_digit"] for each in self.experiments})
         self.seeds = sorted({each["seed"] for each in self.experiments})
+        self.names = ", ".join(map(str, self.digits))
+        held_out = self.experiments[0]["config"]["held_out"]
+        self.split = f"{held_out} held-out training samples" if held_out else "the test split"
         self.methods = list(dict.fromkeys(name for key in (FORGET, RETAIN) for name in self.experiments[0][key]))
         self.styles = method_styles(self.methods)
-        counts = self.experiments[0]["zeroed_by_layer"].values()
-        self.layers = list(dict.fromkeys(layer for of_method in counts for layer in of_method or ()))
         self.retrained = {(e["seed"], e["forget_digit"]): e for e in self.experiments if "retrain" in e[RETAIN]}
+        self.kappa: Kappa = "auto" if self.has_auto else self.best_kappa()
 
     def __getattr__(self, name: str) -> Callable[[], list[float]]:
         getter = re.fullmatch(r"get_(.+)_unlearning_(forget|retain)_set_(loss|score|probability)", name)
         if getter is None or getter[1] not in self.methods:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         method, samples, metric = getter.groups()
-        return lambda: self.curve(FORGET if samples == "forget" else RETAIN, method, metric)
+        return lambda: self.curve(Column((FORGET if samples == "forget" else RETAIN, metric)), method)
 
-    def value(self, *keys: str, kappa: Kappa, digits: Digits = None) -> Value:
-        """What stands under `keys` in the JSON at one kappa; not a number where that or an experiment is missing."""
-        return self._mean(self.found.get(kappa, {}), keys, digits)
-
-    def figure(self, column: Column, method: str, kappa: Kappa, digits: Digits = None) -> Value:
-        """A method's value in a column at one kappa, over the given digits and all seeds."""
-        if column.is_worst:
-            numbers = self.single_figures(replace(column, is_worst=False), method, kappa)
-            return Value((max(numbers, key=lambda x: (math.isnan(x), -x if column.is_gap else x)),))
-        value = self.value(*column.of(method), kappa=kappa, digits=digits)
+    def number(self, column: Column, method: str, seed: int, digit: int, kappa: Kappa | None = None) -> float:
+        """A method's figure in one experiment, not a number where that is missing. kappa None: what to report first."""
+        found = self.found.get(self.kappa if kappa is None else kappa, {})
+        number = column.of(method, found.get((seed, digit), {}))
         if column.is_share:
-            return Value(tuple(100 * number / self.experiments[0]["num_graph_vertices"] for number in value.per_seed))
-        return value - self._mean(self.retrained, column.of("retrain"), digits) if column.is_gap else value
+            return 100 * number / self.experiments[0]["num_graph_vertices"]
+        return number - column.of("retrain", self.retrained.get((seed, digit), {})) if column.is_gap else number
 
-    def _mean(self, found: Mapping[tuple[int, int], Any], keys: Sequence[str], digits: Digits) -> Value:
-        of_seeds = ([number_at(found.get((seed, d), {}), keys) for d in digits or self.digits] for seed in self.seeds)
-        return Value(tuple(map(fmean, of_seeds)))
+    def single_figures(self, column: Column, method: str, kappa: Kappa | None = None) -> list[float]:
+        """A method's figures for every digit and seed."""
+        return [self.number(column, method, seed, digit, kappa) for digit in self.digits for seed in self.seeds]
 
-    def single_figures(self, column: Column, method: str, kappa: Kappa) -> list[float]:
-        """A method's values in a column for every digit and seed."""
-        return [number for digit in self.digits for number in self.figure(column, method, kappa, [digit]).per_seed]
+    def figures(self, column: Column, method: str, kappa: Kappa | None = None, digits: Digits = None) -> list[float]:
+        """A method's figures for every seed, means over the given digits."""
+        if column.is_worst:
+            numbers = self.single_figures(column, method, kappa)
+            return [max(numbers, key=lambda x: (math.isnan(x), -x if column.is_gap else x))]
+        of_seeds = ([self.number(column, method, seed, d, kappa) for d in digits or self.digits] for seed in self.seeds)
+        return list(map(fmean, of_seeds))
 
-    def spread(self, column: Column, method: str, kappa: Kappa) -> Value:
-        """A method's values in a column for every seed, or where there is only one seed for every digit."""
-        value = self.figure(column, method, kappa)
-        return value if len(self.seeds) > 1 else Value(tuple(self.single_figures(column, method, kappa)))
+    def spread(self, column: Column, method: str) -> list[float]:
+        """A method's figures for every seed, or where there is only one seed for every digit."""
+        return (self.figures if len(self.seeds) > 1 else self.single_figures)(column, method)
 
-    def curve(self, *keys: str) -> list[float]:
-        """The mean value at every fixed kappa."""
-        return [self.value(*keys, kappa=kappa).mean for kappa in self.kappas]
+    def mean(self, column: Column, method: str, kappa: Kappa | None = None) -> float:
+        """A method's figure, mean over digits and seeds."""
+        return fmean(self.figures(column, method, kappa))
+
+    def curve(self, column: Column, method: str) -> list[float]:
+        """A method's mean figure at every fixed kappa."""
+        return [self.mean(column, method, kappa) for kappa in self.kappas]
 
     def best_kappa(self) -> Kappa:
         """The one fixed kappa with the largest difference of mimu's retain and forget score on training samples."""
-        retain, forget = (self.curve("training_split_metrics", "mimu", part, "score") for part in ("retain", "forget"))
+        columns = (Column(("training_split_metrics", part, "score")) for part in ("retain", "forget"))
+        retain, forget = (self.curve(column, "mimu") for column in columns)
         better = {kappa: a - b for kappa, a, b in zip(self.kappas, retain, forget)}
         return max(better, key=lambda kappa: (math.isfinite(better[kappa]), better[kappa]), default="auto")
-
-    def headline_kappa(self) -> Kappa:
-        """What to report first: auto where the sweep has it, else the best of the fixed kappas."""
-        return "auto" if self.has_auto else self.best_kappa()
 
     def plot(self, sections: Sequence[str] = ()) -> None:
         """Draws the curves over kappa, where there are fixed ones, and writes the summary, with further sections."""
@@ -258,54 +247,53 @@ class Reporter:
         """Forget score against retain score, a mark per method and kappa: where the retrained one stands is the aim."""
         with self._figure("summary.png", "score on the retain set (%)", "score on the forget set (%)"):
             for name in self.methods:
-                x, y = self.curve(FORGET, name, "score"), self.curve(RETAIN, name, "score")
+                x, y = self.curve(FORGET_SCORE, name), self.curve(RETAIN_SCORE, name)
                 plt.plot(x, y, label=name, markersize=13 if name == "retrain" else 6, **self.styles[name])
                 if name == "mimu":
                     below = {"xytext": (6, -11), "textcoords": "offset points", "fontsize": 8}
                     for end in (0, -1):
                         plt.annotate(f"kappa {self.kappas[end]}", (x[end], y[end]), **below)
-            self._mark_auto((FORGET, "mimu", "score"), (RETAIN, "mimu", "score"))
+            self._mark_auto(FORGET_SCORE, RETAIN_SCORE)
 
     def write_summary(self, more: Sequence[str] = ()) -> None:
         """Writes `summary.md`: the numbers of the figures, more sections, the mask efficacy, and the single digits."""
-        several, kappa = len(self.digits) > 1, self.headline_kappa()
-        sections = [f"# {self.title()}", f"Means over digits: {len(self.digits)}; ± over seeds: {len(self.seeds)}."]
+        first, kappa, several = self.experiments[0], self.kappa, len(self.digits) > 1
+        mean = f"Mean over {len(self.digits)} digits" if several else f"Digit {self.names}"
+        spread = f", ± standard deviation over {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
+        masks = {name: layers for name, layers in first["zeroed_by_layer"].items() if layers}
+        layers = [Column(("zeroed_by_layer", each), each, ".1f") for each in dict.fromkeys(chain(*masks.values()))]
+        sections = [f"# Forgetting {self.names}", f"{mean}{spread}; scored on {self.split}."]
         for each in dict.fromkeys((kappa, self.best_kappa())):
-            sections += [f"## Every method, kappa = {each}", self.about(each), self.methods_table(each)]
-            if len(self.layers) > 1:
-                sections += ["Where the zeroed weights are:", self.layers_table(each)]
+            sections += [f"## Every method, kappa = {each}", self.about(each), self.table(EVERYTHING, each)]
+            if len(layers) > 1:
+                sections += ["Where the zeroed weights are:", self.table(layers, each, methods=masks)]
             if several:
-                sections += ["The worst digit of any seed:", self.table(self.methods, WORST, each)]
-        sections += [*more, f"## Mask efficacy, K = {self.experiments[0]['top_k']}"]
-        sections += ["Scores on the forget set when only K weights of the masked layers are kept."]
-        sections += [self.efficacy_table(kappa)]
+                sections += ["The worst digit of any seed:", self.table(WORST, each)]
+        sections += [*more, f"## Mask efficacy, K = {first['top_k']}"]
+        sections += ["Scores on the forget set with only K weights of the masked layers."]
+        sections += [self.table(EFFICACY, kappa, methods=first["mask_efficacy_metrics"])]
         if self.kappas:
             sections += ["## Every kappa", self.kappas_table()]
         for digit in self.digits if several else ():
             sections += [f"## Digit {digit}, kappa = {kappa}", self.about(kappa, [digit])]
-            sections += [self.methods_table(kappa, [digit])]
+            sections += [self.table(EVERYTHING, kappa, [digit])]
         write_text(self.folder / "summary.md", "\n\n".join(sections) + "\n")
-
-    def title(self) -> str:
-        """What was forgotten, and what it is scored on."""
-        held_out = self.experiments[0]["config"]["held_out"]
-        split = f"{held_out} held-out training samples" if held_out else "the test split"
-        return f"Forgetting {', '.join(map(str, self.digits))}, scored on {split}"
 
     def closing_table(self) -> str:
         """What a run says last: what was forgotten, and forget and retain score of every method."""
-        kappa = self.headline_kappa()
-        return f"{self.title()}. {self.about(kappa)}\n\n{self.table(self.methods, METRICS[:2], kappa)}"
+        kappa, digits = self.kappa, f"digit{'s' if len(self.digits) > 1 else ''} {self.names}"
+        about = f"Forgetting {digits}, scored on {self.split}. {self.about(kappa)}"
+        return f"{about}\n\n{self.table(METRICS[:2], kappa)}"
 
     def about(self, kappa: Kappa, digits: Digits = None) -> str:
         """How this kappa came about, how much of the classifier it zeroes, and which methods did not get there."""
-        zeroed = self.value("kappa", kappa=kappa, digits=digits).mean
+        requests = [each for (_, digit), each in self.found[kappa].items() if digit in (digits or self.digits)]
+        zeroed = fmean(each["kappa"] for each in requests)
         masked, everything = (self.experiments[0][key] for key in ("num_graph_vertices", "num_weights"))
         share = f"{zeroed:.0f} weights, {100 * zeroed / masked:.2g} % of the masked ones"
         share += f" and {100 * zeroed / everything:.2g} % of all" if masked < everything else ""
         if kappa != "auto":
             return f"Of the fixed kappas, {kappa} is the one that is best on training samples: {share}."
-        requests = [e for (_, digit), e in self.found["auto"].items() if digit in (digits or self.digits)]
         gave_up = Counter(name for e in requests for name, did in e.get("gave_up", {}).items() if did)
         counts = ", ".join(f"{name} on {count} of {len(requests)} requests" for name, count in gave_up.items())
         chosen = f"kappa is chosen for each request on the training split: {share} on average."
@@ -313,29 +301,12 @@ class Reporter:
 
     def cells(self, columns: Iterable[Column], method: str, kappa: Kappa, digits: Digits = None) -> list[str]:
         """A method's row of a table, over the given digits."""
-        return [f"{self.figure(column, method, kappa, digits):{column.spec}}" for column in columns]
+        return [column.text(self.figures(column, method, kappa, digits)) for column in columns]
 
-    def table(self, methods: Iterable[str], columns: Sequence[Column], kappa: Kappa, digits: Digits = None) -> str:
-        """A row for every method, a column for each figure, over the given digits."""
-        rows = [[name, *self.cells(columns, name, kappa, digits)] for name in methods]
+    def table(self, columns: Sequence[Column], kappa: Kappa, digits: Digits = None, methods: Iterable[str] = ()) -> str:
+        """A row for every method (none given: all), a column for each figure, over the given digits."""
+        rows = [[name, *self.cells(columns, name, kappa, digits)] for name in methods or self.methods]
         return markdown_table(["method", *(column.name for column in columns)], rows)
-
-    def methods_table(self, kappa: Kappa, digits: Digits = None) -> str:
-        """All metrics of every method at one kappa, over the given digits."""
-        columns = (FORGET_SCORE, RETAIN_SCORE, RETAIN_GAP, PROBABILITY, FORGET_LOSS, RETAIN_LOSS, ZEROED, SECONDS)
-        return self.table(self.methods, columns, kappa, digits)
-
-    def layers_table(self, kappa: Kappa) -> str:
-        """How many weights every mask zeroes in each layer, the output row of the forget class apart."""
-        columns = [Column(("zeroed_by_layer", layer), layer, ".1f") for layer in self.layers]
-        masks = [name for name, counts in self.experiments[0]["zeroed_by_layer"].items() if counts]
-        return self.table(masks, columns, kappa)
-
-    def efficacy_table(self, kappa: Kappa) -> str:
-        """Scores of everything that can say which weights a class needs, where only those are kept."""
-        metrics = (FORGET_SCORE, PROBABILITY, FORGET_LOSS)
-        columns = [replace(each, keys=("mask_efficacy_metrics", each.keys[1]), spec=".3f") for each in metrics]
-        return self.table(self.experiments[0]["mask_efficacy_metrics"], columns, kappa)
 
     def kappas_table(self) -> str:
         """The five metrics of every method at every kappa."""
@@ -347,14 +318,15 @@ class Reporter:
         plt.xscale("log")
         plt.xticks(x, map(str, x))
         plt.minorticks_off()
+        column = Column((evaluation, metric))
         for name in self.methods:
-            plt.plot(x, self.curve(evaluation, name, metric), label=name, markersize=5, **self.styles[name])
-        self._mark_auto(("kappa",), (evaluation, "mimu", metric))
+            plt.plot(x, self.curve(column, name), label=name, markersize=5, **self.styles[name])
+        self._mark_auto(ZEROED, column)
 
-    def _mark_auto(self, *keys: Sequence[str]) -> None:
-        """A ring where mimu stands with the kappa that is chosen for each request; keys: in the JSON, of x and of y."""
+    def _mark_auto(self, *columns: Column) -> None:
+        """A ring where mimu stands with the kappa that is chosen for each request."""
         if self.has_auto and "mimu" in self.methods:
-            x, y = (self.value(*each, kappa="auto").mean for each in keys)
+            x, y = (self.mean(column, "mimu", "auto") for column in columns)
             ring = {"markerfacecolor": "none", "markersize": 12, "markeredgewidth": 1.5, "linestyle": "none"}
             plt.plot(x, y, label="mimu, kappa auto", zorder=4, **self.styles["mimu"] | ring)
 

@@ -14,18 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (
-    Amount,
-    Count,
-    GraphConfig,
-    GraphGenerator,
-    NonNegative,
-    Positive,
-    Split,
-    number_of_weights,
-    seeded,
-    seeded_initialisation,
-)
+import data
+from data import Amount, Count, GraphConfig, GraphGenerator, NonNegative, Positive, Split
 from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
 from runs.files import ArtifactError, InputError, load, one_line
 
@@ -74,29 +64,27 @@ def learn(
     generator: torch.Generator,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     trainable: list[Tensor] | None = None,
-    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     setting: str = "eval.hyperparameters",
 ) -> nn.Module:
     """Trains a model in place on random batches of the samples, drawn anew in every epoch, and returns it.
 
-    loss: of images and labels; None: the cross entropy; schedule: of the learning rate, a step for every batch
+    loss: of images and labels; None: the cross entropy
     trainable: for every parameter of the model, 1 where it may change and 0 where not; None: everywhere
     Raises TrainingError on a loss that is not a finite number, and names the `setting` to look at.
     """
     loss = loss or (lambda images, labels: F.cross_entropy(model(images), labels))
-    for _ in tqdm(range(epochs), "training", unit="epoch", delay=1, leave=False, disable=None):
-        order = torch.randperm(len(samples.labels), generator=generator).to(samples.labels.device)
-        for step, batch in enumerate(order.split(batch_size)):
-            value = loss(samples.images.index_select(0, batch), samples.labels[batch])
-            check_finite({"loss": value.item()}, step, setting)
-            optimizer.zero_grad()
-            value.backward()
-            if trainable is not None:
-                for parameter, mask in zip(model.parameters(), trainable):
-                    parameter.grad *= mask
-            optimizer.step()
-            if schedule is not None:
-                schedule.step()
+    steps = range(epochs * -(-len(samples.labels) // batch_size))
+    batches = samples.batches(batch_size, generator)
+    for step in tqdm(steps, "training", unit="step", delay=1, leave=False, disable=None):
+        batch = next(batches)
+        value = loss(batch.images, batch.labels)
+        check_finite({"loss": value.item()}, step, setting)
+        optimizer.zero_grad()
+        value.backward()
+        if trainable is not None:
+            for parameter, mask in zip(model.parameters(), trainable):
+                parameter.grad *= mask
+        optimizer.step()
     return model
 
 
@@ -108,14 +96,16 @@ class Trainer:
     seed: int
 
     def train(self, train: Split, num_classes: int) -> HookedMNISTClassifier:
-        config, setting, generator = self.config, "classifier.learning_rate", seeded("classifier", self.seed)
-        with seeded_initialisation(self.seed):
+        config, setting = self.config, "classifier.learning_rate"
+        with data.seeded_initialisation(self.seed):
             classifier = HookedMNISTClassifier(config.hidden_sizes, train.images.shape[1], num_classes, config.bias)
         classifier = classifier.to(train.images.device)
         optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
         steps = config.epochs * -(-len(train.labels) // config.batch_size)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-        learn(classifier, train, config.epochs, config.batch_size, optimizer, generator, None, None, schedule, setting)
+        optimizer.register_step_post_hook(lambda *_: schedule.step())
+        generator = data.seeded("classifier", self.seed)
+        learn(classifier, train, config.epochs, config.batch_size, optimizer, generator, setting=setting)
         check_weights(classifier, "classifier", setting)
         return classifier
 
@@ -123,10 +113,10 @@ class Trainer:
 def contrast(importance: Tensor, damage: Tensor | None = None) -> Tensor:
     """How much more class d needs a weight than the others do: Q_d - sum(v_c Q_c, c != d) / sum(v_c, c != d).
 
-    With `damage`, the cross entropy (classes) of each class under the current mask, v_c is proportional to
-    (damage_c + 0.02)^0.5, so that a class that the mask has hurt is spared next; without it all v_c are equal.
+    With `damage`, the cross entropy (classes) under the current mask, v_c is proportional to (damage_c + 0.02)^0.5, so
+    that a class that the mask has hurt is spared next; without it all v_c are equal.
 
-    Shapes: importance Q (classes, vertices) to contrast (classes, vertices), a row for every forget class d.
+    Shapes: importance Q (classes, vertices) to (classes, vertices), a row for every forget class d.
     """
     v = torch.ones_like(importance[:, 0]) if damage is None else (damage + 0.02).sqrt()
     weighted = v[:, None] * importance
@@ -134,11 +124,9 @@ def contrast(importance: Tensor, damage: Tensor | None = None) -> Tensor:
 
 
 def set_difference(importance: Tensor, top_k: int) -> Tensor:
-    """The published ranking as one score.
+    """The published ranking: weights in the top-K of class d alone come first, by Q_d; the others follow by contrast.
 
-    Weights in the top-K of class d and of no other class come first, by Q_d; the others follow by contrast.
-
-    Shapes: importance (classes, vertices) to scores (classes, vertices), larger is zeroed earlier.
+    Shapes: importance Q (classes, vertices) to scores (classes, vertices), larger is zeroed earlier.
     """
     in_top_k = torch.zeros_like(importance).scatter_(1, importance.topk(top_k, 1).indices, 1.0)
     only_here = (in_top_k == 1) & (in_top_k.sum(0) == 1)
@@ -150,20 +138,15 @@ def set_difference(importance: Tensor, top_k: int) -> Tensor:
 def ranked(scores: Tensor, graph: WeightGraph, scope: str, zeroed: Tensor, count: int) -> Tensor:
     """The vertices to zero next, (count): those of the largest scores (vertices) that are not among `zeroed`.
 
-    With the scope layerwise, those of the largest place within their layer: counted together with `zeroed`, every layer
+    With the scope layerwise, those of the first places within their layer: counted together with `zeroed`, every layer
     gives the same share.
     """
-    free = len(scores) - len(zeroed)
     if scope == "layerwise":
-        scores = scores.index_fill(0, zeroed, float("inf"))
-        places = []
-        for of_layer in scores.split(graph.sizes):
-            order = of_layer.argsort(descending=True, stable=True)
-            place = torch.empty_like(of_layer)
-            place[order] = torch.arange(len(order), device=order.device).to(place) + 0.5
-            places.append(-place / len(order))
-        scores = torch.cat(places)
-    return scores.index_fill(0, zeroed, float("-inf")).topk(min(count, free)).indices
+        layers = scores.index_fill(0, zeroed, float("inf")).split(graph.sizes)
+        places = [part.argsort(descending=True, stable=True).argsort().to(part) + 0.5 for part in layers]
+        scores = torch.cat([-place / len(place) for place in places])
+    count = min(count, len(scores) - len(zeroed))
+    return scores.index_fill(0, zeroed, float("-inf")).topk(count).indices
 
 
 def mask_of(graphs: GraphGenerator, zeroed: Tensor) -> Mask | None:
@@ -188,7 +171,7 @@ def request_samples(
     config: MaskingConfig, graphs: GraphGenerator, seed: int, forget_class: int, step: int, draw: int = 0
 ) -> Tensor:
     """The samples (classes, group_size) whose graphs one step of a request looks at."""
-    return graphs.draw(config.group_size, seeded("request", seed, forget_class, step, draw))
+    return graphs.draw(config.group_size, data.seeded("request", seed, forget_class, step, draw))
 
 
 @dataclass(frozen=True)
@@ -247,37 +230,32 @@ class TrainedGCN:
             )
             num_features = next(iter(weights.values())).shape[1]
             sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
-            with seeded_initialisation(0):
+            with data.seeded_initialisation(0):
                 gcn = MaskingGCN(num_features, **sizes)
             gcn.load_state_dict(weights)
-            if not all(weight.isfinite().all() for weight in gcn.parameters()):
-                raise ValueError("a weight is not a finite number")
+            check_weights(gcn, "masking GCN", "gcn.learning_rate")
             return TrainedGCN(gcn, graphs, masking, checkpoint["top_k"])
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
             raise ArtifactError(f"{path}: is not the checkpoint of a masking GCN ({one_line(error)})") from None
 
     def check(self, graphs: GraphConfig, num_features: int) -> None:
-        """Raises ArtifactError where graphs do not have the features that the GCN reads.
-
-        num_features: of their vertices, with an auxiliary one
-        """
-        number = next(self.gcn.parameters()).shape[1]
-        reads = (self.graphs.features, self.graphs.other_classes, number)
+        """Raises ArtifactError where the features of graphs, an auxiliary one counted, are not those that it reads."""
+        reads = (self.graphs.features, self.graphs.other_classes, next(self.gcn.parameters()).shape[1])
         has = (graphs.features, graphs.other_classes, num_features)
         if reads != has:
             raise ArtifactError(f"graphs.features, other_classes, and how many there are, must be {reads}, not {has}")
 
 
 class Zeroing(NamedTuple):
-    """The weights to zero for a request, and what finding them took.
+    """The weights to zero for a request, in their order, and what finding them took.
 
-    vertices: (kappa), in their order; seconds: of all steps up to there, those made before for another kappa included
-    gave_up: whether the class is not forgotten at the largest kappa; None where no kappa was searched for
+    seconds: of all steps up to there, those made before for another kappa included
+    left: what is left of the class at the largest kappa, in words, or ""; None where no kappa was searched for
     """
 
     vertices: Tensor
     seconds: float
-    gave_up: bool | None = None
+    left: str | None = None
 
 
 class ZeroingOrder:
@@ -286,8 +264,7 @@ class ZeroingOrder:
     Weights stand in for one another, which scores given all at once cannot see. So a step zeroes `config.step` weights
     (None: all of them), and the next one is ranked on graphs recorded anew on the classifier masked so far. Since each
     ranking is drawn from few samples, a step follows the running mean m = momentum m + (1 - momentum) s of the scores
-    s, each divided by their standard deviation. Steps are made when they are asked for: a larger kappa goes on from a
-    smaller one.
+    s, each divided by their standard deviation. A larger kappa goes on from the steps of a smaller one.
 
     ranking: from the number of the step and the vertices zeroed before it to scores (vertices), largest first to go
     """
@@ -297,8 +274,7 @@ class ZeroingOrder:
         self.graphs = graphs
         self.ranking = ranking
         num_vertices = graphs.graph.num_vertices
-        self.max_kappa = min(number_of_weights(config.max_kappa, num_vertices), num_vertices)
-        self.step = num_vertices if config.step is None else number_of_weights(config.step, num_vertices)
+        self.step = num_vertices if config.step is None else data.number_of_weights(config.step, num_vertices)
         self._zeroed = graphs.nothing
         self._mean: Tensor | None = None
         self._seconds: list[float] = []
@@ -306,12 +282,12 @@ class ZeroingOrder:
 
     def first(self, kappa: int) -> Zeroing:
         """The vertices to zero for this kappa: all of them where kappa is larger."""
-        while len(self._zeroed) < min(kappa, self.graphs.graph.num_vertices):
+        graph, scope = self.graphs.graph, self.graphs.config.scope
+        while len(self._zeroed) < min(kappa, graph.num_vertices):
             started = time.perf_counter()
             scores = self.ranking(len(self._seconds), self._zeroed)
             scores = scores / scores.std().clamp_min(1e-12)
             self._mean = scores if self._mean is None else torch.lerp(scores, self._mean, self.config.momentum)
-            graph, scope = self.graphs.graph, self.graphs.config.scope
             self._zeroed = torch.cat([self._zeroed, ranked(self._mean, graph, scope, self._zeroed, self.step)])
             self._seconds.append(time.perf_counter() - started)
         return Zeroing(self._zeroed[:kappa], sum(self._seconds[: -(-kappa // self.step)]))
@@ -320,36 +296,36 @@ class ZeroingOrder:
     def until_forgotten(self, forget: Split) -> Zeroing:
         """The vertices of kappa auto: the fewest whole steps after which the class is forgotten.
 
-        It is when less than `config.target` percent of these samples are classified correctly, and what else is asked
-        of masks (`GraphGenerator.auxiliary`) is reached. Where all is zeroed at once, kappa goes in hundredths of
-        `max_kappa`. At `max_kappa` the search gives up.
-
-        forget: the training samples of the forget class, the same at every call
+        It is when less than `config.target` percent of its training samples, `forget`, are classified correctly, and
+        what else is asked of masks (`data.Auxiliary`) is reached. Where all is zeroed at once, kappa goes in hundredths
+        of `config.max_kappa`. There the search gives up.
         """
         if self._forgetting is None:
-            classifier, layer = self.graphs.classifier, self.graphs.graph.layers[0]
-            with classifier.hooks([layer]) as seen:
+            classifier, graph = self.graphs.classifier, self.graphs.graph
+            max_kappa = min(data.number_of_weights(self.config.max_kappa, graph.num_vertices), graph.num_vertices)
+            stride = self.step if self.config.step is not None else max(1, max_kappa // 100)
+            with classifier.hooks(graph.layers[:1]) as seen:
                 classifier(forget.images)
-            inputs, looking, kappa = seen[layer][0], 0.0, 0
-            stride = self.step if self.config.step is not None else max(1, self.max_kappa // 100)
-            is_forgotten = False
-            while not is_forgotten and kappa < self.max_kappa:
-                kappa = min(kappa + stride, self.max_kappa)
-                vertices = self.first(kappa).vertices
+            inputs, looking = seen[graph.layers[0]][0], 0.0
+            for kappa in range(stride, max_kappa + stride, stride):
+                found = self.first(min(kappa, max_kappa))
                 started = time.perf_counter()
-                is_forgotten = self._is_forgotten(Mask.zeroing(self.graphs.graph, vertices), inputs, forget.labels)
+                left = self._left(Mask.zeroing(graph, found.vertices), inputs, forget.labels)
                 looking += time.perf_counter() - started
-            zeroing = self.first(kappa)
-            self._forgetting = Zeroing(zeroing.vertices, zeroing.seconds + looking, not is_forgotten)
+                if not left:
+                    break
+            self._forgetting = Zeroing(found.vertices, found.seconds + looking, left)
         return self._forgetting
 
-    def _is_forgotten(self, mask: Mask, inputs: Tensor, labels: Tensor) -> bool:
+    def _left(self, mask: Mask, inputs: Tensor, labels: Tensor) -> str:
         """inputs: of the first masked layer, for samples of the forget class."""
-        classifier, auxiliary = self.graphs.classifier, self.graphs.auxiliary
+        classifier, auxiliary, forget_class = self.graphs.classifier, self.graphs.auxiliary, int(labels[0])
         with mask.applied_to(classifier):
             correct = (classifier(inputs, self.graphs.graph.layers[0]).argmax(1) == labels).float().mean().item()
-        is_named = 100 * correct >= self.config.target
-        return not is_named and (auxiliary is None or auxiliary.is_reached(mask, int(labels[0])))
+        if 100 * correct >= self.config.target:
+            return f"{100 * correct:.1f} % of class {forget_class} are left"
+        is_reached = auxiliary is None or auxiliary.is_reached(mask, forget_class)
+        return "" if is_reached else f"class {forget_class} is still represented"
 
 
 def top_k_mask(logits: Tensor, k: int, temperature: float) -> Tensor:
@@ -373,35 +349,25 @@ def top_k_masks(scores: Tensor, graph: WeightGraph, scope: str, zeroed: Tensor, 
     masks = []
     for part, gone in zip(scores.split(sizes, 1), is_zeroed.split(sizes)):
         share = min(max(1, round(k * len(gone) / graph.num_vertices)), int((~gone).sum()))
-        if share == 0:
-            masks.append(torch.ones_like(part))
-            continue
-        part = part / part.std(1, keepdim=True)
-        masks.append(top_k_mask(part.masked_fill(gone, float("-inf")), share, temperature))
+        if share > 0:
+            part = part / part.std(1, keepdim=True)
+            part = top_k_mask(part.masked_fill(gone, float("-inf")), share, temperature)
+        masks.append(part)
     return torch.cat(masks, 1).index_fill(1, zeroed, 1.0)
 
 
 def masked_weights(classifier: HookedMNISTClassifier, graph: WeightGraph, keep: Tensor) -> dict[int, Tensor]:
-    """The weights of a classifier under many masks at once, as `HookedMNISTClassifier.outputs` takes them.
+    """A classifier's weights under masks `keep` (masks, vertices), differentiable in it, as its `outputs` takes them.
 
-    keep: (masks, vertices), with respect to which they are differentiable
-    Returns (masks, m, n) of each masked layer and (m, n) of the others, by the index of the layer.
+    Shapes: (masks, m, n) of each masked layer, (m, n) of the others, by the index of the layer.
     """
     weights = {index: layer.weight.detach() for index, layer in enumerate(classifier.layers)}
     return weights | {index: weights[index] * part for index, part in zip(graph.layers, graph.split(keep))}
 
 
-def gumbel_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise: the k largest of logits + noise are a sample of k without replacement.
-
-    Kool et al. 2019, arXiv:1903.06059.
-    """
-    return -torch.empty(shape).exponential_(generator=generator).log()
-
-
-def log_uniform(span: tuple[int, ...], generator: torch.Generator) -> int:
-    """A random integer from [low, high], small ones as likely as large ones on a logarithmic scale."""
-    low, high = span
+def log_uniform(span: tuple[Amount, Amount], num_vertices: int, generator: torch.Generator) -> int:
+    """A random number of weights from [low, high], small ones as likely as large ones on a logarithmic scale."""
+    low, high = (data.number_of_weights(amount, num_vertices) for amount in span)
     return round(low * (high / low) ** torch.rand((), generator=generator).item())
 
 
@@ -411,10 +377,7 @@ def forgetting_loss(p: Tensor) -> Tensor:
 
 
 def prior_divergence(logits: Tensor, weights: Tensor) -> Tensor:
-    """KL(Q || P) in nats, Q = softmax(logits) and P proportional to |w| + 1e-12, both over the vertices.
-
-    Shapes: logits (graphs, vertices), weights (vertices) to (graphs).
-    """
+    """KL(Q || P) in nats (graphs), Q = softmax(logits) (graphs, vertices), P proportional to |w| + 1e-12 (vertices)."""
     log_p = (weights.abs() + 1e-12).log().log_softmax(-1)
     log_q = logits.log_softmax(-1)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
@@ -422,12 +385,9 @@ def prior_divergence(logits: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GCNTrainerConfig:
-    """The masking GCN and its loss: the weight of each term, and the ranges from which a step draws.
+    """The masking GCN and its loss: the weight of each term, and the ranges from which a step draws."""
 
-    pretrained: whether the tracked GCN is taken as it is, instead of training one
-    """
-
-    pretrained: bool
+    pretrained: bool  # takes the tracked GCN as it is
     hidden: Count
     rounds: Count
     message_passing: bool
@@ -460,9 +420,7 @@ class GCNTrainerConfig:
 
 
 class GCNLoss:
-    """What is asked of a masking GCN on one classifier, a weighted sum of terms.
-
-    A graph of every class is drawn, its weights are scored, and the classifiers under the masks that follow are tried:
+    """What is asked of a masking GCN on one classifier: of the masks that it makes from a graph of every class.
 
     - sufficiency: with the top-K weights of a class alone, its samples keep their label (cross entropy);
     - prior: KL(Q || P) between softmax(logits) and the distribution proportional to |w|;
@@ -476,7 +434,7 @@ class GCNLoss:
         self.config = config
         self.graphs = graphs
         self.graph = graphs.graph
-        self.top_k = number_of_weights(top_k, self.graph.num_vertices)
+        self.top_k = data.number_of_weights(top_k, self.graph.num_vertices)
         with torch.no_grad():
             self.predictions = graphs.classifier(graphs.inputs, self.graph.layers[0])
         self.weights = torch.cat([weight.flatten() for weight in graphs.weights()])
@@ -497,39 +455,34 @@ class GCNLoss:
         if config.prior:
             terms["prior"] = config.prior * prior_divergence(importance, self.weights).mean()
         if config.necessity_forget or config.necessity_retain or auxiliary_weight:
-            kappa = log_uniform(self._span(config.kappa), generator)
-            terms |= self._necessity(scores, zeroed, kappa, samples, auxiliary_weight)
+            kappa = log_uniform(config.kappa, self.graph.num_vertices, generator)
+            removed = top_k_masks(scores, self.graph, graphs.config.scope, zeroed, kappa, config.temperature)
+            terms |= self._necessity(removed, samples, auxiliary_weight)
         return terms, scores.detach()
-
-    def _span(self, span: tuple[Amount, Amount]) -> tuple[int, ...]:
-        return tuple(number_of_weights(amount, self.graph.num_vertices) for amount in span)
 
     def partial_mask(self, scores: Tensor, generator: torch.Generator) -> Tensor:
         """The vertices that a classifier lacks midway through a request: the first of `scores` for a random class."""
         forget_class = int(torch.randint(len(scores), (), generator=generator))
-        count = log_uniform(self._span(self.config.partly_masked), generator)
+        count = log_uniform(self.config.partly_masked, self.graph.num_vertices, generator)
         return ranked(scores[forget_class], self.graph, self.graphs.config.scope, self.graphs.nothing, count)
 
     def _sufficiency(self, importance: Tensor, samples: Tensor, generator: torch.Generator) -> Tensor:
         classifier, first = self.graphs.classifier, self.graph.layers[0]
         scores = importance / importance.std(1, keepdim=True)
-        noise = self.config.gumbel * gumbel_noise(scores.shape, generator).to(scores.device)
-        keep = top_k_mask(scores + noise, self.top_k, self.config.temperature)
+        # The k largest of logits + Gumbel noise are a sample without replacement (Kool et al. 2019, arXiv:1903.06059).
+        noise = -torch.empty(scores.shape).exponential_(generator=generator).log()
+        keep = top_k_mask(scores + self.config.gumbel * noise.to(scores.device), self.top_k, self.config.temperature)
         weights = masked_weights(classifier, self.graph, keep)
         _, logits = classifier.outputs(self.graphs.inputs[samples], first, weights)
         return F.cross_entropy(logits.flatten(0, 1), self.graphs.labels[samples].flatten())
 
-    def _necessity(
-        self, scores: Tensor, zeroed: Tensor, kappa: int, samples: Tensor, auxiliary_weight: float
-    ) -> dict[str, Tensor]:
-        config, graphs, classifier = self.config, self.graphs, self.graphs.classifier
-        removed = top_k_masks(scores, self.graph, graphs.config.scope, zeroed, kappa, config.temperature)
-        flat = samples.flatten()
+    def _necessity(self, removed: Tensor, samples: Tensor, auxiliary_weight: float) -> dict[str, Tensor]:
+        config, graphs, classifier, flat = self.config, self.graphs, self.graphs.classifier, samples.flatten()
         weights = masked_weights(classifier, self.graph, 1 - removed)
         features, logits = classifier.outputs(graphs.inputs[flat], self.graph.layers[0], weights)
         log_p = logits.unflatten(1, samples.shape).log_softmax(-1)  # (masks, classes of the samples, samples, classes)
 
-        is_forget = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        is_forget = torch.eye(len(removed), dtype=torch.bool, device=removed.device)
         # p(d) of the samples of d under the mask of d, (samples, masks)
         p_forget = log_p[is_forget].diagonal(dim1=0, dim2=2).exp()
         forget = config.necessity_forget * forgetting_loss(p_forget)
@@ -539,44 +492,42 @@ class GCNLoss:
         retain = -(target * log_p).sum(-1)[~is_forget].mean()
         terms = {"necessity_forget": forget, "necessity_retain": config.necessity_retain * retain}
         if auxiliary_weight:
-            by_class = features.expand(len(scores), -1, -1).unflatten(1, samples.shape)
-            terms["auxiliary"] = auxiliary_weight * graphs.auxiliary.loss(by_class, range(len(scores)))
+            by_class = features.expand(len(removed), -1, -1).unflatten(1, samples.shape)
+            terms["auxiliary"] = auxiliary_weight * graphs.auxiliary.loss(by_class, range(len(removed)))
         return terms
 
 
+@dataclass(frozen=True)
 class GCNTrainer:
-    """Trains one masking GCN for all classes of a classifier, or of several classifiers in turn.
+    """Trains one masking GCN on the graphs of one or several classifiers, which must have the same features.
 
     Every second step works on the classifier that the step before has masked for a random class, as later steps of a
     request will find it.
-
-    graphs: of each classifier; raises TrainingError where their features differ
     """
 
-    def __init__(self, config: GCNTrainerConfig, graphs: Sequence[GraphGenerator], top_k: Amount, seed: int) -> None:
-        if len({(each.config.features, each.config.other_classes, each.num_features) for each in graphs}) > 1:
+    config: GCNTrainerConfig
+    graphs: Sequence[GraphGenerator]
+    top_k: Amount
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len({(each.config.features, each.config.other_classes, each.num_features) for each in self.graphs}) > 1:
             raise TrainingError("graphs.features, other_classes and an auxiliary one must be those of all classifiers")
-        self.config = config
-        self.graphs = graphs
-        self.top_k = top_k
-        self.seed = seed
-        self.losses = [GCNLoss(config, of_classifier, top_k) for of_classifier in graphs]
-        self.history: list[dict[str, float]] = []
 
     def train(self) -> MaskingGCN:
-        """The trained GCN; `history` holds the weighted terms of the loss at every step."""
-        config = self.config
-        with seeded_initialisation(self.seed):
-            gcn = MaskingGCN(self.graphs[0].num_features, config.hidden, config.rounds, config.message_passing)
-        gcn = gcn.to(self.graphs[0].labels.device)
+        config, (first, *_) = self.config, self.graphs
+        with data.seeded_initialisation(self.seed):
+            gcn = MaskingGCN(first.num_features, config.hidden, config.rounds, config.message_passing)
+        gcn = gcn.to(first.labels.device)
+        losses = [GCNLoss(config, of_classifier, self.top_k) for of_classifier in self.graphs]
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-        generator = seeded("gcn", self.seed, self.top_k)
-        nothing = zeroed = self.graphs[0].nothing
+        generator = data.seeded("gcn", self.seed, self.top_k)
+        zeroed = first.nothing
         progress = tqdm(range(config.steps), "masking GCN", unit="step", leave=False, disable=None)
         for step in progress:
             if not len(zeroed):
-                loss_on = self.losses[int(torch.randint(len(self.losses), (), generator=generator))]
+                loss_on = losses[int(torch.randint(len(losses), (), generator=generator))]
             terms, scores = loss_on(gcn, zeroed, generator)
             optimizer.zero_grad()
             sum(terms.values()).backward()
@@ -584,11 +535,11 @@ class GCNTrainer:
             optimizer.step()
             schedule.step()
             # All of them in one copy: a GPU is waited for once a step.
-            self.history.append(dict(zip(terms, torch.stack([value.detach() for value in terms.values()]).tolist())))
-            check_finite(self.history[-1], step, "gcn.learning_rate and the weight of the term")
-            progress.set_postfix({name: f"{value:.3f}" for name, value in self.history[-1].items()}, refresh=False)
+            values = dict(zip(terms, torch.stack([value.detach() for value in terms.values()]).tolist()))
+            check_finite(values, step, "gcn.learning_rate and the weight of the term")
+            progress.set_postfix(values, refresh=False)
             go_on = config.partly_masked is not None and step + 1 >= config.warmup and not len(zeroed)
-            zeroed = loss_on.partial_mask(scores, generator) if go_on else nothing
+            zeroed = loss_on.partial_mask(scores, generator) if go_on else first.nothing
         check_weights(gcn, "masking GCN", "gcn.learning_rate")
         return gcn
 
@@ -610,19 +561,14 @@ class UnlearningSFTConfig:
 
 @dataclass(frozen=True)
 class UnlearningSFT:
-    """Unlearning by fine-tuning on random labels (Graves et al. 2021, arXiv:2010.10981), of some layers only.
-
-    The forget class's training samples get random labels of the other classes; SGD on the cross entropy.
-    """
+    """Fine-tunes layers on random labels for the forget class, by SGD (after Graves et al. 2021, arXiv:2010.10981)."""
 
     config: UnlearningSFTConfig
     seed: int
 
-    def unlearn(
-        self, classifier: HookedMNISTClassifier, forget: Split, layers: tuple[int, ...]
-    ) -> HookedMNISTClassifier:
+    def unlearn(self, classifier: HookedMNISTClassifier, forget: Split, layers: tuple[int, ...]) -> nn.Module:
         """Trains the given layers of `classifier` in place on `forget`, samples of one class, and returns it."""
-        generator = seeded("sft", self.seed, int(forget.labels[0]))
+        generator = data.seeded("sft", self.seed, int(forget.labels[0]))
         samples = Split(forget.images, other_labels(forget.labels, classifier.shapes[-1][0], generator))
         optimizer = torch.optim.SGD([classifier.layers[index].weight for index in layers], self.config.learning_rate)
         return learn(classifier, samples, self.config.epochs, self.config.batch_size, optimizer, generator)

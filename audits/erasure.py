@@ -1,6 +1,6 @@
 """Erasure: a class goes from the representation too, until a regression finds it there no better than in the pixels.
 
-To masks it is a vertex feature, a term of the loss and a condition for done, all in closed form.
+The recall in the pixels estimates, without retraining, what is told of a class that was never trained on.
 """
 
 from __future__ import annotations
@@ -52,12 +52,11 @@ def ridge_regression(features: Tensor, targets: Tensor, ridge: float) -> tuple[T
 
 
 def explained_variance(features: Tensor, num_own: int, ridge: float) -> Tensor:
-    """R^2 of the ridge regression from the features to the indicator of the first `num_own` samples, differentiable.
+    """R^2 of the ridge regression to the centred indicator t of the first `num_own` samples, differentiable.
 
-        b^T (A + ridge I)^-1 b / var(t),  A = H^T H / N,  b = H^T t / N
+        b^T (A + ridge I)^-1 b / var(t),  A = H^T H / N,  b = H^T t / N,  H the standardised features
 
-    H are the standardised features, t the centred indicator. 0 where the features say nothing of these samples, at
-    most 1. Shapes: features (..., samples, n) to (...).
+    From 0, where the features say nothing of these samples, to 1. Shapes: features (..., samples, n) to (...).
     """
     is_own = torch.arange(features.shape[-2], device=features.device) < num_own
     target = is_own.expand(features.shape[:-1]).to(features)
@@ -67,10 +66,7 @@ def explained_variance(features: Tensor, num_own: int, ridge: float) -> Tensor:
 
 
 def ridge_recall(features: Tensor, labels: Tensor, num_classes: int, ridge: float) -> Tensor:
-    """Percent of each class's samples that a ridge regression from the features to all classes finds, (classes).
-
-    Shapes: features (samples, n), labels (samples).
-    """
+    """Percent of each class's samples that a regression from the features (samples, n) finds, (classes)."""
     (x,) = standardised(features)
     targets = F.one_hot(labels, num_classes).to(x)
     coefficients, _ = ridge_regression(x, targets - targets.mean(0), ridge)
@@ -79,10 +75,7 @@ def ridge_recall(features: Tensor, labels: Tensor, num_classes: int, ridge: floa
 
 
 class Erasure:
-    """What erasure asks of the masks of one classifier (`data.Auxiliary`).
-
-    A class is in the representation as far as a ridge regression tells it from its rivals there, by R^2.
-    """
+    """Asks of masks (`data.Auxiliary`) that no ridge regression tells a class from its rivals in the representation."""
 
     def __init__(self, config: ErasureConfig, graphs: GraphGenerator) -> None:
         self.config = config
@@ -94,48 +87,41 @@ class Erasure:
         return low + (high - low) * torch.rand((), generator=generator).item()
 
     @cached_property
-    def rivals(self) -> Tensor:
-        """The classes whose means of the standardised features are nearest to each class's, (classes, rivals)."""
+    def with_rivals(self) -> Tensor:
+        """Each class and the classes whose means of the standardised features are nearest, (classes, 1 + rivals)."""
         graphs = self.graphs
         with torch.no_grad():
             (x,) = standardised(graphs.classifier.features(graphs.inputs, graphs.graph.layers[0]))
         means = torch.stack([x[graphs.labels == label].mean(0) for label in range(graphs.num_classes)])
-        distances = torch.cdist(means, means).fill_diagonal_(torch.inf)
-        return distances.topk(min(self.config.rivals, graphs.num_classes - 1), largest=False).indices
-
-    def against_rivals(self, x: Tensor, classes: Sequence[int]) -> Tensor:
-        """Of each of `classes` its own samples and then those of its rivals.
-
-        x: (all classes, samples, ...) to (classes, (1 + rivals) * samples, ...)
-        """
-        own = torch.tensor(classes, device=x.device)
-        return x[torch.cat([own[:, None], self.rivals[own]], 1)].flatten(1, 2)
+        distances = torch.cdist(means, means).fill_diagonal_(-1)  # the class itself comes first
+        return distances.topk(min(1 + self.config.rivals, graphs.num_classes), largest=False).indices
 
     def feature(self, samples: Tensor, classes: Sequence[int], mask: Mask | None = None) -> Tensor:
         """How much each weight carries a class into the representation: w dR^2/dw, the first-order fall of its R^2.
 
-        samples: a group of every class, (all classes, group_size)
-        Returns (classes, vertices), on the classifier or on a masked one.
+        samples: (all classes, group_size) to (classes, vertices), on the classifier or on a masked one
         """
         graphs, flat, layers = self.graphs, samples.flatten(), self.graphs.graph.layers
+        positions = torch.arange(len(flat), device=flat.device).view(samples.shape)
+        rows = positions[self.with_rivals[list(classes)]].flatten(
+            1
+        )  # (classes, samples of the class and of its rivals)
         with torch.enable_grad(), nullcontext() if mask is None else mask.applied_to(graphs.classifier):
             weights = graphs.weights()
             with graphs.classifier.hooks(layers) as seen:
                 features = graphs.classifier.features(graphs.inputs[flat], layers[0])
-        rows = self.against_rivals(torch.arange(len(flat), device=flat.device).view(samples.shape), classes)
-        with torch.enable_grad():
             chosen = features.detach()[rows].requires_grad_()
             carried = explained_variance(chosen, samples.shape[1], self.config.ridge)
             (gradients,) = torch.autograd.grad(carried.sum(), chosen)
         falls = torch.zeros(len(classes), graphs.graph.num_vertices, device=flat.device, dtype=features.dtype)
-        reached = [seen[layer] for layer in layers if layer in seen]  # all but the output layer, the last
-        if not reached:
+        if not seen:  # of the output layer alone, which follows after the representation
             return falls
+        inputs, outputs = zip(*seen.values())
         for fall, own, gradient in zip(falls, rows, gradients):
             upstream = torch.zeros_like(features).index_copy_(0, own, gradient)
-            deltas = torch.autograd.grad(features, [output for _, output in reached], upstream, retain_graph=True)
-            for (inputs, _), delta, weight, of_layer in zip(reached, deltas, weights, graphs.graph.split(fall)):
-                torch.mul(weight, delta[own].T @ inputs[own], out=of_layer)
+            deltas = torch.autograd.grad(features, outputs, upstream, retain_graph=True)
+            for a, delta, weight, of_layer in zip(inputs, deltas, weights, graphs.graph.split(fall)):
+                torch.mul(weight, delta[own].T @ a[own], out=of_layer)
         return falls
 
     def loss(self, features: Tensor, classes: Sequence[int]) -> Tensor:
@@ -143,15 +129,12 @@ class Erasure:
 
         features: of the masked classifiers' representations, (classes, all classes, group_size, n)
         """
-        own = [self.against_rivals(under_mask, [label]) for label, under_mask in zip(classes, features)]
-        return explained_variance(torch.cat(own), features.shape[2], self.config.ridge).mean()
+        own = [under_mask[self.with_rivals[label]].flatten(0, 1) for label, under_mask in zip(classes, features)]
+        return explained_variance(torch.stack(own), features.shape[2], self.config.ridge).mean()
 
     @cached_property
     def pixel_recall(self) -> Tensor:
-        """Percent of each class that a ridge regression on the pixels finds among the training samples, (classes).
-
-        An estimate, without retraining, of what a representation tells of a class that it was never trained on.
-        """
+        """Percent of each class's training samples that a ridge regression finds in the pixels alone, (classes)."""
         train = self.graphs.train
         return ridge_recall(train.images, train.labels, self.graphs.num_classes, self.config.ridge)
 

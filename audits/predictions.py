@@ -45,18 +45,14 @@ class Seen:
 def look_at(model: nn.Module, split: Split) -> Seen:
     """Runs a classifier of one or several linear layers on a split."""
     # A classifier of one layer represents the images by themselves.
-    watched = linear_layers(model)[1:] or linear_layers(model)
-    hidden: list[list[Tensor]] = [[] for _ in watched]
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, of_layer=of_layer: of_layer.append(inputs[0]))
-        for layer, of_layer in zip(watched, hidden)
-    ]
+    hidden = {layer: [] for layer in linear_layers(model)[1:] or linear_layers(model)}
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: hidden[layer].append(inputs[0])) for layer in hidden]
     try:
         logits = torch.cat([model(images) for images in split.images.split(10_000)])
     finally:
         for hook in hooks:
             hook.remove()
-    return Seen(logits.cpu(), tuple(torch.cat(of_layer).cpu() for of_layer in hidden), split.labels.cpu())
+    return Seen(logits.cpu(), tuple(torch.cat(inputs).cpu() for inputs in hidden.values()), split.labels.cpu())
 
 
 def jensen_shannon(logits: Tensor, others: Tensor) -> float:
@@ -71,10 +67,10 @@ def jensen_shannon(logits: Tensor, others: Tensor) -> float:
 
 
 def loss_attack(members: Tensor, others: Tensor) -> float:
-    """Membership inference by the loss: the area under the ROC curve when a smaller loss says "member".
+    """Membership inference by the loss (samples): the area under the ROC curve when a smaller one says "member".
 
-    The probability that a member's loss is below that of a non-member, ties counted half: 0.5 tells nothing. Not a
-    number where no loss is finite. Yeom et al. 2018, arXiv:1709.01604. Both are losses (samples).
+    The probability that a member's is below that of a non-member, ties counted half: 0.5 tells nothing. Not a number
+    where no loss is finite. Yeom et al. 2018, arXiv:1709.01604.
     """
     if not members.isfinite().any() and not others.isfinite().any():
         return math.nan
@@ -88,8 +84,8 @@ def entropy_attack(retain: Tensor, test: Tensor, forget: Tensor) -> float:
     """The membership attack of the SSD paper: percent of the forget class's training samples that pass for members.
 
     Logistic regression on the entropy of the prediction, the retain set's training samples as members and the test
-    split as non-members, both with the same weight. Foster et al. 2023, arXiv:2308.07707, after Chundawat et al. 2022,
-    arXiv:2205.08096. Not a number where all entropies are the same. All are logits (samples, classes).
+    split as non-members, both with the same weight; all are logits (samples, classes). Not a number where all entropies
+    are the same. Foster et al. 2023, arXiv:2308.07707, after Chundawat et al. 2022, arXiv:2205.08096.
     """
     members, others, asked = (
         torch.special.entr(logits.double().softmax(1)).sum(1) for logits in (retain, test, forget)
@@ -101,13 +97,10 @@ def entropy_attack(retain: Tensor, test: Tensor, forget: Tensor) -> float:
     weight = is_member * len(x) / (2 * len(members)) + (1 - is_member) * len(x) / (2 * len(others))
     inputs = torch.stack([x, torch.ones_like(x)], 1)
     solution, penalty = x.new_zeros(2), x.new_tensor([1.0, 0.0])  # of the slope, as scikit-learn has it
-    for _ in range(30):  # Newton's method
+    for _ in range(30):  # Newton's method, far more steps than it takes
         p = (inputs @ solution).sigmoid()
         gradient = inputs.T @ (weight * (p - is_member)) + penalty * solution
         hessian = inputs.T @ (inputs * (weight * p * (1 - p))[:, None]) + torch.diag(penalty)
-        step = torch.linalg.solve(hessian + 1e-9 * torch.eye(2).to(hessian), gradient)
-        solution = solution - step
-        if step.abs().max() < 1e-9:
-            break
+        solution = solution - torch.linalg.solve(hessian + 1e-9 * torch.eye(2).to(hessian), gradient)
     slope, offset = solution
     return 100 * (slope * asked + offset > 0).double().mean().item()

@@ -1,11 +1,11 @@
 """What a probe reads in a representation, whatever the classifier's own output layer makes of it.
 
-Alain and Bengio 2016, arXiv:1610.01644.
+A probe goes from features (samples, n) and labels (samples) of the training split, features of others (others, n), the
+settings and a seed to the predicted classes (others). Alain and Bengio 2016, arXiv:1610.01644.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audits.predictions import Seen
-from data import Count, NonNegative, Positive, seeded, seeded_initialisation
+from data import Count, NonNegative, Positive, Split, seeded, seeded_initialisation
 from model import HookedMNISTClassifier
+from trainer import learn
 
 
 @dataclass(frozen=True)
 class AuditConfig:
     """Whether audits are made, and the settings of the probes and of the relearning.
 
-    probes: those beside the linear one, which always runs: `two_layer`, a perceptron; `neighbours`, the majority of the
-        nearest training samples; `hidden`, the linear one at the layers before the last
+    probes: those beside the linear one, which always runs; `hidden` is the linear one at the layers before the last
     relearn_from: from how few samples of every class the class is relearned, too
     """
 
@@ -89,14 +89,9 @@ def two_layer(train: Tensor, labels: Tensor, test: Tensor, config: AuditConfig, 
     x, x_test = standardised(train, test)
     with seeded_initialisation(seed):
         probe = HookedMNISTClassifier((config.probe_units,), x.shape[1], int(labels.max()) + 1, bias=True)
-    optimizer = torch.optim.Adam(probe.parameters(), config.probe_rate)
-    generator = seeded("probe", seed)
-    for _ in range(config.probe_epochs):
-        for batch in torch.randperm(len(x), generator=generator).split(config.probe_batch_size):
-            loss = F.cross_entropy(probe(x.index_select(0, batch)), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    optimizer, generator = torch.optim.Adam(probe.parameters(), config.probe_rate), seeded("probe", seed)
+    epochs, size = config.probe_epochs, config.probe_batch_size
+    learn(probe, Split(x, labels), epochs, size, optimizer, generator, setting="audit.probe_rate")
     with torch.no_grad():
         return probe(x_test).argmax(1)
 
@@ -106,32 +101,25 @@ def neighbours(train: Tensor, labels: Tensor, test: Tensor, config: AuditConfig,
     order = torch.randperm(len(labels), generator=seeded("neighbours", seed))[: config.probe_neighbours_of]
     x, x_test = standardised(train[order], test)
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a b: |a|^2 is the same for all neighbours of a.
-    squares, count = x.square().sum(1), min(config.probe_neighbours, len(x))
-    found = []
-    for part in x_test.split(1000):
-        nearest = torch.addmm(squares, part, x.T, alpha=-2).topk(count, largest=False).indices
-        found.append(F.one_hot(labels[order][nearest]).sum(1).argmax(1))
-    return torch.cat(found)
+    distances = torch.addmm(x.square().sum(1), x_test, x.T, alpha=-2)
+    nearest = distances.topk(min(config.probe_neighbours, len(x)), largest=False).indices
+    return F.one_hot(labels[order][nearest]).sum(1).argmax(1)
 
 
-# From features (samples, n) and labels (samples) of the training split, features of others (others, n), the settings
-# and a seed to the predicted class of every one of the others, (others).
-Probe = Callable[[Tensor, Tensor, Tensor, AuditConfig, int], Tensor]
-PROBES: dict[str, Probe] = {"linear": linear, "two_layer": two_layer, "neighbours": neighbours}
-
-
-def predicted(train: Seen, test: Seen, config: AuditConfig, seed: int) -> dict[str, Tensor]:
-    """The class of every test sample as each probe predicts it, (samples), by the name of the probe.
+def probe_scores(
+    train: Seen, test: Seen, forget_class: int, config: AuditConfig, seed: int
+) -> tuple[dict[str, float], float]:
+    """Percent of the forget class's test samples that each probe finds, and of the others that `linear` has right.
 
     `linear` comes first, then those of the config; `hidden` gives `hidden_0`, `hidden_1` ..., one for every layer.
     """
-    probes = {"linear": (linear, -1)}
+    is_forget = test.labels == forget_class
+    is_right = linear(train.hidden[-1], train.labels, test.hidden[-1], config, seed) == test.labels
+    found = {"linear": is_right[is_forget]}
     for name in config.probes:
-        if name == "hidden":
-            probes |= {f"hidden_{layer}": (linear, layer) for layer in range(len(train.hidden) - 1)}
-        else:
-            probes[name] = (PROBES[name], -1)
-    return {
-        name: probe(train.hidden[layer], train.labels, test.hidden[layer], config, seed)
-        for name, (probe, layer) in probes.items()
-    }
+        probe = {"two_layer": two_layer, "neighbours": neighbours, "hidden": linear}[name]
+        for layer in range(len(train.hidden) - 1) if name == "hidden" else [-1]:
+            classes = probe(train.hidden[layer], train.labels, test.hidden[layer][is_forget], config, seed)
+            found[name if layer < 0 else f"{name}_{layer}"] = classes == forget_class
+    recalls = {name: 100 * of_probe.double().mean().item() for name, of_probe in found.items()}
+    return recalls, 100 * is_right[~is_forget].double().mean().item()

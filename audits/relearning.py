@@ -11,30 +11,21 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from audits.predictions import look_at
-from data import Split, seeded
+from data import Split
+from model import linear_layers
 
 
 def made_permanent(model: nn.Module) -> nn.Module:
     """A copy in which the zeros of a mask are the weights themselves, free to change again."""
     model = copy.deepcopy(model)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and parametrize.is_parametrized(layer, "weight"):
+    for layer in linear_layers(model):
+        if parametrize.is_parametrized(layer, "weight"):
+            weight = layer.weight.detach()
             # Not `remove_parametrizations`: the copy shares its class with the model, which would lose its weight.
-            m, n = layer.out_features, layer.in_features
-            plain = nn.utils.skip_init(nn.Linear, n, m, bias=layer.bias is not None, device=layer.weight.device)
-            plain.weight = nn.Parameter(layer.weight.detach().clone())
-            plain.bias = layer.bias
-            model.set_submodule(name, plain)
+            layer.__class__ = nn.Linear
+            del layer.parametrizations
+            layer.weight = nn.Parameter(weight)
     return model
-
-
-def batches(samples: Split, batch_size: int, seed: int) -> Iterator[Split]:
-    """Random batches of the samples, again and again."""
-    generator = seeded("relearn", seed)
-    while True:
-        order = torch.randperm(len(samples.labels), generator=generator).to(samples.labels.device)
-        for batch in order.split(batch_size):
-            yield Split(samples.images.index_select(0, batch), samples.labels[batch])
 
 
 def relearn(
@@ -43,7 +34,7 @@ def relearn(
     """Relearn time, Golatkar et al. 2020, arXiv:1911.04933: SGD on the cross entropy, all weights free.
 
     test: of the class, on which the score must reach the goal, percent; samples: a batch for every step
-    Returns the number of steps: `max_steps` where the class does not come back, None where the loss is not finite; and
+    Returns the number of steps (`max_steps` where the class does not come back, None where the loss is not finite), and
     the score before every step and after the last.
     """
     model = made_permanent(model).requires_grad_(True)

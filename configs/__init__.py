@@ -18,13 +18,13 @@ from eval import METHODS, EvalConfig
 from model import WeightGraph
 from reporter import ReporterConfig
 from runs import settings
-from runs.settings import converted, description
+from runs.settings import converted, refusal
 from trainer import GCNTrainerConfig, TrainerConfig
 
 CONFIG = Path(__file__).resolve().parent / "config.yaml"
 BASES = (CONFIG, CONFIG.with_name("methods.yaml"))
 Seed = Annotated[int, f"at least 0, at most {2**63 - 1}"]
-Asked = int | Literal["auto"]
+Asked = int | Literal["auto"]  # how many weights to zero; auto: as few as forget
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,16 @@ class Config:
             if method not in METHODS:
                 raise ValueError(f"eval.hyperparameters.{method} is not a method: valid are {', '.join(METHODS)}")
         for method in self.eval.method_names:
-            hints, values = METHODS[method].hyperparameters, self.eval.hyperparameters.get(method, {})
+            key, values = f"eval.hyperparameters.{method}", self.eval.hyperparameters.get(method, {})
+            hints = METHODS[method].hyperparameters
             if set(hints) != set(values):
                 must, has = (", ".join(names) or "none" for names in (hints, values))
-                raise ValueError(f"eval.hyperparameters.{method} must have values of {must}, not of {has}")
+                raise ValueError(f"{key} must have values of {must}, not of {has}")
             for name, hint in hints.items():
                 try:
                     converted(values[name], hint)
-                except (TypeError, ValueError):
-                    must = f"must be {description(hint)}, not {values[name]}"
-                    raise ValueError(f"eval.hyperparameters.{method}.{name} {must}") from None
+                except TypeError:
+                    raise ValueError(f"{key}.{name} must be {refusal(values[name], hint)}") from None
 
     @cached_property
     def num_vertices(self) -> int:

@@ -1,6 +1,7 @@
-"""Runs what the README's tables and pictures come from, and writes them into README.md and docs/.
+"""Measures what the pages show, and writes it between their marks: `<!-- name -->` and `<!-- /name -->`.
 
-Run it with `uv run docs/build.py`, or with the names of some blocks: `uv run docs/build.py default benchmark`.
+`uv run docs/build.py` measures everything, in more than an hour and with Fashion-MNIST; with names, as in
+`uv run docs/build.py ablation performance`, it measures those. Every measurement removes first what runs have made.
 """
 
 from __future__ import annotations
@@ -11,164 +12,199 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import correlation, fmean
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from comparison import AuditReport  # noqa: E402
-from config import load_config, load_variants  # noqa: E402
-from eval import metrics_folder  # noqa: E402
-from reporter import FORGET, RETAIN, Reporter, markdown_table  # noqa: E402
+from reporter import markdown_table  # noqa: E402
 
 REPORTS, DOCS = ROOT / "reports", ROOT / "docs"
+PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+ON_TWO = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+THREE_CLASSIFIERS = "sweep.seeds=[0, 1, 2]"
 
 
-def replace_block(text: str, name: str, content: str) -> str:
-    """The text with what stands between `<!-- name -->` and `<!-- /name -->` replaced. Raises ValueError without it."""
+def write_block(name: str, content: str) -> None:
+    """Writes to the page that has the marks. Raises ValueError where not exactly one has them."""
     block = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
-    if not block.search(text):
-        raise ValueError(f"there is no block <!-- {name} --> ... <!-- /{name} --> to write to")
-    return block.sub(lambda match: f"{match[1]}{content.strip()}\n{match[2]}", text)
+    found = [page for page in PAGES if block.search(page.read_text())]
+    if len(found) != 1:
+        raise ValueError(f"block {name!r} must stand on one page, not on {len(found)}")
+    text = block.sub(lambda match: f"{match[1]}{content.strip()}\n{match[2]}", found[0].read_text())
+    found[0].write_text(text)
 
 
-def run_config(config: str, *arguments: str, processes: int = 1) -> Path:
-    """Runs a config from a clean start and returns its path."""
-    subprocess.run(["bash", "clean.sh"], cwd=ROOT, check=True)
-    path = ROOT / "configs" / f"{config}.yaml"
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    subprocess.run([sys.executable, *torchrun, "main.py", "--config", path, *arguments], cwd=ROOT, check=True)
-    return path
-
-
-def run(config: str, *arguments: str, processes: int = 1) -> Reporter:
-    """Runs a config from a clean start and returns the reporter of its experiments."""
-    path = run_config(config, *arguments, processes=processes)
-    shutil.copy(REPORTS / "summary.md", DOCS / f"{config}.md")
-    return Reporter(load_config(path).report, sorted(metrics_folder(ROOT / "eval").glob("*.json")), REPORTS)
-
-
-def run_figures() -> tuple[float, float, list[float]]:
-    """Seconds, gigabytes and the test score of each classifier, percent, of the last run."""
-    figures = json.loads((REPORTS / "run.json").read_text())
-    return figures["total_seconds"], figures["peak_bytes"] / 1e9, list(figures["classifier_test_scores"].values())
-
-
-def timed(*arguments: str) -> float:
-    """Seconds that Python takes with these arguments."""
+def python(*arguments: str) -> float:
+    """Runs Python in the project, and returns the seconds that it took."""
     started = time.perf_counter()
     subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
     return time.perf_counter() - started
 
 
-def default() -> str:
+def run(config: str, *overrides: str, on_two: bool = False, is_clean: bool = True) -> str:
+    """Runs a config, by one process or by two; returns what to say of it: the command, the seconds and the memory."""
+    if is_clean:
+        subprocess.run(["bash", "clean.sh"], cwd=ROOT, check=True)
+    path = f"configs/{config}.yaml"
+    python(*(ON_TWO if on_two else ()), "main.py", "--config", path, *overrides)
+    figures = json.loads((REPORTS / "run.json").read_text())
+    start = "torchrun --nproc-per-node 2 main.py" if on_two else "main.py"
+    command = " ".join([start, "--config", path, *(f"'{each}'" for each in overrides)])
+    memory = f"{figures['peak_bytes'] / 1e9:.1f} GB{' a process' if on_two else ''}"
+    return f"`uv run {command}`, {figures['total_seconds']:.0f} s, {memory}"
+
+
+def experiments() -> Iterator[dict[str, Any]]:
+    """The JSON of every experiment that is there."""
+    for path in (ROOT / "eval" / "Metrics and Plots" / "metrics").glob("*.json"):
+        yield json.loads(path.read_text())
+
+
+def take_pictures(**names: str) -> None:
+    """Copies pictures of the reports: their names there, and in docs/."""
+    for theirs, ours in names.items():
+        shutil.copy(REPORTS / f"{theirs}.png", DOCS / f"{ours}.png")
+
+
+def section(heading: str) -> list[str]:
+    """The paragraphs and tables under a heading of the summary."""
+    _, found, rest = (REPORTS / "summary.md").read_text().partition(f"## {heading}\n\n")
+    if not found:
+        raise ValueError(f"reports/summary.md has no section {heading!r}")
+    return rest.partition("\n## ")[0].strip().split("\n\n")
+
+
+def cells(table: str) -> list[list[str]]:
+    """The header and the rows of a table."""
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    return [header, *rows]
+
+
+def rows_of(table: str, *methods: str) -> str:
+    """The table with the rows of these methods alone."""
+    header, *rows = cells(table)
+    return markdown_table(header, [row for row in rows if row[0] in methods])
+
+
+def columns_of(table: str, *columns: str) -> str:
+    """The table with these columns alone."""
+    header, *rows = cells(table)
+    indices = [header.index(column) for column in columns]
+    return markdown_table(columns, [[row[index] for index in indices] for row in rows])
+
+
+def all_digits() -> dict[str, str]:
+    """The table of the README, and the tables of its page."""
+    said = run("all_digits")
+    take_pictures(summary="summary_all_digits")
+    about, methods, *worst = section("Every method, kappa = auto")
+    _, efficacy = section("Mask efficacy, K = 2048")
+    (kappas,) = section("Every kappa")
+    about = f"Ten digits, three classifiers (mean ± standard deviation over them), test split. {about} {said}"
+    gcn = fmean(experiment["seconds"]["gcn"] for experiment in experiments())
+    gap = "retain score against retrain, points"
+    first = columns_of(methods, "method", "forget score, %", "retain score, %", gap, "seconds a request")
+    page = [
+        f"{about}.",
+        methods,
+        *worst,
+        "Mask efficacy: only K = 2048 weights of the layer kept, scores on the class.",
+        efficacy,
+        "Every kappa:",
+        rows_of(kappas, "mimu", "saliency"),
+    ]
+    return {
+        "headline": f"{about}; training the GCN takes {gcn:.0f} s of it for each classifier.\n\n{first}",
+        "all_digits": "\n\n".join(page),
+    }
+
+
+def default() -> dict[str, str]:
     run("config")
-    for name in ("score_forget_set", "score_retain_set"):
-        shutil.copy(REPORTS / f"{name}.png", DOCS / f"{name}.png")
-    seconds, gigabytes, (score,) = run_figures()
-    again = timed("main.py")
-    tests, faults = timed("-m", "pytest", "-q"), timed("-m", "pytest", "-q", "-m", "faults")
+    take_pictures(score_forget_set="score_forget_set", score_retain_set="score_retain_set")
+    figures = json.loads((REPORTS / "run.json").read_text())
+    (score,) = figures["classifier_test_scores"].values()
     rows = [
-        ["`uv run main.py`, wall time, s", f"{seconds:.0f}"],
-        ["the same again, nothing left to do, s", f"{again:.1f}"],
-        ["`uv run main.py`, peak memory, GB", f"{gigabytes:.1f}"],
+        ["`uv run main.py`, wall time, s", f"{figures['total_seconds']:.0f}"],
+        ["the same again, nothing left to do, s", f"{python('main.py'):.1f}"],
+        ["`uv run main.py`, peak memory, GB", f"{figures['peak_bytes'] / 1e9:.1f}"],
         ["its classifier, test score over ten digits, %", f"{score:.2f}"],
-        ["`uv run pytest`, wall time, s", f"{tests:.0f}"],
-        ["`uv run pytest -m faults`, wall time, s", f"{faults:.0f}"],
+        ["`uv run pytest`, wall time, s", f"{python('-m', 'pytest', '-q'):.0f}"],
+        ["`uv run pytest -m faults`, wall time, s", f"{python('-m', 'pytest', '-q', '-m', 'faults'):.0f}"],
     ]
-    return markdown_table(["what", "measured"], rows)
+    return {"default": markdown_table(["what", "measured"], rows)}
 
 
-def all_digits() -> str:
-    reporter = run("all_digits")
-    shutil.copy(REPORTS / "summary.png", DOCS / "summary_all_digits.png")
-    kappa, best = reporter.headline_kappa(), reporter.best_kappa()
-    seconds, gigabytes, _ = run_figures()
-    top_k = reporter.experiments[0]["top_k"]
-    return (
-        f"Ten digits, {len(reporter.seeds)} classifiers (mean ± standard deviation over them), test split. "
-        f"{reporter.about(kappa)} `uv run main.py --config configs/all_digits.yaml`, {seconds:.0f} s, "
-        f"{gigabytes:.1f} GB.\n\n"
-        f"{reporter.methods_table(kappa)}\n\n"
-        f"With one kappa for all requests, {best} (the best of the sweep on training samples), mimu's forget score is "
-        f"{reporter.value(FORGET, 'mimu', 'score', kappa=best):.2f} % and its retain score "
-        f"{reporter.value(RETAIN, 'mimu', 'score', kappa=best):.2f} %. Training the GCN takes "
-        f"{reporter.value('seconds', 'gcn', kappa=kappa):.0f} s, once for all requests.\n\n"
-        f"The worst digit of any classifier:\n\n"
-        f"{reporter.worst_table(kappa)}\n\n"
-        f"Mask efficacy: only K = {top_k} weights of the layer kept, scores on the class.\n\n"
-        f"{reporter.efficacy_table(kappa)}"
-    )
+def published() -> dict[str, str]:
+    run("published")
+    (kappas,) = section("Every kappa")
+    table = columns_of(rows_of(kappas, "mimu"), "kappa", "forget score, %", "retain score, %")
+    return {"published": table}
 
 
-def published() -> str:
-    reporter = run("published")
-    rows = [
-        [kappa, *(f"{reporter.value(key, 'mimu', 'score', kappa=kappa):.2f}" for key in (FORGET, RETAIN))]
-        for kappa in reporter.kappas
-    ]
-    return markdown_table(["kappa", "forget score, %", "retain score, %"], rows)
+def full_model() -> dict[str, str]:
+    said = run("full_model")
+    about, methods, _, layers = section("Every method, kappa = auto")
+    return {"full_model": "\n\n".join([f"Digit 9, test split. {about} {said}.", methods, layers])}
 
 
-def variants(config: str, processes: int = 1, is_drawn: bool = True) -> str:
-    """The tables of the variants of a config."""
-    run_config(config, processes=processes)
-    if is_drawn:
-        shutil.copy(REPORTS / "variants.png", DOCS / f"{config}.png")
-    seconds, gigabytes, _ = run_figures()
-    table = (REPORTS / "variants.md").read_text().partition("\n\n")[2]
-    several = processes > 1
-    start = f"torchrun --nproc-per-node {processes} main.py" if several else "main.py"
-    memory = f"{gigabytes:.1f} GB a process" if several else f"{gigabytes:.1f} GB"
-    return f"{table}\n`uv run {start} --config configs/{config}.yaml`, {seconds:.0f} s, {memory}."
+def variants(config: str, has_picture: bool = True) -> Callable[[], dict[str, str]]:
+    """The tables of the variants of a config, and their picture."""
+
+    def measure() -> dict[str, str]:
+        said = run(config, on_two=True)
+        if has_picture:
+            take_pictures(variants=config)
+        return {config: f"{variant_tables()}\n\n{said}."}
+
+    return measure
 
 
-def baselines() -> str:
+def variant_tables() -> str:
+    """What `reports/variants.md` says under its title."""
+    return (REPORTS / "variants.md").read_text().partition("\n\n")[2].strip()
+
+
+def baselines() -> dict[str, str]:
     """Every method beside retraining, on three classifiers; and what one classifier takes, in one process."""
-    run_config("baselines")
-    seconds, gigabytes, _ = run_figures()
-    report = AuditReport(run("baselines", "sweep.seeds=[0, 1, 2]", processes=2))
-    for name in ("audits", "masks", "trade_off"):
-        shutil.copy(REPORTS / f"{name}.png", DOCS / f"{name}.png")
-    return (
-        f"`uv run main.py --config configs/baselines.yaml`, one classifier, takes {seconds:.0f} s and {gigabytes:.1f} "
-        "GB. Here, three classifiers, two processes with one thread each: `uv run torchrun --nproc-per-node 2 main.py "
-        f"--config configs/baselines.yaml 'sweep.seeds=[0, 1, 2]'`, {run_figures()[0]:.0f} s.\n\n"
-        + "\n\n".join(report.tables()).replace("## ", "### ")
-    )
+    one, three = run("baselines"), run("baselines", THREE_CLASSIFIERS, on_two=True)
+    take_pictures(audits="audits", masks="masks", trade_off="trade_off")
+    parts = [f"One classifier: {one}. Here, three, by two processes with one thread each: {three}."]
+    for heading in ("Distance to retraining", "Audits", "Cost", "The methods"):
+        parts += [f"### {heading}", *section(heading)]
+    return {"baselines": "\n\n".join(parts)}
 
 
-def erasure() -> str:
+def erasure() -> dict[str, str]:
     """What methods leave in the representation, on three classifiers; and what one classifier takes."""
-    config = run_config("erasure", processes=2)
-    one_seed, gigabytes, _ = run_figures()
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "main.py", "--config", config]
-    subprocess.run([*start, "sweep.seeds=[0, 1, 2]"], cwd=ROOT, check=True)  # what is there of the first is reused
-    shutil.copy(REPORTS / "frontier.png", DOCS / "frontier.png")
-    shutil.copy(REPORTS / "variants.md", DOCS / "erasure.md")
-    tables = (REPORTS / "variants.md").read_text().partition("\n\n")[2]
-    first, second = tables.strip().split("\n\n")
-    return (
+    one = run("erasure", on_two=True)
+    more = run("erasure", THREE_CLASSIFIERS, on_two=True, is_clean=False)  # what is there of the first is reused
+    take_pictures(frontier="frontier")
+    first, second = variant_tables().split("\n\n")
+    parts = [
         "Ten digits, three classifiers (mean ± standard deviation over them), test split; kappa is chosen for each "
-        "request on the training split.\n\n"
-        f"{first}\n\n"
+        "request on the training split.",
+        first,
         "What is left in the representation: recall of the class by each probe against that of the same probe on the "
         "retrained classifier, points; and the steps of relearning from 1, 10 and 100 samples of every class, at most "
-        f"{load_variants(config)['hidden'].eval.audit.relearn_steps}.\n\n"
-        f"{second}\n\n{reference_agreement()}\n\n"
-        "`uv run torchrun --nproc-per-node 2 main.py --config configs/erasure.yaml`, one classifier, takes "
-        f"{one_seed:.0f} s and {gigabytes:.1f} GB a process; with `'sweep.seeds=[0, 1, 2]'` behind it the two others "
-        f"take {run_figures()[0]:.0f} s more."
-    )
+        "100.",
+        second,
+        reference_agreement(),
+        f"One classifier: {one}. The two others after it: {more}.",
+    ]
+    return {"erasure": "\n\n".join(parts)}
 
 
 def reference_agreement() -> str:
     """How well the regression on the pixels tells what it finds in the representation of a retrained classifier."""
-    experiments = [json.loads(path.read_text()) for path in metrics_folder(ROOT / "eval").glob("*.json")]
-    recalls = [each["training_recall"] for each in experiments if "retrain" in each["training_recall"]]
-    pixels, retrained, original = ([each[key] for each in recalls] for key in ("pixels", "retrain", "original"))
+    audited = [e["audit_metrics"] for e in experiments() if "retrain" in e["audit_metrics"]]
+    recalls = [{name: audits["ridge_recall"] for name, audits in each.items()} for each in audited]
+    pixels = [each["retrain"]["pixels"] for each in recalls]
+    retrained, original = ([each[name]["representation"] for each in recalls] for name in ("retrain", "original"))
     differences = [a - b for a, b in zip(pixels, retrained)]
     return (
         f"The regression of the stopping rule finds a class in {fmean(retrained):.1f} % of the training samples in the "
@@ -179,49 +215,34 @@ def reference_agreement() -> str:
     )
 
 
-def pretrain() -> str:
+def pretrain() -> dict[str, str]:
     """What training the pretrained GCN takes; it takes the place of the tracked one."""
-    started = time.perf_counter()
-    run_config("pretrain", "--pretrain")
+    subprocess.run(["bash", "clean.sh"], cwd=ROOT, check=True)
+    seconds = python("main.py", "--config", "configs/pretrain.yaml", "--pretrain")
     kilobytes = (ROOT / "checkpoints" / "pretrained" / "gcn.pt").stat().st_size / 1000
-    return f"It takes {time.perf_counter() - started:.0f} s and {kilobytes:.0f} KB."
+    return {"pretrain": f"It takes {seconds:.0f} s and {kilobytes:.0f} KB."}
 
 
-def full_model() -> str:
-    reporter = run("full_model")
-    kappa = reporter.headline_kappa()
-    seconds, gigabytes, _ = run_figures()
-    return (
-        f"Digit 9, test split. {reporter.about(kappa)} `uv run main.py --config configs/full_model.yaml`, "
-        f"{seconds:.0f} s, {gigabytes:.1f} GB.\n\n{reporter.methods_table(kappa)}\n\n{reporter.layers_table(kappa)}"
-    )
+def two_processes() -> dict[str, str]:
+    """The sweep that `all_digits` measures with one process, by two."""
+    return {"two_processes": f"On the same two cores: {run('all_digits', on_two=True)}."}
 
 
-def benchmark() -> str:
+def benchmark() -> dict[str, str]:
     done = subprocess.run([sys.executable, "tests/benchmark.py"], cwd=ROOT, check=True, capture_output=True, text=True)
-    return done.stdout
+    return {"benchmark": done.stdout}
 
 
-def two_processes() -> str:
-    """The same sweep by two processes, beside what `all_digits` has measured with one."""
-    run_config("all_digits", processes=2)
-    seconds, gigabytes, _ = run_figures()
-    return (
-        f"`uv run torchrun --nproc-per-node 2 main.py --config configs/all_digits.yaml` takes {seconds:.0f} s and at "
-        f"most {gigabytes:.1f} GB a process on the same two cores."
-    )
-
-
-BLOCKS: dict[str, Callable[[], str]] = {
+MEASUREMENTS: dict[str, Callable[[], dict[str, str]]] = {
     "pretrain": pretrain,
-    "transfer": lambda: variants("transfer", processes=2),
-    "transfer_fashion": lambda: variants("transfer_fashion", processes=2),
-    "ablation": lambda: variants("ablation", processes=2),
+    "transfer": variants("transfer"),
+    "transfer_fashion": variants("transfer_fashion"),
+    "ablation": variants("ablation"),
     "baselines": baselines,
     "full_model": full_model,
+    "full_model_ablation": variants("full_model_ablation"),
     "erasure": erasure,
-    "erasure_ablation": lambda: variants("erasure_ablation", processes=2, is_drawn=False),
-    "full_model_ablation": lambda: variants("full_model_ablation", processes=2),
+    "erasure_ablation": variants("erasure_ablation", has_picture=False),
     "published": published,
     "all_digits": all_digits,
     "two_processes": two_processes,
@@ -230,7 +251,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
 }
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or BLOCKS:
-        content = BLOCKS[name]()
-        readme = ROOT / "README.md"
-        readme.write_text(replace_block(readme.read_text(), name, content))
+    for measurement in sys.argv[1:] or MEASUREMENTS:
+        for name, content in MEASUREMENTS[measurement]().items():
+            write_block(name, content)

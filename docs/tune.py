@@ -1,7 +1,7 @@
 """Tries candidates for the hyperparameters of every method on held-out training samples, and writes docs/tuning.md.
 
 Run it with `uv run docs/tune.py`, or with the names of some methods, the others staying as they are written:
-`uv run docs/tune.py sft scrub`. What it chooses stands in configs/config.yaml.
+`uv run docs/tune.py sft scrub`. What it chooses stands in configs/config.yaml (sft) and configs/methods.yaml.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,21 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
-from audits import Seen, jensen_shannon, look_at  # noqa: E402
-from config import load_config  # noqa: E402
+from audits.predictions import Seen, jensen_shannon, look_at  # noqa: E402
+from configs import load_config  # noqa: E402
 from data import NUM_CLASSES, GraphGenerator, load_image_data, number_of_weights  # noqa: E402
-from methods import METHODS, Request  # noqa: E402
+from eval import Request, answer  # noqa: E402
 from reporter import markdown_table  # noqa: E402
 from trainer import TrainedGCN, Trainer, TrainingError  # noqa: E402
+
+Values = dict[str, int | float]  # of the hyperparameters of a method
 
 
 @dataclass(frozen=True)
 class Trial:
     """What a candidate comes to, mean over the digits: scores in percent, distance to retraining in bits."""
 
-    values: dict[str, int | float]
+    values: Values
     forget: float
     retain: float
     distance: float
@@ -47,36 +49,39 @@ class Tuning:
     def __init__(self, settings: dict[str, Any]) -> None:
         config, seed = load_config(), settings["seed"]
         self.settings = settings
-        self.data = load_image_data(config.dataset, ROOT / "datasets", "cpu", settings["held_out"])
+        data = load_image_data(config.dataset, ROOT / "datasets", "cpu", settings["held_out"])
+        self.held_out = data.test
         trainer = Trainer(config.classifier, seed)
-        classifier = trainer.train(self.data.train, NUM_CLASSES)
-        graphs = GraphGenerator(classifier, self.data.train, config.graphs, seed)
+        classifier = trainer.train(data.train, NUM_CLASSES)
+        graphs = GraphGenerator(classifier, data.train, config.graphs, seed)
         top_k = number_of_weights(config.sweep.top_k[0], graphs.graph.num_vertices)
         gcn = TrainedGCN.load().gcn
-        self.arguments = [
-            (config.eval, classifier, trainer, self.data.train, graphs, gcn, digit, top_k, seed)
+        self.requests = [
+            Request(config.eval, classifier, trainer, data.train, graphs, gcn, digit, top_k, seed, "auto")
             for digit in range(graphs.num_classes)
         ]
-        self.retrained = [self.seen(METHODS["retrain"].unlearn(Request(*each))) for each in self.arguments]
+        self.retrained = [self.seen(answer(request, "retrain").model) for request in self.requests]
         original = self.seen(classifier)
         scores = [self.scores(original, digit)[1] for digit in range(graphs.num_classes)]
         self.smallest_retain = sum(scores) / len(scores) - settings["largest_retain_loss"]
 
     def seen(self, model: nn.Module) -> Seen:
-        return look_at(model, self.data.test)
+        """What a classifier does with the held-out samples."""
+        return look_at(model, self.held_out)
 
     def scores(self, seen: Seen, digit: int) -> tuple[float, float]:
         """Forget and retain score, percent."""
         is_forget = seen.labels == digit
         return 100 * seen.correct[is_forget].mean().item(), 100 * seen.correct[~is_forget].mean().item()
 
-    def trial(self, method: str, values: dict[str, int | float]) -> Trial:
+    def trial(self, method: str, values: Values) -> Trial:
+        """Lets a method with these hyperparameters answer the requests; a candidate that diverges keeps nothing."""
         figures = []
-        for digit, (arguments, retrained) in enumerate(zip(self.arguments, self.retrained)):
-            request = Request(*arguments).at(1, is_auto=True)
-            hyperparameters = request.config.hyperparameters.get(method, {}) | values
+        for digit, (request, retrained) in enumerate(zip(self.requests, self.retrained)):
+            given = request.config.hyperparameters
+            config = replace(request.config, hyperparameters=given | {method: given.get(method, {}) | values})
             try:
-                seen = self.seen(METHODS[method].unlearn(request, **hyperparameters))
+                seen = self.seen(answer(replace(request, config=config, orders={}), method).model)
             except TrainingError:
                 return Trial(values, 100.0, 0.0, math.inf)
             parts = [seen.labels == digit, seen.labels != digit]
@@ -94,7 +99,7 @@ class Tuning:
         return min(trials, key=rank)
 
 
-def candidates(rounds: list[dict[str, list[int | float]]]) -> Iterator[dict[str, int | float]]:
+def candidates(rounds: list[dict[str, list[int | float]]]) -> Iterator[Values]:
     """Every combination of the values of each grid."""
     for grid in rounds:
         for values in itertools.product(*grid.values()):
@@ -108,9 +113,8 @@ def row(method: str, trial: Trial, mark: str) -> list[str]:
 
 def main(methods: list[str]) -> None:
     settings = yaml.safe_load((DOCS / "tuning.yaml").read_text())
-    table = DOCS / "tuning.md"
-    lines = table.read_text().splitlines()[4:] if table.exists() else []
-    written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    page = DOCS / "tuning.md"
+    written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines()[4:]]
     tuning = Tuning(settings)
     rows = []
     for method, rounds in settings["candidates"].items():
@@ -122,7 +126,8 @@ def main(methods: list[str]) -> None:
         rows += [row(method, trial, "chosen" if trial is best else "") for trial in trials]
         print("\n".join(" ".join(each) for each in rows[-len(trials) :]), flush=True)
     header = ["method", "hyperparameters", "forget score, %", "retain score, %", "distance to retraining, bits", ""]
-    table.write_text(f"# Every candidate\n\n{markdown_table(header, rows, texts=2)}\n")
+    title = "# Every candidate of docs/tuning.yaml, as `uv run docs/tune.py` tried it"
+    page.write_text(f"{title}\n\n{markdown_table(header, rows, texts=2)}\n")
 
 
 if __name__ == "__main__":

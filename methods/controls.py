@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from data import NonNegative
 from eval import Request, unlearning_method
 from model import Mask, WeightGraph
-from trainer import Trainer, Zeroing, contrast, mask_of, request_samples
+from trainer import Zeroing, contrast, mask_of, request_samples
+
+further = partial(unlearning_method, in_default_run=False)
+MOZER = "after Mozer and Smolensky 1988, NIPS"
 
 
 def saliency_scores(
@@ -22,9 +26,7 @@ def saliency_scores(
 
     The first term is the first-order fall of the margin, the bracket the second-order fall of the loss, with the Fisher
     information for the curvature; E_r is the mean over the other classes, weighted by damage as in `contrast`. a is the
-    auxiliary feature of the weight: what else is asked of a mask.
-
-    step, zeroed: as a ranking takes them (`trainer.ZeroingOrder`)
+    auxiliary feature of the weight. step, zeroed: as a ranking takes them (`trainer.ZeroingOrder`).
     """
     graphs, label = request.graphs, request.forget_class
     samples, mask = request_samples(request.config, graphs, request.seed, label, step), mask_of(graphs, zeroed)
@@ -34,8 +36,7 @@ def saliency_scores(
     fall_of_loss[label] = 0
     scores = features["margin"][label] + retain_weight * -contrast(fall_of_loss, damage)[label]
     if auxiliary_weight:
-        (feature,) = graphs.auxiliary.feature(samples, [label], mask)
-        scores += auxiliary_weight * feature
+        scores += auxiliary_weight * graphs.auxiliary.feature(samples, [label], mask)[0]
     return scores
 
 
@@ -47,21 +48,16 @@ def saliency(request: Request, *, retain_weight: NonNegative, auxiliary_weight: 
     return request.in_steps("saliency", partial(saliency_scores, request, retain_weight, asked))
 
 
-def largest_vertices(request: Request, count: int) -> Tensor:
-    """The vertices of the masked weights that are largest in magnitude, (count)."""
-    return torch.cat([weight.flatten() for weight in request.graphs.weights()]).abs().topk(count).indices
+def largest(request: Request, count: int | None = None) -> Tensor:
+    """The vertices of the masked weights that are largest in magnitude, (count); None: the top K."""
+    magnitudes = torch.cat([weight.flatten() for weight in request.graphs.weights()]).abs()
+    return magnitudes.topk(request.top_k if count is None else count).indices
 
 
-@unlearning_method(
-    "magnitude",
-    uses_kappa=True,
-    most_needed=lambda request: largest_vertices(request, request.top_k),
-    touches="a mask",
-    needs="nothing",
-)
+@unlearning_method("magnitude", uses_kappa=True, most_needed=largest, touches="a mask", needs="nothing")
 def magnitude(request: Request) -> Mask:
     """The second control: the kappa largest weights of the same layers."""
-    return request.zeroing(largest_vertices(request, request.kappa))
+    return request.zeroing(largest(request, request.kappa))
 
 
 def removal_effect(request: Request) -> Tensor:
@@ -70,30 +66,23 @@ def removal_effect(request: Request) -> Tensor:
     return -features["effect"]
 
 
-MOZER = "after Mozer and Smolensky 1988, NIPS"
-
-
-@unlearning_method(
-    "first_order", uses_kappa=True, paper=MOZER, touches="a mask", needs="forget set", in_default_run=False
-)
+@further("first_order", uses_kappa=True, paper=MOZER, touches="a mask", needs="forget set")
 def first_order(request: Request) -> Zeroing:
     """All at once, the weights whose removal raises the forget class's loss most to first order, by -w dL/dw."""
-    return request.in_steps(
-        "first_order", lambda step, zeroed: removal_effect(request)[request.forget_class], all_at_once=True
-    )
+    return request.in_steps("first_order", lambda *_: removal_effect(request)[request.forget_class], all_at_once=True)
 
 
-@unlearning_method("saliency_contrast", uses_kappa=True, paper=MOZER, touches="a mask", in_default_run=False)
+@further("saliency_contrast", uses_kappa=True, paper=MOZER, touches="a mask")
 def saliency_contrast(request: Request) -> Zeroing:
     """All at once, by the first-order saliency on the forget class less its mean over the retain classes."""
-    return request.in_steps(
-        "saliency_contrast",
-        lambda step, zeroed: contrast(removal_effect(request))[request.forget_class],
-        all_at_once=True,
-    )
+
+    def ranking(step: int, zeroed: Tensor) -> Tensor:
+        return contrast(removal_effect(request))[request.forget_class]
+
+    return request.in_steps("saliency_contrast", ranking, all_at_once=True)
 
 
-@unlearning_method("output_row", touches="a mask", needs="nothing", in_default_run=False)
+@further("output_row", touches="a mask", needs="nothing")
 def output_row(request: Request) -> Mask:
     """The trivial mask: the forget class's row of the output layer, so that its logit is always 0 (or its bias)."""
     output_layer = WeightGraph(request.graphs.classifier.shapes, -1)
@@ -101,27 +90,19 @@ def output_row(request: Request) -> Mask:
     return request.zeroing(vertices[request.forget_class], output_layer)
 
 
-class WithoutLogit(nn.Module):
-    """A classifier that gives one class the probability 0."""
-
-    def __init__(self, classifier: nn.Module, forget_class: int) -> None:
-        super().__init__()
-        self.classifier = classifier
-        self.forget_class = forget_class
-
-    def forward(self, images: Tensor) -> Tensor:
-        removed = torch.tensor([self.forget_class], device=images.device)
-        return self.classifier(images).index_fill(1, removed, float("-inf"))
-
-
-@unlearning_method("logit_removed", touches="the output", needs="nothing", in_default_run=False)
+@further("logit_removed", touches="the output", needs="nothing")
 def logit_removed(request: Request) -> nn.Module:
     """The trivial filter: the forget class's logit is minus infinity, all weights stay."""
-    return WithoutLogit(request.classifier, request.forget_class)
+
+    def removed(module: nn.Module, images: tuple[Tensor], logits: Tensor) -> Tensor:
+        return logits.index_fill(1, torch.tensor([request.forget_class], device=logits.device), float("-inf"))
+
+    classifier = request.classifier
+    classifier.register_forward_hook(removed)
+    return classifier
 
 
-@unlearning_method("retrain_again", needs="retain set", in_default_run=False)
+@further("retrain_again", needs="retain set")
 def retrain_again(request: Request) -> nn.Module:
     """Retrained from other initial weights: how far two classifiers are apart that never saw the class."""
-    trainer = Trainer(request.trainer.config, request.other_seed)
-    return trainer.train(request.retain, request.graphs.num_classes)
+    return replace(request.trainer, seed=request.other_seed).train(request.retain, request.graphs.num_classes)

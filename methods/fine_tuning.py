@@ -1,20 +1,16 @@
-"""Published ways to forget by changing all weights, each in its published form; the tables name what each needs."""
+"""Published ways to forget by training, each in its published form; the tables name what each needs."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Count, NonNegative, Positive, Share, Split, seeded, seeded_initialisation
-from eval import Request, unlearning_method
-from model import HookedMNISTClassifier
-from trainer import check_finite, learn, other_labels
-
-published = partial(unlearning_method, in_default_run=False)
+from eval import Request
+from methods.controls import further
+from model import HookedMNISTClassifier, Mask
+from trainer import check_finite, forgetting_loss, learn, masked_weights, other_labels
 
 
 def joined(*splits: Split) -> Split:
@@ -23,9 +19,7 @@ def joined(*splits: Split) -> Split:
 
 def random_part(split: Split, share: Share, generator: torch.Generator) -> Split:
     """A random share of the samples."""
-    order = torch.randperm(len(split.labels), generator=generator).to(split.labels.device)
-    kept = order[: round(share * len(order))]
-    return Split(split.images.index_select(0, kept), split.labels[kept])
+    return next(split.batches(max(1, round(share * len(split.labels))), generator))
 
 
 def with_random_labels(request: Request) -> Split:
@@ -43,14 +37,14 @@ def sgd(classifier: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(classifier.parameters(), learning_rate, momentum=0.9)
 
 
-@published("fine_tune", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="retain set")
+@further("fine_tune", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="retain set")
 def fine_tune(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
     """Fine-tuning on the retain set alone (SGD with momentum): the class fades as it is no longer seen."""
     classifier, generator = request.classifier, seeded("fine_tune", request.seed, request.forget_class)
     return learn(classifier, request.retain, epochs, batch_size, sgd(classifier, learning_rate), generator)
 
 
-@published("random_labels", paper="Graves et al. 2021, arXiv:2010.10981")
+@further("random_labels", paper="Graves et al. 2021, arXiv:2010.10981")
 def random_labels(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
     """Fine-tuning of the whole network (SGD with momentum) on the retain set and the relabelled forget set together."""
     classifier, generator = request.classifier, seeded("random_labels", request.seed, request.forget_class)
@@ -58,37 +52,26 @@ def random_labels(request: Request, *, epochs: Count, batch_size: Count, learnin
     return learn(classifier, samples, epochs, batch_size, sgd(classifier, learning_rate), generator)
 
 
-@published("gradient_ascent", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="forget set")
+@further("gradient_ascent", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="forget set")
 def gradient_ascent(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
     """Negative gradient: ascent of the cross entropy on the forget set (SGD)."""
     classifier, generator = request.classifier, seeded("gradient_ascent", request.seed, request.forget_class)
-    optimizer = torch.optim.SGD(classifier.parameters(), learning_rate)
-
-    def loss(images: Tensor, labels: Tensor) -> Tensor:
-        return -F.cross_entropy(classifier(images), labels)
-
-    return learn(classifier, request.forget, epochs, batch_size, optimizer, generator, loss)
+    optimizer = torch.optim.SGD(classifier.parameters(), learning_rate, maximize=True)
+    return learn(classifier, request.forget, epochs, batch_size, optimizer, generator)
 
 
-def endlessly(split: Split, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """The samples again and again, in random batches: images (batch, 784), labels (batch)."""
-    while True:
-        for batch in torch.randperm(len(split.labels), generator=generator).to(split.labels.device).split(batch_size):
-            yield split.images.index_select(0, batch), split.labels[batch]
-
-
-@published("neg_grad_plus", paper="Kurmanji et al. 2023, arXiv:2302.09880")
+@further("neg_grad_plus", paper="Kurmanji et al. 2023, arXiv:2302.09880")
 def neg_grad_plus(
     request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive, retain_weight: Share
 ) -> nn.Module:
     """NegGrad+: descent on the retain set and ascent on the forget set in one loss, a L_retain - (1 - a) L_forget."""
     classifier, generator = request.classifier, seeded("neg_grad_plus", request.seed, request.forget_class)
-    forget = endlessly(request.forget, batch_size, generator)
+    forget = request.forget.batches(batch_size, generator)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
-        forget_images, forget_labels = next(forget)
+        batch = next(forget)
         on_retain = F.cross_entropy(classifier(images), labels)
-        on_forget = F.cross_entropy(classifier(forget_images), forget_labels)
+        on_forget = F.cross_entropy(classifier(batch.images), batch.labels)
         return retain_weight * on_retain - (1 - retain_weight) * on_forget
 
     return learn(classifier, request.retain, epochs, batch_size, sgd(classifier, learning_rate), generator, loss)
@@ -108,7 +91,7 @@ def fisher_information(classifier: HookedMNISTClassifier, split: Split) -> list[
     return [total / len(split.labels) for total in totals]
 
 
-@published("ssd", paper="Foster et al. 2023, arXiv:2308.07707")
+@further("ssd", paper="Foster et al. 2023, arXiv:2308.07707")
 @torch.no_grad()
 def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> nn.Module:
     """Selective synaptic dampening: weights with F_forget > selection F_all shrink by dampening F_all / F_forget.
@@ -124,7 +107,7 @@ def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> 
     return classifier
 
 
-@published("salun", paper="Fan et al. 2023, arXiv:2310.12508")
+@further("salun", paper="Fan et al. 2023, arXiv:2310.12508")
 def salun(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive, share: Share) -> nn.Module:
     """SalUn: fine-tuning with random labels of the share of weights alone that has the largest forget gradient."""
     classifier, generator = request.classifier, seeded("salun", request.seed, request.forget_class)
@@ -136,7 +119,7 @@ def salun(request: Request, *, epochs: Count, batch_size: Count, learning_rate: 
     return learn(classifier, samples, epochs, batch_size, optimizer, generator, trainable=trainable)
 
 
-@published("scrub", paper="Kurmanji et al. 2023, arXiv:2302.09880")
+@further("scrub", paper="Kurmanji et al. 2023, arXiv:2302.09880")
 def scrub(
     request: Request,
     *,
@@ -152,20 +135,16 @@ def scrub(
     KL(original || student) is maximised on the forget set; on the retain set its weighted sum with the cross entropy is
     minimised (Adam). The temperature of both is 1.
     """
-    classifier, teacher, generator = (
-        request.classifier,
-        request.classifier,
-        seeded("scrub", request.seed, request.forget_class),
-    )
+    classifier, generator = request.classifier, seeded("scrub", request.seed, request.forget_class)
     optimizer = torch.optim.Adam(classifier.parameters(), learning_rate)
 
     def apart(images: Tensor, labels: Tensor) -> Tensor:
-        return -divergence(classifier(images), teacher(images).detach())
+        return -divergence(classifier(images), request.original(images).detach())
 
     def together(images: Tensor, labels: Tensor) -> Tensor:
         logits = classifier(images)
-        from_teacher = divergence(logits, teacher(images).detach())
-        return divergence_weight * from_teacher + label_weight * F.cross_entropy(logits, labels)
+        from_original = divergence(logits, request.original(images).detach())
+        return divergence_weight * from_original + label_weight * F.cross_entropy(logits, labels)
 
     forget, retain = request.forget, request.retain
     for epoch in range(epochs):
@@ -175,25 +154,20 @@ def scrub(
     return classifier
 
 
-def random_teacher(request: Request) -> HookedMNISTClassifier:
-    """A classifier of the same shape that was never trained, from other initial weights than the original's."""
-    config, in_features = request.trainer.config, request.train.images.shape[1]
-    with seeded_initialisation(request.other_seed):
-        teacher = HookedMNISTClassifier(config.hidden_sizes, in_features, request.graphs.num_classes, config.bias)
-    return teacher.to(request.train.images.device)
-
-
-@published("bad_teacher", paper="Chundawat et al. 2022, arXiv:2205.08096")
+@further("bad_teacher", paper="Chundawat et al. 2022, arXiv:2205.08096")
 def bad_teacher(
     request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive, retain_share: Share
 ) -> nn.Module:
     """Bad teaching: towards a random classifier on the forget set, the original on a part of the retain set (Adam)."""
-    classifier, good, bad = request.classifier, request.classifier, random_teacher(request)
-    generator = seeded("bad_teacher", request.seed, request.forget_class)
+    classifier, generator = request.classifier, seeded("bad_teacher", request.seed, request.forget_class)
+    config, in_features = request.trainer.config, request.train.images.shape[1]
+    with seeded_initialisation(request.other_seed):
+        random = HookedMNISTClassifier(config.hidden_sizes, in_features, request.graphs.num_classes, config.bias)
+    random = random.to(request.train.images.device)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         is_forget = labels == request.forget_class
-        target = torch.where(is_forget[:, None], bad(images), good(images)).detach()
+        target = torch.where(is_forget[:, None], random(images), request.original(images)).detach()
         return divergence(classifier(images), target)
 
     samples = joined(random_part(request.retain, retain_share, generator), request.forget)
@@ -201,7 +175,7 @@ def bad_teacher(
     return learn(classifier, samples, epochs, batch_size, optimizer, generator, loss)
 
 
-@published("unsir", paper="Tarun et al. 2021, arXiv:2111.08947", needs="retain set")
+@further("unsir", paper="Tarun et al. 2021, arXiv:2111.08947", needs="retain set")
 def unsir(
     request: Request,
     *,
@@ -235,3 +209,48 @@ def unsir(
     for samples, learning_rate in ((joined(retain, noisy), impair_rate), (retain, repair_rate)):
         learn(classifier, samples, 1, batch_size, torch.optim.Adam(classifier.parameters(), learning_rate), generator)
     return classifier
+
+
+@further("optimised_mask", paper="after Mallya et al. 2018, arXiv:1801.06519", touches="a mask")
+def optimised_mask(
+    request: Request,
+    *,
+    steps: Count,
+    samples: Count,
+    learning_rate: Positive,
+    forget_weight: NonNegative,
+    sparsity: NonNegative,
+    auxiliary_weight: NonNegative,
+) -> Mask:
+    """A mask of the same layers trained for this class alone: Adam on a real number per weight, kept where above 0.
+
+    Backwards through the threshold as through a sigmoid. The loss is that of the masking GCN: without the class
+    -log(1 - p(d)) on the forget set, the original's predictions without d on the retain set, and the auxiliary term
+    where there is one; plus the share of the weights that go, weighted by sparsity.
+    """
+    graphs, classifier, d = request.graphs, request.classifier, request.forget_class
+    first, generator = graphs.graph.layers[0], seeded("optimised_mask", request.seed, d)
+    with torch.no_grad():
+        predictions = classifier(graphs.inputs, first)
+    without_class = predictions.index_fill(1, torch.tensor([d], device=predictions.device), float("-inf")).softmax(1)
+    numbers = torch.ones(graphs.graph.num_vertices, device=graphs.labels.device, requires_grad=True)
+    optimizer = torch.optim.Adam([numbers], learning_rate)
+    for step in range(steps):
+        soft = numbers.sigmoid()
+        keep = (numbers > 0).float() + soft - soft.detach()
+        chosen = graphs.draw(max(1, samples // graphs.num_classes), generator)
+        flat = chosen.flatten()
+        weights = masked_weights(classifier, graphs.graph, keep[None])
+        features, logits = classifier.outputs(graphs.inputs[flat], first, weights)
+        log_p = logits[0].log_softmax(1)
+        is_forget = graphs.labels[flat] == d
+        forget = forgetting_loss(log_p[is_forget, d].exp())
+        retain = -(without_class[flat] * log_p).sum(1)[~is_forget].mean()
+        loss = forget_weight * forget + retain + sparsity * (1 - keep).mean()
+        if graphs.auxiliary and (weight := auxiliary_weight * graphs.auxiliary.weight):
+            loss = loss + weight * graphs.auxiliary.loss(features.view(1, *chosen.shape, -1), [d])
+        check_finite({"loss of the mask": loss.item()}, step, "eval.hyperparameters.optimised_mask")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return request.zeroing((numbers <= 0).nonzero()[:, 0])

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,6 @@ except ImportError:  # Windows
 
 PARTIAL = ".mimu-partial"  # how files end that are not whole yet
 CHECKSUM_SIZE = 64
-NOT_THERE = "not there yet"
-NOT_THERE = "not there yet"
 
 
 class InputError(ValueError):
@@ -135,14 +133,10 @@ def code_of(root: Path, patterns: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file of a run and what it depends on: with any of that changed it is another, and made anew.
-
-    made_by: `settings`, the part of the config with the seed; `code`, a hash for every source file; `data`, a checksum
-        for every file of the data set; `torch`, the version. All as JSON holds it.
-    """
+    """A file of a run, and a digest of all that decides what is in it: with any of that changed it is made anew."""
 
     path: Path
-    made_by: dict[str, Any]
+    made_by: str
 
     def save(self, content: dict[str, Any]) -> None:
         save(self.path, content | {"made_by": self.made_by})
@@ -150,33 +144,16 @@ class Artifact:
     def load(self) -> dict[str, Any]:
         """The content. Raises ArtifactError where it is not there, damaged, or made by something else."""
         content = load(self.path)
-        if difference := changes(content.get("made_by"), self.made_by):
-            raise ArtifactError(f"{self.path}: {difference}")
+        if content.get("made_by") != self.made_by:
+            raise ArtifactError(f"{self.path}: was made by other settings, code or data")
         return content
 
-    def why_not(self) -> str:
-        """Why it has to be made, in a few words; nothing where it is there as it would be made."""
-        if not self.path.exists():
-            return NOT_THERE
-        try:
-            content = load(self.path)
-        except ArtifactError:
-            return "damaged"
-        return changes(content.get("made_by"), self.made_by)
-
-
-def changes(before: Any, now: dict[str, Any]) -> str:
-    """What differs between two `made_by`, in a few words."""
-    if before == now:
-        return ""
-    if not isinstance(before, dict) or set(before) != set(now):
-        return "made by another version"
-    if not now["data"]:
-        return "data set not there"
-    if before["code"] != now["code"]:
-        files = sorted({name for name, _ in before["code"].items() ^ now["code"].items()})
-        return f"{', '.join(files)} changed"
-    return f"{', '.join(name for name in now if before[name] != now[name])} changed"
+    @property
+    def is_there(self) -> bool:
+        """Whether it is there, whole, and as it would be made."""
+        with suppress(ArtifactError):
+            return bool(self.load())
+        return False
 
 
 @contextmanager

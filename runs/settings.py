@@ -169,8 +169,6 @@ def constructed(kind: type[Kind], values: dict[str, Any], origins: dict[str, str
             raise ConfigError(f"{origins['']}: {prefix}{name} is missing: it must be {description(hint)}")
     try:
         return kind(**arguments)
-    except ConfigError:
-        raise
     except ValueError as error:
         key = f"{prefix}{str(error).split()[0].rstrip(':,')}"
         raise ConfigError(f"{origins.get(key, origins[''])}: {prefix}{error}") from None

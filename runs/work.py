@@ -6,14 +6,14 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runs.files import NOT_THERE, Artifact
+from runs.files import Artifact
 from runs.log import Log
 from runs.processes import Processes
 
@@ -44,12 +44,9 @@ class Work:
         """The content of a file: as it is there, or made and written by the first process that asks for it."""
 
         def make_it() -> None:
-            why = artifact.why_not()
-            if not why:
+            if artifact.is_there:
                 self.log(f"{name}: reused")
                 return
-            if why != NOT_THERE:
-                self.log(f"{name}: {why}, made anew")
             with self.stage(name):
                 artifact.save(make())
 
@@ -57,15 +54,9 @@ class Work:
         return artifact.load()
 
 
-def reasons(artifacts: Iterable[Artifact]) -> Counter[str]:
-    """How many of the files have to be made, by the reason; under "" how many are there as they would be made."""
-    return Counter(artifact.why_not() for artifact in artifacts)
-
-
-def in_words(counts: Counter[str]) -> str:
-    """The numbers of `reasons` as people read them."""
-    missing = [f"{count} {why}" for why, count in counts.items() if why]
-    return f"{counts['']} of {counts.total()} files are there; {', '.join(missing) or 'nothing left to make'}"
+def how_many(artifacts: Sequence[Artifact]) -> str:
+    """How many of the files are there as they would be made, in words."""
+    return f"{sum(each.is_there for each in artifacts)} of {len(artifacts)} files are there"
 
 
 def describe_machine() -> str:

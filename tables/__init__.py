@@ -7,11 +7,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from reporter import Reporter, ReporterConfig
+from reporter import FORGET_SCORE, RETAIN_GAP, Reporter, ReporterConfig
 from runs.files import slug
-from tables.pictures import draw_masks, draw_trade_off
+from tables.pictures import draw_masks, draw_plane
 from tables.retraining import AuditReport
-from tables.variants import Comparison
+from tables.variants import compare
 
 CURVES = [f"{metric}_{part}_set.png" for metric in ("loss", "score") for part in ("forget", "retain")]
 PICTURES = ["probability_on_forget_class.png", "summary.png", "trade_off.png", "masks.png", "audits.png"]
@@ -37,18 +37,17 @@ def report(results: Sequence[Result], folder: Path) -> list[str]:
         paths.setdefault((result.variant, result.top_k), []).extend(result.paths)
     reporters = {}
     for variant, top_k in paths:
-        several = sum(other == variant for other, _ in paths) > 1
-        parts = [f"variants/{slug(variant)}"] * bool(variant) + [f"top_k_{top_k}"] * several
-        name = ", ".join([variant] * bool(variant) + [f"top-K {top_k}"] * several)
-        reporters[name] = Reporter(results[0].config, paths[variant, top_k], folder.joinpath(*parts))
+        parts = {variant: f"variants/{slug(variant)}"} if variant else {}
+        if sum(other == variant for other, _ in paths) > 1:
+            parts[f"top-K {top_k}"] = f"top_k_{top_k}"
+        place = folder.joinpath(*parts.values())
+        reporters[", ".join(parts)] = Reporter(results[0].config, paths[variant, top_k], place)
     has_variants = any(result.variant for result in results)
     for reporter in reporters.values():
         draw_alone(reporter, with_curves=not has_variants)
     if not has_variants:
         return [reporter.closing_table() for reporter in reporters.values()]
-    comparison = Comparison(reporters, folder)
-    comparison.plot()
-    return comparison.tables()
+    return compare(reporters, folder)
 
 
 def draw_alone(reporter: Reporter, with_curves: bool) -> None:
@@ -61,7 +60,7 @@ def draw_alone(reporter: Reporter, with_curves: bool) -> None:
         return reporter.write_summary(sections)
     reporter.plot(sections)
     if reporter.retrained and (audits or not reporter.kappas):
-        draw_trade_off(reporter)
+        draw_plane([reporter], (FORGET_SCORE, RETAIN_GAP), reporter.folder / "trade_off.png", linear=1.0)
     if len(reporter.digits) > 1 and len(reporter.experiments[0]["mask_shapes"]) == 1:
         draw_masks(reporter)
 

@@ -85,15 +85,12 @@ def draw_weights(figure: Figure, histograms: list[dict[str, Any]], styles: Style
 
 
 FORGETTING = "Forgetting digit {forget_digit}, kappa = {kappa}"
+KEPT = "Digit {forget_digit}, K = {top_k} weights kept (original: all)"
 # Name of every plot: its title, what it shows of the JSON, and how.
 PLOTS: dict[str, tuple[str, str, Callable[[Figure, Any, Styles], None]]] = {
     "unlearning": (f"{FORGETTING}: forget set", FORGET, draw_bars),
     "performance_degradation": (f"{FORGETTING}: retain set", RETAIN, draw_bars),
-    "mask_efficacy": (
-        "Digit {forget_digit}, K = {top_k} weights kept (original: all)",
-        "mask_efficacy_metrics",
-        draw_bars,
-    ),
+    "mask_efficacy": (KEPT, "mask_efficacy_metrics", draw_bars),
     "class_probabilities": (f"{FORGETTING}: forget set", "class_probabilities", draw_class_probabilities),
     "weights": (FORGETTING, "weight_histograms", draw_weights),
 }

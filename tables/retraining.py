@@ -39,24 +39,19 @@ class AuditReport:
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
-        self.kappa = reporter.headline_kappa()
         self.about = reporter.experiments[0]["methods"]  # without models that are scored by hand
-        distances = {name: fmean(self.mean(column, name) for column in DIVERGENCES) for name in self.about}
+        distances = {name: fmean(reporter.mean(column, name) for column in DIVERGENCES) for name in self.about}
         self.methods = sorted(distances, key=lambda name: (math.isnan(distances[name]), distances[name]))
         others = [name for name in self.methods if name not in REFERENCES]
-        least = self.mean(RETAIN_SCORE, "original" if "original" in self.about else "retrain") - LOST
-        self.leave = [name for name in others if not self.mean(FORGET_SCORE, name) <= FORGOTTEN]
-        self.lose = [name for name in others if not self.mean(RETAIN_SCORE, name) >= least]
+        least = reporter.mean(RETAIN_SCORE, "original" if "original" in self.about else "retrain") - LOST
+        self.leave = [name for name in others if not reporter.mean(FORGET_SCORE, name) <= FORGOTTEN]
+        self.lose = [name for name in others if not reporter.mean(RETAIN_SCORE, name) >= least]
         self.competing = [name for name in others if name not in self.leave + self.lose]
-
-    def mean(self, column: Column, method: str) -> float:
-        """A method's figure, mean over digits and seeds."""
-        return self.reporter.figure(column, method, self.kappa).mean
 
     def tables(self) -> list[str]:
         """The sections of the summary."""
         spread = "seeds" if len(self.reporter.seeds) > 1 else "digits"
-        gcn = self.reporter.value("seconds", "gcn", kappa=self.kappa)
+        gcn = replace(SECONDS, spec=".0f").text(self.reporter.figures(SECONDS, "gcn"))
         about = [[name, *map(self.about[name].get, ABOUT)] for name in self.methods]
         return [
             "## Distance to retraining",
@@ -71,7 +66,7 @@ class AuditReport:
             "Relearn time: '>' where a class was not back by the last step; – where it has no logit to learn with.",
             self.table(LEFT_BEHIND, aim="retrain"),
             "## Cost",
-            f"Training the masking GCN, once for all requests, takes {gcn:.0f} s, which is not in mimu's seconds.",
+            f"Training the masking GCN, once for all requests, takes {gcn} s, which is not in mimu's seconds.",
             self.table(COST),
             "## The methods",
             markdown_table(["method", *ABOUT.values()], about, texts=1 + len(ABOUT)),
@@ -84,7 +79,7 @@ class AuditReport:
 
     def cells(self, column: Column, aim: str | None) -> list[str]:
         """A column as text, the best of the competing methods bold."""
-        numbers = {name: self.reporter.single_figures(column, name, self.kappa) for name in self.methods}
+        numbers = {name: self.reporter.single_figures(column, name) for name in self.methods}
         best = numbers[aim] if aim else [0.0] * len(numbers["retrain"])
         far = {name: fmean(abs(a - b) for a, b in zip(numbers[name], best)) for name in self.competing}
         known = [name for name in self.competing if math.isfinite(far[name])]
@@ -94,16 +89,16 @@ class AuditReport:
 
     def text(self, column: Column, method: str) -> str:
         """A method's figure, marked where the class did not always come back within the steps of relearning."""
-        text = f"{self.reporter.spread(column, method, self.kappa):{column.spec}}"
-        came_back = all(each["audit_metrics"][method]["came_back"] for each in self.reporter.found[self.kappa].values())
+        text = column.text(self.reporter.spread(column, method))
+        came_back = all(self.reporter.single_figures(Column(("audit_metrics", "came_back")), method))
         return text if came_back or text == "–" or column is not LEFT_BEHIND[-1] else f"> {text}"
 
     def draw(self) -> None:
-        """Draws `audits.png`: a panel for every audit, with a line where the retrained classifier is."""
+        """Draws `audits.png`: a panel for every audit, with a grey line where the retrained classifier is."""
         columns = (*DIVERGENCES, *LEFT_BEHIND, SECONDS)
-        figure, axes = draw_panels([(name, self.reporter, name) for name in self.methods], columns, high=2)
+        figure, axes = draw_panels([(name, self.reporter, name) for name in self.methods], columns)
         for panel, column in zip(axes, columns):
-            panel.axvline(self.mean(column, "retrain"), color=self.reporter.styles["retrain"]["color"], linestyle="--")
+            panel.axvline(self.reporter.mean(column, "retrain"), color="0.5", linewidth=0.8)
         symmetric_log(axes[1], "x", linear=0.01)
         axes[-1].set_xscale("log")
         save_figure(figure, self.reporter.folder / "audits.png", self.reporter.config.dpi)
