@@ -14,7 +14,6 @@ import io
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -23,26 +22,29 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-if TYPE_CHECKING:
-    from torch_geometric.data import Data
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+warnings.filterwarnings("ignore", category=FutureWarning)
+warnings.filterwarnings("ignore", message="Sparse")
 
-import artifacts  # noqa: E402
-import pipeline  # noqa: E402
-from config import Config, load_config, load_variants  # noqa: E402
-from data import GraphGenerator, ImageData, Split, load_image_data, number_of_weights  # noqa: E402
-from eval import Eval, Experiment, Request  # noqa: E402
+from torch_geometric.data import Data  # noqa: E402
+from torch_geometric.nn import SAGEConv  # noqa: E402
+
+from configs import Config, load_config, load_variants  # noqa: E402
+from data import GraphGenerator, Split, load_image_data, number_of_weights  # noqa: E402
+from eval import Eval, Request  # noqa: E402
+from main import run  # noqa: E402
 from model import HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory  # noqa: E402
 from reporter import markdown_table  # noqa: E402
+from runs.files import Artifact, save, write_text  # noqa: E402
+from runs.work import peak_bytes  # noqa: E402
 from trainer import GCNRanking, GCNTrainer, TrainedGCN, Trainer, ZeroingOrder  # noqa: E402
 
 
@@ -80,11 +82,8 @@ class PlainGCN(nn.Module):
 
     def __init__(self, gcn: MaskingGCN) -> None:
         super().__init__()
-        from torch_geometric.nn import SAGEConv
-
-        self.convs = nn.ModuleList(
-            SAGEConv(conv.lin_l.in_features, conv.lin_l.out_features, bias=False) for conv in gcn.convs
-        )
+        shapes = [conv.lin_l.weight.shape for conv in gcn.convs]
+        self.convs = nn.ModuleList(SAGEConv(n, m, bias=False) for m, n in shapes)
         self.readout = nn.Linear(gcn.readout.in_features, 1, bias=False)
         self.load_state_dict(gcn.state_dict())
 
@@ -98,7 +97,7 @@ class PlainGCN(nn.Module):
 
 def default_gcn(config: Config) -> MaskingGCN:
     torch.manual_seed(0)
-    return MaskingGCN(config.graphs.num_features, config.gcn.hidden, config.gcn.rounds)
+    return MaskingGCN(config.num_features, config.gcn.hidden, config.gcn.rounds)
 
 
 def forward_and_backward(gcn: nn.Module, x: Tensor, graph: object) -> Callable[[], None]:
@@ -120,50 +119,41 @@ def needed_operations(gcn: MaskingGCN, graph: WeightGraph) -> int:
     return 2 * graph.num_vertices * (forward + backward)
 
 
-def edges_and_adjacency(graph: WeightGraph) -> dict[str, Tensor]:
-    """The graph as PyG takes it."""
-    edges = graph.edge_index()
+def on_edges(config: Config) -> tuple[WeightGraph, MaskingGCN, Tensor, dict[str, Tensor]]:
+    """A 64x128 graph, the default GCN, vertex features, and the edges in the ways in which PyG takes them."""
+    graph, gcn = WeightGraph([(64, 128)], 0), default_gcn(config)
+    x, edges = torch.randn(1, graph.num_vertices, config.num_features), graph.edge_index()
     adjacency = torch.sparse_coo_tensor(edges, torch.ones(edges.shape[1]), [graph.num_vertices] * 2)
-    return {"edge list": edges, "CSR sparse product": adjacency.to_sparse_csr()}
+    return graph, gcn, x, {"edge list": edges, "CSR sparse product": adjacency.to_sparse_csr()}
 
 
 def pyg_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
     """PyG's SAGEConv with memory managed as PyTorch comes: the default GCN, forward and backward on a 64x128 graph."""
-    graph = WeightGraph([(64, 128)], 0)
-    plain = PlainGCN(default_gcn(config))
-    x = torch.randn(graph.num_vertices, config.graphs.num_features)
-    for name, edges in edges_and_adjacency(graph).items():
-        yield timed(f"{name}, ms", forward_and_backward(plain, x, edges), 3 if quick else 9)
+    _, gcn, x, ways = on_edges(config)
+    for name, edges in ways.items():
+        yield timed(f"{name}, ms", forward_and_backward(PlainGCN(gcn), x[0], edges), 3 if quick else 9)
 
 
 def gcn_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
     """The same with the closed form beside it, in a process that keeps its freed memory, as a run does."""
-    graph = WeightGraph([(64, 128)], 0)
-    gcn = default_gcn(config)
-    plain = PlainGCN(gcn)
-    x = torch.randn(1, graph.num_vertices, config.graphs.num_features)
-    ways = edges_and_adjacency(graph)
-    slow = {
-        name: timed(f"{name}, ms", forward_and_backward(plain, x[0], edges), 3 if quick else 9)
-        for name, edges in ways.items()
-    }
+    graph, gcn, x, ways = on_edges(config)
+    slow = list(pyg_part(config, quick, results))
     closed = timed("closed form, ms", forward_and_backward(gcn, x, graph), 100 if quick else 300)
     a, b = torch.randn(2, 2048, 2048).unbind()
     product = timed("product of two 2048x2048 matrices, ms", lambda: a @ b, 5 if quick else 20)
     rate, reached = 2 * 2048**3 / product.median / 1e6, needed_operations(gcn, graph) / closed.median / 1e6
-    yield from (*slow.values(), closed)
-    for name, measured in slow.items():
-        yield Measurement(
-            f"{name} as PyTorch comes / closed form", results["pyg"][f"{name}, ms"].median / closed.median
-        )
+    yield from (*slow, closed)
+    for name, measured in zip(ways, slow):
+        as_it_comes = results["pyg"][measured.what].median
+        yield Measurement(f"{name} as PyTorch comes / closed form", as_it_comes / closed.median)
         yield Measurement(f"{name} / closed form", measured.median / closed.median)
     with torch.no_grad():
-        expected = plain(x[0], ways["edge list"])
-        outputs = {"CSR sparse product": plain(x[0], ways["CSR sparse product"]), "closed form": gcn(x, graph)[0]}
+        outputs = {name: PlainGCN(gcn)(x[0], edges) for name, edges in ways.items()}
+        expected = outputs.pop("edge list")
+        outputs["closed form"] = gcn(x, graph)[0]
     for name, output in outputs.items():
-        yield Measurement(
-            f"{name}, largest difference of outputs to the edge list", (output - expected).abs().max().item()
-        )
+        difference = (output - expected).abs().max().item()
+        yield Measurement(f"{name}, largest difference of outputs to the edge list", difference)
     yield Measurement("rate of large matrix products, GFLOP/s", rate)
     yield Measurement("rate of the closed form, GFLOP/s", reached)
     yield Measurement("share of the rate of large products, %", 100 * reached / rate)
@@ -171,8 +161,6 @@ def gcn_part(config: Config, quick: bool, results: Results) -> Iterator[Measurem
 
 def one_sample_at_a_time(classifier: HookedMNISTClassifier, samples: Split, layer: int) -> list[Data]:
     """Activation graphs as they were published: a pass per sample, and its four features kept for every vertex."""
-    from torch_geometric.data import Data
-
     classifier = copy.deepcopy(classifier)
     weight = classifier.layers[layer].weight
     graphs = []
@@ -199,21 +187,14 @@ def graphs_part(config: Config, quick: bool, results: Results) -> Iterator[Measu
     some = Split(train.images[:count], train.labels[:count])
     graphs = GraphGenerator(classifier, train, config.graphs, seed=0)
     layer = graphs.graph.layers[0]
-    slow = timed(
-        "one sample at a time, ms a sample",
-        lambda: one_sample_at_a_time(classifier, some, layer),
-        3 if quick else 5,
-        1e3 / count,
-    )
-    fast = timed(
-        f"{len(graphs):,} samples in one batch, ms a sample",
-        lambda: GraphGenerator(classifier, train, config.graphs, seed=0),
-        5 if quick else 20,
-        1e3 / len(graphs),
-    )
+    runs = (3, 5) if quick else (5, 20)
+    one_by_one = "one sample at a time, ms a sample"
+    slow = timed(one_by_one, lambda: one_sample_at_a_time(classifier, some, layer), runs[0], 1e3 / count)
+    in_one = f"{len(graphs):,} samples in one batch, ms a sample"
+    fast = timed(in_one, lambda: GraphGenerator(classifier, train, config.graphs, 0), runs[1], 1e3 / len(graphs))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graphs.pt"
-        artifacts.save(path, graphs.recorded())
+        save(path, graphs.recorded())
         recorded = path.stat().st_size / len(graphs)
         torch.save(torch.stack([graph.x for graph in one_sample_at_a_time(classifier, some, layer)]), path)
         of_vertices = path.stat().st_size / count
@@ -226,46 +207,26 @@ def graphs_part(config: Config, quick: bool, results: Results) -> Iterator[Measu
     yield Measurement("features of every vertex / recorded", of_vertices / recorded)
 
 
-def forget_peak_memory() -> None:
-    """Where the system allows it (Linux), `peak_memory` counts from here."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> float:
-    """Most memory that this process has held, GB."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
 def growth_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
     """The closed form with all layers masked, on classifiers of 784-128-64-10 scaled up and down."""
     per_vertex = {}
-    forget_peak_memory()
-    held = peak_memory()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here, where the system allows it (Linux)
+    held = peak_bytes() / 1e9
     yield Measurement("GB that the process holds before, with all that it has imported", held)
     for scale in (0.27, 0.5, 1, 2, 3.5, 6):
         sizes = [round(scale * size) for size in (784, 128, 64)] + [10]
         graph = WeightGraph(list(zip(sizes[1:], sizes)))
-        gcn = default_gcn(config)
-        x = torch.randn(1, graph.num_vertices, config.graphs.num_features)
+        x = torch.randn(1, graph.num_vertices, config.num_features)
         runs = max(3, (2 if quick else 10) * 10**5 // graph.num_vertices)
         name = f"{'-'.join(map(str, sizes))}, {graph.num_vertices:,} weights"
-        measured = timed(f"{name}, ms", forward_and_backward(gcn, x, graph), min(runs, 100))
+        measured = timed(f"{name}, ms", forward_and_backward(default_gcn(config), x, graph), min(runs, 100))
         per_vertex[graph.num_vertices] = 1e6 * measured.median / graph.num_vertices
         yield measured
         yield Measurement(f"{name}, ns a vertex", per_vertex[graph.num_vertices])
-        yield Measurement(f"{name}, GB more at most", peak_memory() - held)
+        yield Measurement(f"{name}, GB more at most", peak_bytes() / 1e9 - held)
     (from_100k, *_, to_4m) = [taken for size, taken in sorted(per_vertex.items()) if size > 100_000]
     yield Measurement("time a vertex, 4 million weights / 100 thousand", to_4m / from_100k)
-
-
-def evaluation_of(request: Request, data: ImageData, config: Config, folder: Path) -> Eval:
-    experiment = Experiment("", 0, request.forget_class, -2, request.top_k, 200, "fixed", 0.0, {}, {"settings": {}})
-    return Eval(dataclasses.replace(config.eval, methods=("mimu",), visualize=False), experiment, request, data, folder)
 
 
 def stages_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
@@ -275,36 +236,40 @@ def stages_part(config: Config, quick: bool, results: Results) -> Iterator[Measu
     classifier = trainer.train(data.train, 10)
     graphs = GraphGenerator(classifier, data.train, config.graphs, seed=0)
     top_k = number_of_weights(config.sweep.top_k[0], graphs.graph.num_vertices)
-    steps = 20
-    few = GCNTrainer(dataclasses.replace(config.gcn, steps=steps, warmup=2), [graphs], top_k, 0)
-    yield timed("training step of the GCN, ms", few.train, 3 if quick else 10, 1e3 / steps)
+    few = GCNTrainer(dataclasses.replace(config.gcn, steps=20, warmup=2), [graphs], top_k, 0)
+    yield timed("training step of the GCN, ms", few.train, 3 if quick else 10, 1e3 / 20)
     gcn = TrainedGCN.load().gcn
     digits = iter(range(10**6))
 
     def request_to_mask() -> None:
         digit = next(digits) % 10
         order = ZeroingOrder(config.eval, graphs, GCNRanking(config.eval, gcn, graphs, digit, top_k, 0))
-        order.forgotten_at(data.train.forget(digit))
+        order.until_forgotten(data.train.forget(digit))
 
     yield timed("request, pretrained GCN to mask, kappa auto, ten digits in turn, ms", request_to_mask, 10)
-    request = Request(config.eval, classifier, trainer, data.train, graphs, gcn, 9, top_k, 0)
-    request.order.first(200)
-    with tempfile.TemporaryDirectory() as folder:
+    mimu_alone = dataclasses.replace(config.eval, methods=("mimu",))
+    request = Request(mimu_alone, classifier, trainer, data.train, graphs, gcn, 9, top_k, 0, asked=200)
+    request.in_steps("mimu", request.ranking)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        metrics, mask = Artifact(folder / "metrics.json", {}), Artifact(folder / "mask.pt", {})
         yield timed(
             "evaluation of a mask: all metrics, JSON, ms",
-            lambda: evaluation_of(request, data, config, Path(folder)).eval(),
+            lambda: Eval(request, data, metrics, mask, {"seconds": {}}, {}).eval(),
             5 if quick else 20,
         )
         less = ["gcn.steps=40", "sweep.kappa=[auto, 300]"] if quick else []
-        (Path(folder) / "datasets").mkdir()
-        (Path(folder) / "datasets" / "MNIST").symlink_to(ROOT / "datasets" / "MNIST")
+        (folder / "datasets").mkdir()
+        (folder / "datasets" / "MNIST").symlink_to(ROOT / "datasets" / "MNIST")
+        started = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            pipeline.run(load_variants(overrides=less), Path(folder))
-        summary = json.loads((Path(folder) / "reports" / "run.json").read_text())
-    run = f"main.py {' '.join(less)}" if quick else "main.py"
+            run(load_variants(overrides=less), folder)
+        total = time.perf_counter() - started
+        summary = json.loads((folder / "reports" / "run.json").read_text())
+    command = " ".join(["main.py", *less])
     for stage, seconds in summary["seconds"].items():
-        yield Measurement(f"`{run}`, {stage}, s", seconds)
-    yield Measurement(f"`{run}`, all but the imports, s", summary["total_seconds"])
+        yield Measurement(f"`{command}`, {stage}, s", seconds)
+    yield Measurement(f"`{command}`, all but the imports, s", total)
 
 
 # In this order: before growth, whose memory is measured, nothing may have left memory that is kept.
@@ -332,17 +297,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=choices, default=choices, help="the parts to run")
     parser.add_argument("--quick", action="store_true", help="fewer runs: everything in less than a minute")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="Sparse")
-    head: dict[str, Any] = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in ("torch", "torch-geometric", "torchvision", "numpy")},
-        "quick": arguments.quick,
-    }
-    packages = ", ".join(f"{name} {number}" for name, number in head["packages"].items())
+    versions = {name: version(name) for name in ("torch", "torch-geometric", "torchvision", "numpy")}
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
+    head: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    head |= {"python": platform.python_version(), "packages": versions, "quick": arguments.quick}
     print(f"{head['processor']}, {head['cores']} cores, {head['threads']} threads; Python {head['python']}, {packages}")
     results: Results = {}
     for name in [name for name in PARTS if name in arguments.only or (name == "pyg" and "gcn" in arguments.only)]:
@@ -350,14 +308,12 @@ def main() -> None:
             keep_freed_memory()
         results[name] = {each.what: each for each in PARTS[name](load_config(), arguments.quick, results)}
         print(f"\n{PARTS[name].__doc__}\n")
-        rows = [each.row() for each in results[name].values()]
+        rows = map(Measurement.row, results[name].values())
         print(markdown_table(["what", "median", "smallest to largest"], rows), flush=True)
     measured = {
-        name: {each.what: [each.median, each.low, each.high] for each in part.values()}
-        for name, part in results.items()
+        name: {each.what: dataclasses.astuple(each)[1:] for each in part.values()} for name, part in results.items()
     }
-    (ROOT / "reports").mkdir(exist_ok=True)
-    (ROOT / "reports" / "benchmark.json").write_text(json.dumps(head | measured, indent=1))
+    write_text(ROOT / "reports" / "benchmark.json", json.dumps(head | measured, indent=1))
 
 
 if __name__ == "__main__":

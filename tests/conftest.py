@@ -1,20 +1,22 @@
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runs import PROJECT
+from faults import draw_nothing
+from running import PROJECT, write_few
 
 from data import FEATURES, GraphConfig, GraphGenerator, Split
-from model import HookedMNISTClassifier
+from model import HookedMNISTClassifier, Mask
 
 HIDDEN, IN_FEATURES, NUM_CLASSES = (6, 5), 7, 3
+torch.set_num_threads(1)  # the tensors of tests are small: threads only wait for one another
 
 
 def random_split(samples_per_class: int = 20, seed: int = 0, dtype: torch.dtype = torch.float32) -> Split:
@@ -32,42 +34,37 @@ def random_classifier(seed: int = 0, dtype: torch.dtype = torch.float32, bias: b
     return HookedMNISTClassifier(HIDDEN, IN_FEATURES, NUM_CLASSES, bias).to(dtype)
 
 
-def graph_config(mask_layer=-2, **changes) -> GraphConfig:
-    settings = {
-        "scope": "global", "features": tuple(FEATURES), "other_classes": True, "samples_per_class": 15,
-        "erasure": False, "rivals": 1, "ridge": 0.01,
-    }  # fmt: skip
+def graph_config(mask_layer: int | Sequence[int] | None = -2, **changes) -> GraphConfig:
+    settings = {"scope": "global", "features": tuple(FEATURES), "other_classes": True, "samples_per_class": 15}
     return GraphConfig(mask_layer=mask_layer, **settings | changes)
 
 
-def graph_generator(mask_layer=-2, dtype: torch.dtype = torch.float32, bias: bool = False, **changes) -> GraphGenerator:
-    classifier = random_classifier(dtype=dtype, bias=bias)
-    return GraphGenerator(classifier, random_split(dtype=dtype), graph_config(mask_layer, **changes), 0)
+def graph_generator(mask_layer=-2, dtype=torch.float32, bias=False, auxiliary=None, **changes) -> GraphGenerator:
+    classifier, split = random_classifier(dtype=dtype, bias=bias), random_split(dtype=dtype)
+    return GraphGenerator(classifier, split, graph_config(mask_layer, **changes), 0, auxiliary)
 
 
-def as_matrix(features: Tensor) -> np.ndarray:
-    """Features in double precision, standardised as the closed forms have it."""
-    x = features.detach().double().numpy()
-    return (x - x.mean(0)) / (x.std(0) + 1e-3)
+class Asking:
+    """What tests ask of masks beside forgetting (`data.Auxiliary`), in formulas of their own.
 
+    enough: how many weights a mask must zero
+    """
 
-def r_squared(features: Tensor, is_class: Tensor, ridge: float) -> float:
-    """R^2 of the ridge regression to the indicator of a class, by NumPy: features (samples, n), is_class (samples)."""
-    h, t = as_matrix(features), is_class.double().numpy()
-    b = h.T @ (t - t.mean()) / len(t)
-    return b @ np.linalg.solve(h.T @ h / len(t) + ridge * np.eye(len(b)), b) / t.var()
+    def __init__(self, graphs: GraphGenerator, weight: float = 0.0, enough: int = 0) -> None:
+        self.graphs, self.weight, self.enough = graphs, weight, enough
 
+    def draw_weight(self, generator: torch.Generator) -> float:
+        return 1 + 2 * torch.rand((), generator=generator).item()
 
-def ridge_recalls(features: Tensor, labels: Tensor, ridge: float) -> list[float]:
-    """Percent of each class that a ridge regression finds, by NumPy, one class at a time."""
-    h, y = as_matrix(features), labels.numpy()
-    correlation = h.T @ h / len(h) + ridge * np.eye(h.shape[1])
-    scores = []
-    for label in range(int(y.max()) + 1):
-        t = (y == label).astype(float)
-        scores.append(h @ np.linalg.solve(correlation, h.T @ (t - t.mean()) / len(t)) + t.mean())
-    found = np.argmax(scores, 0)
-    return [100 * float((found[y == label] == label).mean()) for label in range(len(scores))]
+    def feature(self, samples: Tensor, classes: Sequence[int], mask: Mask | None) -> Tensor:
+        features, _ = self.graphs.class_features(samples[list(classes)], ["effect"], mask)
+        return features["effect"] ** 3
+
+    def loss(self, features: Tensor, classes: Sequence[int]) -> Tensor:
+        return torch.stack([of_mask[label].square().mean() for of_mask, label in zip(features, classes)]).mean()
+
+    def is_reached(self, mask: Mask, forget_class: int) -> bool:
+        return mask.num_zeroed >= self.enough
 
 
 def representation(classifier: HookedMNISTClassifier, images: Tensor) -> Tensor:
@@ -75,13 +72,6 @@ def representation(classifier: HookedMNISTClassifier, images: Tensor) -> Tensor:
     for layer in classifier.layers[:-1]:
         images = (images @ layer.weight.T + (0 if layer.bias is None else layer.bias)).relu()
     return images.detach()
-
-
-def carried(graphs: GraphGenerator, classifier: HookedMNISTClassifier, samples: Tensor, label: int) -> float:
-    """R^2 of a class against its rivals in the representation of a classifier, on groups of samples of every class."""
-    rows = torch.cat([samples[each] for each in (label, *graphs.rivals[label].tolist())])
-    features = representation(classifier, graphs.samples.images[rows])
-    return r_squared(features, graphs.labels[rows] == label, graphs.config.ridge)
 
 
 @pytest.fixture
@@ -94,9 +84,10 @@ def classifier() -> HookedMNISTClassifier:
     return random_classifier()
 
 
-@pytest.fixture
-def graphs() -> GraphGenerator:
-    return graph_generator()
+def scores(model: nn.Module, split: Split, forget_class: int) -> tuple[float, float]:
+    """Percent of the samples of a class, and of all others, that a model classifies correctly."""
+    correct, is_forget = model(split.images).argmax(1) == split.labels, split.labels == forget_class
+    return tuple(100 * correct[chosen].float().mean().item() for chosen in (is_forget, ~is_forget))
 
 
 def copy_to(folder: Path, *patterns: str) -> Path:
@@ -108,7 +99,9 @@ def copy_to(folder: Path, *patterns: str) -> Path:
     return folder
 
 
-TRACKED = ("*.py", "*.sh", "configs/*.yaml", "checkpoints/pretrained/*.pt", "README.md")
+PACKAGES = ("runs", "audits", "methods", "tables", "configs")
+TRACKED = ("*.py", "*.sh", *(f"{name}/*.py" for name in PACKAGES), "configs/*.yaml", "checkpoints/pretrained/*.pt",
+           "README.md")  # fmt: skip
 
 
 @pytest.fixture
@@ -118,16 +111,14 @@ def clone(tmp_path) -> Path:
 
 
 @pytest.fixture
-def copy(tmp_path) -> Path:
-    """The same with the unpacked data set of the project: not to be cleaned."""
-    (tmp_path / "datasets").mkdir()
-    (tmp_path / "datasets" / "MNIST").symlink_to(PROJECT / "datasets" / "MNIST")
-    return copy_to(tmp_path, *TRACKED)
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder with a few samples of the data set only, for runs in this process that draw nothing and take no time."""
+    write_few(tmp_path)
+    draw_nothing(monkeypatch)
+    return tmp_path
 
 
 @pytest.fixture
-def here(tmp_path) -> Path:
-    """A folder with the data set only, for runs in this process."""
-    (tmp_path / "datasets").mkdir()
-    (tmp_path / "datasets" / "MNIST").symlink_to(PROJECT / "datasets" / "MNIST")
-    return tmp_path
+def copy(here) -> Path:
+    """The tracked files of the project, with a few samples of the data set."""
+    return copy_to(here, *TRACKED)

@@ -1,185 +1,120 @@
 """The closed form against PyTorch Geometric, the hooks, and masks that go on and come off."""
 
+import itertools
+
 import pytest
 import torch
-from conftest import HIDDEN, IN_FEATURES, NUM_CLASSES
+from conftest import HIDDEN, IN_FEATURES, NUM_CLASSES, random_classifier
+from torch import nn
 from torch.nn.utils import parametrize
-from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
-from torch_geometric.transforms import LineGraph
 
-from model import (
-    AffineFeatures,
-    AffineReLU,
-    HookedMNISTClassifier,
-    Mask,
-    MaskingGCN,
-    WeightGraph,
-    WeightGraphSAGE,
-    resolve_mask_layer,
-)
+from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
+from runs.files import ArtifactError, save
 
 SHAPES = [(6, 7), (5, 6), (3, 5)]
-CASES = [([(4, 3)], 0), ([(1, 6)], 0), ([(8, 2)], 0), (SHAPES, -2), (SHAPES, [0, 2]), (SHAPES, [1, 2]), (SHAPES, None)]
+CASES = [
+    ([(4, 3)], 0, (0,)),
+    ([(1, 6)], 0, (0,)),
+    ([(8, 2)], -1, (0,)),
+    (SHAPES, -2, (1,)),
+    (SHAPES, [2, 0], (0, 2)),
+    (SHAPES, [-2, 2], (1, 2)),
+    (SHAPES, None, (0, 1, 2)),
+]
 
 
-def line_graph_edges(shapes, mask_layer) -> set[tuple[int, int]]:
-    """Edges between weights by PyG: LineGraph of the network of the masked weights, renamed to our vertex numbers."""
-    layers = resolve_mask_layer(mask_layer, len(shapes))
-    first_neuron = [0]
-    for _, n in shapes:
-        first_neuron.append(first_neuron[-1] + n)
-    vertex_of, offset = {}, 0
-    for layer in layers:
-        m, n = shapes[layer]
-        for r in range(m):
-            for c in range(n):
-                vertex_of[first_neuron[layer] + c, first_neuron[layer + 1] + r] = offset + r * n + c
-        offset += m * n
-    network = torch.tensor(sorted(vertex_of)).T
-    num_neurons = first_neuron[-1] + shapes[-1][0]
-    both_ways = torch.cat([network, network.flip(0)], 1)
-    line = LineGraph()(Data(edge_index=both_ways, num_nodes=num_neurons)).edge_index
-    # LineGraph numbers the undirected edges of the network in sorted order.
-    names = [vertex_of[edge] for edge in sorted(vertex_of)]
-    return {(names[u], names[v]) for u, v in line.T.tolist() if u != v}
-
-
-@pytest.mark.parametrize("shapes, mask_layer", CASES)
-def test_edges_are_those_of_the_line_graph(shapes, mask_layer):
+@pytest.mark.parametrize("shapes, mask_layer, layers", CASES)
+def test_weights_are_adjacent_that_share_a_neuron(shapes, mask_layer, layers):
     graph = WeightGraph(shapes, mask_layer)
-    edges = [tuple(edge) for edge in graph.edge_index().T.tolist()]
-    assert set(edges) == line_graph_edges(shapes, mask_layer)
-    assert len(edges) == len(set(edges)) == graph.num_edges
-    assert edges == sorted(edges)
-
-
-def test_the_default_layer_has_the_edges_that_arithmetic_gives():
-    graph = WeightGraph([(128, 784), (64, 128), (10, 64)], -2)
-    assert graph.num_vertices == 64 * 128
-    assert graph.num_edges == 64 * 128 * (64 + 128 - 2) == 1_556_480
-
-
-@pytest.mark.parametrize("shapes, mask_layer", CASES)
-def test_a_round_and_its_gradients_are_those_of_sage_conv(shapes, mask_layer):
-    torch.manual_seed(0)
-    graph = WeightGraph(shapes, mask_layer)
-    ours, theirs = WeightGraphSAGE(4, 3).double(), SAGEConv(4, 3, bias=False).double()
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, graph.num_vertices, 4, dtype=torch.float64)
-    weighting = torch.randn(2, graph.num_vertices, 3, dtype=torch.float64)
-    x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    features = ours(AffineFeatures.of(graph, graph.split(x_ours, dim=1)))
-    output = torch.cat([part.flatten(1, 2) for part in features.relu()], 1)
-    expected = torch.stack([theirs(one, graph.edge_index()).relu() for one in x_theirs])
-    assert torch.allclose(output, expected, rtol=0, atol=1e-10)
-    (output * weighting).sum().backward()
-    (expected * weighting).sum().backward()
-    assert torch.allclose(x_ours.grad, x_theirs.grad, rtol=0, atol=1e-10)
-    for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters()):
-        assert torch.allclose(parameter.grad, other.grad, rtol=0, atol=1e-10), name
-
-
-@pytest.mark.parametrize("mask_layer", [-2, None])
-def test_the_whole_gcn_is_the_same_network_on_edges(mask_layer):
-    torch.manual_seed(0)
-    graph = WeightGraph(SHAPES, mask_layer)
-    gcn = MaskingGCN(num_features=4, hidden=6, rounds=3).double()
-    x = torch.randn(2, graph.num_vertices, 4, dtype=torch.float64)
-    rounds = [SAGEConv(n, 6, bias=False).double() for n in (4, 6, 6)]
-    for conv, ours in zip(rounds, gcn.convs):
-        conv.load_state_dict(ours.state_dict())
-    edges = graph.edge_index()
-    for one, logits in zip(x, gcn(x, graph)):
-        y = rounds[0](one, edges)
-        y = rounds[1](y, edges).relu()
-        y = rounds[2](y, edges).relu()
-        assert torch.allclose(logits, (y @ gcn.readout.weight.T)[:, 0], rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("message_passing", [True, False])
-def test_graphs_scored_together_or_one_by_one_get_the_same_scores(monkeypatch, message_passing):
-    torch.manual_seed(0)
-    graph = WeightGraph(SHAPES, [0, 1])
-    gcn = MaskingGCN(4, hidden=6, rounds=3, message_passing=message_passing).double()
-    x = torch.randn(5, graph.num_vertices, 4, dtype=torch.float64)
-    together = gcn(x, graph)
-    for at_once in (1, 2 * graph.num_vertices, 10**9):
-        monkeypatch.setattr("model.VERTICES_AT_ONCE", at_once)
-        assert torch.allclose(gcn(x, graph), together, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("mask_layer", [-2, None])
-def test_the_gradients_of_the_gcn_are_those_of_finite_differences(mask_layer):
-    torch.manual_seed(0)
-    graph = WeightGraph([(4, 5), (3, 4), (2, 3)], mask_layer)
-    gcn = MaskingGCN(2, hidden=3, rounds=3).double()
-    x = torch.randn(2, graph.num_vertices, 2, dtype=torch.float64)
-    names, parameters = zip(*gcn.named_parameters())
-
-    def logits(x, *parameters):
-        return torch.func.functional_call(gcn, dict(zip(names, parameters)), (x, graph))
-
-    assert torch.autograd.gradcheck(logits, (x, *parameters))
-
-
-def test_the_gcn_in_single_precision_is_that_in_double():
-    torch.manual_seed(0)
-    graph, gcn = WeightGraph([(64, 128)]), MaskingGCN(15)
-    x = torch.randn(3, graph.num_vertices, 15)
-    logits = gcn(x, graph)
-    expected = gcn.double()(x.double(), graph)
-    assert torch.allclose(logits.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-
-
-def test_the_gradients_of_the_step_on_all_vertices_are_those_of_finite_differences():
-    torch.manual_seed(0)
-    shapes = ((2, 4, 5, 3), (3, 6), (2, 5, 6), (2, 4, 6))  # x, matrix, source, target
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    assert torch.autograd.gradcheck(AffineReLU.apply, inputs)
-    permuted = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: AffineReLU.apply(x.transpose(1, 3), *inputs[1:]), [permuted])
-
-
-@pytest.mark.parametrize(
-    "mask_layer, layers", [(-2, (1,)), (0, (0,)), ([2, 0], (0, 2)), ([-1, 0], (0, 2)), (None, (0, 1, 2))]
-)
-def test_masked_layers_are_resolved(mask_layer, layers):
-    assert resolve_mask_layer(mask_layer, 3) == layers
+    sizes = [shapes[layer] for layer in layers]
+    ends = [{(i, c), (i + 1, r)} for i, (m, n) in zip(layers, sizes) for r, c in itertools.product(range(m), range(n))]
+    expected = [(u, v) for u, v in itertools.permutations(range(len(ends)), 2) if ends[u] & ends[v]]
+    assert list(map(tuple, graph.edge_index().T.tolist())) == expected
+    assert (graph.layers, graph.num_vertices, graph.num_edges) == (layers, len(ends), len(expected))
 
 
 @pytest.mark.parametrize("mask_layer", [3, -4, [0, 7], [], [0, -3], [1, 1]])
 def test_masked_layers_that_are_not_there_are_refused(mask_layer):
     with pytest.raises(ValueError, match="mask_layer"):
-        resolve_mask_layer(mask_layer, 3)
+        WeightGraph(SHAPES, mask_layer)
 
 
-def test_the_classifier_is_the_formula(classifier, split):
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("shapes, mask_layer, layers", CASES)
+def test_the_gcn_and_its_gradients_are_those_of_the_same_network_on_edges(shapes, mask_layer, layers, rounds):
+    torch.manual_seed(0)
+    graph = WeightGraph(shapes, mask_layer)
+    gcn = MaskingGCN(num_features=4, hidden=6, rounds=rounds).double()
+    convs = nn.ModuleList(SAGEConv(n, 6, bias=False) for n in (4, 6, 6)[:rounds]).double()
+    convs.load_state_dict(gcn.convs.state_dict())
+    features = torch.randn(2, 4, graph.num_vertices, dtype=torch.float64, requires_grad=True)
+    y = x = features.mT  # not contiguous
+    for index, conv in enumerate(convs):
+        y = conv(y, graph.edge_index())
+        if index > 0 or rounds == 1:
+            y = y.relu()
+    output, expected = gcn(x, graph), (y @ gcn.readout.weight.T)[..., 0]
+    assert torch.allclose(output, expected, rtol=0, atol=1e-10)
+    weighting = torch.randn(2, graph.num_vertices, dtype=torch.float64)
+    by_edges = torch.autograd.grad((expected * weighting).sum(), [features, *convs.parameters()])
+    gradients = torch.autograd.grad((output * weighting).sum(), [features, *gcn.convs.parameters()])
+    for gradient, of_edges in zip(gradients, by_edges, strict=True):
+        assert torch.allclose(gradient, of_edges, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("message_passing", [True, False])
+def test_scores_depend_neither_on_the_graphs_scored_together_nor_on_the_precision(monkeypatch, message_passing):
+    torch.manual_seed(0)
+    graph = WeightGraph([(64, 128), (10, 64)])
+    gcn = MaskingGCN(15, message_passing=message_passing).double()
+    x = torch.randn(5, graph.num_vertices, 15, dtype=torch.float64)
+    together = gcn(x, graph)
+    for at_once in (1, 2 * graph.num_vertices, 10**9):
+        monkeypatch.setattr("model.VERTICES_AT_ONCE", at_once)
+        assert torch.allclose(gcn(x, graph), together, rtol=0, atol=1e-12)
+    single = gcn.float()(x.float(), graph).double()
+    assert torch.allclose(single, together, rtol=1e-4, atol=1e-5 * together.abs().max().item())
+
+
+def test_without_message_passing_a_weight_is_scored_by_its_own_features():
+    torch.manual_seed(0)
+    x, gcn = torch.randn(1, 30, 4), MaskingGCN(4, hidden=6, rounds=3, message_passing=False)
+    w0, w1, w2 = (conv.weight for conv in gcn.convs)
+    expected = gcn.readout((((x @ w0.T) @ w1.T).relu() @ w2.T).relu())
+    assert torch.allclose(gcn(x, WeightGraph(SHAPES, -2)), expected[..., 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_classifier_is_the_formula(split, bias):
+    classifier = random_classifier(bias=bias)
     w0, w1, w2 = (layer.weight for layer in classifier.layers)
-    expected = ((split.images @ w0.T).clamp(min=0) @ w1.T).clamp(min=0) @ w2.T
-    assert torch.allclose(classifier(split.images), expected, atol=1e-6)
-    assert torch.allclose(classifier((split.images @ w0.T).relu(), first=1), expected, atol=1e-6)
+    b0, b1, b2 = (layer.bias if bias else 0 for layer in classifier.layers)
+    first = (split.images @ w0.T + b0).clamp(min=0)
+    representation = (first @ w1.T + b1).clamp(min=0)
+    expected = representation @ w2.T + b2
+    own = {1: w1.detach(), 2: w2.detach()}
+    for features, logits in (
+        classifier.outputs(split.images),
+        classifier.outputs(first, 1),
+        classifier.outputs(first, 1, own),
+    ):
+        assert torch.allclose(features, representation, atol=1e-6) and torch.allclose(logits, expected, atol=1e-6)
+    assert torch.allclose(classifier.features(first, 1), representation, atol=1e-6)
+    assert torch.allclose(classifier(split.images.view(-1, 1, 7)), expected, atol=1e-6), "images are flattened"
+    assert torch.allclose(classifier(first, first=1), expected, atol=1e-6)
     assert classifier.shapes == [(HIDDEN[0], IN_FEATURES), (HIDDEN[1], HIDDEN[0]), (NUM_CLASSES, HIDDEN[1])]
 
 
-def test_images_of_any_shape_are_flattened():
-    classifier = HookedMNISTClassifier((4,))
-    images = torch.randn(2, 28, 28)
-    assert torch.equal(classifier(images), classifier(images.flatten(1)))
-
-
-def test_hooks_come_off_on_errors_too(classifier, split):
+def test_hooks_come_off_on_errors_too_and_leave_no_gradient_behind(classifier, split):
     with pytest.raises(RuntimeError, match="on purpose"):
         with classifier.hooks([0, 1]):
             assert all(layer._forward_hooks for layer in classifier.layers[:2])
             raise RuntimeError("on purpose")
     with pytest.raises(IndexError):
         classifier.record(split.images, torch.full_like(split.labels, 99), [1])
-    assert not any(layer._forward_hooks for layer in classifier.layers)
-
-
-def test_recording_leaves_no_gradient_behind(classifier, split):
     classifier.record(split.images, split.labels, [1, 2])
+    assert not any(layer._forward_hooks for layer in classifier.layers)
     assert all(parameter.grad is None for parameter in classifier.parameters())
 
 
@@ -190,94 +125,63 @@ def test_a_mask_zeroes_exactly_kappa_weights_and_comes_off_bit_for_bit(classifie
     logits = classifier(split.images)
     zeroed = torch.randperm(graph.num_vertices)[:11]
     mask = Mask.zeroing(graph, zeroed)
+    assert mask.num_zeroed == 11 and mask.as_tensor().shape == ((5, 6) if mask_layer == -2 else (87,))
     mask.apply(classifier)
     flat = torch.cat([classifier.layers[layer].weight.flatten() for layer in graph.layers])
     original = torch.cat([before[layer].flatten() for layer in graph.layers])
-    assert int((flat == 0).sum()) == 11 and torch.equal((flat == 0).nonzero()[:, 0], zeroed.sort().values)
+    assert torch.equal((flat == 0).nonzero()[:, 0], zeroed.sort().values)
     assert torch.equal(flat[flat != 0], original[flat != 0])
     assert not torch.allclose(classifier(split.images), logits)
     mask.remove(classifier)
     assert not any(parametrize.is_parametrized(layer) for layer in classifier.layers)
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(classifier.layers, before))
     assert torch.equal(classifier(split.images), logits)
+    kept = Mask.keeping(graph, zeroed).as_tensor()
+    assert kept.sum() == 11 and torch.equal(kept + mask.as_tensor(), torch.ones_like(kept))
 
 
-def test_a_mask_comes_off_when_its_context_fails(classifier):
+def test_a_mask_that_does_not_fit_and_a_file_that_is_no_mask_are_refused(classifier, tmp_path):
     mask = Mask.zeroing(WeightGraph(classifier.shapes, -2), torch.arange(3))
-    with pytest.raises(RuntimeError, match="on purpose"), mask.applied_to(classifier):
-        raise RuntimeError("on purpose")
-    assert not parametrize.is_parametrized(classifier.layers[1])
-
-
-def test_keeping_is_the_complement_of_zeroing(classifier):
-    graph = WeightGraph(classifier.shapes, None)
-    vertices = torch.randperm(graph.num_vertices)[:20]
-    kept, zeroed = Mask.keeping(graph, vertices), Mask.zeroing(graph, vertices)
-    assert torch.equal(kept.as_tensor() + zeroed.as_tensor(), torch.ones(graph.num_vertices))
-    assert kept.as_tensor().sum() == 20
-
-
-def test_one_masked_layer_gives_a_mask_of_its_shape(classifier):
-    assert Mask.zeroing(WeightGraph(classifier.shapes, -2), torch.arange(3)).as_tensor().shape == (5, 6)
-
-
-def test_a_mask_is_saved_and_loaded(classifier, tmp_path):
-    mask = Mask.zeroing(WeightGraph(classifier.shapes, [0, 1]), torch.arange(5, 25))
-    mask.save(tmp_path / "masks" / "mask.pt")
-    loaded = Mask.load(tmp_path / "masks" / "mask.pt")
-    assert loaded.layers == (0, 1) and torch.equal(loaded.as_tensor(), mask.as_tensor())
-
-
-def test_a_second_mask_and_one_of_another_shape_are_refused(classifier):
-    mask = Mask.zeroing(WeightGraph(classifier.shapes, -2), torch.arange(3))
-    with mask.applied_to(classifier), pytest.raises(ValueError, match="layer 1 carries a mask"):
+    with pytest.raises(ValueError, match="layer 1 carries a mask"), mask.applied_to(classifier):
         mask.apply(classifier)
+    assert not parametrize.is_parametrized(classifier.layers[1]), "the mask comes off when its context fails"
     with pytest.raises(ValueError, match=r"layer 1 is \(5, 6\), its mask \(2, 2\)"):
-        Mask((1,), (torch.ones(2, 2),)).apply(classifier)
-    assert not parametrize.is_parametrized(classifier.layers[1])
+        Mask((0, 1), (torch.ones(6, 7), torch.ones(2, 2))).apply(classifier)
+    assert not any(parametrize.is_parametrized(layer) for layer in classifier.layers)
+    with pytest.raises(ValueError, match=r"layer 1 is not there, its mask \(5, 6\)"):
+        mask.apply(nn.Linear(IN_FEATURES, NUM_CLASSES))
+    save(tmp_path / "gcn.pt", {"state_dict": {}, "seed": 0})
+    with pytest.raises(ArtifactError, match="gcn.pt: is not a mask, but holds state_dict, seed"):
+        Mask.load(tmp_path / "gcn.pt")
 
 
-class FunctionalReLU(torch.nn.Module):
+class FunctionalReLU(nn.Module):
     """A classifier as people write them: layers as attributes, the ReLU in forward."""
 
     def __init__(self):
         super().__init__()
-        self.inner = torch.nn.Linear(IN_FEATURES, 6)
-        self.middle = torch.nn.Linear(6, 5, bias=False)
-        self.head = torch.nn.Linear(5, NUM_CLASSES)
+        self.inner, self.dropout = nn.Linear(IN_FEATURES, 6), nn.Dropout(0.5)
+        self.middle = nn.Linear(6, 5, bias=False)
+        self.head = nn.Linear(5, NUM_CLASSES)
 
     def forward(self, x):
-        return self.head(self.middle(self.inner(x).relu()).relu())
+        return self.head(self.middle(self.dropout(self.inner(x).relu())).relu())
 
 
-def sequential(activation=torch.nn.ReLU) -> torch.nn.Module:
-    nn = torch.nn
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(IN_FEATURES, 6), activation(), nn.Dropout(0.5), nn.Linear(6, 5), activation(),
-        nn.Linear(5, NUM_CLASSES),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("make", [FunctionalReLU, sequential])
-def test_the_layers_of_any_stack_are_shared(make, split):
-    model = make()
+def test_the_layers_of_any_stack_are_shared_and_a_mask_on_it_comes_off_bit_for_bit(split):
+    model = FunctionalReLU()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     classifier = HookedMNISTClassifier.of(model, split.images)
-    assert model.training, "the model is left in the mode that it was in"
+    with pytest.raises(RuntimeError):
+        HookedMNISTClassifier.of(model, split.images.double())
+    assert all(module.training for module in model.modules()), "the model is left in the mode that it was in"
     model.eval()
     assert torch.allclose(classifier(split.images), model(split.images), atol=1e-6)
     assert classifier.shapes == [(6, IN_FEATURES), (5, 6), (NUM_CLASSES, 5)]
-    Mask.zeroing(WeightGraph(classifier.shapes, -2), torch.arange(9)).apply(model)
-    assert torch.allclose(classifier(split.images), model(split.images), atol=1e-6)
-    assert int((classifier.layers[1].weight == 0).sum()) == 9
-
-
-@pytest.mark.parametrize("make", [FunctionalReLU, sequential])
-def test_a_mask_on_a_model_of_the_users_own_comes_off_bit_for_bit(make, split):
-    model = make()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    mask = Mask.zeroing(WeightGraph([(6, IN_FEATURES), (5, 6), (NUM_CLASSES, 5)], [0, 2]), torch.arange(30, 50))
-    mask.apply(model)
-    mask.remove(model)
+    mask = Mask.zeroing(WeightGraph(classifier.shapes, [0, 2]), torch.arange(30, 50))
+    with mask.applied_to(model):
+        assert torch.allclose(classifier(split.images), model(split.images), atol=1e-6)
+        assert [int((layer.weight == 0).sum()) for layer in classifier.layers] == [12, 0, 8]
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
@@ -285,35 +189,13 @@ def test_a_mask_on_a_model_of_the_users_own_comes_off_bit_for_bit(make, split):
 @pytest.mark.parametrize(
     "model, message",
     [
-        (sequential(torch.nn.Tanh), "linear layers with ReLU between them and nothing else"),
-        (torch.nn.Sequential(sequential(), torch.nn.LogSoftmax(1)), "linear layers with ReLU between them and nothing"),
-        (torch.nn.Conv1d(1, 2, 3), "must be a stack of linear layers; it has none"),
-        (torch.nn.ModuleList([torch.nn.Linear(7, 5), torch.nn.Linear(6, 3)]), "it has 7 to 5, 6 to 3"),
-        (torch.nn.Linear(8, 3), "inputs have 7 features, the first layer of the model takes 8"),
+        (nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)), "ReLU between them and nothing else"),
+        (nn.Sequential(FunctionalReLU(), nn.LogSoftmax(1)), "ReLU between them and nothing else"),
+        (nn.Conv1d(1, 2, 3), "must be linear layers on .*, not none"),
+        (nn.ModuleList([nn.Linear(7, 5), nn.Linear(6, 3)]), "not 7 to 5, 6 to 3"),
+        (nn.Linear(8, 3), "linear layers on inputs of 7 features, not 8 to 3"),
     ],
 )
 def test_other_models_are_refused(model, message, split):
     with pytest.raises(ValueError, match=message):
         HookedMNISTClassifier.of(model, split.images)
-
-
-def test_a_mask_for_a_deeper_model_is_refused(split):
-    mask = Mask.zeroing(WeightGraph([(6, IN_FEATURES), (5, 6), (NUM_CLASSES, 5)], -1), torch.arange(3))
-    with pytest.raises(ValueError, match="layer 2 is not there: the model has 1 linear layers"):
-        mask.apply(torch.nn.Linear(IN_FEATURES, NUM_CLASSES))
-
-
-def test_without_message_passing_a_weight_is_scored_by_its_own_features():
-    torch.manual_seed(0)
-    graph = WeightGraph(SHAPES, -2)
-    x = torch.randn(1, graph.num_vertices, 4)
-    changed = x.clone()
-    changed[0, 1:] = torch.randn(graph.num_vertices - 1, 4)
-    for message_passing in (False, True):
-        gcn = MaskingGCN(4, hidden=6, rounds=3, message_passing=message_passing)
-        scores, after = gcn(x, graph)[0], gcn(changed, graph)[0]
-        assert torch.equal(scores[0], after[0]) != message_passing and not torch.equal(scores, after)
-    alone = MaskingGCN(4, hidden=6, rounds=3, message_passing=False)
-    w0, w1, w2 = (conv.weight for conv in alone.convs)
-    expected = alone.readout((((x @ w0.T) @ w1.T).relu() @ w2.T).relu())
-    assert torch.allclose(alone(x, graph), expected[..., 0], atol=1e-6)

@@ -1,0 +1,76 @@
+"""Runs of the smoke config in a folder of their own, and what they leave there."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from data import FILES, IMAGE_SIZE
+
+PROJECT = Path(__file__).resolve().parents[1]
+SMOKE = ("--config", "configs/smoke.yaml")
+
+
+def run(folder: Path, *arguments: str, processes: int = 1) -> str:
+    """What main.py of a folder says, in processes of its own."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *torchrun, "main.py", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def run_here(folder: Path, *overrides: str, is_fresh: bool = False) -> None:
+    """Runs the smoke config without the seconds that importing PyTorch takes."""
+    import main  # here, so that the other tests need not all of the project
+
+    threads = torch.get_num_threads()
+    try:
+        main.run(smoke(*overrides), folder, is_fresh=is_fresh)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def smoke(*overrides: str) -> dict:
+    """The smoke config without plots of single experiments."""
+    from configs import load_variants
+
+    return load_variants(PROJECT / SMOKE[1], ["eval.visualize=false", *overrides])
+
+
+def write_few(folder: Path, count: int = 2000) -> Path:
+    """MNIST as torchvision unpacks it, of the first samples of each split only; returns where its files are."""
+    raw = folder / "datasets" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in FILES:
+        head, size = (16, IMAGE_SIZE) if "images" in name else (8, 1)
+        with gzip.open(PROJECT / "datasets" / "MNIST" / "raw" / f"{name}.gz") as file:
+            content = file.read(head + count * size)
+        (raw / name).write_bytes(content[:4] + count.to_bytes(4, "big") + content[8:])
+    return raw
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Path to the hash of the content of every file, but for Python's own."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def metrics(folder: Path) -> dict[str, dict]:
+    """The JSON of every experiment, without what varies from run to run."""
+    results = {path.name: json.loads(path.read_text()) for path in folder.glob("eval/*/metrics/*.json")}
+    for result in results.values():
+        del result["seconds"], result["checksum"]
+    return results
+
+
+def checkpoint(folder: Path, name: str) -> dict:
+    """The only checkpoint whose name begins so."""
+    (path,) = folder.glob(f"checkpoints/{name}_*.pt")
+    return torch.load(path, weights_only=True)

@@ -1,0 +1,119 @@
+"""Errors are one line and an exit status; a run can be stopped, and says how it goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from running import PROJECT
+
+from runs.command_line import parse_arguments, run_command
+from runs.files import InputError
+
+
+def test_what_start_is_given_and_returns(tmp_path):
+    given = []
+    overrides = ["seed=1", "--config", "mine.yaml", "gcn.steps=3"]
+    assert run_command(given.append, [*overrides, "--fresh"], tmp_path) == 0
+    assert run_command(given.append, [], tmp_path) == 0
+    assert (given[0].config, given[0].overrides) == (Path("mine.yaml"), ["seed=1", "gcn.steps=3"]) and given[0].fresh
+    assert given[1].config == PROJECT / "configs" / "config.yaml" and given[1].overrides == []
+    assert not (given[1].pretrain or given[1].plot_only or given[1].dry_run or given[1].fresh or given[1].debug)
+    assert list(tmp_path.iterdir()) == []
+
+
+def ended(root: Path, capsys, error: BaseException, *options: str) -> tuple[int, str]:
+    """The exit status of a run that ends with an error, and the line that it says."""
+
+    def start(parsed: Namespace) -> None:
+        raise error
+
+    status = run_command(start, options, root)
+    out, line = capsys.readouterr()
+    assert out == "" and len(line.strip().splitlines()) == 1
+    return status, line
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (InputError("this"), 2, "error: this\n"),
+        (OSError(28, "No space left on device", "file.png"), 2, "error: file.png: No space left on device\n"),
+        (OSError("odd\nthing"), 2, "error: a file: odd thing\n"),
+        (KeyError("x"), 1, "error: KeyError: 'x' (test_command_line.py, line "),
+        (RuntimeError("a\nb"), 1, "error: RuntimeError: a b (test_command_line.py, line "),
+    ],
+)
+def test_every_error_is_one_line(tmp_path, capsys, error, status, line):
+    returned, said = ended(tmp_path, capsys, error)
+    assert returned == status and said.startswith(line)
+    log = tmp_path / "reports" / "run.log"
+    assert log.exists() == ("the traceback is in reports/run.log" in said) == (status == 1)
+    assert status == 2 or "Traceback (most recent call last)" in log.read_text()
+    returned, said = ended(tmp_path / "dry", capsys, error, "--dry-run")
+    assert returned == status and said.startswith(line) and not (tmp_path / "dry").exists()
+    with pytest.raises(type(error)):
+        ended(tmp_path, capsys, error, "--debug")
+    (tmp_path / "file").write_text("where a folder should be, so that no log can be written")
+    assert ended(tmp_path / "file", capsys, error)[0] == status
+
+
+STOPPED = "stopped: all that is finished stays, and the same command goes on from there"
+WAITING = (
+    "import signal, sys, time; from pathlib import Path; from runs.command_line import run_command\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in the background, shells ignore it
+    "def start(parsed):\n    print('working', flush=True)\n    time.sleep(60)\n"
+    "sys.exit(run_command(start, sys.argv[2:], Path(sys.argv[1])))"
+)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_how_to_go_on(tmp_path, number, status):
+    command, pipe = [sys.executable, "-c", WAITING, str(tmp_path), "--fresh"], subprocess.PIPE
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    expected = STOPPED.replace("command", "command without --fresh")
+    assert process.returncode == status and said.strip() == expected
+    assert expected in (tmp_path / "reports" / "run.log").read_text()
+
+
+def test_signals_are_as_they_were_after_a_run(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_command(lambda parsed: os.kill(os.getpid(), signal.SIGTERM), ["--dry-run"], tmp_path) == 143
+    assert signal.getsignal(signal.SIGTERM) == before and capsys.readouterr().err.strip() == STOPPED
+    assert list(tmp_path.iterdir()) == []
+
+
+PRINTING = (
+    "import sys; from pathlib import Path; from runs.command_line import run_command; from runs.log import Log\n"
+    "log = Log(Path(sys.argv[1]) / 'run.log')\n"
+    "def start(parsed):\n    for line in range(3000): log('x' * 100)\n    print('a table')\n"
+    "sys.exit(run_command(start, []))"
+)
+
+
+@pytest.mark.parametrize("into", ["| head -n 1", "> /dev/full", ">&-", ">&- 2>&-"])
+def test_an_output_that_nobody_reads_does_not_stop_a_run(tmp_path, into):
+    command, code = f"{sys.executable} -c \"$CODE\" '{tmp_path}' {into}", os.environ | {"CODE": PRINTING}
+    done = subprocess.run(command, shell=True, cwd=PROJECT, env=code, capture_output=True, text=True)
+    assert len((tmp_path / "run.log").read_text().splitlines()) == 3000
+    assert done.stderr == ("error: a file: No space left on device\n" if "full" in into else "")
+
+
+def test_help_waits_for_no_library_and_shows_every_option():
+    code = "import sys; sys.modules['torch'] = None; from runs.command_line import parse_arguments; parse_arguments()"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=PROJECT, capture_output=True, text=True)
+    options = ("--config", "--pretrain", "--plot-only", "--dry-run", "--fresh", "--debug", "section.key=value")
+    assert done.returncode == 0 and all(option in done.stdout for option in options)
+
+
+@pytest.mark.parametrize("options", [("--pretrain", "--plot-only"), ("--dry-run", "--fresh"), ("--fast",)])
+def test_wrong_options_are_refused(options, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(options)
+    assert ("unrecognized arguments" if len(options) == 1 else "not allowed with argument") in capsys.readouterr().err

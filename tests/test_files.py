@@ -1,0 +1,187 @@
+"""Files are whole or not there, say what made them, and are refused where a single byte of them is wrong."""
+
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from faults import power
+from running import PROJECT
+
+from runs import files
+from runs.files import Artifact, ArtifactError, locked, one_line, slug, write_text, written_whole
+
+MADE_BY = files.digest({"settings": {"seed": 0}, "code": {"model.py": "a"}})
+
+
+def content(value: float) -> dict:
+    return {"state_dict": {"weight": torch.full((40, 3), value)}, "seed": 3, "name": "it", "none": None}
+
+
+def same(a, b) -> bool:
+    """Whether two contents are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    return type(a) is type(b) and a == b
+
+
+def test_what_is_saved_comes_back_and_others_read_it(tmp_path):
+    checkpoint, metrics = tmp_path / "new" / "folder" / "file.pt", tmp_path / "file.json"
+    files.save(checkpoint, content(math.pi))
+    assert same(files.load(checkpoint), content(math.pi)) and list(checkpoint.parent.iterdir()) == [checkpoint]
+    assert same(torch.load(checkpoint, weights_only=True), content(math.pi))
+    assert "state_dict" in files.load(PROJECT / "checkpoints" / "pretrained" / "gcn.pt")
+    files.save(metrics, {"a": [1, 0.1, None], "b": {"c": 2}})
+    assert same(files.load(metrics), {"a": [1, 0.1, None], "b": {"c": 2}})
+    read = json.loads(metrics.read_text(), parse_constant=pytest.fail)
+    assert read["a"] == [1, 0.1, None] and len(read["checksum"]) == 64
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_and_a_kill_before_the_last_operation_leave_the_file_as_it_was(tmp_path, monkeypatch):
+    path, left = tmp_path / "file.pt", []
+    files.save(path, content(1.0))
+    before = path.read_bytes()
+    with power(monkeypatch, before=lambda: left.append((path.read_bytes(), len(list(tmp_path.iterdir()))))):
+        files.save(path, content(2.0))
+    # Before the folder is made and the file opened, it is written, in the middle of that, flushed to the disk, renamed.
+    assert left == [(before, count) for count in (1, 1, 2, 2, 2, 2)]
+    assert same(files.load(path), content(2.0)) and list(tmp_path.iterdir()) == [path]
+    for cut in range(5):
+        with power(monkeypatch, cut, FULL), pytest.raises(ArtifactError) as raised:
+            files.save(path, content(3.0))
+        assert str(raised.value) == f"{path}: cannot be written (No space left on device)"
+        assert same(files.load(path), content(2.0))
+
+
+def test_partial_files_of_killed_runs_are_removed_and_others_stay(tmp_path):
+    for folder in ("checkpoints", "datasets/Graphs", "eval/masks", "reports", "mine"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in ("a.pt.host.17.mimu-partial", "a.pt", "of_mine.partial"):
+            (tmp_path / folder / name).write_text("some")
+    with locked(tmp_path):
+        left = sorted(path.name for path in tmp_path.rglob("*.*") if path.is_file() and path.name != ".lock")
+    assert left == ["a.pt"] * 5 + ["a.pt.host.17.mimu-partial"] + ["of_mine.partial"] * 5
+    assert (tmp_path / "mine" / "a.pt.host.17.mimu-partial").exists()
+
+
+def test_nothing_is_written_where_the_content_cannot_be_made(tmp_path):
+    path = tmp_path / "file"
+    write_text(path, "before")
+    with pytest.raises(ZeroDivisionError), written_whole(path) as file:
+        file.write(bytes([1 // 0]))
+    with pytest.raises(ValueError):
+        files.save(tmp_path / "other.json", {"a": math.nan})
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name, least", [("file.pt", 1), ("file.json", 0.8)])
+def test_every_byte_counts(tmp_path, name, least):
+    """Of JSON, a few may become others that mean the same."""
+    path, refused = tmp_path / name, 0
+    saved = content(math.pi) if name == "file.pt" else {"scores": [1 / 3, 96.9, None], "config": {"a": {"b": "c"}}}
+    files.save(path, saved)
+    whole = path.read_bytes()
+    flipped = [
+        whole[:position] + bytes([byte ^ 1 << position % 8]) + whole[position + 1 :]
+        for position, byte in enumerate(whole)
+    ]
+    wrong = flipped + [whole[:end] for end in range(0, len(whole), 20)]
+    for broken in wrong:
+        path.write_bytes(broken)
+        try:
+            assert same(files.load(path), saved)
+        except ArtifactError as error:
+            assert str(error).startswith(f"{path}: is damaged or something else (") and "\n" not in str(error)
+            refused += 1
+    assert refused >= least * len(wrong)
+
+
+def test_another_content_is_refused_and_no_code_is_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    files.save(tmp_path / "evil.pt", {"state_dict": Evil()})
+    files.save(tmp_path / "list.pt", [1])
+    torch.save({"a": torch.ones(3)}, tmp_path / "bare.pt")
+    (tmp_path / "list.json").write_text("[]")
+    files.save(tmp_path / "changed.json", {"a": 96.9})
+    write_text(tmp_path / "changed.json", (tmp_path / "changed.json").read_text().replace("96.9", "12.5"))
+    for name, why in (
+        ("evil.pt", "is damaged or something else .Weights only load failed"),
+        ("list.pt", "is damaged or something else .it holds a list"),
+        ("bare.pt", "is damaged or something else .it does not match its checksum"),
+        ("list.json", "is damaged or something else"),
+        ("changed.json", "is damaged or something else .it was changed after it was written"),
+        ("nowhere.pt", "cannot be read .No such file"),
+        ("", "cannot be read .Is a directory"),
+    ):
+        with pytest.raises(ArtifactError, match=f"{name}: {why}"):
+            files.load(tmp_path / name)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_an_artifact_is_there_where_it_is_whole_and_made_by_the_same(tmp_path):
+    path = tmp_path / "file.json"
+    ours, other = Artifact(path, MADE_BY), Artifact(path, files.digest({"settings": {"seed": 1}}))
+    assert not ours.is_there
+    ours.save({"a": 1})
+    assert ours.is_there and ours.load() == {"a": 1, "made_by": MADE_BY}
+    assert not other.is_there
+    with pytest.raises(ArtifactError, match="file.json: was made by other settings, code or data"):
+        other.load()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not ours.is_there
+
+
+LOCKING = "import sys; from pathlib import Path; from runs.files import locked\nwith locked(Path(sys.argv[1])): "
+
+
+def in_another_process(code: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+
+
+def test_a_second_run_in_a_folder_says_who_holds_it(tmp_path):
+    with locked(tmp_path):
+        done = in_another_process(f"{LOCKING}pass", tmp_path)
+        assert done.returncode == 1
+        assert f"ArtifactError: {tmp_path}: is held by another run (process {os.getpid()} on " in done.stderr
+        assert done.stderr.strip().endswith("): wait or end it")
+    killed = in_another_process(f"{LOCKING}import os; os.kill(os.getpid(), 9)", tmp_path)
+    assert killed.returncode == -9 and "process " in (tmp_path / ".lock").read_text()
+    assert in_another_process(f"{LOCKING}print('held')", tmp_path).stdout == "held\n"
+
+
+def test_where_the_system_has_no_locks_files_are_still_written(tmp_path):
+    """As on Windows, where there is no fcntl; and no PyTorch is needed for JSON."""
+    code = (
+        "import sys; sys.modules['fcntl'] = None; sys.modules['torch'] = None; from runs.files import save\n" + LOCKING
+    )
+    done = in_another_process(f"{code}save(Path(sys.argv[1]) / 'a.json', {{'a': 1}})", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert files.load(tmp_path / "a.json") == {"a": 1}
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ArtifactError, match="/proc/.lock: cannot be written"), locked(Path("/proc")):
+        pass
+    with power(monkeypatch, 1, FULL), pytest.raises(ArtifactError, match=".lock: cannot be written .No space left"):
+        with locked(tmp_path):
+            pass
+
+
+def test_names_and_errors_are_one_short_line():
+    assert slug(" As it is: K = 3!") == "as_it_is_k_3" and slug("$.") == ""
+    assert one_line(ValueError("a\n  b")) == "a b" and one_line(KeyError()) == "KeyError"
+    assert len(one_line(ValueError("a" * 1000))) == 300

@@ -1,0 +1,84 @@
+"""Processes share what is to do, make what is shared once, and fail together."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from runs.files import ArtifactError
+from runs.log import Log
+from runs.processes import Processes
+
+
+@pytest.fixture
+def three(monkeypatch) -> list[Processes]:
+    """Three that share a store, as torchrun makes them, to be used by a thread each."""
+    store, ranks = dist.HashStore(), iter(range(3))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: iter([(store, next(ranks), 3)]))
+    processes = [Processes() for _ in range(3)]
+    for each in processes:
+        each._store.set_timeout(timedelta(seconds=20))
+    return processes
+
+
+def at_once(processes: list[Processes], work: Callable[[Processes], object]) -> list[object]:
+    """What each returns or raises."""
+
+    def result(each: Processes) -> object:
+        try:
+            return work(each)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(processes)) as threads:
+        return list(threads.map(result, processes))
+
+
+def test_every_task_is_taken_once_after_the_beginning_and_all_is_gathered_in_order(three):
+    done = []
+
+    def work(processes: Processes) -> object:
+        processes.first(lambda: (time.sleep(0.2), done.append("begun")))
+        done.append("after")
+        processes.once("shared", lambda: (time.sleep(0.2), done.append("shared")))
+        done.append("later")
+        taken = []
+        for task in processes.take(range(30)):
+            taken.append(task)
+            time.sleep(0.001)
+        return processes.gathered({"rank": processes.rank, "taken": taken})
+
+    gathered, *others = at_once(three, work)
+    assert others == [[], []] and [share["rank"] for share in gathered] == [0, 1, 2]
+    assert sorted(task for share in gathered for task in share["taken"]) == list(range(30))
+    assert done[0] == "begun" and done.count("begun") == done.count("shared") == 1
+    assert done.count("after") == done.count("later") == 3 and done.index("shared") < done.index("later")
+
+
+@pytest.mark.parametrize("name", ["first", "once"])
+def test_what_fails_in_one_process_fails_in_all(three, name):
+    def fail() -> None:
+        time.sleep(0.1)
+        raise ArtifactError("disk full")
+
+    begin = {"first": lambda each: each.first(fail), "once": lambda each: each.once("classifier.pt", fail)}[name]
+    results = at_once(three, begin)
+    assert sorted(type(result).__name__ for result in results) == ["ArtifactError", "RuntimeError", "RuntimeError"]
+    assert sum("has failed in another process: disk full" in str(result) for result in results) == 2
+
+
+def test_a_log_says_all_with_the_time_and_is_named_where_it_cannot_be_written(tmp_path, capsys):
+    log = Log(tmp_path / "reports" / "run.log", "process 1: ")
+    log("classifier: 3 s")
+    log.note("in the file \ud800 alone")
+    assert capsys.readouterr().out == "process 1: classifier: 3 s\n"
+    lines = log.path.read_text().splitlines()
+    assert [line[20:] for line in lines] == ["process 1: classifier: 3 s", "process 1: in the file \\ud800 alone"]
+    assert all(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S") for line in lines)
+    with pytest.raises(ArtifactError, match="run.log/run.log: cannot be written .File exists"):
+        Log(log.path / "run.log").note("something")

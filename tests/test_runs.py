@@ -1,0 +1,363 @@
+"""Whole runs of the smoke config: what they leave, what of it the next one takes, and the examples of the README."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TRACKED, copy_to
+from running import PROJECT, SMOKE, checkpoint, files, metrics, run, run_here, smoke, write_few
+
+import main
+from configs import load_variants
+from data import DataError, GraphGenerator, load_image_data
+from model import HookedMNISTClassifier
+from runs.files import ArtifactError
+from trainer import GCNRanking, GCNTrainer, TrainedGCN, Trainer, ZeroingOrder
+
+METHODS = ["original", "mimu", "random", "sft", "retrain", "saliency", "magnitude"]
+TINY = ("sweep.forget_digits=[3]", "sweep.kappa=[20]", "gcn.steps=2", "eval.methods=[original, mimu, retrain]")
+README = (PROJECT / "README.md").read_text()
+
+
+def with_smoke(folder: Path, changes: str) -> Path:
+    """A config that changes the smoke config further."""
+    settings = yaml.safe_load((PROJECT / SMOKE[1]).read_text())
+    settings["eval"]["visualize"] = False
+    for section, values in yaml.safe_load(changes).items():
+        settings[section] = settings.get(section, {}) | values
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def there(folder: Path, *overrides: str) -> dict[str, int]:
+    """How many files of a tiny run are there, by what they are of."""
+    made = main.Files(folder)
+    (training,) = main.trainings_of(smoke(*TINY, *overrides))
+    counts = {name: int(artifact.is_there) for name, artifact in made.of_training(training).items()}
+    return counts | {"experiments": sum(file.is_there for file in made.experiments(training, 3))}
+
+
+def test_the_whole_path_leaves_its_artifacts_and_clean_removes_them_alone(clone):
+    before = files(clone)
+    own = {clone / "eval" / "masks" / "seed_of_mine.pt", clone / "reports" / "mine.png"}
+    for path in own:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    output = run(clone, *SMOKE, "sweep.kappa=[auto, 20]", "sweep.forget_digits=[3]")
+    for name in (*METHODS, "forget score", "retain score", "reports"):
+        assert name in output
+    results = metrics(clone).values()
+    assert [result["forget_digit"] for result in results] == [3, 3]
+    for result in results:
+        assert list(result["unlearning_metrics"]) == METHODS
+        assert len(result["zeroed"]) == result["kappa"] and set(result["gave_up"]) <= {"mimu", "saliency"}
+        assert result["num_graph_vertices"] == 16 * 32 and result["num_graph_edges"] == 16 * 32 * (16 + 32 - 2)
+        assert all((clone / path).exists() for path in result["files"].values()) and len(result["files"]) == 4
+    written = files(clone)
+    curves = [f"{metric}_{part}_set" for metric in ("loss", "score") for part in ("forget", "retain")]
+    names = (*curves, "summary", "probability_on_forget_class")
+    assert {f"reports/{name}.png" for name in names} | {"reports/summary.md"} <= written.keys()
+    made = ("checkpoints/classifier_seed_0_", "checkpoints/gcn_seed_0_top_k_128_", "datasets/Graphs/seed_0_")
+    folders = ("eval/masks/seed_0", "eval/Metrics and Plots/plots")
+    assert [sum(path.startswith(each) for path in written) for each in (*made, *folders)] == [1, 1, 1, 2, 2 * 5]
+
+    subprocess.run(["bash", str(clone / "clean.sh")], check=True, cwd="/")
+    for path in own:
+        assert path.read_text() == "mine"
+        path.unlink()
+    assert files(clone) == before
+
+
+def test_a_change_makes_anew_what_depends_on_it_and_nothing_else(here, monkeypatch):
+    names = ["classifier", "graphs", "gcn", "experiments"]
+    assert there(here) == dict.fromkeys(names, 0)
+    run_here(here, *TINY)
+    finished = {"classifier": 1, "graphs": 1, "gcn": 1, "experiments": 2}
+    assert there(here) == finished
+    for setting, made in (
+        ("gcn.steps=13", names[2:]),
+        ("sweep.top_k=[64]", names[2:]),
+        ("erasure.trained=[0, 1]", names[2:]),
+        ("eval.step=16", names[3:]),
+        ("eval.target=0.2", names[3:]),
+        ("erasure.target=1", names[3:]),
+        ("audit.enabled=true", names[3:]),
+        ("graphs.samples_per_class=99", names[1:]),
+        *((setting, names) for setting in ("classifier.epochs=2", "threads=2", "seed=1", "held_out=10")),
+        # What is drawn, of a method that does not run, of audits that are not made:
+        *((setting, []) for setting in ("report.dpi=51", "eval.visualize=true", "audit.probe_steps=2")),
+        ("eval.hyperparameters.scrub.epochs=2", []),
+    ):
+        assert there(here, setting) == finished | dict.fromkeys(made, 0), setting
+    assert there(here, "sweep.kappa=[20, 30]")["experiments"] == 2
+
+    sources = copy_to(here / "sources", *TRACKED)
+    monkeypatch.setattr(main, "ROOT", sources)
+    for file, made in (
+        *((file, names) for file in ("main.py", "model.py", "data.py", "trainer.py", "audits/erasure.py")),
+        *((file, names[3:]) for file in ("eval.py", "methods/controls.py", "of_my_own.py")),
+        *((file, []) for file in ("reporter.py", "tables/variants.py", "runs/files.py")),
+    ):
+        source = (sources / file).read_text() if (sources / file).exists() else ""
+        (sources / file).write_text(f"{source}# a remark\n")
+        assert there(here) == finished | dict.fromkeys(made, 0), file
+        (sources / file).write_text(source) if source else (sources / file).unlink()
+    monkeypatch.setattr(main, "checksums", lambda *arguments: {"train": "other"})
+    assert there(here) == dict.fromkeys(names, 0)
+
+
+def test_a_finished_run_computes_nothing_again_and_what_is_missing_damaged_or_changed_is_made_again(here, capsys):
+    main.dry_run(smoke(*TINY), here)
+    assert capsys.readouterr().out.splitlines() == [
+        "training, seed 0, top-K 128: 0 of 3 files are there",
+        "class 3, seed 0, top-K 128: 0 of 2 files are there",
+    ]
+    assert [path.name for path in here.iterdir()] == ["datasets"]
+    run_here(here, *TINY)
+    expected, before = metrics(here), files(here)
+    capsys.readouterr()
+    run_here(here, *TINY, "eval.visualize=true")
+    output, after = capsys.readouterr().out, files(here)
+    assert "5 of 5 files are there" in output and "classifier, " not in output
+    of_run = {"reports/run.json", "reports/run.log", ".lock"}
+    made = {name for name in after if after[name] != before.get(name)} - of_run
+    assert len(made) == 5 and all("/plots/" in name for name in made) and before.keys() == after.keys() - made
+    log = (here / "reports" / "run.log").read_text()
+    assert all(line[:4].isdigit() for line in log.splitlines()) and "5 of 5 files are there" in log
+
+    (path,) = (here / "eval").glob("*/metrics/*.json")
+    changed = json.loads(path.read_text())
+    changed["unlearning_metrics"]["mimu"]["score"] = 12.5
+    for damage in (lambda: path.write_text(json.dumps(changed)), path.unlink, lambda: path.write_bytes(b"{")):
+        damage()
+        with pytest.raises(DataError, match="nothing of this config is finished: run it first"):
+            main.plot(smoke(*TINY), here)
+        run_here(here, *TINY)
+        assert metrics(here) == expected
+    for name in ("classifier", "gcn"):
+        (path,) = here.glob(f"checkpoints/{name}_*")
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        shutil.rmtree(here / "eval")
+        run_here(here, *TINY)
+        assert metrics(here) == expected
+    capsys.readouterr()
+    run_here(here, *TINY, is_fresh=True)
+    assert "0 of 5 files are there" in capsys.readouterr().out
+
+
+def test_all_layers_can_be_masked_and_several_top_k_and_seeds_are_reported(here):
+    run_here(here, *TINY, "graphs.mask_layer=null", "sweep.top_k=[64, 128]", "sweep.seeds=[0, 1]")
+    results = metrics(here)
+    assert len(results) == 4 and all(result["mask_layer"] is None for result in results.values())
+    assert {result["num_graph_vertices"] for result in results.values()} == {784 * 32 + 32 * 16 + 16 * 10}
+    for top_k in (64, 128):
+        summary = (here / "reports" / f"top_k_{top_k}" / "summary.md").read_text()
+        assert f"K = {top_k}" in summary and "over 2 seeds" in summary and "±" in summary
+    weights = [checkpoint(here, f"classifier_seed_{seed}") for seed in (0, 1)]
+    assert [each["seed"] for each in weights] == [0, 1]
+    assert not torch.equal(*(each["state_dict"]["layers.0.weight"] for each in weights))
+    assert len(list(here.glob("checkpoints/gcn_*.pt"))) == 4
+
+
+VARIANTS = """
+sweep: {forget_digits: [3, 9], kappa: [auto]}
+variants:
+  as it is: {eval: {methods: [mimu, retrain]}}
+  two steps: {gcn: {steps: 2}, eval: {methods: [mimu]}}
+  wider: {classifier: {hidden_sizes: [40, 16]}, eval: {methods: [mimu, retrain]}}
+"""
+
+
+def test_variants_run_side_by_side_on_shared_classifiers(here, capsys):
+    main.run(load_variants(with_smoke(here, VARIANTS)), here)
+    output = capsys.readouterr().out
+    assert output.count("% of the test split classified correctly") == 2, "two of the three share one"
+    results = metrics(here)
+    assert sorted(each["variant"] for each in results.values()) == ["as it is"] * 2 + ["two steps"] * 2 + ["wider"] * 2
+    assert all(re.search("_(as_it_is|two_steps|wider)_[0-9a-f]{8}.json$", name) for name in results)
+    table = (here / "reports" / "variants.md").read_text()
+    assert table.splitlines()[2] in output and "–" not in table
+    assert [line.split("|")[1].strip() for line in table.splitlines()[4:]] == ["as it is", "two steps", "wider"]
+    assert (here / "reports" / "variants.png").exists()
+    assert (here / "reports" / "variants" / "two_steps" / "summary.md").exists()
+    shutil.copy(PROJECT / "clean.sh", here)
+    subprocess.run(["bash", str(here / "clean.sh")], check=True)
+    assert {path.name for path in here.iterdir()} == {"datasets", "mine.yaml", "clean.sh"}
+
+
+def graphs_of(config: main.Config, folder: Path, classifier: HookedMNISTClassifier | None = None) -> GraphGenerator:
+    """The activation graphs of a config, of a classifier that is trained here where none is given."""
+    train = load_image_data("MNIST", folder / "datasets").train
+    return GraphGenerator(classifier or Trainer(config.classifier, 0).train(train, 10), train, config.graphs, 0)
+
+
+def test_a_pretrained_gcn_is_made_from_all_variants(here):
+    text = "variants: {wide: {classifier: {hidden_sizes: [40, 16]}}, narrow: {}}"
+    configs = load_variants(with_smoke(here, text), ["gcn.steps=4"])
+    main.pretrain(configs, here)
+    made = torch.load(here / "checkpoints" / "pretrained" / "gcn.pt", weights_only=True)
+    assert made["config"]["gcn"]["steps"] == 4 and made["top_k"] == 128
+    graphs = [graphs_of(config, here) for config in configs.values()]
+    expected = GCNTrainer(configs["wide"].gcn, graphs, 128, 0).train().state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in made["state_dict"].items())
+
+
+def test_the_pretrained_gcn_is_taken_as_it_is(here):
+    settings = (*TINY, "gcn.pretrained=true")
+    run_here(here, *settings)
+    assert not list((here / "checkpoints").glob("gcn_*"))
+    (result,) = metrics(here).values()
+    classifier = HookedMNISTClassifier((32, 16))
+    classifier.load_state_dict(checkpoint(here, "classifier_seed_0")["state_dict"])
+    config = smoke()[""]
+    graphs = graphs_of(config, here, classifier)
+    ranking = GCNRanking(config.eval, TrainedGCN.load().gcn, graphs, 3, 128, 0)
+    assert result["zeroed"] == ZeroingOrder(config.eval, graphs, ranking).first(20).vertices.tolist()
+    shutil.rmtree(here / "checkpoints")
+    with pytest.raises(ArtifactError, match="graphs.features, other_classes, and how many there are, must be"):
+        run_here(here, *settings, "graphs.other_classes=false")
+    assert not (here / "checkpoints").exists()
+
+
+def test_a_data_set_that_is_not_there_is_told_before_any_work(here, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.KMNIST.mirrors", ["file:///nowhere/"])
+    with pytest.raises(DataError, match="dataset KMNIST in "):
+        main.run(load_variants(with_smoke(here, "variants: {mnist: {}, other: {dataset: KMNIST}}")), here)
+    assert not (here / "checkpoints").exists()
+
+
+def test_results_depend_neither_on_the_processes_nor_on_the_rest_of_the_sweep(copy, tmp_path_factory):
+    alone = tmp_path_factory.mktemp("alone")
+    write_few(alone)
+    settings = ("sweep.seeds=[0, 1]", "sweep.kappa=[auto, 60]", "gcn.steps=2")
+    run_here(alone, *settings, "sweep.forget_digits=[9]", "sweep.kappa=[60]")
+    assert len(metrics(alone)) == 2
+    run_here(alone, *settings)
+    output = run(copy, *SMOKE, "eval.visualize=false", *settings, processes=2)
+    assert "process 0: " in output and "process 1: " in output
+    together, apart = metrics(copy), metrics(alone)
+    assert len(together) == 8 and together.keys() == apart.keys()
+    for name, result in together.items():
+        assert result | {"config": None} == apart[name] | {"config": None}, name
+    summaries = [json.loads((folder / "reports" / "run.json").read_text()) for folder in (copy, alone)]
+    assert [summary["processes"] for summary in summaries] == [2, 1]
+    assert set(summaries[0]["seconds"]) >= set(summaries[1]["seconds"])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_a_run_is_every_training_and_all_requests_after_it(processes):
+    configs = load_variants(PROJECT / "configs" / "ablation.yaml", ["sweep.forget_digits=[1, 7]"])
+    tasks, ahead = main.tasks_in_order(configs, processes), 0
+    trainings = [training for training, forget_class in tasks if forget_class is None]
+    assert [(each.variant, each.seed) for each in trainings] == [
+        (variant, seed) for variant, config in configs.items() for seed in config.seeds
+    ]
+    requests = [task for task in tasks if task[1] is not None]
+    assert requests == [(training, digit) for training in trainings for digit in (1, 7)]
+    for _, forget_class in tasks:
+        ahead += 1 if forget_class is None else -0.5
+        assert 0 <= ahead <= processes
+
+
+def test_reports_are_drawn_anew_from_the_json_alone_of_the_digits_so_far(here, capsys, monkeypatch):
+    monkeypatch.undo()  # with real pictures
+    settings, reports = [*TINY, "sweep.forget_digits=[3, 9]"], here / "reports"
+    run_here(here, *settings)
+    before = {path.name: path.read_bytes() for path in reports.iterdir() if path.stem != "run"}
+    shutil.rmtree(reports)
+    shutil.rmtree(here / "checkpoints")
+    main.plot(smoke(*settings), here)
+    assert {path.name: path.read_bytes() for path in reports.iterdir()} == before
+    for path in (here / "eval").glob("*/metrics/*digit_9*"):
+        path.unlink()
+    capsys.readouterr()
+    main.plot(smoke(*settings), here)
+    assert "Forgetting digit 3, scored" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_scores_of_the_cpu(clone):
+    for device in ("cpu", "cuda"):
+        run_here(clone, "sweep.forget_digits=[3]", "sweep.kappa=[20]", f"device={device}")
+    results = metrics(clone).values()
+    assert {result["config"]["device"] for result in results} == {"cpu", "cuda"}
+    for key in ("unlearning_metrics", "performance_degradation_metrics"):
+        for method in ("original", "mimu", "retrain"):
+            ours, theirs = (result[key][method]["score"] for result in results)
+            assert ours == pytest.approx(theirs, abs=5)
+
+
+def insert(path: Path, text: str, before: str, below: str = "") -> None:
+    """Writes lines above the first one that begins with `before` (below another), at the same depth."""
+    content = path.read_text()
+    place = re.compile(f"^ *{re.escape(before)}", re.MULTILINE).search(content, content.index(below))
+    depth = " " * (len(place[0]) - len(before))
+    lines = textwrap.indent(textwrap.dedent(text).strip("\n"), depth) + "\n" * (1 if depth else 3)
+    path.write_text(content[: place.start()] + lines + content[place.start() :])
+
+
+def in_readme(pattern: str) -> str:
+    """The one group of a pattern in the README."""
+    return re.search(pattern, README, re.DOTALL)[1]
+
+
+def test_what_the_readme_adds_by_hand_shows_up_everywhere(copy):
+    """A registered method, a model that is scored by hand, a line that is drawn by hand, and the mask of a run."""
+    example = in_readme(r"```python\n(@unlearning_method.*?)```")
+    (name,) = re.findall(r'@unlearning_method\("([^"]+)"', example)
+    insert(copy / "eval.py", example, "def count_by_layer(")
+    insert(copy / "configs" / "config.yaml", in_readme(r"```yaml\n( +coactivation: .*?)\n```"), "sft: {epochs")
+    scored = in_readme(r"\n((?: {4}[^\n]*\n)+)\nand in `eval_performance")
+    insert(copy / "eval.py", scored, "return metrics", below="def eval_unlearning(self)")
+    reporter = copy / "reporter.py"
+    drawn = in_readme(r"metric:\n\n((?: {4}[^\n]*\n)+)")
+    insert(reporter, drawn, 'self._plot_methods(x, FORGET, "score")', below="def draw_score_curves_on_forget_set(self)")
+    insert(reporter, 'print("FIGURE", name, plt.gca().get_legend_handles_labels()[1])', "save_figure(figure, self.fo")
+
+    output = run(copy, *SMOKE, "eval.visualize=false", "sweep.forget_digits=[3]")
+    for result in metrics(copy).values():
+        assert {"loss", "score", "probability"} == set(result["unlearning_metrics"][name])
+        assert {"loss", "score"} == set(result["performance_degradation_metrics"][name])
+        assert result["methods"][name]["touches"] == "a mask" and result["num_zeroed"][name] > 0
+        assert len({result["unlearning_metrics"][each]["loss"] for each in (name, "original", "random", "mimu")}) == 4
+        assert result["unlearning_metrics"]["mine"] == result["unlearning_metrics"]["original"]
+    figures = re.findall(r"FIGURE (\S+) (\[.*\])", output)
+    assert len(figures) == 6 and all(f"'{name}'" in labels and "'mine'" in labels for _, labels in figures)
+    assert [figure for figure, labels in figures if "'sft, by hand'" in labels] == ["score_forget_set.png"]
+    assert name in (copy / "reports" / "summary.md").read_text() and name in output.split("Forgetting digit 3")[-1]
+
+    example = in_readme(r"```python\n(import json\n[^`]*?mask\.apply.*?)```")
+    for ours, this in (("digit_9", "digit_3"), ("kappa_200", "kappa_20"), ("(128, 64)", "(32, 16)")):
+        assert ours in example
+        example = example.replace(ours, this)
+    check = (
+        "from data import load_image_data\ntest = load_image_data().test.forget(3)\n"
+        "print(100 * (classifier(test.images).argmax(1) == 3).double().mean().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", example + check], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (result,) = [result for id, result in metrics(copy).items() if "kappa_20_" in id]
+    assert float(done.stdout) == pytest.approx(result["unlearning_metrics"]["mimu"]["score"])
+
+
+def test_the_lines_of_the_readme_unlearn_a_model():
+    example = in_readme(r"```python\n([^`]*unlearn\(model[^`]*)```")
+    config, train = smoke("classifier.bias=true")[""].classifier, load_image_data("MNIST", PROJECT / "datasets").train
+    first, second, last = Trainer(config, 0).train(train, 10).layers
+    model = torch.nn.Sequential(first, torch.nn.ReLU(), second, torch.nn.ReLU(), last)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lines = {"model": model, "inputs": train.images[:20000], "labels": train.labels[:20000]}
+    exec(example, lines)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    lines["mask"].apply(model)
+    is_3 = train.labels == 3
+    assert (model(train.images[is_3]).argmax(1) == 3).float().mean() < 0.01
+    assert (model(train.images[~is_3]).argmax(1) == train.labels[~is_3]).float().mean() > 0.8

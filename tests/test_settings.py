@@ -1,0 +1,220 @@
+"""Settings that work are read as they are written; those that cannot work are one clear line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+
+from runs.files import InputError
+from runs.settings import converted, description, load_config, load_variants
+
+Count = Annotated[int, "at least 1"]
+Amount = Count | Annotated[float, "above 0, below 1"]
+
+
+@dataclass(frozen=True)
+class Training:
+    steps: Count
+    rate: Annotated[float, "above 0"]
+    momentum: Annotated[float, "at least 0, below 1"]
+    sizes: tuple[Count, ...]
+    kappa: tuple[Amount | Literal["auto"], ...]
+    span: tuple[float, float] | None
+    ranking: Literal["damage", "mean"]
+    shuffled: bool
+    tables: dict[str, dict[str, int | float]]
+
+    def __post_init__(self) -> None:
+        if self.span and self.span[0] > self.span[1]:
+            raise ValueError(f"span must be [low, high], not {list(self.span)}")
+        if self.tables.get("sft", {}).get("epochs", 1) < 1:
+            raise ValueError("tables.sft.epochs must be at least 1, not 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: Annotated[int, f"at least 0, at most {2**63 - 1}"]
+    device: str
+    threads: Count | None
+    training: Training
+
+    def __post_init__(self) -> None:
+        if self.seed == 7 and self.training.steps > 5:
+            raise ValueError(f"training.steps must be at most 5 with seed 7, not {self.training.steps}")
+
+
+BASE = """
+seed: 0
+device: auto
+threads: null
+training: {steps: 9, rate: 1e-3, momentum: 0, sizes: [4], kappa: [auto, 20, 0.5], span: null, ranking: mean,
+  shuffled: true, tables: {}}
+"""
+METHODS = "training: {tables: {sft: {epochs: 3, rate: 0.5}}}"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / "config.yaml").write_text(BASE)
+    (folder / "methods.yaml").write_text(METHODS)
+    return [folder / "config.yaml", folder / "methods.yaml"]
+
+
+def read(bases: list[Path], *overrides: str) -> Config:
+    return load_config(Config, bases, bases[0], overrides)
+
+
+def refused(path: Path, bases: list[Path], *overrides: str) -> str:
+    """What is said of a config that cannot work: one line."""
+    with pytest.raises(InputError) as error:
+        load_variants(Config, bases, path, overrides)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def mine(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_layers_go_over_one_another(bases, tmp_path):
+    config = read(bases)
+    assert config.training.kappa == ("auto", 20, 0.5) and config.training.rate == 0.001
+    assert type(config.training.momentum) is float and config.training.tables == {"sft": {"epochs": 3, "rate": 0.5}}
+    path = mine(tmp_path, "seed: 4\ntraining: {steps: 7, sizes: [5, 6], tables: {sft: {epochs: 2}, scrub: {a: 1}}}")
+    over = load_config(Config, bases, path, ["training.steps=6", "training.span=[1, 2]", "training.tables.sft.rate=1"])
+    assert (over.seed, over.training.steps, over.training.sizes, over.training.span) == (4, 6, (5, 6), (1.0, 2.0))
+    assert over.training.tables == {"sft": {"epochs": 2, "rate": 1}, "scrub": {"a": 1}}
+    assert over.training.rate == config.training.rate and over.device == config.device
+    assert load_config(Config, bases, mine(tmp_path, "# nothing\n")) == config
+
+
+def test_a_variant_goes_over_its_file_and_an_override_over_both(bases, tmp_path):
+    text = "seed: 4\ntraining: {steps: 7}\nvariants:\n  as it is:\n  longer: {training: {steps: 8, rate: 3}}\n  1: {}\n"
+    path = mine(tmp_path, text)
+    configs = load_variants(Config, bases, path, ["training.rate=2"])
+    assert list(configs) == ["as it is", "longer", "1"]
+    found = [(config.seed, config.training.steps, config.training.rate) for config in configs.values()]
+    assert found == [(4, 7, 2.0), (4, 8, 2.0), (4, 7, 2.0)]
+    assert load_config(Config, bases, path, ["training.rate=2"]) == configs["as it is"]
+    assert load_variants(Config, bases, bases[0]) == {"": read(bases)}
+
+
+BAD = [
+    ("trainign.steps=3", "trainign is not a setting; did you mean training? Valid here: seed, device, threads"),
+    ("training.stesp=3", "training.stesp is not a setting; did you mean training.steps? Valid here: steps, rate"),
+    ("training.steps=true", "training.steps must be an integer, at least 1, not True"),
+    ("training.steps=1000000001", "training.steps must be an integer, at least 1, at most 1000000000, not 1000000001"),
+    ("training=3", "training must be a mapping with keys of steps, rate"),
+    ("training.rate=.inf", "training.rate must be a finite number, above 0, at most 1000000000, not inf"),
+    ("training.kappa=[1.5]", "each an integer, at least 1, or a finite number, above 0, below 1, or auto, not [1.5]"),
+    ("training.span=[1]", "training.span must be a list of 2, each a finite number, or null, not [1]"),
+    ("training.span=[2, 1]", "training.span must be [low, high], not [2.0, 1.0]"),
+    ("training.tables.sft=2", "training.tables.sft must be a mapping, not 2"),
+    ("training.tables.sft.epochs=x", "training.tables.sft.epochs must be an integer or a finite number, not 'x'"),
+    ("training.tables.sft.epochs=0", "training.tables.sft.epochs must be at least 1, not 0"),
+    ("seed=9223372036854775808", f"at most {2**63 - 1}, not 9223372036854775808"),
+    ("seed=2020-99-99", "its value is not valid YAML"),
+    ("nonsense", "'nonsense': is not an override; write section.key=value"),
+    ("seed=[1", "'seed=[1': its value is not valid YAML"),
+]
+
+
+@pytest.mark.parametrize("override, message", BAD, ids=[override for override, _ in BAD])
+def test_bad_settings_name_the_override_the_key_and_what_is_valid(bases, override, message):
+    said = refused(bases[0], bases, override)
+    assert message in said and override in said and "over config.yaml" not in said
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("training: [1, 2", "is not valid YAML (while parsing"),
+        ("- 3", "the settings must be a mapping with keys of seed, device, threads, training, not [3]"),
+        ("training:\n  steps:", "training.steps must be an integer, at least 1, not None"),
+        ("training:\n  1: 2", "training.1 is not a setting"),
+        ("training: {steps: 3}\nseed: 1\ntraining: {steps: 4}", "is not valid YAML (training stands twice in"),
+        ("{1: 2, 0x1: 3}", "1 is not a setting"),
+        ("variants: 3", "variants must map names to what each changes, not 3"),
+        ("variants: {}", "variants must map names to what each changes, not {}"),
+        ("variants: {a b: {}, A-B: {}}", "variants must differ in the letters and digits of their names: ['a b', 'A-B"),
+        ("variants: {" + "a" * 101 + ": {}}", "the name of a variant must be up to 100 characters without $, not 'aaa"),
+        ("variants: {a $b$: {}}", "the name of a variant must be up to 100 characters without $, not 'a $b$'"),
+        ('variants: {"a\\ud800": {}}', "must be up to 100 characters without $, not 'a\\ud800'"),
+        ("variants: {'.': {}}", "the name of a variant must be up to 100 characters without $, not '.'"),
+        ("variants: {a: 0}", "variant a: the settings must be a mapping with keys of seed, device, threads, training"),
+        ("variants: {a: {training: {stepz: 3}}}", "variant a: training.stepz is not a setting; did you mean"),
+        ("variants: {a: {training: {steps: 0}}}", "variant a: training.steps must be an integer, at least 1, not 0"),
+        ("variants: {a: {variants: {}}}", "variant a: variants is not a setting. Valid here: seed"),
+    ],
+)
+def test_bad_files_are_named(bases, tmp_path, text, message):
+    path = mine(tmp_path, text)
+    said = refused(path, bases)
+    assert said.startswith(str(path)) and message in said
+
+
+def test_a_file_that_is_not_there_is_named(bases, tmp_path):
+    nowhere = tmp_path / "nowhere.yaml"
+    assert refused(nowhere, bases) == f"{nowhere}: cannot be read (No such file or directory)"
+    assert refused(tmp_path, bases) == f"{tmp_path}: cannot be read (Is a directory)"
+
+
+def test_a_base_that_a_change_makes_impossible_or_that_lacks_a_setting_is_named(bases, tmp_path):
+    path = mine(tmp_path, "seed: 7")
+    expected = "over config.yaml: training.steps must be at most 5 with seed 7, not 9"
+    assert refused(path, bases, "device=cpu") == f"{path}, override device=cpu, {expected}"
+    assert "over" not in refused(path, bases, "training.steps=8").partition(": ")[0].replace("override", "")
+    base = mine(tmp_path, BASE.replace("momentum: 0,", ""))
+    expected = "mine.yaml: training.momentum is missing: it must be a finite number, at least 0, below 1"
+    assert refused(base, [base]) == expected
+
+
+MANY = ", ".join(f"&{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefg", "bcdefgh"))
+ODD = [
+    "seed=!!bool abc",
+    "seed=!!timestamp abc",
+    'device="\\UFFFFFFFF"',
+    "seed=1" + ":30" * 300 + ".5",
+    "seed=0x" + "f" * 5000,
+    "training={0x" + "f" * 5000 + ": 1}",
+    'training={"a\\nb": 1}',
+    "training={[1]: 2}",
+    f"training.sizes=[&a [1, 2, 3, 4, 5, 6, 7, 8, 9], {MANY}]",
+    "training.kappa=" + "[" * 1000 + "]" * 1000,
+    "seed=" + str(list(range(20_000))),
+]
+
+
+@pytest.mark.parametrize("override", ODD, ids=[override[:20] for override in ODD])
+def test_odd_values_are_one_short_line(bases, override):
+    assert len(refused(bases[0], bases, override)) < 1000 + 2 * len(override)
+
+
+@pytest.mark.parametrize(
+    "hint, words, valid, wrong",
+    [
+        (int, "an integer", [-5, 10**9], [True, 1.0, "1", None, 10**9 + 1]),
+        (float, "a finite number", [0.5, 3, "1e-3", -1e300], ["nan", "a", True, 10**400, 2e9]),
+        (Annotated[float, "above 0, at most 1"], "a finite number, above 0, at most 1", [1, 1e-9], [0, 1.1]),
+        (Annotated[Count, "below 5"], "an integer, at least 1, below 5", [1, 4], [0, 5]),
+        (Annotated[int, "at most 2000000000"], "an integer, at most 2000000000", [2 * 10**9], [2 * 10**9 + 1]),
+        (Amount, "an integer, at least 1, or a finite number, above 0, below 1", [1, 0.1], [0, 1.0, 2.5]),
+        (int | tuple[int, ...] | None, "an integer, or a list, each an integer, or null", [1, [2], None], ["x", [""]]),
+        (bool, "true or false", [True], [1, "true"]),
+        (tuple[Count, Count], "a list of 2, each an integer, at least 1", [[1, 2]], [[1], [1, 0], 3, [1, 2, 3]]),
+        (Literal["a", "b"], "one of a, b", ["a"], ["c", ["a"], {}]),
+        (str, "text", ["x", ""], [1, None, ["x"]]),
+    ],
+)
+def test_a_value_is_read_in_its_type_and_range_or_refused(hint, words, valid, wrong):
+    for value in valid:
+        found = converted(value, hint)
+        assert (list(found) if isinstance(found, tuple) else found) == (float(value) if hint is float else value)
+    for value in wrong:
+        with pytest.raises(TypeError):
+            converted(value, hint)
+    assert description(hint) == words

@@ -1,0 +1,280 @@
+"""Methods beside retraining, variants, and the plots of an experiment, against figures by hand, from written JSON."""
+
+import json
+import math
+import os
+import re
+from statistics import stdev
+
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from test_reporter import CONFIG, DIGITS, SEEDS, drawn, experiment, rows_of, texts, write  # noqa: F401
+
+from reporter import FORGET, FORGET_SCORE, RETAIN, RETAIN_GAP, Reporter, method_styles
+from tables import Result, report
+from tables import experiment as plots
+from tables.pictures import PROBE, draw_masks, draw_plane, symmetric_log
+from tables.retraining import COST, DIVERGENCES, GAPS, LEFT_BEHIND, AuditReport
+from tables.variants import compare
+
+BLUE = method_styles([])["mimu"]["color"]
+# method: forget score, divergence on the forget set, on the retain set, probe recall, relearn steps
+AUDITED = {
+    "original": (95.0, 0.9, 0.01, 95.0, 0),
+    "mimu": (0.0, 0.1, 0.01, 94.0, 10),
+    "retrain": (0.0, 0.0, 0.0, 88.0, 30),
+    "far": (0.5, 0.3, 0.02, 90.0, None),
+    "loud": (50.0, 0.2, 0.001, 88.0, 30),
+}
+
+
+def audits(digit, of) -> dict:
+    return {
+        "js_forget": of[1] + (digit - 5) / 100, "js_retain": of[2], "loss_attack": 0.5, "entropy_attack": 10.0,
+        "probe_recall": {"linear": of[3]}, "probe_retain": 97.0, "relearn_steps": of[4] or 0,
+        "came_back": of[4] is not None, "weights_changed": 6, "relearn_from": {},
+    }  # fmt: skip
+
+
+def audited(digit) -> dict:
+    return experiment(0, digit, 7, "auto", AUDITED) | {
+        "zeroed": [0, 1, 2, 3, 5 + digit, 19],
+        FORGET: {name: {"loss": 3.0, "score": of[0], "probability": 0.1} for name, of in AUDITED.items()},
+        RETAIN: {name: {"loss": 0.1, "score": 97.0} for name in AUDITED},
+        "audit_metrics": {name: audits(digit, of) for name, of in AUDITED.items()},
+    }
+
+
+@pytest.fixture
+def reporter(tmp_path):
+    return Reporter(CONFIG, write(tmp_path, [audited(4), audited(6)]), tmp_path / "reports")
+
+
+def column(table: str, index: int) -> list[str]:
+    """The numbers of a column, without their deviations."""
+    return [re.sub(r" ± [\d.]+", "", cells[index]) for cells in [*rows_of(table).values()][1:]]
+
+
+def test_the_best_figures_are_bold_by_rule(reporter):
+    """The nearest to retraining, of the methods that forget: no reference, nor what leaves half of the class."""
+    report = AuditReport(reporter)
+    distances, left, gaps = report.table(DIVERGENCES), report.table(LEFT_BEHIND, "retrain"), report.table(GAPS)
+    rows = rows_of(distances)
+    assert list(rows) == ["method", "retrain", "mimu", "loud", "far", "original"], "in the order of their distance"
+    assert rows["far"][0] == f"0.300 ± {stdev([0.29, 0.31]):.3f}", "with one seed the spread is over the digits"
+    assert column(distances, 0) == ["0.000", "**0.100**", "0.200", "0.300", "0.900"]
+    assert column(distances, 1) == ["0.0000", "**0.0100**", "0.0010", "0.0200", "0.0100"]
+    assert column(left, 2) == ["88.0", "94.0", "88.0", "**90.0**", "95.0"]
+    assert column(left, 0) == ["0.500", "**0.500**", "0.500", "**0.500**", "0.500"], "those that are written alike"
+    assert column(gaps, 0) == ["+0.00", "**+0.00**", "+50.00", "+0.50", "+95.00"]
+    assert rows_of(gaps)["method"][:2] == ["forget score, points", "retain score, points"]
+    assert column(report.table(COST), 1)[0] == "6"
+
+
+def test_gaps_that_cancel_over_the_digits_are_not_the_best(reporter):
+    for each, away in zip(reporter.experiments, (-6.0, 6.0)):
+        each["audit_metrics"]["mimu"]["probe_recall"]["linear"] = 88.0 + away
+    recalls = column(AuditReport(reporter).table(LEFT_BEHIND, "retrain"), 2)
+    assert recalls[1] == "88.0" and recalls[3] == "**90.0**"
+
+
+@pytest.mark.parametrize("steps, text", [(200, "> 200.0"), (None, "–")])
+def test_a_class_that_does_not_come_back_is_marked(reporter, steps, text):
+    for each in reporter.experiments:
+        each["audit_metrics"]["far"]["relearn_steps"] = steps
+    relearning = column(AuditReport(reporter).table(LEFT_BEHIND, "retrain"), 4)
+    assert relearning == ["30.0", "**10.0**", "30.0", text, "0.0"]
+
+
+def test_what_does_not_forget_or_takes_the_others_along_is_named_and_never_bold(reporter):
+    for each in reporter.experiments:
+        each[RETAIN]["far"]["score"] = 94.0
+        each[FORGET]["by hand"] = {"loss": 1.0, "score": 1.0, "probability": 0.5}
+    report = AuditReport(reporter)
+    assert "above 1 %: loud. Retain score more than 2 points below the original's: far." in "".join(report.tables())
+    assert column(report.table(LEFT_BEHIND, "retrain"), 2) == ["88.0", "**94.0**", "88.0", "90.0", "95.0"]
+    assert "by hand" not in report.methods, "no model that was scored by hand was audited"
+
+
+def test_every_audit_has_a_panel_with_a_line_at_retraining(reporter, drawn):  # noqa: F811
+    AuditReport(reporter).draw()
+    assert len(drawn[0].axes) == 8 and all(axes.get_xlabel() for axes in drawn[0].axes)
+    assert texts(drawn[0].axes[0].get_yticklabels()) == AuditReport(reporter).methods
+    recall = drawn[0].axes[4]
+    assert list(recall.lines[-1].get_xdata()) == [88.0, 88.0]
+    small, large = recall.lines[2:4]  # of mimu
+    assert list(small.get_xdata()) == [94.0, 94.0] and large.get_xydata().tolist() == [[94.0, 1.0]]
+    assert small.get_color() == large.get_color() == BLUE
+
+
+def test_the_trade_off_is_against_retraining(reporter, drawn):  # noqa: F811
+    for each in reporter.experiments:
+        each[RETAIN]["far"]["score"] = 17.0
+    draw_plane([reporter], (FORGET_SCORE, RETAIN_GAP), reporter.folder / "trade_off.png", linear=1.0)
+    (axes,) = drawn[0].axes
+    places = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert places["far"] == [[0.5, -80.0]] and places["retrain"] == [[0.0, 0.0]]
+    assert axes.get_xscale() == axes.get_yscale() == "symlog"
+
+
+@pytest.mark.parametrize("far, scale, ticks", [(-3.9, "linear", None), (-20, "symlog", [-10, -3, -1, 0])])
+def test_an_axis_is_logarithmic_only_where_numbers_are_far_away(far, scale, ticks):
+    axes = Figure().subplots()
+    axes.plot([far, 0.1, math.nan], [0, 0, 0])
+    symmetric_log(axes, "x", linear=1.0)
+    assert axes.get_xscale() == scale and axes.get_yscale() == "linear" and axes.get_xlim()[0] < far
+    low, high = axes.get_xlim()
+    assert ticks is None or sorted(tick for tick in axes.get_xticks() if low <= tick <= high) == ticks
+
+
+def test_the_picture_of_the_masks_shows_what_digits_have_in_common(reporter, drawn):  # noqa: F811
+    draw_masks(reporter)
+    first, shares = (part.axes[0] for part in drawn[0].subfigs)
+    assert first.get_title() == "digit 4: 6 weights"
+    assert sorted(map(tuple, first.lines[0].get_xydata())) == [(0, 0), (1, 0), (2, 0), (3, 0), (9, 0), (19, 0)]
+    half = pytest.approx(500 / 6)
+    assert shares.images[0].get_array().tolist() == [[100.0, half], [half, 100.0]]
+    assert texts(shares.get_xticklabels()) == ["4", "6"]
+
+
+# method: retain score, recall of the probe
+KNOWN = {"original": (95.0, 96.0), "mimu": (93.0, 91.0), "retrain": (97.0, 80.0)}
+
+
+def result(seed, digit, kappa, methods, weight, is_audited, units, layer) -> dict:
+    """What a seed or digit adds has another sign for the retrained classifier; mimu loses with weight and kappa."""
+    lost = weight / 4 + (0 if kappa == "auto" else kappa / 10)
+    more = seed + (digit == 9) / 4
+    far = {m: -more if m == "retrain" else more - lost * (m == "mimu") for m in methods}
+    found = {
+        m: {
+            "probe_recall": {"linear": KNOWN[m][1] + far[m], "two_layer": KNOWN[m][1], "hidden_0": 99.0},
+            "relearn_from": {"1": 40 + seed, "10": None if m == "mimu" else 10},
+        }
+        for m in methods
+    }
+    place = (10 + digit, "auto") if kappa == "auto" else (kappa, "fixed")
+    config = {"dataset": "MNIST", "held_out": 0, "classifier": units, "erasure": {"weight": weight}}
+    return experiment(seed, digit, *place, methods) | {
+        RETAIN: {m: {"score": KNOWN[m][0] + far[m]} for m in methods}, "config": config, "mask_layer": layer,
+        FORGET: {m: {"score": digit / 10} for m in methods}, "audit_metrics": found if is_audited else {},
+    }  # fmt: skip
+
+
+def variant(folder, methods=("mimu",), weight=0.0, kappas=("auto",), is_audited=True, units=8, layer=-2) -> Reporter:
+    folder.mkdir()
+    places = [(seed, digit, kappa) for seed in SEEDS for digit in DIGITS for kappa in kappas]
+    results = [result(*place, methods, weight, is_audited, units, layer) for place in places]
+    return Reporter(CONFIG, write(folder, results), folder)
+
+
+@pytest.fixture
+def variants(tmp_path) -> dict[str, Reporter]:
+    reporters = [
+        variant(tmp_path / "strong", weight=8.0),
+        variant(tmp_path / "none", [*KNOWN]),
+        variant(tmp_path / "weak", weight=2.0, kappas=("auto", 20, 10)),
+        variant(tmp_path / "other", weight=4.0, units=5),
+        variant(tmp_path / "silent", [*KNOWN], weight=6.0, is_audited=False),
+        variant(tmp_path / "elsewhere", weight=8.0, layer=[0, 1]),
+    ]
+    return {each.folder.name: each for each in reporters}
+
+
+def test_variants_are_compared_with_retraining_the_same_classifier(variants, tmp_path):
+    table, left_behind = map(rows_of, compare(variants, tmp_path))
+    strong, _, weak, other, *_ = variants.values()
+    assert strong.figures(RETAIN_GAP, "mimu", "auto") == pytest.approx((-6 + 0.25, -6 + 0.25 + 2))
+    assert weak.figures(PROBE, "mimu", 20) == pytest.approx((8.5 + 0.25, 8.5 + 0.25 + 2)), "of the audited one"
+    assert all(map(math.isnan, other.figures(RETAIN_GAP, "mimu", "auto"))), "another classifier"
+    assert table["variant"][1:4] == ["worst", "retain score against retrain, points", "worst"]
+    assert table["strong"] == ["0.60 ± 0.00", "0.90", "-4.75 ± 1.41", "-6.00", "8.00 ± 0.00", "0.25 ± 0.00"]
+    assert table["other"][2:4] == ["–", "–"] and "none: retrain" not in table and "none: original" in table
+    assert left_behind["variant"] == ["linear", "two layer", "hidden layer 0", "steps, 1 a class", "steps, 10 a class"]
+    assert left_behind["strong"] == ["+10.2 ± 1.4", "+11.0 ± 0.0", "+0.0 ± 0.0", "40 ± 1", "–"]
+    assert left_behind["none: retrain"] == ["+0.0 ± 0.0"] * 3 + ["40 ± 1", "10 ± 0"]
+    assert left_behind["other"] == ["–"] * 3 + ["40 ± 1", "–"] and "silent" not in left_behind
+
+
+def test_variants_and_the_frontier_are_drawn(variants, tmp_path, drawn):  # noqa: F811
+    tables = compare(variants, tmp_path)
+    assert (tmp_path / "variants.md").read_text() == "\n\n".join(["# Variants", *tables]) + "\n"
+    assert (tmp_path / "variants.png").exists() and (tmp_path / "frontier.png").exists()
+    panels, frontier = (figure.axes for figure in drawn)
+    assert texts(panels[0].get_yticklabels()) == ["strong", "none", "weak", "other", "silent", "elsewhere"]
+    assert [line.get_xdata()[0] for line in panels[1].lines[1:4:2]] == pytest.approx([-4.75, -2.75])
+    (axes,) = frontier
+    assert axes.get_xlabel() == "probe recall against retrain, points" and axes.get_ylabel() == RETAIN_GAP.name
+    legend = texts(drawn[1].legends[0].get_texts())
+    assert sorted(legend) == ["mimu, weight 0 to 8", "original", "retrain"]
+    blue = [line for line in axes.lines if line.get_color() == BLUE and len(line.get_xdata()) > 1]
+    lines = {line.get_linestyle(): line.get_xydata().tolist() for line in blue}
+    over_weight = [[12.25 - lost, -2.75 - lost] for lost in (0, 0.5, 2)]
+    assert [point for point in lines["-"] if not math.isnan(point[0])] == over_weight
+    assert lines[":"] == [[11.75 - lost, -3.25 - lost] for lost in (1, 2)], "over kappa"
+    (hollow,) = (line for line in axes.lines if line.get_fillstyle() == "none")
+    assert hollow.get_xydata().tolist() == [[10.25, -4.75]]
+
+
+def names_in(folder) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
+def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(AuditReport, "draw", lambda self: (self.reporter.folder / "audits.png").touch())
+    reports = tmp_path / "reports"
+    mine = {"mine.md", "first_try/summary.png", "variants/mine.md"}
+    for name in mine:
+        (reports / name).parent.mkdir(parents=True, exist_ok=True)
+        (reports / name).write_text("mine")
+    (reports / "variants" / "empty").mkdir()
+    two = [write(tmp_path, [experiment(0, digit, 7, "auto", ("mimu", "retrain"))]) for digit in DIGITS]
+    other = write(tmp_path, [experiment(1, 3, 7, "auto", ("mimu",), top_k=6)])
+    closing = report([*(Result("", 5, CONFIG, paths) for paths in two), Result("", 6, CONFIG, other)], reports)
+    assert [table.split(", scored")[0] for table in closing] == ["Forgetting digits 3, 9", "Forgetting digit 3"]
+    of_top_k = {f"top_k_5/{name}" for name in ("summary.md", "trade_off.png", "masks.png")} | {"top_k_6/summary.md"}
+    assert names_in(reports) == mine | of_top_k
+    closing = report([Result("first one", 6, CONFIG, other), Result("other", 6, CONFIG, other)], reports)
+    of_variants = {"variants/first_one/summary.md", "variants/other/summary.md", "variants.md", "variants.png"}
+    assert names_in(reports) == mine | of_variants and list(rows_of(closing[0])) == ["variant", "first one", "other"]
+    report([Result("", 5, CONFIG, write(tmp_path, [audited(4)]))], reports)
+    assert names_in(reports) == mine | {"summary.md", "trade_off.png", "audits.png"}
+    assert "## Distance to retraining" in (reports / "summary.md").read_text()
+    assert (reports / "variants" / "empty").exists() and not (reports / "variants" / "other").exists()
+
+
+def test_the_plots_of_an_experiment_are_drawn_where_they_are_missing_or_old(tmp_path, monkeypatch):
+    results = experiment(methods=("original", "mimu"), class_probabilities={"mimu": [0.1] * 10}) | {
+        "weight_histograms": [{"layer": 1, "shape": [1, 2], "edges": [-1.0, 0.0, 1.0], "all": [9, 5], "zeroed": [0, 4]}]
+    }
+    folder, source, shared = tmp_path / "Metrics and Plots", tmp_path / "source.py", {}
+    metrics = folder / "metrics" / f"{results['id']}.json"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps(results))
+    source.touch()
+    monkeypatch.setattr(plots, "DRAWN_BY", (source,))
+    paths = [folder / "plots" / results["id"] / f"{name}.png" for name in plots.PLOTS]
+    assert plots.missing(results["id"], tmp_path) == paths and len(paths) == 5
+    plots.draw(results, tmp_path, shared)
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
+    paths[2].unlink()
+    assert plots.missing(results["id"], tmp_path) == [paths[2]]
+    plots.draw(results | {"kappa": 11}, tmp_path, {source: b"kept" for source in shared})
+    assert paths[2].read_bytes() == b"kept", "the mask efficacy is that of every kappa"
+    made = paths[0].stat().st_mtime_ns
+    for later in (metrics, source):
+        for path in (metrics, source):
+            os.utime(path, ns=(made, made))
+        assert plots.missing(results["id"], tmp_path) == []
+        os.utime(later, ns=(made + 10**12, made + 10**12))
+        assert plots.missing(results["id"], tmp_path) == paths, "older than the numbers or what draws them"
+
+
+def test_a_method_has_its_colour_where_not_all_are_drawn_and_null_is_infinite():
+    figure = Figure()
+    styles = {"first": {"color": "#ff0000"}, "second": {"color": "#0000ff"}}
+    plots.draw_bars(figure, {"second": {"loss": None, "score": 50.0}}, styles)
+    assert [to_hex(axes.patches[0].get_facecolor()) for axes in figure.axes] == ["#0000ff", "#0000ff"]
+    assert [texts(axes.texts) for axes in figure.axes] == [["inf"], ["50"]]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["cross entropy (nats)", "score (%)"]
