@@ -28,7 +28,7 @@ def missing(experiment: str, folder: Path) -> list[Path]:
 def draw(results: dict[str, Any], folder: Path, shared: dict[Any, Any]) -> None:
     """Draws the plots of an experiment that are missing, from its JSON, into the folder of an evaluation.
 
-    shared: kept from one kappa of a request to the next, which have the picture of the mask efficacy in common
+    shared: kept from one kappa of a request to the next: the picture of the mask efficacy, and the room that plots need
     """
     styles = method_styles([*results["methods"], *results[FORGET], *results[RETAIN]])
     size = (max(10, 0.65 * len(results[FORGET])), max(3, 0.2 * len(results[FORGET])))  # room for the names
@@ -40,8 +40,11 @@ def draw(results: dict[str, Any], folder: Path, shared: dict[Any, Any]) -> None:
             figure.subplots_adjust(wspace=0.35)
             figure.suptitle(title.format_map(results), fontsize=10)
             draw_content(figure, results[key], styles)
+            # To find the room that all needs takes as long as to draw it: the other kappas have that of the first.
+            if path.stem not in shared:
+                shared[path.stem] = figure.get_tightbbox().padded(0.15)
             png = io.BytesIO()
-            figure.savefig(png, format="png", dpi=100, bbox_inches="tight")  # a constrained layout takes longer
+            figure.savefig(png, format="png", dpi=100, bbox_inches=shared[path.stem])
             shared[source] = png.getvalue()
         with written_whole(path) as file:
             file.write(shared[source])
