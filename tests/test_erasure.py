@@ -11,7 +11,6 @@ import torch
 from conftest import NUM_CLASSES, graph_config, graph_generator, random_classifier, random_split, representation
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ridge import as_matrix, r_squared, ridge_recalls
 
 from audits.erasure import Erasure, ErasureConfig, explained_variance, ridge_recall
 from data import GraphGenerator, seeded
@@ -23,6 +22,31 @@ CONFIG = ErasureConfig(trained=(1.0, 3.0), weight=0.0, target=None, rivals=1, ri
 
 def erasing(mask_layer=-2, dtype=torch.float32, bias=False, **changes) -> GraphGenerator:
     return graph_generator(mask_layer, dtype, bias, auxiliary=partial(Erasure, replace(CONFIG, **changes)))
+
+
+def as_matrix(features: torch.Tensor) -> np.ndarray:
+    """Features in double precision, standardised as the closed forms have it."""
+    x = features.detach().double().numpy()
+    return (x - x.mean(0)) / (x.std(0) + 1e-3)
+
+
+def r_squared(features: torch.Tensor, is_class: torch.Tensor, ridge: float) -> float:
+    """R^2 of the ridge regression to the indicator of a class, by NumPy: features (samples, n), is_class (samples)."""
+    h, t = as_matrix(features), is_class.double().numpy()
+    b = h.T @ (t - t.mean()) / len(t)
+    return b @ np.linalg.solve(h.T @ h / len(t) + ridge * np.eye(len(b)), b) / t.var()
+
+
+def ridge_recalls(features: torch.Tensor, labels: torch.Tensor, ridge: float) -> list[float]:
+    """Percent of each class that a ridge regression finds, by NumPy, one class at a time."""
+    h, y = as_matrix(features), labels.numpy()
+    correlation = h.T @ h / len(h) + ridge * np.eye(h.shape[1])
+    scores = []
+    for label in range(int(y.max()) + 1):
+        t = (y == label).astype(float)
+        scores.append(h @ np.linalg.solve(correlation, h.T @ (t - t.mean()) / len(t)) + t.mean())
+    found = np.argmax(scores, 0)
+    return [100 * float((found[y == label] == label).mean()) for label in range(len(scores))]
 
 
 def carried(graphs: GraphGenerator, classifier: HookedMNISTClassifier, samples: torch.Tensor, label: int) -> float:

@@ -7,7 +7,9 @@ import torch
 from conftest import HIDDEN, IN_FEATURES, NUM_CLASSES, random_classifier
 from torch import nn
 from torch.nn.utils import parametrize
+from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
+from torch_geometric.transforms import LineGraph
 
 from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
 from runs.files import ArtifactError, save
@@ -32,6 +34,13 @@ def test_weights_are_adjacent_that_share_a_neuron(shapes, mask_layer, layers):
     expected = [(u, v) for u, v in itertools.permutations(range(len(ends)), 2) if ends[u] & ends[v]]
     assert list(map(tuple, graph.edge_index().T.tolist())) == expected
     assert (graph.layers, graph.num_vertices, graph.num_edges) == (layers, len(ends), len(expected))
+    # PyG's line graph of the network numbers the weights in sorted order.
+    neurons = sorted(set().union(*ends))
+    network = [tuple(sorted(map(neurons.index, pair))) for pair in ends]
+    both_ways = torch.tensor([*network, *((b, a) for a, b in network)]).T
+    line = LineGraph()(Data(edge_index=both_ways, num_nodes=len(neurons))).edge_index
+    names = [network.index(pair) for pair in sorted(network)]
+    assert {(names[u], names[v]) for u, v in line.T.tolist() if u != v} == set(expected)
 
 
 @pytest.mark.parametrize("mask_layer", [3, -4, [0, 7], [], [0, -3], [1, 1]])
