@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
+from functools import partial
+from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
+from tqdm import tqdm
 
 from model import HookedMNISTClassifier, LayerRecord, Mask, WeightGraph
-from runs.files import InputError, one_line
+from runs.files import InputError, digest, one_line
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
 DATASET_ROOT = Path(__file__).resolve().parent / "datasets"
-IMAGE_SIZE = 28 * 28
-NUM_CLASSES = 10
-DATASETS = ("MNIST", "FashionMNIST", "KMNIST")
+# What torchvision downloads, all of 28 x 28 images, and the names of their classes.
+DATASETS = {
+    "MNIST": tuple("0123456789"),
+    "FashionMNIST": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
+    "KMNIST": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+}
 FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 SCORED_AT_ONCE = 10_000  # samples of a batch without a backward pass
 
@@ -61,7 +70,7 @@ class DataError(InputError):
 
 @dataclass(frozen=True)
 class Split:
-    """Samples in memory. images: (samples, 784) float, labels: (samples) int64."""
+    """Samples in memory. images: (samples, pixels) float, labels: (samples) int64."""
 
     images: Tensor
     labels: Tensor
@@ -110,13 +119,14 @@ def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class ImageData:
-    """A training split that methods may use, and a test split that scores them.
+    """A training split that methods may use, a test split that scores them, and the names of the classes, by label.
 
     While a method runs, the test split is sealed: asking for it raises PermissionError.
     """
 
-    def __init__(self, train: Split, test: Split) -> None:
+    def __init__(self, train: Split, test: Split, class_names: Sequence[str] = ()) -> None:
         self.train = train
+        self.class_names = class_names
         self._test = test
         self._sealed = False
 
@@ -136,40 +146,136 @@ class ImageData:
             self._sealed = before
 
 
+class DataSet(NamedTuple):
+    """A data set on the disk, of which no more is read yet than what its images and classes are.
+
+    size: height and width of an image, pixels, and 3 of one in colour; class_names: by label
+    read: the training split, or with False the test split: images (samples, *size), uint8, and labels (samples)
+    """
+
+    size: tuple[int, ...]
+    class_names: tuple[str, ...]
+    read: Callable[[bool], tuple[Tensor, Tensor]]
+
+
+def data_set(name: str, root: Path = DATASET_ROOT) -> DataSet:
+    """A data set by its name, one of DATASETS or a folder under `root`. Raises DataError where it cannot be one."""
+    folder, raw = root / name, root / name / "raw"
+    if name in DATASETS:
+        return DataSet((28, 28), DATASETS[name], partial(read_idx, name, raw))
+    there = {path.name for path in root.glob("*") if path.is_dir()}.difference(DATASETS, ["Graphs"])
+    if name not in there:
+        valid = ", ".join([*DATASETS, *sorted(there)])
+        raise DataError(f"dataset must be {valid}, or another folder in {root}, not {name!r}")
+    with reading(name, folder):
+        files = [*raw.glob("*-ubyte*"), *folder.glob("*-ubyte*")]
+        found = idx_files(files[0].parent) if files else image_folders(folder)
+        names = found.class_names
+        if len(names) < 2 or not "".join(names).isprintable() or set("$|") & set("".join(names)):
+            raise ValueError(f"it must have two classes at least, named without $, | and line breaks, not {names}")
+    return found
+
+
+@contextmanager
+def reading(name: str, folder: Path) -> Iterator[None]:
+    """Turns what missing and damaged files raise into a DataError that names the data set."""
+    try:
+        yield
+    except (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError, EOFError, zlib.error) as error:
+        raise DataError(f"dataset {name} in {folder}: cannot be used ({one_line(error)})") from None
+
+
+def idx_files(folder: Path) -> DataSet:
+    """A data set in the format of MNIST, its files packed by gzip or not."""
+    with opened(folder / FILES[0]) as images, opened(folder / FILES[1]) as labels:
+        _, _, height, width = np.frombuffer(images.read(16), ">i4").tolist()
+        class_names = tuple(map(str, range(1 + max(labels.read()[8:]))))
+    return DataSet((height, width), class_names, partial(read_idx, "", folder))
+
+
+def opened(path: Path) -> IO[bytes]:
+    return gzip.open(packed(path)) if packed(path).exists() else path.open("rb")
+
+
+def read_idx(name: str, folder: Path, is_train: bool) -> tuple[Tensor, Tensor]:
+    """Reads a split in the format of MNIST; downloads what of DATASETS is not there, and unpacks what is packed."""
+    # Imported here, so that a bad setting is told without waiting for it.
+    from torchvision import datasets
+
+    paths = [folder / file for file in FILES]
+    if name in DATASETS and not all(path.exists() or packed(path).exists() for path in paths):
+        getattr(datasets, name)(folder.parents[1], download=True)
+    images, labels = paths[:2] if is_train else paths[2:]
+    for path in (images, labels):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path.name} is not a regular file")
+        if packed(path).exists() and not (path.exists() and crc(path) == crc(packed(path))):
+            datasets.utils.extract_archive(packed(path), folder)
+    return datasets.mnist.read_image_file(images), datasets.mnist.read_label_file(labels)
+
+
+def image_folders(folder: Path) -> DataSet:
+    """A data set of images in train/<class>/ and test/<class>/, all of one size, and all grey or all in colour."""
+    if not all((folder / part).is_dir() for part in ("train", "test")):
+        raise ValueError("it must hold images in train/<class>/ and test/<class>/, or the four files of MNIST's format")
+    from torchvision.datasets import ImageFolder
+
+    train, test = (ImageFolder(folder / part, loader=pixels) for part in ("train", "test"))
+    if odd := set(train.classes) ^ set(test.classes):
+        raise ValueError(f"train/ and test/ must have the same classes, not {', '.join(sorted(odd))} in one alone")
+    size = train[0][0].shape
+
+    def read(is_train: bool) -> tuple[Tensor, Tensor]:
+        part = train if is_train else test
+        images = [pixels(path) for path, _ in tqdm(part.samples, "images", delay=1, leave=False, disable=None)]
+        for (path, _), image in zip(part.samples, images):
+            if image.shape != size:
+                raise ValueError(f"{path} is of {image.shape}, but {train.samples[0][0]} is of {size}")
+        # The last samples may be held out: they must not be of one class.
+        order = torch.randperm(len(images), generator=seeded("folders", is_train))
+        return torch.from_numpy(np.stack(images))[order], torch.tensor(part.targets)[order]
+
+    return DataSet(size, tuple(train.classes), read)
+
+
+def pixels(path: str) -> np.ndarray:
+    """An image (height, width), or in colour (height, width, 3), uint8. Raises ValueError where it is none of these."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("L", "RGB"):
+                raise ValueError(f"its mode is {image.mode}")
+            return np.asarray(image)
+    except Exception as error:  # any byte may be wrong, and what that raises is anything
+        raise ValueError(f"{path} must be an image, grey or RGB of 8 bits: {error}") from None
+
+
 def load_image_data(
     name: str = "MNIST", root: Path = DATASET_ROOT, device: torch.device | str = "cpu", held_out: int = 0
 ) -> ImageData:
-    """Reads a torchvision data set of 28 x 28 images into memory, standardised by its training split.
+    """Reads a data set into memory, standardised by its training split.
 
     held_out: this many training samples, the last, stand in the place of the test split, for choices it must not make
-    Raises DataError where its files are missing and cannot be had or are damaged, ValueError on an unknown name.
+    Raises DataError where its files are missing and cannot be had or are damaged, or a split lacks a class.
     """
-    # Imported here, so that a bad setting is told without waiting for it.
-    import torchvision
-
-    if name not in DATASETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {name!r}")
-    folder = root / name / "raw"
-    try:
-        for path in map(folder.joinpath, FILES):
-            # torchvision unpacks what is not there, but looks at no more than the names of what is.
-            if path.exists() and packed(path).exists() and crc(path) != crc(packed(path)):
-                path.unlink()
-        parts = [getattr(torchvision.datasets, name)(root, is_train, download=True) for is_train in (True, False)]
-    except (RuntimeError, OSError, ValueError, AssertionError, EOFError, zlib.error) as error:
-        raise DataError(f"dataset {name} in {folder}: cannot be read or downloaded ({one_line(error)})") from None
-    train, test = (Split(part.data.to(device).float().flatten(1), part.targets.to(device)) for part in parts)
+    source = data_set(name, root)
+    num_classes, splits = len(source.class_names), []
+    with reading(name, root / name):
+        for kind in ("training", "test"):
+            images, labels = source.read(kind == "training")
+            counts = torch.bincount(labels, minlength=num_classes)
+            if images.shape != (len(labels), *source.size) or len(counts) > num_classes or not counts.all():
+                must, has = f"{source.size} pixels and every class from 0 to {num_classes - 1}", tuple(images.shape)
+                raise ValueError(f"the {kind} split must be images of {must}, not {has} and {counts.tolist()} labels")
+            splits.append(Split(images.to(device).float().flatten(1), labels.to(device)))
     if held_out:
-        test, train = train[-held_out:], train[:-held_out]
-    for split, kind in ((train, "training"), (test, "test")):
-        counts = torch.bincount(split.labels, minlength=NUM_CLASSES)
-        if split.images.shape != (len(split.labels), IMAGE_SIZE) or len(counts) > NUM_CLASSES or not counts.all():
-            raise DataError(
-                f"dataset {name} in {folder}: the {kind} split must be 28 x 28 images of every class from 0 to "
-                f"{NUM_CLASSES - 1}, not {tuple(split.images.shape)} pixels and {counts.tolist()} labels of each class"
-            )
-    deviation, mean = torch.std_mean(train.images)
-    return ImageData(*(Split((split.images - mean) / deviation, split.labels) for split in (train, test)))
+        total, splits = len(splits[0].labels), [splits[0][:-held_out], splits[0][-held_out:]]
+        if any(len(split.labels.unique()) < num_classes for split in splits):
+            raise DataError(f"held_out must be below {total} and leave every class on both sides, not {held_out}")
+    deviation, mean = torch.std_mean(splits[0].images)
+    if not deviation > 0:
+        raise DataError(f"dataset {name} in {root / name}: all pixels of the training split are alike")
+    standardised = (Split((split.images - mean) / deviation, split.labels) for split in splits)
+    return ImageData(*standardised, source.class_names)
 
 
 def packed(path: Path) -> Path:
@@ -182,13 +288,12 @@ def crc(path: Path) -> bytes:
     return content[-8:-4] if path.suffix == ".gz" else zlib.crc32(content).to_bytes(4, "little")
 
 
-def checksums(name: str, root: Path = DATASET_ROOT) -> dict[str, str]:
-    """CRC-32 of every file of a data set: what says which data set it is. Empty where a file is not there."""
-    paths = [root / name / "raw" / file for file in FILES]
-    try:
-        return {path.name: crc(packed(path) if packed(path).exists() else path).hex() for path in paths}
-    except OSError:
-        return {}
+def checksum(name: str, root: Path = DATASET_ROOT) -> str:
+    """A digest of the CRC-32 of every file of a data set: what says which data set it is. Empty where none is there."""
+    folder = root / name
+    found = {path for path in glob("**", root_dir=folder, recursive=True) if (folder / path).is_file()}
+    crcs = {path.removesuffix(".gz"): crc(folder / path).hex() for path in found if f"{path}.gz" not in found}
+    return digest(crcs) if crcs else ""
 
 
 def mean_product(of_target: Tensor, of_source: Tensor) -> Tensor:
@@ -219,7 +324,8 @@ class GraphConfig:
     """What the activation graphs are made of."""
 
     mask_layer: int | tuple[int, ...] | None  # an index, several, or None for all layers
-    scope: Literal["global", "layerwise"]  # all masked weights compete, or every layer gives the same share of its own
+    # All masked weights compete, every layer gives the same share of its own, or the layer that is measured to be best.
+    scope: Literal["global", "layerwise", "measured"]
     features: tuple[str, ...]  # names of FEATURES
     other_classes: bool  # adds to each feature (but the weight) its mean over the other classes
     samples_per_class: Count
@@ -278,11 +384,12 @@ class GraphGenerator:
 
     def __post_init__(self, auxiliary: Callable[[GraphGenerator], Auxiliary] | None) -> None:
         self.graph = WeightGraph(self.classifier.shapes, self.config.mask_layer)
-        self.num_classes = self.classifier.shapes[-1][0]
-        counts = torch.bincount(self.train.labels, minlength=self.num_classes)
+        classes, counts = self.train.labels.unique(return_counts=True)
+        self.classes = classes.tolist()  # those that there are samples of; graphs and features stand in their order
+        self.num_classes = len(self.classes)
+        if self.num_classes < 2:
+            raise ValueError(f"there must be samples of two classes at least, not of {self.classes} alone")
         self.samples_per_class = min(self.config.samples_per_class, int(counts.min()))
-        if self.samples_per_class == 0:
-            raise ValueError(f"class {int(counts.argmin())} has no training sample: every class needs at least one")
         self.samples = some_of_every_class(self.train, self.samples_per_class, "graphs", self.seed)
         self.labels = self.samples.labels
         self.records, self.loss = self.classifier.record(self.samples.images, self.labels, self.graph.layers)

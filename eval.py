@@ -7,7 +7,6 @@ import inspect
 import json
 import operator
 import time
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,9 +20,14 @@ from tqdm import tqdm
 
 import trainer
 from data import Auxiliary, Count, GraphGenerator, ImageData, Positive, Split, is_correct, number_of_weights, seeded
+from masking.order import Zeroing, ZeroingOrder
+from masking.rankings import GCNRanking, MaskingConfig, SaliencyRanking, TrainedGCN
 from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
-from runs.files import Artifact
-from trainer import GCNRanking, MaskingConfig, TrainedGCN, Trainer, TrainingError, Zeroing, ZeroingOrder, check_weights
+from own.classifier import OwnClassifier, plain_torch
+from own.forgetting import Forgetting, RetainScoreError  # noqa: F401  # RetainScoreError is for who calls unlearn
+from own.samples import samples_of
+from runs.files import Artifact, InputError
+from trainer import Trainer, TrainingError, check_weights
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Request:
         """
         if name not in self.orders:
             config = replace(self.config, step=None) if all_at_once else self.config
-            self.orders[name] = ZeroingOrder(config, self.graphs, ranking)
+            self.orders[name] = ZeroingOrder(config, self.graphs, self.forget_class, ranking)
         order = self.orders[name]
         return order.until_forgotten(self.forget) if self.asked == "auto" else order.first(self.kappa)
 
@@ -456,47 +460,93 @@ class Eval:
 
 def unlearn(
     model: nn.Module,
-    inputs: Tensor,
-    labels: Tensor,
-    forget_class: int,
+    inputs: Any,
+    labels: Any = None,
+    forget_class: int | Sequence[int] | None = None,
     gcn: MaskingGCN | TrainedGCN | None = None,
-    mask_layer: int | Sequence[int] | None = -2,
+    mask_layer: int | Sequence[int] | Literal["auto"] | None = "auto",
     seed: int = 0,
     auxiliary: Callable[[GraphGenerator], Auxiliary] | None = None,
+    *,
+    scorer: Literal["gcn", "saliency"] = "gcn",
+    max_fall: float | None = 1.0,
+    max_class_fall: float | None = 5.0,
+    progress: bool = True,
 ) -> Mask:
-    """The mask that makes a classifier of the user's own forget a class; the classifier is left as it is.
+    """The mask that makes a classifier of the user's own forget classes; the model is left as it is, to the bit.
 
-    model: any stack of linear layers, with or without bias, and ReLU between them
-    inputs: (samples, ...), training samples, some of every class; labels: (samples), from 0 to the number of logits - 1
+    The classifier are the last linear layers of the model that stand in a row, with ReLU or dropout between them; what
+    comes before, convolutions for instance, is taken as it is. It runs in evaluation mode, in one thread at a time.
+
+    model: returns logits; inputs, labels: training samples as it takes them, (samples, ...), and their classes, from 0
+        on; or, as inputs alone, a DataLoader or data set of pairs. Some of every class, but for those that a mask on
+        the model forgets
+    forget_class: one class or several. Where the model carries a mask, the answer includes it, to be applied in its
+        place, and its classes stay forgotten as far as there are samples to see it
     gcn: what ranks the weights; None: the pretrained one, whose settings a bare MaskingGCN takes too
-    mask_layer: an index among the linear layers, several, or None for all; seed: of the samples that are drawn
-    auxiliary: what is asked beside forgetting, for a GCN that was trained with it
+    mask_layer: an index among the linear layers of the model, several, None for all of the classifier, or auto: the
+        last but one, unless that reads the inputs of the model; else the last. The answer says which
+    seed: of the samples that are drawn; auxiliary: what is asked beside forgetting, for a GCN trained with it
+    scorer: the GCN, or the saliency of eval.hyperparameters, with which the GCN was trained
+    max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any
+    progress: shows a bar, on a terminal
 
-    Warns where the class is not forgotten at the largest kappa of the settings, and says how much of it is left.
-    Raises ValueError where the model is something else, labels and inputs do not fit it, or a class has no sample.
+    Warns where a class is not forgotten at the largest kappa of the settings, and says how much of it is left.
+    Raises RetainScoreError, which has the best mask within the bounds, where the others lose more; InputError, a
+    ValueError, where the model is something else, or samples do not fit it or are not finite.
     """
     if gcn is not None and not isinstance(gcn, MaskingGCN | TrainedGCN):
-        raise ValueError(f"gcn must be a MaskingGCN, a TrainedGCN or None, not {gcn!r}")
-    if inputs.dtype != torch.float32:
-        raise ValueError(f"inputs must be float32, as the model and the masking GCN are, not {inputs.dtype}")
-    if len(inputs) == 0 or labels.shape != inputs.shape[:1] or labels.is_floating_point():
-        has = f"{labels.dtype} of {tuple(labels.shape)}"
-        raise ValueError(f"labels must be integers of shape ({len(inputs)},), not {has}")
-    classifier = HookedMNISTClassifier.of(model, inputs[:100])
-    forget_class = operator.index(forget_class)  # a number of NumPy or PyTorch draws the same samples
-    low, high, num_classes = int(labels.min()), int(labels.max()), classifier.shapes[-1][0]
-    if not 0 <= low <= high < num_classes or not 0 <= forget_class < num_classes:
-        has = f"{low} to {high} and {forget_class}"
-        raise ValueError(f"labels and forget_class must be from 0 to {num_classes - 1}, not {has}")
-    trained = gcn if isinstance(gcn, TrainedGCN) else TrainedGCN.load()
-    if isinstance(gcn, MaskingGCN):
-        trained = replace(trained, gcn=gcn)
-    train = Split(inputs.flatten(1), labels.long())
-    graphs = GraphGenerator(classifier, train, replace(trained.graphs, mask_layer=mask_layer), seed, auxiliary)
-    trained.check(graphs.config, graphs.num_features)
-    top_k = number_of_weights(trained.top_k, graphs.graph.num_vertices)
-    ranking = GCNRanking(trained.masking, trained.gcn.to(inputs.device), graphs, forget_class, top_k, seed)
-    found = ZeroingOrder(trained.masking, graphs, ranking).until_forgotten(train.forget(forget_class))
-    if found.left:
-        warnings.warn(f"{found.left} after {len(found.vertices)} zeroed weights", stacklevel=2)
-    return Mask.zeroing(graphs.graph, found.vertices)
+        raise InputError(f"gcn must be a MaskingGCN, a TrainedGCN or None, not {gcn!r}")
+    if scorer not in ("gcn", "saliency"):
+        raise InputError(f"scorer must be gcn or saliency, not {scorer!r}")
+    for name, bound in (("max_fall", max_fall), ("max_class_fall", max_class_fall)):
+        if bound is not None and not (isinstance(bound, int | float) and bound > 0):
+            raise InputError(f"{name} must be a number of points above 0, or None, not {bound!r}")
+    with plain_torch():
+        inputs, labels = samples_of(inputs, labels, progress)
+        own, carried = OwnClassifier.of(model, inputs, progress), Mask.on(model)
+        train = Split(own.inputs, labels.to(own.inputs.device))
+        forget = classes_of(
+            forget_class, train.labels, own.classifier.shapes[-1][0], carried.forgets if carried else ()
+        )
+        trained = gcn if isinstance(gcn, TrainedGCN) else TrainedGCN.load()
+        ranks = copy.deepcopy(gcn if isinstance(gcn, MaskingGCN) else trained.gcn).float().to(own.inputs.device)
+        check_weights(ranks, "masking GCN", "gcn")
+        trained = replace(trained, gcn=ranks)
+        graph = WeightGraph(own.classifier.shapes, own.chosen(mask_layer))
+        start = own.carried(carried, graph)
+        own.mask(start).check(model)
+        config = replace(trained.graphs, mask_layer=graph.layers, scope="measured")
+        trained.check(config, config.num_features + (auxiliary is not None))
+
+        def rank(graphs: GraphGenerator, place: int) -> GCNRanking | SaliencyRanking:
+            if scorer == "saliency":
+                return SaliencyRanking(trained.masking, graphs, place, seed, trained.saliency)
+            top_k = number_of_weights(trained.top_k, graph.num_vertices)
+            return GCNRanking(trained.masking, trained.gcn, graphs, place, top_k, seed)
+
+        bounds = (float("inf") if bound is None else bound for bound in (max_fall, max_class_fall))
+        graphs_of = partial(GraphGenerator, own.classifier, config=config, seed=seed, auxiliary=auxiliary)
+        with torch.no_grad():
+            activations = own.classifier.given_to(graph.layers[0], own.inputs)
+        request = Forgetting(own, train, activations, graphs_of, rank, trained.masking, forget, *bounds, progress)
+        mask = replace(own.mask(request.answer(start)), forgets=tuple(sorted(forget)))
+        return mask & carried if carried else mask
+
+
+def classes_of(forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]) -> set[int]:
+    """The classes to forget, and those that are `forgotten`. Raises InputError where classes or labels do not fit."""
+    try:
+        # A number of NumPy or PyTorch draws the same samples.
+        forget = set(map(operator.index, forget_class if hasattr(forget_class, "__len__") else [forget_class]))
+    except TypeError:
+        must = f"a class, from 0 to {num_classes - 1}, or several"
+        raise InputError(f"forget_class must be {must}, not {forget_class!r}") from None
+    low, high, has = int(labels.min()), int(labels.max()), set(labels.unique().tolist())
+    if not forget or not 0 <= min(low, *forget) <= max(high, *forget) < num_classes:
+        found = f"{low} to {high} and {sorted(forget)}"
+        raise InputError(f"labels and forget_class must be from 0 to {num_classes - 1}, not {found}")
+    if missing := set(range(num_classes)) - has - set(forgotten):
+        but = f", but for those that the mask on the model forgets: {sorted(forgotten)}" if forgotten else ""
+        raise InputError(f"there must be samples of every class, not none of {sorted(missing)}{but}")
+    return forget | set(forgotten)

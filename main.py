@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -23,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ import tables
 from audits import Audit
 from audits.erasure import Erasure
 from configs import Asked, Config, load_variants
-from data import IMAGE_SIZE, NUM_CLASSES, DataError, GraphGenerator, ImageData, checksums, is_correct, load_image_data
+from data import DataError, GraphGenerator, ImageData, checksum, is_correct, load_image_data
 from eval import Eval, Request
+from masking.rankings import PRETRAINED, TrainedGCN
 from model import HookedMNISTClassifier, MaskingGCN, keep_freed_memory
 from runs.files import Artifact, InputError, code_of, digest, locked, save, slug, write_text
-from runs.work import Work, describe_machine, how_many, peak_bytes
+from runs.work import Work, describe_machine, how_many, memory_of, peak_bytes
 from tables import experiment
-from trainer import PRETRAINED, GCNTrainer, TrainedGCN, Trainer
+from trainer import GCNTrainer, Trainer
 
 ROOT = Path(__file__).resolve().parent
 
@@ -59,6 +61,12 @@ class Training:
         """How messages call it."""
         return f"{self.variant}, seed {self.seed}" if self.variant else f"seed {self.seed}"
 
+    @cached_property
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """The sections of the config that files depend on, as JSON holds them."""
+        names = ("classifier", "graphs", "gcn", "erasure", "audit")
+        return {name: asdict(getattr(self.config, name)) for name in names} | {"eval": self.config.eval.decisive()}
+
 
 class Stages:
     """The stages of one process of a run; what a stage makes is taken from its file where it is there."""
@@ -75,7 +83,7 @@ class Stages:
         """The method, stage by stage, up to the metrics and the mask of every kappa; without a class, the training."""
         config = training.config
         torch.set_num_threads(config.threads or self._threads)
-        classes = config.sweep.forget_digits if forget_class is None else [forget_class]
+        classes = config.forget_digits if forget_class is None else [forget_class]
         files = [file for each in classes for file in self.files.experiments(training, each)]
         is_done = all(file.is_there for file in files)
         if not is_done and (self._last is None or self._last[0] != training):
@@ -97,19 +105,19 @@ class Stages:
 
     def classifier(self, training: Training, data: ImageData) -> HookedMNISTClassifier:
         config, name = training.config, f"classifier, {training.name}"
+        in_features, num_classes = data.train.images.shape[1], len(data.class_names)
 
         def train() -> dict[str, Any]:
-            classifier = Trainer(config.classifier, training.seed).train(data.train, NUM_CLASSES)
+            classifier = Trainer(config.classifier, training.seed).train(data.train, num_classes)
             correct = is_correct(classifier(data.test.images), data.test.labels)
             score = 100 * correct.sum().item() / len(correct)
-            where = f"{config.held_out} held-out training samples" if config.held_out else "the test split"
-            self.work.log(f"{name}: {score:.2f} % of {where} classified correctly")
+            self.work.log(f"{name}: {score:.2f} % of {config.split} classified correctly")
             return checkpoint_of(classifier, training) | {"test_score": score}
 
         checkpoint = self.work.made(self.files.classifier(training), name, train)
         self.test_scores[training.name] = checkpoint["test_score"]
         sizes, bias = config.classifier.hidden_sizes, config.classifier.bias
-        classifier = HookedMNISTClassifier(sizes, IMAGE_SIZE, NUM_CLASSES, bias)
+        classifier = HookedMNISTClassifier(sizes, in_features, num_classes, bias)
         classifier.load_state_dict(checkpoint["state_dict"])
         return classifier.to(config.torch_device())
 
@@ -143,7 +151,8 @@ class Stages:
         """Every experiment on one forget class that is not there, and the plots that are not."""
         config, folder = training.config, self.work.root / "eval"
         shared, orders, made, started = {}, {}, 0, time.perf_counter()
-        draw = partial(experiment.draw, folder=folder, shared=shared) if config.eval.visualize else None
+        drawn = partial(experiment.draw, folder=folder, shared=shared, formats=config.report.format)
+        draw = drawn if config.eval.visualize else None
         for asked in tqdm(config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None):
             metrics, mask = self.files.metrics_and_mask(training, forget_class, asked)
             if metrics.is_there and mask.is_there:
@@ -160,6 +169,10 @@ class Stages:
             about = {
                 "id": metrics.path.stem,
                 "variant": training.variant,
+                "dataset": config.dataset,
+                "class_names": list(data.class_names),
+                "split": config.split,
+                "classifier": config.architecture,
                 "mask_layer": config.graphs.mask_layer,
                 "config": asdict(config),
                 "files": {name: file.path.relative_to(self.work.root).as_posix() for name, file in paths.items()},
@@ -187,10 +200,12 @@ class Files:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._training_code = code_of(ROOT, ["main.py", "model.py", "data.py", "trainer.py", "audits/*.py"])
-        self._code = code_of(ROOT, ["*.py", "audits/*.py", "methods/*.py"])
+        self._seen: dict[Path, Any] = {}
+        packages = ["masking/*.py", "audits/*.py"]
+        self._training_code = code_of(ROOT, ["main.py", "model.py", "data.py", "trainer.py", *packages])
+        self._code = code_of(ROOT, ["*.py", "methods/*.py", *packages])
         self._code.pop("reporter.py", None)  # no number depends on it
-        self._checksums: dict[str, dict[str, str]] = {}
+        self._checksums: dict[str, str] = {}
 
     def classifier(self, training: Training) -> Artifact:
         return self._artifact(f"checkpoints/classifier_seed_{training.seed}.pt", training, ["classifier"])
@@ -209,15 +224,15 @@ class Files:
 
     def metrics_and_mask(self, training: Training, forget_class: int, asked: Asked) -> tuple[Artifact, Artifact]:
         """The JSON of an experiment, whose name is the experiment's id, and its mask."""
-        config, layers = training.config, training.config.graphs.mask_layer
+        layers = training.config.graphs.mask_layer
         masked = "all" if layers is None else "_".join(map(str, [layers] if isinstance(layers, int) else layers))
         name = f"seed_{training.seed}_digit_{forget_class}_layer_{masked[:60]}_top_k_{training.top_k}"
         name += "_kappa_auto" if asked == "auto" else f"_kappa_{asked}_fixed"
         name += f"_{slug(training.variant)[:60]}" if training.variant else ""
         decisive = {
-            "eval": config.eval.decisive(),
-            "audit": asdict(config.audit) if config.audit.enabled else None,
-            "erasure": asdict(config.erasure),
+            "eval": training.sections["eval"],
+            "audit": training.sections["audit"] if training.config.audit.enabled else None,
+            "erasure": training.sections["erasure"],
             "variant": training.variant,
             "forget_digit": forget_class,
             "kappa": asked,
@@ -237,7 +252,7 @@ class Files:
         config = training.config
         settings = {name: getattr(config, name) for name in ("threads", "dataset", "held_out")}
         settings |= {"seed": training.seed, "device": config.torch_device().type}
-        settings |= {section: asdict(getattr(config, section)) for section in sections}
+        settings |= {section: training.sections[section] for section in sections}
         if "gcn" in sections:
             erasure = config.erasure
             settings["erasure of the GCN"] = erasure.trained and [erasure.trained, erasure.rivals, erasure.ridge]
@@ -245,11 +260,11 @@ class Files:
             settings["top_k"] = training.top_k
         settings |= of_experiment or {}
         if not self._checksums.get(config.dataset):
-            self._checksums[config.dataset] = checksums(config.dataset, self.root / "datasets")
+            self._checksums[config.dataset] = checksum(config.dataset, self.root / "datasets")
         code = self._training_code if of_experiment is None else self._code
-        made_by = digest([settings, code, self._checksums[config.dataset], torch.__version__])
-        where = self.root / path
-        return Artifact(where.with_stem(f"{where.stem}_{digest(settings)[:8]}"), made_by)
+        of_settings, where = digest(settings), self.root / path
+        made_by = digest([of_settings, code, self._checksums[config.dataset], torch.__version__])
+        return Artifact(where.with_stem(f"{where.stem}_{of_settings[:8]}"), made_by, self._seen)
 
 
 def trainings_of(configs: Mapping[str, Config]) -> list[Training]:
@@ -270,7 +285,7 @@ def tasks_in_order(configs: Mapping[str, Config], processes: int) -> list[tuple[
     tasks: list[tuple[Training, int | None]] = [(training, None) for training in trainings[: processes - 1]]
     for index, training in enumerate(trainings):
         tasks += [(ahead, None) for ahead in trainings[index + processes - 1 : index + processes]]
-        tasks += [(training, forget_class) for forget_class in training.config.sweep.forget_digits]
+        tasks += [(training, forget_class) for forget_class in training.config.forget_digits]
     return tasks
 
 
@@ -337,7 +352,7 @@ def finished(files: Files, configs: Mapping[str, Config]) -> list[tables.Result]
     """
     of_trainings = []
     for training in trainings_of(configs):
-        made = [files.experiments(training, forget_class) for forget_class in training.config.sweep.forget_digits]
+        made = [files.experiments(training, forget_class) for forget_class in training.config.forget_digits]
         of_trainings.append((training, [each if all(file.is_there for file in each) else [] for each in made]))
     chosen = [each for each in of_trainings if all(each[1])] or [each for each in of_trainings if any(each[1])][:1]
     results = []
@@ -351,7 +366,7 @@ def plan(files: Files, configs: Mapping[str, Config]) -> Iterator[tuple[str, lis
     """All files that a run makes, and how messages call what they are of."""
     for training in trainings_of(configs):
         yield f"training, {training.name}, top-K {training.top_k}", list(files.of_training(training).values())
-        for forget_class in training.config.sweep.forget_digits:
+        for forget_class in training.config.forget_digits:
             name = f"class {forget_class}, {training.name}, top-K {training.top_k}"
             yield name, files.experiments(training, forget_class)
 
@@ -410,8 +425,26 @@ def prepare(configs: Mapping[str, Config], one_process: str = "") -> None:
         raise InputError(f"{one_process} runs in one process: start it without torchrun")
     keep_freed_memory()
     for config in configs.values():
+        check_memory(config)
         if config.gcn.pretrained:
             TrainedGCN.load().check(config.graphs, config.num_features)
+
+
+def check_memory(config: Config) -> None:
+    """Raises InputError where the tensors that a run cannot do without do not fit in the memory of its device."""
+    classes, features, gcn = len(config.source.class_names), config.num_features, config.gcn
+    weights = sum(m * n for m, n in config.classifier.shapes(math.prod(config.source.size), classes))
+    vertices, hidden, later = classes * config.num_vertices, 0 if gcn.pretrained else gcn.hidden, gcn.rounds - 1
+    there = memory_of(config.torch_device()) / 1e9
+    for setting, numbers in (
+        ("classifier.hidden_sizes", 4 * weights),  # themselves, their gradients, and the two moments of Adam
+        ("graphs.mask_layer or features", 3 * vertices * features),  # one by one, together, and vertex by vertex
+        ("gcn.hidden or rounds", 8 * hidden * (features + later * hidden) + vertices * max(1, later) * hidden),
+    ):
+        if (needed := 4 * numbers / 1e9) > there:
+            raise InputError(
+                f"{setting}: needs at least {needed:.1f} GB of memory, and there are {there:.1f}: lower it"
+            )
 
 
 def start(parsed: argparse.Namespace) -> None:

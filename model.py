@@ -52,31 +52,6 @@ class HookedMNISTClassifier(nn.Module):
         sizes = [in_features, *hidden_sizes, num_classes]
         self.layers = nn.ModuleList(nn.Linear(n, m, bias=bias) for n, m in zip(sizes, sizes[1:]))
 
-    @staticmethod
-    @torch.no_grad()
-    def of(model: nn.Module, inputs: Tensor) -> HookedMNISTClassifier:
-        """The same classifier as `model`, another stack of linear layers with ReLU between them; the layers are shared.
-
-        Raises ValueError where the logits of both on `inputs` (samples, ...) differ, as with a convolution in it.
-        """
-        layers = linear_layers(model)
-        sizes = [inputs[0].numel(), *(layer.out_features for layer in layers)]
-        if not layers or any(layer.in_features != size for layer, size in zip(layers, sizes)):
-            shapes = ", ".join(f"{layer.in_features} to {layer.out_features}" for layer in layers)
-            raise ValueError(f"model must be linear layers on inputs of {sizes[0]} features, not {shapes or 'none'}")
-        with torch.random.fork_rng(devices=[]):
-            classifier = HookedMNISTClassifier((), 1, 1)
-        classifier.layers = nn.ModuleList(layers)
-        modes = {module: module.training for module in model.modules()}
-        try:
-            expected, logits = model.eval()(inputs), classifier(inputs)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        if expected.shape != logits.shape or not torch.allclose(expected, logits, rtol=1e-3, atol=1e-4):
-            raise ValueError("model must be linear layers with ReLU between them and nothing else: its logits differ")
-        return classifier
-
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(out, in) of every weight matrix, from the input layer to the output layer."""
@@ -102,6 +77,13 @@ class HookedMNISTClassifier(nn.Module):
         x = inputs
         for index in range(first, len(self.layers) - 1):
             x = self._linear(index, x, weights).relu()
+        return x
+
+    def given_to(self, layer: int, images: Tensor) -> Tensor:
+        """The input activations (batch, n) of a layer."""
+        x = images.flatten(1)
+        for index in range(layer):
+            x = self._linear(index, x, None).relu()
         return x
 
     def _linear(self, index: int, x: Tensor, weights: Mapping[int, Tensor] | None) -> Tensor:
@@ -280,22 +262,31 @@ class MaskingGCN(nn.Module):
 
 
 class WeightMask(nn.Module):
-    """The parametrization that multiplies a weight matrix with a fixed 0/1 mask."""
+    """The parametrization that multiplies a weight matrix with a fixed 0/1 mask; forgets: as in `Mask`."""
 
-    def __init__(self, keep: Tensor) -> None:
+    def __init__(self, keep: Tensor, forgets: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.register_buffer("keep", keep)
+        self.forgets = forgets
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.keep
 
 
-@dataclass(frozen=True)
+def refuse_pickling(layer: nn.Module) -> None:
+    raise RuntimeError(
+        "a masked model is not saved whole: save model.state_dict(), and the mask by mask.save(path); or write its "
+        "zeros into the weights first, by mask.apply(model, permanent=True)"
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Mask:
     """Which weights of the masked layers are kept (1) and which are switched off (0), apart from any classifier."""
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # indices among the linear layers of a model
     keep: tuple[Tensor, ...]  # (m, n) of each masked layer
+    forgets: tuple[int, ...] = ()  # the classes that it was made to forget
 
     @staticmethod
     def zeroing(graph: WeightGraph, vertices: Tensor) -> Mask:
@@ -309,6 +300,29 @@ class Mask:
         keep = torch.zeros(graph.num_vertices, device=vertices.device).index_fill(0, vertices, 1)
         return Mask(graph.layers, tuple(graph.split(keep)))
 
+    @staticmethod
+    def on(model: nn.Module) -> Mask | None:
+        """The mask that a model carries; None where it carries none."""
+        masks = {index: mask for index, layer in enumerate(linear_layers(model)) if (mask := weight_mask(layer))}
+        forgets = sorted({label for mask in masks.values() for label in mask.forgets})
+        return Mask(tuple(masks), tuple(mask.keep for mask in masks.values()), tuple(forgets)) if masks else None
+
+    def __repr__(self) -> str:
+        counts = (f"layer {layer}: {int((k == 0).sum())} of {k.numel()}" for layer, k in zip(self.layers, self.keep))
+        return f"Mask({', '.join(counts)} weights zeroed)"
+
+    def __and__(self, other: Mask) -> Mask:
+        """The mask that keeps what both keep, and forgets what either forgets."""
+        keep = dict(zip(self.layers, self.keep))
+        for layer, of_other in zip(other.layers, other.keep):
+            own = keep.get(layer, of_other)
+            if own.shape != of_other.shape:
+                shapes = f"{tuple(own.shape)} and {tuple(of_other.shape)}"
+                raise ValueError(f"masks of one classifier combine: of layer {layer} these have {shapes}")
+            keep[layer] = own * of_other.to(own)
+        layers = tuple(sorted(keep))
+        return Mask(layers, tuple(map(keep.get, layers)), tuple(sorted({*self.forgets, *other.forgets})))
+
     @property
     def num_zeroed(self) -> int:
         """How many weights it switches off, kappa."""
@@ -318,26 +332,73 @@ class Mask:
         """The layer's shape (m, n) for one masked layer, flat in vertex order (vertices) for several."""
         return self.keep[0] if len(self.keep) == 1 else torch.cat([keep.flatten() for keep in self.keep])
 
-    def apply(self, model: nn.Module) -> None:
-        """Switches the weights off. Raises ValueError where a layer is masked already or has another shape."""
+    def vertices(self) -> Tensor:
+        """The vertices that it switches off, in the weight graph of its layers."""
+        return (torch.cat([keep.flatten() for keep in self.keep]) == 0).nonzero()[:, 0]
+
+    def includes(self, other: Mask) -> bool:
+        """Whether it switches off all that the other does."""
+        own = dict(zip(self.layers, self.keep))
+        pairs = [(own.get(layer), keep) for layer, keep in zip(other.layers, other.keep)]
+        return all(keep is not None and bool((keep <= of_other.to(keep)).all()) for keep, of_other in pairs)
+
+    def check(self, model: nn.Module) -> list[nn.Linear]:
+        """The masked layers of a model. Raises ValueError where one has another shape or no weight to put a mask on."""
         layers = linear_layers(model)
         for index, keep in zip(self.layers, self.keep):
-            shape = tuple(layers[index].weight.shape) if index < len(layers) else "not there"
+            shape = (layers[index].out_features, layers[index].in_features) if index < len(layers) else "not there"
             if shape != tuple(keep.shape):
                 raise ValueError(f"layer {index} is {shape}, its mask {tuple(keep.shape)}")
-            if parametrize.is_parametrized(layers[index], "weight"):
-                raise ValueError(f"layer {index} carries a mask already: take it off first")
-        for index, keep in zip(self.layers, self.keep):
-            weight_mask = WeightMask(keep.to(layers[index].weight))
-            parametrize.register_parametrization(layers[index], "weight", weight_mask)
+            if "weight" not in layers[index]._parameters and weight_mask(layers[index]) is None:
+                raise ValueError(
+                    f"layer {index} has no plain weight, but what torch.nn.utils (prune, weight_norm, spectral_norm, "
+                    "parametrize) computes: make it one first, by prune.remove, remove_parametrizations or their like"
+                )
+        return [layers[index] for index in self.layers]
+
+    def apply(self, model: nn.Module, permanent: bool = False) -> None:
+        """Switches the weights off, or where it raises, leaves the model as it was.
+
+        The zeros stand beside the weights, for `remove` to take them off again: the state dict still holds the weights
+        from before, as `parametrizations.weight.original`, and with them the class. permanent: the zeros are written
+        into the weights, for those who must delete; nothing of them is left, and the keys are plain.
+        It takes the place of a mask that the model carries, which it must include.
+        Raises ValueError where it carries another one, a layer has another shape, or no weight of its own.
+        """
+        layers, carried = self.check(model), Mask.on(model)
+        if carried is not None:
+            if not self.includes(carried):
+                raise ValueError(f"the model carries {carried}: take it off first, or apply mask & Mask.on(model)")
+            carried.remove(model)
+        done = []
+        try:
+            for layer, keep in zip(layers, self.keep):
+                done.append(layer)
+                if permanent:
+                    layer.weight.data.masked_fill_(keep.to(layer.weight.device) == 0, 0)
+                else:
+                    weight_mask = WeightMask(keep.to(layer.weight), self.forgets)
+                    parametrize.register_parametrization(layer, "weight", weight_mask)
+                    type(layer).__getstate__ = refuse_pickling  # of a class that the layer has for itself
+        except BaseException:
+            for layer in done:
+                take_off(layer)
+            if carried is not None:
+                carried.apply(model)
+            raise
 
     def remove(self, model: nn.Module) -> None:
-        """Takes the mask off again: the weights are those from before, bit for bit, and in the same order."""
-        layers = linear_layers(model)
-        for index in self.layers:
-            parametrize.remove_parametrizations(layers[index], "weight", leave_parametrized=False)
-            # PyTorch puts the weight back behind the bias; an optimizer's state goes by the order of parameters.
-            layers[index].register_parameter("bias", layers[index]._parameters.pop("bias", None))
+        """Takes the mask off again: the weights are those from before, bit for bit, and in the same order.
+
+        Raises ValueError where the model does not carry this mask.
+        """
+        layers = self.check(model)
+        for index, layer, keep in zip(self.layers, layers, self.keep):
+            found = weight_mask(layer)
+            if found is None or not torch.equal(found.keep, keep.to(found.keep)):
+                raise ValueError(f"layer {index} carries {'no' if found is None else 'another'} mask: {self} is not on")
+        for layer in layers:
+            take_off(layer)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -349,8 +410,9 @@ class Mask:
             self.remove(model)
 
     def saved(self) -> dict[str, list]:
-        """The mask as `save` writes it: `layers`, and `keep`, a tensor of bool for each."""
-        return {"layers": list(self.layers), "keep": [keep.bool().cpu() for keep in self.keep]}
+        """The mask as `save` writes it: `layers`, `keep`, a tensor of bool for each, and `forgets`."""
+        keep = [keep.bool().cpu() for keep in self.keep]
+        return {"layers": list(self.layers), "keep": keep, "forgets": list(self.forgets)}
 
     def save(self, path: Path | str) -> None:
         files.save(Path(path), self.saved())
@@ -359,10 +421,27 @@ class Mask:
     def load(path: Path | str) -> Mask:
         """Raises ArtifactError where the file is not a mask."""
         saved = files.load(Path(path))
-        try:
-            return Mask(tuple(saved["layers"]), tuple(keep.float() for keep in saved["keep"]))
-        except (LookupError, TypeError, AttributeError):
-            raise files.ArtifactError(f"{path}: is not a mask, but holds {', '.join(map(str, saved))}") from None
+        layers, keep, forgets = (saved.get(key) for key in ("layers", "keep", "forgets"))
+        is_mask = all(isinstance(each, list) for each in (layers, keep, forgets)) and len(layers) == len(keep) > 0
+        if not is_mask or not all(isinstance(each, int) and each >= 0 for each in layers + forgets):
+            raise files.ArtifactError(f"{path}: is not a mask, but holds {', '.join(map(str, saved))}")
+        if not all(isinstance(each, Tensor) and each.dtype == torch.bool and each.ndim == 2 for each in keep):
+            raise files.ArtifactError(f"{path}: is not a mask: keep must be matrices of bool, one for every layer")
+        return Mask(tuple(layers), tuple(each.float() for each in keep), tuple(forgets))
+
+
+def weight_mask(layer: nn.Module) -> WeightMask | None:
+    """What is on the layer's weight, if it is a mask and nothing else."""
+    found = layer.parametrizations["weight"] if parametrize.is_parametrized(layer, "weight") else ()
+    return found[0] if len(found) == 1 and isinstance(found[0], WeightMask) else None
+
+
+def take_off(layer: nn.Module) -> None:
+    """Takes a mask off, where there is one."""
+    if weight_mask(layer) is not None:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        # PyTorch puts the weight back behind the bias; an optimizer's state goes by the order of parameters.
+        layer.register_parameter("bias", layer._parameters.pop("bias", None))
 
 
 # What follows makes it fast.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,29 +13,28 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain, cycle
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, quantiles, stdev
 from typing import Annotated, Any, Literal
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from runs.files import write_text, written_whole
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart: a colour and a line (dashed: references, dotted:
-# methods that train) for every family of methods. Markers are given in turn.
+# A line for every group of methods (dashed: references, dotted: methods that train), a colour for every method: hues of
+# Okabe and Ito's palette, which colour-blind readers can tell apart, and shades of them. Markers are given in turn.
 FAMILIES = (
-    ("#000000", "--", ("original",)),
-    ("#009E73", "--", ("retrain", "retrain_again")),
-    ("#0072B2", "-", ("mimu",)),
-    ("#56B4E9", "-", ("saliency", "first_order", "saliency_contrast", "optimised_mask")),
-    ("#7F7F7F", "-", ("random",)),
-    ("#CC79A7", "-", ("magnitude",)),
-    ("#E69F00", "-", ("output_row", "logit_removed")),
-    ("#D55E00", ":", ("sft", "random_labels", "salun")),
-    ("#8C564B", ":", ("fine_tune", "gradient_ascent", "neg_grad_plus")),
-    ("#9467BD", ":", ("ssd", "scrub", "bad_teacher", "unsir")),
+    ("--", {"original": "#000000", "retrain": "#009E73", "retrain_again": "#7FD4B9"}),
+    ("-", {"mimu": "#0072B2", "random": "#7F7F7F", "magnitude": "#CC79A7", "optimised_mask": "#332288"}),
+    ("-", {"saliency": "#56B4E9", "first_order": "#A6D8F4", "saliency_contrast": "#3F7FA6"}),
+    ("-", {"output_row": "#E69F00", "logit_removed": "#F0C75E"}),
+    (":", {"sft": "#D55E00", "random_labels": "#F2A46B", "salun": "#8F3F00"}),
+    (":", {"fine_tune": "#8C564B", "gradient_ascent": "#C49C94", "neg_grad_plus": "#5A2E26"}),
+    (":", {"ssd": "#7E4FA8", "scrub": "#BC8FDB", "bad_teacher": "#4B2A6B", "unsir": "#AA4499"}),
 )
-FREE_COLORS = ("#17BECF", "#BCBD22", "#F0E442", "#882255", "#332288", "#44AA99")
+FORMATS = ("png", "pdf", "svg")
+FREE_COLORS = ("#17BECF", "#BCBD22", "#F0E442", "#882255", "#117733", "#44AA99")
 MARKERS = "D*pov^<sPXdh>"
 
 Kappa = int | Literal["auto"]  # a number of weights, or the one that was chosen for each request
@@ -94,17 +94,46 @@ EFFICACY = tuple(
 
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     """How each method is drawn, in every plot alike; those of no family take free colours in turn."""
-    styles = {name: {"color": color, "linestyle": line} for color, line, names in FAMILIES for name in names}
+    styles = {name: {"color": color, "linestyle": line} for line, family in FAMILIES for name, color in family.items()}
     free = [name for name in dict.fromkeys(methods) if name not in styles]
     styles |= {name: {"color": color} for name, color in zip(free, cycle(FREE_COLORS))}
     return {name: style | {"marker": marker} for (name, style), marker in zip(styles.items(), cycle(MARKERS))}
 
 
-def save_figure(figure: Figure, path: Path, dpi: int) -> None:
-    """Writes a figure as PNG, whole, and closes it."""
-    with written_whole(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)
+@dataclass(frozen=True)
+class ReporterConfig:
+    """Resolution of the figures, dots per inch, and the formats that each is written in."""
+
+    dpi: Annotated[int, "at least 20, at most 1200"]
+    format: tuple[Literal[FORMATS], ...]
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.format) == len(set(self.format)):
+            raise ValueError(f"format must name at least one of {FORMATS}, each once, not {self.format}")
+
+
+def save_figure(figure: Figure, path: Path, config: ReporterConfig) -> None:
+    """Writes a figure in every format of the config, each file whole, and closes it."""
+    for suffix in config.format:
+        with written_whole(path.with_suffix(f".{suffix}")) as file:
+            figure.savefig(file, format=suffix, dpi=config.dpi)
     plt.close(figure)
+
+
+def zoom(axes: Axes) -> None:
+    """Ends the y axis at the last marks within Tukey's fences: 1.5 times their distance beyond the quartiles."""
+    numbers = sorted(y for line in axes.lines for y in line.get_ydata() if math.isfinite(y))
+    if len(set(numbers)) > 1:
+        first, _, third = quantiles(numbers, method="inclusive")
+        reach = max(1.5 * (third - first), 0.05 * (numbers[-1] - numbers[0]))
+        inside = [y for y in numbers if first - reach <= y <= third + reach]
+        axes.set_ylim(inside[0] - 0.1 * reach, inside[-1] + 0.1 * reach)
+
+
+def subject(reporters: Iterable[Reporter]) -> str:
+    """What a figure shows: data set, forget classes, split and classifier; all of them where reporters differ."""
+    parts = zip(*(each.subject for each in reporters))
+    return textwrap.fill(", ".join(" / ".join(dict.fromkeys(values)) for values in parts), 90)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> str:
@@ -116,11 +145,10 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], text
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-@dataclass(frozen=True)
-class ReporterConfig:
-    """Resolution of the figures, dots per inch."""
-
-    dpi: Annotated[int, "at least 20, at most 1200"]
+def class_title(experiment: Mapping[str, Any], label: int) -> str:
+    """A class by its number, and its name where it has one."""
+    name = experiment["class_names"][label]
+    return str(label) if name == str(label) else f"{label} ({name})"
 
 
 class Reporter:
@@ -153,10 +181,12 @@ class Reporter:
         self.has_audits = all(each["audit_metrics"] for each in self.experiments)
         self.digits = sorted({each["forget_digit"] for each in self.experiments})
         self.seeds = sorted({each["seed"] for each in self.experiments})
-        self.names = ", ".join(map(str, self.digits))
-        held_out = self.experiments[0]["config"]["held_out"]
-        self.split = f"{held_out} held-out training samples" if held_out else "the test split"
-        self.methods = list(dict.fromkeys(name for key in (FORGET, RETAIN) for name in self.experiments[0][key]))
+        first = self.experiments[0]
+        self.titles = [class_title(first, digit) for digit in self.digits]
+        self.names = f"class{'es' if len(self.digits) > 1 else ''} {', '.join(self.titles)}"
+        classes = self.names if len(self.digits) < 4 else f"mean over {len(self.digits)} classes"
+        self.subject = (first["dataset"], classes, first["split"], first["classifier"])
+        self.methods = list(dict.fromkeys(name for key in (FORGET, RETAIN) for name in first[key]))
         self.styles = method_styles(self.methods)
         self.retrained = {(e["seed"], e["forget_digit"]): e for e in self.experiments if "retrain" in e[RETAIN]}
         self.kappa: Kappa = "auto" if self.has_auto else self.best_kappa()
@@ -230,12 +260,12 @@ class Reporter:
 
     def draw_loss_curves_on_retain_set(self) -> None:
         x = self.kappas
-        with self._figure("loss_retain_set.png", "cross entropy on the retain set (nats)"):
+        with self._figure("loss_retain_set.png", "cross entropy on the retain set (nats)", is_zoomed=True):
             self._plot_methods(x, RETAIN, "loss")
 
     def draw_score_curves_on_retain_set(self) -> None:
         x = self.kappas
-        with self._figure("score_retain_set.png", "score on the retain set (%)"):
+        with self._figure("score_retain_set.png", "score on the retain set (%)", is_zoomed=True):
             self._plot_methods(x, RETAIN, "score")
 
     def draw_classifier_probability_on_forget_class(self) -> None:
@@ -245,45 +275,46 @@ class Reporter:
 
     def draw_summary(self) -> None:
         """Forget score against retain score, a mark per method and kappa: where the retrained one stands is the aim."""
-        with self._figure("summary.png", "score on the retain set (%)", "score on the forget set (%)"):
+        with self._figure("summary.png", "score on the retain set (%)", "score on the forget set (%)", True):
             for name in self.methods:
                 x, y = self.curve(FORGET_SCORE, name), self.curve(RETAIN_SCORE, name)
                 plt.plot(x, y, label=name, markersize=13 if name == "retrain" else 6, **self.styles[name])
                 if name == "mimu":
-                    below = {"xytext": (6, -11), "textcoords": "offset points", "fontsize": 8}
-                    for end in (0, -1):
-                        plt.annotate(f"kappa {self.kappas[end]}", (x[end], y[end]), **below)
+                    for end, at in ((0, (6, -11)), (-1, (6, 6))):
+                        about = f"kappa {self.kappas[end]}"
+                        plt.annotate(about, (x[end], y[end]), at, textcoords="offset points", fontsize=8)
             self._mark_auto(FORGET_SCORE, RETAIN_SCORE)
 
     def write_summary(self, more: Sequence[str] = ()) -> None:
         """Writes `summary.md`: the numbers of the figures, more sections, the mask efficacy, and the single digits."""
         first, kappa, several = self.experiments[0], self.kappa, len(self.digits) > 1
-        mean = f"Mean over {len(self.digits)} digits" if several else f"Digit {self.names}"
-        spread = f", ± standard deviation over {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
+        mean = f"; mean over {len(self.digits)} classes" if several else ""
+        spread = f"{mean}, ± standard deviation over {len(self.seeds)} seeds" if len(self.seeds) > 1 else mean
         masks = {name: layers for name, layers in first["zeroed_by_layer"].items() if layers}
         layers = [Column(("zeroed_by_layer", each), each, ".1f") for each in dict.fromkeys(chain(*masks.values()))]
-        sections = [f"# Forgetting {self.names}", f"{mean}{spread}; scored on {self.split}."]
+        dataset, _, split, classifier = self.subject
+        sections = [f"# Forgetting {self.names} of {dataset}", f"{classifier}, scored on {split}{spread}."]
         for each in dict.fromkeys((kappa, self.best_kappa())):
             sections += [f"## Every method, kappa = {each}", self.about(each), self.table(EVERYTHING, each)]
             if len(layers) > 1:
                 sections += ["Where the zeroed weights are:", self.table(layers, each, methods=masks)]
             if several:
-                sections += ["The worst digit of any seed:", self.table(WORST, each)]
+                sections += ["The worst class of any seed:", self.table(WORST, each)]
         sections += [*more, f"## Mask efficacy, K = {first['top_k']}"]
         sections += ["Scores on the forget set with only K weights of the masked layers."]
         sections += [self.table(EFFICACY, kappa, methods=first["mask_efficacy_metrics"])]
         if self.kappas:
             sections += ["## Every kappa", self.kappas_table()]
-        for digit in self.digits if several else ():
-            sections += [f"## Digit {digit}, kappa = {kappa}", self.about(kappa, [digit])]
+        for digit, title in zip(self.digits, self.titles) if several else ():
+            sections += [f"## Class {title}, kappa = {kappa}", self.about(kappa, [digit])]
             sections += [self.table(EVERYTHING, kappa, [digit])]
         write_text(self.folder / "summary.md", "\n\n".join(sections) + "\n")
 
     def closing_table(self) -> str:
-        """What a run says last: what was forgotten, and forget and retain score of every method."""
-        kappa, digits = self.kappa, f"digit{'s' if len(self.digits) > 1 else ''} {self.names}"
-        about = f"Forgetting {digits}, scored on {self.split}. {self.about(kappa)}"
-        return f"{about}\n\n{self.table(METRICS[:2], kappa)}"
+        """What a run says last: what was forgotten, how many weights every method zeroes, and its scores."""
+        dataset, _, split, classifier = self.subject
+        about = f"{dataset}, {classifier}: forgetting {self.names}, scored on {split}. {self.about(self.kappa)}"
+        return f"{about}\n\n{self.table((*METRICS[:2], ZEROED), self.kappa)}"
 
     def about(self, kappa: Kappa, digits: Digits = None) -> str:
         """How this kappa came about, how much of the classifier it zeroes, and which methods did not get there."""
@@ -296,7 +327,7 @@ class Reporter:
             return f"Of the fixed kappas, {kappa} is the one that is best on training samples: {share}."
         gave_up = Counter(name for e in requests for name, did in e.get("gave_up", {}).items() if did)
         counts = ", ".join(f"{name} on {count} of {len(requests)} requests" for name, count in gave_up.items())
-        chosen = f"kappa is chosen for each request on the training split: {share} on average."
+        chosen = f"kappa is chosen for each request and method on the training split; mimu's is {share} on average."
         return f"{chosen} Gave up before the class was forgotten: {counts}." if counts else chosen
 
     def cells(self, columns: Iterable[Column], method: str, kappa: Kappa, digits: Digits = None) -> list[str]:
@@ -331,12 +362,31 @@ class Reporter:
             plt.plot(x, y, label="mimu, kappa auto", zorder=4, **self.styles["mimu"] | ring)
 
     @contextmanager
-    def _figure(self, name: str, y_label: str, x_label: str = "weights zeroed, kappa") -> Iterator[None]:
-        """A figure: lines plotted while the context is open are in it."""
-        figure = plt.figure(figsize=(6.5, 4.2), layout="constrained")
+    def _figure(
+        self, name: str, y_label: str, x_label: str = "weights zeroed, kappa", is_zoomed: bool = False
+    ) -> Iterator[None]:
+        """A figure: lines plotted while the context is open are in it, and in the legend where a mark is in the frame.
+
+        is_zoomed: whether the y axis ends where most marks are, with a line of text on the others
+        """
+        rows_of_legend = -(-len(self.methods) // 4)
+        figure = plt.figure(figsize=(6.5, 4 + 0.2 * rows_of_legend), layout="constrained")
         yield
         plt.xlabel(x_label)
         plt.ylabel(y_label)
+        plt.title(subject([self]), fontsize=9)
         plt.grid(alpha=0.3)
-        figure.legend(loc="outside upper center", ncols=4, frameon=False)
-        save_figure(figure, self.folder / name, self.config.dpi)
+        axes = plt.gca()
+        if is_zoomed:
+            zoom(axes)
+        (low, high), handles, beyond = axes.get_ylim(), [], []
+        for line in axes.lines:
+            marks = [y for x, y in line.get_xydata() if math.isfinite(x + y)]
+            outside = [y for y in marks if not low <= y <= high]
+            handles += [line] if len(outside) < len(marks) else []
+            beyond += [f"{line.get_label()} {max(outside, key=lambda y: abs(y - low)):.3g}"] if outside else []
+        if beyond:
+            named = f"outside of the frame, farthest marks: {', '.join(beyond)}"
+            figure.supxlabel(textwrap.fill(named, 100), fontsize=8)
+        figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+        save_figure(figure, self.folder / name, self.config)

@@ -1,13 +1,11 @@
-"""All that trains: the classifier, the masking GCN, unlearning by random labels; and masks made in steps."""
+"""All that trains: the classifier, the masking GCN, unlearning by random labels."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from data import Amount, Count, GraphConfig, GraphGenerator, NonNegative, Positive, Split
-from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
-from runs.files import ArtifactError, InputError, load, one_line
-
-PRETRAINED = Path(__file__).resolve().parent / "checkpoints" / "pretrained" / "gcn.pt"
+from data import Amount, Count, GraphGenerator, NonNegative, Positive, Split
+from masking.order import forgetting_loss
+from masking.rankings import contrast, mask_of, ranked
+from model import HookedMNISTClassifier, MaskingGCN, WeightGraph
+from runs.files import InputError
 
 
 class TrainingError(InputError):
@@ -110,224 +108,6 @@ class Trainer:
         return classifier
 
 
-def contrast(importance: Tensor, damage: Tensor | None = None) -> Tensor:
-    """How much more class d needs a weight than the others do: Q_d - sum(v_c Q_c, c != d) / sum(v_c, c != d).
-
-    With `damage`, the cross entropy (classes) under the current mask, v_c is proportional to (damage_c + 0.02)^0.5, so
-    that a class that the mask has hurt is spared next; without it all v_c are equal.
-
-    Shapes: importance Q (classes, vertices) to (classes, vertices), a row for every forget class d.
-    """
-    v = torch.ones_like(importance[:, 0]) if damage is None else (damage + 0.02).sqrt()
-    weighted = v[:, None] * importance
-    return importance - (weighted.sum(0) - weighted) / (v.sum() - v)[:, None]
-
-
-def set_difference(importance: Tensor, top_k: int) -> Tensor:
-    """The published ranking: weights in the top-K of class d alone come first, by Q_d; the others follow by contrast.
-
-    Shapes: importance Q (classes, vertices) to scores (classes, vertices), larger is zeroed earlier.
-    """
-    in_top_k = torch.zeros_like(importance).scatter_(1, importance.topk(top_k, 1).indices, 1.0)
-    only_here = (in_top_k == 1) & (in_top_k.sum(0) == 1)
-    rest = contrast(importance)
-    lift = rest.amax(1, keepdim=True) - importance.amin(1, keepdim=True) + 1
-    return torch.where(only_here, importance + lift, rest)
-
-
-def ranked(scores: Tensor, graph: WeightGraph, scope: str, zeroed: Tensor, count: int) -> Tensor:
-    """The vertices to zero next, (count): those of the largest scores (vertices) that are not among `zeroed`.
-
-    With the scope layerwise, those of the first places within their layer: counted together with `zeroed`, every layer
-    gives the same share.
-    """
-    if scope == "layerwise":
-        layers = scores.index_fill(0, zeroed, float("inf")).split(graph.sizes)
-        places = [part.argsort(descending=True, stable=True).argsort().to(part) + 0.5 for part in layers]
-        scores = torch.cat([-place / len(place) for place in places])
-    count = min(count, len(scores) - len(zeroed))
-    return scores.index_fill(0, zeroed, float("-inf")).topk(count).indices
-
-
-def mask_of(graphs: GraphGenerator, zeroed: Tensor) -> Mask | None:
-    """The mask that switches off the vertices `zeroed`; None where there is none."""
-    return Mask.zeroing(graphs.graph, zeroed) if len(zeroed) else None
-
-
-@dataclass(frozen=True)
-class MaskingConfig:
-    """How a trained GCN answers a request: the class graphs it scores, and how their scores rank the weights."""
-
-    step: Amount | None
-    momentum: Annotated[float, "at least 0, below 1"]
-    ranking: Literal["damage", "mean", "set_difference"]
-    group_size: Count
-    draws: Count
-    target: Positive
-    max_kappa: Amount
-
-
-def request_samples(
-    config: MaskingConfig, graphs: GraphGenerator, seed: int, forget_class: int, step: int, draw: int = 0
-) -> Tensor:
-    """The samples (classes, group_size) whose graphs one step of a request looks at."""
-    return graphs.draw(config.group_size, data.seeded("request", seed, forget_class, step, draw))
-
-
-@dataclass(frozen=True)
-class GCNRanking:
-    """How much a trained GCN wants each weight zeroed to forget a class, on the classifier masked so far."""
-
-    config: MaskingConfig
-    gcn: MaskingGCN
-    graphs: GraphGenerator
-    forget_class: int
-    top_k: int
-    seed: int
-
-    def __call__(self, step: int, zeroed: Tensor) -> Tensor:
-        """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
-        importance, damage = self.importance(step, zeroed)
-        if self.config.ranking == "set_difference":
-            return set_difference(importance, self.top_k)[self.forget_class]
-        return contrast(importance, damage if self.config.ranking == "damage" else None)[self.forget_class]
-
-    @torch.no_grad()
-    def importance(self, step: int, zeroed: Tensor) -> tuple[Tensor, Tensor]:
-        """The GCN's mean logits Q (classes, vertices), and each class's cross entropy (classes), nats."""
-        graphs, importance, damage = self.graphs, [], []
-        weight = graphs.auxiliary.weight if graphs.auxiliary else 0.0
-        for draw in range(self.config.draws):
-            samples = request_samples(self.config, graphs, self.seed, self.forget_class, step, draw)
-            x, loss = graphs.class_graphs(samples, mask_of(graphs, zeroed), weight)
-            importance.append(self.gcn(x, graphs.graph))
-            damage.append(loss)
-        return torch.stack(importance).mean(0), torch.stack(damage).mean(0)
-
-    def most_needed(self) -> Tensor:
-        """The top-K weights of the forget class in the unmasked classifier, (K)."""
-        return self.importance(0, self.graphs.nothing)[0][self.forget_class].topk(self.top_k).indices
-
-
-@dataclass(frozen=True)
-class TrainedGCN:
-    """A masking GCN, the features that it reads, and the settings of its requests: what its checkpoint holds."""
-
-    gcn: MaskingGCN
-    graphs: GraphConfig
-    masking: MaskingConfig
-    top_k: Amount
-
-    @staticmethod
-    def load(path: Path | str = PRETRAINED) -> TrainedGCN:
-        """Reads what a run left in `checkpoints/`, or the tracked GCN. Raises ArtifactError."""
-        checkpoint = load(Path(path))
-        try:
-            config, weights = checkpoint["config"], checkpoint["state_dict"]
-            graphs, masking = (
-                kind(**{field.name: config[section][field.name] for field in fields(kind)})
-                for kind, section in ((GraphConfig, "graphs"), (MaskingConfig, "eval"))
-            )
-            num_features = next(iter(weights.values())).shape[1]
-            sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
-            with data.seeded_initialisation(0):
-                gcn = MaskingGCN(num_features, **sizes)
-            gcn.load_state_dict(weights)
-            check_weights(gcn, "masking GCN", "gcn.learning_rate")
-            return TrainedGCN(gcn, graphs, masking, checkpoint["top_k"])
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
-            raise ArtifactError(f"{path}: is not the checkpoint of a masking GCN ({one_line(error)})") from None
-
-    def check(self, graphs: GraphConfig, num_features: int) -> None:
-        """Raises ArtifactError where the features of graphs, an auxiliary one counted, are not those that it reads."""
-        reads = (self.graphs.features, self.graphs.other_classes, next(self.gcn.parameters()).shape[1])
-        has = (graphs.features, graphs.other_classes, num_features)
-        if reads != has:
-            raise ArtifactError(f"graphs.features, other_classes, and how many there are, must be {reads}, not {has}")
-
-
-class Zeroing(NamedTuple):
-    """The weights to zero for a request, in their order, and what finding them took.
-
-    seconds: of all steps up to there, those made before for another kappa included
-    left: what is left of the class at the largest kappa, in words, or ""; None where no kappa was searched for
-    """
-
-    vertices: Tensor
-    seconds: float
-    left: str | None = None
-
-
-class ZeroingOrder:
-    """The order in which weights are zeroed to forget a class: the mask at kappa is its first kappa entries.
-
-    Weights stand in for one another, which scores given all at once cannot see. So a step zeroes `config.step` weights
-    (None: all of them), and the next one is ranked on graphs recorded anew on the classifier masked so far. Since each
-    ranking is drawn from few samples, a step follows the running mean m = momentum m + (1 - momentum) s of the scores
-    s, each divided by their standard deviation. A larger kappa goes on from the steps of a smaller one.
-
-    ranking: from the number of the step and the vertices zeroed before it to scores (vertices), largest first to go
-    """
-
-    def __init__(self, config: MaskingConfig, graphs: GraphGenerator, ranking: Callable[[int, Tensor], Tensor]) -> None:
-        self.config = config
-        self.graphs = graphs
-        self.ranking = ranking
-        num_vertices = graphs.graph.num_vertices
-        self.step = num_vertices if config.step is None else data.number_of_weights(config.step, num_vertices)
-        self._zeroed = graphs.nothing
-        self._mean: Tensor | None = None
-        self._seconds: list[float] = []
-        self._forgetting: Zeroing | None = None
-
-    def first(self, kappa: int) -> Zeroing:
-        """The vertices to zero for this kappa: all of them where kappa is larger."""
-        graph, scope = self.graphs.graph, self.graphs.config.scope
-        while len(self._zeroed) < min(kappa, graph.num_vertices):
-            started = time.perf_counter()
-            scores = self.ranking(len(self._seconds), self._zeroed)
-            scores = scores / scores.std().clamp_min(1e-12)
-            self._mean = scores if self._mean is None else torch.lerp(scores, self._mean, self.config.momentum)
-            self._zeroed = torch.cat([self._zeroed, ranked(self._mean, graph, scope, self._zeroed, self.step)])
-            self._seconds.append(time.perf_counter() - started)
-        return Zeroing(self._zeroed[:kappa], sum(self._seconds[: -(-kappa // self.step)]))
-
-    @torch.no_grad()
-    def until_forgotten(self, forget: Split) -> Zeroing:
-        """The vertices of kappa auto: the fewest whole steps after which the class is forgotten.
-
-        It is when less than `config.target` percent of its training samples, `forget`, are classified correctly, and
-        what else is asked of masks (`data.Auxiliary`) is reached. Where all is zeroed at once, kappa goes in hundredths
-        of `config.max_kappa`. There the search gives up.
-        """
-        if self._forgetting is None:
-            classifier, graph = self.graphs.classifier, self.graphs.graph
-            max_kappa = min(data.number_of_weights(self.config.max_kappa, graph.num_vertices), graph.num_vertices)
-            stride = self.step if self.config.step is not None else max(1, max_kappa // 100)
-            with classifier.hooks(graph.layers[:1]) as seen:
-                classifier(forget.images)
-            inputs, looking = seen[graph.layers[0]][0], 0.0
-            for kappa in range(stride, max_kappa + stride, stride):
-                found = self.first(min(kappa, max_kappa))
-                started = time.perf_counter()
-                left = self._left(Mask.zeroing(graph, found.vertices), inputs, forget.labels)
-                looking += time.perf_counter() - started
-                if not left:
-                    break
-            self._forgetting = Zeroing(found.vertices, found.seconds + looking, left)
-        return self._forgetting
-
-    def _left(self, mask: Mask, inputs: Tensor, labels: Tensor) -> str:
-        """inputs: of the first masked layer, for samples of the forget class."""
-        classifier, auxiliary, forget_class = self.graphs.classifier, self.graphs.auxiliary, int(labels[0])
-        with mask.applied_to(classifier):
-            correct = (classifier(inputs, self.graphs.graph.layers[0]).argmax(1) == labels).float().mean().item()
-        if 100 * correct >= self.config.target:
-            return f"{100 * correct:.1f} % of class {forget_class} are left"
-        is_reached = auxiliary is None or auxiliary.is_reached(mask, forget_class)
-        return "" if is_reached else f"class {forget_class} is still represented"
-
-
 def top_k_mask(logits: Tensor, k: int, temperature: float) -> Tensor:
     """Straight-through top-k: exactly k ones on the last dimension, ties included.
 
@@ -369,11 +149,6 @@ def log_uniform(span: tuple[Amount, Amount], num_vertices: int, generator: torch
     """A random number of weights from [low, high], small ones as likely as large ones on a logarithmic scale."""
     low, high = (data.number_of_weights(amount, num_vertices) for amount in span)
     return round(low * (high / low) ** torch.rand((), generator=generator).item())
-
-
-def forgetting_loss(p: Tensor) -> Tensor:
-    """Mean of -log(1 - p) in nats, p the probability of the forget class on its own samples: 0 where all forget it."""
-    return -torch.log1p(-p.clamp(max=1 - 1e-6)).mean()
 
 
 def prior_divergence(logits: Tensor, weights: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -10,15 +11,16 @@ from typing import Annotated, Literal
 
 import torch
 
+import data
 import methods  # noqa: F401  # registers what is not in eval.py
 from audits import AuditConfig
 from audits.erasure import ErasureConfig
-from data import DATASETS, IMAGE_SIZE, NUM_CLASSES, Amount, GraphConfig, number_of_weights
+from data import Amount, GraphConfig, number_of_weights
 from eval import METHODS, EvalConfig
 from model import WeightGraph
 from reporter import ReporterConfig
 from runs import settings
-from runs.settings import converted, refusal
+from runs.settings import converted, refusal, shown
 from trainer import GCNTrainerConfig, TrainerConfig
 
 CONFIG = Path(__file__).resolve().parent / "config.yaml"
@@ -31,11 +33,12 @@ Asked = int | Literal["auto"]  # how many weights to zero; auto: as few as forge
 class SweepConfig:
     """The experiments: one for every seed, top_k, forget digit and kappa.
 
+    forget_digits: names of classes, or their labels where no class has such a name
     top_k: numbers or shares of the masked weights; kappa: the same, and `auto` for the smallest that forgets
     seeds None: the one seed of the config
     """
 
-    forget_digits: tuple[Annotated[int, f"at least 0, at most {NUM_CLASSES - 1}"], ...]
+    forget_digits: tuple[Annotated[int, "at least 0"] | str, ...]
     top_k: tuple[Amount, ...]
     kappa: tuple[Amount | Literal["auto"], ...]
     seeds: tuple[Seed, ...] | None
@@ -57,8 +60,8 @@ class Config:
     seed: Seed
     device: str
     threads: Annotated[int, "at least 1, at most 1024"] | None
-    dataset: Literal[DATASETS]
-    held_out: Annotated[int, "at least 0, at most 50000"]
+    dataset: str
+    held_out: Annotated[int, "at least 0"]
     classifier: TrainerConfig
     graphs: GraphConfig
     gcn: GCNTrainerConfig
@@ -70,6 +73,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self.torch_device()
+        self.forget_digits  # noqa: B018  # raises
         try:
             vertices = self.num_vertices
         except ValueError as error:
@@ -106,9 +110,37 @@ class Config:
                     raise ValueError(f"{key}.{name} must be {refusal(values[name], hint)}") from None
 
     @cached_property
+    def source(self) -> data.DataSet:
+        """What is known of the data set before it is read. Raises DataError where it cannot be one."""
+        return data.data_set(self.dataset, data.DATASET_ROOT)
+
+    @cached_property
+    def forget_digits(self) -> list[int]:
+        """The labels of the classes to forget. Raises ValueError where one is not there."""
+        names = self.source.class_names
+        labels = {str(name): label for each in (range(len(names)), names) for label, name in enumerate(each)}
+        given = [str(each) for each in self.sweep.forget_digits]
+        if odd := [each for each in given if each not in labels]:
+            valid = f"from 0 to {len(names) - 1} or of {shown(names)}"
+            raise ValueError(f"sweep.forget_digits must be {valid}, not {odd[0]}")
+        return list(dict.fromkeys(labels[each] for each in given))
+
+    @property
+    def architecture(self) -> str:
+        """The sizes of the classifier's layers, in words."""
+        sizes = math.prod(self.source.size), *self.classifier.hidden_sizes, len(self.source.class_names)
+        return "-".join(map(str, sizes)) + " with biases" * self.classifier.bias
+
+    @property
+    def split(self) -> str:
+        """What is scored, in words."""
+        return f"{self.held_out} held-out training samples" if self.held_out else "the test split"
+
+    @cached_property
     def num_vertices(self) -> int:
         """The number of masked weights. Raises ValueError where mask_layer is not there."""
-        return WeightGraph(self.classifier.shapes(IMAGE_SIZE, NUM_CLASSES), self.graphs.mask_layer).num_vertices
+        shapes = self.classifier.shapes(math.prod(self.source.size), len(self.source.class_names))
+        return WeightGraph(shapes, self.graphs.mask_layer).num_vertices
 
     @property
     def num_features(self) -> int:

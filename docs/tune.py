@@ -25,10 +25,11 @@ sys.path.insert(0, str(ROOT))
 
 from audits.predictions import Seen, jensen_shannon, look_at  # noqa: E402
 from configs import load_config  # noqa: E402
-from data import NUM_CLASSES, GraphGenerator, load_image_data, number_of_weights  # noqa: E402
+from data import GraphGenerator, load_image_data, number_of_weights  # noqa: E402
 from eval import Request, answer  # noqa: E402
+from masking.rankings import TrainedGCN  # noqa: E402
 from reporter import markdown_table  # noqa: E402
-from trainer import TrainedGCN, Trainer, TrainingError  # noqa: E402
+from trainer import Trainer, TrainingError  # noqa: E402
 
 Values = dict[str, int | float]  # of the hyperparameters of a method
 
@@ -52,7 +53,7 @@ class Tuning:
         data = load_image_data(config.dataset, ROOT / "datasets", "cpu", settings["held_out"])
         self.held_out = data.test
         trainer = Trainer(config.classifier, seed)
-        classifier = trainer.train(data.train, NUM_CLASSES)
+        classifier = trainer.train(data.train, len(data.class_names))
         graphs = GraphGenerator(classifier, data.train, config.graphs, seed)
         top_k = number_of_weights(config.sweep.top_k[0], graphs.graph.num_vertices)
         gcn = TrainedGCN.load().gcn

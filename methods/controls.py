@@ -10,34 +10,12 @@ from torch import Tensor, nn
 
 from data import NonNegative
 from eval import Request, unlearning_method
+from masking.order import Zeroing
+from masking.rankings import SaliencyRanking, contrast
 from model import Mask, WeightGraph
-from trainer import Zeroing, contrast, mask_of, request_samples
 
 further = partial(unlearning_method, in_default_run=False)
 MOZER = "after Mozer and Smolensky 1988, NIPS"
-
-
-def saliency_scores(
-    request: Request, retain_weight: float, auxiliary_weight: float, step: int, zeroed: Tensor
-) -> Tensor:
-    """What removing a weight does to the forget class's margin and to the other classes' loss, (vertices).
-
-        w E_d[d margin/dw] + retain_weight (w E_r[dL/dw] - w^2 E_r[(dL/dw)^2] / 2) + auxiliary_weight a
-
-    The first term is the first-order fall of the margin, the bracket the second-order fall of the loss, with the Fisher
-    information for the curvature; E_r is the mean over the other classes, weighted by damage as in `contrast`. a is the
-    auxiliary feature of the weight. step, zeroed: as a ranking takes them (`trainer.ZeroingOrder`).
-    """
-    graphs, label = request.graphs, request.forget_class
-    samples, mask = request_samples(request.config, graphs, request.seed, label, step), mask_of(graphs, zeroed)
-    features, damage = graphs.class_features(samples, ("margin", "effect", "fisher"), mask)
-    fall_of_loss = features["effect"] - features["fisher"] ** 2 / 2
-    # With 0 for its own class, the contrast is minus the weighted mean over the others.
-    fall_of_loss[label] = 0
-    scores = features["margin"][label] + retain_weight * -contrast(fall_of_loss, damage)[label]
-    if auxiliary_weight:
-        scores += auxiliary_weight * graphs.auxiliary.feature(samples, [label], mask)[0]
-    return scores
 
 
 @unlearning_method("saliency", uses_kappa=True, touches="a mask")
@@ -45,7 +23,8 @@ def saliency(request: Request, *, retain_weight: NonNegative, auxiliary_weight: 
     """No GCN: in the same steps, the weights whose removal costs the class its margin and the others the least loss."""
     auxiliary = request.graphs.auxiliary
     asked = auxiliary_weight * auxiliary.weight if auxiliary else 0.0
-    return request.in_steps("saliency", partial(saliency_scores, request, retain_weight, asked))
+    about = request.config, request.graphs, request.forget_class, request.seed
+    return request.in_steps("saliency", SaliencyRanking(*about, retain_weight, asked))
 
 
 def largest(request: Request, count: int | None = None) -> Tensor:

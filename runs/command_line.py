@@ -56,7 +56,9 @@ def run_command(
     130 and 143: stopped by Ctrl-C and by SIGTERM. What nobody expected leaves its traceback in `reports/run.log`.
     """
     # Where the shell has closed them, Python has none.
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", errors="replace") for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a sign that a terminal cannot show is no reason to end
     parsed = parse_arguments(arguments)
     before = signal.getsignal(signal.SIGTERM)
     if os.environ.get("WORLD_SIZE", "1") == "1":  # torchrun ends its processes itself, also while they wait
@@ -78,7 +80,7 @@ def run_command(
             raise
         status = 2
         if isinstance(error, InputError):
-            line = f"error: {error}"
+            line = f"error: {error}"[:2000]
         elif isinstance(error, OSError):
             line = f"error: {error.filename or 'a file'}: {error.strerror or one_line(error)}"
         else:
@@ -90,7 +92,8 @@ def run_command(
             note = "".join(traceback.format_exception(error))
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(line, file=sys.stderr)
+    with suppress(OSError):  # nobody reads it
+        print(line, file=sys.stderr)
     if note and not parsed.dry_run:  # which writes nothing
         with suppress(ArtifactError):
             Log(root / "reports" / "run.log").note(note)

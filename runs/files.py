@@ -12,8 +12,8 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ except ImportError:  # Windows
 
 PARTIAL = ".mimu-partial"  # how files end that are not whole yet
 CHECKSUM_SIZE = 64
+BY_OTHERS = "made by other settings, code or data"
 
 
 class InputError(ValueError):
@@ -45,9 +46,14 @@ def slug(name: str) -> str:
 
 
 @contextmanager
-def naming(path: Path, what: str = "written") -> Iterator[None]:
-    """Turns an OSError into an ArtifactError that names the file and says what cannot be done with it."""
+def naming(path: Path, what: str = "written", or_stream: bool = False) -> Iterator[None]:
+    """Turns an OSError into an ArtifactError that names the file and says what cannot be done with it.
+
+    So it does with what is no regular file, such as a FIFO, which would be waited for, but for one of `or_stream`.
+    """
     try:
+        if not or_stream and path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")
         yield
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be {what} ({error.strerror or error})") from error
@@ -133,10 +139,14 @@ def code_of(root: Path, patterns: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file of a run, and a digest of all that decides what is in it: with any of that changed it is made anew."""
+    """A file of a run, and a digest of all that decides what is in it: with any of that changed it is made anew.
+
+    seen: which version of files was found to be whole, so that it is not read again only to find that out
+    """
 
     path: Path
     made_by: str
+    seen: dict[Path, tuple[str, int, int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def save(self, content: dict[str, Any]) -> None:
         save(self.path, content | {"made_by": self.made_by})
@@ -145,15 +155,31 @@ class Artifact:
         """The content. Raises ArtifactError where it is not there, damaged, or made by something else."""
         content = load(self.path)
         if content.get("made_by") != self.made_by:
-            raise ArtifactError(f"{self.path}: was made by other settings, code or data")
+            raise ArtifactError(f"{self.path}: was {BY_OTHERS}")
         return content
+
+    def why_not(self) -> str:
+        """Why it is not there as it would be made, in words; "" where it is.
+
+        Raises ArtifactError where something stands in its place that is not a file.
+        """
+        with naming(self.path, "read"):
+            if not self.path.exists():
+                return "not there yet"
+            status = self.path.stat()
+        version = (self.made_by, status.st_ino, status.st_size, status.st_mtime_ns)
+        if self.seen.get(self.path) != version:
+            try:
+                self.load()
+            except ArtifactError as error:
+                return BY_OTHERS if str(error).endswith(BY_OTHERS) else "damaged or unreadable"
+            self.seen[self.path] = version
+        return ""
 
     @property
     def is_there(self) -> bool:
         """Whether it is there, whole, and as it would be made."""
-        with suppress(ArtifactError):
-            return bool(self.load())
-        return False
+        return not self.why_not()
 
 
 @contextmanager
@@ -164,7 +190,7 @@ def locked(root: Path) -> Iterator[None]:
     Raises ArtifactError where another run holds it, and says which, or where the folder cannot be written to.
     """
     with naming(root / ".lock"):
-        file = open(root / ".lock", "a+")
+        file = open(root / ".lock", "a+", encoding="utf-8", errors="backslashreplace")
     with file:
         with naming(root / ".lock"):
             try:

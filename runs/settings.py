@@ -12,8 +12,10 @@ import operator
 import reprlib
 import types
 import typing
+from collections import ChainMap
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -25,6 +27,7 @@ Kind = TypeVar("Kind")
 Layer = tuple[str, Any]  # how messages call where settings come from, and the settings
 BOUNDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 LIMIT = 1_000_000_000  # of numbers whose range has no upper bound
+hints_of = cache(partial(typing.get_type_hints, include_extras=True))
 WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "null"}
 
 
@@ -91,7 +94,7 @@ class Loader(yaml.SafeLoader):
 
 def read_yaml(path: Path) -> Any:
     """What stands in a YAML file, nothing as an empty mapping. Raises InputError."""
-    with naming(path, "read"):
+    with naming(path, "read", or_stream=True):  # such as the output of another program
         content = path.read_bytes()
     try:
         settings = yaml.load(content, Loader)
@@ -109,16 +112,15 @@ def parsed_override(override: str) -> Layer:
         settings: Any = yaml.load(text, Loader)
     except Exception:
         raise ConfigError(f"{override!r}: its value is not valid YAML") from None
-    for name in reversed(key.split(".")):
-        settings = {name: settings}
-    return f"override {' '.join(override.split())}", settings
+    return f"override {' '.join(override.split())}", {key: settings}
 
 
 def built(kind: type[Kind], bases: Sequence[Path], layers: Sequence[Layer]) -> Kind:
     """The dataclass of all layers, the later ones over the earlier. Raises ConfigError."""
     values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
+    origins: ChainMap[str, str] = ChainMap()
     for origin, settings in layers:
+        origins = origins.new_child()
         values = laid_over(values, settings, kind, origin, origins)
     origins[""] = bases[0].name
     # What a base sets may be impossible only with what was changed beside it.
@@ -128,39 +130,47 @@ def built(kind: type[Kind], bases: Sequence[Path], layers: Sequence[Layer]) -> K
     return constructed(kind, values, origins)
 
 
-def laid_over(below: Any, above: Any, hint: Any, origin: str, origins: dict[str, str], key: str = "") -> Any:
+def laid_over(below: Any, above: Any, hint: Any, origin: str, origins: ChainMap[str, str], key: str = "") -> Any:
     """A setting in its type; a mapping with what it changes of the one below it. Raises ConfigError.
 
-    origins: is told of every dotted key from which layer it comes
+    `eval.step: 15` is what `eval: {step: 15}` is.
+
+    origins: is told of every dotted key from which layer it comes; its first mapping is of this one
     """
-    origins[key] = origin
     is_section, is_table = dataclasses.is_dataclass(hint), typing.get_origin(hint) is dict
+    is_twice = key in origins.maps[0]
+    origins[key] = origin
     if not (is_section or is_table):
+        if is_twice:
+            raise ConfigError(f"{origin}: {key} stands twice")
         try:
             return converted(above, hint)
         except TypeError:
             raise ConfigError(f"{origin}: {key} must be {refusal(above, hint)}") from None
-    hints = typing.get_type_hints(hint, include_extras=True) if is_section else {}
+    hints = hints_of(hint) if is_section else {}
     if not isinstance(above, dict):
         keys = f" with keys of {', '.join(hints)}" if is_section else ""
         raise ConfigError(f"{origin}: {key or 'the settings'} must be a mapping{keys}, not {shown(above)}")
     prefix = f"{key}." if key else ""
-    changed = {}
-    for name, value in above.items():
+    over = dict(below)
+    for dotted, value in above.items():
+        name, dot, rest = dotted.partition(".")
         if is_section and name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            meant = f"; did you mean {prefix}{near[0]}?" if near else "."
+            near = [f"{prefix}{each}" for each in difflib.get_close_matches(name, hints, n=1)]
+            near = [each for each in origins if each and f".{each}".endswith(f".{name}")][:5] or near
+            meant = f"; did you mean {' or '.join(near)}?" if near else "."
             given = " ".join(f"{prefix}{name}".split())
             raise ConfigError(f"{origin}: {given} is not a setting{meant} Valid here: {', '.join(hints)}")
         inner = hints[name] if is_section else typing.get_args(hint)[1]
-        changed[name] = laid_over(below.get(name, {}), value, inner, origin, origins, f"{prefix}{name}")
-    return below | changed
+        value = {rest: value} if dot else value
+        over[name] = laid_over(over.get(name, {}), value, inner, origin, origins, f"{prefix}{name}")
+    return over
 
 
 def constructed(kind: type[Kind], values: dict[str, Any], origins: dict[str, str], prefix: str = "") -> Kind:
     """A section of its values. Raises ConfigError where one is missing or the section refuses one."""
     arguments = {}
-    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+    for name, hint in hints_of(kind).items():
         if dataclasses.is_dataclass(hint):
             arguments[name] = constructed(hint, values.get(name, {}), origins, f"{prefix}{name}.")
         elif name in values:

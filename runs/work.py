@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,10 @@ class Work:
 
 
 def how_many(artifacts: Sequence[Artifact]) -> str:
-    """How many of the files are there as they would be made, in words."""
-    return f"{sum(each.is_there for each in artifacts)} of {len(artifacts)} files are there"
+    """How many of the files are there as they would be made, and why the others are not, in words."""
+    reasons = Counter(each.why_not() for each in artifacts)
+    there = f"{reasons.pop('', 0)} of {len(artifacts)} files are there"
+    return f"{there}: {', '.join(f'{count} {why}' for why, count in reasons.items())}" if reasons else there
 
 
 def describe_machine() -> str:
@@ -65,6 +69,15 @@ def describe_machine() -> str:
         f"{platform.node()}, {platform.machine()}, {torch.get_num_threads()} threads, Python "
         f"{platform.python_version()}, torch {torch.__version__}"
     )
+
+
+def memory_of(device: torch.device) -> float:
+    """The bytes of memory that a device has; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    with suppress(AttributeError, OSError, ValueError):  # Windows and others have no such names
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
 
 
 def peak_bytes() -> int:

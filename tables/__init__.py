@@ -7,15 +7,15 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from reporter import FORGET_SCORE, RETAIN_GAP, Reporter, ReporterConfig
+from reporter import FORMATS, Reporter, ReporterConfig
 from runs.files import slug
-from tables.pictures import draw_masks, draw_plane
+from tables.pictures import draw_masks, draw_scores
 from tables.retraining import AuditReport
 from tables.variants import compare
 
-CURVES = [f"{metric}_{part}_set.png" for metric in ("loss", "score") for part in ("forget", "retain")]
-PICTURES = ["probability_on_forget_class.png", "summary.png", "trade_off.png", "masks.png", "audits.png"]
-REPORTS = [*CURVES, *PICTURES, "summary.md", "variants.png", "variants.md", "frontier.png"]
+CURVES = [f"{metric}_{part}_set" for metric in ("loss", "score") for part in ("forget", "retain")]
+FIGURES = [*CURVES, "probability_on_forget_class", "summary", "trade_off", "masks", "audits", "variants", "frontier"]
+REPORTS = ["summary.md", "variants.md", *(f"{name}.{suffix}" for name in FIGURES for suffix in FORMATS)]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def draw_alone(reporter: Reporter, with_curves: bool) -> None:
         return reporter.write_summary(sections)
     reporter.plot(sections)
     if reporter.retrained and (audits or not reporter.kappas):
-        draw_plane([reporter], (FORGET_SCORE, RETAIN_GAP), reporter.folder / "trade_off.png", linear=1.0)
+        draw_scores([(name, reporter, name) for name in reporter.methods], reporter.folder / "trade_off.png")
     if len(reporter.digits) > 1 and len(reporter.experiments[0]["mask_shapes"]) == 1:
         draw_masks(reporter)
 

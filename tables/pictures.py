@@ -1,17 +1,17 @@
-"""Marks in panels and planes, and the masks of the digits, from the figures of reporters."""
+"""Marks in panels and planes, and the masks of the classes, from the figures of reporters."""
 
-import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import SymmetricalLogLocator
 
-from reporter import Column, Reporter, method_styles, save_figure
+from reporter import FORGET_SCORE, RETAIN_GAP, Column, Reporter, method_styles, save_figure, subject
 
 # Recall of the linear probe that is trained to convergence, less that of the same probe on the retrained classifier.
 PROBE = Column(("audit_metrics", "probe_recall", "linear"), "probe recall against retrain, points", "+.1f", is_gap=True)
@@ -30,91 +30,129 @@ def draw_panels(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[Figure,
     styles = method_styles(method for *_, method in rows)
     high = -(-len(columns) // 4)
     wide = len(columns) // high
-    size = (4 + 2.5 * wide, high * (0.6 + 0.24 * len(rows)))
+    names = [name for name, *_ in rows]
+    size = (0.5 + 0.07 * max(map(len, names)) + (2.2 if high > 1 else 3) * wide, 0.5 + high * (0.7 + 0.2 * len(rows)))
     figure, axes = plt.subplots(high, wide, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    figure.suptitle(subject(dict.fromkeys(reporter for _, reporter, _ in rows)), fontsize=9)
     for panel, column in zip(axes.flat, columns):
         for height, (_, reporter, method) in enumerate(rows):
             x = reporter.spread(column, method)
             draw_marks(panel, x, [height] * len(x), styles[method])
         panel.set_xlabel(column.name, fontsize=9)
         panel.tick_params(labelsize=8)
+        panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
-    panel.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    panel.set_yticks(range(len(rows)), names)
     panel.invert_yaxis()
     return figure, axes.flat
 
 
-def symmetric_log(axes: Axes, which: Literal["x", "y"], linear: float) -> None:
-    """Makes an axis linear up to `linear` and logarithmic beyond, where marks lie far away from 0."""
-    if max(map(abs, getattr(axes, f"get_{which}lim")())) > 5 * linear:
-        getattr(axes, f"set_{which}scale")("symlog", linthresh=linear)
-        axis = getattr(axes, f"{which}axis")
-        axis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=(1, 3)))
-        axis.set_major_formatter("{x:g}")
-        axes.autoscale(axis=which)  # anew, with margins in this scale
-        axes.minorticks_off()
+def draw_scores(rows: Sequence[Row], path: Path) -> None:
+    """Draws forget score and distance to retraining, in a row for each method or variant."""
+    figure, axes = draw_panels(rows, (FORGET_SCORE, RETAIN_GAP))
+    for panel in axes:
+        panel.axvline(0, color="0.5", linewidth=0.8)
+        symmetric_log(panel, linear=1.0)
+    save_figure(figure, path, rows[0][1].config)
 
 
-def draw_plane(reporters: Sequence[Reporter], columns: Sequence[Column], path: Path, linear: float = math.inf) -> None:
-    """Draws two figures of every method of variants against each other, with grey lines at 0.
+def symmetric_log(axes: Axes, linear: float) -> None:
+    """Makes the x axis linear up to `linear` and logarithmic beyond, where marks lie far away from 0."""
+    if max(map(abs, axes.get_xlim())) <= 5 * linear:
+        return
+    axes.set_xscale("symlog", linthresh=linear)
+    axes.autoscale(axis="x")  # anew, with margins in this scale
+    (low, high), (least, most) = axes.get_xlim(), axes.dataLim.intervalx
+    # The ticks next to 0 are at `linear`: a side with marks that are not rounding reaches that far.
+    low = min(low, -1.2 * linear) if least < -0.01 * linear else low
+    axes.set_xlim(low, max(high, 1.2 * linear) if most > 0.01 * linear else high)
+    axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=(1, 3)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
+def draw_frontier(reporters: Sequence[Reporter], path: Path) -> None:
+    """Draws the retain score of variants against what a probe finds of the class, with grey lines at 0.
 
     A method is one curve over the weight of the erasure, with larger marks for larger weights, and a dotted one over
     the fixed kappas of a variant. Variants that mask other layers than the first one are hollow marks.
-
-    linear: where the axes become logarithmic
     """
-    first = reporters[0]
+    first, columns = reporters[0], (PROBE, RETAIN_GAP)
     weight = {each: each.experiments[0]["config"]["erasure"]["weight"] for each in reporters}
     layers = {each: each.experiments[0]["mask_layer"] for each in reporters}
     alike = [each for each in sorted(reporters, key=weight.__getitem__) if each.has_auto == first.has_auto]
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    methods = dict.fromkeys(name for each in reporters for name in each.methods)
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    styles = method_styles(name for each in reporters for name in each.methods)
+    methods = dict.fromkeys(name for each in alike for name in each.methods)
     for method in methods:
-        style = {name: method_styles(methods)[method][name] for name in ("color", "marker")}
+        style = {name: styles[method][name] for name in ("color", "marker")}
         for each in reporters:
             over_kappa = (each.curve(column, method) for column in columns)
             axes.plot(*over_kappa, linestyle=":", linewidth=1, markersize=3, alpha=0.6, **style)
         those = [each for each in alike if method in each.methods]
         curve = [each for each in those if layers[each] == layers[first]]
-        over_weight = ([each.mean(column, method) for each in curve] for column in columns)
-        line, span = "none", ""
-        if len(curve) > 1:
-            line, span = "-", f", weight {weight[curve[0]]:g} to {weight[curve[-1]]:g}"
-        axes.plot(*over_weight, linestyle=line, markersize=6, label=f"{method}{span}", **style)
+        over_weight = [[each.mean(column, method) for each in curve] for column in columns]
+        span = f", weight {weight[curve[0]]:g} to {weight[curve[-1]]:g}" if len(curve) > 1 else ""
+        axes.plot(*over_weight, linestyle="-" if span else "none", markersize=6, label=f"{method}{span}", **style)
         for each in those:
             x, y = (each.spread(column, method) for column in columns)
             large = {"markersize": 6 + 1.5 * curve.index(each)} if each in curve else {"fillstyle": "none"}
             draw_marks(axes, x, y, style, **large)
-    symmetric_log(axes, "x", linear)
-    symmetric_log(axes, "y", linear)
     axes.axhline(0, color="0.6", linewidth=0.8, zorder=1)
     axes.axvline(0, color="0.6", linewidth=0.8, zorder=1)
     axes.set(xlabel=columns[0].name, ylabel=columns[1].name)
+    axes.set_title(subject(reporters), fontsize=9)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    save_figure(figure, path, first.config.dpi)
+    if len(methods) > 10:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    else:
+        name_curves(axes)
+    save_figure(figure, path, first.config)
+
+
+def name_curves(axes: Axes) -> None:
+    """Writes the label of every line beside its last mark, where no large mark and no other label is."""
+    axes.figure.draw_without_rendering()  # the layout decides where the marks are
+    large = [point for line in axes.lines if line.get_markersize() > 5 for point in line.get_xydata()]
+    marks, taken = axes.transData.transform(large), []
+    for line in axes.lines:
+        points = line.get_xydata()
+        if line.get_label().startswith("_") or not len(points):
+            continue
+        frame = {"boxstyle": "round,pad=0.15", "facecolor": "w", "edgecolor": line.get_color(), "alpha": 0.85}
+        style = {"textcoords": "offset points", "fontsize": 8, "va": "center", "bbox": frame}
+        text = axes.annotate(line.get_label(), points[-1], (0, 0), **style)
+        for x, y in ((x, y) for y in (0, 9, -9, 18, -18, 27, -27) for x in (9, -9)):
+            text.set(position=(x, y), ha="left" if x > 0 else "right")
+            box = text.get_window_extent().padded(4)
+            is_inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1
+            if is_inside and not box.count_contains(marks) and not box.count_overlaps(taken):
+                break
+        taken.append(box)
 
 
 def draw_masks(reporter: Reporter) -> None:
-    """Draws which weights mimu zeroes for each digit, first seed, and the share of them (row) that others zero, too."""
+    """Draws which weights mimu zeroes for each class, first seed, and the share of them (row) that others zero, too."""
     m, n = reporter.experiments[0]["mask_shapes"][0]
     requests = reporter.found[reporter.kappa].items()
     zeroed = {digit: set(each["zeroed"]) for (seed, digit), each in sorted(requests) if seed == reporter.seeds[0]}
-    figure = plt.figure(figsize=(14, 4), layout="constrained")
+    titles, (dataset, *_, classifier) = dict(zip(reporter.digits, reporter.titles)), reporter.subject
+    figure = plt.figure(figsize=(14, 4.2), layout="constrained")
+    figure.suptitle(f"{dataset}, {classifier}", fontsize=10)
     left, right = figure.subfigures(1, 2, width_ratios=(2.6, 1))
     panels = left.subplots(2, -(-len(zeroed) // 2), sharex=True, sharey=True, squeeze=False).flat
     for (digit, vertices), axes in zip(zeroed.items(), panels):
         targets, sources = zip(*(divmod(vertex, n) for vertex in vertices))
         axes.plot(sources, targets, ".", color=reporter.styles["mimu"]["color"], markersize=2)
-        axes.set_title(f"digit {digit}: {len(vertices)} weights", fontsize=8)
+        axes.set_title(textwrap.fill(f"class {titles[digit]}: {len(vertices)} weights", 32), fontsize=8)
         axes.set(xlim=(-0.5, n - 0.5), ylim=(m - 0.5, -0.5))
     left.supxlabel("source neuron", fontsize=9)
     left.supylabel("target neuron", fontsize=9)
     axes = right.subplots()
     shares = [[100 * len(a & b) / len(a) for b in zeroed.values()] for a in zeroed.values()]
     draw_matrix(axes, shares, "weights in common (%)", 100.0, ".0f")
-    axes.set(xlabel="digit", ylabel="digit", yticks=range(len(zeroed)), xticklabels=zeroed, yticklabels=zeroed)
-    save_figure(figure, reporter.folder / "masks.png", reporter.config.dpi)
+    axes.set(xlabel="class", ylabel="class", yticks=range(len(zeroed)), xticklabels=zeroed, yticklabels=zeroed)
+    save_figure(figure, reporter.folder / "masks.png", reporter.config)
 
 
 def draw_matrix(axes: Axes, rows: Sequence[Sequence[float]], label: str, highest: float, spec: str) -> None:

@@ -8,9 +8,8 @@ from statistics import fmean
 from reporter import FORGET_SCORE, METRICS, RETAIN_SCORE, SECONDS, Column, Reporter, markdown_table, save_figure
 from tables.pictures import draw_panels, symmetric_log
 
-# What an unlearned classifier is measured against; the others compete.
-REFERENCES = ("original", "retrain", "retrain_again")
-FORGOTTEN = 1.0  # percent: the largest mean forget score of a method that competes for the best figures
+REFERENCES = ("original", "retrain", "retrain_again")  # what an unlearned classifier is measured against
+FORGOTTEN = 1.0  # percent: a forget score above it is worth a word
 LOST = 2.0  # points of the retain score below the original's that are worth a word
 
 DIVERGENCES = (
@@ -33,8 +32,6 @@ class AuditReport:
     """Every method beside the classifier retrained without the class, in the order of their distance to it.
 
     The distance is the Jensen-Shannon divergence of the predictions, mean of the forget set's and the retain set's.
-    Bold: least far from what is best, mean over digits and seeds, and all that is written alike. REFERENCES do not
-    compete, nor do methods that leave more than FORGOTTEN percent of the class or lose more than LOST points.
     """
 
     def __init__(self, reporter: Reporter) -> None:
@@ -46,25 +43,24 @@ class AuditReport:
         least = reporter.mean(RETAIN_SCORE, "original" if "original" in self.about else "retrain") - LOST
         self.leave = [name for name in others if not reporter.mean(FORGET_SCORE, name) <= FORGOTTEN]
         self.lose = [name for name in others if not reporter.mean(RETAIN_SCORE, name) >= least]
-        self.competing = [name for name in others if name not in self.leave + self.lose]
 
     def tables(self) -> list[str]:
         """The sections of the summary."""
-        spread = "seeds" if len(self.reporter.seeds) > 1 else "digits"
+        spread = "seeds" if len(self.reporter.seeds) > 1 else "classes"
         gcn = replace(SECONDS, spec=".0f").text(self.reporter.figures(SECONDS, "gcn"))
         about = [[name, *map(self.about[name].get, ABOUT)] for name in self.methods]
         return [
             "## Distance to retraining",
             "Jensen-Shannon divergence of the predictions from the retrained classifier's (0: the same, 1: at most), "
             "and the five metrics less those of the retrained classifier. Sorted by the mean of the two divergences; "
-            f"± standard deviation over the {spread}. Bold: the smallest mean absolute value over digits and seeds.",
+            f"± standard deviation over the {spread}.",
             self.table(DIVERGENCES + GAPS),
             f"Forget score above {FORGOTTEN:g} %: {', '.join(self.leave) or 'none'}. Retain score more than {LOST:g} "
-            f"points below the original's: {', '.join(self.lose) or 'none'}. These and the references are never bold.",
+            f"points below the original's: {', '.join(self.lose) or 'none'}.",
             "## Audits",
-            "Bold: the smallest mean absolute distance from the retrained classifier. Loss attack: 0.5 tells nothing. "
-            "Relearn time: '>' where a class was not back by the last step; – where it has no logit to learn with.",
-            self.table(LEFT_BEHIND, aim="retrain"),
+            "Loss attack: 0.5 tells nothing. Relearn time: '>' where a class was not back by the last step; – where it "
+            "has no logit to learn with.",
+            self.table(LEFT_BEHIND),
             "## Cost",
             f"Training the masking GCN, once for all requests, takes {gcn} s, which is not in mimu's seconds.",
             self.table(COST),
@@ -72,20 +68,10 @@ class AuditReport:
             markdown_table(["method", *ABOUT.values()], about, texts=1 + len(ABOUT)),
         ]
 
-    def table(self, columns: Sequence[Column], aim: str | None = None) -> str:
-        """A row for every method, a column for each figure; best is what is nearest to that of `aim` (None: to 0)."""
-        cells = [self.cells(column, aim) for column in columns]
-        return markdown_table(["method", *(column.name for column in columns)], zip(self.methods, *cells))
-
-    def cells(self, column: Column, aim: str | None) -> list[str]:
-        """A column as text, the best of the competing methods bold."""
-        numbers = {name: self.reporter.single_figures(column, name) for name in self.methods}
-        best = numbers[aim] if aim else [0.0] * len(numbers["retrain"])
-        far = {name: fmean(abs(a - b) for a, b in zip(numbers[name], best)) for name in self.competing}
-        known = [name for name in self.competing if math.isfinite(far[name])]
-        texts = {name: self.text(column, name) for name in self.methods}
-        nearest = texts[min(known, key=far.__getitem__)] if known else ""
-        return [f"**{text}**" if name in known and text == nearest else text for name, text in texts.items()]
+    def table(self, columns: Sequence[Column]) -> str:
+        """A row for every method, a column for each figure."""
+        rows = [[name, *(self.text(column, name) for column in columns)] for name in self.methods]
+        return markdown_table(["method", *(column.name for column in columns)], rows)
 
     def text(self, column: Column, method: str) -> str:
         """A method's figure, marked where the class did not always come back within the steps of relearning."""
@@ -99,6 +85,6 @@ class AuditReport:
         figure, axes = draw_panels([(name, self.reporter, name) for name in self.methods], columns)
         for panel, column in zip(axes, columns):
             panel.axvline(self.reporter.mean(column, "retrain"), color="0.5", linewidth=0.8)
-        symmetric_log(axes[1], "x", linear=0.01)
+        symmetric_log(axes[1], linear=0.01)
         axes[-1].set_xscale("log")
-        save_figure(figure, self.reporter.folder / "audits.png", self.reporter.config.dpi)
+        save_figure(figure, self.reporter.folder / "audits.png", self.reporter.config)

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reporter import FORGET_SCORE, RETAIN_GAP, SECONDS, WORST, Column, Reporter, markdown_table, save_figure
+from reporter import FORGET_SCORE, RETAIN_GAP, SECONDS, WORST, Column, Reporter, markdown_table
 from runs.files import write_text
-from tables.pictures import PROBE, Row, draw_panels, draw_plane, symmetric_log
+from tables.pictures import PROBE, Row, draw_frontier, draw_scores
 
 WORST_FORGET, WORST_GAP = (replace(column, name="worst") for column in WORST)
 SHARE = Column(("num_zeroed",), "weights zeroed, %", is_share=True)
@@ -31,14 +31,9 @@ def compare(reporters: Mapping[str, Reporter], folder: Path) -> list[str]:
     if left_behind := audits_of(reporters.values()):
         tables.append(table(rows, left_behind))
     write_text(folder / "variants.md", "\n\n".join(["# Variants", *tables]) + "\n")
-    unlearned = [row for row in rows if row[2] not in ("original", "retrain")]
-    figure, axes = draw_panels(unlearned, (FORGET_SCORE, RETAIN_GAP))
-    for panel, linear in zip(axes, (1.0, 0.5)):
-        panel.axvline(0, color="0.5", linewidth=0.8)
-        symmetric_log(panel, "x", linear)
-    save_figure(figure, folder / "variants.png", rows[0][1].config.dpi)
+    draw_scores([row for row in rows if row[2] not in ("original", "retrain")], folder / "variants.png")
     if audited := [each for each in reporters.values() if each.has_audits and each.retrained]:
-        draw_plane(audited, (PROBE, RETAIN_GAP), folder / "frontier.png")
+        draw_frontier(audited, folder / "frontier.png")
     return tables
 
 

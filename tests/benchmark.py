@@ -41,11 +41,13 @@ from configs import Config, load_config, load_variants  # noqa: E402
 from data import GraphGenerator, Split, load_image_data, number_of_weights  # noqa: E402
 from eval import Eval, Request  # noqa: E402
 from main import run  # noqa: E402
+from masking.order import ZeroingOrder  # noqa: E402
+from masking.rankings import GCNRanking, TrainedGCN  # noqa: E402
 from model import HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory  # noqa: E402
 from reporter import markdown_table  # noqa: E402
 from runs.files import Artifact, save, write_text  # noqa: E402
 from runs.work import peak_bytes  # noqa: E402
-from trainer import GCNRanking, GCNTrainer, TrainedGCN, Trainer, ZeroingOrder  # noqa: E402
+from trainer import GCNTrainer, Trainer  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +245,7 @@ def stages_part(config: Config, quick: bool, results: Results) -> Iterator[Measu
 
     def request_to_mask() -> None:
         digit = next(digits) % 10
-        order = ZeroingOrder(config.eval, graphs, GCNRanking(config.eval, gcn, graphs, digit, top_k, 0))
+        order = ZeroingOrder(config.eval, graphs, digit, GCNRanking(config.eval, gcn, graphs, digit, top_k, 0))
         order.until_forgotten(data.train.forget(digit))
 
     yield timed("request, pretrained GCN to mask, kappa auto, ten digits in turn, ms", request_to_mask, 10)

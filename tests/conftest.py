@@ -19,11 +19,13 @@ HIDDEN, IN_FEATURES, NUM_CLASSES = (6, 5), 7, 3
 torch.set_num_threads(1)  # the tensors of tests are small: threads only wait for one another
 
 
-def random_split(samples_per_class: int = 20, seed: int = 0, dtype: torch.dtype = torch.float32) -> Split:
-    """Samples of NUM_CLASSES classes that a small classifier can tell apart."""
+def random_split(
+    samples_per_class: int = 20, seed: int = 0, dtype: torch.dtype = torch.float32, num_classes: int = NUM_CLASSES
+) -> Split:
+    """Samples of a few classes that a small classifier can tell apart."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(NUM_CLASSES).repeat_interleave(samples_per_class)
-    centres = 2 * torch.randn(NUM_CLASSES, IN_FEATURES, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    labels = torch.arange(num_classes).repeat_interleave(samples_per_class)
+    centres = 2 * torch.randn(num_classes, IN_FEATURES, generator=torch.Generator().manual_seed(1), dtype=dtype)
     images = centres[labels] + torch.randn(len(labels), IN_FEATURES, generator=generator, dtype=dtype)
     order = torch.randperm(len(labels), generator=generator)
     return Split(images[order], labels[order])
@@ -99,7 +101,7 @@ def copy_to(folder: Path, *patterns: str) -> Path:
     return folder
 
 
-PACKAGES = ("runs", "audits", "methods", "tables", "configs")
+PACKAGES = ("runs", "masking", "own", "audits", "methods", "tables", "configs")
 TRACKED = ("*.py", "*.sh", *(f"{name}/*.py" for name in PACKAGES), "configs/*.yaml", "checkpoints/pretrained/*.pt",
            "README.md")  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data import FILES, IMAGE_SIZE
+from data import FILES
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMOKE = ("--config", "configs/smoke.yaml")
@@ -49,7 +49,7 @@ def write_few(folder: Path, count: int = 2000) -> Path:
     raw = folder / "datasets" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in FILES:
-        head, size = (16, IMAGE_SIZE) if "images" in name else (8, 1)
+        head, size = (16, 28 * 28) if "images" in name else (8, 1)
         with gzip.open(PROJECT / "datasets" / "MNIST" / "raw" / f"{name}.gz") as file:
             content = file.read(head + count * size)
         (raw / name).write_bytes(content[:4] + count.to_bytes(4, "big") + content[8:])

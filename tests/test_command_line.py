@@ -105,6 +105,37 @@ def test_an_output_that_nobody_reads_does_not_stop_a_run(tmp_path, into):
     assert done.stderr == ("error: a file: No space left on device\n" if "full" in into else "")
 
 
+@pytest.mark.parametrize("ending, status", [("", 0), ("; raise InputError('± σ')", 2)])
+def test_a_terminal_that_cannot_show_a_sign_ends_nothing(tmp_path, ending, status):
+    code = (
+        "import sys; from pathlib import Path; from runs.command_line import run_command\n"
+        "from runs.files import InputError; from runs.log import Log\n"
+        f"def start(parsed):\n    print('96.1 ± 0.2'); Log(Path(sys.argv[1]) / 'run.log')('97.0 ± 0.1'){ending}\n"
+        "sys.exit(run_command(start, []))"
+    )
+    command, ascii_only = [sys.executable, "-c", code, str(tmp_path)], os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=PROJECT, env=ascii_only, capture_output=True, text=True)
+    assert done.returncode == status and done.stdout.splitlines() == ["96.1 \\xb1 0.2", "97.0 \\xb1 0.1"]
+    assert done.stderr == ("error: \\xb1 \\u03c3\n" if ending else "")
+    assert "97.0 ± 0.1" in (tmp_path / "run.log").read_text(encoding="utf-8")
+
+
+def test_an_error_that_nobody_can_read_keeps_its_status_and_a_log_that_is_no_file_is_not_waited_for(tmp_path):
+    (tmp_path / "reports").mkdir()
+    os.mkfifo(tmp_path / "reports" / "run.log")
+    for error, status in (
+        ("from runs.files import InputError; raise InputError('this')", 2),
+        ("raise KeyError('x')", 1),
+    ):
+        code = (
+            "import sys; from pathlib import Path; from runs.command_line import run_command\n"
+            f"def start(parsed): {error}\nsys.exit(run_command(start, [], Path(sys.argv[1])))"
+        )
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=PROJECT, stderr=full, timeout=60)
+        assert done.returncode == status
+
+
 def test_help_waits_for_no_library_and_shows_every_option():
     code = "import sys; sys.modules['torch'] = None; from runs.command_line import parse_arguments; parse_arguments()"
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=PROJECT, capture_output=True, text=True)

@@ -2,11 +2,14 @@
 
 import dataclasses
 import typing
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from configs import CONFIG, Config, load_config, load_variants
 from runs.settings import ConfigError
@@ -67,8 +70,16 @@ BAD = [
     ("classifier.hidden_sizes=[32, 16]", "over config.yaml: sweep.kappa must be from 1 to 511"),
     ("sweep.top_k=[9000]", "sweep.top_k must be from 1 to 8192 (masked weights), not 9000"),
     ("sweep.kappa=[5, 5]", "sweep.kappa must name at least one value, and each once"),
+    ("sweep.forget_digits=[nine]", "sweep.forget_digits must be from 0 to 9 or of ('0', '1', '2', '3', "),
+    ("sweep.forget_digits=[-1]", "sweep.forget_digits must be a list, each an integer, at least 0, or text, not [-1]"),
+    (
+        "sweep.forget_digits=[[1]]",
+        "sweep.forget_digits must be a list, each an integer, at least 0, or text, not ",
+    ),
+    ("held_out=-1", "held_out must be an integer, at least 0, not -1"),
+    ("dataset=../datasets/MNIST", "dataset must be MNIST, FashionMNIST, KMNIST, "),
     ("sweep.seeds=[]", "sweep.seeds must name at least one value, and each once"),
-    ("sweep.forget_digits=[10]", "sweep.forget_digits must be a list, each an integer, at least 0, at most 9"),
+    ("sweep.forget_digits=[10]", "sweep.forget_digits must be from 0 to 9 or of ('0', '1', '2', '3', "),
     ("graphs.mask_layer=3", "graphs.mask_layer must be null, or one or several of -3 to 2, each once, not 3"),
     ("graphs.mask_layer=[-2, 1]", "must be null, or one or several of -3 to 2, each once, not (-2, 1)"),
     ("graphs.features=[wait]", "graphs.features must be some of input_activation, "),
@@ -84,7 +95,7 @@ BAD = [
     ("eval.hyperparameters.tfs.epochs=2", "eval.hyperparameters.tfs is not a method: valid are original, mimu"),
     ("eval.hyperparameters.sft.epoch=2", "eval.hyperparameters.sft must have values of epochs, batch_size, learning"),
     ("eval.hyperparameters.sft.epochs=1.5", "eval.hyperparameters.sft.epochs must be an integer, at least 1, not 1.5"),
-    ("dataset=CIFAR10", "dataset must be one of MNIST, FashionMNIST, KMNIST, not 'CIFAR10'"),
+    ("dataset=CIFAR10", "dataset must be MNIST, FashionMNIST, KMNIST, "),
     ("device=meta", "device must be auto, cpu, or cuda or mps that is there, not 'meta'"),
 ]
 
@@ -94,3 +105,35 @@ def test_what_cannot_work_is_one_line_that_names_the_key_and_what_is_valid(overr
     with pytest.raises(ConfigError) as error:
         load_variants(CONFIG, [override])
     assert message in str(error.value) and override in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def own_data(folder: Path, names: Sequence[str], test_names: Sequence[str], size: tuple[int, int] = (8, 6)) -> None:
+    """Folders with one image of each class."""
+    for part, classes in (("train", names), ("test", test_names)):
+        for name in classes:
+            path = folder / "mine" / part / name / "0.png"
+            path.parent.mkdir(parents=True)
+            Image.new("L", size).save(path)
+
+
+def test_pixels_and_classes_are_those_of_the_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.DATASET_ROOT", tmp_path)
+    own_data(tmp_path, ("1", "10", "2", "cat"), ("1", "10", "2", "cat"))
+    own = ("dataset=mine", "graphs.mask_layer=null", "classifier.hidden_sizes=[5]", "sweep.kappa=[auto]")
+    for digits, labels in (("[1]", [0]), ("[2, 10]", [2, 1]), ("[cat, 0, 3]", [3, 0]), ("['1', 1]", [0]), ("[3]", [3])):
+        assert load_config(overrides=[*own, f"sweep.forget_digits={digits}"]).forget_digits == labels, digits
+    config = load_config(overrides=[*own, "sweep.forget_digits=[cat]"])
+    assert config.num_vertices == 8 * 6 * 5 + 5 * 4 and config.architecture == "48-5-4"
+    with pytest.raises(ConfigError, match="over config.yaml: sweep.forget_digits must be from 0 to 3 or of .*, not 9$"):
+        load_config(overrides=own)
+    with pytest.raises(ConfigError, match=r"sweep.kappa=\[260\]: sweep.kappa must be from 1 to 259"):
+        load_config(overrides=[*own, "sweep.forget_digits=[cat]", "sweep.kappa=[260]"])
+    fashion = load_config(overrides=["dataset=FashionMNIST", "sweep.forget_digits=[bag, 0]", "classifier.bias=true"])
+    assert fashion.forget_digits == [8, 0] and fashion.architecture == "784-128-64-10 with biases"
+
+
+def test_a_bad_folder_is_a_line_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.DATASET_ROOT", tmp_path)
+    own_data(tmp_path, ("cat", "dog"), ("cat", "eel"))
+    with pytest.raises(ConfigError, match="^override dataset=mine: dataset mine in .*: .* the same classes, not dog, "):
+        load_config(overrides=["dataset=mine"])

@@ -2,20 +2,24 @@
 
 import gzip
 import hashlib
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import NUM_CLASSES, Asking, graph_generator, random_classifier
+from PIL import Image
 
 from data import (
     DATASETS,
     FEATURES,
     FILES,
     DataError,
-    checksums,
+    checksum,
+    data_set,
     load_image_data,
     seeded,
     some_of_every_class,
@@ -27,7 +31,8 @@ def test_mnist_is_the_original():
     images = load_image_data("MNIST")
     assert images.train.images.shape == (60000, 784) and images.test.images.shape == (10000, 784)
     assert torch.bincount(images.test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    with pytest.raises(ValueError, match="dataset must be one of MNIST, FashionMNIST, KMNIST, not 'CIFAR10'"):
+    assert images.class_names == tuple("0123456789")
+    with pytest.raises(DataError, match="must be MNIST, FashionMNIST, KMNIST.*, or another folder .*, not 'CIFAR10'"):
         load_image_data("CIFAR10")
 
 
@@ -64,10 +69,10 @@ def test_a_data_set_is_standardised_by_its_training_split(tmp_path, name, held_o
     "changes, message",
     [
         ({"labels": LABELS.clamp(max=8)}, "the training split must be .* every class from 0 to 9, .* 6, 0. labels"),
-        ({"test_labels": LABELS[:9]}, "the test split must be .* every class from 0 to 9, .* 1, 0. labels of each"),
-        ({"labels": LABELS + 1}, r"must be 28 x 28 images of every class from 0 to 9, .* \[0, 3, .* 3, 3\] labels"),
-        ({"images": IMAGES[:, :20]}, r"must be 28 x 28 images .* not \(30, 560\) pixels and \[3, 3"),
-        ({"images": IMAGES[:20]}, r"must be 28 x 28 images .* not \(20, 784\) pixels and \[3, 3"),
+        ({"test_labels": LABELS[:9]}, "the test split must be .* every class from 0 to 9, .* 1, 0. labels"),
+        ({"labels": LABELS + 1}, r"every class from 0 to 9, .* \[0, 3, .* 3, 3\] labels"),
+        ({"images": IMAGES[:, :20]}, r"must be images of \(28, 28\) pixels .* not \(30, 20, 28\) and \[3, 3"),
+        ({"images": IMAGES[:20]}, r"must be images of \(28, 28\) pixels .* not \(20, 28, 28\) and \[3, 3"),
     ],
 )
 def test_a_data_set_that_cannot_work_is_refused(tmp_path, changes, message):
@@ -78,28 +83,197 @@ def test_a_data_set_that_cannot_work_is_refused(tmp_path, changes, message):
 
 def test_what_is_damaged_is_unpacked_anew_or_named(tmp_path, monkeypatch):
     raw = write_data_set(tmp_path)
-    unpacked = checksums("KMNIST", tmp_path)
-    assert set(unpacked) == set(FILES) and checksums("FashionMNIST", tmp_path) == {}
+    unpacked = checksum("KMNIST", tmp_path)
+    assert unpacked and checksum("FashionMNIST", tmp_path) == ""
     for file in FILES:
         (raw / f"{file}.gz").write_bytes(gzip.compress((raw / file).read_bytes()))
-    assert checksums("KMNIST", tmp_path) == unpacked, "as they end a packed file"
+    assert checksum("KMNIST", tmp_path) == unpacked, "as they end a packed file"
     md5 = [(f"{file}.gz", hashlib.md5((raw / f"{file}.gz").read_bytes()).hexdigest()) for file in FILES]
     monkeypatch.setattr(torchvision.datasets.KMNIST, "resources", md5)
     monkeypatch.setattr(torchvision.datasets.KMNIST, "mirrors", ["file:///nowhere/"])
     images, labels = raw / FILES[0], raw / FILES[1]
     whole = images.read_bytes()
     images.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert checksum("KMNIST", tmp_path) == unpacked, "it is not what is read"
     load_image_data("KMNIST", tmp_path)
     assert images.read_bytes() == whole
     labels.unlink()
     assert torch.equal(load_image_data("KMNIST", tmp_path).train.labels, LABELS)
     images.write_bytes(b"nothing")
     (raw / f"{FILES[0]}.gz").unlink()
-    with pytest.raises(DataError, match="dataset KMNIST in .*: cannot be read"):
+    with pytest.raises(DataError, match="dataset KMNIST in .*: cannot be used"):
         load_image_data("KMNIST", tmp_path)
     images.unlink()
     with pytest.raises(DataError, match=f"dataset KMNIST in .*: cannot be .* .Error downloading {FILES[0]}.gz"):
         load_image_data("KMNIST", tmp_path)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("folder", ["raw", "."])
+def test_files_in_the_format_of_mnist_may_have_any_size_and_number_of_classes(tmp_path, folder, is_packed):
+    images, labels = IMAGES[:, :5, :4], torch.arange(30) % 3
+    raw = write_data_set(tmp_path, "mine", images, labels, labels[:10])
+    for path in raw.iterdir():
+        target = raw.parent / folder / path.name
+        path.rename(target)
+        if is_packed:
+            target.with_name(f"{path.name}.gz").write_bytes(gzip.compress(target.read_bytes()))
+            target.unlink()
+    before, source = checksum("mine", tmp_path), data_set("mine", tmp_path)
+    assert source.size == (5, 4) and source.class_names == ("0", "1", "2")
+    own, pixels = load_image_data("mine", tmp_path), images.flatten(1).double()
+    for found, count in ((own.train, 30), (own.test, 10)):
+        expected = (pixels[:count] - pixels.mean()) / pixels.std()
+        assert torch.allclose(found.images, expected.float(), atol=1e-5) and torch.equal(found.labels, labels[:count])
+    assert checksum("mine", tmp_path) == before != "", "unpacked or not"
+    with pytest.raises(DataError, match="held_out must be below 30 and leave every class on both sides, not 28"):
+        load_image_data("mine", tmp_path, held_out=28)
+
+
+CLASSES = ("cat", "dog", "eel")
+
+
+def write_images(root: Path, shape: tuple[int, ...] = (5, 4), per_class: int = 4) -> dict[str, np.ndarray]:
+    """Images of three classes, in folders; returns them by their path in the data set."""
+    numbers, images = np.random.default_rng(0), {}
+    for part in ("train", "test"):
+        for label in CLASSES:
+            for index in range(per_class):
+                path = f"{part}/{label}/{index}.png"
+                images[path] = numbers.integers(0, 256, shape, np.uint8)
+                (root / "pets" / path).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(images[path]).save(root / "pets" / path)
+    return images
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3)])
+def test_images_in_folders_are_a_data_set_of_the_classes_that_their_folders_name(tmp_path, shape):
+    images = write_images(tmp_path, shape)
+    (tmp_path / "pets" / "train" / "cat" / ".hidden").write_text("no image")
+    source, own = data_set("pets", tmp_path), load_image_data("pets", tmp_path)
+    assert source.size == shape and own.class_names == source.class_names == CLASSES
+    mean, deviation = own.train.images.mean(), own.train.images.std()
+    assert abs(mean) < 1e-5 and abs(deviation - 1) < 1e-5
+    train = np.stack([image for path, image in images.items() if path.startswith("train")]).astype(float)
+    for part, split in (("train", own.train), ("test", own.test)):
+        pixels = split.images.double() * train.std(ddof=1) + train.mean()
+        found = {(CLASSES[label], tuple(image.round().tolist())) for image, label in zip(pixels, split.labels.tolist())}
+        of_part = {path: image for path, image in images.items() if path.startswith(part)}
+        assert found == {(path.split("/")[1], tuple(image.ravel().tolist())) for path, image in of_part.items()}
+    held_out = load_image_data("pets", tmp_path, held_out=6)
+    assert held_out.train.labels.unique().tolist() == held_out.test.labels.unique().tolist() == [0, 1, 2]
+
+
+def test_what_says_which_images_they_are_covers_all_that_is_read(tmp_path):
+    images = write_images(tmp_path)
+    pets, before = tmp_path / "pets", checksum("pets", tmp_path)
+    (pets / "train" / "cat" / ".hidden").write_text("a remark")
+    shutil.copytree(pets, tmp_path / "elsewhere" / "pets")
+    assert checksum("pets", tmp_path) == checksum("pets", tmp_path / "elsewhere") == before
+    path = pets / "test" / "eel" / "3.png"
+    changed = images["test/eel/3.png"].copy()
+    changed[0, 0] ^= 1
+    Image.fromarray(changed).save(path)
+    one_pixel = checksum("pets", tmp_path)
+    path.rename(pets / "test" / "dog" / "4.png")
+    moved = checksum("pets", tmp_path)
+    (pets / "test" / "dog" / "4.png").unlink()
+    assert len({before, one_pixel, moved, checksum("pets", tmp_path)}) == 4
+
+
+def replaced(path: Path, image: np.ndarray | bytes) -> None:
+    path.unlink()
+    path.write_bytes(image) if isinstance(image, bytes) else Image.fromarray(image).save(path)
+
+
+GREY = np.arange(20, dtype=np.uint8).reshape(5, 4)
+BAD_FOLDERS = {
+    "empty": (shutil.rmtree, "it must hold images in train/<class>/ and test/<class>/, or the four files of MNIST"),
+    "no test": (lambda pets: shutil.rmtree(pets / "test"), "it must hold images in train/<class>/ and test/<class>/"),
+    "no class": (lambda pets: [shutil.rmtree(pets / "train" / name) for name in CLASSES], "class folder in .*train"),
+    "only in train": (lambda pets: shutil.rmtree(pets / "test" / "dog"), "have the same classes, not dog in one alone"),
+    "only in test": (lambda pets: shutil.rmtree(pets / "train" / "eel"), "have the same classes, not eel in one alone"),
+    "one class": (
+        lambda pets: [shutil.rmtree(pets / part / name) for part in ("train", "test") for name in CLASSES[1:]],
+        r"two classes at least, .*, not .'cat',.",
+    ),
+    "name": (
+        lambda pets: [(pets / part / "cat").rename(pets / part / "$x$") for part in ("train", "test")],
+        r"named without \$, . and line breaks, not .'\$x\$'",
+    ),
+    "no image": (
+        lambda pets: [path.unlink() for path in (pets / "test" / "dog").iterdir()], "no valid file for the classes dog"
+    ),
+    "damaged": (lambda pets: replaced(pets / "test" / "dog" / "1.png", b"\x89PNG"), "test/dog/1.png must be an image"),
+    "truncated": (
+        lambda pets: replaced(pets / "test" / "dog" / "1.png", (pets / "test" / "dog" / "1.png").read_bytes()[:-30]),
+        "test/dog/1.png must be an image",
+    ),
+    "size": (
+        lambda pets: replaced(pets / "train" / "dog" / "1.png", GREY.T),
+        r"train/dog/1.png is of .4, 5., but .*train/cat/0.png is of .5, 4.",
+    ),
+    "colour": (
+        lambda pets: replaced(pets / "test" / "dog" / "1.png", np.stack([GREY] * 3, 2)),
+        r"test/dog/1.png is of .5, 4, 3., but .*train/cat/0.png is of .5, 4.",
+    ),
+    "mode": (
+        lambda pets: replaced(pets / "test" / "dog" / "1.png", np.stack([GREY] * 4, 2)),
+        "test/dog/1.png must be an image, grey or RGB of 8 bits: its mode is RGBA",
+    ),
+    "alike": (
+        lambda pets: [replaced(path, 0 * GREY) for path in pets.glob("train/*/*")], "all pixels of the training split"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_bad_folders_are_one_line_that_says_what_is_wrong(tmp_path, case):
+    write_images(tmp_path)
+    spoil, message = BAD_FOLDERS[case]
+    spoil(tmp_path / "pets")
+    (tmp_path / "pets").mkdir(exist_ok=True)
+    with pytest.raises(DataError, match=f"^dataset pets in {tmp_path}/pets: .*{message}") as error:
+        load_image_data("pets", tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_bad_files_in_the_format_of_mnist_are_one_line(tmp_path):
+    for changes, message in (
+        ({"labels": LABELS * 0, "test_labels": LABELS[:10] * 0}, r"two classes at least, .*, not .'0',."),
+        ({"labels": LABELS.clamp(min=1)}, r"every class from 0 to 9, not \(30, 28, 28\) and \[0, 6"),
+        ({"images": IMAGES[:29]}, r"must be images of .28, 28. pixels .*, not \(29, 28, 28\) and \[3"),
+        ({"test_labels": LABELS[:10] % 9}, "the test split must be images of .28, 28. pixels and every class from 0"),
+        ({"test_labels": torch.arange(11)}, "the test split must .* from 0 to 9, .* 1, 1. labels"),
+    ):
+        raw = write_data_set(tmp_path, "mine", **changes)
+        with pytest.raises(DataError, match=f"^dataset mine in .*mine.*: cannot be used .*{message}"):
+            load_image_data("mine", tmp_path)
+        shutil.rmtree(raw)
+    raw = write_data_set(tmp_path, "mine")
+    for file, damage, message in (
+        (FILES[2], lambda content: content[:-1], "shape .* is invalid"),
+        (FILES[1], lambda content: b"", "empty"),
+        (FILES[0], lambda content: content[:7], "buffer size"),
+    ):
+        (raw / file).write_bytes(damage((raw / file).read_bytes()))
+        with pytest.raises(DataError, match=f"^dataset mine in .*: cannot be used .*{message}") as error:
+            load_image_data("mine", tmp_path)
+        assert len(str(error.value).splitlines()) == 1
+    (raw / FILES[3]).unlink()
+    with pytest.raises(DataError, match="^dataset mine in "):
+        load_image_data("mine", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "pets/train", "../outside", "/", "x" * 300, "a\0b", "Graphs", "other"])
+def test_a_data_set_is_a_folder_among_the_data_sets_by_its_name(tmp_path, name):
+    write_images(tmp_path / "datasets")
+    write_images(tmp_path / "outside")
+    (tmp_path / "datasets" / "Graphs").mkdir()
+    with pytest.raises(
+        DataError, match="^dataset must be MNIST, FashionMNIST, KMNIST, pets, or another folder in .*, not"
+    ):
+        load_image_data(name, tmp_path / "datasets")
 
 
 def test_seeds_depend_on_their_whole_key():

@@ -5,13 +5,12 @@ import functools
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from conftest import NUM_CLASSES, Asking, graph_config, random_split, scores
+from conftest import NUM_CLASSES, graph_config, random_split, scores
 from torch import nn
 
-from data import GraphGenerator, ImageData, Split, seeded
+from data import GraphGenerator, ImageData, Split
 from eval import (
     METHODS,
     Eval,
@@ -20,12 +19,11 @@ from eval import (
     count_by_layer,
     random_choices,
     random_vertices,
-    unlearn,
     unlearning_method,
 )
 from model import Mask, MaskingGCN, WeightGraph, linear_layers
 from runs.files import Artifact
-from trainer import TrainedGCN, Trainer, TrainerConfig, TrainingError, learn
+from trainer import Trainer, TrainerConfig, TrainingError
 
 FORGET, KAPPA, TOP_K = 1, 9, 8
 TEST = random_split(200, seed=7)
@@ -339,85 +337,3 @@ def test_metrics_depend_on_what_runs_and_its_hyperparameters():
     assert replace(usual, hyperparameters={"sft": sft, "scrub": {"epochs": 3}}).decisive() == usual.decisive()
     assert replace(usual, hyperparameters={"sft": sft | {"epochs": 2}}).decisive() != usual.decisive()
     assert replace(usual, methods=("mimu", *CORE[2:])).decisive() != usual.decisive()
-
-
-@pytest.fixture(scope="module")
-def own() -> tuple[nn.Module, Split]:
-    """A classifier as people train theirs, with biases, and its training samples."""
-    train = random_split(200)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(7, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
-    optimizer = torch.optim.Adam(model.parameters(), 0.03)
-    return learn(model, train, 20, 120, optimizer, seeded("own")), train
-
-
-def patient_gcn(**changes) -> TrainedGCN:
-    """The tracked GCN; the classes of so small a problem take more of its few weights than usual."""
-    trained = TrainedGCN.load()
-    return replace(trained, masking=replace(trained.masking, **{"max_kappa": 0.9, "target": 1.0} | changes))
-
-
-@pytest.mark.parametrize("forget_class", range(NUM_CLASSES))
-def test_a_model_of_the_users_own_forgets_a_class_and_is_given_back(own, forget_class):
-    model, train = own
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    state, (_, retain_before) = torch.get_rng_state(), scores(model, TEST, forget_class)
-    mask = unlearn(model, train.images, train.labels, forget_class, patient_gcn())
-    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert mask.layers == (1,) and mask.as_tensor().shape == (12, 16)
-    with mask.applied_to(model):
-        forget, retain = scores(model, TEST, forget_class)
-    assert forget < 5 and retain > retain_before - 10
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    few = patient_gcn(group_size=3)  # so that the draw matters
-    again = unlearn(model, train.images.view(-1, 1, 7), train.labels.int(), np.int64(forget_class), few)
-    assert torch.equal(again.as_tensor(), unlearn(model, train.images, train.labels, forget_class, few).as_tensor())
-
-
-@pytest.mark.filterwarnings("ignore:.* are left after")
-def test_unlearning_takes_any_layer_and_a_gcn_of_ones_own(own):
-    model, train = own
-    mask = unlearn(model, train.images, train.labels, 1, patient_gcn(), mask_layer=(1, 2))
-    assert mask.layers == (1, 2) and mask.as_tensor().shape == (12 * 16 + 3 * 12,)
-    with mask.applied_to(model):
-        assert scores(model, TEST, 1)[0] < 5
-    in_thirties = patient_gcn(step=30, target=50.0)
-    assert unlearn(model, train.images, train.labels, 1, in_thirties).num_zeroed % 30 == 0
-    gcns = None, TrainedGCN.load().gcn, MaskingGCN(15, 8, 1)
-    masks = [unlearn(model, train.images, train.labels, 1, gcn, mask_layer=-1).as_tensor() for gcn in gcns]
-    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
-
-
-def test_unlearning_says_when_the_class_is_not_forgotten_or_still_represented(own, recwarn):
-    model, train = own
-    unlearn(model, train.images, train.labels, 1, patient_gcn())
-    assert not recwarn.list
-    assert unlearn(model, train.images, train.labels, 1, patient_gcn(max_kappa=2)).num_zeroed == 2
-    asking = replace(patient_gcn(max_kappa=4, target=101.0), gcn=MaskingGCN(16, 8, 1))
-    unlearn(model, train.images, train.labels, 1, asking, auxiliary=functools.partial(Asking, enough=5))
-    said = [str(each.message) for each in recwarn.list]
-    assert said[0].endswith(" % of class 1 are left after 2 zeroed weights") and float(said[0].split()[0]) > 1
-    assert said[1:] == ["class 1 is still represented after 4 zeroed weights"]
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"forget_class": 3}, "labels and forget_class must be from 0 to 2, not 0 to 2 and 3"),
-        ({"labels": torch.zeros(4)}, r"labels must be integers of shape \(600,\), not torch.float32 of \(4,\)"),
-        ({"inputs": torch.zeros(600, 7).double()}, "inputs must be float32"),
-        ({"gcn": "gcn.pt"}, "gcn must be a MaskingGCN, a TrainedGCN or None, not 'gcn.pt'"),
-        ({"labels": torch.full((600,), 5)}, "labels and forget_class must be from 0 to 2, not 5 to 5 and 1"),
-        ({"labels": torch.zeros(600, dtype=torch.long)}, "class 1 has no training sample"),
-        ({"inputs": torch.zeros(600, 5)}, "inputs .*5 features"),
-        ({"inputs": torch.zeros(0, 7), "labels": torch.zeros(0, dtype=torch.long)}, r"shape \(0,\)"),
-        ({"mask_layer": 3}, "mask_layer .*-3 to 2"),
-        ({"auxiliary": Asking}, "graphs.features, other_classes, and how many there are, must be .*, 15.* not .*, 16"),
-    ],
-)
-def test_unlearning_refuses_what_does_not_fit(own, change, message):
-    model, train = own
-    arguments = {"inputs": train.images, "labels": train.labels, "forget_class": 1} | change
-    with pytest.raises(ValueError, match=message):
-        unlearn(model, **arguments)

@@ -4,8 +4,11 @@ import errno
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from running import PROJECT
 
 from runs import files
 from runs.files import Artifact, ArtifactError, locked, one_line, slug, write_text, written_whole
+from runs.log import Log
 
 MADE_BY = files.digest({"settings": {"seed": 0}, "code": {"model.py": "a"}})
 
@@ -124,7 +128,7 @@ def test_another_content_is_refused_and_no_code_is_run(tmp_path):
         ("list.json", "is damaged or something else"),
         ("changed.json", "is damaged or something else .it was changed after it was written"),
         ("nowhere.pt", "cannot be read .No such file"),
-        ("", "cannot be read .Is a directory"),
+        ("", "cannot be read .it is not a regular file"),
     ):
         with pytest.raises(ArtifactError, match=f"{name}: {why}"):
             files.load(tmp_path / name)
@@ -142,6 +146,61 @@ def test_an_artifact_is_there_where_it_is_whole_and_made_by_the_same(tmp_path):
         other.load()
     path.write_bytes(path.read_bytes()[:-1])
     assert not ours.is_there
+
+
+def test_an_artifact_says_why_it_is_not_there_and_is_read_once_for_each_version_of_it(tmp_path, monkeypatch):
+    path, seen, reads = tmp_path / "file.json", {}, []
+    monkeypatch.setattr(files, "load", lambda path, load=files.load: reads.append(path) or load(path))
+    ours, other = Artifact(path, MADE_BY, seen), Artifact(path, files.digest("other"), seen)
+    assert ours.why_not() == "not there yet" and reads == []
+    ours.save({"a": 1})
+    assert [ours.why_not(), Artifact(path, MADE_BY, seen).why_not()] == ["", ""] and reads == [path]
+    assert [other.why_not(), other.is_there] == ["made by other settings, code or data", False]
+    # Another process makes it anew, and a version that differs in nothing but a byte is another one, too.
+    for change in (lambda: Artifact(path, MADE_BY).save({"a": 2}), lambda: path.write_bytes(path.read_bytes())):
+        reads.clear()
+        change()
+        assert [ours.is_there, ours.is_there] == [True, True] and reads == [path]
+    path.write_bytes(path.read_bytes().replace(b"2", b"3"))
+    assert ours.why_not() == "damaged or unreadable"
+    files.save(path, {"a": 1, "made_by": {}})
+    assert ours.why_not() == "made by other settings, code or data"
+    path.unlink()
+    assert ours.why_not() == "not there yet"
+
+
+@pytest.fixture
+def soon() -> Iterator[None]:
+    """A test that waits for more than a few seconds, as for the writer of a FIFO, fails."""
+
+    def fail(number: int, frame: object) -> None:
+        raise RuntimeError("waits for ever")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_in_the_place_of_one_is_named_and_neither_read_nor_replaced(tmp_path, soon, make):
+    for name in ("file.pt", "file.json", ".lock"):
+        path = tmp_path / name
+        make(path)
+        artifact = Artifact(path, MADE_BY)
+        for use in (
+            partial(files.load, path),
+            partial(files.save, path, {"a": 1}),
+            artifact.why_not,
+            partial(write_text, path, "some"),
+            partial(Log(path).note, "some"),
+            locked(path.parent).__enter__ if name == ".lock" else artifact.load,
+        ):
+            with pytest.raises(ArtifactError, match=f"{name}: cannot be (read|written) .it is not a regular file"):
+                use()
+        assert path.exists() and not path.is_file()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 LOCKING = "import sys; from pathlib import Path; from runs.files import locked\nwith locked(Path(sys.argv[1])): "
@@ -179,6 +238,14 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
     with power(monkeypatch, 1, FULL), pytest.raises(ArtifactError, match=".lock: cannot be written .No space left"):
         with locked(tmp_path):
             pass
+
+
+def test_the_lock_holds_any_command_in_any_locale(tmp_path):
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    code = f"{LOCKING}print((Path(sys.argv[1]) / '.lock').read_bytes())"
+    command = [sys.executable, "-c", code, str(tmp_path), "modèle"]
+    done = subprocess.run(command, cwd=PROJECT, env=ascii_only, capture_output=True, text=True)
+    assert done.returncode == 0 and "process " in done.stdout, done.stderr
 
 
 def test_names_and_errors_are_one_short_line():

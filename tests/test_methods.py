@@ -14,11 +14,13 @@ from running import PROJECT
 
 from data import GraphGenerator, Split, seeded_initialisation
 from eval import METHODS, EvalConfig, Request
+from masking.order import Zeroing, ZeroingOrder
+from masking.rankings import SaliencyRanking, request_samples
 from methods import fine_tuning
-from methods.controls import removal_effect, saliency_scores
+from methods.controls import removal_effect
 from model import HookedMNISTClassifier, Mask
 from runs.settings import converted
-from trainer import Trainer, TrainerConfig, TrainingError, Zeroing, ZeroingOrder, request_samples
+from trainer import Trainer, TrainerConfig, TrainingError
 
 FORGET = 1
 # What they take on so small a problem.
@@ -203,7 +205,7 @@ def test_the_optimised_mask_heeds_what_else_is_asked_as_much_as_it_is_asked_for(
 def test_the_saliency_by_hand(zeroed, weight):
     request = make_request(auxiliary=Asking)
     graphs, zeroed = request.graphs, torch.tensor(zeroed, dtype=torch.long)
-    found = saliency_scores(request, 5.0, weight, 2, zeroed)
+    found = SaliencyRanking(request.config, graphs, FORGET, request.seed, 5.0, weight)(2, zeroed)
     samples = request_samples(request.config, graphs, 0, FORGET, 2)
     classifier = request.classifier
     classifier.layers[1].weight.data.view(-1)[zeroed] = 0
@@ -229,8 +231,9 @@ def test_the_saliency_goes_in_steps_and_heeds_what_else_is_asked_as_much_as_it_i
     request = make_request(None, None if asked is None else partial(Asking, weight=asked), asked=40)
 
     def by_hand(weight: float) -> list[int]:
-        ranking = partial(saliency_scores, request, 5.0, weight)
-        return ZeroingOrder(request.config, request.graphs, ranking).first(40).vertices.tolist()
+        about = request.config, request.graphs, FORGET
+        ranking = SaliencyRanking(*about, request.seed, 5.0, weight)
+        return ZeroingOrder(*about, ranking).first(40).vertices.tolist()
 
     found = METHODS["saliency"].unlearn(request, retain_weight=5.0, auxiliary_weight=50.0).vertices
     assert found.tolist() == by_hand(50.0 * (asked or 0))

@@ -8,9 +8,10 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from runs.files import ArtifactError
+from runs.files import Artifact, ArtifactError
 from runs.log import Log
 from runs.processes import Processes
+from runs.work import how_many
 
 
 @pytest.fixture
@@ -70,6 +71,16 @@ def test_what_fails_in_one_process_fails_in_all(three, name):
     results = at_once(three, begin)
     assert sorted(type(result).__name__ for result in results) == ["ArtifactError", "RuntimeError", "RuntimeError"]
     assert sum("has failed in another process: disk full" in str(result) for result in results) == 2
+
+
+def test_how_many_files_are_there_and_why_the_others_are_not(tmp_path):
+    artifacts = [Artifact(tmp_path / f"{number}.json", "ours") for number in range(6)]
+    for artifact, made_by in zip(artifacts, ("ours", "ours", "others", "ours")):
+        Artifact(artifact.path, made_by).save({})
+    assert how_many(artifacts[:2]) == "2 of 2 files are there"
+    artifacts[3].path.write_bytes(b"{")
+    why = "1 made by other settings, code or data, 1 damaged or unreadable, 2 not there yet"
+    assert how_many(artifacts) == f"2 of 6 files are there: {why}"
 
 
 def test_a_log_says_all_with_the_time_and_is_named_where_it_cannot_be_written(tmp_path, capsys):

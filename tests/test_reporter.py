@@ -13,7 +13,7 @@ import reporter as module
 from reporter import FORGET, FORGET_LOSS, FORGET_SCORE, RETAIN, RETAIN_GAP, WORST, Column, Reporter, method_styles
 from runs.settings import ConfigError, load_config
 
-CONFIG = module.ReporterConfig(dpi=25)
+CONFIG = module.ReporterConfig(dpi=25, format=("png",))
 KAPPAS, SEEDS, DIGITS, METHODS = (10, 20, 40), (0, 1), (3, 9), ("original", "mimu", "retrain", "mine")
 CURVES = [
     ("draw_loss_curves_on_forget_set", "loss_forget_set.png", FORGET, "loss", "(nats)"),
@@ -49,6 +49,8 @@ def experiment(seed=0, digit=3, kappa=10, choice="fixed", methods=METHODS, **cha
         "num_zeroed": {m: kappa if m == "mimu" else None for m in methods},
         "zeroed_by_layer": {m: {"layer 1": kappa} if m == "mimu" else None for m in methods},
         "seconds": {"gcn": 3.0} | {m: 0.25 for m in methods},
+        "dataset": "MNIST", "class_names": [*map(str, range(9)), "boot"], "split": "the test split",
+        "classifier": "784-8-10",
         "config": {"dataset": "MNIST", "held_out": 0, "classifier": {"hidden_sizes": [8]}, "erasure": {"weight": 0.0}},
     } | changes  # fmt: skip
 
@@ -158,6 +160,7 @@ def test_curves_show_every_method(reporter, drawn, draw, file, evaluation, metri
     assert (reporter.folder / file).read_bytes()[:4] == b"\x89PNG"
     (axes,) = drawn[0].axes
     assert texts(drawn[0].legends[0].get_texts()) == list(METHODS)
+    assert axes.get_title() == "MNIST, classes 3, 9 (boot), the test split, 784-8-10"
     assert axes.get_xlabel() == "weights zeroed, kappa" and axes.get_ylabel().endswith(unit)
     assert texts(axes.get_xticklabels()) == ["10", "20", "40"]
     lines = {line.get_label(): line for line in axes.lines}
@@ -188,11 +191,11 @@ def test_every_figure_and_table_is_written_and_auto_is_marked(auto_reporter, dra
     summary = (auto_reporter.folder / "summary.md").read_text()
     assert re.findall("^## (.*)", summary, re.MULTILINE) == [
         "Every method, kappa = auto", "Every method, kappa = 20", "Mine", "Mask efficacy, K = 5", "Every kappa",
-        "Digit 3, kappa = auto", "Digit 9, kappa = auto",
+        "Class 3, kappa = auto", "Class 9 (boot), kappa = auto",
     ]  # fmt: skip
     for kappa in ("auto", 20):
         assert auto_reporter.table(module.EVERYTHING, kappa) in summary and auto_reporter.table(WORST, kappa) in summary
-    assert auto_reporter.table(module.EVERYTHING, "auto", [9]) in summary.split("## Digit 9")[1]
+    assert auto_reporter.table(module.EVERYTHING, "auto", [9]) in summary.split("## Class 9")[1]
     assert auto_reporter.kappas_table() in summary
     assert auto_reporter.table(module.EFFICACY, "auto", methods=["mimu"]) in summary
     assert "Where the zeroed weights are" not in summary, "there is one masked layer"
@@ -212,12 +215,14 @@ def test_the_tables_by_hand(auto_reporter):
     assert [row[3]] == auto_reporter.cells([module.PROBABILITY], "mimu", 20)
     assert row[6:] == ["20 ± 0", "0.25 ± 0.00"]
     said, table = auto_reporter.closing_table().split("\n\n")
-    assert said == f"Forgetting digits 3, 9, scored on the test split. {auto_reporter.about('auto')}"
-    assert rows_of(table)["mine"] == auto_reporter.cells(module.METRICS[:2], "mine", "auto")
+    about = f"forgetting classes 3, 9 (boot), scored on the test split. {auto_reporter.about('auto')}"
+    assert said == f"MNIST, 784-8-10: {about}"
+    assert rows_of(table)["mine"] == [*auto_reporter.cells(module.METRICS[:2], "mine", "auto"), "–"]
+    assert rows_of(table)["mimu"][2] == "16 ± 0", "how many weights each method zeroes"
 
 
 def test_a_sweep_of_auto_alone_has_no_curves_and_says_which_methods_gave_up(tmp_path):
-    experiments = auto(config=experiment()["config"] | {"held_out": 100})
+    experiments = auto(split="100 held-out training samples")
     for each, mimu, saliency in zip(experiments, (True, False, False, True), (False, False, False, True)):
         each["gave_up"] = {"mimu": mimu, "saliency": saliency, "random": False}
     alone = Reporter(CONFIG, write(tmp_path, experiments), tmp_path / "reports")
@@ -227,8 +232,8 @@ def test_a_sweep_of_auto_alone_has_no_curves_and_says_which_methods_gave_up(tmp_
     assert [path.name for path in alone.folder.iterdir()] == ["summary.md"] and alone.best_kappa() == "auto"
     summary = (alone.folder / "summary.md").read_text()
     assert alone.about("auto") in summary and "Every kappa" not in summary
-    scope = "Mean over 2 digits, ± standard deviation over 2 seeds; scored on 100 held-out training samples."
-    assert summary.startswith(f"# Forgetting 3, 9\n\n{scope}\n")
+    scope = "784-8-10, scored on 100 held-out training samples; mean over 2 classes, ± standard deviation over 2 seeds."
+    assert summary.startswith(f"# Forgetting classes 3, 9 (boot) of MNIST\n\n{scope}\n")
 
 
 def test_the_summary_says_in_which_layers_the_zeroed_weights_are(tmp_path):
@@ -245,7 +250,7 @@ def test_colours_are_the_same_with_and_without_other_methods():
     known = method_styles([])
     assert known.items() <= styles.items()
     assert len({styles[name]["color"] for name in ("mimu", "mine", "original", "yours")}) == 4
-    assert len({(style["color"], style["marker"]) for style in known.values()}) == len(known)
+    assert len({style["color"] for style in known.values()} | set(module.FREE_COLORS)) == len(known) + 6
 
 
 def test_tables_are_aligned():
@@ -260,8 +265,61 @@ def test_experiments_that_do_not_belong_together_are_refused(tmp_path, more):
             Reporter(CONFIG, write(tmp_path, experiments), tmp_path)
 
 
-def test_the_resolution_has_a_range(tmp_path):
+RETAIN_FIGURES = ("draw_score_curves_on_retain_set", "draw_summary")
+
+
+@pytest.mark.parametrize("draw", RETAIN_FIGURES)
+def test_retain_scores_are_shown_where_most_are_and_the_others_are_named(tmp_path, drawn, draw):
+    """Of eighteen marks four are far below: Tukey's fences are 1.5 times the quartiles' distance beyond these."""
+    experiments = [experiment(kappa=kappa, methods=(*METHODS, "sft", "bad")) for kappa in KAPPAS]
+    far = {"original": (96.9,) * 3, "retrain": (97.0,) * 3, "mine": (96.5, 96.4, 96.3), "mimu": (96.8, 96.6, 41.26)}
+    far["sft"] = (96.7,) * 3
+    for each, index in zip(experiments, range(3)):
+        each[RETAIN] = {name: {"score": scores[index]} for name, scores in far.items()} | {"bad": {"score": 20.0}}
+        each[FORGET]["no retain score"] = {"loss": 1.0, "score": 1.0, "probability": 0.1}
+    reporter = Reporter(CONFIG, write(tmp_path, experiments), tmp_path / "reports")
+    getattr(reporter, draw)()
+    low, high = drawn[0].axes[0].get_ylim()
+    assert 95 < low < 96.3 and 97 < high < 98
+    assert drawn[0].get_supxlabel() == "outside of the frame, farthest marks: mimu 41.3, bad 20"
+    assert texts(drawn[0].legends[0].get_texts()) == [*METHODS, "sft"], "neither what is not there nor what falls out"
+    reporter.draw_score_curves_on_forget_set()
+    assert texts(drawn[1].legends[0].get_texts()) == [*METHODS, "sft", "bad", "no retain score"]
+    assert drawn[1].get_supxlabel() == ""
+
+
+def test_marks_that_are_alike_or_lie_close_are_all_shown(tmp_path, drawn):
+    experiments = [experiment(kappa=kappa, methods=("original", "mimu")) for kappa in KAPPAS]
+    for each in experiments:
+        each[RETAIN] = {name: {"score": 97.0} for name in each[RETAIN]}
+    Reporter(CONFIG, write(tmp_path, experiments), tmp_path / "reports").draw_score_curves_on_retain_set()
+    low, high = drawn[0].axes[0].get_ylim()
+    assert low < 97 < high and drawn[0].get_supxlabel() == ""
+    axes = plt.figure().subplots()
+    axes.plot([97.0] * 9 + [96.0, 10.0])
+    module.zoom(axes)
+    assert 95 < axes.get_ylim()[0] < 96, "a twentieth of the range is shown even where the quartiles are alike"
+
+
+def test_every_figure_is_written_in_every_format(auto_reporter):
+    auto_reporter.config = module.ReporterConfig(25, ("png", "pdf", "svg"))
+    auto_reporter.draw_summary()
+    starts = {path.suffix: path.read_bytes()[:4] for path in auto_reporter.folder.iterdir()}
+    assert starts == {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xm"}
+
+
+@pytest.mark.parametrize(
+    "setting, error",
+    [
+        ("dpi=19", "dpi must be an integer, at least 20, at most 1200, not 19"),
+        ("format=[gif]", "format must be .*png.*pdf.*svg"),
+        ("format=[]", r"format must name at least one of \('png', 'pdf', 'svg'\), each once, not \(\)"),
+        ("format=[pdf, pdf]", "each once, not .*'pdf', 'pdf'"),
+    ],
+)
+def test_resolution_and_formats_have_a_range(tmp_path, setting, error):
     path = tmp_path / "config.yaml"
-    path.write_text("dpi: 19")
-    with pytest.raises(ConfigError, match="dpi must be an integer, at least 20, at most 1200, not 19"):
-        load_config(module.ReporterConfig, [], path)
+    path.write_text("dpi: 50\nformat: [png]")
+    assert load_config(module.ReporterConfig, [path], path).format == ("png",)
+    with pytest.raises(ConfigError, match=error):
+        load_config(module.ReporterConfig, [path], path, [setting])

@@ -6,20 +6,28 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import TRACKED, copy_to
+from faults import draw_nothing
+from PIL import Image
 from running import PROJECT, SMOKE, checkpoint, files, metrics, run, run_here, smoke, write_few
 
 import main
-from configs import load_variants
+import runs.files
+from configs import CONFIG, load_variants
 from data import DataError, GraphGenerator, load_image_data
+from masking.order import ZeroingOrder
+from masking.rankings import GCNRanking, TrainedGCN
 from model import HookedMNISTClassifier
-from runs.files import ArtifactError
-from trainer import GCNRanking, GCNTrainer, TrainedGCN, Trainer, ZeroingOrder
+from runs.files import Artifact, ArtifactError, InputError
+from trainer import GCNTrainer, Trainer
 
 METHODS = ["original", "mimu", "random", "sft", "retrain", "saliency", "magnitude"]
 TINY = ("sweep.forget_digits=[3]", "sweep.kappa=[20]", "gcn.steps=2", "eval.methods=[original, mimu, retrain]")
@@ -43,6 +51,11 @@ def there(folder: Path, *overrides: str) -> dict[str, int]:
     (training,) = main.trainings_of(smoke(*TINY, *overrides))
     counts = {name: int(artifact.is_there) for name, artifact in made.of_training(training).items()}
     return counts | {"experiments": sum(file.is_there for file in made.experiments(training, 3))}
+
+
+def files_of(folder: Path, settings: Sequence[str]) -> list[Artifact]:
+    """What a run of the smoke config makes."""
+    return [file for _, of_task in main.plan(main.Files(folder), smoke(*settings)) for file in of_task]
 
 
 def test_the_whole_path_leaves_its_artifacts_and_clean_removes_them_alone(clone):
@@ -110,15 +123,15 @@ def test_a_change_makes_anew_what_depends_on_it_and_nothing_else(here, monkeypat
         (sources / file).write_text(f"{source}# a remark\n")
         assert there(here) == finished | dict.fromkeys(made, 0), file
         (sources / file).write_text(source) if source else (sources / file).unlink()
-    monkeypatch.setattr(main, "checksums", lambda *arguments: {"train": "other"})
+    monkeypatch.setattr(main, "checksum", lambda *arguments: "other")
     assert there(here) == dict.fromkeys(names, 0)
 
 
 def test_a_finished_run_computes_nothing_again_and_what_is_missing_damaged_or_changed_is_made_again(here, capsys):
     main.dry_run(smoke(*TINY), here)
     assert capsys.readouterr().out.splitlines() == [
-        "training, seed 0, top-K 128: 0 of 3 files are there",
-        "class 3, seed 0, top-K 128: 0 of 2 files are there",
+        "training, seed 0, top-K 128: 0 of 3 files are there: 3 not there yet",
+        "class 3, seed 0, top-K 128: 0 of 2 files are there: 2 not there yet",
     ]
     assert [path.name for path in here.iterdir()] == ["datasets"]
     run_here(here, *TINY)
@@ -151,6 +164,66 @@ def test_a_finished_run_computes_nothing_again_and_what_is_missing_damaged_or_ch
     capsys.readouterr()
     run_here(here, *TINY, is_fresh=True)
     assert "0 of 5 files are there" in capsys.readouterr().out
+
+
+def test_a_rerun_reads_a_file_once_and_one_that_others_have_damaged_meanwhile_again(here, monkeypatch):
+    run_here(here, *TINY)
+    reads, load = Counter(), runs.files.load
+    monkeypatch.setattr(runs.files, "load", lambda path: reads.update([path]) or load(path))
+    run_here(here, *TINY)
+    assert reads == dict.fromkeys([file.path for file in files_of(here, TINY)], 1) and len(reads) == 5
+    made = files_of(here, TINY)
+    assert all(file.is_there for file in made)
+    made[-1].path.write_bytes(made[-1].path.read_bytes()[:-1])
+    assert [file.is_there for file in made] == [True] * 4 + [False]
+
+
+def test_reports_take_no_json_of_another_maker(here):
+    run_here(here, *TINY)
+    (path,) = (here / "eval").glob("*/metrics/*.json")
+    for made_by in ({}, None, 3, "other"):
+        runs.files.save(path, {"made_by": made_by, "config": []})
+        with pytest.raises(DataError, match="nothing of this config is finished: run it first"):
+            main.plot(smoke(*TINY), here)
+
+
+def test_settings_are_turned_into_json_once_for_a_training(here, monkeypatch):
+    """As this, for thousands of seeds, takes most of the time of a dry run."""
+    calls = []
+    monkeypatch.setattr(main, "asdict", lambda section, of=main.asdict: calls.append(section) or of(section))
+    for kappa in ("[20]", f"{list(range(1, 100))}"):
+        calls.clear()
+        main.dry_run(smoke(f"sweep.kappa={kappa}", "sweep.seeds=[0, 1, 2]"), here)
+        assert 0 < len(calls) <= 3 * 6
+
+
+@pytest.mark.parametrize(
+    "settings, least, names",
+    [
+        # 16 bytes of every weight while the classifier is trained
+        (
+            ["classifier.hidden_sizes=[2000, 1000]", "graphs.mask_layer=-1"],
+            16 * (784 * 2000 + 2000 * 1000 + 1000 * 10),
+            "classifier.hidden_sizes",
+        ),
+        # 10 graphs of 15 features, each three times, in 4 bytes
+        (["graphs.mask_layer=null"], 12 * 10 * 15 * (784 * 32 + 32 * 16 + 16 * 10), "graphs.mask_layer or features"),
+        # 16 bytes of every weight of the GCN, and what the second round gives for 10 graphs
+        (["gcn.hidden=500"], 16 * 2 * 500 * (15 + 500) + 4 * 10 * 512 * 500, "gcn.hidden or rounds"),
+    ],
+)
+def test_what_cannot_fit_in_memory_is_refused_before_any_work(here, monkeypatch, settings, least, names):
+    configs = smoke(*settings)
+    monkeypatch.setattr(main, "memory_of", lambda device: least)
+    main.prepare(configs)
+    monkeypatch.setattr(main, "memory_of", lambda device: 0.9 * least)
+    expected = (
+        f"{names}: needs at least {least / 1e9:.1f} GB of memory, and there are {0.9 * least / 1e9:.1f}: lower it"
+    )
+    for start in (main.run, main.dry_run):
+        with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+            start(configs, here)
+    assert [path.name for path in here.iterdir()] == ["datasets"]
 
 
 def test_all_layers_can_be_masked_and_several_top_k_and_seeds_are_reported(here):
@@ -220,7 +293,7 @@ def test_the_pretrained_gcn_is_taken_as_it_is(here):
     config = smoke()[""]
     graphs = graphs_of(config, here, classifier)
     ranking = GCNRanking(config.eval, TrainedGCN.load().gcn, graphs, 3, 128, 0)
-    assert result["zeroed"] == ZeroingOrder(config.eval, graphs, ranking).first(20).vertices.tolist()
+    assert result["zeroed"] == ZeroingOrder(config.eval, graphs, 3, ranking).first(20).vertices.tolist()
     shutil.rmtree(here / "checkpoints")
     with pytest.raises(ArtifactError, match="graphs.features, other_classes, and how many there are, must be"):
         run_here(here, *settings, "graphs.other_classes=false")
@@ -280,7 +353,7 @@ def test_reports_are_drawn_anew_from_the_json_alone_of_the_digits_so_far(here, c
         path.unlink()
     capsys.readouterr()
     main.plot(smoke(*settings), here)
-    assert "Forgetting digit 3, scored" in capsys.readouterr().out
+    assert "forgetting class 3, scored" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -304,9 +377,9 @@ def insert(path: Path, text: str, before: str, below: str = "") -> None:
     path.write_text(content[: place.start()] + lines + content[place.start() :])
 
 
-def in_readme(pattern: str) -> str:
-    """The one group of a pattern in the README."""
-    return re.search(pattern, README, re.DOTALL)[1]
+def in_readme(pattern: str, text: str = README) -> str:
+    """The one group of a pattern in the README, or another page."""
+    return re.search(pattern, text, re.DOTALL)[1]
 
 
 def test_what_the_readme_adds_by_hand_shows_up_everywhere(copy):
@@ -332,9 +405,9 @@ def test_what_the_readme_adds_by_hand_shows_up_everywhere(copy):
     figures = re.findall(r"FIGURE (\S+) (\[.*\])", output)
     assert len(figures) == 6 and all(f"'{name}'" in labels and "'mine'" in labels for _, labels in figures)
     assert [figure for figure, labels in figures if "'sft, by hand'" in labels] == ["score_forget_set.png"]
-    assert name in (copy / "reports" / "summary.md").read_text() and name in output.split("Forgetting digit 3")[-1]
+    assert name in (copy / "reports" / "summary.md").read_text() and name in output.split("forgetting class 3")[-1]
 
-    example = in_readme(r"```python\n(import json\n[^`]*?mask\.apply.*?)```")
+    example = in_readme(r"```python\n(import json.*?)```", (PROJECT / "docs" / "own.md").read_text())
     for ours, this in (("digit_9", "digit_3"), ("kappa_200", "kappa_20"), ("(128, 64)", "(32, 16)")):
         assert ours in example
         example = example.replace(ours, this)
@@ -348,16 +421,63 @@ def test_what_the_readme_adds_by_hand_shows_up_everywhere(copy):
     assert float(done.stdout) == pytest.approx(result["unlearning_metrics"]["mimu"]["score"])
 
 
-def test_the_lines_of_the_readme_unlearn_a_model():
+def test_the_lines_of_the_readme_make_a_data_set_of_ones_own_whose_classes_are_forgotten(tmp_path, monkeypatch):
+    draw_nothing(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("data.DATASET_ROOT", tmp_path / "datasets")
+    exec(in_readme(r"```python\n([^`]*load_digits[^`]*)```"), {})
+    assert len(list(tmp_path.glob("datasets/digits/*/*/*"))) == 1797
+    changes = ["sweep.kappa=[auto]", "eval.methods=[original, mimu]", "eval.visualize=false", "gcn.pretrained=true"]
+    config = load_variants(CONFIG, ["dataset=digits", *changes])[""]
+    threads = torch.get_num_threads()
+    try:
+        main.run({"": config}, tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    (result,) = metrics(tmp_path).values()
+    of_run = {"dataset": "digits", "split": "the test split", "classifier": "64-128-64-10", "forget_digit": 9}
+    assert of_run.items() <= result.items() and result["class_names"] == list("0123456789")
+    forget, retain = result["unlearning_metrics"], result["performance_degradation_metrics"]
+    assert forget["original"]["score"] > 60 and forget["mimu"]["score"] <= 1
+    assert retain["mimu"]["score"] > retain["original"]["score"] - 5
+    assert "digits" in (tmp_path / "reports" / "summary.md").read_text()
+
+
+def test_images_in_colour_are_forgotten_by_the_name_of_their_class(here, monkeypatch):
+    monkeypatch.setattr("data.DATASET_ROOT", here / "datasets")
+    numbers = np.random.default_rng(0)
+    for label, name in enumerate(("cat", "dog", "eel")):
+        for part, count in (("train", 60), ("test", 20)):
+            folder = here / "datasets" / "pets" / part / name
+            folder.mkdir(parents=True)
+            for index, noise in enumerate(numbers.integers(0, 120, (count, 6, 5, 3), np.uint8)):
+                noise[label * 2 : label * 2 + 2] += 120
+                Image.fromarray(noise).save(folder / f"{index}.png")
+    own = ("dataset=pets", "sweep.forget_digits=[dog]", "sweep.kappa=[auto]", "classifier={epochs: 20, batch_size: 32}")
+    made = (*own, "classifier.bias=true", "held_out=50", "eval.methods=[original, mimu]")
+    run_here(here, *made)
+    (result,) = metrics(here).values()
+    assert result["class_names"] == ["cat", "dog", "eel"] and result["forget_digit"] == 1
+    assert result["split"] == "50 held-out training samples" and result["classifier"] == "90-32-16-3 with biases"
+    scores = {name: result["unlearning_metrics"][name]["score"] for name in ("original", "mimu")}
+    assert scores["original"] == 100 and scores["mimu"] <= 1
+    assert {file.is_there for file in files_of(here, made)} == {True}
+    Image.fromarray(noise).save(folder / "0.png")
+    assert {file.is_there for file in files_of(here, made)} == {False}, "other images"
+
+
+def test_the_lines_of_the_readme_unlearn_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     example = in_readme(r"```python\n([^`]*unlearn\(model[^`]*)```")
-    config, train = smoke("classifier.bias=true")[""].classifier, load_image_data("MNIST", PROJECT / "datasets").train
-    first, second, last = Trainer(config, 0).train(train, 10).layers
+    train = load_image_data("MNIST", PROJECT / "datasets").train
+    classifier = smoke("classifier.bias=true", "classifier.hidden_sizes=[64, 32]", "classifier.epochs=2")[""].classifier
+    first, second, last = Trainer(classifier, 0).train(train[:20000], 10).layers
     model = torch.nn.Sequential(first, torch.nn.ReLU(), second, torch.nn.ReLU(), last)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    lines = {"model": model, "inputs": train.images[:20000], "labels": train.labels[:20000]}
-    exec(example, lines)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    lines["mask"].apply(model)
-    is_3 = train.labels == 3
-    assert (model(train.images[is_3]).argmax(1) == 3).float().mean() < 0.01
-    assert (model(train.images[~is_3]).argmax(1) == train.labels[~is_3]).float().mean() > 0.8
+    keys, given = list(model.state_dict()), {"model": model, "inputs": train.images, "labels": train.labels}
+    before = train.labels[5000:] == model(train.images[5000:]).argmax(1)
+    exec(example, given)
+    assert list(model.state_dict()) == keys and given["both"].includes(given["mask"])
+    assert sum(int((layer.weight == 0).sum()) for layer in (first, second, last)) == given["both"].num_zeroed
+    labels = train.labels[5000:]
+    now, is_gone = model(train.images[5000:]).argmax(1) == labels, (labels == 3) | (labels == 7)
+    assert now[is_gone].float().mean() < 0.01 and now[~is_gone].float().mean() > before[~is_gone].float().mean() - 0.01

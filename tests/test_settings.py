@@ -92,6 +92,16 @@ def test_layers_go_over_one_another(bases, tmp_path):
     assert load_config(Config, bases, mine(tmp_path, "# nothing\n")) == config
 
 
+def test_dotted_keys_of_a_file_and_of_a_variant_are_those_of_the_command_line(bases, tmp_path):
+    text = (
+        "training.steps: 7\ntraining.tables.sft.epochs: 2\nvariants:\n  a.b: {training.steps: 8}\n  c: {training: {}}\n"
+    )
+    configs = load_variants(Config, bases, mine(tmp_path, text), ["training.rate=2"])
+    plain = ["training.tables.sft.epochs=2", "training.rate=2"]
+    expected = {"a.b": read(bases, *plain, "training.steps=8"), "c": read(bases, *plain, "training.steps=7")}
+    assert configs == expected
+
+
 def test_a_variant_goes_over_its_file_and_an_override_over_both(bases, tmp_path):
     text = "seed: 4\ntraining: {steps: 7}\nvariants:\n  as it is:\n  longer: {training: {steps: 8, rate: 3}}\n  1: {}\n"
     path = mine(tmp_path, text)
@@ -106,6 +116,11 @@ def test_a_variant_goes_over_its_file_and_an_override_over_both(bases, tmp_path)
 BAD = [
     ("trainign.steps=3", "trainign is not a setting; did you mean training? Valid here: seed, device, threads"),
     ("training.stesp=3", "training.stesp is not a setting; did you mean training.steps? Valid here: steps, rate"),
+    ("steps=3", "steps is not a setting; did you mean training.steps? Valid here: seed, device"),
+    ("rate=3", "rate is not a setting; did you mean training.rate or training.tables.sft.rate? Valid here: seed"),
+    ("training.seed=3", "training.seed is not a setting; did you mean seed? Valid here: steps, rate"),
+    ("training.steps.x=3", "training.steps must be an integer, at least 1, not {'x': 3}"),
+    ("training.=3", "training. is not a setting. Valid here: steps, rate"),
     ("training.steps=true", "training.steps must be an integer, at least 1, not True"),
     ("training.steps=1000000001", "training.steps must be an integer, at least 1, at most 1000000000, not 1000000001"),
     ("training=3", "training must be a mapping with keys of steps, rate"),
@@ -137,6 +152,8 @@ def test_bad_settings_name_the_override_the_key_and_what_is_valid(bases, overrid
         ("training:\n  steps:", "training.steps must be an integer, at least 1, not None"),
         ("training:\n  1: 2", "training.1 is not a setting"),
         ("training: {steps: 3}\nseed: 1\ntraining: {steps: 4}", "is not valid YAML (training stands twice in"),
+        ("training: {steps: 3}\ntraining.steps: 4", "training.steps stands twice"),
+        ("training.tables: {sft.epochs: 1, sft: {epochs: 2}}", "training.tables.sft.epochs stands twice"),
         ("{1: 2, 0x1: 3}", "1 is not a setting"),
         ("variants: 3", "variants must map names to what each changes, not 3"),
         ("variants: {}", "variants must map names to what each changes, not {}"),

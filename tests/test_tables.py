@@ -11,10 +11,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from test_reporter import CONFIG, DIGITS, SEEDS, drawn, experiment, rows_of, texts, write  # noqa: F401
 
-from reporter import FORGET, FORGET_SCORE, RETAIN, RETAIN_GAP, Reporter, method_styles
+from reporter import FORGET, RETAIN, RETAIN_GAP, Reporter, method_styles
 from tables import Result, report
 from tables import experiment as plots
-from tables.pictures import PROBE, draw_masks, draw_plane, symmetric_log
+from tables.pictures import PROBE, draw_frontier, draw_masks, draw_scores, name_curves, symmetric_log
 from tables.retraining import COST, DIVERGENCES, GAPS, LEFT_BEHIND, AuditReport
 from tables.variants import compare
 
@@ -56,44 +56,35 @@ def column(table: str, index: int) -> list[str]:
     return [re.sub(r" ± [\d.]+", "", cells[index]) for cells in [*rows_of(table).values()][1:]]
 
 
-def test_the_best_figures_are_bold_by_rule(reporter):
-    """The nearest to retraining, of the methods that forget: no reference, nor what leaves half of the class."""
+def test_the_methods_stand_in_the_order_of_their_distance_to_retraining(reporter):
     report = AuditReport(reporter)
-    distances, left, gaps = report.table(DIVERGENCES), report.table(LEFT_BEHIND, "retrain"), report.table(GAPS)
+    distances, left, gaps = report.table(DIVERGENCES), report.table(LEFT_BEHIND), report.table(GAPS)
     rows = rows_of(distances)
     assert list(rows) == ["method", "retrain", "mimu", "loud", "far", "original"], "in the order of their distance"
     assert rows["far"][0] == f"0.300 ± {stdev([0.29, 0.31]):.3f}", "with one seed the spread is over the digits"
-    assert column(distances, 0) == ["0.000", "**0.100**", "0.200", "0.300", "0.900"]
-    assert column(distances, 1) == ["0.0000", "**0.0100**", "0.0010", "0.0200", "0.0100"]
-    assert column(left, 2) == ["88.0", "94.0", "88.0", "**90.0**", "95.0"]
-    assert column(left, 0) == ["0.500", "**0.500**", "0.500", "**0.500**", "0.500"], "those that are written alike"
-    assert column(gaps, 0) == ["+0.00", "**+0.00**", "+50.00", "+0.50", "+95.00"]
+    assert column(distances, 0) == ["0.000", "0.100", "0.200", "0.300", "0.900"]
+    assert column(distances, 1) == ["0.0000", "0.0100", "0.0010", "0.0200", "0.0100"]
+    assert column(left, 2) == ["88.0", "94.0", "88.0", "90.0", "95.0"]
+    assert column(left, 0) == ["0.500"] * 5
+    assert column(gaps, 0) == ["+0.00", "+0.00", "+50.00", "+0.50", "+95.00"]
     assert rows_of(gaps)["method"][:2] == ["forget score, points", "retain score, points"]
     assert column(report.table(COST), 1)[0] == "6"
-
-
-def test_gaps_that_cancel_over_the_digits_are_not_the_best(reporter):
-    for each, away in zip(reporter.experiments, (-6.0, 6.0)):
-        each["audit_metrics"]["mimu"]["probe_recall"]["linear"] = 88.0 + away
-    recalls = column(AuditReport(reporter).table(LEFT_BEHIND, "retrain"), 2)
-    assert recalls[1] == "88.0" and recalls[3] == "**90.0**"
 
 
 @pytest.mark.parametrize("steps, text", [(200, "> 200.0"), (None, "–")])
 def test_a_class_that_does_not_come_back_is_marked(reporter, steps, text):
     for each in reporter.experiments:
         each["audit_metrics"]["far"]["relearn_steps"] = steps
-    relearning = column(AuditReport(reporter).table(LEFT_BEHIND, "retrain"), 4)
-    assert relearning == ["30.0", "**10.0**", "30.0", text, "0.0"]
+    relearning = column(AuditReport(reporter).table(LEFT_BEHIND), 4)
+    assert relearning == ["30.0", "10.0", "30.0", text, "0.0"]
 
 
-def test_what_does_not_forget_or_takes_the_others_along_is_named_and_never_bold(reporter):
+def test_what_does_not_forget_or_takes_the_others_along_is_named(reporter):
     for each in reporter.experiments:
         each[RETAIN]["far"]["score"] = 94.0
         each[FORGET]["by hand"] = {"loss": 1.0, "score": 1.0, "probability": 0.5}
     report = AuditReport(reporter)
     assert "above 1 %: loud. Retain score more than 2 points below the original's: far." in "".join(report.tables())
-    assert column(report.table(LEFT_BEHIND, "retrain"), 2) == ["88.0", "**94.0**", "88.0", "90.0", "95.0"]
     assert "by hand" not in report.methods, "no model that was scored by hand was audited"
 
 
@@ -111,18 +102,32 @@ def test_every_audit_has_a_panel_with_a_line_at_retraining(reporter, drawn):  # 
 def test_the_trade_off_is_against_retraining(reporter, drawn):  # noqa: F811
     for each in reporter.experiments:
         each[RETAIN]["far"]["score"] = 17.0
-    draw_plane([reporter], (FORGET_SCORE, RETAIN_GAP), reporter.folder / "trade_off.png", linear=1.0)
-    (axes,) = drawn[0].axes
-    places = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert places["far"] == [[0.5, -80.0]] and places["retrain"] == [[0.0, 0.0]]
-    assert axes.get_xscale() == axes.get_yscale() == "symlog"
+    draw_scores([(name, reporter, name) for name in reporter.methods], reporter.folder / "trade_off.png")
+    forget, retain = drawn[0].axes
+    assert texts(forget.get_yticklabels()) == reporter.methods, "told apart by their names"
+    row = reporter.methods.index("far")
+    assert forget.lines[2 * row + 1].get_xydata().tolist() == [[0.5, row]]
+    assert retain.lines[2 * row + 1].get_xydata().tolist() == [[-80.0, row]]
+    assert forget.get_xscale() == retain.get_xscale() == "symlog"
+    assert drawn[0].get_suptitle() == "MNIST, classes 4, 6, the test split, 784-8-10"
+    for axes in (forget, retain):
+        low, high = axes.get_xlim()
+        assert all(low < x < high for line in axes.lines for x in line.get_xdata())
 
 
-@pytest.mark.parametrize("far, scale, ticks", [(-3.9, "linear", None), (-20, "symlog", [-10, -3, -1, 0])])
-def test_an_axis_is_logarithmic_only_where_numbers_are_far_away(far, scale, ticks):
+@pytest.mark.parametrize(
+    "far, near, scale, ticks",
+    [
+        (-3.9, 0.1, "linear", None),
+        (-20, 0.1, "symlog", [-10, -3, -1, 0, 1]),
+        (-20, 1e-14, "symlog", [-10, -3, -1, 0]),
+        (0, 60.0, "symlog", [0, 1, 3, 10, 30]),
+    ],
+)
+def test_an_axis_is_logarithmic_only_where_numbers_are_far_away(far, near, scale, ticks):
     axes = Figure().subplots()
-    axes.plot([far, 0.1, math.nan], [0, 0, 0])
-    symmetric_log(axes, "x", linear=1.0)
+    axes.plot([far, near, math.nan], [0, 0, 0])
+    symmetric_log(axes, linear=1.0)
     assert axes.get_xscale() == scale and axes.get_yscale() == "linear" and axes.get_xlim()[0] < far
     low, high = axes.get_xlim()
     assert ticks is None or sorted(tick for tick in axes.get_xticks() if low <= tick <= high) == ticks
@@ -131,7 +136,7 @@ def test_an_axis_is_logarithmic_only_where_numbers_are_far_away(far, scale, tick
 def test_the_picture_of_the_masks_shows_what_digits_have_in_common(reporter, drawn):  # noqa: F811
     draw_masks(reporter)
     first, shares = (part.axes[0] for part in drawn[0].subfigs)
-    assert first.get_title() == "digit 4: 6 weights"
+    assert first.get_title() == "class 4: 6 weights" and drawn[0].get_suptitle() == "MNIST, 784-8-10"
     assert sorted(map(tuple, first.lines[0].get_xydata())) == [(0, 0), (1, 0), (2, 0), (3, 0), (9, 0), (19, 0)]
     half = pytest.approx(500 / 6)
     assert shares.images[0].get_array().tolist() == [[100.0, half], [half, 100.0]]
@@ -206,8 +211,11 @@ def test_variants_and_the_frontier_are_drawn(variants, tmp_path, drawn):  # noqa
     assert [line.get_xdata()[0] for line in panels[1].lines[1:4:2]] == pytest.approx([-4.75, -2.75])
     (axes,) = frontier
     assert axes.get_xlabel() == "probe recall against retrain, points" and axes.get_ylabel() == RETAIN_GAP.name
-    legend = texts(drawn[1].legends[0].get_texts())
-    assert sorted(legend) == ["mimu, weight 0 to 8", "original", "retrain"]
+    names = {text.get_text(): text for text in axes.texts}
+    assert sorted(names) == ["mimu, weight 0 to 8", "original", "retrain"] and not drawn[1].legends
+    assert names["retrain"].xy == pytest.approx((0.0, 0.0)) and names["mimu, weight 0 to 8"].xy[1] == -4.75
+    boxes = [text.get_window_extent() for text in names.values()]
+    assert not any(box.count_overlaps(boxes[:index]) for index, box in enumerate(boxes))
     blue = [line for line in axes.lines if line.get_color() == BLUE and len(line.get_xdata()) > 1]
     lines = {line.get_linestyle(): line.get_xydata().tolist() for line in blue}
     over_weight = [[12.25 - lost, -2.75 - lost] for lost in (0, 0.5, 2)]
@@ -215,6 +223,27 @@ def test_variants_and_the_frontier_are_drawn(variants, tmp_path, drawn):  # noqa
     assert lines[":"] == [[11.75 - lost, -3.25 - lost] for lost in (1, 2)], "over kappa"
     (hollow,) = (line for line in axes.lines if line.get_fillstyle() == "none")
     assert hollow.get_xydata().tolist() == [[10.25, -4.75]]
+
+
+def test_titles_name_all_that_differs_and_more_than_ten_methods_have_a_legend(tmp_path, monkeypatch, drawn):  # noqa: F811
+    methods = [*KNOWN, *(f"method {index}" for index in range(8))]
+    monkeypatch.setattr("test_tables.KNOWN", dict.fromkeys(methods, (96.0, 90.0)))
+    few, many = variant(tmp_path / "few", weight=2.0), variant(tmp_path / "many", methods)
+    many.subject = ("digits", *many.subject[1:])
+    draw_frontier([many, few], tmp_path / "frontier.png")
+    assert drawn[0].axes[0].get_title() == "digits / MNIST, classes 3, 9 (boot), the test split, 784-8-10"
+    assert len(drawn[0].legends[0].get_texts()) == 11 and not drawn[0].axes[0].texts
+
+
+def test_names_of_marks_in_one_place_lie_apart_and_within_the_frame():
+    axes = Figure().subplots()
+    for name in ("first", "second", "third"):
+        axes.plot([0, 1], [0, 1], marker="o", markersize=7, label=name)
+    name_curves(axes)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert texts(axes.texts) == ["first", "second", "third"]
+    assert not any(box.count_overlaps(boxes[:index]) for index, box in enumerate(boxes))
+    assert all(axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 for box in boxes)
 
 
 def names_in(folder) -> set[str]:
@@ -231,8 +260,10 @@ def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, mo
     (reports / "variants" / "empty").mkdir()
     two = [write(tmp_path, [experiment(0, digit, 7, "auto", ("mimu", "retrain"))]) for digit in DIGITS]
     other = write(tmp_path, [experiment(1, 3, 7, "auto", ("mimu",), top_k=6)])
+    (reports / "trade_off.pdf").touch()
     closing = report([*(Result("", 5, CONFIG, paths) for paths in two), Result("", 6, CONFIG, other)], reports)
-    assert [table.split(", scored")[0] for table in closing] == ["Forgetting digits 3, 9", "Forgetting digit 3"]
+    said = ["forgetting classes 3, 9 (boot)", "forgetting class 3"]
+    assert [table.split(", scored")[0].split(": ")[1] for table in closing] == said
     of_top_k = {f"top_k_5/{name}" for name in ("summary.md", "trade_off.png", "masks.png")} | {"top_k_6/summary.md"}
     assert names_in(reports) == mine | of_top_k
     closing = report([Result("first one", 6, CONFIG, other), Result("other", 6, CONFIG, other)], reports)
@@ -278,3 +309,46 @@ def test_a_method_has_its_colour_where_not_all_are_drawn_and_null_is_infinite():
     assert [to_hex(axes.patches[0].get_facecolor()) for axes in figure.axes] == ["#0000ff", "#0000ff"]
     assert [texts(axes.texts) for axes in figure.axes] == [["inf"], ["50"]]
     assert [axes.get_ylabel() for axes in figure.axes] == ["cross entropy (nats)", "score (%)"]
+
+
+def test_bars_stand_on_0_and_what_is_all_but_0_says_so():
+    figure = Figure()
+    metrics = {"first": {"score": 0.0, "probability": 6e-12}, "second": {"score": 0.0, "probability": 0.5}}
+    plots.draw_bars(figure, metrics, dict.fromkeys(metrics, {"color": "#ff0000"}))
+    assert [texts(axes.texts) for axes in figure.axes] == [["0", "0"], ["<0.001", "0.5"]]
+    assert all(axes.get_ylim()[0] == 0 for axes in figure.axes)
+
+
+@pytest.mark.parametrize(
+    "choice, kappa, names, brackets",
+    [
+        ("auto", "auto", ["original", "mimu (10)", "row (64)"], " (weights zeroed in brackets)"),
+        ("fixed", "10", ["original", "mimu", "row (64)"], " (weights zeroed in brackets)"),
+    ],
+)
+def test_plots_of_an_experiment_say_how_many_weights_each_method_zeroed(
+    tmp_path, monkeypatch, choice, kappa, names, brackets
+):
+    methods, figures = ("original", "mimu", "row"), []
+    results = experiment(0, 9, 10, choice, methods, num_zeroed={"original": None, "mimu": 10, "row": 64})
+    results |= {"class_probabilities": {name: [0.1] * 10 for name in methods}, "weight_histograms": []}
+    metrics = tmp_path / "Metrics and Plots" / "metrics" / f"{results['id']}.json"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps(results))
+    monkeypatch.delitem(plots.PLOTS, "weights")
+    monkeypatch.setattr(plots, "Figure", lambda **size: figures.append(Figure(**size)) or figures[-1])
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, format, **_: file.write(format.encode()))
+    monkeypatch.setattr(Figure, "get_tightbbox", lambda figure: figure.bbox)
+    plots.draw(results, tmp_path, {}, ("png", "pdf"))
+    written = {path.name: path.read_text() for path in metrics.parents[1].glob("plots/*/*")}
+    assert written == {f"{name}.{suffix}": suffix for name in plots.PLOTS for suffix in ("png", "pdf")}
+    forget, retain, efficacy, probabilities = figures[::2]
+    of = f"MNIST, class 9 (boot), kappa = {kappa}{brackets}"
+    assert forget.get_suptitle() == f"{of}, forget set of the test split, 784-8-10" == probabilities.get_suptitle()
+    assert retain.get_suptitle() == f"{of}, retain set of the test split, 784-8-10"
+    assert efficacy.get_suptitle().startswith("MNIST, class 9 (boot), K = 5 weights kept (original: all), forget set")
+    assert texts(forget.axes[0].get_xticklabels()) == texts(probabilities.axes[0].get_yticklabels()) == names
+    assert texts(efficacy.axes[0].get_xticklabels()) == ["mimu"]
+    assert texts(probabilities.axes[0].get_xticklabels()) == [*map(str, range(9)), "boot"]
+    colors = [to_hex(bar.get_facecolor()) for bar in forget.axes[0].patches]
+    assert colors[:2] == ["#000000", BLUE.lower()] and len(set(colors)) == 3

@@ -23,28 +23,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import GraphGenerator, Split, seeded
+from masking.order import ZeroingOrder
+from masking.rankings import GCNRanking, MaskingConfig, TrainedGCN, contrast, ranked, set_difference
 from model import Mask, MaskingGCN, WeightGraph
 from runs.files import ArtifactError, save
 from trainer import (
     GCNLoss,
-    GCNRanking,
     GCNTrainer,
     GCNTrainerConfig,
-    MaskingConfig,
-    TrainedGCN,
     Trainer,
     TrainerConfig,
     TrainingError,
     UnlearningSFT,
     UnlearningSFTConfig,
-    ZeroingOrder,
-    contrast,
     learn,
     log_uniform,
     masked_weights,
     prior_divergence,
-    ranked,
-    set_difference,
     top_k_mask,
     top_k_masks,
 )
@@ -77,7 +72,9 @@ def small_gcn(graphs, rounds=2) -> MaskingGCN:
 
 def zeroing_order(graphs, forget_class=0, gcn=None, top_k=6, **changes) -> ZeroingOrder:
     config = masking_config(**changes)
-    return ZeroingOrder(config, graphs, GCNRanking(config, gcn or small_gcn(graphs), graphs, forget_class, top_k, 0))
+    return ZeroingOrder(
+        config, graphs, forget_class, GCNRanking(config, gcn or small_gcn(graphs), graphs, forget_class, top_k, 0)
+    )
 
 
 LAYERS = WeightGraph([(6, 7), (5, 6), (3, 5)])
@@ -440,9 +437,10 @@ def test_layerwise_orders_and_partial_masks_take_their_share_of_every_layer():
 
 
 def saved(path, graphs, gcn, **changes) -> None:
+    saliency = {"saliency": {"retain_weight": 70.0, "auxiliary_weight": 5.0}}
     config = {
         "graphs": dataclasses.asdict(graphs.config),
-        "eval": dataclasses.asdict(masking_config(step=0.1)) | {"visualize": False},
+        "eval": dataclasses.asdict(masking_config(step=0.1)) | {"visualize": False, "hyperparameters": saliency},
         "gcn": {"hidden": 8, "rounds": 2, "message_passing": True, "steps": 3},
     }
     save(path, {"state_dict": gcn.state_dict(), "config": config, "seed": 0, "top_k": 0.25} | changes)
@@ -457,7 +455,8 @@ def test_a_trained_gcn_comes_back_with_its_features_and_settings_and_another_fil
     loaded = TrainedGCN.load(path)
     x, _ = graphs.class_graphs(graphs.draw(5, seeded("test")))
     assert torch.equal(loaded.gcn(x, graphs.graph), gcn(x, graphs.graph))
-    assert loaded.graphs == described and loaded.masking == masking_config(step=0.1) and loaded.top_k == 0.25
+    assert loaded.graphs == described and loaded.masking == masking_config(step=0.1)
+    assert loaded.top_k == 0.25 and loaded.saliency == 70
     loaded.check(described, 15)
     others = [
         dataclasses.replace(described, **other) for other in ({"features": ("weight",)}, {"other_classes": False})
@@ -469,7 +468,7 @@ def test_a_trained_gcn_comes_back_with_its_features_and_settings_and_another_fil
     broken.readout.weight.data[0] = torch.nan
     for made, changes, message in (
         (MaskingGCN(15, 7, 2), {}, ".*size mismatch"),
-        (broken, {}, ".*a weight of the masking GCN is not a finite number"),
+        (broken, {}, ".*a weight is not a finite number"),
         (gcn, {"config": {}}, ""),
     ):
         saved(path, graphs, made, **changes)

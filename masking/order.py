@@ -1,0 +1,161 @@
+"""The order in which weights are zeroed, in steps, until a class is forgotten."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import GraphGenerator, Split, number_of_weights
+from masking.rankings import MaskingConfig, ranked
+from model import Mask
+from runs.files import InputError
+
+FEWEST = 1 / 16  # of the weights of a neuron that a layer gives in a step, where several compete by what is measured
+UNNOTICED = 1e-3  # nats that the others may lose at no cost, there
+
+
+def forgetting_loss(p: Tensor) -> Tensor:
+    """Mean of -log(1 - p) in nats, p the probability of the forget class on its own samples: 0 where all forget it."""
+    return -torch.log1p(-p.clamp(max=1 - 1e-6)).mean()
+
+
+class Zeroing(NamedTuple):
+    """The weights to zero for a request, in their order, and what finding them took.
+
+    seconds: of all steps up to there, those made before for another kappa included
+    left: what is left of the class at the largest kappa, in words, or ""; None where no kappa was searched for
+    """
+
+    vertices: Tensor
+    seconds: float
+    left: str | None = None
+
+
+class ZeroingOrder:
+    """The order in which weights are zeroed to forget a class: the mask at kappa is its first kappa entries.
+
+    Weights stand in for one another, which scores given all at once cannot see. So a step zeroes `config.step` weights
+    (None: all of them), and the next one is ranked on graphs recorded anew on the classifier masked so far. Since each
+    ranking is drawn from few samples, a step follows the running mean m = momentum m + (1 - momentum) s of the scores
+    s, each divided by their standard deviation. A larger kappa goes on from the steps of a smaller one.
+
+    forget_class: its place among the classes of the graphs
+    ranking: from the number of the step and the vertices zeroed before it to scores (vertices), largest first to go
+    zeroed: vertices that are zeroed already, the first entries of the order
+    """
+
+    def __init__(
+        self,
+        config: MaskingConfig,
+        graphs: GraphGenerator,
+        forget_class: int,
+        ranking: Callable[[int, Tensor], Tensor],
+        zeroed: Tensor | None = None,
+    ) -> None:
+        self.config = config
+        self.graphs = graphs
+        self.forget_class = forget_class
+        self.ranking = ranking
+        num_vertices = graphs.graph.num_vertices
+        self.step = num_vertices if config.step is None else number_of_weights(config.step, num_vertices)
+        self._zeroed = graphs.nothing if zeroed is None else zeroed
+        self._mean: Tensor | None = None
+        self._ends = [len(self._zeroed)]  # how many are zeroed before the first step and after each
+        self._seconds: list[float] = []
+        self._forgetting: Zeroing | None = None
+
+    def first(self, kappa: int) -> Zeroing:
+        """The vertices to zero for this kappa: all of them where kappa is larger."""
+        while len(self._zeroed) < min(kappa, self.graphs.graph.num_vertices):
+            started = time.perf_counter()
+            scores = self.ranking(len(self._seconds), self._zeroed)
+            if not scores.isfinite().all():
+                raise InputError("scores of weights are not finite: look at the inputs, the weights and the GCN")
+            scores = scores / scores.std().clamp_min(1e-12)
+            self._mean = scores if self._mean is None else torch.lerp(scores, self._mean, self.config.momentum)
+            self._zeroed = torch.cat([self._zeroed, self._next(self._mean)])
+            self._ends.append(len(self._zeroed))
+            self._seconds.append(time.perf_counter() - started)
+        took = (seconds for seconds, start in zip(self._seconds, self._ends) if start < kappa)
+        return Zeroing(self._zeroed[:kappa], sum(took))
+
+    def looks(self) -> Iterator[Zeroing]:
+        """What is zeroed after each step, up to `config.max_kappa`; where all is at once, in hundredths of that."""
+        graph, kappa = self.graphs.graph, self._ends[0]
+        limit = number_of_weights(self.config.max_kappa, graph.num_vertices)
+        max_kappa = min(kappa + limit, graph.num_vertices)
+        while kappa < max_kappa:
+            self.first(kappa + 1)
+            end = next(end for end in self._ends if end > kappa)
+            kappa = min(end if self.config.step is not None else kappa + max(1, limit // 100), max_kappa)
+            yield self.first(kappa)
+
+    @torch.no_grad()
+    def until_forgotten(self, forget: Split) -> Zeroing:
+        """The vertices of kappa auto: the fewest whole steps after which the class is forgotten.
+
+        It is when less than `config.target` percent of its training samples, `forget`, are classified correctly, and
+        what else is asked of masks (`data.Auxiliary`) is reached. At the largest kappa the search gives up.
+        """
+        if self._forgetting is None:
+            classifier, looking = self.graphs.classifier, 0.0
+            inputs = classifier.given_to(self.graphs.graph.layers[0], forget.images)
+            for found in self.looks():
+                started = time.perf_counter()
+                left = self._left(Mask.zeroing(self.graphs.graph, found.vertices), inputs, forget.labels)
+                looking += time.perf_counter() - started
+                if not left:
+                    break
+            self._forgetting = Zeroing(found.vertices, found.seconds + looking, left)
+        return self._forgetting
+
+    def _next(self, scores: Tensor) -> Tensor:
+        """The vertices that one step zeroes."""
+        graph, scope, zeroed = self.graphs.graph, self.graphs.config.scope, self._zeroed
+        if scope != "measured" or len(graph.layers) == 1:
+            return ranked(scores, graph, scope, zeroed, self.step)
+        return self._cheapest(scores.index_fill(0, zeroed, float("-inf")))
+
+    @torch.no_grad()
+    def _cheapest(self, scores: Tensor) -> Tensor:
+        """Of the first vertices of every layer, its share of a step, those that are measured to be the best.
+
+        Scores of different layers are not comparable; what their zeros do is. The best ones make the class lose the
+        most for every nat that the others lose; where nothing makes it lose, those that the others stand best.
+        """
+        graphs, best, chosen = self.graphs, None, None
+        before = self._losses(self._zeroed)
+        for offset, part in zip(accumulate(graphs.graph.sizes, initial=0), graphs.graph.split(scores)):
+            share = max(1, round(self.step * part.numel() / len(scores)), int(FEWEST * part.shape[1]))
+            share = min(share, int((part > float("-inf")).sum()))
+            vertices = offset + part.flatten().topk(share).indices
+            forget, retain = (self._losses(torch.cat([self._zeroed, vertices])) - before).tolist()
+            merit = (forget < 0, -forget / max(retain, UNNOTICED) if forget < 0 else -retain)
+            if share and (best is None or merit > best):
+                best, chosen = merit, vertices
+        return chosen
+
+    def _losses(self, zeroed: Tensor) -> Tensor:
+        """The terms of necessity on the recorded samples: `forgetting_loss`, and the others' mean cross entropy (2)."""
+        graphs, own = self.graphs, self.forget_class
+        with Mask.zeroing(graphs.graph, zeroed).applied_to(graphs.classifier):
+            logits = graphs.classifier(graphs.inputs, graphs.graph.layers[0])
+        p = logits.softmax(1)[graphs.by_class()[own], graphs.classes[own]]
+        losses = F.cross_entropy(logits, graphs.labels, reduction="none")[graphs.by_class()].mean(1)
+        return torch.stack([forgetting_loss(p), (losses.sum() - losses[own]) / (len(losses) - 1)])
+
+    def _left(self, mask: Mask, inputs: Tensor, labels: Tensor) -> str:
+        """inputs: of the first masked layer, for samples of the forget class."""
+        classifier, auxiliary, forget_class = self.graphs.classifier, self.graphs.auxiliary, int(labels[0])
+        with mask.applied_to(classifier):
+            correct = (classifier(inputs, self.graphs.graph.layers[0]).argmax(1) == labels).float().mean().item()
+        if 100 * correct >= self.config.target:
+            return f"{100 * correct:.1f} % of class {forget_class} are left"
+        is_reached = auxiliary is None or auxiliary.is_reached(mask, forget_class)
+        return "" if is_reached else f"class {forget_class} is still represented"

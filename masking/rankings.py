@@ -1,0 +1,191 @@
+"""What ranks weights for a request to forget a class: a trained GCN, or a formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+import data
+from data import Amount, Count, GraphConfig, GraphGenerator, Positive
+from model import Mask, MaskingGCN, WeightGraph
+from runs.files import ArtifactError, load, one_line
+
+PRETRAINED = Path(__file__).resolve().parents[1] / "checkpoints" / "pretrained" / "gcn.pt"
+
+
+def contrast(importance: Tensor, damage: Tensor | None = None) -> Tensor:
+    """How much more class d needs a weight than the others do: Q_d - sum(v_c Q_c, c != d) / sum(v_c, c != d).
+
+    With `damage`, the cross entropy (classes) under the current mask, v_c is proportional to (damage_c + 0.02)^0.5, so
+    that a class that the mask has hurt is spared next; without it all v_c are equal.
+
+    Shapes: importance Q (classes, vertices) to (classes, vertices), a row for every forget class d.
+    """
+    v = torch.ones_like(importance[:, 0]) if damage is None else (damage + 0.02).sqrt()
+    weighted = v[:, None] * importance
+    return importance - (weighted.sum(0) - weighted) / (v.sum() - v)[:, None]
+
+
+def set_difference(importance: Tensor, top_k: int) -> Tensor:
+    """The published ranking: weights in the top-K of class d alone come first, by Q_d; the others follow by contrast.
+
+    Shapes: importance Q (classes, vertices) to scores (classes, vertices), larger is zeroed earlier.
+    """
+    in_top_k = torch.zeros_like(importance).scatter_(1, importance.topk(top_k, 1).indices, 1.0)
+    only_here = (in_top_k == 1) & (in_top_k.sum(0) == 1)
+    rest = contrast(importance)
+    lift = rest.amax(1, keepdim=True) - importance.amin(1, keepdim=True) + 1
+    return torch.where(only_here, importance + lift, rest)
+
+
+def ranked(scores: Tensor, graph: WeightGraph, scope: str, zeroed: Tensor, count: int) -> Tensor:
+    """The vertices to zero next, (count): those of the largest scores (vertices) that are not among `zeroed`.
+
+    With the scope layerwise, those of the first places within their layer: counted together with `zeroed`, every layer
+    gives the same share.
+    """
+    if scope == "layerwise":
+        layers = scores.index_fill(0, zeroed, float("inf")).split(graph.sizes)
+        places = [part.argsort(descending=True, stable=True).argsort().to(part) + 0.5 for part in layers]
+        scores = torch.cat([-place / len(place) for place in places])
+    count = min(count, len(scores) - len(zeroed))
+    return scores.index_fill(0, zeroed, float("-inf")).topk(count).indices
+
+
+def mask_of(graphs: GraphGenerator, zeroed: Tensor) -> Mask | None:
+    """The mask that switches off the vertices `zeroed`; None where there is none."""
+    return Mask.zeroing(graphs.graph, zeroed) if len(zeroed) else None
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """How a trained GCN answers a request: the class graphs it scores, and how their scores rank the weights."""
+
+    step: Amount | None
+    momentum: Annotated[float, "at least 0, below 1"]
+    ranking: Literal["damage", "mean", "set_difference"]
+    group_size: Count
+    draws: Count
+    target: Positive
+    max_kappa: Amount
+
+
+def request_samples(
+    config: MaskingConfig, graphs: GraphGenerator, seed: int, forget_class: int, step: int, draw: int = 0
+) -> Tensor:
+    """The samples (classes, group_size) whose graphs one step of a request looks at."""
+    return graphs.draw(config.group_size, data.seeded("request", seed, forget_class, step, draw))
+
+
+@dataclass(frozen=True)
+class GCNRanking:
+    """How much a trained GCN wants each weight zeroed to forget a class, on the classifier masked so far."""
+
+    config: MaskingConfig
+    gcn: MaskingGCN
+    graphs: GraphGenerator
+    forget_class: int
+    top_k: int
+    seed: int
+
+    def __call__(self, step: int, zeroed: Tensor) -> Tensor:
+        """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
+        importance, damage = self.importance(step, zeroed)
+        if self.config.ranking == "set_difference":
+            return set_difference(importance, self.top_k)[self.forget_class]
+        return contrast(importance, damage if self.config.ranking == "damage" else None)[self.forget_class]
+
+    @torch.no_grad()
+    def importance(self, step: int, zeroed: Tensor) -> tuple[Tensor, Tensor]:
+        """The GCN's mean logits Q (classes, vertices), and each class's cross entropy (classes), nats."""
+        graphs, importance, damage = self.graphs, [], []
+        weight = graphs.auxiliary.weight if graphs.auxiliary else 0.0
+        for draw in range(self.config.draws):
+            samples = request_samples(self.config, graphs, self.seed, self.forget_class, step, draw)
+            x, loss = graphs.class_graphs(samples, mask_of(graphs, zeroed), weight)
+            importance.append(self.gcn(x, graphs.graph))
+            damage.append(loss)
+        return torch.stack(importance).mean(0), torch.stack(damage).mean(0)
+
+    def most_needed(self) -> Tensor:
+        """The top-K weights of the forget class in the unmasked classifier, (K)."""
+        return self.importance(0, self.graphs.nothing)[0][self.forget_class].topk(self.top_k).indices
+
+
+@dataclass(frozen=True)
+class SaliencyRanking:
+    """What removing a weight does to the forget class's margin and to the other classes' loss, without a GCN.
+
+        w E_d[d margin/dw] + retain_weight (w E_r[dL/dw] - w^2 E_r[(dL/dw)^2] / 2) + auxiliary_weight a
+
+    The first term is the first-order fall of the margin, the bracket the second-order fall of the loss, with the Fisher
+    information for the curvature; E_r is the mean over the other classes, weighted by damage as in `contrast`. a is the
+    auxiliary feature of the weight.
+    """
+
+    config: MaskingConfig
+    graphs: GraphGenerator
+    forget_class: int
+    seed: int
+    retain_weight: float
+    auxiliary_weight: float = 0.0
+
+    def __call__(self, step: int, zeroed: Tensor) -> Tensor:
+        """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
+        graphs, label = self.graphs, self.forget_class
+        samples, mask = request_samples(self.config, graphs, self.seed, label, step), mask_of(graphs, zeroed)
+        features, damage = graphs.class_features(samples, ("margin", "effect", "fisher"), mask)
+        fall_of_loss = features["effect"] - features["fisher"] ** 2 / 2
+        # With 0 for its own class, the contrast is minus the weighted mean over the others.
+        fall_of_loss[label] = 0
+        scores = features["margin"][label] + self.retain_weight * -contrast(fall_of_loss, damage)[label]
+        if self.auxiliary_weight:
+            scores += self.auxiliary_weight * graphs.auxiliary.feature(samples, [label], mask)[0]
+        return scores
+
+
+@dataclass(frozen=True)
+class TrainedGCN:
+    """A masking GCN, the features that it reads, and the settings of its requests: what its checkpoint holds.
+
+    saliency: `retain_weight` of the formula that may rank in its place
+    """
+
+    gcn: MaskingGCN
+    graphs: GraphConfig
+    masking: MaskingConfig
+    top_k: Amount
+    saliency: float
+
+    @staticmethod
+    def load(path: Path | str = PRETRAINED) -> TrainedGCN:
+        """Reads what a run left in `checkpoints/`, or the tracked GCN. Raises ArtifactError."""
+        checkpoint = load(Path(path))
+        try:
+            config, weights = checkpoint["config"], checkpoint["state_dict"]
+            graphs, masking = (
+                kind(**{field.name: config[section][field.name] for field in fields(kind)})
+                for kind, section in ((GraphConfig, "graphs"), (MaskingConfig, "eval"))
+            )
+            num_features = next(iter(weights.values())).shape[1]
+            sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
+            with data.seeded_initialisation(0):
+                gcn = MaskingGCN(num_features, **sizes)
+            gcn.load_state_dict(weights)
+            if not all(weight.isfinite().all() for weight in gcn.parameters()):
+                raise ValueError("a weight is not a finite number")
+            saliency = config["eval"]["hyperparameters"]["saliency"]["retain_weight"]
+            return TrainedGCN(gcn, graphs, masking, checkpoint["top_k"], saliency)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+            raise ArtifactError(f"{path}: is not the checkpoint of a masking GCN ({one_line(error)})") from None
+
+    def check(self, graphs: GraphConfig, num_features: int) -> None:
+        """Raises ArtifactError where the features of graphs, an auxiliary one counted, are not those that it reads."""
+        reads = (self.graphs.features, self.graphs.other_classes, next(self.gcn.parameters()).shape[1])
+        has = (graphs.features, graphs.other_classes, num_features)
+        if reads != has:
+            raise ArtifactError(f"graphs.features, other_classes, and how many there are, must be {reads}, not {has}")

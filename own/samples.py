@@ -1,0 +1,62 @@
+"""Training samples as people have them: tensors, arrays, lists, data sets, loaders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from runs.files import InputError, one_line
+
+AT_ONCE = 1000  # samples that a data set is read by, and a model is run on
+
+
+def tensor_of(value: Any, name: str) -> Tensor:
+    """A value as a tensor. Raises InputError where it is none, by its name."""
+    try:
+        is_list_of_tensors = isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value)
+        tensor = torch.stack(list(value)) if is_list_of_tensors else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        try:
+            tensor = torch.as_tensor(np.stack([np.asarray(each) for each in value]))
+        except Exception as error:  # of an iterable of anything
+            raise InputError(
+                f"{name} must be a tensor, an array or a list, not {type(value).__name__} ({one_line(error)})"
+            ) from None
+    if tensor.is_complex():
+        raise InputError(f"{name} must be real numbers, not {tensor.dtype}")
+    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+
+
+def samples_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[Tensor, Tensor]:
+    """Inputs (samples, ...) and labels (samples) int64, all finite.
+
+    Without labels, inputs is a DataLoader, or a data set, of pairs (input, label). Raises InputError.
+    """
+    if labels is None:
+        try:
+            loader = inputs if isinstance(inputs, DataLoader) else DataLoader(inputs, AT_ONCE)
+            bar = tqdm(loader, "samples", delay=1, leave=False, disable=None if progress else True)
+            inputs, labels = (torch.cat(list(map(torch.atleast_1d, part))) for part in zip(*bar, strict=True))
+        except Exception as error:  # of a data set of the user's own
+            must = "where labels are not given, inputs must be a DataLoader or a data set of pairs (input, label)"
+            raise InputError(f"{must}, not {type(inputs).__name__} ({one_line(error)})") from error
+    inputs, labels = tensor_of(inputs, "inputs"), tensor_of(labels, "labels")
+    if inputs.ndim < 2 or not inputs.numel():
+        raise InputError(f"inputs must be samples, (samples, ...), not of shape {tuple(inputs.shape)}")
+    if labels.shape != inputs.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        has = f"{labels.dtype} of {tuple(labels.shape)}"
+        raise InputError(f"labels must be integers of shape ({len(inputs)},), one for every sample, not {has}")
+    check_finite_rows(inputs, "inputs")
+    return inputs, labels.to(inputs.device, torch.int64)
+
+
+def check_finite_rows(values: Tensor, name: str, why: str = "") -> None:
+    """Raises InputError where a row of values (samples, ...) is not finite, or not once squared; names the first."""
+    is_finite = torch.linalg.vector_norm(values.flatten(1).float(), dim=1).isfinite()
+    if not is_finite.all():
+        raise InputError(f"{name}[{int((~is_finite).nonzero()[0])}] is not finite, or too large to be squared{why}")

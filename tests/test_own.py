@@ -1,0 +1,488 @@
+"""Classifiers and samples of the user's own: what is taken as it comes, what is refused, and what masks keep."""
+
+import copy
+import functools
+import io
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import NUM_CLASSES, Asking, random_split, scores
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.data import DataLoader, TensorDataset
+
+from data import Split, seeded
+from eval import RetainScoreError, unlearn
+from masking.rankings import TrainedGCN
+from model import Mask, MaskingGCN
+from own.classifier import OwnClassifier, plain_torch
+from trainer import learn
+
+TEST = random_split(200, seed=7)
+FREE = {"max_fall": None, "max_class_fall": None}
+
+
+def trained(model: nn.Module, train: Split) -> nn.Module:
+    return learn(model, train, 20, 120, torch.optim.Adam(model.parameters(), 0.03), seeded("own"))
+
+
+def stack() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(7, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+@pytest.fixture(scope="module")
+def train() -> Split:
+    return random_split(200)
+
+
+@pytest.fixture(scope="module")
+def learned(train) -> nn.Module:
+    """A classifier as people train theirs, with biases."""
+    torch.manual_seed(0)
+    return trained(stack(), train)
+
+
+@pytest.fixture
+def model(learned) -> nn.Module:
+    return copy.deepcopy(learned)
+
+
+def patient_gcn(**changes) -> TrainedGCN:
+    """The tracked GCN; the classes of so small a problem take more of its few weights than usual."""
+    found = TrainedGCN.load()
+    return replace(found, masking=replace(found.masking, **{"max_kappa": 0.9, "target": 1.0} | changes))
+
+
+def asking_gcn() -> TrainedGCN:
+    """The same, as one that was trained with something else to ask for, and does not heed it."""
+    found, gcn = patient_gcn(max_kappa=170), MaskingGCN(16)
+    weights = found.gcn.state_dict()
+    for name in ("convs.0.lin_l.weight", "convs.0.lin_r.weight"):
+        weights[name] = torch.cat([weights[name][:, :8], torch.zeros(32, 1), weights[name][:, 8:]], 1)
+    gcn.load_state_dict(weights)
+    return replace(found, gcn=gcn)
+
+
+def state_of(model: nn.Module) -> tuple:
+    """All that a request must leave as it was."""
+    tensors = (
+        {name: value.clone() for name, value in model.state_dict().items()} if isinstance(model, nn.Module) else {}
+    )
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    hooks = [len(each._forward_hooks) + len(each._forward_pre_hooks) for each in modules]
+    return tensors, [each.training for each in modules], hooks, [type(each) for each in modules], torch.get_rng_state()
+
+
+def is_as_it_was(before: tuple, model: nn.Module) -> bool:
+    tensors, *others, state = before
+    now, *of_now, state_now = state_of(model)
+    same = all(torch.equal(now[name].nan_to_num(9.0), tensors[name].nan_to_num(9.0)) for name in tensors)
+    return list(now) == list(tensors) and same and others == of_now and torch.equal(state, state_now)
+
+
+@pytest.mark.parametrize("forget_class", range(NUM_CLASSES))
+def test_a_model_of_the_users_own_forgets_a_class_and_is_given_back(model, train, forget_class):
+    before, (_, retain_before) = state_of(model), scores(model, TEST, forget_class)
+    mask = unlearn(model, train.images, train.labels, forget_class, patient_gcn(), **FREE)
+    assert is_as_it_was(before, model)
+    assert mask.layers == (1,) and mask.as_tensor().shape == (12, 16) and mask.forgets == (forget_class,)
+    assert repr(mask) == f"Mask(layer 1: {mask.num_zeroed} of 192 weights zeroed)"
+    with mask.applied_to(model):
+        forget, retain = scores(model, TEST, forget_class)
+    assert forget < 5 and retain > retain_before - 10
+    assert is_as_it_was(before, model)
+    few = patient_gcn(group_size=3)  # so that the draw matters
+    arrays = train.images.view(-1, 1, 7).numpy(), train.labels.numpy().astype("uint8"), np.int64(forget_class)
+    again, once = (unlearn(model, *each, few, **FREE) for each in (arrays, (train.images, train.labels, forget_class)))
+    assert torch.equal(again.as_tensor(), once.as_tensor())
+
+
+class Ahead(nn.Module):
+    """A network as people write them: more than linear layers, attributes in any order, one that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.unused = nn.Linear(12, NUM_CLASSES), nn.Linear(5, 5)
+        self.norm, self.convolution = nn.BatchNorm1d(4), parametrizations.spectral_norm(nn.Conv1d(1, 4, 3, padding=1))
+        self.inner, self.dropout = nn.Linear(28, 12), nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = self.norm(self.convolution(x.view(-1, 1, 7))).tanh().flatten(1)
+        return self.head(self.dropout(self.inner(x).relu()))
+
+
+@pytest.fixture(scope="module")
+def convolutional(train) -> nn.Module:
+    torch.manual_seed(0)
+    return trained(Ahead(), train)
+
+
+@pytest.mark.parametrize("mask_layer, layers", [("auto", (2,)), (None, (0, 2)), (0, (0,)), ([2, 0], (0, 2))])
+def test_what_comes_before_the_last_linear_layers_is_taken_as_it_is(convolutional, train, mask_layer, layers):
+    model = copy.deepcopy(convolutional).train()
+    before = state_of(model)
+    with plain_torch():
+        own = OwnClassifier.of(model, train.images)
+    assert own.layers == (2, 0) and own.names == ("inner", "head") and not own.reads_inputs
+    assert is_as_it_was(before, model), "buffers of the normalisations are, too"
+    model.eval()
+    assert torch.allclose(own.classifier(own.inputs), model(train.images), atol=1e-5)
+    mask = unlearn(model, train.images, train.labels, 1, patient_gcn(), mask_layer=mask_layer, **FREE)
+    assert tuple(sorted(mask.layers)) == layers
+    _, retain_before = scores(model, TEST, 1)
+    with mask.applied_to(model):
+        forget, retain = scores(model, TEST, 1)
+    assert forget < 5 and retain > retain_before - 10
+
+
+@pytest.mark.parametrize(
+    "make, layers, mask_layer",
+    [
+        (stack, (0, 1, 2), 1),
+        (lambda: nn.Sequential(nn.Linear(7, 9), nn.ReLU(True), nn.Linear(9, 3)), (0, 1), 1),
+        (lambda: nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3)), (1, 2), 1),
+        (lambda: nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3)), (1,), 1),
+        (lambda: nn.Linear(7, 3), (0,), 0),
+    ],
+)
+def test_the_classifier_is_what_stands_in_a_row_at_the_end(make, layers, mask_layer, train):
+    own = OwnClassifier.of(make(), train.images)
+    assert own.layers == layers and tuple(layers[each] for each in own.chosen("auto")) == (mask_layer,)
+
+
+def as_loader(images, labels):
+    return DataLoader(TensorDataset(images, labels.short()), 32, shuffle=True), None
+
+
+@pytest.mark.parametrize(
+    "made_of",
+    [
+        lambda images, labels: (images.tolist(), labels.tolist()),
+        lambda images, labels: (list(images), [label.item() for label in labels]),
+        lambda images, labels: (images.numpy().astype("float64"), labels.numpy().astype(">i2")),
+        lambda images, labels: (TensorDataset(images, labels), None),
+        lambda images, labels: ([(image.numpy(), int(label)) for image, label in zip(images, labels)], None),
+        as_loader,
+    ],
+)
+def test_samples_are_taken_as_people_have_them(model, train, made_of):
+    state = torch.get_rng_state()
+    mask = unlearn(model, *made_of(train.images, train.labels), 1, patient_gcn(), **FREE)
+    assert torch.equal(torch.get_rng_state(), state)
+    with mask.applied_to(model):
+        assert scores(model, TEST, 1)[0] < 5
+
+
+@pytest.mark.parametrize("case", ["float64", "bfloat16", "default", "inference", "autocast", "gcn", "no_grad"])
+def test_types_and_modes_of_pytorch_are_taken_as_they_are(model, train, case):
+    plain = unlearn(model, train.images, train.labels, 1, patient_gcn(), **FREE).as_tensor()
+    gcn, images = patient_gcn(), train.images
+    if case in ("float64", "bfloat16"):
+        model = model.to(getattr(torch, case))
+    if case == "gcn":
+        gcn.gcn.double()
+    if case == "default":
+        torch.set_default_dtype(torch.float64)
+    contexts = {"inference": torch.inference_mode, "no_grad": torch.no_grad}
+    context = torch.autocast("cpu") if case == "autocast" else contexts.get(case, torch.enable_grad)()
+    try:
+        with context:
+            images = images.clone()
+            mask = unlearn(model, images, train.labels.clone(), 1, gcn, **FREE)
+        assert torch.get_default_dtype() == (torch.float64 if case == "default" else torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert case == "bfloat16" or torch.equal(mask.as_tensor(), plain)
+    with mask.applied_to(model):
+        correct = model(TEST.images.to(next(model.parameters()).dtype)).argmax(1) == TEST.labels
+    assert correct[TEST.labels == 1].float().mean() < 0.05
+
+
+def test_unlearning_takes_any_layer_scorer_and_gcn_of_ones_own(model, train):
+    in_thirties = patient_gcn(step=30, target=50.0)
+    assert unlearn(model, train.images, train.labels, 1, in_thirties, **FREE).num_zeroed % 30 == 0
+    gcns = None, TrainedGCN.load().gcn, MaskingGCN(15, 8, 1)
+    ask = functools.partial(unlearn, model, train.images, train.labels, 1, mask_layer=-1, **FREE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        masks = [ask(gcn).as_tensor() for gcn in gcns] + [ask(scorer="saliency").as_tensor()]
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[1], masks[2]) and not torch.equal(masks[1], masks[3])
+
+
+def test_unlearning_says_when_the_class_is_not_forgotten_or_still_represented(model, train, recwarn):
+    ask = functools.partial(unlearn, model, train.images, train.labels, 1, **FREE)
+    ask(patient_gcn())
+    assert not recwarn.list
+    assert ask(patient_gcn(max_kappa=2)).num_zeroed == 2
+    ask(asking_gcn(), auxiliary=functools.partial(Asking, enough=1000))
+    said = [str(each.message) for each in recwarn.list]
+    assert said[0].endswith(" % of class 1 are left after 2 zeroed weights") and float(said[0].split()[0]) > 1
+    assert said[1:] == ["class 1 is still represented after 170 zeroed weights"]
+
+
+def test_what_the_others_lose_is_measured_and_too_much_of_it_is_an_error_with_the_best_mask_within(model, train):
+    before = state_of(model)
+    ask = functools.partial(unlearn, model, train.images, train.labels, 1, patient_gcn(step=60), mask_layer=0)
+    free = ask(**FREE)
+    with pytest.raises(RetainScoreError, match=r"the classes to keep lose .* \(max_fall 1\), one of them .*") as raised:
+        ask(max_fall=1.0)
+    assert is_as_it_was(before, model)
+
+    def by_class(mask: Mask | None) -> dict[int, float]:
+        changed = copy.deepcopy(model)
+        if mask is not None:
+            mask.apply(changed)
+        return {label: scores(changed, train, label)[0] for label in range(NUM_CLASSES)}
+
+    error = raised.value
+    assert error.before == pytest.approx(by_class(None)) and error.after == pytest.approx(by_class(free))
+    lost = np.mean([error.before[c] - by_class(error.mask)[c] for c in (0, 2)])
+    assert lost <= 1 < np.mean([error.before[c] - error.after[c] for c in (0, 2)])
+    assert error.mask.num_zeroed < free.num_zeroed and free.includes(error.mask)
+
+
+@pytest.mark.parametrize("permanent", [False, True])
+@pytest.mark.parametrize("order", [(0, 3), (3, 0), None])
+def test_several_classes_are_forgotten_together_or_in_a_row(train, order, permanent):
+    torch.manual_seed(1)
+    split = random_split(200, num_classes=5)
+    model = nn.Sequential(nn.Linear(7, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 5))
+    model, test = trained(model, split), random_split(100, seed=1, num_classes=5)
+    ask = functools.partial(unlearn, model, gcn=patient_gcn(), **FREE)
+    steps = [order] if order is None else order
+    for step in steps:
+        mask = ask(split.images, split.labels, [0, 3] if step is None else step)
+        mask.apply(model, permanent)
+    assert set(mask.forgets) == {0, 3} or permanent
+    assert all(scores(model, test, label)[0] < 3 for label in (0, 3))
+    assert np.mean([scores(model, test, label)[0] for label in (1, 2, 4)]) > 95
+    if not permanent:
+        kept = split[(split.labels != 0) & (split.labels != 3)]
+        again = ask(kept.images, kept.labels, 0)
+        assert torch.equal(again.as_tensor(), mask.as_tensor()), "nothing is left to be done, and no sample needed"
+
+
+def test_masks_combine_take_the_place_of_what_they_include_and_come_off(model):
+    before = state_of(model)
+    one, other = (Mask((layer,), (torch.ones(shape).triu(k),), (label,)) for layer, shape, k, label in
+                  ((1, (12, 16), 1, 0), (2, (3, 12), 0, 2)))  # fmt: skip
+    both = one & other & one
+    assert both.layers == (1, 2) and both.forgets == (0, 2) and both.num_zeroed == one.num_zeroed + other.num_zeroed
+    one.apply(model)
+    with pytest.raises(ValueError, match=r"the model carries Mask\(layer 1: .*\): take it off first, or apply mask &"):
+        other.apply(model)
+    with pytest.raises(ValueError, match="layer 2 carries no mask"):
+        both.remove(model)
+    with pytest.raises(ValueError, match="layer 1 carries another mask"):
+        Mask((1,), (torch.ones(12, 16),)).remove(model)
+    assert torch.equal(Mask.on(model).as_tensor(), one.as_tensor()) and Mask.on(model).forgets == (0,)
+    both.apply(model)
+    assert torch.equal(Mask.on(model).as_tensor(), both.as_tensor())
+    with pytest.raises(RuntimeError, match=r"save model.state_dict\(\), and the mask by mask.save"):
+        torch.save(model, io.BytesIO())
+    both.remove(model)
+    assert is_as_it_was(before, model) and Mask.on(model) is None
+    torch.save(model, io.BytesIO())
+    with pytest.raises(ValueError, match=r"of layer 1 these have \(12, 16\) and \(2, 2\)"):
+        one & Mask((1,), (torch.ones(2, 2),))
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+def test_permanent_zeros_are_all_that_is_left_of_the_weights(model, is_on, tmp_path):
+    original = copy.deepcopy(model)
+    mask = Mask((0, 2), (torch.ones(16, 7).tril(), torch.ones(3, 12).triu()))
+    if is_on:
+        mask.apply(model)
+    mask.apply(model, permanent=True)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt")
+    assert list(loaded) == list(original.state_dict())
+    fresh = stack()
+    fresh.load_state_dict(loaded)
+    for index, keep in zip((1, 5), mask.keep):
+        assert torch.equal(fresh[index].weight, original[index].weight * keep)
+    zeroed = original[1].weight[mask.keep[0] == 0]
+    assert not any(torch.isin(value, zeroed).any() for value in loaded.values())
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_mask_goes_on_whole_or_not_at_all(model, at, monkeypatch):
+    before, mask = state_of(model), Mask((0, 1, 2), (torch.zeros(16, 7), torch.zeros(12, 16), torch.zeros(3, 12)))
+    carried = Mask((1,), (torch.zeros(12, 16),))
+    carried.apply(model)
+    register, calls = torch.nn.utils.parametrize.register_parametrization, []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+        register(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.nn.utils.parametrize.register_parametrization", fails)
+        with pytest.raises(KeyboardInterrupt):
+            mask.apply(model)
+    carried.remove(model)
+    assert is_as_it_was(before, model)
+
+
+def with_weight(value: float, name: str = "3.weight"):
+    def change(model):
+        model.get_parameter(name).data.view(-1)[5] = value
+
+    return change
+
+
+def with_input(value: float, row: int):
+    return lambda images, labels: (images.index_put((torch.tensor(row), torch.tensor(3)), torch.tensor(value)), labels)
+
+
+def extended(*layers: nn.Module):
+    return lambda model: nn.Sequential(*model, *layers)
+
+
+class Returning(nn.Module):
+    def __init__(self, model: nn.Module, change) -> None:
+        super().__init__()
+        self.model, self.change = model, change
+
+    def forward(self, x):
+        return self.change(self.model(x))
+
+
+def returning(change):
+    return lambda model: Returning(model, change)
+
+
+def tied(model):
+    return nn.Sequential(nn.Linear(7, 7), nn.ReLU(), (twice := nn.Linear(7, 7)), nn.ReLU(), twice)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replaced(index: int, make):
+    def change(model):
+        model[index] = make(model[index])
+        return model
+
+    return change
+
+
+def pruned(layer):
+    return prune.random_unstructured(layer, "weight", 0.3)
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        self.train()
+        raise KeyError("inside")
+
+
+GCN_OF_NAN = MaskingGCN(15, 8, 1)
+GCN_OF_NAN.readout.weight.data[0, 3] = torch.nan
+
+
+# What is changed of (model, samples, further arguments), and the line.
+WRONG = {
+    "forget_class 3": (None, None, {"forget_class": 3}, r"must be from 0 to 2, not 0 to 2 and \[3\]"),
+    "forget_class -1": (None, None, {"forget_class": -1}, r"must be from 0 to 2, not 0 to 2 and \[-1\]"),
+    "forget_class 1.5": (None, None, {"forget_class": 1.5}, "forget_class must be a class, from 0 to 2, .*, not 1.5"),
+    "forget_class None": (None, None, {"forget_class": None}, "forget_class must be a class, .*, not None"),
+    "forget_class text": (None, None, {"forget_class": "cat"}, "forget_class must be a class, .*, not 'cat'"),
+    "forget_class []": (None, None, {"forget_class": []}, "labels and forget_class must be from 0 to 2"),
+    "all classes": (None, None, {"forget_class": [0, 1, 2]}, r"a class must be kept, .* any but \[0, 1, 2\]"),
+    "float labels": (None, lambda x, y: (x, y.float()), {}, r"labels must be integers of shape \(600,\), .*float32 of"),
+    "bool labels": (None, lambda x, y: (x, y > 0), {}, "labels must be integers .* not torch.bool"),
+    "labels too few": (None, lambda x, y: (x, y[:-1]), {}, r"labels must be integers of shape \(600,\), .* \(599,\)"),
+    "one-hot": (None, lambda x, y: (x, torch.eye(3)[y].int()), {}, r"labels must be .* not torch.int32 of \(600, 3\)"),
+    "labels from 1": (None, lambda x, y: (x, y + 1), {}, r"must be from 0 to 2, not 1 to 3"),
+    "labels negative": (None, lambda x, y: (x, y - 1), {}, r"must be from 0 to 2, not -1 to 1"),
+    "a single class": (None, lambda x, y: (x, y * 0 + 1), {}, r"samples of every class, not none of \[0, 2\]"),
+    "a class missing": (None, lambda x, y: (x[y > 0], y[y > 0]), {}, r"samples of every class, not none of \[0\]"),
+    "no samples": (None, lambda x, y: (x[:0], y[:0]), {}, r"inputs must be samples, .* not of shape \(0, 7\)"),
+    "one number": (None, lambda x, y: (3.0, y), {}, r"inputs must be samples, \(samples, ...\), not of shape \(\)"),
+    "inputs text": (None, lambda x, y: ("images", y), {}, "inputs must be a tensor, an array or a list, not str"),
+    "inputs None": (None, lambda x, y: (None, y), {}, "inputs must be a tensor, an array or a list, not NoneType"),
+    "ragged": (None, lambda x, y: ([[1.0], [1.0, 2.0]], [0, 1]), {}, "inputs must be a tensor, an array or a list"),
+    "complex": (None, lambda x, y: (x + 1j, y), {}, "inputs must be real numbers, not torch.complex64"),
+    "no labels": (None, lambda x, y: (x, None), {}, "inputs must be a DataLoader or a data set of pairs"),
+    "no pairs": (None, lambda x, y: (TensorDataset(x, y, y), None), {}, "must be a DataLoader or a data set of pairs"),
+    "iterator": (None, lambda x, y: (iter([1]), None), {}, "must be a DataLoader or a data set of pairs"),
+    "nan early": (None, with_input(torch.nan, 3), {}, r"inputs\[3\] is not finite"),
+    "nan late": (None, with_input(torch.nan, 350), {}, r"inputs\[350\] is not finite"),
+    "infinite": (None, with_input(torch.inf, 350), {}, r"inputs\[350\] is not finite"),
+    "1e30": (None, with_input(1e30, 350), {}, r"inputs\[350\] is not finite, or too large to be squared"),
+    "wrong width": (None, lambda x, y: (x[:, :5], y), {}, r"model: fails on inputs of shape \(64, 5\)"),
+    "weight nan": (with_weight(torch.nan), None, {}, "model: 3.weight has numbers that are not finite"),
+    "bias infinite": (with_weight(torch.inf, "3.bias"), None, {}, "model: 3.bias has numbers"),
+    "no module": (lambda model: model.forward, None, {}, "model must be a torch.nn.Module, not method"),
+    "no linear": (lambda model: nn.Conv1d(1, 2, 3), None, {}, "must end in layers of torch.nn.Linear: Conv1d has none"),
+    "softmax": (extended(nn.Softmax(1)), None, {}, "but ends in layer '6': Softmax: give it without"),
+    "log-softmax": (extended(nn.LogSoftmax(1)), None, {}, "but ends in layer '6': LogSoftmax"),
+    "functional softmax": (returning(lambda x: x.softmax(1)), None, {}, "ends in a computation outside of its modules"),
+    "a tuple": (returning(lambda x: (x, x)), None, {}, "model must return logits, .*, not tuple"),
+    "a dict": (returning(lambda x: {"logits": x}), None, {}, "model must return logits, .*, not dict"),
+    "one column": (returning(lambda x: x[:, 0]), None, {}, r"must return logits, .*, not a tensor \(64,\)"),
+    "nan logits": (returning(lambda x: x / 0 * 0), None, {}, r"logits\[0\] is not finite, .*, though inputs"),
+    "fails": (lambda model: nn.Sequential(Failing(), *model), None, {}, "model: fails on inputs .*inside"),
+    "tied": (tied, None, {}, "layer '2' is called 2 times"),
+    "not linear": (replaced(3, lambda layer: Doubled(16, 12)), None, {}, "do more than linear layers do"),
+    "lazy": (replaced(3, lambda layer: nn.LazyLinear(12)), None, {}, "model: 3.weight has no numbers yet"),
+    "meta": (replaced(3, lambda layer: nn.Linear(16, 12, device="meta")), None, {}, "3.weight has no numbers"),
+    "weight_norm": (replaced(3, parametrizations.weight_norm), None, {}, "layer 1 has no plain weight, but what torch"),
+    "spectral_norm": (replaced(3, parametrizations.spectral_norm), None, {}, "layer 1 has no plain weight"),
+    "pruned": (replaced(3, pruned), None, {}, "layer 1 has no plain weight"),
+    "pruned, all": (
+        replaced(5, pruned), None, {"mask_layer": None},
+        "layer 2 has no plain weight, .* by prune.remove",
+    ),
+    "mask_layer 3": (None, None, {"mask_layer": 3}, r"mask_layer must be auto, None, or some of 0 \('1'\), .*; not 3"),
+    "mask_layer -4": (None, None, {"mask_layer": -4}, "mask_layer must be auto, .*; not -4"),
+    "mask_layer twice": (None, None, {"mask_layer": [1, 1]}, r"mask_layer must be auto, .*; not \[1, 1\]"),
+    "mask_layer []": (None, None, {"mask_layer": []}, r"mask_layer must be auto, .*; not \[\]"),
+    "mask_layer text": (None, None, {"mask_layer": "last"}, "mask_layer must be auto, .*; not 'last'"),
+    "mask_layer true": (None, None, {"mask_layer": True}, "mask_layer must be auto, .*; not True"),
+    "mask_layer 1.0": (None, None, {"mask_layer": 1.0}, "mask_layer must be auto, .*; not 1.0"),
+    "behind": (
+        lambda model: nn.Sequential(*model[:2], nn.BatchNorm1d(16), *model[2:]), None, {"mask_layer": 0},
+        "behind layer '2': BatchNorm1d; not 0",
+    ),
+    "gcn path": (None, None, {"gcn": "gcn.pt"}, "gcn must be a MaskingGCN, a TrainedGCN or None, not 'gcn.pt'"),
+    "gcn features": (None, None, {"gcn": MaskingGCN(9, 8, 1)}, "how many there are, must be .* 9.*, not .*, 15"),
+    "gcn nan": (None, None, {"gcn": GCN_OF_NAN}, "a weight of the masking GCN is not a finite number"),
+    "auxiliary": (None, None, {"auxiliary": Asking}, "graphs.features, .* must be .*, 15.* not .*, 16"),
+    "scorer": (None, None, {"scorer": "random"}, "scorer must be gcn or saliency, not 'random'"),
+    "max_fall": (None, None, {"max_fall": -1}, "max_fall must be a number of points above 0, or None, not -1"),
+    "max_class_fall": (None, None, {"max_class_fall": "5"}, "max_class_fall must be a number of points above 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, made_of, arguments, line", WRONG.values(), ids=WRONG)
+@pytest.mark.filterwarnings("ignore:.*LazyLinear|.*Lazy modules")
+def test_what_cannot_work_is_one_line_and_leaves_the_model_as_it_was(model, train, change, made_of, arguments, line):
+    model = (change and change(model)) or model
+    inputs, labels = (made_of or (lambda x, y: (x, y)))(train.images, train.labels)
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    is_plain = not any(nn.parameter.is_lazy(each) or each.is_meta for module in modules for each in module.parameters())
+    before = state_of(model) if is_plain else None
+    with pytest.raises(ValueError, match=line) as raised:
+        unlearn(model, inputs, labels, **{"forget_class": 1} | arguments)
+    assert "\n" not in str(raised.value)
+    assert before is None or is_as_it_was(before, model)
+
+
+def test_layers_that_carry_something_else_may_stand_beside_masked_ones(model, train):
+    prune.random_unstructured(model[5], "weight", 0.3)
+    parametrizations.weight_norm(model[1])
+    before = state_of(model)
+    mask = unlearn(model, train.images, train.labels, 1, patient_gcn(), **FREE)
+    assert mask.layers == (1,) and is_as_it_was(before, model)
+    with mask.applied_to(model):
+        assert scores(model, TEST, 1)[0] < 5
