@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import operator
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,14 +18,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import trainer
-from data import Auxiliary, Count, GraphGenerator, ImageData, Positive, Split, is_correct, number_of_weights, seeded
+from data import Auxiliary, Count, GraphGenerator, ImageData, Positive, Split, is_correct, seeded
 from masking.order import Zeroing, ZeroingOrder
-from masking.rankings import GCNRanking, MaskingConfig, SaliencyRanking, TrainedGCN
+from masking.rankings import GCNRanking, MaskingConfig, TrainedGCN
 from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
 from own.classifier import OwnClassifier, plain_torch
-from own.forgetting import Forgetting, RetainScoreError  # noqa: F401  # RetainScoreError is for who calls unlearn
+from own.forgetting import Forgetting, RetainScoreError, classes_of  # noqa: F401  # the error is for who calls unlearn
 from own.samples import samples_of
-from runs.files import Artifact, InputError
+from runs.files import Artifact
 from trainer import Trainer, TrainingError, check_weights
 
 
@@ -495,58 +494,15 @@ def unlearn(
     Raises RetainScoreError, which has the best mask within the bounds, where the others lose more; InputError, a
     ValueError, where the model is something else, or samples do not fit it or are not finite.
     """
-    if gcn is not None and not isinstance(gcn, MaskingGCN | TrainedGCN):
-        raise InputError(f"gcn must be a MaskingGCN, a TrainedGCN or None, not {gcn!r}")
-    if scorer not in ("gcn", "saliency"):
-        raise InputError(f"scorer must be gcn or saliency, not {scorer!r}")
-    for name, bound in (("max_fall", max_fall), ("max_class_fall", max_class_fall)):
-        if bound is not None and not (isinstance(bound, int | float) and bound > 0):
-            raise InputError(f"{name} must be a number of points above 0, or None, not {bound!r}")
     with plain_torch():
         inputs, labels = samples_of(inputs, labels, progress)
         own, carried = OwnClassifier.of(model, inputs, progress), Mask.on(model)
         train = Split(own.inputs, labels.to(own.inputs.device))
-        forget = classes_of(
-            forget_class, train.labels, own.classifier.shapes[-1][0], carried.forgets if carried else ()
-        )
-        trained = gcn if isinstance(gcn, TrainedGCN) else TrainedGCN.load()
-        ranks = copy.deepcopy(gcn if isinstance(gcn, MaskingGCN) else trained.gcn).float().to(own.inputs.device)
-        check_weights(ranks, "masking GCN", "gcn")
-        trained = replace(trained, gcn=ranks)
-        graph = WeightGraph(own.classifier.shapes, own.chosen(mask_layer))
-        start = own.carried(carried, graph)
-        own.mask(start).check(model)
-        config = replace(trained.graphs, mask_layer=graph.layers, scope="measured")
-        trained.check(config, config.num_features + (auxiliary is not None))
-
-        def rank(graphs: GraphGenerator, place: int) -> GCNRanking | SaliencyRanking:
-            if scorer == "saliency":
-                return SaliencyRanking(trained.masking, graphs, place, seed, trained.saliency)
-            top_k = number_of_weights(trained.top_k, graph.num_vertices)
-            return GCNRanking(trained.masking, trained.gcn, graphs, place, top_k, seed)
-
-        bounds = (float("inf") if bound is None else bound for bound in (max_fall, max_class_fall))
-        graphs_of = partial(GraphGenerator, own.classifier, config=config, seed=seed, auxiliary=auxiliary)
-        with torch.no_grad():
-            activations = own.classifier.given_to(graph.layers[0], own.inputs)
-        request = Forgetting(own, train, activations, graphs_of, rank, trained.masking, forget, *bounds, progress)
-        mask = replace(own.mask(request.answer(start)), forgets=tuple(sorted(forget)))
-        return mask & carried if carried else mask
-
-
-def classes_of(forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]) -> set[int]:
-    """The classes to forget, and those that are `forgotten`. Raises InputError where classes or labels do not fit."""
-    try:
-        # A number of NumPy or PyTorch draws the same samples.
-        forget = set(map(operator.index, forget_class if hasattr(forget_class, "__len__") else [forget_class]))
-    except TypeError:
-        must = f"a class, from 0 to {num_classes - 1}, or several"
-        raise InputError(f"forget_class must be {must}, not {forget_class!r}") from None
-    low, high, has = int(labels.min()), int(labels.max()), set(labels.unique().tolist())
-    if not forget or not 0 <= min(low, *forget) <= max(high, *forget) < num_classes:
-        found = f"{low} to {high} and {sorted(forget)}"
-        raise InputError(f"labels and forget_class must be from 0 to {num_classes - 1}, not {found}")
-    if missing := set(range(num_classes)) - has - set(forgotten):
-        but = f", but for those that the mask on the model forgets: {sorted(forgotten)}" if forgotten else ""
-        raise InputError(f"there must be samples of every class, not none of {sorted(missing)}{but}")
-    return forget | set(forgotten)
+        forgotten = carried.forgets if carried else ()
+        forget = classes_of(forget_class, train.labels, own.classifier.shapes[-1][0], forgotten)
+        trained = TrainedGCN.of(gcn, own.inputs.device)
+        config = replace(trained.graphs, mask_layer=own.chosen(mask_layer), scope="measured")
+        about = scorer, forget, seed, auxiliary, max_fall, max_class_fall, progress
+        request = Forgetting(own, train, carried, trained, config, *about)
+        request.of_model(request.start).check(model)
+        return request.answer()

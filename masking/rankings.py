@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import copy
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 import data
 from data import Amount, Count, GraphConfig, GraphGenerator, Positive
 from model import Mask, MaskingGCN, WeightGraph
-from runs.files import ArtifactError, load, one_line
+from runs.files import ArtifactError, InputError, load, one_line
 
 PRETRAINED = Path(__file__).resolve().parents[1] / "checkpoints" / "pretrained" / "gcn.pt"
 
@@ -182,6 +183,17 @@ class TrainedGCN:
             return TrainedGCN(gcn, graphs, masking, checkpoint["top_k"], saliency)
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
             raise ArtifactError(f"{path}: is not the checkpoint of a masking GCN ({one_line(error)})") from None
+
+    @staticmethod
+    def of(gcn: MaskingGCN | TrainedGCN | None, device: torch.device) -> TrainedGCN:
+        """A copy of a GCN in float32; the tracked one where it is None, whose settings a bare MaskingGCN takes."""
+        if gcn is not None and not isinstance(gcn, MaskingGCN | TrainedGCN):
+            raise InputError(f"gcn must be a MaskingGCN, a TrainedGCN or None, not {gcn!r}")
+        trained = gcn if isinstance(gcn, TrainedGCN) else TrainedGCN.load()
+        ranks = copy.deepcopy(gcn if isinstance(gcn, MaskingGCN) else trained.gcn).float().to(device)
+        if not all(weight.isfinite().all() for weight in ranks.parameters()):
+            raise InputError("gcn: a weight is not a finite number")
+        return replace(trained, gcn=ranks)
 
     def check(self, graphs: GraphConfig, num_features: int) -> None:
         """Raises ArtifactError where the features of graphs, an auxiliary one counted, are not those that it reads."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import GraphGenerator, Split
+from data import Auxiliary, GraphConfig, GraphGenerator, Split, number_of_weights
 from masking.order import ZeroingOrder
-from masking.rankings import MaskingConfig
-from model import Mask
+from masking.rankings import GCNRanking, SaliencyRanking, TrainedGCN
+from model import Mask, WeightGraph
 from own.classifier import OwnClassifier
 from runs.files import InputError
 
@@ -36,33 +39,60 @@ class RetainScoreError(InputError):
 class Forgetting:
     """What a request knows.
 
-    train: the samples, as the classifier is given them; activations: the same, as its first masked layer is
-    graphs_of: makes the activation graphs of some of the samples
-    rank: from graphs, and the place of a class among theirs, to a ranking (`ZeroingOrder`)
+    train: the samples, as the classifier is given them; carried: the mask that the model carries
+    trained, config: the GCN, and the graphs that it reads; scorer: what ranks, it or the saliency
     forget: the classes to forget, samples of which may be missing where they are forgotten
     max_fall, max_class_fall: points that the kept classes may lose, over all their samples and in any class
     """
 
     own: OwnClassifier
     train: Split
-    activations: Tensor
-    graphs_of: Callable[[Split], GraphGenerator]
-    rank: Callable[[GraphGenerator, int], Callable[[int, Tensor], Tensor]]
-    masking: MaskingConfig
+    carried: Mask | None
+    trained: TrainedGCN
+    config: GraphConfig
+    scorer: str
     forget: set[int]
-    max_fall: float
-    max_class_fall: float
+    seed: int
+    auxiliary: Callable[[GraphGenerator], Auxiliary] | None
+    max_fall: float | None
+    max_class_fall: float | None
     progress: bool
 
-    def answer(self, start: Mask) -> Mask:
-        """The mask that adds to one until nothing is left of the classes to forget.
+    def __post_init__(self) -> None:
+        if self.scorer not in ("gcn", "saliency"):
+            raise InputError(f"scorer must be gcn or saliency, not {self.scorer!r}")
+        for name in ("max_fall", "max_class_fall"):
+            bound = getattr(self, name)
+            if bound is not None and not (isinstance(bound, int | float) and bound > 0):
+                raise InputError(f"{name} must be a number of points above 0, or None, not {bound!r}")
+        self.trained.check(self.config, self.config.num_features + (self.auxiliary is not None))
+
+    @property
+    def start(self) -> Mask:
+        """What the model's own mask zeroes in the layers that are masked, as a mask on the classifier."""
+        return self.own.carried(self.carried, WeightGraph(self.own.classifier.shapes, self.config.mask_layer))
+
+    @cached_property
+    @torch.no_grad()
+    def activations(self) -> Tensor:
+        """What the first masked layer is given for all samples, (samples, n): no mask changes it."""
+        return self.own.classifier.given_to(self.start.layers[0], self.train.images)
+
+    def of_model(self, mask: Mask) -> Mask:
+        """A mask on the classifier as one on the model, with what that carries."""
+        mask = replace(self.own.mask(mask), forgets=tuple(sorted(self.forget)))
+        return mask & self.carried if self.carried else mask
+
+    def answer(self) -> Mask:
+        """The mask on the model that leaves nothing of the classes to forget.
 
         They go one after the other, the one that most is left of first; none of them is spared for another. A class
         that is not classified in the first place has nothing to lose, and is not to come back either.
         Raises RetainScoreError. Warns where a class is left at the largest kappa.
         """
-        before, way, left = self.scores(start), [start], ""
-        lost = self.forget | {label for label, score in before.items() if score < self.masking.target}
+        way, left, target = [self.start], "", self.trained.masking.target
+        before = self.scores(way[0])
+        lost = self.forget | {label for label, score in before.items() if score < target}
         kept = [label for label in before if label not in lost]
         if not kept:
             raise InputError(f"a class must be kept, but there are no samples of any but {sorted(lost)} to keep")
@@ -70,22 +100,22 @@ class Forgetting:
         for _ in range(2 * len(lost)):
             now = self.scores(way[-1])
             label = max(lost & set(now), key=now.__getitem__, default=None)
-            if left or label is None or now[label] < self.masking.target or self.excess(before, now, kept) > 1:
+            if left or label is None or now[label] < target or not self.is_within(before, now, kept):
                 break
             left = self.forget_one(label, before, kept, way)
-        now, within = self.scores(way[-1]), way[-1]
-        if self.excess(before, now, kept) > 1:
-            within = next(mask for mask in reversed(way) if self.excess(before, self.scores(mask), kept) <= 1)
+        now = self.scores(way[-1])
+        if not self.is_within(before, now, kept):
+            mask = next(mask for mask in reversed(way) if self.is_within(before, self.scores(mask), kept))
             mean, worst = self.falls(before, now, kept)
             raise RetainScoreError(
-                f"the classes to keep lose {mean:.1f} points (max_fall {self.max_fall:g}), one of them {worst:.1f} "
-                f"(max_class_fall {self.max_class_fall:g}), for class {label} to be forgotten: the mask of this error keeps "
-                "to the bounds; another mask_layer may do better",
-                before, now, self.own.mask(within),
+                f"the classes to keep lose {mean:.1f} points (max_fall {self.max_fall}), one of them {worst:.1f} "
+                f"(max_class_fall {self.max_class_fall}), for class {label} to be forgotten: the mask of this error "
+                "keeps to the bounds; another mask_layer may do better",
+                before, now, self.of_model(mask),
             )  # fmt: skip
         if left:
-            warnings.warn(f"{left} after {within.num_zeroed} zeroed weights", stacklevel=4)
-        return within
+            warnings.warn(f"{left} after {way[-1].num_zeroed} zeroed weights", stacklevel=3)
+        return self.of_model(way[-1])
 
     def forget_one(self, label: int, before: Scores, kept: list[int], way: list[Mask]) -> str:
         """Adds masks to the way until nothing is left of a class; returns what is, in words.
@@ -93,17 +123,23 @@ class Forgetting:
         Ends where the kept classes have lost twice what they may.
         """
         labels = self.train.labels
-        graphs = self.graphs_of(self.train[torch.isin(labels, labels.new_tensor([label, *kept]))])
-        place, is_own = graphs.classes.index(label), labels == label
-        order = ZeroingOrder(self.masking, graphs, place, self.rank(graphs, place), way[-1].vertices())
+        samples = self.train[torch.isin(labels, labels.new_tensor([label, *kept]))]
+        graphs = GraphGenerator(self.own.classifier, samples, self.config, self.seed, self.auxiliary)
+        place, is_own, masking = graphs.classes.index(label), labels == label, self.trained.masking
+        if self.scorer == "saliency":
+            ranking = SaliencyRanking(masking, graphs, place, self.seed, self.trained.saliency)
+        else:
+            top_k = number_of_weights(self.trained.top_k, graphs.graph.num_vertices)
+            ranking = GCNRanking(masking, self.trained.gcn, graphs, place, top_k, self.seed)
+        order = ZeroingOrder(masking, graphs, place, ranking, way[-1].vertices())
         bar = {"unit": "look", "delay": 1, "leave": False, "disable": None if self.progress else True}
         for look, found in enumerate(tqdm(order.looks(), f"class {label}", **bar), 1):
             way.append(Mask.zeroing(graphs.graph, found.vertices))
             score = self.scores(way[-1], is_own)[label]
-            left = f"{score:.1f} % of class {label} are left" if score >= self.masking.target else ""
+            left = f"{score:.1f} % of class {label} are left" if score >= masking.target else ""
             if not left and graphs.auxiliary and not graphs.auxiliary.is_reached(way[-1], place):
                 left = f"class {label} is still represented"
-            if not left or (look % 10 == 0 and self.excess(before, self.scores(way[-1]), kept) > 2):
+            if not left or (look % 10 == 0 and not self.is_within(before, self.scores(way[-1]), kept, times=2)):
                 break
         return left
 
@@ -125,7 +161,25 @@ class Forgetting:
             lost.values()
         )
 
-    def excess(self, before: Scores, now: Scores, kept: list[int]) -> float:
-        """What the kept classes lose, in what they may."""
-        mean, worst = self.falls(before, now, kept)
-        return max(mean / self.max_fall, worst / self.max_class_fall)
+    def is_within(self, before: Scores, now: Scores, kept: list[int], times: float = 1) -> bool:
+        """Whether the kept classes lose no more than they may, or so many times that."""
+        bounds = self.max_fall, self.max_class_fall
+        return all(b is None or fall <= times * b for fall, b in zip(self.falls(before, now, kept), bounds))
+
+
+def classes_of(forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]) -> set[int]:
+    """The classes to forget, and those that are `forgotten`. Raises InputError where classes or labels do not fit."""
+    try:
+        # A number of NumPy or PyTorch draws the same samples.
+        forget = set(map(operator.index, forget_class if hasattr(forget_class, "__len__") else [forget_class]))
+    except TypeError:
+        must = f"a class, from 0 to {num_classes - 1}, or several"
+        raise InputError(f"forget_class must be {must}, not {forget_class!r}") from None
+    low, high, has = int(labels.min()), int(labels.max()), set(labels.unique().tolist())
+    if not forget or not 0 <= min(low, *forget) <= max(high, *forget) < num_classes:
+        found = f"{low} to {high} and {sorted(forget)}"
+        raise InputError(f"labels and forget_class must be from 0 to {num_classes - 1}, not {found}")
+    if missing := set(range(num_classes)) - has - set(forgotten):
+        but = f", but for those that the mask on the model forgets: {sorted(forgotten)}" if forgotten else ""
+        raise InputError(f"there must be samples of every class, not none of {sorted(missing)}{but}")
+    return forget | set(forgotten)

@@ -228,7 +228,9 @@ def test_what_the_others_lose_is_measured_and_too_much_of_it_is_an_error_with_th
     before = state_of(model)
     ask = functools.partial(unlearn, model, train.images, train.labels, 1, patient_gcn(step=60), mask_layer=0)
     free = ask(**FREE)
-    with pytest.raises(RetainScoreError, match=r"the classes to keep lose .* \(max_fall 1\), one of them .*") as raised:
+    with pytest.raises(
+        RetainScoreError, match=r"the classes to keep lose .* \(max_fall 1.0\), one of them .*"
+    ) as raised:
         ask(max_fall=1.0)
     assert is_as_it_was(before, model)
 
@@ -456,7 +458,7 @@ WRONG = {
     ),
     "gcn path": (None, None, {"gcn": "gcn.pt"}, "gcn must be a MaskingGCN, a TrainedGCN or None, not 'gcn.pt'"),
     "gcn features": (None, None, {"gcn": MaskingGCN(9, 8, 1)}, "how many there are, must be .* 9.*, not .*, 15"),
-    "gcn nan": (None, None, {"gcn": GCN_OF_NAN}, "a weight of the masking GCN is not a finite number"),
+    "gcn nan": (None, None, {"gcn": GCN_OF_NAN}, "gcn: a weight is not a finite number"),
     "auxiliary": (None, None, {"auxiliary": Asking}, "graphs.features, .* must be .*, 15.* not .*, 16"),
     "scorer": (None, None, {"scorer": "random"}, "scorer must be gcn or saliency, not 'random'"),
     "max_fall": (None, None, {"max_fall": -1}, "max_fall must be a number of points above 0, or None, not -1"),
