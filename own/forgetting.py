@@ -96,14 +96,17 @@ class Forgetting:
         kept = [label for label in before if label not in lost]
         if not kept:
             raise InputError(f"a class must be kept, but there are no samples of any but {sorted(lost)} to keep")
+        if self.auxiliary and len(lost) > 1:
+            raise InputError(
+                f"auxiliary is asked of one class to forget, where all are classified, not of {sorted(lost)}"
+            )
         # Where one goes another may come back, which then goes again.
-        for _ in range(2 * len(lost)):
+        for again in range(2 * len(lost), -1, -1):
             now = self.scores(way[-1])
             label = max(lost & set(now), key=now.__getitem__, default=None)
-            if left or label is None or now[label] < target or not self.is_within(before, now, kept):
+            if not again or left or label is None or now[label] < target or not self.is_within(before, now, kept):
                 break
             left = self.forget_one(label, before, kept, way)
-        now = self.scores(way[-1])
         if not self.is_within(before, now, kept):
             mask = next(mask for mask in reversed(way) if self.is_within(before, self.scores(mask), kept))
             mean, worst = self.falls(before, now, kept)
@@ -113,14 +116,16 @@ class Forgetting:
                 "keeps to the bounds; another mask_layer may do better",
                 before, now, self.of_model(mask),
             )  # fmt: skip
+        if label is not None and now[label] >= target:
+            left = f"{now[label]:.1f} % of class {label} are left"
         if left:
             warnings.warn(f"{left} after {way[-1].num_zeroed} zeroed weights", stacklevel=3)
         return self.of_model(way[-1])
 
     def forget_one(self, label: int, before: Scores, kept: list[int], way: list[Mask]) -> str:
-        """Adds masks to the way until nothing is left of a class; returns what is, in words.
+        """Adds masks to the way until a class is forgotten, or the kept ones have lost twice what they may.
 
-        Ends where the kept classes have lost twice what they may.
+        Returns what is to be said where it is neither.
         """
         labels = self.train.labels
         samples = self.train[torch.isin(labels, labels.new_tensor([label, *kept]))]
@@ -135,13 +140,11 @@ class Forgetting:
         bar = {"unit": "look", "delay": 1, "leave": False, "disable": None if self.progress else True}
         for look, found in enumerate(tqdm(order.looks(), f"class {label}", **bar), 1):
             way.append(Mask.zeroing(graphs.graph, found.vertices))
-            score = self.scores(way[-1], is_own)[label]
-            left = f"{score:.1f} % of class {label} are left" if score >= masking.target else ""
-            if not left and graphs.auxiliary and not graphs.auxiliary.is_reached(way[-1], place):
-                left = f"class {label} is still represented"
-            if not left or (look % 10 == 0 and not self.is_within(before, self.scores(way[-1]), kept, times=2)):
-                break
-        return left
+            is_gone = self.scores(way[-1], is_own)[label] < masking.target
+            is_done = is_gone and (graphs.auxiliary is None or graphs.auxiliary.is_reached(way[-1], place))
+            if is_done or (look % 10 == 0 and not self.is_within(before, self.scores(way[-1]), kept, times=2)):
+                return ""
+        return f"class {label} is still represented"
 
     @torch.no_grad()
     def scores(self, mask: Mask, chosen: Tensor | slice = slice(None)) -> Scores:
@@ -157,9 +160,8 @@ class Forgetting:
         """Points that the kept classes lose: over all their samples, and the class that loses most."""
         counts = self.train.labels.bincount().tolist()
         lost = {label: before[label] - now[label] for label in kept}
-        return sum(counts[label] * lost[label] for label in kept) / sum(counts[label] for label in kept), max(
-            lost.values()
-        )
+        mean = sum(counts[label] * lost[label] for label in kept) / sum(counts[label] for label in kept)
+        return mean, max(lost.values())
 
     def is_within(self, before: Scores, now: Scores, kept: list[int], times: float = 1) -> bool:
         """Whether the kept classes lose no more than they may, or so many times that."""
