@@ -194,6 +194,8 @@ def idx_files(folder: Path) -> DataSet:
 
 
 def opened(path: Path) -> IO[bytes]:
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path.name} is not a regular file")
     return gzip.open(packed(path)) if packed(path).exists() else path.open("rb")
 
 
@@ -241,6 +243,8 @@ def image_folders(folder: Path) -> DataSet:
 def pixels(path: str) -> np.ndarray:
     """An image (height, width), or in colour (height, width, 3), uint8. Raises ValueError where it is none of these."""
     try:
+        if not Path(path).is_file():
+            raise OSError("it is not a regular file")
         with Image.open(path) as image:
             if image.mode not in ("L", "RGB"):
                 raise ValueError(f"its mode is {image.mode}")

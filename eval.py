@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import trainer
@@ -494,6 +494,8 @@ def unlearn(
     Raises RetainScoreError, which has the best mask within the bounds, where the others lose more; InputError, a
     ValueError, where the model is something else, or samples do not fit it or are not finite.
     """
+    if isinstance(inputs, DataLoader | Dataset) and forget_class is None:
+        labels, forget_class = None, labels
     with plain_torch():
         inputs, labels = samples_of(inputs, labels, progress)
         own, carried = OwnClassifier.of(model, inputs, progress), Mask.on(model)
@@ -504,5 +506,5 @@ def unlearn(
         config = replace(trained.graphs, mask_layer=own.chosen(mask_layer), scope="measured")
         about = scorer, forget, seed, auxiliary, max_fall, max_class_fall, progress
         request = Forgetting(own, train, carried, trained, config, *about)
-        request.of_model(request.start).check(model)
+        request.of_model(request.start, {}).check(model)
         return request.answer()

@@ -307,6 +307,16 @@ class Mask:
         forgets = sorted({label for mask in masks.values() for label in mask.forgets})
         return Mask(tuple(masks), tuple(mask.keep for mask in masks.values()), tuple(forgets)) if masks else None
 
+    def __post_init__(self) -> None:
+        is_right = len(self.layers) == len(self.keep) == len(set(self.layers)) > 0
+        if not is_right or not all(type(each) is int and 0 <= each < 2**31 for each in (*self.layers, *self.forgets)):
+            has = f"{len(self.keep)} masks for layers {self.layers}, classes {self.forgets}"[:200]
+            raise ValueError(
+                f"a mask must have indices of layers, each once, a matrix for each, and classes, not {has}"
+            )
+        if not all(keep.ndim == 2 and keep.numel() and ((keep == 0) | (keep == 1)).all() for keep in self.keep):
+            raise ValueError("a mask must have matrices of 0 and 1 alone")
+
     def __repr__(self) -> str:
         counts = (f"layer {layer}: {int((k == 0).sum())} of {k.numel()}" for layer, k in zip(self.layers, self.keep))
         return f"Mask({', '.join(counts)} weights zeroed)"
@@ -361,44 +371,41 @@ class Mask:
 
         The zeros stand beside the weights, for `remove` to take them off again: the state dict still holds the weights
         from before, as `parametrizations.weight.original`, and with them the class. permanent: the zeros are written
-        into the weights, for those who must delete; nothing of them is left, and the keys are plain.
+        into the weights, for those who must delete: the state dict holds nothing of them, and its keys are plain. (The
+        momentum of an optimizer from before would bring something back: take a new one.)
         It takes the place of a mask that the model carries, which it must include.
         Raises ValueError where it carries another one, a layer has another shape, or no weight of its own.
         """
         layers, carried = self.check(model), Mask.on(model)
-        if carried is not None:
-            if not self.includes(carried):
-                raise ValueError(f"the model carries {carried}: take it off first, or apply mask & Mask.on(model)")
-            carried.remove(model)
-        done = []
-        try:
+        if carried is not None and not self.includes(carried):
+            raise ValueError(f"the model carries {carried}: take it off first, or apply mask & Mask.on(model)")
+        if permanent:
+            names = Counter(map(id, dict(model.named_parameters(remove_duplicate=False)).values()))
+            if shared := [index for index, layer in zip(self.layers, layers) if names[id(original_weight(layer))] > 1]:
+                raise ValueError(
+                    f"layers {shared} share their weights with others: permanent zeros would be theirs, too"
+                )
+        with all_or_none(layers):
             for layer, keep in zip(layers, self.keep):
-                done.append(layer)
+                take_off(layer)
                 if permanent:
                     layer.weight.data.masked_fill_(keep.to(layer.weight.device) == 0, 0)
                 else:
-                    weight_mask = WeightMask(keep.to(layer.weight), self.forgets)
-                    parametrize.register_parametrization(layer, "weight", weight_mask)
-                    type(layer).__getstate__ = refuse_pickling  # of a class that the layer has for itself
-        except BaseException:
-            for layer in done:
-                take_off(layer)
-            if carried is not None:
-                carried.apply(model)
-            raise
+                    put_on(layer, WeightMask(keep.to(layer.weight), self.forgets))
 
     def remove(self, model: nn.Module) -> None:
         """Takes the mask off again: the weights are those from before, bit for bit, and in the same order.
 
-        Raises ValueError where the model does not carry this mask.
+        If they were trained meanwhile, they are as trained. Raises ValueError where the model does not carry this mask.
         """
         layers = self.check(model)
         for index, layer, keep in zip(self.layers, layers, self.keep):
             found = weight_mask(layer)
             if found is None or not torch.equal(found.keep, keep.to(found.keep)):
                 raise ValueError(f"layer {index} carries {'no' if found is None else 'another'} mask: {self} is not on")
-        for layer in layers:
-            take_off(layer)
+        with all_or_none(layers):
+            for layer in layers:
+                take_off(layer)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -421,13 +428,13 @@ class Mask:
     def load(path: Path | str) -> Mask:
         """Raises ArtifactError where the file is not a mask."""
         saved = files.load(Path(path))
-        layers, keep, forgets = (saved.get(key) for key in ("layers", "keep", "forgets"))
-        is_mask = all(isinstance(each, list) for each in (layers, keep, forgets)) and len(layers) == len(keep) > 0
-        if not is_mask or not all(isinstance(each, int) and each >= 0 for each in layers + forgets):
-            raise files.ArtifactError(f"{path}: is not a mask, but holds {', '.join(map(str, saved))}")
-        if not all(isinstance(each, Tensor) and each.dtype == torch.bool and each.ndim == 2 for each in keep):
-            raise files.ArtifactError(f"{path}: is not a mask: keep must be matrices of bool, one for every layer")
-        return Mask(tuple(layers), tuple(each.float() for each in keep), tuple(forgets))
+        try:
+            layers, keep, forgets = (saved[key] for key in ("layers", "keep", "forgets"))
+            if not all(each.dtype == torch.bool for each in keep):
+                raise ValueError("keep must be of bool")
+            return Mask(tuple(layers), tuple(each.float() for each in keep), tuple(forgets))
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
+            raise files.ArtifactError(f"{path}: is not a mask ({files.one_line(error)})") from None
 
 
 def weight_mask(layer: nn.Module) -> WeightMask | None:
@@ -436,12 +443,42 @@ def weight_mask(layer: nn.Module) -> WeightMask | None:
     return found[0] if len(found) == 1 and isinstance(found[0], WeightMask) else None
 
 
+def original_weight(layer: nn.Module) -> Tensor:
+    """The weight under a mask, or without one."""
+    return layer.weight if weight_mask(layer) is None else layer.parametrizations["weight"].original
+
+
+def put_on(layer: nn.Module, mask: WeightMask) -> None:
+    parametrize.register_parametrization(layer, "weight", mask)
+    type(layer).__getstate__ = refuse_pickling  # of a class that the layer has for itself
+
+
 def take_off(layer: nn.Module) -> None:
     """Takes a mask off, where there is one."""
-    if weight_mask(layer) is not None:
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-        # PyTorch puts the weight back behind the bias; an optimizer's state goes by the order of parameters.
-        layer.register_parameter("bias", layer._parameters.pop("bias", None))
+    if weight_mask(layer) is None:
+        return
+    # PyTorch takes the weight off its class, which copies of the layer share: now this one has its own.
+    own = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(type(layer).__name__, type(layer).__bases__, own)
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    # PyTorch puts the weight back behind the others; an optimizer's state goes by the order of parameters.
+    for name in [name for name in layer._parameters if name != "weight"]:
+        layer._parameters[name] = layer._parameters.pop(name)
+
+
+@contextmanager
+def all_or_none(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Gives layers back the masks and the weights that they had, where the context raises."""
+    before = [(layer, weight_mask(layer), original_weight(layer).detach().clone()) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, mask, weight in before:
+            take_off(layer)
+            layer.weight.data.copy_(weight)
+            if mask is not None:
+                put_on(layer, mask)
+        raise
 
 
 # What follows makes it fast.

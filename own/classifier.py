@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +19,6 @@ from runs.files import InputError, one_line
 
 TRIED = 64  # samples on which a model is looked at
 PASSING = (nn.Linear, nn.ReLU, nn.Flatten, nn.Dropout, nn.Identity, WeightMask)  # what may stand between linear layers
-ONE_MODEL_AT_A_TIME = threading.Lock()  # its modes and hooks are those of all threads
 
 
 class Call(NamedTuple):
@@ -43,21 +42,18 @@ def plain_torch() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; its modes and its buffers as before, once the context is left."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    with ONE_MODEL_AT_A_TIME, torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, to run and hook: so nothing that a model does to itself is done to the original."""
+    model = getattr(model, "_orig_mod", model)  # of one that torch.compile has wrapped: compiled code runs no hooks
+    # What is computed from parameters, as by torch.nn.utils.prune, PyTorch does not copy by itself.
+    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    try:
+        copied = copy.deepcopy(model, {id(each): each.detach().clone() for each in tensors if not each.is_leaf})
+    except Exception as error:  # of a model of the user's own
+        raise InputError(f"model: cannot be copied ({one_line(error)})") from error
+    for module in copied.modules():
+        module._compiled_call_impl = None
+    return copied.eval()
 
 
 @dataclass(frozen=True)
@@ -85,24 +81,24 @@ class OwnClassifier:
         Raises InputError where it does not end in a linear layer, or is not finite.
         """
         check_model(model)
-        weight = next(model.parameters())
-        tried = inputs[:TRIED].to(weight.device, weight.dtype)
-        with in_evaluation(model):
-            calls, logits = calls_of(model, tried)
+        model = copy_of(model)
+        inputs = inputs.to(next(model.parameters()).device)
+        with torch.no_grad():
+            spread = torch.linspace(0, len(inputs) - 1, min(TRIED, len(inputs))).long()
+            calls, logits, inputs = calls_of(model, inputs, spread)
             check_finite_rows(logits, "logits", ", though inputs and weights are")
             chain = last_in_a_row(calls, logits)
             first = next(place for place, call in enumerate(calls) if call is chain[0])
             before = [call for call in calls[:first] if not isinstance(call.module, PASSING)]
-            reads_inputs = torch.equal(chain[0].given, tried.flatten(1))
-            if reads_inputs:
-                given = inputs.flatten(1).to(weight.device, weight.dtype).float()
+            reads_inputs = not any(list(call.module.parameters()) for call in calls[:first])
+            if torch.equal(chain[0].given, inputs[spread].flatten(1)):
+                given = inputs.flatten(1).float()
             else:
-                given = given_to(chain[0].module, model, inputs, weight, progress)
-            classifier = copy_of(chain)
-        if not reads_inputs:
-            check_finite_rows(given, f"what layer {chain[0].name!r} is given for inputs")
-        exact = weight.dtype in (torch.float32, torch.float64)
-        if not torch.allclose(classifier(given[:TRIED]), logits.float(), *((1e-3, 1e-4) if exact else (5e-2, 5e-2))):
+                given = given_to(chain[0].module, model, inputs, progress)
+                check_finite_rows(given, f"what layer {chain[0].name!r} is given for inputs")
+            classifier = copied_layers(chain)
+        close = (1e-3, 1e-4) if logits.dtype in (torch.float32, torch.float64) else (5e-2, 5e-2)
+        if not torch.allclose(classifier(given[spread]), logits.float(), *close):
             names = ", ".join(repr(call.name) for call in chain)
             raise InputError(f"layers {names} do more than linear layers do: their copy gives other logits")
         all_layers = {module: index for index, module in enumerate(linear_layers(model))}
@@ -149,36 +145,51 @@ def check_model(model: nn.Module) -> None:
         raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not linear_layers(model):
         raise InputError(f"model must end in layers of torch.nn.Linear: {type(model).__name__} has none")
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in model.named_parameters():
         if nn.parameter.is_lazy(value) or value.is_meta:
             raise InputError(f"model: {name} has no numbers yet (lazy, or on the device meta)")
         if not value.isfinite().all():
             raise InputError(f"model: {name} has numbers that are not finite")
 
 
-def calls_of(model: nn.Module, inputs: Tensor) -> tuple[list[Call], Tensor]:
-    """What modules without parts a model calls, in their order, and its logits. Raises InputError where it fails."""
+def calls_of(model: nn.Module, inputs: Tensor, chosen: Tensor) -> tuple[list[Call], Tensor, Tensor]:
+    """What modules without parts a model calls, in their order, its logits on chosen inputs, and all as it takes them.
+
+    Inputs of another type than it takes are given in that of its parameters. Raises InputError where it fails.
+    """
     calls: list[Call] = []
 
-    def call(name: str, module: nn.Module, given: tuple[Tensor, ...], gave: Tensor) -> None:
-        is_linear = isinstance(module, nn.Linear)
-        calls.append(Call(name, module, *((given[0].clone(), gave.clone()) if is_linear else (None, None))))
+    def call(name: str, module: nn.Module, given: tuple, named: dict, gave: Tensor) -> None:
+        pair = (given_by(given, named).clone(), gave.clone()) if isinstance(module, nn.Linear) else (None, None)
+        calls.append(Call(name, module, *pair))
 
+    types = dict.fromkeys([inputs.dtype, *(each.dtype for each in model.parameters() if each.is_floating_point())])
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if any(module.children()) and not isinstance(module, nn.Linear):
                 continue
-            hook = module.register_forward_hook(lambda *given, name=name: call(name, *given))
+            hook = module.register_forward_hook(lambda *given, name=name: call(name, *given), with_kwargs=True)
             hooks.callback(hook.remove)
-        try:
-            logits = model(inputs)
-        except Exception as error:  # of a model of the user's own
-            about = f"inputs of shape {tuple(inputs.shape)} and {inputs.dtype}"
-            raise InputError(f"model: fails on {about} ({one_line(error)})") from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(inputs) or not calls:
+        failed = None
+        for dtype in types:
+            calls.clear()
+            try:
+                logits = model(inputs[chosen].to(dtype))
+                break
+            except Exception as error:  # of a model of the user's own
+                failed = failed or error
+        else:
+            about = f"inputs of shape {tuple(inputs[chosen].shape)} and {inputs.dtype}"
+            raise InputError(f"model: fails on {about} ({one_line(failed)})") from failed
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(chosen):
         has = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"model must return logits, a tensor ({len(inputs)}, classes) for such inputs, not {has}")
-    return calls, logits
+        raise InputError(f"model must return logits, a tensor ({len(chosen)}, classes) for such inputs, not {has}")
+    return calls, logits, inputs.to(dtype)
+
+
+def given_by(arguments: tuple, named: dict) -> Tensor:
+    """What a linear layer is called with."""
+    return arguments[0] if arguments else named["input"]
 
 
 def last_in_a_row(calls: list[Call], logits: Tensor) -> list[Call]:
@@ -186,10 +197,8 @@ def last_in_a_row(calls: list[Call], logits: Tensor) -> list[Call]:
     times = Counter(call.module for call in calls)
     linear = [call for call in calls if isinstance(call.module, nn.Linear)]
     if not linear or not torch.equal(linear[-1].gave, logits):
-        ends = (
-            described(calls[-1:] if not linear or calls[-1] is not linear[-1] else [])
-            or "a computation outside of its modules"
-        )
+        after = calls[-1:] if not linear or calls[-1] is not linear[-1] else []
+        ends = described(after) or "a computation outside of its modules"
         raise InputError(
             f"model must end in a linear layer that gives the logits, but ends in {ends}: give it without, for "
             "instance without a softmax (a layer of torch.nn.Linear that is not called does not count)"
@@ -206,24 +215,19 @@ def last_in_a_row(calls: list[Call], logits: Tensor) -> list[Call]:
     return chain
 
 
-def given_to(layer: nn.Module, model: nn.Module, inputs: Tensor, weight: Tensor, progress: bool) -> Tensor:
+def given_to(layer: nn.Module, model: nn.Module, inputs: Tensor, progress: bool) -> Tensor:
     """What a layer of a model is given for all inputs, (samples, n) float32."""
     given: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].float()))
-    try:
-        bar = tqdm(inputs.split(AT_ONCE), "samples", delay=1, leave=False, disable=None if progress else True)
-        for batch in bar:
-            model(batch.to(weight.device, weight.dtype))
-    finally:
-        hook.remove()
+    layer.register_forward_pre_hook(lambda _, *arguments: given.append(given_by(*arguments).float()), with_kwargs=True)
+    for batch in tqdm(inputs.split(AT_ONCE), "samples", delay=1, leave=False, disable=None if progress else True):
+        model(batch)
     return torch.cat(given)
 
 
-def copy_of(chain: list[Call]) -> HookedMNISTClassifier:
+def copied_layers(chain: list[Call]) -> HookedMNISTClassifier:
     """The layers in float32, with the weights that they have under what is put on them."""
-    first = chain[0].module
-    sizes = [call.module.out_features for call in chain]
-    classifier = HookedMNISTClassifier(sizes[:-1], first.in_features, sizes[-1], bias=True).to(first.weight.device)
+    sizes = [chain[0].given.shape[1], *(call.gave.shape[1] for call in chain)]
+    classifier = HookedMNISTClassifier(sizes[1:-1], sizes[0], sizes[-1], bias=True).to(chain[0].given.device)
     for layer, call in zip(classifier.layers, chain):
         layer.weight.copy_(call.module.weight)
         if call.module.bias is None:

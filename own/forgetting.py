@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -21,13 +21,14 @@ from own.classifier import OwnClassifier
 from runs.files import InputError
 
 Scores = dict[int, float]  # percent classified correctly, by class
+TRUSTED = 50.0  # percent: a mean score of the classes below which samples and model hardly belong together
 
 
 class RetainScoreError(InputError):
     """The classes that are kept lose more than a request allows.
 
     before, after: the scores of all classes as they are, and where the request ended
-    mask: of those on the way that keep to the bounds, the one that leaves least of the classes to forget
+    mask: the last one on the way that keeps to the bounds; it may zero nothing
     """
 
     def __init__(self, message: str, before: Scores, after: Scores, mask: Mask) -> None:
@@ -68,6 +69,11 @@ class Forgetting:
         self.trained.check(self.config, self.config.num_features + (self.auxiliary is not None))
 
     @property
+    def forgotten(self) -> tuple[int, ...]:
+        """The classes that the model's own mask forgets."""
+        return self.carried.forgets if self.carried else ()
+
+    @property
     def start(self) -> Mask:
         """What the model's own mask zeroes in the layers that are masked, as a mask on the classifier."""
         return self.own.carried(self.carried, WeightGraph(self.own.classifier.shapes, self.config.mask_layer))
@@ -78,9 +84,10 @@ class Forgetting:
         """What the first masked layer is given for all samples, (samples, n): no mask changes it."""
         return self.own.classifier.given_to(self.start.layers[0], self.train.images)
 
-    def of_model(self, mask: Mask) -> Mask:
-        """A mask on the classifier as one on the model, with what that carries."""
-        mask = replace(self.own.mask(mask), forgets=tuple(sorted(self.forget)))
+    def of_model(self, mask: Mask, scores: Scores) -> Mask:
+        """A mask on the classifier, with the scores under it, as one on the model, with what that carries."""
+        gone = sorted(label for label in self.forget if scores.get(label, 0.0) < self.trained.masking.target)
+        mask = replace(self.own.mask(mask), forgets=tuple(gone))
         return mask & self.carried if self.carried else mask
 
     def answer(self) -> Mask:
@@ -95,7 +102,14 @@ class Forgetting:
         lost = self.forget | {label for label, score in before.items() if score < target}
         kept = [label for label in before if label not in lost]
         if not kept:
-            raise InputError(f"a class must be kept, but there are no samples of any but {sorted(lost)} to keep")
+            must = f"there must be classes to keep beside {sorted(self.forget)} that the model classifies"
+            raise InputError(f"{must}: are the inputs as in its training, and the labels in its order?")
+        known = [label for label in before if label not in self.forgotten]
+        if (right := sum(before[label] for label in known) / len(known)) < TRUSTED:
+            about = "are the inputs as in its training, and the labels in its order?"
+            warnings.warn(
+                f"the model classifies {right:.1f} % of the samples correctly as it is: {about}", stacklevel=3
+            )
         if self.auxiliary and len(lost) > 1:
             raise InputError(
                 f"auxiliary is asked of one class to forget, where all are classified, not of {sorted(lost)}"
@@ -104,23 +118,24 @@ class Forgetting:
         for again in range(2 * len(lost), -1, -1):
             now = self.scores(way[-1])
             label = max(lost & set(now), key=now.__getitem__, default=None)
-            if not again or left or label is None or now[label] < target or not self.is_within(before, now, kept):
+            if not again or left or label is None or now[label] < target or not self.is_within(before, now, kept, 2):
                 break
             left = self.forget_one(label, before, kept, way)
         if not self.is_within(before, now, kept):
             mask = next(mask for mask in reversed(way) if self.is_within(before, self.scores(mask), kept))
-            mean, worst = self.falls(before, now, kept)
+            (mean, worst), under = self.falls(before, now, kept), self.scores(mask)
+            left = ", ".join(f"{under[each]:.1f} % of class {each}" for each in sorted(lost & set(under)))
             raise RetainScoreError(
                 f"the classes to keep lose {mean:.1f} points (max_fall {self.max_fall}), one of them {worst:.1f} "
-                f"(max_class_fall {self.max_class_fall}), for class {label} to be forgotten: the mask of this error "
-                "keeps to the bounds; another mask_layer may do better",
-                before, now, self.of_model(mask),
+                f"(max_class_fall {self.max_class_fall}); the mask of this error, of {mask.num_zeroed} zeroed weights, keeps "
+                f"to that and leaves {left}. mask_layer=-1, or another, may do better",
+                before, now, self.of_model(mask, under),
             )  # fmt: skip
-        if label is not None and now[label] >= target:
-            left = f"{now[label]:.1f} % of class {label} are left"
-        if left:
-            warnings.warn(f"{left} after {way[-1].num_zeroed} zeroed weights", stacklevel=3)
-        return self.of_model(way[-1])
+        still = [f"{now[each]:.1f} % of class {each} are left" for each in sorted(lost) if now.get(each, 0.0) >= target]
+        if still or left:
+            said = ", ".join(still) or left
+            warnings.warn(f"{said} after {way[-1].num_zeroed} zeroed weights", stacklevel=3)
+        return self.of_model(way[-1], now)
 
     def forget_one(self, label: int, before: Scores, kept: list[int], way: list[Mask]) -> str:
         """Adds masks to the way until a class is forgotten, or the kept ones have lost twice what they may.
@@ -171,17 +186,17 @@ class Forgetting:
 
 def classes_of(forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]) -> set[int]:
     """The classes to forget, and those that are `forgotten`. Raises InputError where classes or labels do not fit."""
-    try:
-        # A number of NumPy or PyTorch draws the same samples.
-        forget = set(map(operator.index, forget_class if hasattr(forget_class, "__len__") else [forget_class]))
-    except TypeError:
+    given = np.asarray(forget_class).reshape(-1)
+    if given.dtype.kind not in "iu":
         must = f"a class, from 0 to {num_classes - 1}, or several"
-        raise InputError(f"forget_class must be {must}, not {forget_class!r}") from None
+        raise InputError(f"forget_class must be {must}, not {forget_class!r}")
+    forget = set(given.tolist())
     low, high, has = int(labels.min()), int(labels.max()), set(labels.unique().tolist())
     if not forget or not 0 <= min(low, *forget) <= max(high, *forget) < num_classes:
         found = f"{low} to {high} and {sorted(forget)}"
         raise InputError(f"labels and forget_class must be from 0 to {num_classes - 1}, not {found}")
     if missing := set(range(num_classes)) - has - set(forgotten):
         but = f", but for those that the mask on the model forgets: {sorted(forgotten)}" if forgotten else ""
-        raise InputError(f"there must be samples of every class, not none of {sorted(missing)}{but}")
+        shown = str(sorted(missing))[:100]
+        raise InputError(f"there must be samples of every class, not none of {shown}{but}")
     return forget | set(forgotten)

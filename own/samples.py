@@ -18,6 +18,7 @@ AT_ONCE = 1000  # samples that a data set is read by, and a model is run on
 def tensor_of(value: Any, name: str) -> Tensor:
     """A value as a tensor. Raises InputError where it is none, by its name."""
     try:
+        value = value.copy() if isinstance(value, np.ndarray) else value  # PyTorch warns of one that is not writable
         is_list_of_tensors = isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value)
         tensor = torch.stack(list(value)) if is_list_of_tensors else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -27,8 +28,8 @@ def tensor_of(value: Any, name: str) -> Tensor:
             raise InputError(
                 f"{name} must be a tensor, an array or a list, not {type(value).__name__} ({one_line(error)})"
             ) from None
-    if tensor.is_complex():
-        raise InputError(f"{name} must be real numbers, not {tensor.dtype}")
+    if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise InputError(f"{name} must be real numbers in a dense tensor, not {tensor.dtype}, {tensor.layout}")
     return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
 
 
