@@ -474,14 +474,14 @@ def unlearn(
 ) -> Mask:
     """The mask that makes a classifier of the user's own forget classes; the model is left as it is, to the bit.
 
-    The classifier are the last linear layers of the model that stand in a row, with ReLU or dropout between them; what
-    comes before, convolutions for instance, is taken as it is. It runs in evaluation mode, in one thread at a time.
+    The classifier is what stands at the end of the model: linear layers with nothing but ReLU or dropout between them.
+    What comes before, convolutions or a normalisation, is taken as it is. A copy runs, in evaluation mode.
 
     model: returns logits; inputs, labels: training samples as it takes them, (samples, ...), and their classes, from 0
         on; or, as inputs alone, a DataLoader or data set of pairs. Some of every class, but for those that a mask on
         the model forgets
     forget_class: one class or several. Where the model carries a mask, the answer includes it, to be applied in its
-        place, and its classes stay forgotten as far as there are samples to see it
+        place, and its classes stay forgotten: as measured, where there are samples of them
     gcn: what ranks the weights; None: the pretrained one, whose settings a bare MaskingGCN takes too
     mask_layer: an index among the linear layers of the model, several, None for all of the classifier, or auto: the
         last but one, unless that reads the inputs of the model; else the last. The answer says which
@@ -490,8 +490,8 @@ def unlearn(
     max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any
     progress: shows a bar, on a terminal
 
-    Warns where a class is not forgotten at the largest kappa of the settings, and says how much of it is left.
-    Raises RetainScoreError, which has the best mask within the bounds, where the others lose more; InputError, a
+    Warns where a class is left at the largest kappa of the settings, and where the model does not know the samples.
+    Raises RetainScoreError, which has the last mask within the bounds, where the others lose more; InputError, another
     ValueError, where the model is something else, or samples do not fit it or are not finite.
     """
     if isinstance(inputs, DataLoader | Dataset) and forget_class is None:

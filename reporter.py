@@ -278,7 +278,8 @@ class Reporter:
         with self._figure("summary.png", "score on the retain set (%)", "score on the forget set (%)", True):
             for name in self.methods:
                 x, y = self.curve(FORGET_SCORE, name), self.curve(RETAIN_SCORE, name)
-                plt.plot(x, y, label=name, markersize=13 if name == "retrain" else 6, **self.styles[name])
+                size, order = (13, 3) if name == "retrain" else (6, 2)
+                plt.plot(x, y, label=name, markersize=size, zorder=order, **self.styles[name])
                 if name == "mimu":
                     for end, at in ((0, (6, -11)), (-1, (6, 6))):
                         about = f"kappa {self.kappas[end]}"

@@ -127,8 +127,8 @@ class Forgetting:
             left = ", ".join(f"{under[each]:.1f} % of class {each}" for each in sorted(lost & set(under)))
             raise RetainScoreError(
                 f"the classes to keep lose {mean:.1f} points (max_fall {self.max_fall}), one of them {worst:.1f} "
-                f"(max_class_fall {self.max_class_fall}); the mask of this error, of {mask.num_zeroed} zeroed weights, keeps "
-                f"to that and leaves {left}. mask_layer=-1, or another, may do better",
+                f"(max_class_fall {self.max_class_fall}); the mask of this error, of {mask.num_zeroed} zeroed weights, "
+                f"keeps to that and leaves {left}. mask_layer=-1, or another, may do better",
                 before, now, self.of_model(mask, under),
             )  # fmt: skip
         still = [f"{now[each]:.1f} % of class {each} are left" for each in sorted(lost) if now.get(each, 0.0) >= target]

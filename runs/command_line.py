@@ -82,7 +82,7 @@ def run_command(
         if isinstance(error, InputError):
             line = f"error: {error}"[:2000]
         elif isinstance(error, OSError):
-            line = f"error: {error.filename or 'standard output'}: {error.strerror or one_line(error)}"
+            line = f"error: {error.filename or 'a file'}: {error.strerror or one_line(error)}"
         else:
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(where.filename).name}, line {where.lineno}"

@@ -388,10 +388,11 @@ def test_what_the_readme_adds_by_hand_shows_up_everywhere(copy):
     (name,) = re.findall(r'@unlearning_method\("([^"]+)"', example)
     insert(copy / "eval.py", example, "def count_by_layer(")
     insert(copy / "configs" / "config.yaml", in_readme(r"```yaml\n( +coactivation: .*?)\n```"), "sft: {epochs")
-    scored = in_readme(r"\n((?: {4}[^\n]*\n)+)\nand in `eval_performance")
+    methods = (PROJECT / "docs" / "methods.md").read_text()
+    scored = in_readme(r"\n((?: {4}[^\n]*\n)+)\nand in `eval_performance", methods)
     insert(copy / "eval.py", scored, "return metrics", below="def eval_unlearning(self)")
     reporter = copy / "reporter.py"
-    drawn = in_readme(r"metric:\n\n((?: {4}[^\n]*\n)+)")
+    drawn = in_readme(r"metric:\n\n((?: {4}[^\n]*\n)+)", methods)
     insert(reporter, drawn, 'self._plot_methods(x, FORGET, "score")', below="def draw_score_curves_on_forget_set(self)")
     insert(reporter, 'print("FIGURE", name, plt.gca().get_legend_handles_labels()[1])', "save_figure(figure, self.fo")
 
@@ -474,9 +475,10 @@ def test_the_lines_of_the_readme_unlearn_a_model(tmp_path, monkeypatch):
     first, second, last = Trainer(classifier, 0).train(train[:20000], 10).layers
     model = torch.nn.Sequential(first, torch.nn.ReLU(), second, torch.nn.ReLU(), last)
     keys, given = list(model.state_dict()), {"model": model, "inputs": train.images, "labels": train.labels}
+    given["data_set"] = torch.utils.data.TensorDataset(train.images[:10000], train.labels[:10000])
     before = train.labels[5000:] == model(train.images[5000:]).argmax(1)
     exec(example, given)
-    assert list(model.state_dict()) == keys and given["both"].includes(given["mask"])
+    assert list(model.state_dict()) == keys and given["both"].forgets == given["same"].forgets == (3, 7)
     assert sum(int((layer.weight == 0).sum()) for layer in (first, second, last)) == given["both"].num_zeroed
     labels = train.labels[5000:]
     now, is_gone = model(train.images[5000:]).argmax(1) == labels, (labels == 3) | (labels == 7)
