@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import InitVar, dataclass
 from functools import partial
 from glob import glob
@@ -212,7 +212,10 @@ def read_idx(name: str, folder: Path, is_train: bool) -> tuple[Tensor, Tensor]:
         if path.exists() and not path.is_file():
             raise ValueError(f"{path.name} is not a regular file")
         if packed(path).exists() and not (path.exists() and crc(path) == crc(packed(path))):
-            datasets.utils.extract_archive(packed(path), folder)
+            with suppress(OSError, EOFError, zlib.error):
+                datasets.utils.extract_archive(packed(path), folder)
+            if not path.exists() or crc(path) != crc(packed(path)):
+                raise ValueError(f"{packed(path).name} is damaged, or {path.name} cannot be written")
     return datasets.mnist.read_image_file(images), datasets.mnist.read_label_file(labels)
 
 

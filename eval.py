@@ -484,7 +484,7 @@ def unlearn(
         place, and its classes stay forgotten: as measured, where there are samples of them
     gcn: what ranks the weights; None: the pretrained one, whose settings a bare MaskingGCN takes too
     mask_layer: an index among the linear layers of the model, several, None for all of the classifier, or auto: the
-        last but one, unless that reads the inputs of the model; else the last. The answer says which
+        last but one where the classifier has three or more, else the last. The answer says which
     seed: of the samples that are drawn; auxiliary: what is asked beside forgetting, for a GCN trained with it
     scorer: the GCN, or the saliency of eval.hyperparameters, with which the GCN was trained
     max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any

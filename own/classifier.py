@@ -63,14 +63,13 @@ class OwnClassifier:
     classifier: a copy of these layers in float32, masked where the model is
     layers: which of the linear layers of the model they are; names: as the model calls them
     inputs: what they are given for all samples, (samples, n) float32
-    reads_inputs: whether that is what the model is given; before: the module that stands before them, in words
+    before: the module that stands before them, in words
     """
 
     classifier: HookedMNISTClassifier
     layers: tuple[int, ...]
     names: tuple[str, ...]
     inputs: Tensor
-    reads_inputs: bool
     before: str
 
     @staticmethod
@@ -90,7 +89,6 @@ class OwnClassifier:
             chain = last_in_a_row(calls, logits)
             first = next(place for place, call in enumerate(calls) if call is chain[0])
             before = [call for call in calls[:first] if not isinstance(call.module, PASSING)]
-            reads_inputs = not any(list(call.module.parameters()) for call in calls[:first])
             if torch.equal(chain[0].given, inputs[spread].flatten(1)):
                 given = inputs.flatten(1).float()
             else:
@@ -103,18 +101,18 @@ class OwnClassifier:
             raise InputError(f"layers {names} do more than linear layers do: their copy gives other logits")
         all_layers = {module: index for index, module in enumerate(linear_layers(model))}
         positions, names = (tuple(all_layers[call.module] for call in chain), tuple(call.name for call in chain))
-        return OwnClassifier(classifier, positions, names, given, reads_inputs, described(before[-1:]) or "its inputs")
+        return OwnClassifier(classifier, positions, names, given, described(before[-1:]) or "its inputs")
 
     def chosen(self, mask_layer: int | tuple[int, ...] | list[int] | str | None) -> tuple[int, ...]:
         """Which of its own layers to mask: all by None, others by their indices among the model's linear layers.
 
-        auto: the last but one, unless that reads the inputs of the model; else the last.
+        auto: the last but one where it stands between two others, as those that the GCN was trained on; else the last.
         """
         count = len(self.layers)
         if mask_layer is None:
             return tuple(range(count))
         if isinstance(mask_layer, str) and mask_layer == "auto":
-            return (count - 2,) if count > 2 or (count == 2 and not self.reads_inputs) else (count - 1,)
+            return (count - 2,) if count > 2 else (count - 1,)
         asked = list(mask_layer) if isinstance(mask_layer, tuple | list) else [mask_layer]
         last = max(self.layers)
         by_index = {index: position for position, index in enumerate(self.layers)}
