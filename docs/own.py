@@ -176,7 +176,7 @@ def networks(_: ImageData) -> Iterator[tuple[str, str]]:
             else:
                 model = Convolutional()
                 fit(model, model, data.train.images.view(-1, 1, 28, 28), data.train.labels, 2)
-            for layers, bounds in (("auto", {}), (-2, {}), ("auto", {"max_class_fall": None})):
+            for layers, bounds in (("auto", {}), ("auto", {"max_class_fall": None})):
                 figures, said = [], []
                 for label in DIGITS:
                     request = partial(unlearn, model, images, train.labels, label, mask_layer=layers, **bounds)
