@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Tensor
 from tqdm import tqdm
 
 from model import HookedMNISTClassifier, LayerRecord, Mask, WeightGraph
-from runs.files import InputError, digest, one_line
+from runs.files import InputError, digest, naming, one_line
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -194,9 +194,8 @@ def idx_files(folder: Path) -> DataSet:
 
 
 def opened(path: Path) -> IO[bytes]:
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path.name} is not a regular file")
-    return gzip.open(packed(path)) if packed(path).exists() else path.open("rb")
+    with naming(path, "read"):
+        return gzip.open(packed(path)) if packed(path).exists() else path.open("rb")
 
 
 def read_idx(name: str, folder: Path, is_train: bool) -> tuple[Tensor, Tensor]:
@@ -246,9 +245,7 @@ def image_folders(folder: Path) -> DataSet:
 def pixels(path: str) -> np.ndarray:
     """An image (height, width), or in colour (height, width, 3), uint8. Raises ValueError where it is none of these."""
     try:
-        if not Path(path).is_file():
-            raise OSError("it is not a regular file")
-        with Image.open(path) as image:
+        with naming(Path(path), "read"), Image.open(path) as image:
             if image.mode not in ("L", "RGB"):
                 raise ValueError(f"its mode is {image.mode}")
             return np.asarray(image)

@@ -16,7 +16,6 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import json
-import math
 import os
 import shlex
 import sys
@@ -433,7 +432,7 @@ def prepare(configs: Mapping[str, Config], one_process: str = "") -> None:
 def check_memory(config: Config) -> None:
     """Raises InputError where the tensors that a run cannot do without do not fit in the memory of its device."""
     classes, features, gcn = len(config.source.class_names), config.num_features, config.gcn
-    weights = sum(m * n for m, n in config.classifier.shapes(math.prod(config.source.size), classes))
+    weights = sum(m * n for m, n in config.shapes)
     vertices, hidden, later = classes * config.num_vertices, 0 if gcn.pretrained else gcn.hidden, gcn.rounds - 1
     there = memory_of(config.torch_device()) / 1e9
     for setting, numbers in (

@@ -35,6 +35,11 @@ def linear_layers(model: nn.Module) -> list[nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
+def is_finite(model: nn.Module) -> bool:
+    """Whether all its weights are finite numbers."""
+    return all(weight.isfinite().all() for weight in model.parameters())
+
+
 class HookedMNISTClassifier(nn.Module):
     """Multilayer perceptron with ReLU between its linear layers, and hooks that record what the layers do.
 

@@ -16,7 +16,7 @@ import data
 from data import Amount, Count, GraphGenerator, NonNegative, Positive, Split
 from masking.order import forgetting_loss
 from masking.rankings import contrast, mask_of, ranked
-from model import HookedMNISTClassifier, MaskingGCN, WeightGraph
+from model import HookedMNISTClassifier, MaskingGCN, WeightGraph, is_finite
 from runs.files import InputError
 
 
@@ -33,7 +33,7 @@ def check_finite(losses: dict[str, float], step: int, setting: str) -> None:
 
 def check_weights(model: nn.Module, name: str, setting: str) -> None:
     """Raises TrainingError on weights that the last step of a training has left without a finite number."""
-    if not all(weight.isfinite().all() for weight in model.parameters()):
+    if not is_finite(model):
         raise TrainingError(f"a weight of the {name} is not a finite number: training diverged, see {setting}")
 
 

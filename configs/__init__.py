@@ -125,10 +125,15 @@ class Config:
             raise ValueError(f"sweep.forget_digits must be {valid}, not {odd[0]}")
         return list(dict.fromkeys(labels[each] for each in given))
 
+    @cached_property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(out, in) of every weight matrix of the classifier."""
+        return self.classifier.shapes(math.prod(self.source.size), len(self.source.class_names))
+
     @property
     def architecture(self) -> str:
         """The sizes of the classifier's layers, in words."""
-        sizes = math.prod(self.source.size), *self.classifier.hidden_sizes, len(self.source.class_names)
+        sizes = [self.shapes[0][1], *(m for m, _ in self.shapes)]
         return "-".join(map(str, sizes)) + " with biases" * self.classifier.bias
 
     @property
@@ -139,8 +144,7 @@ class Config:
     @cached_property
     def num_vertices(self) -> int:
         """The number of masked weights. Raises ValueError where mask_layer is not there."""
-        shapes = self.classifier.shapes(math.prod(self.source.size), len(self.source.class_names))
-        return WeightGraph(shapes, self.graphs.mask_layer).num_vertices
+        return WeightGraph(self.shapes, self.graphs.mask_layer).num_vertices
 
     @property
     def num_features(self) -> int:

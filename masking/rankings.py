@@ -12,7 +12,7 @@ from torch import Tensor
 
 import data
 from data import Amount, Count, GraphConfig, GraphGenerator, Positive
-from model import Mask, MaskingGCN, WeightGraph
+from model import Mask, MaskingGCN, WeightGraph, is_finite
 from runs.files import ArtifactError, InputError, load, one_line
 
 PRETRAINED = Path(__file__).resolve().parents[1] / "checkpoints" / "pretrained" / "gcn.pt"
@@ -177,7 +177,7 @@ class TrainedGCN:
             with data.seeded_initialisation(0):
                 gcn = MaskingGCN(num_features, **sizes)
             gcn.load_state_dict(weights)
-            if not all(weight.isfinite().all() for weight in gcn.parameters()):
+            if not is_finite(gcn):
                 raise ValueError("a weight is not a finite number")
             saliency = config["eval"]["hyperparameters"]["saliency"]["retain_weight"]
             return TrainedGCN(gcn, graphs, masking, checkpoint["top_k"], saliency)
@@ -191,7 +191,7 @@ class TrainedGCN:
             raise InputError(f"gcn must be a MaskingGCN, a TrainedGCN or None, not {gcn!r}")
         trained = gcn if isinstance(gcn, TrainedGCN) else TrainedGCN.load()
         ranks = copy.deepcopy(gcn if isinstance(gcn, MaskingGCN) else trained.gcn).float().to(device)
-        if not all(weight.isfinite().all() for weight in ranks.parameters()):
+        if not is_finite(ranks):
             raise InputError("gcn: a weight is not a finite number")
         return replace(trained, gcn=ranks)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Auxiliary, GraphConfig, GraphGenerator, Split, number_of_weights
+from data import Auxiliary, GraphConfig, GraphGenerator, Split, is_correct, number_of_weights
 from masking.order import ZeroingOrder
 from masking.rankings import GCNRanking, SaliencyRanking, TrainedGCN
 from model import Mask, WeightGraph
@@ -166,9 +166,9 @@ class Forgetting:
         """The scores of the masked classifier, on some of the samples."""
         classifier, labels = self.own.classifier, self.train.labels[chosen]
         with mask.applied_to(classifier):
-            is_correct = classifier(self.activations[chosen], mask.layers[0]).argmax(1) == labels
+            found = is_correct(classifier(self.activations[chosen], mask.layers[0]), labels)
         counts = labels.bincount().tolist()
-        correct = labels[is_correct].bincount(minlength=len(counts)).tolist()
+        correct = labels[found].bincount(minlength=len(counts)).tolist()
         return {label: 100 * correct[label] / count for label, count in enumerate(counts) if count}
 
     def falls(self, before: Scores, now: Scores, kept: list[int]) -> tuple[float, float]:
