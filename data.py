@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import zlib
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import InitVar, dataclass
-from functools import partial
-from glob import glob
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
-from tqdm import tqdm
 
-from model import HookedMNISTClassifier, LayerRecord, Mask, WeightGraph
-from runs.files import InputError, digest, naming, one_line
+from images.sources import DATASET_ROOT, DataError, data_set, reading, seeded
+from model import VERTICES_AT_ONCE, Mask, WeightGraph
+from networks.hooked import HookedClassifier, LayerRecord
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-DATASET_ROOT = Path(__file__).resolve().parent / "datasets"
-# What torchvision downloads, all of 28 x 28 images, and the names of their classes.
-DATASETS = {
-    "MNIST": tuple("0123456789"),
-    "FashionMNIST": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
-    "KMNIST": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
-}
-FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 SCORED_AT_ONCE = 10_000  # samples of a batch without a backward pass
 
 # What settings may be; a config is checked against these words.
@@ -50,22 +36,12 @@ def number_of_weights(amount: Amount, num_vertices: int) -> int:
     return amount if isinstance(amount, int) else max(1, round(amount * num_vertices))
 
 
-def seeded(*key: object) -> torch.Generator:
-    """A random generator (CPU) that depends on its key alone, so that no draw depends on the order of other work."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
-
 @contextmanager
 def seeded_initialisation(seed: int) -> Iterator[None]:
     """Modules made while the context is open get the weights of this seed; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-class DataError(InputError):
-    """A data set that is not there and cannot be had, or whose files are not what they should be."""
 
 
 @dataclass(frozen=True)
@@ -146,113 +122,6 @@ class ImageData:
             self._sealed = before
 
 
-class DataSet(NamedTuple):
-    """A data set on the disk, of which no more is read yet than what its images and classes are.
-
-    size: height and width of an image, pixels, and 3 of one in colour; class_names: by label
-    read: the training split, or with False the test split: images (samples, *size), uint8, and labels (samples)
-    """
-
-    size: tuple[int, ...]
-    class_names: tuple[str, ...]
-    read: Callable[[bool], tuple[Tensor, Tensor]]
-
-
-def data_set(name: str, root: Path = DATASET_ROOT) -> DataSet:
-    """A data set by its name, one of DATASETS or a folder under `root`. Raises DataError where it cannot be one."""
-    folder, raw = root / name, root / name / "raw"
-    if name in DATASETS:
-        return DataSet((28, 28), DATASETS[name], partial(read_idx, name, raw))
-    there = {path.name for path in root.glob("*") if path.is_dir()}.difference(DATASETS, ["Graphs"])
-    if name not in there:
-        valid = ", ".join([*DATASETS, *sorted(there)])
-        raise DataError(f"dataset must be {valid}, or another folder in {root}, not {name!r}")
-    with reading(name, folder):
-        files = [*raw.glob("*-ubyte*"), *folder.glob("*-ubyte*")]
-        found = idx_files(files[0].parent) if files else image_folders(folder)
-        names = found.class_names
-        if len(names) < 2 or not "".join(names).isprintable() or set("$|") & set("".join(names)):
-            raise ValueError(f"it must have two classes at least, named without $, | and line breaks, not {names}")
-    return found
-
-
-@contextmanager
-def reading(name: str, folder: Path) -> Iterator[None]:
-    """Turns what missing and damaged files raise into a DataError that names the data set."""
-    try:
-        yield
-    except (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError, EOFError, zlib.error) as error:
-        raise DataError(f"dataset {name} in {folder}: cannot be used ({one_line(error)})") from None
-
-
-def idx_files(folder: Path) -> DataSet:
-    """A data set in the format of MNIST, its files packed by gzip or not."""
-    with opened(folder / FILES[0]) as images, opened(folder / FILES[1]) as labels:
-        _, _, height, width = np.frombuffer(images.read(16), ">i4").tolist()
-        class_names = tuple(map(str, range(1 + max(labels.read()[8:]))))
-    return DataSet((height, width), class_names, partial(read_idx, "", folder))
-
-
-def opened(path: Path) -> IO[bytes]:
-    with naming(path, "read"):
-        return gzip.open(packed(path)) if packed(path).exists() else path.open("rb")
-
-
-def read_idx(name: str, folder: Path, is_train: bool) -> tuple[Tensor, Tensor]:
-    """Reads a split in the format of MNIST; downloads what of DATASETS is not there, and unpacks what is packed."""
-    # Imported here, so that a bad setting is told without waiting for it.
-    from torchvision import datasets
-
-    paths = [folder / file for file in FILES]
-    if name in DATASETS and not all(path.exists() or packed(path).exists() for path in paths):
-        getattr(datasets, name)(folder.parents[1], download=True)
-    images, labels = paths[:2] if is_train else paths[2:]
-    for path in (images, labels):
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path.name} is not a regular file")
-        if packed(path).exists() and not (path.exists() and crc(path) == crc(packed(path))):
-            with suppress(OSError, EOFError, zlib.error):
-                datasets.utils.extract_archive(packed(path), folder)
-            if not path.exists() or crc(path) != crc(packed(path)):
-                raise ValueError(f"{packed(path).name} is damaged, or {path.name} cannot be written")
-    return datasets.mnist.read_image_file(images), datasets.mnist.read_label_file(labels)
-
-
-def image_folders(folder: Path) -> DataSet:
-    """A data set of images in train/<class>/ and test/<class>/, all of one size, and all grey or all in colour."""
-    if not all((folder / part).is_dir() for part in ("train", "test")):
-        raise ValueError("it must hold images in train/<class>/ and test/<class>/, or the four files of MNIST's format")
-    from torchvision.datasets import ImageFolder
-
-    train, test = (ImageFolder(folder / part, loader=pixels) for part in ("train", "test"))
-    if odd := set(train.classes) ^ set(test.classes):
-        raise ValueError(f"train/ and test/ must have the same classes, not {', '.join(sorted(odd))} in one alone")
-    size = train[0][0].shape
-
-    def read(is_train: bool) -> tuple[Tensor, Tensor]:
-        part = train if is_train else test
-        images = [pixels(path) for path, _ in tqdm(part.samples, "images", delay=1, leave=False, disable=None)]
-        for (path, _), image in zip(part.samples, images):
-            if image.shape != size:
-                raise ValueError(f"{path} is of {image.shape}, but {train.samples[0][0]} is of {size}")
-        # The last samples may be held out: they must not be of one class.
-        order = torch.randperm(len(images), generator=seeded("folders", is_train))
-        return torch.from_numpy(np.stack(images))[order], torch.tensor(part.targets)[order]
-
-    return DataSet(size, tuple(train.classes), read)
-
-
-def pixels(path: str) -> np.ndarray:
-    """An image (height, width), or in colour (height, width, 3), uint8. Raises ValueError where it is none of these."""
-    try:
-        with naming(Path(path), "read"), Image.open(path) as image:
-            if image.mode not in ("L", "RGB"):
-                raise ValueError(f"its mode is {image.mode}")
-            return np.asarray(image)
-    except Exception as error:  # any byte may be wrong, and what that raises is anything
-        raise ValueError(f"{path} must be an image, grey or RGB of 8 bits: {error}") from None
-
-
 def load_image_data(
     name: str = "MNIST", root: Path = DATASET_ROOT, device: torch.device | str = "cpu", held_out: int = 0
 ) -> ImageData:
@@ -270,7 +139,7 @@ def load_image_data(
             if images.shape != (len(labels), *source.size) or len(counts) > num_classes or not counts.all():
                 must, has = f"{source.size} pixels and every class from 0 to {num_classes - 1}", tuple(images.shape)
                 raise ValueError(f"the {kind} split must be images of {must}, not {has} and {counts.tolist()} labels")
-            splits.append(Split(images.to(device).float().flatten(1), labels.to(device)))
+            splits.append(Split(images.to(device).flatten(1).float(), labels.to(device)))
     if held_out:
         total, splits = len(splits[0].labels), [splits[0][:-held_out], splits[0][-held_out:]]
         if any(len(split.labels.unique()) < num_classes for split in splits):
@@ -278,48 +147,83 @@ def load_image_data(
     deviation, mean = torch.std_mean(splits[0].images)
     if not deviation > 0:
         raise DataError(f"dataset {name} in {root / name}: all pixels of the training split are alike")
-    standardised = (Split((split.images - mean) / deviation, split.labels) for split in splits)
-    return ImageData(*standardised, source.class_names)
-
-
-def packed(path: Path) -> Path:
-    return path.with_name(f"{path.name}.gz")
-
-
-def crc(path: Path) -> bytes:
-    """CRC-32 of what a file holds, of a packed one without unpacking it: every gzip file ends with it and a size."""
-    content = path.read_bytes()
-    return content[-8:-4] if path.suffix == ".gz" else zlib.crc32(content).to_bytes(4, "little")
-
-
-def checksum(name: str, root: Path = DATASET_ROOT) -> str:
-    """A digest of the CRC-32 of every file of a data set: what says which data set it is. Empty where none is there."""
-    folder = root / name
-    found = {path for path in glob("**", root_dir=folder, recursive=True) if (folder / path).is_file()}
-    crcs = {path.removesuffix(".gz"): crc(folder / path).hex() for path in found if f"{path}.gz" not in found}
-    return digest(crcs) if crcs else ""
+    for split in splits:
+        split.images.sub_(mean).div_(deviation)  # in place, or a large data set would stand in memory twice
+    return ImageData(*splits, source.class_names)
 
 
 def mean_product(of_target: Tensor, of_source: Tensor) -> Tensor:
-    """Mean over the samples of of_target[s, r] * of_source[s, c], (classes, m, n)."""
+    """Mean over the samples of of_target[s, r] * of_source[s, c], summed over positions, (classes, m, n)."""
+    if of_target.ndim == 4 and of_target.shape[2] > of_target.shape[3]:
+        return torch.einsum("csmp,csnp->cmn", of_target, of_source).div_(of_source.shape[1])
+    if of_target.ndim == 4:  # of many positions, what kernels read is more than the gradient: it is not copied
+        total = of_target.new_zeros(len(of_target), of_target.shape[2], of_source.shape[2])
+        for target, source in zip(of_target.unbind(1), of_source.unbind(1)):
+            total.baddbmm_(target, source.mT)
+        return total.div_(of_source.shape[1])
     return of_target.transpose(1, 2) @ of_source / of_source.shape[1]
 
 
-# From what a layer does on a group of samples of every class, a record of (classes, samples, neurons), and its weight
-# (m, n) to (classes, m, n), or what broadcasts to it. The weight leads from neuron c to r; E is the mean over a group.
-FEATURES: dict[str, Callable[[LayerRecord, Tensor], Tensor]] = {
-    "input_activation": lambda record, weight: record.inputs.mean(1)[:, None],  # E[a_c]
-    "output_activation": lambda record, weight: record.outputs.mean(1)[:, :, None],  # E[h_r]
-    "weight": lambda record, weight: weight[None],
-    "gradient": lambda record, weight: mean_product(record.loss_gradient, record.inputs),  # E[dL/dw]
+def mean_squared_gradient(record: LayerRecord) -> Tensor:
+    """Mean over the samples of (dL/dw)^2, (classes, m, n)."""
+    if record.inputs.ndim == 4:
+        return (record.loss_gradient @ record.inputs.mT).square_().mean(1)
+    return mean_product(record.loss_gradient**2, record.inputs**2)
+
+
+def mean_signal(record: LayerRecord) -> Tensor:
+    """Mean over samples and positions of what a target neuron that is active is given, (classes, m, n)."""
+    positions = record.inputs.shape[3] if record.inputs.ndim == 4 else 1
+    return mean_product(record.active, record.inputs) / positions
+
+
+def over_positions(x: Tensor) -> Tensor:
+    """Mean over the positions of a convolution, (classes, samples, neurons)."""
+    return x.mean(3) if x.ndim == 4 else x
+
+
+def mean_input(record: LayerRecord) -> Tensor:
+    return over_positions(record.inputs).mean(1)[:, None]
+
+
+def mean_output(record: LayerRecord) -> Tensor:
+    return over_positions(record.outputs).mean(1)[:, :, None]
+
+
+def mean_gradient(record: LayerRecord) -> Tensor:
+    return mean_product(record.loss_gradient, record.inputs)
+
+
+def mean_margin_gradient(record: LayerRecord) -> Tensor:
+    return mean_product(record.margin_gradient, record.inputs)
+
+
+class Feature(NamedTuple):
+    """A feature of weights, from a mean over a group's samples, (classes, m, n) or what broadcasts to it.
+
+    mean: of what a layer does on a group of every class, a record of (classes, samples, neurons[, positions]); None
+        where it is of the weight alone
+    of: from that mean and the weight (m, n) to the feature; the weight leads from neuron c to r
+    """
+
+    mean: Callable[[LayerRecord], Tensor] | None
+    of: Callable[[Tensor, Tensor], Tensor]
+
+
+# E is the mean over a group; a sample's gradient of a kernel is the sum over its positions, activations are means.
+FEATURES: dict[str, Feature] = {
+    "input_activation": Feature(mean_input, lambda mean, weight: mean),  # E[a_c]
+    "output_activation": Feature(mean_output, lambda mean, weight: mean),  # E[h_r]
+    "weight": Feature(None, lambda _, weight: weight[None]),
+    "gradient": Feature(mean_gradient, lambda mean, weight: mean),  # E[dL/dw]
     # w E[dL/dw]: the first-order fall of the loss when the weight is removed
-    "effect": lambda record, weight: weight * mean_product(record.loss_gradient, record.inputs),
+    "effect": Feature(mean_gradient, lambda mean, weight: weight * mean),
     # |w| sqrt(E[(dL/dw)^2]): the root of the diagonal Fisher information of removing the weight
-    "fisher": lambda record, weight: weight.abs() * mean_product(record.loss_gradient**2, record.inputs**2).sqrt(),
+    "fisher": Feature(mean_squared_gradient, lambda mean, weight: weight.abs() * mean.sqrt()),
     # w E[d(logit of the class - mean logit)/dw]: the first-order fall of the margin when the weight is removed
-    "margin": lambda record, weight: weight * mean_product(record.margin_gradient, record.inputs),
+    "margin": Feature(mean_margin_gradient, lambda mean, weight: weight * mean),
     # |w| E[unit r is active * a_c]: the signal that the weight passes on
-    "coactivation": lambda record, weight: weight.abs() * mean_product(record.active, record.inputs),
+    "coactivation": Feature(mean_signal, lambda mean, weight: weight.abs() * mean),
 }
 
 
@@ -362,9 +266,10 @@ class Auxiliary(Protocol):
         """Whether a mask is enough, so that kappa auto may stop there."""
 
 
-def vertex_features(features: Sequence[Tensor]) -> Tensor:
-    """Features (groups, vertices), standardised over the vertices, as (groups, vertices, features)."""
+def vertex_features(features: list[Tensor]) -> Tensor:
+    """Features (groups, vertices), standardised over the vertices, as (groups, vertices, features); empties the list."""
     x = torch.stack(features)
+    features.clear()  # large ones would stay in memory with the copy
     # torch.std_mean takes ten times as long.
     x -= x.mean(-1, keepdim=True)
     deviation = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / max(1, x.shape[-1] - 1) ** 0.5
@@ -380,14 +285,15 @@ class GraphGenerator:
     `auxiliary` makes what is asked of masks beside forgetting.
     """
 
-    classifier: HookedMNISTClassifier
+    classifier: HookedClassifier
     train: Split
     config: GraphConfig
     seed: int
     auxiliary: InitVar[Callable[[GraphGenerator], Auxiliary] | None] = None
 
     def __post_init__(self, auxiliary: Callable[[GraphGenerator], Auxiliary] | None) -> None:
-        self.graph = WeightGraph(self.classifier.shapes, self.config.mask_layer)
+        classifier = self.classifier.eval()
+        self.graph = WeightGraph(classifier.shapes, self.config.mask_layer, classifier.trace.ends)
         classes, counts = self.train.labels.unique(return_counts=True)
         self.classes = classes.tolist()  # those that there are samples of; graphs and features stand in their order
         self.num_classes = len(self.classes)
@@ -396,7 +302,15 @@ class GraphGenerator:
         self.samples_per_class = min(self.config.samples_per_class, int(counts.min()))
         self.samples = some_of_every_class(self.train, self.samples_per_class, "graphs", self.seed)
         self.labels = self.samples.labels
-        self.records, self.loss = self.classifier.record(self.samples.images, self.labels, self.graph.layers)
+        self.inputs = classifier.given_to(self.graph.layers, self.samples.images)  # no mask changes what comes before
+        self.at_once = classifier.recorded_at_once(self.graph.layers)
+        # What kernels read would be too much to be kept: their passes are made anew.
+        self.records: list[LayerRecord] | None = None
+        if all(len(shape) == 2 for shape in self.graph.shapes):
+            everything = torch.arange(len(self), device=self.labels.device).split(self.at_once)
+            records, self.loss = zip(*(self._record(rows) for rows in everything))
+            self.records = [LayerRecord(*map(torch.cat, zip(*of_layer))) for of_layer in zip(*records)]
+            self.loss = torch.cat(self.loss)
         self.auxiliary = None if auxiliary is None else auxiliary(self)
 
     def __len__(self) -> int:
@@ -406,11 +320,6 @@ class GraphGenerator:
     def num_features(self) -> int:
         """The features of a vertex in a class graph."""
         return self.config.num_features + (self.auxiliary is not None)
-
-    @property
-    def inputs(self) -> Tensor:
-        """Input activations of the first masked layer, (samples, n): no mask changes what comes before."""
-        return self.records[0].inputs
 
     @property
     def nothing(self) -> Tensor:
@@ -432,22 +341,36 @@ class GraphGenerator:
 
     def class_graphs(
         self, samples: Tensor, mask: Mask | None = None, auxiliary_weight: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Iterator[Tensor], Tensor]:
         """The graph of a group of every class, samples (classes, group_size), on the classifier or on a masked one.
 
-        Returns the vertex features (classes, vertices, features), standardised over each graph, an auxiliary one then
-        scaled by its weight, and the mean cross entropy of each class (classes), nats.
+        Returns the vertex features (classes, vertices, features), as many classes at a time as fit in the cache but one
+        at least, standardised over each graph, an auxiliary one then scaled by its weight; and the mean cross entropy
+        of each class (classes), nats.
         """
-        own, loss = self.class_features(samples, self.config.features, mask)
-        features, others = list(own.values()), self._of_others(own)
-        if self.auxiliary is not None and auxiliary_weight:
-            features.append(self.auxiliary.feature(samples, range(self.num_classes), mask))
-        elif self.auxiliary is not None:
-            features.append(torch.zeros_like(features[0]))
-        x = vertex_features(features + others)
-        if self.auxiliary is not None:
-            x[..., len(features) - 1] *= auxiliary_weight
-        return x, loss
+        formed, loss = self._features(samples, self.config.features, mask)
+        own = self.config.features
+        names = [name for name in own if name != "weight"] if self.config.other_classes else []
+        totals = {name: [part.sum(0) for part in formed(name, slice(None))] for name in names}
+        asked = self.auxiliary is not None and auxiliary_weight
+        auxiliary = self.auxiliary.feature(samples, range(self.num_classes), mask) if asked else None
+
+        def graphs() -> Iterator[Tensor]:
+            at_once = max(1, VERTICES_AT_ONCE // self.graph.num_vertices)
+            for chosen in (slice(first, first + at_once) for first in range(0, self.num_classes, at_once)):
+                features = [self._flat(formed(name, chosen)) for name in own]
+                if self.auxiliary is not None:
+                    features.append(auxiliary[chosen] if asked else torch.zeros_like(features[0]))
+                place = len(features) - 1
+                for name in names:
+                    sums = (total - part for total, part in zip(totals[name], formed(name, chosen)))
+                    features.append(self._flat([part / (self.num_classes - 1) for part in sums]))
+                x = vertex_features(features)
+                if self.auxiliary is not None:
+                    x[..., place] *= auxiliary_weight
+                yield x
+
+        return graphs(), loss
 
     def class_features(
         self, samples: Tensor, names: Sequence[str], mask: Mask | None = None
@@ -456,26 +379,54 @@ class GraphGenerator:
 
         Returns name to (groups, vertices), and the mean cross entropy of each group (groups), nats.
         """
-        if mask is None:
-            records, loss, weights, rows = self.records, self.loss, self.weights(), samples
-        else:
-            flat, layers = samples.flatten(), self.graph.layers
-            rows = torch.arange(len(flat), device=flat.device).view_as(samples)
-            with mask.applied_to(self.classifier):
-                records, loss = self.classifier.record(self.inputs[flat], self.labels[flat], layers, layers[0])
-                weights = self.weights()
-        groups = [LayerRecord(*(x[rows] for x in record)) for record in records]
-        features = {}
-        for name in names:
-            parts = [FEATURES[name](*of_layer) for of_layer in zip(groups, weights)]
-            parts = [part.expand(len(rows), *weight.shape).flatten(1) for part, weight in zip(parts, weights)]
-            features[name] = torch.cat(parts, 1)  # (groups, vertices)
-        return features, loss[rows].mean(1)
+        formed, loss = self._features(samples, names, mask)
+        return {name: self._flat(formed(name, slice(None))) for name in names}, loss
 
-    def _of_others(self, own: dict[str, Tensor]) -> list[Tensor]:
-        """Means of features (classes, vertices) over the other classes: of none or of all but the weight."""
-        names = [name for name in own if name != "weight"] if self.config.other_classes else []
-        return [(own[name].sum(0) - own[name]) / (len(own[name]) - 1) for name in names]
+    def _features(
+        self, samples: Tensor, names: Sequence[str], mask: Mask | None
+    ) -> tuple[Callable[[str, slice], list[Tensor]], Tensor]:
+        """From a feature's name and some groups to it in every masked layer, and the loss of every group, nats.
+
+        It is (groups, m, n), or with 1 for what it does not depend on. Kept are the means that features are formed of.
+        """
+        means, losses = [{} for _ in self.graph.layers], []
+        with nullcontext() if mask is None else mask.applied_to(self.classifier):
+            weights = [weight.flatten(1) for weight in self.weights()]
+            for records, loss in self._passes(samples, mask is not None):
+                share = loss.shape[1] / samples.shape[1]
+                for of_layer, record in zip(means, records):
+                    for mean in {FEATURES[name].mean for name in names if FEATURES[name].mean}:
+                        part = mean(record).mul_(share)  # in place: of large kernels it takes much memory
+                        of_layer[mean] = of_layer[mean].add_(part) if mean in of_layer else part
+                losses.append(loss)
+
+        def formed(name: str, chosen: slice) -> list[Tensor]:
+            feature, count = FEATURES[name], len(range(len(samples))[chosen])
+            found = (of_layer.get(feature.mean) for of_layer in means)
+            means_of = (mean if mean is None else mean[chosen] for mean in found)
+            parts = [feature.of(mean, weight) for mean, weight in zip(means_of, weights)]
+            return [part.expand(count, *part.shape[1:]) for part in parts]
+
+        return formed, torch.cat(losses, 1).mean(1)
+
+    def _passes(self, samples: Tensor, is_masked: bool) -> Iterator[tuple[list[LayerRecord], Tensor]]:
+        """Records (groups, samples, ...) of groups, part after part of their samples, and the samples' losses."""
+        if self.records is not None and not is_masked:
+            yield [LayerRecord(*(x[samples] for x in record)) for record in self.records], self.loss[samples]
+            return
+        for part in samples.split(max(1, self.at_once // len(samples)), 1):
+            records, loss = self._record(part.flatten())
+            of_groups = [LayerRecord(*(x.unflatten(0, part.shape) for x in record)) for record in records]
+            yield of_groups, loss.view(part.shape)
+
+    def _record(self, rows: Tensor) -> tuple[list[LayerRecord], Tensor]:
+        layers = self.graph.layers
+        return self.classifier.record(self.inputs[rows], self.labels[rows], layers, layers)
+
+    def _flat(self, parts: list[Tensor]) -> Tensor:
+        """A feature of every masked layer as one of all vertices, (groups, vertices)."""
+        shapes = ((shape[0], math.prod(shape[1:])) for shape in self.graph.shapes)
+        return torch.cat([part.expand(len(part), *shape).flatten(1) for part, shape in zip(parts, shapes)], 1)
 
     def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
         """The graph of one sample for PyG: x (vertices, features), edge_index (2, edges), y (1).
@@ -493,10 +444,13 @@ class GraphGenerator:
         label, names = self.labels[index : index + 1], self.config.features
         own, _ = self.class_features(torch.tensor([[index]], device=label.device), names)
         classes, _ = self.class_features(self.by_class(), names)
-        x = vertex_features([*own.values(), *(x[label] for x in self._of_others(classes))])[0]
+        others = [name for name in names if name != "weight"] if self.config.other_classes else []
+        of_others = [(classes[name].sum(0) - classes[name][label]) / (self.num_classes - 1) for name in others]
+        x = vertex_features([*own.values(), *of_others])[0]
         return Data(x=x, edge_index=self.graph.edge_index().to(label.device), y=label)
 
     def recorded(self) -> dict[str, Any]:
-        """What was recorded, as it is saved: `layers`, `labels` (samples), and `records`, each layer's as a dict."""
-        records = [record._asdict() for record in self.records]
+        """What was recorded, as it is saved: `layers`, `labels` (samples), and `records`, each layer's as a dict
+        where they are kept."""
+        records = [record._asdict() for record in self.records or []]
         return {"layers": list(self.graph.layers), "labels": self.labels, "records": records}

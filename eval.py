@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +22,8 @@ import trainer
 from data import Auxiliary, Count, GraphGenerator, ImageData, Positive, Split, is_correct, seeded
 from masking.order import Zeroing, ZeroingOrder
 from masking.rankings import GCNRanking, MaskingConfig, TrainedGCN
-from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
+from model import Mask, MaskingGCN, WeightGraph
+from networks.hooked import HookedClassifier
 from own.classifier import OwnClassifier, plain_torch
 from own.forgetting import Forgetting, RetainScoreError, classes_of  # noqa: F401  # the error is for who calls unlearn
 from own.samples import samples_of
@@ -72,7 +74,7 @@ class Request:
     """
 
     config: EvalConfig
-    original: HookedMNISTClassifier
+    original: HookedClassifier
     trainer: Trainer
     train: Split
     graphs: GraphGenerator
@@ -84,7 +86,7 @@ class Request:
     orders: dict[str, ZeroingOrder] = field(default_factory=dict)
 
     @property
-    def classifier(self) -> HookedMNISTClassifier:
+    def classifier(self) -> HookedClassifier:
         """A copy of the original classifier, free to be changed."""
         return copy.deepcopy(self.original)
 
@@ -267,7 +269,7 @@ def count_by_layer(mask: Mask, output_layer: int, forget_class: int) -> dict[str
     """How many weights a mask zeroes in each layer; the class's row of the output layer, the trivial mask, apart."""
     counts = {}
     for layer, keep in zip(mask.layers, mask.keep):
-        of_rows = (keep == 0).sum(1).tolist()  # how many in each row
+        of_rows = (keep == 0).flatten(1).sum(1).tolist()  # how many in each row
         apart = {"output row of the class": of_rows.pop(forget_class)} if layer == output_layer else {}
         counts |= {f"layer {layer}": sum(of_rows)} | apart
     return counts
@@ -387,7 +389,7 @@ class Eval:
             "top_k": request.top_k,
             "kappa": len(zeroed),
             "kappa_choice": "auto" if request.asked == "auto" else "fixed",
-            "num_weights": sum(m * n for m, n in request.original.shapes),
+            "num_weights": sum(map(math.prod, request.original.shapes)),
             "mask_shapes": graph.shapes,
             "num_graph_vertices": graph.num_vertices,
             "num_graph_edges": graph.num_edges,
@@ -498,12 +500,12 @@ def unlearn(
         labels, forget_class = None, labels
     with plain_torch():
         inputs, labels = samples_of(inputs, labels, progress)
-        own, carried = OwnClassifier.of(model, inputs, progress), Mask.on(model)
+        own, carried = OwnClassifier.of(model, inputs, mask_layer, progress), Mask.on(model)
         train = Split(own.inputs, labels.to(own.inputs.device))
         forgotten = carried.forgets if carried else ()
-        forget = classes_of(forget_class, train.labels, own.classifier.shapes[-1][0], forgotten)
+        forget = classes_of(forget_class, train.labels, own.num_classes, forgotten)
         trained = TrainedGCN.of(gcn, own.inputs.device)
-        config = replace(trained.graphs, mask_layer=own.chosen(mask_layer), scope="measured")
+        config = replace(trained.graphs, mask_layer=own.masked, scope="measured")
         about = scorer, forget, seed, auxiliary, max_fall, max_class_fall, progress
         request = Forgetting(own, train, carried, trained, config, *about)
         request.of_model(request.start, {}).check(model)

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -34,10 +35,12 @@ import tables
 from audits import Audit
 from audits.erasure import Erasure
 from configs import Asked, Config, load_variants
-from data import DataError, GraphGenerator, ImageData, checksum, is_correct, load_image_data
+from data import GraphGenerator, ImageData, is_correct, load_image_data
 from eval import Eval, Request
+from images.sources import DataError, checksum
 from masking.rankings import PRETRAINED, TrainedGCN
-from model import HookedMNISTClassifier, MaskingGCN, keep_freed_memory
+from model import MaskingGCN, keep_freed_memory
+from networks.hooked import HookedClassifier
 from runs.files import Artifact, InputError, code_of, digest, locked, save, slug, write_text
 from runs.work import Work, describe_machine, how_many, memory_of, peak_bytes
 from tables import experiment
@@ -102,12 +105,12 @@ class Stages:
                 self._data[key] = load_image_data(config.dataset, root, device, config.held_out)
         return self._data[key]
 
-    def classifier(self, training: Training, data: ImageData) -> HookedMNISTClassifier:
+    def classifier(self, training: Training, data: ImageData) -> HookedClassifier:
         config, name = training.config, f"classifier, {training.name}"
-        in_features, num_classes = data.train.images.shape[1], len(data.class_names)
+        trainer, num_classes = Trainer(config.classifier, training.seed, config.source.size), len(data.class_names)
 
         def train() -> dict[str, Any]:
-            classifier = Trainer(config.classifier, training.seed).train(data.train, num_classes)
+            classifier = trainer.train(data.train, num_classes)
             correct = is_correct(classifier(data.test.images), data.test.labels)
             score = 100 * correct.sum().item() / len(correct)
             self.work.log(f"{name}: {score:.2f} % of {config.split} classified correctly")
@@ -115,12 +118,11 @@ class Stages:
 
         checkpoint = self.work.made(self.files.classifier(training), name, train)
         self.test_scores[training.name] = checkpoint["test_score"]
-        sizes, bias = config.classifier.hidden_sizes, config.classifier.bias
-        classifier = HookedMNISTClassifier(sizes, in_features, num_classes, bias)
+        classifier = trainer.initial(data.train.images, num_classes)
         classifier.load_state_dict(checkpoint["state_dict"])
-        return classifier.to(config.torch_device())
+        return classifier
 
-    def graphs(self, training: Training, classifier: HookedMNISTClassifier, data: ImageData) -> GraphGenerator:
+    def graphs(self, training: Training, classifier: HookedClassifier, data: ImageData) -> GraphGenerator:
         """The activation graphs: recorded in any case, since that takes less than reading them."""
         config, artifact = training.config, self.files.graphs(training)
         erasure = partial(Erasure, config.erasure) if config.erasure.trained else None
@@ -159,7 +161,7 @@ class Stages:
                     draw(metrics.load())
                 continue
             _, graphs, gcn, gcn_seconds = self._last
-            data, trainer = self.data(config), Trainer(config.classifier, training.seed)
+            data, trainer = self.data(config), Trainer(config.classifier, training.seed, config.source.size)
             request = Request(
                 config.eval, graphs.classifier, trainer, data.train, graphs, gcn, forget_class, training.top_k,
                 training.seed, asked, orders,
@@ -200,7 +202,7 @@ class Files:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._seen: dict[Path, Any] = {}
-        packages = ["masking/*.py", "audits/*.py"]
+        packages = ["images/*.py", "networks/*.py", "masking/*.py", "audits/*.py"]
         self._training_code = code_of(ROOT, ["main.py", "model.py", "data.py", "trainer.py", *packages])
         self._code = code_of(ROOT, ["*.py", "methods/*.py", *packages])
         self._code.pop("reporter.py", None)  # no number depends on it
@@ -432,7 +434,7 @@ def prepare(configs: Mapping[str, Config], one_process: str = "") -> None:
 def check_memory(config: Config) -> None:
     """Raises InputError where the tensors that a run cannot do without do not fit in the memory of its device."""
     classes, features, gcn = len(config.source.class_names), config.num_features, config.gcn
-    weights = sum(m * n for m, n in config.shapes)
+    weights = sum(map(math.prod, config.shapes))
     vertices, hidden, later = classes * config.num_vertices, 0 if gcn.pretrained else gcn.hidden, gcn.rounds - 1
     there = memory_of(config.torch_device()) / 1e9
     for setting, numbers in (

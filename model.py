@@ -1,47 +1,30 @@
-"""The hooked classifier, the graph of its weights, the masking GCN, and masks; last, what only makes it fast."""
+"""The graph of a network's weights, the masking GCN, and masks; last, what only makes it fast."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.utils import parametrize
 
+from networks.architectures import mlp
+from networks.hooked import HookedClassifier, shape_of, weight_layers
+from networks.tracing import Ends
 from runs import files
 
 
-class LayerRecord(NamedTuple):
-    """What one linear layer did on a batch; the weight gradient of sample s is `loss_gradient[s] inputs[s]^T`."""
-
-    inputs: Tensor  # (samples, n), the input activation a
-    outputs: Tensor  # (samples, m), the output activation h: after the ReLU, or the logits for the output layer
-    active: Tensor  # (samples, m), 1 where the unit passes a signal on; a unit without ReLU always does
-    loss_gradient: Tensor  # (samples, m), gradient of the sample's cross entropy at the pre-activation, delta
-    margin_gradient: Tensor  # (samples, m), gradient of the label's logit minus the mean logit at the pre-activation
-
-
-def linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers of a model, in the order in which they were added to it."""
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
-
-
-def is_finite(model: nn.Module) -> bool:
-    """Whether all its weights are finite numbers."""
-    return all(weight.isfinite().all() for weight in model.parameters())
-
-
-class HookedMNISTClassifier(nn.Module):
-    """Multilayer perceptron with ReLU between its linear layers, and hooks that record what the layers do.
+class HookedMNISTClassifier(HookedClassifier):
+    """Multilayer perceptron with ReLU between its linear layers.
 
     Shapes: images (batch, 28, 28) or (batch, 784) to logits (batch, classes).
     """
@@ -53,93 +36,7 @@ class HookedMNISTClassifier(nn.Module):
         num_classes: int = 10,
         bias: bool = False,
     ) -> None:
-        super().__init__()
-        sizes = [in_features, *hidden_sizes, num_classes]
-        self.layers = nn.ModuleList(nn.Linear(n, m, bias=bias) for n, m in zip(sizes, sizes[1:]))
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(out, in) of every weight matrix, from the input layer to the output layer."""
-        return [(layer.out_features, layer.in_features) for layer in self.layers]
-
-    def forward(self, images: Tensor, first: int = 0) -> Tensor:
-        """Logits (batch, classes); with `first`, `images` are the input activations (batch, n) of that layer."""
-        return self.outputs(images.flatten(1), first)[1]
-
-    def outputs(
-        self, inputs: Tensor, first: int = 0, weights: Mapping[int, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The representation, which the last layer is given, (..., batch, n), and the logits (..., batch, classes).
-
-        inputs: (batch, 784), or the input activations of layer `first`
-        weights: by layer, from `first` on, in the place of its own: (m, n), or (masks, m, n) for many masks at once
-        """
-        features = self.features(inputs, first, weights)
-        return features, self._linear(len(self.layers) - 1, features, weights)
-
-    def features(self, inputs: Tensor, first: int = 0, weights: Mapping[int, Tensor] | None = None) -> Tensor:
-        """The representation alone, (..., batch, n)."""
-        x = inputs
-        for index in range(first, len(self.layers) - 1):
-            x = self._linear(index, x, weights).relu()
-        return x
-
-    def given_to(self, layer: int, images: Tensor) -> Tensor:
-        """The input activations (batch, n) of a layer."""
-        x = images.flatten(1)
-        for index in range(layer):
-            x = self._linear(index, x, None).relu()
-        return x
-
-    def _linear(self, index: int, x: Tensor, weights: Mapping[int, Tensor] | None) -> Tensor:
-        layer = self.layers[index]
-        if weights is None:
-            return layer(x)
-        z = x @ weights[index].mT
-        return z if layer.bias is None else z + layer.bias.detach()
-
-    @contextmanager
-    def hooks(self, layers: Sequence[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-        """Collects (input activation, pre-activation) of each of `layers` in the next forward pass.
-
-        The first of them starts the autograd graph, so that a backward pass ends there.
-        """
-        seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def hook(index: int, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-            if index == min(layers):
-                output = output.detach().requires_grad_()
-            seen[index] = (inputs[0].detach(), output)
-            return output
-
-        with ExitStack() as hooks:
-            for index in layers:
-                hooks.enter_context(self.layers[index].register_forward_hook(partial(hook, index)))
-            yield seen
-
-    def record(
-        self, inputs: Tensor, labels: Tensor, layers: Sequence[int], first: int = 0
-    ) -> tuple[list[LayerRecord], Tensor]:
-        """What `layers` do on a batch: one forward pass, one backward pass each for the loss and for the margin.
-
-        inputs: (samples, 784) images, or the input activations of layer `first`; labels: (samples)
-        Returns a record per layer and the cross entropy of each sample (samples), nats.
-        """
-        with torch.enable_grad(), self.hooks(layers) as seen:
-            logits = self(inputs, first)
-            loss = F.cross_entropy(logits, labels, reduction="none")
-            margin = logits.gather(1, labels[:, None]).sum() - logits.mean(1).sum()
-            pre_activations = [seen[index][1] for index in layers]
-            loss_gradients = torch.autograd.grad(loss.sum(), pre_activations, retain_graph=True)
-            margin_gradients = torch.autograd.grad(margin, pre_activations)
-        records = []
-        for index, loss_gradient, margin_gradient in zip(layers, loss_gradients, margin_gradients):
-            a, z = seen[index][0], seen[index][1].detach()
-            is_output = index == len(self.layers) - 1
-            h = z if is_output else z.relu()
-            active = torch.ones_like(z) if is_output else (z > 0).to(z.dtype)
-            records.append(LayerRecord(a, h, active, loss_gradient, margin_gradient))
-        return records, loss.detach()
+        super().__init__(mlp([in_features, *hidden_sizes, num_classes], bias), torch.zeros(2, in_features))
 
 
 def resolve_mask_layer(mask_layer: int | Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
@@ -157,40 +54,76 @@ def resolve_mask_layer(mask_layer: int | Sequence[int] | None, num_layers: int) 
 class WeightGraph:
     """One vertex per weight of the masked layers; two are adjacent when their weights share a neuron.
 
-    This is the line graph of the network. It is dense (all weights of a neuron are a clique), but a sum over neighbours
-    needs no edge: with `t[u]` the total of x over the masked weights at neuron u, the weight from c to r has
+    This is the line graph of the network. A neuron is a unit of a linear layer, or a channel, and a vertex then one
+    number of a kernel. The graph is dense (all weights of a neuron are a clique), but a sum over neighbours needs no
+    edge: with `t[u]` the total of x over the masked weights at neuron u, the weight from c to r has
 
         sum over neighbours = t[c] + t[r] - 2 x[r, c]        degree = count[c] + count[r] - 2
 
-    Vertices stand in the order of the layers, row-major within one: `offset + r * n + c`.
+    Two weights are neighbours once for each neuron that they share: those of one kernel twice.
+    Vertices stand in the order of the layers, row-major within one: `offset + r * n + c`, where a kernel is a part of a
+    row: (m, channels, height, width) is a matrix (m, n), its columns that of a channel one after the other.
+
+    ends: the neurons of every layer's columns and rows (`networks.tracing.Ends`), None of one that no mask can be put
+        on; without it, the layers follow one after the other
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], mask_layer: int | Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        mask_layer: int | Sequence[int] | None = None,
+        ends: Sequence[Ends | None] | None = None,
+    ) -> None:
         self.layers = resolve_mask_layer(mask_layer, len(shapes))
         self.shapes = [tuple(shapes[index]) for index in self.layers]
-        self.sizes = [m * n for m, n in self.shapes]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
         self.num_vertices = sum(self.sizes)
-        # A column of neurons is numbered as the layer that it feeds: layer l leads from column l to column l + 1.
-        weights_per_neuron: Counter[int] = Counter()
-        for layer, (m, n) in zip(self.layers, self.shapes):
-            weights_per_neuron.update({layer: m, layer + 1: n})
-        self.degrees = [weights_per_neuron[layer] + weights_per_neuron[layer + 1] - 2 for layer in self.layers]
-        self.num_edges = sum(size * degree for size, degree in zip(self.sizes, self.degrees))
+        ends = in_a_row(shapes) if ends is None else ends
+        if odd := [index for index in self.layers if ends[index] is None]:
+            raise ValueError(f"mask_layer {odd} must be called once, on samples of features or channels")
+        chosen = [neurons for index in self.layers for neurons in ends[index]]
+        numbers = torch.cat(chosen).unique(return_inverse=True)[1].split([len(neurons) for neurons in chosen])
+        self.sources, self.targets = numbers[::2], numbers[1::2]  # (n) and (m) of each layer
+        self.num_neurons = 1 + max(int(neurons.max()) for neurons in numbers)
+        counts = torch.zeros(self.num_neurons, dtype=torch.long)
+        for source, target in zip(self.sources, self.targets):
+            counts.index_add_(0, source, torch.full_like(source, len(target)))
+            counts.index_add_(0, target, torch.full_like(target, len(source)))
+        # One number where all weights of a layer have the same, else (m, n).
+        self.degrees: list[int | Tensor] = []
+        for source, target in zip(self.sources, self.targets):
+            degree = counts[source] + counts[target][:, None] - 2
+            self.degrees.append(degree if (degree != degree[0, 0]).any() else int(degree[0, 0]))
+        self.num_edges = sum(
+            int(degree.sum()) if isinstance(degree, Tensor) else size * degree
+            for size, degree in zip(self.sizes, self.degrees)
+        )
 
     def split(self, x: Tensor, dim: int = -1) -> list[Tensor]:
-        """Cuts the vertex dimension into the masked layers: (..., vertices, ...) to a list of (..., m, n, ...)."""
+        """Cuts the vertex dimension into the masked layers: (..., vertices, ...) to (..., *shape, ...) of each."""
         return [part.unflatten(dim, shape) for part, shape in zip(x.split(self.sizes, dim), self.shapes)]
+
+    def matrices(self, x: Tensor, dim: int = -1) -> list[Tensor]:
+        """The same as matrices, (..., m, n, ...)."""
+        return [part.unflatten(dim, (shape[0], -1)) for part, shape in zip(x.split(self.sizes, dim), self.shapes)]
 
     def edge_index(self) -> Tensor:
         """Every directed edge, (2, edges), sorted. For export and tests: nothing in training or evaluation needs it."""
-        cliques: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-        for layer, vertices in zip(self.layers, self.split(torch.arange(self.num_vertices))):
-            for column, by_neuron in ((layer, vertices.T), (layer + 1, vertices)):
-                for neuron, members in enumerate(by_neuron):
-                    cliques[column, neuron].append(members)
+        cliques: dict[int, list[Tensor]] = defaultdict(list)
+        for source, target, vertices in zip(self.sources, self.targets, self.matrices(torch.arange(self.num_vertices))):
+            for neurons, by_neuron in ((source, vertices.T), (target, vertices)):
+                for neuron, members in zip(neurons.tolist(), by_neuron):
+                    cliques[neuron].append(members)
         pairs = [torch.combinations(torch.cat(members), 2) for members in cliques.values()]
         edges = torch.cat([*pairs, *(pair.flip(1) for pair in pairs)])
         return edges[(edges[:, 0] * self.num_vertices + edges[:, 1]).argsort()].T.contiguous()
+
+
+def in_a_row(shapes: Sequence[tuple[int, int]]) -> list[Ends]:
+    """The ends of layers that follow one after the other."""
+    offsets = [0, *accumulate(n for _, n in shapes)]
+    starts = zip(offsets, offsets[1:], shapes)
+    return [Ends(torch.arange(start, end), torch.arange(end, end + m)) for start, end, (m, _) in starts]
 
 
 class WeightGraphSAGE(nn.Module):
@@ -199,7 +132,7 @@ class WeightGraphSAGE(nn.Module):
         x'[v] = W_r x[v] + W_l mean(x[u], u adjacent to v)
 
     `lin_l` (neighbours) and `lin_r` (self) are named as in PyG's SAGEConv: a state dict loads into both. With the
-    neighbour sum of `WeightGraph` and the degree d, which is constant within a layer of the classifier,
+    neighbour sum of `WeightGraph` and the degree d, which is constant within most layers,
 
         x'[r, c] = (W_r - 2/d W_l) x[r, c] + W_l t[c] / d + W_l t[r] / d
     """
@@ -210,17 +143,28 @@ class WeightGraphSAGE(nn.Module):
         self.lin_r = nn.Linear(in_features, out_features, bias=False)
 
     def forward(self, features: list[AffineFeatures], graph: WeightGraph) -> list[AffineFeatures]:
-        totals: dict[int, Tensor] = {}  # t, by column of neurons
-        for layer, part in zip(graph.layers, features):
-            for column, total in zip((layer, layer + 1), part.totals()):
-                totals[column] = totals[column] + total if column in totals else total
+        totals: Tensor | None = None  # t, (batch, neurons, features)
+        for source, target, part in zip(graph.sources, graph.targets, features):
+            for neurons, total in zip((source, target), part.totals()):
+                totals = total.new_zeros(len(total), graph.num_neurons, total.shape[2]) if totals is None else totals
+                totals = totals.index_add(1, neurons.to(total.device), total)
         results = []
-        for layer, degree, part in zip(graph.layers, graph.degrees, features):
+        for source, target, degree, part in zip(graph.sources, graph.targets, graph.degrees, features):
+            of_source, of_target = (totals[:, neurons.to(totals.device)] for neurons in (source, target))
+            if isinstance(degree, Tensor):
+                results.append(self._with_degrees(part, of_source, of_target, degree.to(totals)))
+                continue
             # A weight without neighbours has the mean 0, whatever the divisor.
             neighbours = self.lin_l.weight.T / max(degree, 1)
             matrix = torch.sub(self.lin_r.weight.T, neighbours, alpha=2)
-            results.append(part.transformed(matrix, totals[layer] @ neighbours, totals[layer + 1] @ neighbours))
+            results.append(part.transformed(matrix, of_source @ neighbours, of_target @ neighbours))
         return results
+
+    def _with_degrees(self, x: AffineFeatures, of_source: Tensor, of_target: Tensor, degree: Tensor) -> AffineFeatures:
+        """What a layer becomes whose weights have degrees (m, n) of their own, vertex by vertex."""
+        y = x.formed()
+        mean = (of_source[:, None] + of_target[:, :, None] - 2 * y) / degree.clamp_min(1)[..., None]
+        return AffineFeatures.of(self.lin_r(y) + self.lin_l(mean))
 
 
 class VertexLinear(nn.Linear):
@@ -250,16 +194,11 @@ class MaskingGCN(nn.Module):
         self.readout = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
-        # Small graphs share what is done to their neurons; large ones, together, would leave the cache.
-        batches = x.split(max(1, VERTICES_AT_ONCE // graph.num_vertices))
-        return torch.cat([self._score(graph.split(batch, dim=1), graph) for batch in batches])
-
-    def _score(self, x: list[Tensor], graph: WeightGraph) -> Tensor:
-        """The logits of graphs whose vertex features come in a tensor (batch, m, n, features) for every layer."""
+        x = graph.matrices(x, dim=1)
         for index, conv in enumerate(self.convs):
             # The first round only gathers: without a ReLU behind it, it costs next to nothing.
             if index != 1:
-                features = [AffineFeatures(part, part.sum(1), part.sum(2)) for part in x]
+                features = [AffineFeatures.of(part) for part in x]
             features = conv(features, graph)
             if index > 0 or len(self.convs) == 1:
                 x = [part.relu() for part in features]
@@ -308,7 +247,7 @@ class Mask:
     @staticmethod
     def on(model: nn.Module) -> Mask | None:
         """The mask that a model carries; None where it carries none."""
-        masks = {index: mask for index, layer in enumerate(linear_layers(model)) if (mask := weight_mask(layer))}
+        masks = {index: mask for index, layer in enumerate(weight_layers(model)) if (mask := weight_mask(layer))}
         forgets = sorted({label for mask in masks.values() for label in mask.forgets})
         return Mask(tuple(masks), tuple(mask.keep for mask in masks.values()), tuple(forgets)) if masks else None
 
@@ -319,7 +258,7 @@ class Mask:
             raise ValueError(
                 f"a mask must have indices of layers, each once, a matrix for each, and classes, not {has}"
             )
-        if not all(keep.ndim == 2 and keep.numel() and ((keep == 0) | (keep == 1)).all() for keep in self.keep):
+        if not all(keep.ndim in (2, 4) and keep.numel() and ((keep == 0) | (keep == 1)).all() for keep in self.keep):
             raise ValueError("a mask must have matrices of 0 and 1 alone")
 
     def __repr__(self) -> str:
@@ -357,11 +296,11 @@ class Mask:
         pairs = [(own.get(layer), keep) for layer, keep in zip(other.layers, other.keep)]
         return all(keep is not None and bool((keep <= of_other.to(keep)).all()) for keep, of_other in pairs)
 
-    def check(self, model: nn.Module) -> list[nn.Linear]:
+    def check(self, model: nn.Module) -> list[nn.Module]:
         """The masked layers of a model. Raises ValueError where one has another shape or no weight to put a mask on."""
-        layers = linear_layers(model)
+        layers = weight_layers(model)
         for index, keep in zip(self.layers, self.keep):
-            shape = (layers[index].out_features, layers[index].in_features) if index < len(layers) else "not there"
+            shape = shape_of(layers[index]) if index < len(layers) else "not there"
             if shape != tuple(keep.shape):
                 raise ValueError(f"layer {index} is {shape}, its mask {tuple(keep.shape)}")
             if "weight" not in layers[index]._parameters and weight_mask(layers[index]) is None:
@@ -488,6 +427,7 @@ def all_or_none(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 # What follows makes it fast.
 
+# Small graphs share what is done to their neurons; large ones, together, would leave the cache.
 VERTICES_AT_ONCE = 2**17  # of a batch of graphs that the GCN scores
 
 
@@ -505,6 +445,14 @@ class AffineFeatures:
     matrix: Tensor | None = None  # M, (in, features); without it y is x
     source: Tensor | None = None  # (batch, n, features)
     target: Tensor | None = None  # (batch, m, features)
+
+    @staticmethod
+    def of(x: Tensor) -> AffineFeatures:
+        return AffineFeatures(x, x.sum(1), x.sum(2))
+
+    def formed(self) -> Tensor:
+        """y, (batch, m, n, features)."""
+        return self.x if self.matrix is None else self.x @ self.matrix + self.source[:, None] + self.target[:, :, None]
 
     def totals(self) -> tuple[Tensor, Tensor]:
         """Of y over the weights of each source neuron (batch, n, features) and target neuron (batch, m, features)."""
@@ -525,6 +473,8 @@ class AffineFeatures:
 
     def relu(self) -> Tensor:
         """relu(y), (batch, m, n, features)."""
+        if self.matrix is None:
+            return self.x.relu()
         return AffineReLU.apply(self.x, self.matrix, self.source, self.target)
 
 

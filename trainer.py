@@ -16,7 +16,9 @@ import data
 from data import Amount, Count, GraphGenerator, NonNegative, Positive, Split
 from masking.order import forgetting_loss
 from masking.rankings import contrast, mask_of, ranked
-from model import HookedMNISTClassifier, MaskingGCN, WeightGraph, is_finite
+from model import MaskingGCN, WeightGraph
+from networks.architectures import cnn, in_channels, mlp, resnet
+from networks.hooked import HookedClassifier, is_finite
 from runs.files import InputError
 
 
@@ -39,18 +41,32 @@ def check_weights(model: nn.Module, name: str, setting: str) -> None:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How a classifier is trained: Adam on the cross entropy, the learning rate falling linearly to zero."""
+    """What a classifier is, and how it is trained: Adam on the cross entropy, the rate falling linearly to zero."""
 
+    architecture: Literal["mlp", "cnn", "resnet"]
     hidden_sizes: tuple[Count, ...]
+    channels: tuple[Count, ...]
+    blocks: Count
+    batch_norm: bool
     bias: bool
     epochs: Count
     batch_size: Count
     learning_rate: Positive
 
-    def shapes(self, in_features: int, num_classes: int) -> list[tuple[int, int]]:
-        """(out, in) of every weight matrix of the classifier."""
-        sizes = [in_features, *self.hidden_sizes, num_classes]
-        return list(zip(sizes[1:], sizes))
+    def network(self, size: Sequence[int], num_classes: int) -> nn.Module:
+        """The classifier as a module, with weights as PyTorch draws them.
+
+        size: height and width of the images, and before them 3 of those in colour; of an mlp also what they have of
+            pixels
+        """
+        if self.architecture == "mlp":
+            return mlp([math.prod(size), *self.hidden_sizes, num_classes], self.bias)
+        if not self.channels:
+            raise ValueError(f"channels must name at least one for {self.architecture}, not {list(self.channels)}")
+        if self.architecture == "cnn":
+            sizes = [*self.hidden_sizes, num_classes]
+            return cnn(in_channels(size), self.channels, sizes, self.bias, self.batch_norm)
+        return resnet(in_channels(size), self.channels, self.blocks, num_classes)
 
 
 def learn(
@@ -70,6 +86,7 @@ def learn(
     trainable: for every parameter of the model, 1 where it may change and 0 where not; None: everywhere
     Raises TrainingError on a loss that is not a finite number, and names the `setting` to look at.
     """
+    model.train()
     loss = loss or (lambda images, labels: F.cross_entropy(model(images), labels))
     steps = range(epochs * -(-len(samples.labels) // batch_size))
     batches = samples.batches(batch_size, generator)
@@ -83,7 +100,7 @@ def learn(
             for parameter, mask in zip(model.parameters(), trainable):
                 parameter.grad *= mask
         optimizer.step()
-    return model
+    return model.eval()
 
 
 @dataclass(frozen=True)
@@ -92,12 +109,17 @@ class Trainer:
 
     config: TrainerConfig
     seed: int
+    size: tuple[int, ...] | None = None  # of the images; None: that they have of pixels, for an mlp
 
-    def train(self, train: Split, num_classes: int) -> HookedMNISTClassifier:
-        config, setting = self.config, "classifier.learning_rate"
+    def initial(self, images: Tensor, num_classes: int) -> HookedClassifier:
+        """The classifier of images (samples, pixels) before its training, on their device."""
         with data.seeded_initialisation(self.seed):
-            classifier = HookedMNISTClassifier(config.hidden_sizes, train.images.shape[1], num_classes, config.bias)
-        classifier = classifier.to(train.images.device)
+            network = self.config.network(self.size or images.shape[1:], num_classes)
+        return HookedClassifier(network.to(images.device), images[:2])
+
+    def train(self, train: Split, num_classes: int) -> HookedClassifier:
+        config, setting = self.config, "classifier.learning_rate"
+        classifier = self.initial(train.images, num_classes)
         optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
         steps = config.epochs * -(-len(train.labels) // config.batch_size)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -136,13 +158,13 @@ def top_k_masks(scores: Tensor, graph: WeightGraph, scope: str, zeroed: Tensor, 
     return torch.cat(masks, 1).index_fill(1, zeroed, 1.0)
 
 
-def masked_weights(classifier: HookedMNISTClassifier, graph: WeightGraph, keep: Tensor) -> dict[int, Tensor]:
+def masked_weights(classifier: HookedClassifier, graph: WeightGraph, keep: Tensor) -> dict[int, Tensor]:
     """A classifier's weights under masks `keep` (masks, vertices), differentiable in it, as its `outputs` takes them.
 
-    Shapes: (masks, m, n) of each masked layer, (m, n) of the others, by the index of the layer.
+    Shapes: (masks, *shape) of each masked layer, by its index.
     """
-    weights = {index: layer.weight.detach() for index, layer in enumerate(classifier.layers)}
-    return weights | {index: weights[index] * part for index, part in zip(graph.layers, graph.split(keep))}
+    layers = classifier.layers
+    return {index: layers[index].weight.detach() * part for index, part in zip(graph.layers, graph.split(keep))}
 
 
 def log_uniform(span: tuple[Amount, Amount], num_vertices: int, generator: torch.Generator) -> int:
@@ -180,6 +202,8 @@ class GCNTrainerConfig:
     necessity_retain: NonNegative
     kappa: tuple[Amount, Amount]
     partly_masked: tuple[Amount, Amount] | None
+    looks: Count
+    classes: Annotated[int, "at least 2"] | None
     warmup: Annotated[int, "at least 0"]
 
     def __post_init__(self) -> None:
@@ -211,17 +235,22 @@ class GCNLoss:
         self.graph = graphs.graph
         self.top_k = data.number_of_weights(top_k, self.graph.num_vertices)
         with torch.no_grad():
-            self.predictions = graphs.classifier(graphs.inputs, self.graph.layers[0])
+            self.predictions = graphs.classifier(graphs.inputs, self.graph.layers)
         self.weights = torch.cat([weight.flatten() for weight in graphs.weights()])
 
-    def __call__(self, gcn: MaskingGCN, zeroed: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """The weighted terms on the classifier without the vertices `zeroed`, and the contrast (classes, vertices)."""
+    def __call__(
+        self, gcn: MaskingGCN, zeroed: Tensor, generator: torch.Generator, forget_class: int | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The weighted terms on the classifier without the vertices `zeroed`, and the contrast (classes, vertices).
+
+        forget_class: for which these are zeroed; it is among the classes whose masks are tried
+        """
         config, graphs = self.config, self.graphs
         mask = mask_of(graphs, zeroed)
         auxiliary_weight = graphs.auxiliary.draw_weight(generator) if graphs.auxiliary else 0.0
         group = graphs.draw(config.group_size, generator)
         x, damage = graphs.class_graphs(group, mask, auxiliary_weight)
-        importance = gcn(x, self.graph)  # (classes, vertices)
+        importance = torch.cat([gcn(part, self.graph) for part in x])  # (classes, vertices)
         scores = contrast(importance, damage if config.contrast == "damage" else None)
         samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator)
         terms: dict[str, Tensor] = {}
@@ -231,35 +260,56 @@ class GCNLoss:
             terms["prior"] = config.prior * prior_divergence(importance, self.weights).mean()
         if config.necessity_forget or config.necessity_retain or auxiliary_weight:
             kappa = log_uniform(config.kappa, self.graph.num_vertices, generator)
-            removed = top_k_masks(scores, self.graph, graphs.config.scope, zeroed, kappa, config.temperature)
-            terms |= self._necessity(removed, samples, auxiliary_weight)
+            tried = self._tried(forget_class, generator).to(scores.device)
+            removed = top_k_masks(scores[tried], self.graph, graphs.config.scope, zeroed, kappa, config.temperature)
+            terms |= self._necessity(removed, tried, samples, auxiliary_weight)
         return terms, scores.detach()
 
-    def partial_mask(self, scores: Tensor, generator: torch.Generator) -> Tensor:
-        """The vertices that a classifier lacks midway through a request: the first of `scores` for a random class."""
-        forget_class = int(torch.randint(len(scores), (), generator=generator))
+    def _tried(self, forget_class: int | None, generator: torch.Generator) -> Tensor:
+        """The classes whose masks a step tries: all, or some at random with the one to forget."""
+        if self.config.classes is None:
+            return torch.arange(self.graphs.num_classes)
+        order = torch.randperm(self.graphs.num_classes, generator=generator)
+        if forget_class is not None:
+            order = torch.cat([order[order == forget_class], order[order != forget_class]])
+        return order[: self.config.classes]
+
+    def look(
+        self, scores: Tensor, zeroed: Tensor, forget_class: int | None, generator: torch.Generator
+    ) -> tuple[Tensor, int]:
+        """What a classifier lacks after the next look of a request, the first of `scores` too, and for which class.
+
+        forget_class: of the request; None: a random one, whose first look it is
+        """
+        if forget_class is None:
+            forget_class = int(torch.randint(len(scores), (), generator=generator))
         count = log_uniform(self.config.partly_masked, self.graph.num_vertices, generator)
-        return ranked(scores[forget_class], self.graph, self.graphs.config.scope, self.graphs.nothing, count)
+        following = ranked(scores[forget_class], self.graph, self.graphs.config.scope, zeroed, count)
+        return torch.cat([zeroed, following]), forget_class
 
     def _sufficiency(self, importance: Tensor, samples: Tensor, generator: torch.Generator) -> Tensor:
-        classifier, first = self.graphs.classifier, self.graph.layers[0]
+        classifier, first = self.graphs.classifier, self.graph.layers
         scores = importance / importance.std(1, keepdim=True)
         # The k largest of logits + Gumbel noise are a sample without replacement (Kool et al. 2019, arXiv:1903.06059).
         noise = -torch.empty(scores.shape).exponential_(generator=generator).log()
         keep = top_k_mask(scores + self.config.gumbel * noise.to(scores.device), self.top_k, self.config.temperature)
         weights = masked_weights(classifier, self.graph, keep)
-        _, logits = classifier.outputs(self.graphs.inputs[samples], first, weights)
-        return F.cross_entropy(logits.flatten(0, 1), self.graphs.labels[samples].flatten())
+        flat = samples.flatten()
+        _, logits = classifier.outputs(self.graphs.inputs[flat], first, weights, batch=samples.shape[1])
+        return F.cross_entropy(logits.flatten(0, 1), self.graphs.labels[flat])
 
-    def _necessity(self, removed: Tensor, samples: Tensor, auxiliary_weight: float) -> dict[str, Tensor]:
+    def _necessity(
+        self, removed: Tensor, tried: Tensor, samples: Tensor, auxiliary_weight: float
+    ) -> dict[str, Tensor]:
+        """The terms of masks, one for every class that is tried."""
         config, graphs, classifier, flat = self.config, self.graphs, self.graphs.classifier, samples.flatten()
         weights = masked_weights(classifier, self.graph, 1 - removed)
-        features, logits = classifier.outputs(graphs.inputs[flat], self.graph.layers[0], weights)
+        features, logits = classifier.outputs(graphs.inputs[flat], self.graph.layers, weights)
         log_p = logits.unflatten(1, samples.shape).log_softmax(-1)  # (masks, classes of the samples, samples, classes)
 
-        is_forget = torch.eye(len(removed), dtype=torch.bool, device=removed.device)
+        is_forget = torch.eye(len(samples), dtype=torch.bool, device=removed.device)[tried]  # (masks, classes)
         # p(d) of the samples of d under the mask of d, (samples, masks)
-        p_forget = log_p[is_forget].diagonal(dim1=0, dim2=2).exp()
+        p_forget = log_p[is_forget][..., tried].diagonal(dim1=0, dim2=2).exp()
         forget = config.necessity_forget * forgetting_loss(p_forget)
 
         predictions = self.predictions[flat].unflatten(0, samples.shape)  # (classes of the samples, samples, classes)
@@ -268,7 +318,7 @@ class GCNLoss:
         terms = {"necessity_forget": forget, "necessity_retain": config.necessity_retain * retain}
         if auxiliary_weight:
             by_class = features.expand(len(removed), -1, -1).unflatten(1, samples.shape)
-            terms["auxiliary"] = auxiliary_weight * graphs.auxiliary.loss(by_class, range(len(removed)))
+            terms["auxiliary"] = auxiliary_weight * graphs.auxiliary.loss(by_class, tried.tolist())
         return terms
 
 
@@ -276,8 +326,8 @@ class GCNLoss:
 class GCNTrainer:
     """Trains one masking GCN on the graphs of one or several classifiers, which must have the same features.
 
-    Every second step works on the classifier that the step before has masked for a random class, as later steps of a
-    request will find it.
+    After a step on a whole classifier follow `looks` on it as it is masked then for a random class, more and more, as
+    the looks of a request will find it.
     """
 
     config: GCNTrainerConfig
@@ -298,12 +348,12 @@ class GCNTrainer:
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
         generator = data.seeded("gcn", self.seed, self.top_k)
-        zeroed = first.nothing
+        zeroed, forget_class, looks = first.nothing, None, 0
         progress = tqdm(range(config.steps), "masking GCN", unit="step", leave=False, disable=None)
         for step in progress:
-            if not len(zeroed):
+            if not looks:
                 loss_on = losses[int(torch.randint(len(losses), (), generator=generator))]
-            terms, scores = loss_on(gcn, zeroed, generator)
+            terms, scores = loss_on(gcn, zeroed, generator, forget_class)
             optimizer.zero_grad()
             sum(terms.values()).backward()
             nn.utils.clip_grad_norm_(gcn.parameters(), config.gradient_norm)
@@ -313,8 +363,11 @@ class GCNTrainer:
             values = dict(zip(terms, torch.stack([value.detach() for value in terms.values()]).tolist()))
             check_finite(values, step, "gcn.learning_rate and the weight of the term")
             progress.set_postfix(values, refresh=False)
-            go_on = config.partly_masked is not None and step + 1 >= config.warmup and not len(zeroed)
-            zeroed = loss_on.partial_mask(scores, generator) if go_on else first.nothing
+            if config.partly_masked is not None and step + 1 >= config.warmup and looks < config.looks:
+                zeroed, forget_class = loss_on.look(scores, zeroed, forget_class, generator)
+                looks += 1
+            else:
+                zeroed, forget_class, looks = first.nothing, None, 0
         check_weights(gcn, "masking GCN", "gcn.learning_rate")
         return gcn
 
@@ -341,7 +394,7 @@ class UnlearningSFT:
     config: UnlearningSFTConfig
     seed: int
 
-    def unlearn(self, classifier: HookedMNISTClassifier, forget: Split, layers: tuple[int, ...]) -> nn.Module:
+    def unlearn(self, classifier: HookedClassifier, forget: Split, layers: tuple[int, ...]) -> nn.Module:
         """Trains the given layers of `classifier` in place on `forget`, samples of one class, and returns it."""
         generator = data.seeded("sft", self.seed, int(forget.labels[0]))
         samples = Split(forget.images, other_labels(forget.labels, classifier.shapes[-1][0], generator))

@@ -14,7 +14,7 @@ from audits.predictions import entropy_attack, jensen_shannon, look_at, loss_att
 from audits.probes import AuditConfig, probe_scores
 from audits.relearning import relearn
 from data import ImageData, seeded, some_of_every_class
-from model import linear_layers
+from networks.hooked import weight_layers
 
 AUDITS = (
     "js_forget", "js_retain", "loss_attack", "entropy_attack", "probe_recall", "probe_retain", "ridge_recall",
@@ -24,7 +24,7 @@ AUDITS = (
 
 def weights_changed(model: nn.Module, original: nn.Module) -> int:
     """How many weights differ from the original's."""
-    pairs = zip(linear_layers(model), linear_layers(original))
+    pairs = zip(weight_layers(model), weight_layers(original))
     return sum(int((one.weight != other.weight).sum()) for one, other in pairs)
 
 

@@ -18,6 +18,7 @@ from audits.predictions import look_at
 from audits.probes import standardised
 from data import Count, GraphGenerator, NonNegative, Positive
 from model import Mask
+from networks.hooked import weight_gradient
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Erasure:
         """Each class and the classes whose means of the standardised features are nearest, (classes, 1 + rivals)."""
         graphs = self.graphs
         with torch.no_grad():
-            (x,) = standardised(graphs.classifier.features(graphs.inputs, graphs.graph.layers[0]))
+            (x,) = standardised(graphs.classifier.features(graphs.inputs, graphs.graph.layers))
         means = torch.stack([x[graphs.labels == label].mean(0) for label in range(graphs.num_classes)])
         distances = torch.cdist(means, means).fill_diagonal_(-1)  # the class itself comes first
         return distances.topk(min(1 + self.config.rivals, graphs.num_classes), largest=False).indices
@@ -108,20 +109,24 @@ class Erasure:
         )  # (classes, samples of the class and of its rivals)
         with torch.enable_grad(), nullcontext() if mask is None else mask.applied_to(graphs.classifier):
             weights = graphs.weights()
-            with graphs.classifier.hooks(layers) as seen:
-                features = graphs.classifier.features(graphs.inputs[flat], layers[0])
+            watched = graphs.classifier.watch(graphs.inputs[flat], layers, layers)
+            features = watched.features
             chosen = features.detach()[rows].requires_grad_()
             carried = explained_variance(chosen, samples.shape[1], self.config.ridge)
             (gradients,) = torch.autograd.grad(carried.sum(), chosen)
         falls = torch.zeros(len(classes), graphs.graph.num_vertices, device=flat.device, dtype=features.dtype)
-        if not seen:  # of the output layer alone, which follows after the representation
+        if not features.requires_grad:  # of the output layer alone, which follows after the representation
             return falls
-        inputs, outputs = zip(*seen.values())
+        own_layers = [graphs.classifier.layers[index] for index in layers]
         for fall, own, gradient in zip(falls, rows, gradients):
             upstream = torch.zeros_like(features).index_copy_(0, own, gradient)
-            deltas = torch.autograd.grad(features, outputs, upstream, retain_graph=True)
-            for a, delta, weight, of_layer in zip(inputs, deltas, weights, graphs.graph.split(fall)):
-                torch.mul(weight, delta[own].T @ a[own], out=of_layer)
+            outputs = watched.pre_activations
+            deltas = torch.autograd.grad(features, outputs, upstream, retain_graph=True, allow_unused=True)
+            for layer, a, delta, weight, of_layer in zip(
+                own_layers, watched.inputs, deltas, weights, graphs.graph.split(fall)
+            ):
+                if delta is not None:
+                    torch.mul(weight, weight_gradient(layer, a[own], delta[own]), out=of_layer)
         return falls
 
     def loss(self, features: Tensor, classes: Sequence[int]) -> Tensor:

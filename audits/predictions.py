@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Split, is_correct
-from model import linear_layers
+from networks.hooked import linear_layers
 
 
 @dataclass(frozen=True)

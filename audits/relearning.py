@@ -8,23 +8,17 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 
 from audits.predictions import look_at
 from data import Split
-from model import linear_layers
+from model import Mask
 
 
 def made_permanent(model: nn.Module) -> nn.Module:
     """A copy in which the zeros of a mask are the weights themselves, free to change again."""
     model = copy.deepcopy(model)
-    for layer in linear_layers(model):
-        if parametrize.is_parametrized(layer, "weight"):
-            weight = layer.weight.detach()
-            # Not `remove_parametrizations`: the copy shares its class with the model, which would lose its weight.
-            layer.__class__ = nn.Linear
-            del layer.parametrizations
-            layer.weight = nn.Parameter(weight)
+    if mask := Mask.on(model):
+        mask.apply(model, permanent=True)
     return model
 
 

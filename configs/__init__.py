@@ -11,13 +11,14 @@ from typing import Annotated, Literal
 
 import torch
 
-import data
 import methods  # noqa: F401  # registers what is not in eval.py
 from audits import AuditConfig
 from audits.erasure import ErasureConfig
 from data import Amount, GraphConfig, number_of_weights
 from eval import METHODS, EvalConfig
-from model import WeightGraph
+from images import sources
+from model import resolve_mask_layer
+from networks.hooked import shape_of, weight_layers
 from reporter import ReporterConfig
 from runs import settings
 from runs.settings import converted, refusal, shown
@@ -74,10 +75,11 @@ class Config:
     def __post_init__(self) -> None:
         self.torch_device()
         self.forget_digits  # noqa: B018  # raises
-        try:
-            vertices = self.num_vertices
-        except ValueError as error:
-            raise ValueError(f"graphs.{error}") from None
+        for section, needed in (("classifier", "shapes"), ("graphs", "num_vertices")):
+            try:
+                vertices = getattr(self, needed)
+            except ValueError as error:
+                raise ValueError(f"{section}.{error}") from None
         for name, kappas in (("sweep.kappa", self.sweep.kappa), ("eval.max_kappa", [self.eval.max_kappa])):
             for kappa in kappas:
                 if kappa != "auto" and number_of_weights(kappa, vertices) >= vertices:
@@ -110,9 +112,9 @@ class Config:
                     raise ValueError(f"{key}.{name} must be {refusal(values[name], hint)}") from None
 
     @cached_property
-    def source(self) -> data.DataSet:
+    def source(self) -> sources.DataSet:
         """What is known of the data set before it is read. Raises DataError where it cannot be one."""
-        return data.data_set(self.dataset, data.DATASET_ROOT)
+        return sources.data_set(self.dataset, sources.DATASET_ROOT)
 
     @cached_property
     def forget_digits(self) -> list[int]:
@@ -126,15 +128,20 @@ class Config:
         return list(dict.fromkeys(labels[each] for each in given))
 
     @cached_property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(out, in) of every weight matrix of the classifier."""
-        return self.classifier.shapes(math.prod(self.source.size), len(self.source.class_names))
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of every weight of the classifier: (out, in), or that of kernels."""
+        with torch.device("meta"):
+            network = self.classifier.network(self.source.size, len(self.source.class_names))
+        return [shape_of(layer) for layer in weight_layers(network)]
 
     @property
     def architecture(self) -> str:
         """The sizes of the classifier's layers, in words."""
-        sizes = [self.shapes[0][1], *(m for m, _ in self.shapes)]
-        return "-".join(map(str, sizes)) + " with biases" * self.classifier.bias
+        kind, shapes = self.classifier.architecture, self.shapes
+        if kind == "resnet":
+            return f"ResNet-{2 + 2 * len(self.classifier.channels) * self.classifier.blocks}"
+        sizes = "-".join(map(str, [shapes[0][1], *(shape[0] for shape in shapes)]))
+        return ("" if kind == "mlp" else "cnn ") + sizes + " with biases" * self.classifier.bias
 
     @property
     def split(self) -> str:
@@ -144,7 +151,8 @@ class Config:
     @cached_property
     def num_vertices(self) -> int:
         """The number of masked weights. Raises ValueError where mask_layer is not there."""
-        return WeightGraph(self.shapes, self.graphs.mask_layer).num_vertices
+        layers = resolve_mask_layer(self.graphs.mask_layer, len(self.shapes))
+        return sum(math.prod(self.shapes[layer]) for layer in layers)
 
     @property
     def num_features(self) -> int:

@@ -1,7 +1,8 @@
 """Tries candidates for the hyperparameters of every method on held-out training samples, and writes docs/tuning.md.
 
 Run it with `uv run docs/tune.py`, or with the names of some methods, the others staying as they are written:
-`uv run docs/tune.py sft scrub`. What it chooses stands in configs/config.yaml (sft) and configs/methods.yaml.
+`uv run docs/tune.py sft scrub`. What it chooses stands in configs/config.yaml (sft) and configs/methods.yaml. A first
+argument cnn, resnet or cifar10 tries docs/tuning_cnn.yaml, whose choices stand in configs/cnn.yaml, or its like.
 """
 
 from __future__ import annotations
@@ -48,22 +49,22 @@ class Tuning:
     """The requests of one classifier, and what is held out of its training split to score their answers."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        config, seed = load_config(), settings["seed"]
+        config, seed = load_config(overrides=settings.get("overrides", [])), settings["seed"]
         self.settings = settings
         data = load_image_data(config.dataset, ROOT / "datasets", "cpu", settings["held_out"])
         self.held_out = data.test
-        trainer = Trainer(config.classifier, seed)
+        trainer = Trainer(config.classifier, seed, config.source.size)
         classifier = trainer.train(data.train, len(data.class_names))
         graphs = GraphGenerator(classifier, data.train, config.graphs, seed)
         top_k = number_of_weights(config.sweep.top_k[0], graphs.graph.num_vertices)
         gcn = TrainedGCN.load().gcn
         self.requests = [
             Request(config.eval, classifier, trainer, data.train, graphs, gcn, digit, top_k, seed, "auto")
-            for digit in range(graphs.num_classes)
+            for digit in settings.get("digits", range(graphs.num_classes))
         ]
         self.retrained = [self.seen(answer(request, "retrain").model) for request in self.requests]
         original = self.seen(classifier)
-        scores = [self.scores(original, digit)[1] for digit in range(graphs.num_classes)]
+        scores = [self.scores(original, request.forget_class)[1] for request in self.requests]
         self.smallest_retain = sum(scores) / len(scores) - settings["largest_retain_loss"]
 
     def seen(self, model: nn.Module) -> Seen:
@@ -78,8 +79,8 @@ class Tuning:
     def trial(self, method: str, values: Values) -> Trial:
         """Lets a method with these hyperparameters answer the requests; a candidate that diverges keeps nothing."""
         figures = []
-        for digit, (request, retrained) in enumerate(zip(self.requests, self.retrained)):
-            given = request.config.hyperparameters
+        for request, retrained in zip(self.requests, self.retrained):
+            given, digit = request.config.hyperparameters, request.forget_class
             config = replace(request.config, hyperparameters=given | {method: given.get(method, {}) | values})
             try:
                 seen = self.seen(answer(replace(request, config=config, orders={}), method).model)
@@ -112,10 +113,12 @@ def row(method: str, trial: Trial, mark: str) -> list[str]:
     return [method, values, f"{trial.forget:.2f}", f"{trial.retain:.2f}", f"{trial.distance:.4f}", mark]
 
 
-def main(methods: list[str]) -> None:
-    settings = yaml.safe_load((DOCS / "tuning.yaml").read_text())
-    page = DOCS / "tuning.md"
-    written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines()[4:]]
+def main(arguments: list[str]) -> None:
+    named = [f"tuning_{name}" for name in arguments[:1] if (DOCS / f"tuning_{name}.yaml").exists()]
+    name, methods = (named or ["tuning"])[0], arguments[len(named) :]
+    settings, page = yaml.safe_load((DOCS / f"{name}.yaml").read_text()), DOCS / f"{name}.md"
+    lines = page.read_text().splitlines()[4:] if page.exists() else []
+    written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     tuning = Tuning(settings)
     rows = []
     for method, rounds in settings["candidates"].items():
@@ -127,7 +130,8 @@ def main(methods: list[str]) -> None:
         rows += [row(method, trial, "chosen" if trial is best else "") for trial in trials]
         print("\n".join(" ".join(each) for each in rows[-len(trials) :]), flush=True)
     header = ["method", "hyperparameters", "forget score, %", "retain score, %", "distance to retraining, bits", ""]
-    title = "# Every candidate of docs/tuning.yaml, as `uv run docs/tune.py` tried it"
+    command = " ".join(["uv run docs/tune.py", *(each.removeprefix("tuning_") for each in named)])
+    title = f"# Every candidate of docs/{name}.yaml, as `{command}` tried it"
     page.write_text(f"{title}\n\n{markdown_table(header, rows, texts=2)}\n")
 
 

@@ -105,7 +105,7 @@ class ZeroingOrder:
         """
         if self._forgetting is None:
             classifier, looking = self.graphs.classifier, 0.0
-            inputs = classifier.given_to(self.graphs.graph.layers[0], forget.images)
+            inputs = classifier.given_to(self.graphs.graph.layers, forget.images)
             for found in self.looks():
                 started = time.perf_counter()
                 left = self._left(Mask.zeroing(self.graphs.graph, found.vertices), inputs, forget.labels)
@@ -132,7 +132,7 @@ class ZeroingOrder:
         graphs, best, chosen = self.graphs, None, None
         before = self._losses(self._zeroed)
         for offset, part in zip(accumulate(graphs.graph.sizes, initial=0), graphs.graph.split(scores)):
-            share = max(1, round(self.step * part.numel() / len(scores)), int(FEWEST * part.shape[1]))
+            share = max(1, round(self.step * part.numel() / len(scores)), int(FEWEST * part[0].numel()))
             share = min(share, int((part > float("-inf")).sum()))
             vertices = offset + part.flatten().topk(share).indices
             forget, retain = (self._losses(torch.cat([self._zeroed, vertices])) - before).tolist()
@@ -145,7 +145,7 @@ class ZeroingOrder:
         """The terms of necessity on the recorded samples: `forgetting_loss`, and the others' mean cross entropy (2)."""
         graphs, own = self.graphs, self.forget_class
         with Mask.zeroing(graphs.graph, zeroed).applied_to(graphs.classifier):
-            logits = graphs.classifier(graphs.inputs, graphs.graph.layers[0])
+            logits = graphs.classifier(graphs.inputs, graphs.graph.layers)
         p = logits.softmax(1)[graphs.by_class()[own], graphs.classes[own]]
         losses = F.cross_entropy(logits, graphs.labels, reduction="none")[graphs.by_class()].mean(1)
         return torch.stack([forgetting_loss(p), (losses.sum() - losses[own]) / (len(losses) - 1)])
@@ -154,7 +154,7 @@ class ZeroingOrder:
         """inputs: of the first masked layer, for samples of the forget class."""
         classifier, auxiliary, forget_class = self.graphs.classifier, self.graphs.auxiliary, int(labels[0])
         with mask.applied_to(classifier):
-            correct = (classifier(inputs, self.graphs.graph.layers[0]).argmax(1) == labels).float().mean().item()
+            correct = (classifier(inputs, self.graphs.graph.layers).argmax(1) == labels).float().mean().item()
         if 100 * correct >= self.config.target:
             return f"{100 * correct:.1f} % of class {forget_class} are left"
         is_reached = auxiliary is None or auxiliary.is_reached(mask, forget_class)

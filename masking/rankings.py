@@ -12,7 +12,8 @@ from torch import Tensor
 
 import data
 from data import Amount, Count, GraphConfig, GraphGenerator, Positive
-from model import Mask, MaskingGCN, WeightGraph, is_finite
+from model import Mask, MaskingGCN, WeightGraph
+from networks.hooked import is_finite
 from runs.files import ArtifactError, InputError, load, one_line
 
 PRETRAINED = Path(__file__).resolve().parents[1] / "checkpoints" / "pretrained" / "gcn.pt"
@@ -108,7 +109,7 @@ class GCNRanking:
         for draw in range(self.config.draws):
             samples = request_samples(self.config, graphs, self.seed, self.forget_class, step, draw)
             x, loss = graphs.class_graphs(samples, mask_of(graphs, zeroed), weight)
-            importance.append(self.gcn(x, graphs.graph))
+            importance.append(torch.cat([self.gcn(part, graphs.graph) for part in x]))
             damage.append(loss)
         return torch.stack(importance).mean(0), torch.stack(damage).mean(0)
 

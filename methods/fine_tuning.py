@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Count, NonNegative, Positive, Share, Split, seeded, seeded_initialisation
+from data import Count, NonNegative, Positive, Share, Split, mean_squared_gradient, seeded
 from eval import Request
 from methods.controls import further
-from model import HookedMNISTClassifier, Mask
+from model import Mask
+from networks.hooked import HookedClassifier, LayerRecord
 from trainer import check_finite, forgetting_loss, learn, masked_weights, other_labels
 
 
@@ -77,18 +80,16 @@ def neg_grad_plus(
     return learn(classifier, request.retain, epochs, batch_size, sgd(classifier, learning_rate), generator, loss)
 
 
-def fisher_information(classifier: HookedMNISTClassifier, split: Split) -> list[Tensor]:
-    """The diagonal Fisher information E[(dL/dw)^2] of every weight matrix, (m, n) each.
-
-    The gradient of a sample is delta a^T: its squares summed over samples are one product, (delta^2)^T a^2.
-    """
-    totals = [torch.zeros(shape, device=split.images.device) for shape in classifier.shapes]
+def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tensor]:
+    """The diagonal Fisher information E[(dL/dw)^2] of every weight, as of the matrix of its layer, (m, n) each."""
     layers = range(len(classifier.layers))
-    for images, labels in zip(split.images.split(10_000), split.labels.split(10_000)):
+    means, at_once = [0.0 for _ in layers], classifier.recorded_at_once(layers)
+    for images, labels in zip(split.images.split(at_once), split.labels.split(at_once)):
         records, _ = classifier.record(images, labels, layers)
-        for total, record in zip(totals, records):
-            total += (record.loss_gradient**2).T @ record.inputs**2
-    return [total / len(split.labels) for total in totals]
+        for layer, record in enumerate(records):
+            share = len(labels) / len(split.labels)
+            means[layer] += share * mean_squared_gradient(LayerRecord(*(x[None] for x in record)))[0]
+    return means
 
 
 @further("ssd", paper="Foster et al. 2023, arXiv:2308.07707")
@@ -103,7 +104,7 @@ def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> 
     of_all = fisher_information(classifier, request.train)
     for layer, forget, everything in zip(classifier.layers, of_forget, of_all):
         factor = (dampening * everything / forget.clamp_min(1e-30)).clamp(max=1.0)
-        layer.weight *= torch.where(forget > selection * everything, factor, 1.0)
+        layer.weight *= torch.where(forget > selection * everything, factor, 1.0).view_as(layer.weight)
     return classifier
 
 
@@ -111,7 +112,9 @@ def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> 
 def salun(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive, share: Share) -> nn.Module:
     """SalUn: fine-tuning with random labels of the share of weights alone that has the largest forget gradient."""
     classifier, generator = request.classifier, seeded("salun", request.seed, request.forget_class)
-    F.cross_entropy(classifier(request.forget.images), request.forget.labels).backward()
+    at_once = classifier.recorded_at_once(())
+    for images, labels in zip(request.forget.images.split(at_once), request.forget.labels.split(at_once)):
+        (F.cross_entropy(classifier(images), labels) * len(labels) / len(request.forget.labels)).backward()
     saliency = torch.cat([parameter.grad.abs().flatten() for parameter in classifier.parameters()])
     threshold = saliency.sort(descending=True).values[round(share * (len(saliency) - 1))]
     trainable = [(parameter.grad.abs() >= threshold).float() for parameter in classifier.parameters()]
@@ -160,10 +163,8 @@ def bad_teacher(
 ) -> nn.Module:
     """Bad teaching: towards a random classifier on the forget set, the original on a part of the retain set (Adam)."""
     classifier, generator = request.classifier, seeded("bad_teacher", request.seed, request.forget_class)
-    config, in_features = request.trainer.config, request.train.images.shape[1]
-    with seeded_initialisation(request.other_seed):
-        random = HookedMNISTClassifier(config.hidden_sizes, in_features, request.graphs.num_classes, config.bias)
-    random = random.to(request.train.images.device)
+    untrained = replace(request.trainer, seed=request.other_seed)
+    random = untrained.initial(request.train.images, request.graphs.num_classes)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         is_forget = labels == request.forget_class
@@ -229,7 +230,7 @@ def optimised_mask(
     where there is one; plus the share of the weights that go, weighted by sparsity.
     """
     graphs, classifier, d = request.graphs, request.classifier, request.forget_class
-    first, generator = graphs.graph.layers[0], seeded("optimised_mask", request.seed, d)
+    first, generator = graphs.graph.layers, seeded("optimised_mask", request.seed, d)
     with torch.no_grad():
         predictions = classifier(graphs.inputs, first)
     without_class = predictions.index_fill(1, torch.tensor([d], device=predictions.device), float("-inf")).softmax(1)

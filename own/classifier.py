@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from model import HookedMNISTClassifier, Mask, WeightGraph, WeightMask, linear_layers
+from model import HookedMNISTClassifier, Mask, WeightGraph, take_off, weight_mask
+from networks.hooked import HookedClassifier, weight_layers
+from networks.tracing import POOLING, RESHAPING, UNCHANGED, Trace
 from own.samples import AT_ONCE, check_finite_rows
 from runs.files import InputError, one_line
 
-TRIED = 64  # samples on which a model is looked at
-PASSING = (nn.Linear, nn.ReLU, nn.Flatten, nn.Dropout, nn.Identity, WeightMask)  # what may stand between linear layers
+TRIED, TRACED = 64, 2  # samples on which a model is looked at, and on which it is run node by node
 
 
 class Call(NamedTuple):
@@ -58,96 +60,154 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class OwnClassifier:
-    """The linear layers with ReLU between them that a model ends in, taken as a classifier of what they are given.
+    """What of a model masks are made on: the linear layers in a row that it ends in; all, where others are asked for.
 
-    classifier: a copy of these layers in float32, masked where the model is
-    layers: which of the linear layers of the model they are; names: as the model calls them
-    inputs: what they are given for all samples, (samples, n) float32
-    before: the module that stands before them, in words
+    classifier: a copy in float32, masked where the model is, of the layers in a row, or of the whole model, traced
+    layers: which of the weight layers of the model its own are; masked: which of its own are to be masked
+    inputs: what it is given for all samples, (samples, n) float32, or (samples, ...) as the model takes them
+    num_classes: how many logits it gives
     """
 
-    classifier: HookedMNISTClassifier
+    classifier: HookedClassifier
     layers: tuple[int, ...]
-    names: tuple[str, ...]
+    masked: tuple[int, ...]
     inputs: Tensor
-    before: str
+    num_classes: int
 
     @staticmethod
-    def of(model: nn.Module, inputs: Tensor, progress: bool = True) -> OwnClassifier:
-        """Takes a model as it is, and looks at what its linear layers do on a few samples.
+    def of(
+        model: nn.Module, inputs: Tensor, mask_layer: int | Sequence[int] | str | None = "auto", progress: bool = True
+    ) -> OwnClassifier:
+        """Takes a model as it is, and looks at what its layers do on a few samples.
 
         inputs: (samples, ...), as the model takes them but for device and type, which are made those of the model.
-        Raises InputError where it does not end in a linear layer, or is not finite.
+        Warns where other layers than those in a row would be masked, but for a model that cannot be traced.
+        Raises InputError where it gives no logits, is not finite, or a layer of mask_layer cannot be masked.
         """
         check_model(model)
         model = copy_of(model)
         inputs = inputs.to(next(model.parameters()).device)
+        every = {module: index for index, module in enumerate(weight_layers(model))}
         with torch.no_grad():
             spread = torch.linspace(0, len(inputs) - 1, min(TRIED, len(inputs))).long()
             calls, logits, inputs = calls_of(model, inputs, spread)
             check_finite_rows(logits, "logits", ", though inputs and weights are")
-            chain = last_in_a_row(calls, logits)
-            first = next(place for place, call in enumerate(calls) if call is chain[0])
-            before = [call for call in calls[:first] if not isinstance(call.module, PASSING)]
+            whole, why = traced(model, inputs[spread[:TRACED]], logits[:TRACED])
+            try:
+                chain = last_in_a_row(calls, logits)
+            except InputError:
+                if whole is None or not gives_logits(whole.trace, whole.trace.output):
+                    raise
+                chain = []
+            in_a_row = [every[call.module] for call in chain]
+            able = in_a_row if whole is None else maskable(whole.trace)
+            masked = chosen(mask_layer, in_a_row, able)
+            if not masked:
+                names = {every[module]: repr(name) for name, module in model.named_modules() if module in every}
+                must = ", ".join(f"{index} ({names[index]})" for index in sorted(able))
+                which = f"the linear layers in a row that the model ends in ({why})" if why else "each once"
+                raise InputError(f"mask_layer must be auto, None, or some of {must}, {which}; not {mask_layer!r}")
+            if why and isinstance(mask_layer, str | None) and masked != chosen(mask_layer, in_a_row, [*every.values()]):
+                warnings.warn(f"mask_layer {mask_layer}: of layers {[*masked]} alone, as {why}", stacklevel=3)
+            if not set(masked) <= set(in_a_row):
+                given = inputs.float() if inputs.is_floating_point() else inputs
+                return OwnClassifier(whole, tuple(every.values()), masked, given, logits.shape[1])
             if torch.equal(chain[0].given, inputs[spread].flatten(1)):
                 given = inputs.flatten(1).float()
             else:
                 given = given_to(chain[0].module, model, inputs, progress)
                 check_finite_rows(given, f"what layer {chain[0].name!r} is given for inputs")
-            classifier = copied_layers(chain)
-        close = (1e-3, 1e-4) if logits.dtype in (torch.float32, torch.float64) else (5e-2, 5e-2)
-        if not torch.allclose(classifier(given[spread]), logits.float(), *close):
-            names = ", ".join(repr(call.name) for call in chain)
-            raise InputError(f"layers {names} do more than linear layers do: their copy gives other logits")
-        all_layers = {module: index for index, module in enumerate(linear_layers(model))}
-        positions, names = (tuple(all_layers[call.module] for call in chain), tuple(call.name for call in chain))
-        return OwnClassifier(classifier, positions, names, given, described(before[-1:]) or "its inputs")
-
-    def chosen(self, mask_layer: int | tuple[int, ...] | list[int] | str | None) -> tuple[int, ...]:
-        """Which of its own layers to mask: all by None, others by their indices among the model's linear layers.
-
-        auto: the last but one where it stands between two others, as those that the GCN was trained on; else the last.
-        """
-        count = len(self.layers)
-        if mask_layer is None:
-            return tuple(range(count))
-        if isinstance(mask_layer, str) and mask_layer == "auto":
-            return (count - 2,) if count > 2 else (count - 1,)
-        asked = list(mask_layer) if isinstance(mask_layer, tuple | list) else [mask_layer]
-        last = max(self.layers)
-        by_index = {index: position for position, index in enumerate(self.layers)}
-        by_index |= {index - last - 1: position for index, position in by_index.items()}
-        found = {by_index[index] for index in asked if type(index) is int and index in by_index}
-        if not found or len(found) < len(asked):
-            named = ", ".join(f"{index} ({name!r})" for index, name in zip(self.layers, self.names))
-            raise InputError(
-                f"mask_layer must be auto, None, or some of {named}, the linear layers that the model ends in, with "
-                f"ReLU between them, behind {self.before}; not {mask_layer!r}"
-            )
-        return tuple(sorted(found))
+            positions = tuple(sorted(map(in_a_row.index, masked)))
+            return OwnClassifier(copied_layers(chain), tuple(in_a_row), positions, given, logits.shape[1])
 
     def carried(self, mask: Mask | None, graph: WeightGraph) -> Mask:
         """What a mask on the model, if there is one, switches off in those of its layers that a graph has."""
         keep = dict(zip(mask.layers, mask.keep)) if mask else {}
         own = [keep.get(self.layers[layer], torch.ones(shape)) for layer, shape in zip(graph.layers, graph.shapes)]
-        return Mask(graph.layers, tuple(part.to(self.inputs) for part in own))
+        return Mask(graph.layers, tuple(part.to(self.inputs.device, torch.float32) for part in own))
 
     def mask(self, mask: Mask) -> Mask:
         """A mask on its layers as one on the model."""
         return replace(mask, layers=tuple(self.layers[layer] for layer in mask.layers))
 
 
+def default_layer(in_a_row: Sequence[int], able: Sequence[int]) -> int:
+    """The layer that is masked where none is named (auto), by its index.
+
+    in_a_row: the linear layers in a row that a model ends in; able: all that can be masked, in the order of the calls
+    Of three layers or more, the last but one, which stands between two others as those that the GCN was trained on;
+    else the last. Layers in a row, where there are two or more, are chosen from before others are.
+    """
+    among = in_a_row if len(in_a_row) > 1 else able
+    return among[-2] if len(among) > 2 else among[-1]
+
+
+def chosen(mask_layer: Any, in_a_row: Sequence[int], able: Sequence[int]) -> tuple[int, ...]:
+    """The layers to mask, by their indices: all that can be (None), one by default (auto), or those that are named.
+
+    Negative indices count from the last that can be masked. Empty where one that is named cannot be.
+    """
+    if mask_layer is None:
+        return tuple(sorted(able))
+    if isinstance(mask_layer, str) and mask_layer == "auto":
+        return (default_layer(in_a_row, able),)
+    asked = list(mask_layer) if isinstance(mask_layer, tuple | list) else [mask_layer]
+    by_index = {place: index for index in able for place in (index, index - max(able) - 1)}
+    found = {by_index[index] for index in asked if type(index) is int and index in by_index}
+    return tuple(sorted(found)) if len(found) == len(asked) else ()
+
+
 def check_model(model: nn.Module) -> None:
-    """Raises InputError where a model is none, has no linear layer, or holds numbers that are not finite."""
+    """Raises InputError where a model is none, has no layer to mask, or holds numbers that are not finite."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if not linear_layers(model):
-        raise InputError(f"model must end in layers of torch.nn.Linear: {type(model).__name__} has none")
+    if not weight_layers(model):
+        has = f"{type(model).__name__} has none"
+        raise InputError(f"model must have layers of torch.nn.Linear, or of Conv2d without groups: {has}")
     for name, value in model.named_parameters():
         if nn.parameter.is_lazy(value) or value.is_meta:
             raise InputError(f"model: {name} has no numbers yet (lazy, or on the device meta)")
         if not value.isfinite().all():
             raise InputError(f"model: {name} has numbers that are not finite")
+
+
+def traced(model: nn.Module, example: Tensor, logits: Tensor) -> tuple[HookedClassifier | None, str]:
+    """A copy of a whole model in float32, and "", or None, and why there is none.
+
+    example: some inputs; logits: what the model gives for them
+    """
+    model = copy_of(model).float()
+    for layer in filter(weight_mask, weight_layers(model)):
+        weight = layer.weight.detach()
+        take_off(layer)
+        layer.weight = nn.Parameter(weight)  # under the mask, and its own
+    example = example.float() if example.is_floating_point() else example
+    try:
+        classifier = HookedClassifier(model, example)
+        able = maskable(classifier.trace)
+        classifier.record(example, example.new_zeros(len(example), dtype=torch.int64), able)
+        return (classifier, "") if is_close(classifier(example), logits) else (None, "in float32 it gives other logits")
+    except Exception as error:  # of a model of the user's own
+        return None, f"it cannot be run node by node: {one_line(error)}"
+
+
+def maskable(trace: Trace) -> list[int]:
+    """The layers of a traced model that can be masked, in the order in which they are called."""
+    able = [index for index, ends in enumerate(trace.ends) if ends is not None]
+    return sorted(able, key=lambda index: trace.nodes.index(trace.calls[index]))
+
+
+def gives_logits(trace: Trace, node: fx.Node) -> bool:
+    """Whether nothing but pooling stands between a weight layer and a node: no softmax."""
+    if node in trace.calls or trace.names[node] not in POOLING | RESHAPING | UNCHANGED:
+        return node in trace.calls
+    return gives_logits(trace, node.all_input_nodes[0])
+
+
+def is_close(found: Tensor, logits: Tensor) -> bool:
+    """Whether the logits of a copy in float32 are those of the model, but for its precision."""
+    close = (1e-3, 1e-4) if logits.dtype in (torch.float32, torch.float64) else (5e-2, 5e-2)
+    return torch.allclose(found, logits.float(), *close)
 
 
 def calls_of(model: nn.Module, inputs: Tensor, chosen: Tensor) -> tuple[list[Call], Tensor, Tensor]:
@@ -210,6 +270,9 @@ def last_in_a_row(calls: list[Call], logits: Tensor) -> list[Call]:
         if times[call.module] > 1 or not torch.equal(call.gave.relu(), chain[0].given):
             break
         chain.insert(0, call)
+    if not is_close(copied_layers(chain)(chain[0].given.float()), logits):
+        names = ", ".join(repr(call.name) for call in chain)
+        raise InputError(f"layers {names} do more than linear layers do: their copy gives other logits")
     return chain
 
 

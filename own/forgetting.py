@@ -16,11 +16,12 @@ from tqdm import tqdm
 from data import Auxiliary, GraphConfig, GraphGenerator, Split, is_correct, number_of_weights
 from masking.order import ZeroingOrder
 from masking.rankings import GCNRanking, SaliencyRanking, TrainedGCN
-from model import Mask, WeightGraph
+from model import VERTICES_AT_ONCE, Mask, WeightGraph
 from own.classifier import OwnClassifier
 from runs.files import InputError
 
 Scores = dict[int, float]  # percent classified correctly, by class
+MEMORY = 8.0  # GB that a request may need before it says so
 TRUSTED = 50.0  # percent: a mean score of the classes below which samples and model hardly belong together
 
 
@@ -73,16 +74,31 @@ class Forgetting:
         """The classes that the model's own mask forgets."""
         return self.carried.forgets if self.carried else ()
 
-    @property
+    @cached_property
     def start(self) -> Mask:
         """What the model's own mask zeroes in the layers that are masked, as a mask on the classifier."""
-        return self.own.carried(self.carried, WeightGraph(self.own.classifier.shapes, self.config.mask_layer))
+        classifier = self.own.classifier
+        graph = WeightGraph(classifier.shapes, self.config.mask_layer, classifier.trace.ends)
+        return self.own.carried(self.carried, graph)
 
     @cached_property
     @torch.no_grad()
     def activations(self) -> Tensor:
         """What the first masked layer is given for all samples, (samples, n): no mask changes it."""
-        return self.own.classifier.given_to(self.start.layers[0], self.train.images)
+        return self.own.classifier.given_to(self.start.layers, self.train.images)
+
+    @property
+    def memory(self) -> tuple[float, float]:
+        """About how many GB the features of the masked weights take at the peak, with the GCN, and the samples do."""
+        classes, vertices = len(self.train.labels.unique()), sum(keep.numel() for keep in self.start.keep)
+        at_once = min(classes, max(1, VERTICES_AT_ONCE // vertices))
+        of_one = self.config.num_features + 2 * self.trained.gcn.readout.in_features
+        # Of all classes four means over samples, of which features are formed, and one feature.
+        of_weights = vertices * (5 * classes + at_once * of_one)
+        one = self.train.images[:1]
+        of_one = one.numel() + self.own.classifier.given_to(self.start.layers, one).numel()
+        of_samples = of_one * (len(self.train.labels) + classes * self.config.samples_per_class)
+        return 4 * of_weights / 1e9, 4 * of_samples / 1e9
 
     def of_model(self, mask: Mask, scores: Scores) -> Mask:
         """A mask on the classifier, with the scores under it, as one on the model, with what that carries."""
@@ -97,6 +113,11 @@ class Forgetting:
         that is not classified in the first place has nothing to lose, and is not to come back either.
         Raises RetainScoreError. Warns where a class is left at the largest kappa.
         """
+        of_weights, of_samples = self.memory
+        if of_weights + of_samples > MEMORY:
+            fewer = "fewer samples" if of_samples > of_weights else "another mask_layer, of fewer weights,"
+            takes = f"the request takes about {of_weights + of_samples:.0f} GB of memory"
+            warnings.warn(f"{takes}: {fewer} would take less", stacklevel=3)
         way, left, target = [self.start], "", self.trained.masking.target
         before = self.scores(way[0])
         lost = self.forget | {label for label, score in before.items() if score < target}
@@ -166,7 +187,7 @@ class Forgetting:
         """The scores of the masked classifier, on some of the samples."""
         classifier, labels = self.own.classifier, self.train.labels[chosen]
         with mask.applied_to(classifier):
-            found = is_correct(classifier(self.activations[chosen], mask.layers[0]), labels)
+            found = is_correct(classifier(self.activations[chosen], mask.layers), labels)
         counts = labels.bincount().tolist()
         correct = labels[found].bincount(minlength=len(counts)).tolist()
         return {label: 100 * correct[label] / count for label, count in enumerate(counts) if count}

@@ -1,5 +1,6 @@
 """Marks in panels and planes, and the masks of the classes, from the figures of reporters."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,7 +134,8 @@ def name_curves(axes: Axes) -> None:
 
 def draw_masks(reporter: Reporter) -> None:
     """Draws which weights mimu zeroes for each class, first seed, and the share of them (row) that others zero, too."""
-    m, n = reporter.experiments[0]["mask_shapes"][0]
+    m, *kernels = reporter.experiments[0]["mask_shapes"][0]
+    n = math.prod(kernels)
     requests = reporter.found[reporter.kappa].items()
     zeroed = {digit: set(each["zeroed"]) for (seed, digit), each in sorted(requests) if seed == reporter.seeds[0]}
     titles, (dataset, *_, classifier) = dict(zip(reporter.digits, reporter.titles)), reporter.subject

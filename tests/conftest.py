@@ -14,6 +14,7 @@ from running import PROJECT, write_few
 
 from data import FEATURES, GraphConfig, GraphGenerator, Split
 from model import HookedMNISTClassifier, Mask
+from trainer import TrainerConfig
 
 HIDDEN, IN_FEATURES, NUM_CLASSES = (6, 5), 7, 3
 torch.set_num_threads(1)  # the tensors of tests are small: threads only wait for one another
@@ -36,6 +37,12 @@ def random_classifier(seed: int = 0, dtype: torch.dtype = torch.float32, bias: b
     return HookedMNISTClassifier(HIDDEN, IN_FEATURES, NUM_CLASSES, bias).to(dtype)
 
 
+def trainer_config(hidden_sizes: tuple[int, ...], epochs: int, batch_size: int = 16, **changes) -> TrainerConfig:
+    settings = {"architecture": "mlp", "channels": (4, 6), "blocks": 1, "batch_norm": False, "bias": False}
+    settings |= {"hidden_sizes": hidden_sizes, "epochs": epochs, "batch_size": batch_size, "learning_rate": 0.01}
+    return TrainerConfig(**settings | changes)
+
+
 def graph_config(mask_layer: int | Sequence[int] | None = -2, **changes) -> GraphConfig:
     settings = {"scope": "global", "features": tuple(FEATURES), "other_classes": True, "samples_per_class": 15}
     return GraphConfig(mask_layer=mask_layer, **settings | changes)
@@ -44,6 +51,12 @@ def graph_config(mask_layer: int | Sequence[int] | None = -2, **changes) -> Grap
 def graph_generator(mask_layer=-2, dtype=torch.float32, bias=False, auxiliary=None, **changes) -> GraphGenerator:
     classifier, split = random_classifier(dtype=dtype, bias=bias), random_split(dtype=dtype)
     return GraphGenerator(classifier, split, graph_config(mask_layer, **changes), 0, auxiliary)
+
+
+def class_graphs(graphs: GraphGenerator, *about) -> tuple[Tensor, Tensor]:
+    """The graphs of all classes in one tensor, and their losses."""
+    parts, loss = graphs.class_graphs(*about)
+    return torch.cat(list(parts)), loss
 
 
 class Asking:
@@ -101,7 +114,7 @@ def copy_to(folder: Path, *patterns: str) -> Path:
     return folder
 
 
-PACKAGES = ("runs", "masking", "own", "audits", "methods", "tables", "configs")
+PACKAGES = ("images", "networks", "runs", "masking", "own", "audits", "methods", "tables", "configs")
 TRACKED = ("*.py", "*.sh", *(f"{name}/*.py" for name in PACKAGES), "configs/*.yaml", "checkpoints/pretrained/*.pt",
            "README.md")  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data import FILES
+from images.sources import FILES
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMOKE = ("--config", "configs/smoke.yaml")

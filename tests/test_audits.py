@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import IN_FEATURES, NUM_CLASSES, graph_config, random_classifier, random_split
+from conftest import IN_FEATURES, NUM_CLASSES, graph_config, random_classifier, random_split, trainer_config
 
 from audits import Audit, AuditConfig, weights_changed
 from audits.erasure import Erasure, ErasureConfig
@@ -20,7 +20,7 @@ from audits.relearning import made_permanent, relearn
 from data import GraphGenerator, ImageData, Split, seeded, seeded_initialisation, some_of_every_class
 from methods.controls import logit_removed
 from model import HookedMNISTClassifier, Mask, WeightGraph
-from trainer import Trainer, TrainerConfig
+from trainer import Trainer
 
 FORGET = 1
 CONFIG = AuditConfig(
@@ -36,7 +36,7 @@ def data() -> ImageData:
 
 
 def classifier_of(split: Split) -> HookedMNISTClassifier:
-    return Trainer(TrainerConfig((6, 5), False, 30, 16, 0.01), 0).train(split, NUM_CLASSES)
+    return Trainer(trainer_config((6, 5), 30), 0).train(split, NUM_CLASSES)
 
 
 @pytest.fixture(scope="module")

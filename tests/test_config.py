@@ -95,7 +95,7 @@ BAD = [
     ("eval.hyperparameters.tfs.epochs=2", "eval.hyperparameters.tfs is not a method: valid are original, mimu"),
     ("eval.hyperparameters.sft.epoch=2", "eval.hyperparameters.sft must have values of epochs, batch_size, learning"),
     ("eval.hyperparameters.sft.epochs=1.5", "eval.hyperparameters.sft.epochs must be an integer, at least 1, not 1.5"),
-    ("dataset=CIFAR10", "dataset must be MNIST, FashionMNIST, KMNIST, "),
+    ("dataset=CIFAR100", "dataset must be MNIST, FashionMNIST, KMNIST, "),
     ("device=meta", "device must be auto, cpu, or cuda or mps that is there, not 'meta'"),
 ]
 
@@ -117,7 +117,7 @@ def own_data(folder: Path, names: Sequence[str], test_names: Sequence[str], size
 
 
 def test_pixels_and_classes_are_those_of_the_data_set(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.DATASET_ROOT", tmp_path)
+    monkeypatch.setattr("images.sources.DATASET_ROOT", tmp_path)
     own_data(tmp_path, ("1", "10", "2", "cat"), ("1", "10", "2", "cat"))
     own = ("dataset=mine", "graphs.mask_layer=null", "classifier.hidden_sizes=[5]", "sweep.kappa=[auto]")
     for digits, labels in (("[1]", [0]), ("[2, 10]", [2, 1]), ("[cat, 0, 3]", [3, 0]), ("['1', 1]", [0]), ("[3]", [3])):
@@ -133,7 +133,7 @@ def test_pixels_and_classes_are_those_of_the_data_set(tmp_path, monkeypatch):
 
 
 def test_a_bad_folder_is_a_line_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.DATASET_ROOT", tmp_path)
+    monkeypatch.setattr("images.sources.DATASET_ROOT", tmp_path)
     own_data(tmp_path, ("cat", "dog"), ("cat", "eel"))
     with pytest.raises(ConfigError, match="^override dataset=mine: dataset mine in .*: .* the same classes, not dog, "):
         load_config(overrides=["dataset=mine"])

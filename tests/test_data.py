@@ -2,29 +2,27 @@
 
 import gzip
 import hashlib
+import os
+import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
-from conftest import NUM_CLASSES, Asking, graph_generator, random_classifier
+from conftest import NUM_CLASSES, Asking, class_graphs, graph_generator
 from PIL import Image
+from running import PROJECT
+from scipy.io import savemat
 
-from data import (
-    DATASETS,
-    FEATURES,
-    FILES,
-    DataError,
-    checksum,
-    data_set,
-    load_image_data,
-    seeded,
-    some_of_every_class,
-)
-from model import LayerRecord, Mask
+from data import FEATURES, ImageData, load_image_data, seeded, some_of_every_class
+from images.sources import FILES, DataError, checksum, data_set
+from model import Mask
+from networks.hooked import LayerRecord
+from runs.files import save
 
 
 def test_mnist_is_the_original():
@@ -32,11 +30,12 @@ def test_mnist_is_the_original():
     assert images.train.images.shape == (60000, 784) and images.test.images.shape == (10000, 784)
     assert torch.bincount(images.test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert images.class_names == tuple("0123456789")
-    with pytest.raises(DataError, match="must be MNIST, FashionMNIST, KMNIST.*, or another folder .*, not 'CIFAR10'"):
-        load_image_data("CIFAR10")
+    with pytest.raises(DataError, match="must be MNIST, FashionMNIST, KMNIST.*, or another folder .*, not 'CIFAR100'"):
+        load_image_data("CIFAR100")
 
 
 IMAGES, LABELS = torch.arange(30 * 784).view(30, 28, 28) % 251, torch.arange(30) % 10
+SIXTY = np.arange(60) % 10  # labels
 
 
 def write_data_set(root: Path, name="KMNIST", images=IMAGES, labels=LABELS, test_labels=LABELS[:10]) -> Path:
@@ -52,7 +51,7 @@ def write_data_set(root: Path, name="KMNIST", images=IMAGES, labels=LABELS, test
     return raw
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST"])
 @pytest.mark.parametrize("held_out", [0, 10])
 def test_a_data_set_is_standardised_by_its_training_split(tmp_path, name, held_out):
     write_data_set(tmp_path, name)
@@ -130,28 +129,74 @@ def test_files_in_the_format_of_mnist_may_have_any_size_and_number_of_classes(tm
         load_image_data("mine", tmp_path, held_out=28)
 
 
+def write_cifar10(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Five batches and one of test, each of its images in rows: all of red, of green, of blue."""
+    (folder / "cifar-10-batches-py").mkdir(parents=True)
+    batches = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    content = {
+        name: {"data": some.reshape(10, 3072), "labels": labels[:10].tolist()}
+        for name, some in zip(batches, np.split(images, 6))
+    }
+    for name, batch in (content | {"batches.meta": {"label_names": list("0123456789")}}).items():
+        (folder / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(batch))
+
+
+def write_svhn(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """A file of each split, its samples along the last axis, and zeros under the label 10."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, some in (("train", slice(50)), ("test", slice(50, 60))):
+        of_part = {"X": images[some].transpose(2, 3, 1, 0), "y": np.where(labels == 0, 10, labels)[some, None]}
+        savemat(folder / f"{part}_32x32.mat", of_part)
+
+
+@pytest.mark.parametrize("name, write, third", [("CIFAR10", write_cifar10, "cat"), ("SVHN", write_svhn, "3")])
+def test_the_originals_in_colour_are_read_channel_by_channel_and_downloaded_where_they_are_missing(
+    tmp_path, monkeypatch, name, write, third
+):
+    images = np.random.default_rng(0).integers(0, 256, (60, 3, 32, 32), np.uint8)
+    downloads, original = [], getattr(torchvision.datasets, name)
+    monkeypatch.setattr(original, "download", lambda self: downloads.append(write(tmp_path / name, images, SIXTY)))
+    monkeypatch.setattr(original, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
+    for _ in range(2):
+        source, own = data_set(name, tmp_path), load_image_data(name, tmp_path)
+        assert source.size == (3, 32, 32) and own.class_names[3] == third and len(downloads) == 1
+        pixels = images.reshape(60, -1).astype(float)
+        for split, some in ((own.train, slice(50)), (own.test, slice(50, 60))):
+            expected = (pixels[some] - pixels[:50].mean()) / pixels[:50].std(ddof=1)
+            assert np.allclose(split.images, expected, atol=1e-5) and split.labels.tolist() == SIXTY[some].tolist()
+    identity = checksum(name, tmp_path)
+    (tmp_path / name / "cifar-10-python.tar.gz").touch()
+    assert checksum(name, tmp_path) == identity != ""
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    if name == "SVHN":
+        with pytest.raises(DataError, match="^dataset SVHN in .*: its files are read by scipy, install it .*scipy.$"):
+            data_set(name, tmp_path)
+
+
 CLASSES = ("cat", "dog", "eel")
 
 
 def write_images(root: Path, shape: tuple[int, ...] = (5, 4), per_class: int = 4) -> dict[str, np.ndarray]:
-    """Images of three classes, in folders; returns them by their path in the data set."""
+    """Images of three classes, in folders; returns them by their path in the data set, in colour channels first."""
     numbers, images = np.random.default_rng(0), {}
     for part in ("train", "test"):
         for label in CLASSES:
             for index in range(per_class):
                 path = f"{part}/{label}/{index}.png"
-                images[path] = numbers.integers(0, 256, shape, np.uint8)
+                image = numbers.integers(0, 256, shape, np.uint8)
+                images[path] = np.stack([image[..., channel] for channel in range(3)]) if len(shape) == 3 else image
                 (root / "pets" / path).parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(images[path]).save(root / "pets" / path)
+                Image.fromarray(image).save(root / "pets" / path)
     return images
 
 
-@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3)])
-def test_images_in_folders_are_a_data_set_of_the_classes_that_their_folders_name(tmp_path, shape):
+@pytest.mark.parametrize("shape, size", [((5, 4), (5, 4)), ((5, 4, 3), (3, 5, 4))])
+def test_images_in_folders_are_a_data_set_of_the_classes_that_their_folders_name(tmp_path, shape, size):
     images = write_images(tmp_path, shape)
     (tmp_path / "pets" / "train" / "cat" / ".hidden").write_text("no image")
     source, own = data_set("pets", tmp_path), load_image_data("pets", tmp_path)
-    assert source.size == shape and own.class_names == source.class_names == CLASSES
+    assert source.size == size and own.class_names == source.class_names == CLASSES
     mean, deviation = own.train.images.mean(), own.train.images.std()
     assert abs(mean) < 1e-5 and abs(deviation - 1) < 1e-5
     train = np.stack([image for path, image in images.items() if path.startswith("train")]).astype(float)
@@ -179,6 +224,67 @@ def test_what_says_which_images_they_are_covers_all_that_is_read(tmp_path):
     moved = checksum("pets", tmp_path)
     (pets / "test" / "dog" / "4.png").unlink()
     assert len({before, one_pixel, moved, checksum("pets", tmp_path)}) == 4
+
+
+def same(one: ImageData, other: ImageData) -> bool:
+    pairs = ((one.train, other.train), (one.test, other.test))
+    return all(torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in pairs)
+
+
+def refuse(*arguments: object) -> None:
+    raise AssertionError("a file is read again")
+
+
+def test_a_folder_is_read_once_and_then_from_the_cache_beside_it_until_a_file_changes(tmp_path, monkeypatch):
+    images, datasets = write_images(tmp_path / "datasets"), tmp_path / "datasets"
+    pets, cache, identity = datasets / "pets", datasets / "pets.cache.pt", checksum("pets", datasets)
+    first, source = load_image_data("pets", datasets), data_set("pets", datasets)
+    assert cache.is_file()
+    with monkeypatch.context() as patched:
+        patched.setattr("images.sources.pixels", refuse)
+        patched.setattr("images.sources.crc", refuse)
+        assert [len(source.read(is_train)[1]) for is_train in (True, False)] == [12, 12]
+        assert checksum("pets", datasets) == identity
+    assert same(load_image_data("pets", datasets), first)
+    path, other = pets / "train" / "cat" / "0.png", pets / "train" / "dog" / "0.png"
+    time = other.stat().st_mtime_ns
+    for change in (
+        lambda: (other.write_bytes(other.read_bytes() + b"more"), os.utime(other, ns=(time, time))),
+        lambda: os.utime(path, ns=(0, path.stat().st_mtime_ns + 1)),
+        lambda: path.rename(path.with_name("9.png")),
+        lambda: Image.fromarray(images["train/eel/1.png"]).save(path),
+        lambda: (pets / "test" / "eel" / "3.png").unlink(),
+    ):
+        before = cache.read_bytes()
+        change()
+        copy = tmp_path / f"copy of {len(list(tmp_path.iterdir()))}"
+        shutil.copytree(pets, copy / "pets")
+        for _ in range(2):
+            assert checksum("pets", datasets) == checksum("pets", copy)
+            assert same(load_image_data("pets", datasets), load_image_data("pets", copy))
+        assert cache.read_bytes() != before
+    shutil.copy(PROJECT / "clean.sh", tmp_path)
+    subprocess.run(["bash", str(tmp_path / "clean.sh")], check=True)
+    assert [path.name for path in datasets.iterdir()] == ["pets"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda cache: cache.write_bytes(cache.read_bytes()[:-100]),
+        lambda cache: cache.write_bytes(b"mine"),
+        lambda cache: torch.save([1], cache),
+        lambda cache: save(cache, {"version": torch.arange(3), "splits": {}}),
+        lambda cache: (cache.unlink(), cache.mkdir()),
+    ],
+)
+def test_a_cache_that_is_damaged_or_foreign_is_made_anew_and_one_that_cannot_be_written_left_out(tmp_path, spoil):
+    write_images(tmp_path)
+    first, identity, cache = load_image_data("pets", tmp_path), checksum("pets", tmp_path), tmp_path / "pets.cache.pt"
+    whole = cache.read_bytes()
+    spoil(cache)
+    assert checksum("pets", tmp_path) == identity and same(load_image_data("pets", tmp_path), first)
+    assert cache.is_dir() or cache.read_bytes() == whole
 
 
 def replaced(path: Path, image: np.ndarray | bytes) -> None:
@@ -215,7 +321,7 @@ BAD_FOLDERS = {
     ),
     "colour": (
         lambda pets: replaced(pets / "test" / "dog" / "1.png", np.stack([GREY] * 3, 2)),
-        r"test/dog/1.png is of .5, 4, 3., but .*train/cat/0.png is of .5, 4.",
+        r"test/dog/1.png is of .3, 5, 4., but .*train/cat/0.png is of .5, 4.",
     ),
     "mode": (
         lambda pets: replaced(pets / "test" / "dog" / "1.png", np.stack([GREY] * 4, 2)),
@@ -270,9 +376,9 @@ def test_a_data_set_is_a_folder_among_the_data_sets_by_its_name(tmp_path, name):
     write_images(tmp_path / "datasets")
     write_images(tmp_path / "outside")
     (tmp_path / "datasets" / "Graphs").mkdir()
-    with pytest.raises(
-        DataError, match="^dataset must be MNIST, FashionMNIST, KMNIST, pets, or another folder in .*, not"
-    ):
+    (tmp_path / "datasets" / "pets.cache.pt").touch()
+    valid = "MNIST, FashionMNIST, KMNIST, CIFAR10, SVHN, pets, or another folder in .*"
+    with pytest.raises(DataError, match=f"^dataset must be {valid}, not"):
         load_image_data(name, tmp_path / "datasets")
 
 
@@ -291,93 +397,43 @@ def test_some_of_every_class_are_different_samples_of_each_that_is_there(split, 
     assert not torch.equal(some_of_every_class(split.retain(1), count, "other").images, some.images)
 
 
-def one_sample_gradient(classifier, image, label, of):
-    classifier.zero_grad()
-    logits = classifier(image[None])
-    value = F.cross_entropy(logits, label[None]) if of == "loss" else logits[0, label] - logits.mean()
-    value.backward()
-    return [layer.weight.grad.clone() for layer in classifier.layers]
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("mask_layer", [0, -2, -1, [0, 2], None])
-def test_recorded_gradients_are_those_of_autograd_one_sample_at_a_time(mask_layer, bias):
-    graphs = graph_generator(mask_layer, torch.float64, bias)
-    for index in range(0, len(graphs), 9):
-        image, label = graphs.samples.images[index], graphs.samples.labels[index]
-        for of in ("loss", "margin"):
-            expected = one_sample_gradient(graphs.classifier, image, label, of)
-            for layer, record in zip(graphs.graph.layers, graphs.records):
-                gradient = torch.outer(getattr(record, f"{of}_gradient")[index], record.inputs[index])
-                assert torch.allclose(gradient, expected[layer], rtol=0, atol=1e-12)
-
-
-def masked_by_hand(masked):
-    classifier = random_classifier(dtype=torch.float64)
-    classifier.layers[1].weight.data.view(-1)[masked] = 0
-    return classifier
-
-
-def features_by_hand(graphs, samples, masked=()):
-    """The features of one group in the second layer by their definitions, not standardised."""
-    classifier = masked_by_hand(list(masked))
-    images, labels = graphs.samples.images[samples], graphs.samples.labels[samples]
-    loss, margin = (
-        torch.stack([one_sample_gradient(classifier, image, label, of)[1] for image, label in zip(images, labels)])
-        for of in ("loss", "margin")
-    )
-    w0, w = (layer.weight.detach() for layer in classifier.layers[:2])
-    a = (images @ w0.T).relu()
-    z = a @ w.T
-    return {
-        "input_activation": a.mean(0).expand_as(w),
-        "output_activation": z.relu().mean(0)[:, None].expand_as(w),
-        "weight": w,
-        "gradient": loss.mean(0),
-        "effect": w * loss.mean(0),
-        "fisher": w.abs() * loss.square().mean(0).sqrt(),
-        "margin": w * margin.mean(0),
-        "coactivation": w.abs() * ((z > 0)[:, :, None] * a[:, None]).mean(0),
-    }
-
-
 def standardised(x):
     return (x - x.mean()) / x.std() if x.std() > 0 else torch.zeros_like(x)
 
 
 @pytest.mark.parametrize("masked", [[], [0, 3, 17]])
-def test_class_graphs_are_the_features_by_their_definitions(masked):
+def test_class_graphs_are_the_features_and_their_means_over_the_other_classes_standardised(masked):
     graphs = graph_generator(-2, torch.float64)
     samples = graphs.draw(5, seeded("test"))
     mask = Mask.zeroing(graphs.graph, torch.tensor(masked)) if masked else None
-    x, loss = graphs.class_graphs(samples, mask)
-    by_hand = [features_by_hand(graphs, group, masked) for group in samples]
+    x, loss = class_graphs(graphs, samples, mask)
+    features, losses = graphs.class_features(samples, tuple(FEATURES), mask)
+    assert torch.equal(loss, losses) and set(features) == set(FEATURES)
     assert x.shape == (NUM_CLASSES, 30, 15) and graphs.num_features == 15
     for label in range(NUM_CLASSES):
+        others = [other for other in range(NUM_CLASSES) if other != label]
         for column, name in enumerate(FEATURES):
-            expected = standardised(by_hand[label][name].flatten())
-            assert torch.allclose(x[label, :, column], expected, atol=1e-9), name
+            assert torch.allclose(x[label, :, column], standardised(features[name][label]), atol=1e-9), name
         for column, name in enumerate((name for name in FEATURES if name != "weight"), start=8):
-            others = sum(by_hand[other][name] for other in range(NUM_CLASSES) if other != label) / (NUM_CLASSES - 1)
-            assert torch.allclose(x[label, :, column], standardised(others.flatten()), atol=1e-9), f"others: {name}"
-    logits = masked_by_hand(masked)(graphs.samples.images[samples.flatten()])
-    losses = F.cross_entropy(logits, graphs.samples.labels[samples.flatten()], reduction="none")
-    assert torch.allclose(loss, losses.view(NUM_CLASSES, 5).mean(1), atol=1e-12)
+            of_others = standardised(features[name][others].mean(0))
+            assert torch.allclose(x[label, :, column], of_others, atol=1e-9), f"others: {name}"
     some = graph_generator(-2, torch.float64, features=("weight", "margin"), other_classes=False)
-    assert some.num_features == 2 and torch.equal(some.class_graphs(samples, mask)[0], x[..., [2, 6]])
+    assert some.num_features == 2 and torch.equal(class_graphs(some, samples, mask)[0], x[..., [2, 6]])
 
 
 @pytest.mark.parametrize("other_classes", [True, False])
 @pytest.mark.parametrize("masked", [None, [0, 3, 17]])
-def test_what_else_is_asked_is_one_more_feature_that_is_told_its_weight(masked, other_classes):
+def test_what_else_is_asked_is_one_more_feature_that_is_told_its_weight(monkeypatch, masked, other_classes):
     plain, graphs = (
         graph_generator(None, auxiliary=auxiliary, other_classes=other_classes) for auxiliary in (None, Asking)
     )
     samples = graphs.draw(5, seeded("test"))
     mask = None if masked is None else Mask.zeroing(graphs.graph, torch.tensor(masked))
-    expected, loss = plain.class_graphs(samples, mask)
-    for weight in (0.0, 2.5):
-        x, damage = graphs.class_graphs(samples, mask, weight)
+    expected, loss = class_graphs(plain, samples, mask)
+    for weight, at_once, sizes in ((0.0, 1, [1, 1, 1]), (2.5, 200, [2, 1])):
+        monkeypatch.setattr("data.VERTICES_AT_ONCE", at_once)
+        assert [len(part) for part in graphs.class_graphs(samples, mask, weight)[0]] == sizes
+        x, damage = class_graphs(graphs, samples, mask, weight)
         assert x.shape[-1] == graphs.num_features == plain.num_features + 1
         assert torch.equal(x[..., :8], expected[..., :8]) and torch.equal(x[..., 9:], expected[..., 8:])
         assert torch.equal(damage, loss)
@@ -395,17 +451,17 @@ def test_all_layers_are_recorded_and_a_pass_with_nothing_masked_changes_nothing(
     assert recorded["layers"] == [0, 1, 2] and torch.equal(recorded["labels"], graphs.labels)
     assert [LayerRecord(**record) for record in recorded["records"]] == graphs.records
     samples, nothing = graphs.draw(5, seeded("test")), Mask.zeroing(graphs.graph, graphs.nothing)
-    for unmasked, whole in zip(graphs.class_graphs(samples), graphs.class_graphs(samples, nothing), strict=True):
+    for unmasked, whole in zip(class_graphs(graphs, samples), class_graphs(graphs, samples, nothing)):
         assert torch.allclose(unmasked, whole, atol=1e-4)
 
 
 def test_get_data_is_the_graph_of_one_sample():
     graphs = graph_generator(-2, torch.float64)
     sample = graphs.get_data(20)
-    by_hand = features_by_hand(graphs, torch.tensor([20]))
+    features, _ = graphs.class_features(torch.tensor([[20]]), tuple(FEATURES))
     for column, name in enumerate(FEATURES):
-        assert torch.allclose(sample.x[:, column], standardised(by_hand[name].flatten()), atol=1e-9), name
-    classes, _ = graphs.class_graphs(graphs.by_class())
+        assert torch.allclose(sample.x[:, column], standardised(features[name][0]), atol=1e-9), name
+    classes, _ = class_graphs(graphs, graphs.by_class())
     assert torch.allclose(sample.x[:, 8:], classes[1, :, 8:], atol=1e-9), "the other classes are those of its class"
     assert torch.equal(sample.edge_index, graphs.graph.edge_index())
     assert sample.y.tolist() == [1] and sample.validate()

@@ -173,7 +173,7 @@ def test_the_term_is_what_each_class_is_carried_under_its_own_mask(mask_layer, r
     zeroed = {label: torch.randperm(size, generator=seeded(label))[:9] for label in (2, 0)}
     keep = torch.stack([torch.ones(size).index_fill(0, vertices, 0) for vertices in zeroed.values()]).requires_grad_()
     weights = masked_weights(graphs.classifier, graphs.graph, keep)
-    features = graphs.classifier.features(graphs.inputs[samples.flatten()], graphs.graph.layers[0], weights)
+    features = graphs.classifier.outputs(graphs.inputs[samples.flatten()], graphs.graph.layers, weights)[0]
     found = graphs.auxiliary.loss(features.expand(2, -1, -1).unflatten(1, samples.shape), [2, 0])
     if mask_layer != -1:  # whose mask does not touch the representation
         (gradient,) = torch.autograd.grad(found, keep)

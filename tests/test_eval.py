@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import NUM_CLASSES, graph_config, random_split, scores
+from conftest import NUM_CLASSES, graph_config, random_split, scores, trainer_config
 from torch import nn
 
 from data import GraphGenerator, ImageData, Split
@@ -21,9 +21,10 @@ from eval import (
     random_vertices,
     unlearning_method,
 )
-from model import Mask, MaskingGCN, WeightGraph, linear_layers
+from model import Mask, MaskingGCN, WeightGraph
+from networks.hooked import weight_layers
 from runs.files import Artifact
-from trainer import Trainer, TrainerConfig, TrainingError
+from trainer import Trainer, TrainingError
 
 FORGET, KAPPA, TOP_K = 1, 9, 8
 TEST = random_split(200, seed=7)
@@ -41,7 +42,7 @@ def registry():
 
 @functools.cache
 def problem():
-    train, trainer = random_split(40), Trainer(TrainerConfig((6, 5), False, 10, 16, 0.01), 0)
+    train, trainer = random_split(40), Trainer(trainer_config((6, 5), 10), 0)
     return train, trainer, trainer.train(train, NUM_CLASSES)
 
 
@@ -68,7 +69,7 @@ def make_eval(folder, test=None, asked=KAPPA, mask_layer=-2, shared=None, audit=
 
 
 def weights_of(model) -> list[torch.Tensor]:
-    return [layer.weight for layer in linear_layers(model)]
+    return [layer.weight for layer in weight_layers(model)]
 
 
 def answers(scored: Eval) -> dict[str, list[torch.Tensor]]:
@@ -202,7 +203,7 @@ def filled(model, value):
             TrainingError,
             f"method broken, class {FORGET}: a weight of the classifier is not a finite number",
         ),
-        (lambda request: filled(request.original, 0), ValueError, "'broken' changed the original's layers.0.weight"),
+        (lambda request: filled(request.original, 0), ValueError, "'broken' changed the original's network.1.weight"),
         (lambda request: request.zeroing(torch.arange(request.kappa)), ValueError, "register it with uses_kappa=True"),
     ],
 )
@@ -230,7 +231,7 @@ def test_the_methods_are_what_they_say(tmp_path):
     for other in (replace(request, seed=1), replace(request, forget_class=2)):
         assert not torch.equal(random_vertices(other, KAPPA), few)
     assert torch.equal(weights["sft"][0], original[0]) and not torch.equal(weights["sft"][1], original[1])
-    alone = Trainer(TrainerConfig((6, 5), False, 10, 16, 0.01), 0).train(request.train.retain(FORGET), NUM_CLASSES)
+    alone = Trainer(trainer_config((6, 5), 10), 0).train(request.train.retain(FORGET), NUM_CLASSES)
     assert all(torch.equal(w, layer.weight) for w, layer in zip(weights["retrain"], alone.layers))
 
 

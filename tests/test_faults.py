@@ -18,7 +18,8 @@ from torchvision.datasets import MNIST
 
 import main
 from configs import CONFIG, load_variants
-from data import FILES, DataError, load_image_data
+from data import load_image_data
+from images.sources import FILES, DataError
 from runs import files, settings
 from runs.files import PARTIAL, ArtifactError, InputError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import IN_FEATURES, NUM_CLASSES, Asking, graph_config, random_classifier, random_split
+from conftest import IN_FEATURES, NUM_CLASSES, Asking, graph_config, random_split, trainer_config
 from running import PROJECT
 
 from data import GraphGenerator, Split, seeded_initialisation
@@ -20,7 +20,7 @@ from methods import fine_tuning
 from methods.controls import removal_effect
 from model import HookedMNISTClassifier, Mask
 from runs.settings import converted
-from trainer import Trainer, TrainerConfig, TrainingError
+from trainer import Trainer, TrainingError
 
 FORGET = 1
 # What they take on so small a problem.
@@ -50,7 +50,7 @@ HYPERPARAMETERS = {
 
 def make_request(mask_layer=-2, auxiliary: Callable | None = None, asked: int | None = None) -> Request:
     train = random_split(60)
-    trainer = Trainer(TrainerConfig((12, 8), False, 4, 16, 0.01), 0)
+    trainer = Trainer(trainer_config((12, 8), 4), 0)
     classifier = trainer.train(train, NUM_CLASSES)
     described = graph_config(mask_layer, features=("weight", "margin"), samples_per_class=40)
     graphs = GraphGenerator(classifier, train, described, 0, auxiliary)
@@ -126,13 +126,6 @@ def gradients(classifier: HookedMNISTClassifier, images: torch.Tensor, labels: t
     margin = (logits.gather(1, labels[:, None])[:, 0] - logits.mean(1)).mean()
     (F.cross_entropy(logits, labels) if of == "loss" else margin).backward()
     return [layer.weight.grad.clone() for layer in classifier.layers]
-
-
-def test_the_fisher_information_is_that_of_single_samples():
-    classifier, split = random_classifier(), random_split(5)
-    single = [gradients(classifier, image[None], label[None]) for image, label in zip(split.images, split.labels)]
-    for found, *of_samples in zip(fine_tuning.fisher_information(classifier, split), *single):
-        assert torch.allclose(found, torch.stack(of_samples).square().mean(0), rtol=1e-4, atol=1e-9)
 
 
 def test_ssd_dampens_the_weights_that_it_selects(request_to_forget):

@@ -73,15 +73,15 @@ def test_the_gcn_and_its_gradients_are_those_of_the_same_network_on_edges(shapes
 
 
 @pytest.mark.parametrize("message_passing", [True, False])
-def test_scores_depend_neither_on_the_graphs_scored_together_nor_on_the_precision(monkeypatch, message_passing):
+def test_scores_depend_neither_on_the_graphs_scored_together_nor_on_the_precision(message_passing):
     torch.manual_seed(0)
     graph = WeightGraph([(64, 128), (10, 64)])
     gcn = MaskingGCN(15, message_passing=message_passing).double()
     x = torch.randn(5, graph.num_vertices, 15, dtype=torch.float64)
     together = gcn(x, graph)
-    for at_once in (1, 2 * graph.num_vertices, 10**9):
-        monkeypatch.setattr("model.VERTICES_AT_ONCE", at_once)
-        assert torch.allclose(gcn(x, graph), together, rtol=0, atol=1e-12)
+    for at_once in (1, 2):
+        parts = torch.cat([gcn(part, graph) for part in x.split(at_once)])
+        assert torch.allclose(parts, together, rtol=0, atol=1e-12)
     single = gcn.float()(x.float(), graph).double()
     assert torch.allclose(single, together, rtol=1e-4, atol=1e-5 * together.abs().max().item())
 
@@ -103,50 +103,37 @@ def test_the_classifier_is_the_formula(split, bias):
     representation = (first @ w1.T + b1).clamp(min=0)
     expected = representation @ w2.T + b2
     own = {1: w1.detach(), 2: w2.detach()}
+    assert torch.allclose(classifier.given_to([2, 1], split.images), first, atol=1e-6)
     for features, logits in (
         classifier.outputs(split.images),
-        classifier.outputs(first, 1),
-        classifier.outputs(first, 1, own),
+        classifier.outputs(first, [1]),
+        classifier.outputs(first, [1], own),
     ):
         assert torch.allclose(features, representation, atol=1e-6) and torch.allclose(logits, expected, atol=1e-6)
-    assert torch.allclose(classifier.features(first, 1), representation, atol=1e-6)
+    assert torch.allclose(classifier.features(first, [1]), representation, atol=1e-6)
     assert torch.allclose(classifier(split.images.view(-1, 1, 7)), expected, atol=1e-6), "images are flattened"
-    assert torch.allclose(classifier(first, first=1), expected, atol=1e-6)
+    assert torch.allclose(classifier(first, first=[1, 2]), expected, atol=1e-6)
     assert classifier.shapes == [(HIDDEN[0], IN_FEATURES), (HIDDEN[1], HIDDEN[0]), (NUM_CLASSES, HIDDEN[1])]
 
 
-def test_hooks_come_off_on_errors_too_and_leave_no_gradient_behind(classifier, split):
-    with pytest.raises(RuntimeError, match="on purpose"):
-        with classifier.hooks([0, 1]):
-            assert all(layer._forward_hooks for layer in classifier.layers[:2])
-            raise RuntimeError("on purpose")
+def test_looking_into_a_classifier_leaves_no_gradient_behind_and_its_weights_free_after_errors_too(classifier, split):
+    classifier.layers[0].weight.requires_grad_(False)
+    for fails in (
+        lambda: classifier.watch(split.images[:, 1:], [0, 1]),
+        lambda: classifier.outputs(split.images, None, {1: torch.zeros(2, 5, 9)}),
+    ):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied|size"):
+            fails()
     with pytest.raises(IndexError):
         classifier.record(split.images, torch.full_like(split.labels, 99), [1])
-    classifier.record(split.images, split.labels, [1, 2])
-    assert not any(layer._forward_hooks for layer in classifier.layers)
-    assert all(parameter.grad is None for parameter in classifier.parameters())
-
-
-@pytest.mark.parametrize("mask_layer", [-2, None])
-def test_a_mask_zeroes_exactly_kappa_weights_and_comes_off_bit_for_bit(classifier, split, mask_layer):
-    graph = WeightGraph(classifier.shapes, mask_layer)
-    before = [layer.weight.detach().clone() for layer in classifier.layers]
-    logits = classifier(split.images)
-    zeroed = torch.randperm(graph.num_vertices)[:11]
-    mask = Mask.zeroing(graph, zeroed)
-    assert mask.num_zeroed == 11 and mask.as_tensor().shape == ((5, 6) if mask_layer == -2 else (87,))
-    mask.apply(classifier)
-    flat = torch.cat([classifier.layers[layer].weight.flatten() for layer in graph.layers])
-    original = torch.cat([before[layer].flatten() for layer in graph.layers])
-    assert torch.equal((flat == 0).nonzero()[:, 0], zeroed.sort().values)
-    assert torch.equal(flat[flat != 0], original[flat != 0])
-    assert not torch.allclose(classifier(split.images), logits)
-    mask.remove(classifier)
-    assert not any(parametrize.is_parametrized(layer) for layer in classifier.layers)
-    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(classifier.layers, before))
-    assert torch.equal(classifier(split.images), logits)
-    kept = Mask.keeping(graph, zeroed).as_tensor()
-    assert kept.sum() == 11 and torch.equal(kept + mask.as_tensor(), torch.ones_like(kept))
+    records, loss = classifier.record(split.images, split.labels, [1, 2])
+    watched = classifier.watch(split.images, [1, 2])
+    assert not any(x.requires_grad for record in records for x in record) and not loss.requires_grad
+    assert watched.pre_activations[0].is_leaf and not watched.pre_activations[1].is_leaf
+    assert [weight.requires_grad for weight in classifier.parameters()] == [False, True, True]
+    assert all(weight.grad is None for weight in classifier.parameters())
+    hooked = (module for module in classifier.modules() if module._forward_hooks or module._forward_pre_hooks)
+    assert not list(hooked)
 
 
 def test_a_mask_that_does_not_fit_and_a_file_that_is_no_mask_are_refused(classifier, tmp_path):

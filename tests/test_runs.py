@@ -22,7 +22,8 @@ from running import PROJECT, SMOKE, checkpoint, files, metrics, run, run_here, s
 import main
 import runs.files
 from configs import CONFIG, load_variants
-from data import DataError, GraphGenerator, load_image_data
+from data import GraphGenerator, load_image_data
+from images.sources import DataError
 from masking.order import ZeroingOrder
 from masking.rankings import GCNRanking, TrainedGCN
 from model import HookedMNISTClassifier
@@ -115,7 +116,10 @@ def test_a_change_makes_anew_what_depends_on_it_and_nothing_else(here, monkeypat
     sources = copy_to(here / "sources", *TRACKED)
     monkeypatch.setattr(main, "ROOT", sources)
     for file, made in (
-        *((file, names) for file in ("main.py", "model.py", "data.py", "trainer.py", "audits/erasure.py")),
+        *(
+            (file, names)
+            for file in ("main.py", "model.py", "data.py", "trainer.py", "images/sources.py", "audits/erasure.py")
+        ),
         *((file, names[3:]) for file in ("eval.py", "methods/controls.py", "of_my_own.py")),
         *((file, []) for file in ("reporter.py", "tables/variants.py", "runs/files.py")),
     ):
@@ -236,7 +240,7 @@ def test_all_layers_can_be_masked_and_several_top_k_and_seeds_are_reported(here)
         assert f"K = {top_k}" in summary and "over 2 seeds" in summary and "±" in summary
     weights = [checkpoint(here, f"classifier_seed_{seed}") for seed in (0, 1)]
     assert [each["seed"] for each in weights] == [0, 1]
-    assert not torch.equal(*(each["state_dict"]["layers.0.weight"] for each in weights))
+    assert not torch.equal(*(each["state_dict"]["network.1.weight"] for each in weights))
     assert len(list(here.glob("checkpoints/gcn_*.pt"))) == 4
 
 
@@ -425,7 +429,7 @@ def test_what_the_readme_adds_by_hand_shows_up_everywhere(copy):
 def test_the_lines_of_the_readme_make_a_data_set_of_ones_own_whose_classes_are_forgotten(tmp_path, monkeypatch):
     draw_nothing(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data.DATASET_ROOT", tmp_path / "datasets")
+    monkeypatch.setattr("images.sources.DATASET_ROOT", tmp_path / "datasets")
     exec(in_readme(r"```python\n([^`]*load_digits[^`]*)```"), {})
     assert len(list(tmp_path.glob("datasets/digits/*/*/*"))) == 1797
     changes = ["sweep.kappa=[auto]", "eval.methods=[original, mimu]", "eval.visualize=false", "gcn.pretrained=true"]
@@ -445,7 +449,7 @@ def test_the_lines_of_the_readme_make_a_data_set_of_ones_own_whose_classes_are_f
 
 
 def test_images_in_colour_are_forgotten_by_the_name_of_their_class(here, monkeypatch):
-    monkeypatch.setattr("data.DATASET_ROOT", here / "datasets")
+    monkeypatch.setattr("images.sources.DATASET_ROOT", here / "datasets")
     numbers = np.random.default_rng(0)
     for label, name in enumerate(("cat", "dog", "eel")):
         for part, count in (("train", 60), ("test", 20)):

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from conftest import (
     NUM_CLASSES,
     Asking,
+    class_graphs,
     graph_config,
     graph_generator,
     random_classifier,
     random_split,
     representation,
     scores,
+    trainer_config,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,13 +34,11 @@ from trainer import (
     GCNTrainer,
     GCNTrainerConfig,
     Trainer,
-    TrainerConfig,
     TrainingError,
     UnlearningSFT,
     UnlearningSFTConfig,
     learn,
     log_uniform,
-    masked_weights,
     prior_divergence,
     top_k_mask,
     top_k_masks,
@@ -55,7 +55,7 @@ def gcn_config(**changes) -> GCNTrainerConfig:
         "pretrained": False, "hidden": 8, "rounds": 2, "message_passing": True, "steps": 20, "learning_rate": 0.01,
         "gradient_norm": 1.0, "group_size": 8, "samples": 30, "contrast": "damage", "temperature": 0.25, "gumbel": 1.0,
         "sufficiency": 0.2, "prior": 0.0, "necessity_forget": 1.0, "necessity_retain": 1.0, "kappa": (3, 10),
-        "partly_masked": (2, 8), "warmup": 4,
+        "partly_masked": (2, 8), "looks": 1, "classes": None, "warmup": 4,
     }  # fmt: skip
     return GCNTrainerConfig(**small | changes)
 
@@ -163,25 +163,6 @@ def test_the_set_difference_ranks_by_brute_force():
         assert order[d].tolist() == first + rest
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("mask_layer", [0, -2, -1, [0, 2], None])
-def test_many_masks_at_once_are_one_mask_after_another(mask_layer, bias):
-    graphs = graph_generator(mask_layer, bias=bias)
-    masks = [Mask.zeroing(graphs.graph, torch.randperm(graphs.graph.num_vertices)[:9]) for _ in range(3)]
-    keep = torch.stack([mask.as_tensor().flatten() for mask in masks])
-    weights = masked_weights(graphs.classifier, graphs.graph, keep)
-    for by_mask in (False, True):  # each mask on the same samples, or on samples of its own
-        inputs, images = (x.unflatten(0, (3, 15)) if by_mask else x for x in (graphs.inputs, graphs.samples.images))
-        features, logits = graphs.classifier.outputs(inputs, graphs.graph.layers[0], weights)
-        for index, mask in enumerate(masks):
-            own = images[index] if by_mask else images
-            with mask.applied_to(graphs.classifier):
-                assert torch.allclose(logits[index], graphs.classifier(own), atol=1e-5)
-                # Where only the output layer is masked, all masks share the representation.
-                of_mask = features.expand(3, *features.shape[-2:])[index]
-                assert torch.allclose(of_mask, representation(graphs.classifier, own), atol=1e-5)
-
-
 @pytest.mark.parametrize("mask_layer", [-2, None])
 @pytest.mark.parametrize("term", [*TERMS, "auxiliary"])
 def test_every_term_reaches_every_parameter_of_the_gcn_also_alone(term, mask_layer):
@@ -216,7 +197,7 @@ def test_the_loss_works_on_the_masked_classifier_and_tells_the_gcn_the_weight_th
     gcn, loss = small_gcn(graphs), GCNLoss(gcn_config(prior=0.5), graphs, 6)
     terms, scores = loss(gcn, zeroed, seeded("test"))
     weight = graphs.auxiliary.draw_weight(generator)
-    x, damage = graphs.class_graphs(graphs.draw(8, generator), Mask.zeroing(graphs.graph, zeroed), weight)
+    x, damage = class_graphs(graphs, graphs.draw(8, generator), Mask.zeroing(graphs.graph, zeroed), weight)
     importance = gcn(x, graphs.graph)
     assert torch.allclose(scores, contrast(importance, damage), atol=1e-5)
     assert not torch.allclose(scores, contrast(importance), atol=1e-5)
@@ -225,7 +206,7 @@ def test_the_loss_works_on_the_masked_classifier_and_tells_the_gcn_the_weight_th
     prior = 0.5 * prior_divergence(importance, weights).mean()
     samples, kappa = graphs.draw(10, generator), log_uniform((3, 10), 87, generator)
     removed = top_k_masks(scores, graphs.graph, "layerwise", zeroed, kappa, 0.25)
-    expected = {"prior": prior} | loss._necessity(removed, samples, weight)
+    expected = {"prior": prior} | loss._necessity(removed, torch.arange(NUM_CLASSES), samples, weight)
     assert torch.stack(list(terms.values())).tolist() == pytest.approx([expected[name].item() for name in terms])
     spans = [log_uniform((3, 10), 30, generator) for _ in range(500)]
     assert set(spans) == set(range(3, 11)) and spans.count(3) > spans.count(9)
@@ -247,15 +228,17 @@ def test_the_sufficiency_term_by_hand():
     assert torch.allclose(term, torch.stack(losses).mean(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("tried", [[0, 1, 2], [2, 0]])
 @pytest.mark.parametrize("mask_layer", [-2, -1, [0, 2], None])
-def test_the_terms_of_necessity_by_hand(mask_layer):
+def test_the_terms_of_necessity_by_hand(mask_layer, tried):
     graphs = graph_generator(mask_layer, auxiliary=Asking)
-    removed = (torch.rand(NUM_CLASSES, graphs.graph.num_vertices, generator=seeded("masks")) < 0.3).float()
+    removed = (torch.rand(len(tried), graphs.graph.num_vertices, generator=seeded("masks")) < 0.3).float()
     samples = graphs.draw(10, seeded("test"))
-    terms = GCNLoss(gcn_config(), graphs, 6)._necessity(removed, samples, 3.0)
+    loss, of_classes = GCNLoss(gcn_config(), graphs, 6), torch.tensor(tried)
+    terms = loss._necessity(removed, of_classes, samples, 3.0)
     forget, retain, asked = [], [], []
     original = graphs.classifier(graphs.samples.images)
-    for d, mask in enumerate(removed):
+    for d, mask in zip(tried, removed):
         with Mask.zeroing(graphs.graph, mask.nonzero()[:, 0]).applied_to(graphs.classifier):
             masked = graphs.classifier(graphs.samples.images).softmax(1)
             features = representation(graphs.classifier, graphs.samples.images)
@@ -267,26 +250,41 @@ def test_the_terms_of_necessity_by_hand(mask_layer):
     for name, expected in (("necessity_forget", forget), ("necessity_retain", retain)):
         assert torch.allclose(terms[name], torch.stack(expected).mean(), rtol=1e-4), name
     assert torch.allclose(terms["auxiliary"], 3.0 * torch.stack(asked).mean(), rtol=1e-3)
-    assert set(GCNLoss(gcn_config(), graphs, 6)._necessity(removed, samples, 0.0)) == set(TERMS[2:])
+    assert set(loss._necessity(removed, of_classes, samples, 0.0)) == set(TERMS[2:])
 
 
-def test_one_gcn_learns_from_several_classifiers_and_from_partly_masked_ones_in_every_second_step(monkeypatch):
+def test_one_gcn_learns_from_several_classifiers_and_after_each_step_on_a_whole_one_from_looks(monkeypatch):
     graphs = [graph_generator(), graph_generator(mask_layer=-1), graph_generator(bias=True)]
-    seen = []
-    call = GCNLoss.__call__
+    seen, tried, call, try_some = [], [], GCNLoss.__call__, GCNLoss._tried
 
-    def spy(self, gcn, zeroed, generator):
-        seen.append((graphs.index(self.graphs), len(zeroed)))
-        return call(self, gcn, zeroed, generator)
+    def spy(self, gcn, zeroed, generator, forget_class=None):
+        terms, scores = call(self, gcn, zeroed, generator, forget_class)
+        seen.append((graphs.index(self.graphs), zeroed.tolist(), forget_class, scores))
+        return terms, scores
 
     monkeypatch.setattr(GCNLoss, "__call__", spy)
-    for steps, partly_masked in ((30, (0.1, 0.3)), (6, None)):
-        GCNTrainer(gcn_config(steps=steps, kappa=(0.1, 0.3), partly_masked=partly_masked), graphs, 0.25, 0).train()
-    assert {index for index, _ in seen} == {0, 1, 2}
-    assert [zeroed > 0 for _, zeroed in seen] == [False] * 4 + [True, False] * 13 + [False] * 6
-    for (before, _), (index, zeroed) in zip(seen, seen[1:]):
-        assert not zeroed or index == before, "a mask is for the classifier that it was made for"
-        assert not zeroed or (2 <= zeroed <= 4 if index == 1 else 3 <= zeroed <= 9), "of 15 and of 30 weights"
+    monkeypatch.setattr(GCNLoss, "_tried", lambda *given: tried.append(try_some(*given)) or tried[-1])
+    for steps, partly_masked, looks, classes in ((30, (0.1, 0.3), 1, None), (16, (0.1, 0.3), 2, 2), (6, None, 1, None)):
+        about = {"partly_masked": partly_masked, "looks": looks, "classes": classes}
+        GCNTrainer(gcn_config(steps=steps, kappa=(0.1, 0.3), **about), graphs, 0.25, 0).train()
+    assert {index for index, *_ in seen} == {0, 1, 2}
+    whole = [False] * 4
+    expected = whole + [True, False] * 13 + whole + [True, True, False] * 4 + [False] * 6
+    assert [len(zeroed) > 0 for _, zeroed, *_ in seen] == expected
+    for (before, had, forgot, of_classes), (index, zeroed, forget_class, _) in zip(seen, seen[1:]):
+        if not zeroed:
+            assert forget_class is None
+            continue
+        assert index == before, "a mask is for the classifier that it was made for"
+        assert zeroed[: len(had)] == had and (forgot is None or forget_class == forgot), "a request goes on"
+        new = zeroed[len(had) :]
+        assert 2 <= len(new) <= 4 if index == 1 else 3 <= len(new) <= 9, "of 15 and of 30 weights"
+        vertices = range(graphs[index].graph.num_vertices)
+        assert new == largest_free(of_classes[forget_class].tolist(), vertices, had, len(new))
+    tried = [tuple(some.tolist()) for some in tried]
+    of_two = list(zip(seen[30:46], tried[30:46]))
+    assert all(len(set(some)) == 2 and (each[2] is None or each[2] == some[0]) for each, some in of_two)
+    assert tried[0] == tried[-1] == (0, 1, 2) and {some for _, some in of_two} > {(0, 1), (1, 0)}
     for other in (graph_generator(other_classes=False), graph_generator(auxiliary=Asking)):
         with pytest.raises(TrainingError, match="must be those of all classifiers"):
             GCNTrainer(gcn_config(), [graphs[0], other], 6, 0)
@@ -317,7 +315,7 @@ def test_a_training_that_diverges_stops_with_the_step_and_what_to_look_at(split,
     images[0] = value
     broken = Split(images, split.labels)
     with pytest.raises(TrainingError, match="loss is (nan|inf) at step 0: .* see classifier.learning_rate"):
-        Trainer(TrainerConfig((6, 5), False, 1, len(images), 0.01), 0).train(broken, NUM_CLASSES)
+        Trainer(trainer_config((6, 5), 1, len(images)), 0).train(broken, NUM_CLASSES)
     with pytest.raises(TrainingError, match="loss is (nan|inf) at step 0: .*diverged, see eval.hyperparameters"):
         UnlearningSFT(UnlearningSFTConfig(1, len(images), 0.1), 0).unlearn(classifier, broken, (1,))
 
@@ -331,7 +329,7 @@ def test_a_term_of_the_gcn_that_is_no_number_stops_with_its_name_and_the_step(te
 
 def test_training_is_the_same_with_the_same_seed_alone(split):
     graphs = graph_generator()
-    config = TrainerConfig((6, 5), bias=False, epochs=2, batch_size=16, learning_rate=0.01)
+    config = trainer_config((6, 5), 2)
     trained = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(trained))
@@ -346,7 +344,7 @@ def test_training_is_the_same_with_the_same_seed_alone(split):
 def forgetting():
     """A small problem, and a GCN that was trained on it."""
     split = random_split(60)
-    classifier = Trainer(TrainerConfig((16, 12), False, 20, 32, 0.01), 0).train(split, NUM_CLASSES)
+    classifier = Trainer(trainer_config((16, 12), 20, 32), 0).train(split, NUM_CLASSES)
     graphs = GraphGenerator(classifier, split, graph_config(), 0)
     ranges = {"kappa": (10, 64), "partly_masked": (5, 48)}
     config = gcn_config(steps=100, learning_rate=0.03, samples=60, sufficiency=0.0, **ranges)
@@ -411,7 +409,7 @@ def test_a_step_takes_the_largest_mean_scores_on_graphs_of_the_masked_classifier
     for step in range(3 if config.step else 1):
         mask = Mask.zeroing(graphs.graph, torch.tensor(zeroed)) if zeroed else None
         groups = [graphs.draw(8, seeded("request", 0, 2, step, draw)) for draw in range(config.draws)]
-        drawn, losses = zip(*(graphs.class_graphs(group, mask, weight) for group in groups))
+        drawn, losses = zip(*(class_graphs(graphs, group, mask, weight) for group in groups))
         importance = sum(order.ranking.gcn(x, graphs.graph) for x in drawn) / config.draws
         if step == 0:
             assert torch.equal(order.ranking.most_needed(), importance[2].topk(6).indices)
@@ -431,7 +429,8 @@ def test_layerwise_orders_and_partial_masks_take_their_share_of_every_layer():
     graphs = graph_generator(None, scope="layerwise")
     partly = GCNLoss(gcn_config(partly_masked=(50, 50)), graphs, 6)
     of_classes = torch.randn(NUM_CLASSES, graphs.graph.num_vertices, generator=seeded("scores"))
-    for zeroed in (zeroing_order(graphs).first(50).vertices, partly.partial_mask(of_classes, seeded("test"))):
+    looked, _ = partly.look(of_classes, NOTHING, None, seeded("test"))
+    for zeroed in (zeroing_order(graphs).first(50).vertices, looked):
         for layer in competing("layerwise", graphs.graph):
             assert abs(len(set(layer) & set(zeroed.tolist())) - 50 * len(layer) / graphs.graph.num_vertices) <= 1
 
@@ -453,7 +452,7 @@ def test_a_trained_gcn_comes_back_with_its_features_and_settings_and_another_fil
         TrainedGCN.load(path)
     saved(path, graphs, gcn)
     loaded = TrainedGCN.load(path)
-    x, _ = graphs.class_graphs(graphs.draw(5, seeded("test")))
+    x, _ = class_graphs(graphs, graphs.draw(5, seeded("test")))
     assert torch.equal(loaded.gcn(x, graphs.graph), gcn(x, graphs.graph))
     assert loaded.graphs == described and loaded.masking == masking_config(step=0.1)
     assert loaded.top_k == 0.25 and loaded.saliency == 70

@@ -1,0 +1,69 @@
+"""The classifiers that a config can ask for, of images given as pixels: channel, row, column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+def mlp(sizes: Sequence[int], bias: bool) -> nn.Sequential:
+    """Linear layers with ReLU between them: pixels (batch, sizes[0]) to logits (batch, sizes[-1])."""
+    layers = [nn.Linear(n, m, bias=bias) for n, m in zip(sizes, sizes[1:])]
+    rectified = [module for layer in layers for module in (layer, nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *rectified[:-1])
+
+
+def cnn(
+    size: tuple[int, int, int], channels: Sequence[int], sizes: Sequence[int], bias: bool, batch_norm: bool
+) -> nn.Sequential:
+    """Convolutions of 3 x 3, each with ReLU and max pooling behind it, then an mlp (after LeCun et al. 1998, LeNet-5).
+
+    size: of an image, channels, height and width; sizes: of the layers of the mlp, the logits last
+    Raises ValueError where nothing of an image is left after the last pooling.
+    """
+    modules: list[nn.Module] = [nn.Flatten(), nn.Unflatten(1, size)]
+    for n, m in zip([size[0], *channels], channels):
+        normalisation = [nn.BatchNorm2d(m)] if batch_norm else []
+        modules += [nn.Conv2d(n, m, 3, padding=1, bias=bias), *normalisation, nn.ReLU(), nn.MaxPool2d(2)]
+    left = (size[1] >> len(channels)) * (size[2] >> len(channels))
+    if not left:
+        raise ValueError(f"channels must be fewer than {len(channels)}: nothing is left of {size[1:]} pixels")
+    return nn.Sequential(*modules, *mlp([channels[-1] * left, *sizes], bias))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions of 3 x 3, whose output is added to the input; where shapes differ, to a projection of it."""
+
+    def __init__(self, n: int, m: int, stride: int) -> None:
+        super().__init__()
+        is_same = n == m and stride == 1
+        projection = nn.Sequential(nn.Conv2d(n, m, 1, stride, bias=False), nn.BatchNorm2d(m))
+        self.shortcut = nn.Identity() if is_same else projection
+        self.conv1 = nn.Conv2d(n, m, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(m)
+        self.conv2 = nn.Conv2d(m, m, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(inner)) + self.shortcut(x)).relu()
+
+
+def resnet(size: tuple[int, int, int], channels: Sequence[int], blocks: int, num_classes: int) -> nn.Sequential:
+    """Stages of residual blocks, each half as high and wide as the one before (He et al. 2016, arXiv:1512.03385).
+
+    With three stages of one block it is ResNet-8, of two blocks ResNet-14: the convolutions but for projections, and
+    the linear layer behind a mean over all positions.
+    """
+    first = [nn.Conv2d(size[0], channels[0], 3, padding=1, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU()]
+    stages = []
+    for stage, (n, m) in enumerate(zip([channels[0], *channels], channels)):
+        stages += [ResidualBlock(n, m, 1 if stage == 0 else 2), *(ResidualBlock(m, m, 1) for _ in range(1, blocks))]
+    ending = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes)]
+    return nn.Sequential(nn.Flatten(), nn.Unflatten(1, size), *first, *stages, *ending)
+
+
+def in_channels(size: Sequence[int]) -> tuple[int, int, int]:
+    """The channels, height and width of images: a grey one has one channel."""
+    return (1, *size) if len(size) == 2 else tuple(size)

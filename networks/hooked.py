@@ -1,0 +1,262 @@
+"""Networks that can be looked into: run node by node, begun midway, recorded, and run under many masks at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from networks.tracing import CONCATENATING, JOINING, Trace, call, is_weight_layer
+
+NUMBERS_AT_ONCE = 2**26  # of float32 in the tensors of a pass over samples, which then takes some 256 MB
+
+
+class LayerRecord(NamedTuple):
+    """What one layer did on a batch; the weight gradient of sample s is `loss_gradient[s] inputs[s]^T`.
+
+    Of a convolution every tensor has a last dimension more, its positions, over which that product sums.
+    """
+
+    inputs: Tensor  # (samples, n), the input activation a; of a convolution what its kernels read, n numbers each
+    outputs: Tensor  # (samples, m), the output activation h: after the ReLU, or the logits for the output layer
+    active: Tensor  # (samples, m), 1 where the unit passes a signal on; a unit without ReLU always does
+    loss_gradient: Tensor  # (samples, m), gradient of the sample's cross entropy at the pre-activation, delta
+    margin_gradient: Tensor  # (samples, m), gradient of the label's logit minus the mean logit at the pre-activation
+
+
+class Watched(NamedTuple):
+    """What a network does on a batch, with the autograd graph from the pre-activations of the watched layers on."""
+
+    inputs: list[Tensor]  # of the layers, (samples, n), or (samples, channels, height, width)
+    pre_activations: list[Tensor]  # (samples, m), or (samples, m, height, width)
+    activations: list[Tensor]  # the same shapes, behind normalisation, addition and ReLU
+    features: Tensor  # the representation, (samples, n)
+    logits: Tensor  # (samples, classes)
+
+
+def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers of a model, in the order in which they were added to it."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def weight_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that masks can be put on, linear ones and convolutions, in the order in which they were added."""
+    return [module for module in model.modules() if is_weight_layer(module)]
+
+
+def shape_of(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of a layer's weight: (m, n), or of a convolution (m, channels, height, width)."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.out_channels, layer.in_channels, *layer.kernel_size
+
+
+def is_finite(model: nn.Module) -> bool:
+    """Whether all its weights are finite numbers."""
+    return all(weight.isfinite().all() for weight in model.state_dict().values())
+
+
+class HookedClassifier(nn.Module):
+    """A network of linear layers and convolutions that is run node by node, so that it can be looked into.
+
+    It can begin midway: at the last place before some layers where a single value is all that the rest needs, so that
+    nothing before that place is computed twice. In evaluation mode throughout, but for its training.
+
+    Shapes: images (batch, ...), as the network takes them, to logits (batch, classes).
+    """
+
+    def __init__(self, network: nn.Module, example: Tensor) -> None:
+        """example: some images, on which the network is traced. Raises ValueError where it cannot be."""
+        super().__init__()
+        self.network = network
+        self.eval()
+        self.trace = Trace(network, example)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return weight_layers(self)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of every weight, in the order of the layers: (out, in), or that of kernels."""
+        return [shape_of(layer) for layer in self.layers]
+
+    def forward(self, images: Tensor, first: Sequence[int] | None = None) -> Tensor:
+        """Logits (batch, classes); with `first`, `images` is what `given_to` says of these layers."""
+        if torch.is_grad_enabled():
+            return self.outputs(images, first)[1]
+        return torch.cat([self.outputs(part, first)[1] for part in images.split(self.samples_at_once)])
+
+    def outputs(
+        self,
+        inputs: Tensor,
+        first: Sequence[int] | None = None,
+        weights: Mapping[int, Tensor] | None = None,
+        batch: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The representation, which the last layer is given, (..., batch, n), and the logits (..., batch, classes).
+
+        inputs: images, or with `first`, what `given_to` says of these layers
+        weights: by layer, in the place of its own: one each, or many (masks, ...) for many masks at once
+        batch: how many inputs are for each of them, one after the other; None: all for every one
+        """
+        trace, batch = self.trace, batch or len(inputs)
+        under_mask = {trace.calls[index]: weight for index, weight in (weights or {}).items()}
+        constants: list[Any] = []  # values that are the same for all samples
+
+        def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
+            if node in under_mask:
+                return under_masks(callee, arguments[0], under_mask[node], batch)
+            if under_mask and trace.names[node] in JOINING | CONCATENATING:
+                arguments = repeated(arguments, batch, constants)
+            value = call(node, callee, arguments, named)
+            if node not in trace.of_samples:
+                constants.append(value)
+            return value
+
+        with self._constant(bool(weights)):
+            values = trace.run(self.network, inputs, first, compute, [trace.representation])
+        found = values[trace.representation], values[trace.output]
+        is_many = any(weight.ndim > len(self.shapes[index]) for index, weight in (weights or {}).items())
+        features, logits = (value.unflatten(0, (-1, batch)) if is_many else value for value in found)
+        return (features[0] if is_many and len(features) == 1 else features), logits
+
+    def features(self, inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
+        """The representation alone, (batch, n)."""
+        return self.outputs(inputs, first)[0]
+
+    @torch.no_grad()
+    def given_to(self, layers: Sequence[int], images: Tensor) -> Tensor:
+        """What stands for images (batch, ...) where the network can begin before the layers."""
+        node = self.trace.start_of(layers)
+        parts = images.split(self.samples_at_once)
+        return torch.cat([self.trace.run(self.network, part, None, call, [node], end=node)[node] for part in parts])
+
+    @torch.enable_grad()
+    def watch(self, inputs: Tensor, layers: Sequence[int], first: Sequence[int] | None = None) -> Watched:
+        """What `layers` do on a batch; its autograd graph starts at their pre-activations, where no other is before."""
+        trace, given = self.trace, {}
+        calls, activations = [trace.calls[index] for index in layers], [trace.activation(index)[0] for index in layers]
+
+        def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
+            value = call(node, callee, arguments, named)
+            if node in calls:
+                given[node] = arguments[0].detach()
+                value = value if value.requires_grad else value.detach().requires_grad_()
+            return value
+
+        with self._constant():
+            watched = [*calls, *activations, trace.representation]
+            values = trace.run(self.network, inputs.detach(), first, compute, watched)
+        tensors = [given[node] for node in calls], [values[node] for node in calls], [values[n] for n in activations]
+        return Watched(*tensors, values[trace.representation], values[trace.output])
+
+    @torch.enable_grad()
+    def record(
+        self, inputs: Tensor, labels: Tensor, layers: Sequence[int], first: Sequence[int] | None = None
+    ) -> tuple[list[LayerRecord], Tensor]:
+        """What `layers` do on a batch: one forward pass, one backward pass each for the loss and for the margin.
+
+        inputs: images, or with `first`, what `given_to` says of these layers; labels: (samples)
+        Returns a record per layer and the cross entropy of each sample (samples), nats.
+        """
+        watched = self.watch(inputs, layers, first)
+        loss = F.cross_entropy(watched.logits, labels, reduction="none")
+        margin = watched.logits.gather(1, labels[:, None]).sum() - watched.logits.mean(1).sum()
+        loss_gradients = torch.autograd.grad(loss.sum(), watched.pre_activations, retain_graph=True)
+        margin_gradients = torch.autograd.grad(margin, watched.pre_activations)
+        records, own = [], self.layers
+        for index, a, h, *gradients in zip(
+            layers, watched.inputs, watched.activations, loss_gradients, margin_gradients
+        ):
+            h, is_rectified = h.detach(), self.trace.activation(index)[1]
+            active = (h > 0).to(h.dtype) if is_rectified else torch.ones_like(h)
+            at_outputs = h, active, *gradients
+            if a.ndim == 4:
+                a, at_outputs = patches(own[index], a), (each.flatten(2) for each in at_outputs)
+            records.append(LayerRecord(a, *at_outputs))
+        return records, loss.detach()
+
+    @property
+    def samples_at_once(self) -> int:
+        """How many samples a pass takes that needs no gradients."""
+        return max(1, NUMBERS_AT_ONCE // self.trace.largest)
+
+    def recorded_at_once(self, layers: Sequence[int]) -> int:
+        """How many samples a pass takes that records layers: NUMBERS_AT_ONCE, with the gradients of their kernels."""
+        numbers = self.trace.total
+        for shape, positions in ((self.shapes[index], self.trace.positions(index)) for index in layers):
+            of_kernels = math.prod(shape) if positions is not None else 0
+            numbers += (math.prod(shape[1:]) + 4 * shape[0]) * (positions or 1) + of_kernels
+        return max(1, NUMBERS_AT_ONCE // numbers)
+
+    @contextmanager
+    def _constant(self, is_on: bool = True) -> Iterator[None]:
+        """Keeps its weights out of the autograd graph."""
+        free = [parameter for parameter in self.parameters() if parameter.requires_grad] if is_on else []
+        try:
+            for parameter in free:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in free:
+                parameter.requires_grad_(True)
+
+
+def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """What a convolution without padding would be given in the place of x (samples, channels, height, width)."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode)
+
+
+def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """What the kernels of a convolution read, (samples, numbers of a kernel, positions)."""
+    found = F.unfold(padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)
+    return found.mT.contiguous().mT  # in memory position after position, as products over samples and positions want it
+
+
+def weight_gradient(layer: nn.Module, a: Tensor, delta: Tensor) -> Tensor:
+    """The gradient at a layer's weight, from what it was given and the gradient at what it gave, of some samples."""
+    if isinstance(layer, nn.Linear):
+        return delta.T @ a
+    return torch.einsum("smp,snp->mn", delta.flatten(2), patches(layer, a)).view(shape_of(layer))
+
+
+def under_masks(layer: nn.Module, x: Tensor, weight: Tensor, batch: int) -> Tensor:
+    """What a layer gives with another weight, or with many (masks, ...): (samples, ...), mask after mask.
+
+    x: what it is given, of the samples of a batch, or of them under every mask
+    """
+    many = weight if weight.ndim > len(shape_of(layer)) else weight[None]
+    bias = None if layer.bias is None else layer.bias.detach()
+    if isinstance(layer, nn.Linear):
+        z = (x if len(x) == batch else x.unflatten(0, (len(many), batch))) @ many.mT
+        return (z if bias is None else z + bias).flatten(0, 1)
+    x, settings = padded(layer, x), (layer.stride, 0, layer.dilation)
+    if len(x) == batch:
+        z = F.conv2d(x, many.flatten(0, 1), None if bias is None else bias.repeat(len(many)), *settings)
+        return z.unflatten(1, (len(many), -1)).transpose(0, 1).flatten(0, 1)
+    # One after the other: as one grouped convolution they take longer.
+    return torch.cat([F.conv2d(part, own, bias, *settings) for part, own in zip(x.split(batch), many)])
+
+
+def repeated(arguments: tuple, batch: int, constants: Sequence[Any]) -> tuple:
+    """Values to be put together: those of a batch are repeated where others are of the batch under every mask."""
+    counts: list[int] = []
+
+    def is_of_samples(value: Any) -> bool:
+        return isinstance(value, Tensor) and not any(value is constant for constant in constants)
+
+    fx.node.map_aggregate(arguments, lambda each: counts.append(len(each)) if is_of_samples(each) else None)
+    masks = max(counts, default=batch) // batch
+
+    def under_every_mask(value: Any) -> Any:
+        is_of_batch = is_of_samples(value) and len(value) == batch
+        return value.repeat(masks, *[1] * (value.ndim - 1)) if is_of_batch else value
+
+    return arguments if masks < 2 else fx.node.map_aggregate(arguments, under_every_mask)

@@ -1,0 +1,258 @@
+"""What a network computes, node by node: which channels are one neuron, and from where on it runs by itself."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+# Operations by their names, as `name_of` gives them to modules, functions and methods alike.
+RECTIFIERS = {"relu", "relu6", "leakyrelu"}
+SMOOTH = {"gelu", "silu", "elu", "selu", "celu", "softplus", "tanh", "sigmoid", "hardswish", "mish", "prelu"}
+NORMALISATION = {"batchnorm", "batchnorm1d", "batchnorm2d", "groupnorm", "instancenorm2d"}
+UNCHANGED = {"dropout", "dropout1d", "dropout2d", "identity", "contiguous", "clone", "to", "float"}
+POOLING = {"maxpool2d", "avgpool2d", "adaptiveavgpool2d", "adaptivemaxpool2d", "mean", "amax", "interpolate"}
+RESHAPING = {"flatten", "unflatten", "view", "reshape", "squeeze", "unsqueeze"}
+JOINING = {"add", "sub", "mul"}
+CONCATENATING = {"cat", "concat", "concatenate"}
+CHANNELWISE = RECTIFIERS | SMOOTH | NORMALISATION | UNCHANGED | POOLING | JOINING
+NOT_IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
+
+
+class Ends(NamedTuple):
+    """Which neurons the weights of a layer join: the number of that of every column (n) and row (m) of its matrix."""
+
+    sources: Tensor
+    targets: Tensor
+
+
+def is_weight_layer(module: nn.Module) -> bool:
+    """Whether masks can be put on a module: a linear layer, or a convolution that is not a grouped one."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+
+
+class Tracer(fx.Tracer):
+    """Leaves weight layers whole, those of a subclass too where it computes what the class does."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        is_plain = is_weight_layer(module) and type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
+        return is_plain or super().is_leaf_module(module, name)
+
+
+class Trace:
+    """A network as the nodes of a graph (torch.fx), and what masks need to know of them.
+
+    A neuron is a channel, or a unit of a linear layer. Channels go through elementwise functions, normalisation,
+    dropout and pooling as they are, a flatten reads each of them at all of its positions, addition makes two of them
+    one, concatenation puts them side by side. Any other operation gives new ones.
+
+    of_samples: the nodes whose values depend on what the network is given; others are the same for all samples
+    calls: the node that calls a weight layer, in the order of the modules; None where it is called several times, or
+        not on samples of features or channels
+    Raises ValueError where the network cannot be traced, or gives other logits than its nodes.
+    """
+
+    def __init__(self, network: nn.Module, example: Tensor) -> None:
+        modules = dict(network.named_modules())
+        for module in modules.values():
+            if getattr(module, "inplace", False):
+                module.inplace = False  # what is recorded of a layer must stay as it was
+        try:
+            self.nodes = list(used(not_in_place(Tracer().trace(network))).nodes)
+        except Exception as error:  # of a model of the user's own
+            raise ValueError(f"torch.fx cannot trace it ({type(error).__name__})") from error
+        self.names = {node: name_of(node, modules) for node in self.nodes}
+        self.output = self.nodes[-1].all_input_nodes[0]
+        self._places = {node: place for place, node in enumerate(self.nodes)}
+        self._last_uses: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in self.nodes:
+            if node.users:
+                self._last_uses[max(node.users, key=self._places.__getitem__)].append(node)
+        given = next(node for node in self.nodes if node.op == "placeholder")
+        self.of_samples = {given}
+        for node in self.nodes:
+            if not self.of_samples.isdisjoint(node.all_input_nodes):
+                self.of_samples.add(node)
+        self._shapes: dict[fx.Node, torch.Size] = {given: example.shape}
+        with torch.no_grad():
+            found = self.run(network, example, compute=self._note_shape)[self.output]
+            if not isinstance(found, Tensor) or not torch.allclose(found, network(example), 1e-3, 1e-4, equal_nan=True):
+                raise ValueError("its operations, one after the other, give other logits than itself")
+        layers = [module for module in modules.values() if is_weight_layer(module)]
+        self.calls: list[fx.Node | None] = []
+        for layer in layers:
+            nodes = [node for node in self.nodes if node.op == "call_module" and modules[node.target] is layer]
+            is_right = len(nodes) == 1 and len(self._shapes[nodes[0]]) == (2 if isinstance(layer, nn.Linear) else 4)
+            self.calls.append(nodes[0] if is_right else None)
+        self.ends = self._ends(layers)
+        last = next((node for node in self.calls[::-1] if node is self.output), None)
+        self.representation = self.output if last is None else last.all_input_nodes[0]
+        numbers = [prod(shape[1:]) for shape in self._shapes.values()]
+        self.largest, self.total = max(numbers), sum(numbers)  # numbers of a sample in one value, and in all
+        self._starts = self._single_values()
+
+    def __deepcopy__(self, memo: dict) -> Trace:
+        return self
+
+    def run(
+        self,
+        network: nn.Module,
+        value: Tensor,
+        first: Sequence[int] | None = None,
+        compute: Callable[[fx.Node, Any, tuple, dict], Any] | None = None,
+        watched: Sequence[fx.Node] = (),
+        end: fx.Node | None = None,
+    ) -> dict[fx.Node, Any]:
+        """The values of the output and of `watched` nodes.
+
+        value: what the network is given; with `first`, that of the node from which these layers can be reached
+        compute: gives the value of a node from what it calls and the arguments; end: the node to stop at
+        """
+        start, compute = None if first is None else self.start_of(first), compute or call
+        modules, values = dict(network.named_modules()), {} if start is None else {start: value}
+        place, keep = -1 if start is None else self._starts[start], {self.output, *watched}
+        for node in self.nodes[:-1]:
+            if node.op == "placeholder":
+                if start is None:
+                    values[node] = value if not values else node.args[0]
+            elif self._places[node] > place or node.op == "get_attr":
+                arguments, named = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = compute(node, called(node, modules, network), arguments, named)
+                for used in self._last_uses[node]:
+                    if used not in keep:
+                        values.pop(used, None)
+            if node is end:
+                break
+        return values
+
+    def start_of(self, layers: Sequence[int]) -> fx.Node:
+        """The last node before all of these weight layers whose value is all that the rest of the network needs."""
+        first = min(self._places[self.calls[layer]] for layer in layers)
+        return max((node for node, place in self._starts.items() if place < first), key=self._starts.__getitem__)
+
+    def positions(self, layer: int) -> int | None:
+        """At how many positions the kernels of a convolution stand; None of a linear layer."""
+        shape = self._shapes[self.calls[layer]]
+        return prod(shape[2:]) if len(shape) == 4 else None
+
+    def activation(self, layer: int) -> tuple[fx.Node, bool]:
+        """The node of a layer's output activation, behind normalisation and addition, and whether it is rectified."""
+        node = self.calls[layer]
+        while len(node.users) == 1:
+            (user,) = node.users
+            name = self.names[user]
+            if self._shapes.get(user) != self._shapes[node] or name not in CHANNELWISE:
+                break
+            node = user
+            if name in RECTIFIERS | SMOOTH:
+                return node, name in RECTIFIERS
+        return self.calls[layer], False
+
+    def _note_shape(self, node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
+        value = call(node, callee, arguments, named)
+        if isinstance(value, Tensor):
+            self._shapes[node] = value.shape
+        return value
+
+    def _single_values(self) -> dict[fx.Node, int]:
+        """The nodes whose value is all that later ones need, and the place from which on it is."""
+        starts, alive = {}, set()
+        for place, node in enumerate(self.nodes[:-1]):
+            if node.op != "get_attr" and node.users:
+                alive.add(node)
+            alive.difference_update(self._last_uses[node])
+            if len(alive) == 1 and (single := next(iter(alive))) in self._shapes:
+                starts.setdefault(single, place)
+        return starts
+
+    def _ends(self, layers: Sequence[nn.Module]) -> list[Ends | None]:
+        """The neurons that each weight layer joins, by numbers of their own; None for those that masks cannot have."""
+        parents: list[int] = []
+
+        def new(count: int) -> Tensor:
+            parents.extend(range(len(parents), len(parents) + count))
+            return torch.arange(len(parents) - count, len(parents))
+
+        def root(neuron: int) -> int:
+            while parents[neuron] != neuron:
+                neuron = parents[neuron]
+            return neuron
+
+        channels: dict[fx.Node, Tensor] = {}  # of every node with a batch of values, along the second dimension
+        for node in self.nodes:
+            shape = self._shapes.get(node, ())
+            if len(shape) < 2 or node not in self.of_samples:
+                continue
+            name, given = self.names[node], [channels[each] for each in node.all_input_nodes if each in channels]
+            if name in CONCATENATING and sum(map(len, given)) == shape[1]:
+                channels[node] = torch.cat(given)
+            elif name in RESHAPING and len(given) == 1 and len(shape) == 2 and shape[1] % len(given[0]) == 0:
+                channels[node] = given[0].repeat_interleave(shape[1] // len(given[0]))
+            elif name in CHANNELWISE | RESHAPING and given and all(len(each) == shape[1] for each in given):
+                channels[node] = given[0]
+                for other in given[1:]:
+                    for one, another in zip(given[0].tolist(), other.tolist()):
+                        parents[root(one)] = root(another)
+            else:
+                channels[node] = new(shape[1])
+        roots = torch.tensor([root(neuron) for neuron in range(len(parents))])
+        ends: list[Ends | None] = []
+        for node, layer in zip(self.calls, layers):
+            if node is None:
+                ends.append(None)
+                continue
+            sources = roots[channels[node.all_input_nodes[0]]]
+            if isinstance(layer, nn.Conv2d):
+                sources = sources.repeat_interleave(prod(layer.kernel_size))
+            ends.append(Ends(sources, roots[channels[node]]))
+        return ends
+
+
+def name_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    """What a node does, the same for a module, a function and a method: `relu`, `maxpool2d`."""
+    if node.op == "call_module":
+        name = type(modules[node.target]).__name__
+    else:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.lower().replace("_", "")
+
+
+def not_in_place(graph: fx.Graph) -> fx.Graph:
+    """The same graph, its operations giving new values instead of changing those that they are given."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.target = NOT_IN_PLACE.get(node.target, node.target)
+            if node.kwargs.get("inplace"):
+                node.kwargs = {**node.kwargs, "inplace": False}
+        elif node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
+            node.target = node.target[:-1]
+    return graph
+
+
+def used(graph: fx.Graph) -> fx.Graph:
+    """The same graph, without what its output does not need."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+    return graph
+
+
+def called(node: fx.Node, modules: dict[str, nn.Module], network: nn.Module) -> Any:
+    """What a node calls; of an attribute, its value; of the name of a method, the name."""
+    if node.op == "call_module":
+        return modules[node.target]
+    return operator.attrgetter(node.target)(network) if node.op == "get_attr" else node.target
+
+
+def call(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
+    """What a node gives for its arguments."""
+    if node.op == "get_attr":
+        return callee
+    if node.op == "call_method":
+        return getattr(arguments[0], callee)(*arguments[1:], **named)
+    return callee(*arguments, **named)

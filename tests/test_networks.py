@@ -1,0 +1,431 @@
+"""Networks with convolutions against autograd and brute force: their weight graphs, records, masks and tracing."""
+
+import copy
+import re
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import NUM_CLASSES, graph_config
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+from torch_geometric.nn import SAGEConv
+
+from audits.erasure import Erasure, explained_variance
+from configs import load_config
+from data import FEATURES, GraphGenerator, Split, seeded
+from eval import METHODS, Request, answer
+from methods.fine_tuning import fisher_information
+from model import Mask, MaskingGCN, WeightGraph
+from networks.architectures import cnn, mlp, resnet
+from networks.hooked import HookedClassifier, shape_of, weight_layers
+from runs.settings import ConfigError
+from trainer import GCNTrainer, Trainer, masked_weights
+
+SIZE = (2, 8, 8)
+
+
+class Joined(nn.Module):
+    """A convolution added to what it is given, and channels of two convolutions side by side; all in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.same = nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.Conv2d(3, 3, 1)
+        self.conv2, self.conv3 = nn.Conv2d(2, 2, 1), nn.Conv2d(5, 4, 3)
+        self.rectify, self.linear = nn.ReLU(inplace=True), nn.Linear(16, NUM_CLASSES)
+        self.gain = nn.Parameter(torch.tensor([0.5, 2.0, -1.0]).view(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = F.relu(self.conv1(x), inplace=True)
+        two = self.same(one)
+        two += one
+        both = torch.cat([two.relu_() * self.gain, self.conv2(x).relu_()], 1)
+        both = F.max_pool2d(self.rectify(self.conv3(both)), 3)
+        return self.linear(both.view(both.size(0), -1))
+
+
+class Varied(nn.Module):
+    """Every kind of convolution that a kernel can be masked in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(2, 4, 3, 2, 1, padding_mode="reflect"), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, (3, 2), dilation=2, padding="same"), nn.BatchNorm2d(4)
+        self.conv3 = nn.Conv2d(4, 3, (2, 3), (1, 2), (0, 1), bias=False)
+        self.grouped, self.linear = nn.Conv2d(4, 4, 1, groups=2), nn.Linear(18, NUM_CLASSES)
+
+    def hidden(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        one = self.bn1(self.conv1(x)).relu()
+        two = (self.bn2(self.conv2(one)) + one).relu()
+        return one, two, F.gelu(self.conv3(self.grouped(two)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.flatten(self.hidden(x)[2], 1))
+
+
+NETWORKS = {
+    "mlp": lambda: mlp([128, 6, 5, NUM_CLASSES], False),
+    "cnn": lambda: cnn(SIZE, (3, 4), (5, NUM_CLASSES), True, True),
+    "resnet": lambda: resnet(SIZE, (3, 4), 1, NUM_CLASSES),
+    "joined": Joined,
+    "varied": Varied,
+}
+# Whose the columns and the rows of every layer are, by hand: `a3*9-b4`, nine columns of each a, a row of each b.
+ENDS = {
+    "mlp": "i2*64-a6 a6-b5 b5-o3",
+    "cnn": "i2*9-a3 a3*9-b4 b4*4-c5 c5-o3",
+    "resnet": "i2*9-a3 a3*9-b3 b3*9-a3 a3*9-c4 c4*9-d4 a3-d4 d4-o3",
+    "joined": "i2*9-a3 a3-a3 i2-b2 a3*9+b2*9-c4 c4*4-o3",
+    "varied": "i2*9-a4 a4*6-a4 g4*6-b3 b3*6-o3",
+}
+COUNTS = {name: len(ends.split()) for name, ends in ENDS.items()}
+LAYERS = [(name, layers) for name, count in COUNTS.items() for layers in ([1], [2], [0, 2], range(count))]
+some_layers = pytest.mark.parametrize("name, layers", LAYERS)
+
+
+def classifier_of(name: str) -> HookedClassifier:
+    """In double precision, its normalisations as after a training."""
+    torch.manual_seed(0)
+    network = NETWORKS[name]().double()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values in (module.running_mean, module.bias.data):
+                values.normal_(0, 0.3)
+            for values in (module.running_var, module.weight.data):
+                values.uniform_(0.5, 2)
+    return HookedClassifier(network, torch.randn(2, *SIZE).double())
+
+
+def images(count: int = 6) -> Tensor:
+    return torch.randn(count, *SIZE, generator=seeded("images"), dtype=torch.float64)
+
+
+def labelled(per_class: int = 6) -> Split:
+    return Split(images(NUM_CLASSES * per_class), torch.arange(NUM_CLASSES).repeat(per_class))
+
+
+def incidence(name: str, layers: list[int]) -> Tensor:
+    """(vertices, neurons): how many ends each weight has at each neuron."""
+    pairs: list[tuple[str, ...]] = []
+    for layer in layers:
+        ends = []
+        for side in ENDS[name].split()[layer].split("-"):
+            parts = [re.fullmatch(r"(.)(\d+)\*?(\d*)", part).groups() for part in side.split("+")]
+            ends.append([c + str(i) for c, m, times in parts for i in range(int(m)) for _ in range(int(times or 1))])
+        pairs += [pair[::-1] for pair in product(*ends[::-1])]
+    neurons = sorted({neuron for pair in pairs for neuron in pair})
+    return torch.tensor([[float(pair.count(neuron)) for neuron in neurons] for pair in pairs], dtype=torch.float64)
+
+
+@some_layers
+def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(name, layers):
+    classifier = classifier_of(name)
+    graph = WeightGraph(classifier.shapes, layers, classifier.trace.ends)
+    ends = incidence(name, layers)
+    neighbours = ends @ ends.T - 2 * torch.eye(len(ends), dtype=torch.float64)
+    degrees = neighbours.sum(1)
+    of_layers = graph.matrices(torch.zeros(graph.num_vertices))
+    found = torch.cat([(x + degree).flatten() for x, degree in zip(of_layers, graph.degrees)])
+    assert torch.equal(found, degrees.float()) and graph.num_edges == degrees.sum()
+    edges = torch.zeros_like(neighbours).index_put_(tuple(graph.edge_index()), degrees.new_tensor(1), accumulate=True)
+    assert torch.equal(edges, neighbours)
+    gcn, mean = MaskingGCN(4, 6, 3).double(), neighbours / degrees.clamp_min(1)[:, None]
+    x = torch.randn(2, len(ends), 4, dtype=torch.float64, requires_grad=True)
+    weighting, y = torch.randn(2, len(ends), dtype=torch.float64), x
+    for index, conv in enumerate(gcn.convs):
+        y = conv.lin_r(y) + conv.lin_l(mean @ y)
+        if index == 0:
+            sage = SAGEConv(4, 6, bias=False).double()
+            sage.load_state_dict(conv.state_dict())
+            assert torch.allclose(sage(x, graph.edge_index()), y, rtol=0, atol=1e-10)
+        else:
+            y = y.relu()
+    pairs = gcn(x, graph), gcn.readout(y)[..., 0]
+    assert torch.allclose(*pairs, rtol=0, atol=1e-10)
+    of_gcn, by_hand = (torch.autograd.grad((z * weighting).sum(), [x, *gcn.parameters()]) for z in pairs)
+    assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-9) for a, b in zip(of_gcn, by_hand, strict=True))
+
+
+def single_gradients(classifier: HookedClassifier, x: Tensor, label: Tensor, of: str, layers: list[int]) -> list:
+    logits = classifier.network(x[None])
+    value = F.cross_entropy(logits, label[None]) if of == "loss" else logits[0, label] - logits.mean()
+    return list(torch.autograd.grad(value, [classifier.layers[layer].weight for layer in layers]))
+
+
+@pytest.mark.parametrize("begins", [None, [1, 2]], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_recorded_gradients_of_kernels_are_those_of_autograd_one_sample_at_a_time(name, begins):
+    classifier, split = classifier_of(name), labelled(2)
+    layers = list(range(COUNTS[name])) if begins is None else [2, 1]
+    inputs = split.images if begins is None else classifier.given_to(begins, split.images)
+    records, loss = classifier.record(inputs, split.labels, layers, begins)
+    assert torch.allclose(loss, F.cross_entropy(classifier.network(split.images), split.labels, reduction="none"))
+    for index, (x, label) in enumerate(zip(split.images, split.labels)):
+        for of in ("loss", "margin"):
+            for record, expected in zip(records, single_gradients(classifier, x, label, of, layers), strict=True):
+                delta, a = getattr(record, f"{of}_gradient")[index], record.inputs[index]
+                gradient = delta @ a.T if a.ndim == 2 else delta[:, None] * a
+                assert torch.allclose(gradient.view_as(expected), expected, rtol=0, atol=1e-12)
+    for layer, squares in enumerate(fisher_information(classifier, split)):
+        single = [single_gradients(classifier, *each, "loss", [layer])[0] for each in zip(split.images, split.labels)]
+        assert torch.allclose(squares, torch.stack(single).square().mean(0).flatten(1), rtol=1e-9, atol=1e-12)
+
+
+def test_recorded_activations_stand_behind_normalisation_addition_and_relu():
+    classifier = classifier_of("varied")
+    records, _ = classifier.record(images(), torch.zeros(6).long(), [0, 1, 2, 3])
+    hidden = *classifier.network.hidden(images()), classifier.network(images())
+    for record, expected, is_rectified in zip(records, hidden, (True, True, False, False)):
+        h, active = expected.view_as(record.outputs), record.active
+        assert torch.allclose(record.outputs, h, atol=1e-12) and torch.equal(
+            active, (h > 0).double().clamp_min(1 - is_rectified)
+        )
+    assert torch.allclose(records[3].inputs, hidden[2].flatten(1), atol=1e-12) and (records[2].outputs < 0).any()
+
+
+def read_by_kernels(x: Tensor) -> Tensor:
+    """(samples, channels, 9, positions) of kernels 3 x 3 with a border of zeros."""
+    height, width, x = *x.shape[2:], F.pad(x, (1, 1, 1, 1))
+    return torch.stack([x[:, :, i : i + height, j : j + width] for i, j in product(range(3), range(3))], 2).flatten(3)
+
+
+def features_by_hand(classifier: HookedClassifier, x: Tensor, y: Tensor, layers: tuple[int, ...]) -> dict[str, Tensor]:
+    """The features of a cnn, of samples of one class, by their definitions, (vertices)."""
+    network, gradients = classifier.network, []
+    given = read_by_kernels(x), read_by_kernels(network[:6](x)), network[:11](x)[..., None], network[:13](x)[..., None]
+    gave = network[:5](x), network[:9](x), network[:13](x)[..., None], network(x)[..., None]
+    for of in ("loss", "margin"):
+        single = [single_gradients(classifier, *each, of, layers) for each in zip(x, y)]
+        gradients.append([torch.stack(of_layer).flatten(2) for of_layer in zip(*single)])
+    found: dict[str, list[Tensor]] = {name: [] for name in FEATURES}
+    for layer, loss, margin in zip(layers, *gradients):
+        w, a, h = classifier.layers[layer].weight.detach().flatten(1), given[layer], gave[layer].flatten(2)
+        a = a.flatten(1, 2) if layer < 2 else a
+        active = (h > 0).double() if layer < 3 else torch.ones_like(h)
+        of_layer = (
+            a.mean((0, 2)).expand_as(w), h.mean((0, 2))[:, None].expand_as(w), w, loss.mean(0), w * loss.mean(0),
+            w.abs() * loss.square().mean(0).sqrt(), w * margin.mean(0),
+            w.abs() * (active[:, :, None] * a[:, None]).mean((0, 3)),
+        )  # fmt: skip
+        for name, feature in zip(FEATURES, of_layer):
+            found[name].append(feature.flatten())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("numbers, parts", [(2**26, [12]), (2**26, [9, 3]), (1, [3] * 4)])
+@pytest.mark.parametrize("mask_layer", [0, [1, -2], None, [-2, -1]])
+def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_several(
+    monkeypatch, mask_layer, numbers, parts
+):
+    monkeypatch.setattr("networks.hooked.NUMBERS_AT_ONCE", numbers)
+    passes, record = [], HookedClassifier.record
+    monkeypatch.setattr(HookedClassifier, "record", lambda *given: passes.append(len(given[2])) or record(*given))
+    graphs = GraphGenerator(classifier_of("cnn"), labelled(), graph_config(mask_layer), 0)
+    is_linear = mask_layer == [-2, -1]
+    assert (graphs.records is None) == (not is_linear) and (graphs.at_once == 1) == (numbers == 1)
+    graphs.at_once = {2: 9}.get(len(parts), graphs.at_once)
+    samples, zeroed = graphs.draw(4, seeded("test")), torch.arange(0, graphs.graph.num_vertices, 7)
+    for mask in (None, Mask.zeroing(graphs.graph, zeroed)):
+        passes.clear()
+        found, losses = graphs.class_features(samples, tuple(FEATURES), mask)
+        assert passes == ([] if mask is None and is_linear else parts), "what linear layers did is kept"
+        masked = copy.deepcopy(graphs.classifier)
+        if mask:
+            mask.apply(masked, permanent=True)
+        for label, rows in enumerate(samples):
+            x, y = graphs.samples.images[rows], graphs.samples.labels[rows]
+            assert losses[label].item() == pytest.approx(F.cross_entropy(masked.network(x), y).item())
+            for name, expected in features_by_hand(masked, x, y, graphs.graph.layers).items():
+                assert torch.allclose(found[name][label], expected, rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("by_mask", [False, True])
+@some_layers
+def test_many_masks_at_once_are_one_after_another_and_so_are_their_gradients(name, layers, by_mask):
+    classifier, x = classifier_of(name), images(9)
+    graph = WeightGraph(classifier.shapes, layers, classifier.trace.ends)
+    masks = [Mask.zeroing(graph, torch.randperm(graph.num_vertices)[: graph.num_vertices // 3]) for _ in range(3)]
+    keep = torch.stack([torch.cat([part.flatten() for part in mask.keep]) for mask in masks]).double().requires_grad_()
+    weights = masked_weights(classifier, graph, keep)
+    features, logits = classifier.outputs(classifier.given_to(layers, x), layers, weights, 3 if by_mask else None)
+    names = {id(weight): key for key, weight in classifier.network.named_parameters()}
+    weighting = torch.randn(logits.shape[1:], dtype=torch.float64)
+    for index in range(3):
+        own = x.view(3, 3, *SIZE)[index] if by_mask else x
+        changed = {names[id(classifier.layers[layer].weight)]: w[index] for layer, w in weights.items()}
+        (gradient,), (expected,) = (
+            torch.autograd.grad((y * weighting).sum(), keep, retain_graph=True)
+            for y in (logits[index], functional_call(classifier.network, changed, own))
+        )
+        assert torch.allclose(gradient, expected, atol=1e-12) and gradient[index].abs().sum() > 0
+    logits.sum().backward()
+    assert all(weight.grad is None and weight.requires_grad for weight in classifier.parameters())
+    for index, mask in enumerate(masks):
+        own = x.view(3, 3, *SIZE)[index] if by_mask else x
+        with mask.applied_to(classifier):
+            assert torch.allclose(logits[index], classifier(own), atol=1e-12)
+            # Where only the output layer is masked, all masks share the representation.
+            of_mask = features[index] if features.ndim == 3 else features
+            assert torch.allclose(of_mask, classifier.features(own), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "resnet18"])
+def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name):
+    network = torchvision.models.resnet18(num_classes=10) if name == "resnet18" else NETWORKS[name]()
+    x = torch.randn(2, 3, 32, 32) if name == "resnet18" else images(4).float()
+    classifier = HookedClassifier(network, x)
+    count, expected = len(classifier.layers), network.eval()(x)
+    assert count == (21 if name == "resnet18" else COUNTS[name])
+    some = [[layer] for layer in range(count)] + [[2, 1], [count - 1, 2], list(range(count))]
+    for layers in some if name != "resnet18" else some[::4]:
+        assert torch.allclose(classifier(classifier.given_to(layers, x), layers), expected, rtol=1e-4, atol=1e-5)
+    begins = {
+        "cnn": {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}, "joined": {1: (2, 8, 8), 3: (5, 8, 8), 4: (16,)},
+        "resnet": {1: (3, 8, 8), 2: (3, 8, 8), 3: (3, 8, 8), 5: (3, 8, 8), 6: (4,)}, "varied": {1: (4, 4, 4), 3: (18,)},
+        "mlp": {1: (6,), 2: (5,)}, "resnet18": {1: (64, 8, 8), 2: (64, 8, 8), 19: (512, 1, 1), 20: (512,)},
+    }[name]  # fmt: skip
+    assert {layer: tuple(classifier.given_to([layer], x).shape[1:]) for layer in begins} == begins
+    with torch.no_grad():
+        assert torch.allclose(classifier(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [[], [0, 3, 40]])
+@pytest.mark.parametrize("mask_layer", [1, [2, -1], None])
+@pytest.mark.parametrize("name", ["cnn", "resnet"])
+def test_erasure_scores_kernels_by_what_they_carry_into_the_representation(name, mask_layer, masked):
+    graphs = GraphGenerator(classifier_of(name), labelled(), graph_config(mask_layer), 0, partial(Erasure, ERASURE))
+    samples, mask = graphs.draw(5, seeded("test")), Mask.zeroing(graphs.graph, torch.tensor(masked, dtype=torch.long))
+    found, layers = graphs.auxiliary.feature(samples, [2, 0], mask), graphs.graph.layers
+    changed = copy.deepcopy(graphs.classifier)
+    mask.apply(changed, permanent=True)
+    for fall, label in zip(found, (2, 0)):
+        rows = torch.cat([samples[other] for other in graphs.auxiliary.with_rivals[label].tolist()])
+        weights = [changed.layers[layer].weight for layer in layers]
+        carried = explained_variance(changed.features(graphs.samples.images[rows]), 5, ERASURE.ridge)
+        gradients = torch.autograd.grad(carried, weights, allow_unused=True)
+        by_hand = [w * (torch.zeros_like(w) if g is None else g) for w, g in zip(weights, gradients)]
+        assert torch.allclose(fall, torch.cat([x.flatten() for x in by_hand]), rtol=1e-7, atol=1e-10)
+        assert fall.abs().sum() > 0
+
+
+CHANGES = (
+    "gcn.kappa=[3, 20]", "gcn.partly_masked=[3, 20]", "gcn.hidden=4", "gcn.steps=6", "gcn.warmup=2", "eval.step=3",
+    "erasure.trained=[1, 3]", "erasure.weight=1", "graphs.samples_per_class=8", "sweep.kappa=[9]", "eval.max_kappa=20",
+    "classifier.channels=[3, 4]", "classifier.hidden_sizes=[5]", "classifier.batch_size=8", "classifier.epochs=2",
+    "classifier.batch_norm=true", "graphs.mask_layer=null",
+)  # fmt: skip
+TINY = {"epochs": 1, "batch_size": 8, "steps": 3, "samples": 12, "noise_steps": 2, "noise_batches": 1}
+ERASURE = load_config(overrides=CHANGES).erasure
+
+
+def tiny_request(architecture: str, mask_layer: tuple[int, ...] | None) -> Request:
+    """A request to a classifier of a few coloured images, and a GCN that learned on it."""
+    config = load_config(overrides=[*CHANGES, f"classifier.architecture={architecture}"])
+    split = Split(torch.randn(36, 3 * 8 * 8, generator=seeded("pixels")), torch.arange(NUM_CLASSES).repeat(12))
+    trainer = Trainer(config.classifier, 0, (3, 8, 8))
+    classifier = trainer.train(split, NUM_CLASSES)
+    assert not any(module.training for module in classifier.modules())
+    classifier.train()  # as somebody else may hand it over
+    before = copy.deepcopy(classifier.state_dict())
+    described = replace(config.graphs, mask_layer=mask_layer)
+    graphs = GraphGenerator(classifier, split, described, 0, partial(Erasure, ERASURE))
+    gcn = GCNTrainer(config.gcn, [graphs], 20, 0).train()
+    assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
+    own = {
+        name: {key: min(value, TINY.get(key, value)) for key, value in of_method.items()}
+        for name, of_method in config.eval.hyperparameters.items()
+    }
+    return Request(replace(config.eval, hyperparameters=own), classifier, trainer, split, graphs, gcn, 1, 20, 0, 9)
+
+
+@pytest.mark.parametrize("architecture, mask_layer", [("cnn", None), ("resnet", (2, 4))])
+def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_original(architecture, mask_layer):
+    request = tiny_request(architecture, mask_layer)
+    before, x = copy.deepcopy(request.original.state_dict()), request.train.images
+    assert any("num_batches_tracked" in key and value > 1 for key, value in before.items()), "statistics were trained"
+    for asked, names in ((9, list(METHODS)), ("auto", ["mimu", "saliency"])):
+        for name in names:
+            found = answer(replace(request, asked=asked), name)
+            logits = found.model(x)
+            assert logits.shape == (36, NUM_CLASSES) and (logits.isfinite() | (logits == -torch.inf)).all(), name
+            assert asked == "auto" or not METHODS[name].uses_kappa or found.mask.num_zeroed == 9
+            for key, module in (*found.model.named_modules(), *request.original.named_modules()):
+                assert "parametrizations" in key or not module.training, name
+            assert all(torch.equal(value, before[key]) for key, value in request.original.state_dict().items()), name
+            untouched = METHODS[name].touches in ("nothing", "a mask", "the output")
+            same = (torch.equal(b, found.model.state_dict().get(k, b)) for k, b in before.items() if "running" in k)
+            assert not untouched or all(same), name
+            assert name not in ("fine_tune", "scrub") or not any(same), "training follows the statistics"
+
+
+@pytest.mark.parametrize("name, layers", [("mlp", [1]), ("mlp", None), ("cnn", [1]), ("resnet", [0, 2, -1])])
+def test_a_mask_zeroes_exactly_kappa_weights_comes_off_bit_for_bit_and_can_be_permanent(name, layers, tmp_path):
+    classifier, x = classifier_of(name), images()
+    graph = WeightGraph(classifier.shapes, layers, classifier.trace.ends)
+    zeroed, before = torch.randperm(graph.num_vertices)[:25], copy.deepcopy(classifier.state_dict())
+    mask, kept, logits = Mask.zeroing(graph, zeroed), Mask.keeping(graph, zeroed).as_tensor(), classifier(x)
+    assert kept.sum() == 25 == mask.num_zeroed and torch.equal(kept + mask.as_tensor(), torch.ones_like(kept))
+    assert mask.as_tensor().shape == (graph.shapes[0] if len(graph.layers) == 1 else (graph.num_vertices,))
+
+    def flat() -> Tensor:
+        return torch.cat([classifier.layers[layer].weight.detach().flatten() for layer in graph.layers])
+
+    expected = flat().index_fill(0, zeroed, 0)
+    mask.save(tmp_path / "mask.pt")
+    with Mask.load(tmp_path / "mask.pt").applied_to(classifier):
+        masked, on = classifier(x), Mask.on(classifier)
+        assert on.includes(mask) and mask.includes(on) and on.layers == mask.layers == graph.layers
+        assert torch.equal(flat(), expected)
+    after = classifier.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], value) for key, value in before.items())
+    assert not any(parametrize.is_parametrized(module) for module in classifier.modules())
+    assert torch.equal(classifier(x), logits) and not torch.allclose(masked, logits)
+    mask.apply(classifier, permanent=True)
+    assert torch.equal(classifier(x), masked) and torch.equal(flat(), expected)
+    assert list(classifier.state_dict()) == list(before)
+
+
+class Deciding(nn.Flatten):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else x[:, 0]
+
+
+def test_what_masks_cannot_be_put_on_is_named_and_what_cannot_be_traced_refused():
+    twice = nn.Conv2d(3, 3, 1, bias=False)
+    layers = nn.Conv2d(2, 3, 1), twice, nn.ReLU(), twice, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)
+    classifier = HookedClassifier(nn.Sequential(*layers).double(), images(2))
+    assert torch.equal(classifier(images()), classifier.network(images()))
+    WeightGraph(classifier.shapes, [0, 2], classifier.trace.ends)
+    for mask_layer in (1, None):
+        with pytest.raises(ValueError, match=r"mask_layer \[1\] must be called once"):
+            WeightGraph(classifier.shapes, mask_layer, classifier.trace.ends)
+    with pytest.raises(ValueError, match="torch.fx cannot trace it"):
+        HookedClassifier(nn.Sequential(Deciding(), nn.Linear(128, 3)).double(), images(2))
+    varied = Varied()
+    assert varied.grouped not in weight_layers(varied) and len(weight_layers(varied)) == 4
+
+
+def test_architectures_are_those_of_the_config():
+    for blocks, name, layers in ((1, "ResNet-8", 10), (2, "ResNet-14", 16)):
+        changes = [*CHANGES, "classifier.architecture=resnet", "classifier.channels=[3, 4, 5]"]
+        changes.append(f"classifier.blocks={blocks}")
+        config = load_config(overrides=[*changes, "graphs.mask_layer=1"])
+        network = config.classifier.network((28, 28), 10).eval()
+        assert config.architecture == name and config.num_vertices == 81
+        assert config.shapes == [shape_of(layer) for layer in weight_layers(network)] and len(config.shapes) == layers
+        assert network[:-3](torch.zeros(2, 784)).shape == (2, 5, 7, 7) and network(torch.zeros(2, 784)).shape == (2, 10)
+    changes = [*CHANGES, "classifier.architecture=cnn", "classifier.channels=[4, 6]", "classifier.hidden_sizes=[9]"]
+    config = load_config(overrides=[*changes, "classifier.bias=true", "graphs.mask_layer=null"])
+    assert config.shapes == [(4, 1, 3, 3), (6, 4, 3, 3), (9, 294), (10, 9)] and config.num_vertices == 36 + 216 + 2736
+    assert config.architecture == "cnn 1-4-6-9-10 with biases"
+    for channels, message in (
+        (5 * [1], "must be fewer than 5: nothing is left of"),
+        ([], "must name at least one for"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^[^\n]*: classifier.channels {message}[^\n]*$"):
+            load_config(overrides=[*changes, f"classifier.channels={channels}"])
