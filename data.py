@@ -166,9 +166,13 @@ def mean_product(of_target: Tensor, of_source: Tensor) -> Tensor:
 
 def mean_squared_gradient(record: LayerRecord) -> Tensor:
     """Mean over the samples of (dL/dw)^2, (classes, m, n)."""
-    if record.inputs.ndim == 4:
-        return (record.loss_gradient @ record.inputs.mT).square_().mean(1)
-    return mean_product(record.loss_gradient**2, record.inputs**2)
+    if record.inputs.ndim == 3:
+        return mean_product(record.loss_gradient**2, record.inputs**2)
+    total = gradient = None
+    for delta, a in zip(record.loss_gradient.unbind(1), record.inputs.unbind(1)):
+        gradient = torch.bmm(delta, a.mT, out=gradient)  # of a sample of every class: those of all are too large
+        total = gradient.square() if total is None else total.addcmul_(gradient, gradient)
+    return total.div_(record.inputs.shape[1])
 
 
 def mean_signal(record: LayerRecord) -> Tensor:
@@ -267,7 +271,7 @@ class Auxiliary(Protocol):
 
 
 def vertex_features(features: list[Tensor]) -> Tensor:
-    """Features (groups, vertices), standardised over the vertices, as (groups, vertices, features); empties the list."""
+    """Features (groups, vertices), standardised over the vertices, as (groups, vertices, features). Clears the list."""
     x = torch.stack(features)
     features.clear()  # large ones would stay in memory with the copy
     # torch.std_mean takes ten times as long.

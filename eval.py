@@ -476,8 +476,9 @@ def unlearn(
 ) -> Mask:
     """The mask that makes a classifier of the user's own forget classes; the model is left as it is, to the bit.
 
-    The classifier is what stands at the end of the model: linear layers with nothing but ReLU or dropout between them.
-    What comes before, convolutions or a normalisation, is taken as it is. A copy runs, in evaluation mode.
+    A copy runs, in evaluation mode. What is masked are linear layers that the model ends in, with nothing but ReLU or
+    dropout between them: what comes before is taken as it is. Or any linear layers and convolutions (without groups),
+    each called once, where torch.fx can trace the model: the copy is then run node by node, in float32.
 
     model: returns logits; inputs, labels: training samples as it takes them, (samples, ...), and their classes, from 0
         on; or, as inputs alone, a DataLoader or data set of pairs. Some of every class, but for those that a mask on
@@ -485,14 +486,16 @@ def unlearn(
     forget_class: one class or several. Where the model carries a mask, the answer includes it, to be applied in its
         place, and its classes stay forgotten: as measured, where there are samples of them
     gcn: what ranks the weights; None: the pretrained one, whose settings a bare MaskingGCN takes too
-    mask_layer: an index among the linear layers of the model, several, None for all of the classifier, or auto: the
-        last but one where the classifier has three or more, else the last. The answer says which
+    mask_layer: an index among the linear layers and convolutions of the model (`networks.hooked.weight_layers`), or
+        several, None for all that can be masked, or auto: of the linear layers at the end, or where there is but one
+        of them, of all, the last but one if they are three or more, else the last. The answer says which
     seed: of the samples that are drawn; auxiliary: what is asked beside forgetting, for a GCN trained with it
     scorer: the GCN, or the saliency of eval.hyperparameters, with which the GCN was trained
     max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any
     progress: shows a bar, on a terminal
 
-    Warns where a class is left at the largest kappa of the settings, and where the model does not know the samples.
+    Warns where a class is left at the largest kappa of the settings, where the model does not know the samples, where
+    it cannot be traced and less is masked for it, and where the request takes more than some 8 GB of memory (MEMORY).
     Raises RetainScoreError, which has the last mask within the bounds, where the others lose more; InputError, another
     ValueError, where the model is something else, or samples do not fit it or are not finite.
     """
@@ -504,7 +507,7 @@ def unlearn(
         train = Split(own.inputs, labels.to(own.inputs.device))
         forgotten = carried.forgets if carried else ()
         forget = classes_of(forget_class, train.labels, own.num_classes, forgotten)
-        trained = TrainedGCN.of(gcn, own.inputs.device)
+        trained = TrainedGCN.of(gcn, own.inputs.device, [own.classifier.shapes[index] for index in own.masked])
         config = replace(trained.graphs, mask_layer=own.masked, scope="measured")
         about = scorer, forget, seed, auxiliary, max_fall, max_class_fall, progress
         request = Forgetting(own, train, carried, trained, config, *about)

@@ -38,7 +38,7 @@ from configs import Asked, Config, load_variants
 from data import GraphGenerator, ImageData, is_correct, load_image_data
 from eval import Eval, Request
 from images.sources import DataError, checksum
-from masking.rankings import PRETRAINED, TrainedGCN
+from masking.rankings import TrainedGCN, pretrained_for
 from model import MaskingGCN, keep_freed_memory
 from networks.hooked import HookedClassifier
 from runs.files import Artifact, InputError, code_of, digest, locked, save, slug, write_text
@@ -134,7 +134,7 @@ class Stages:
         """The masking GCN, and the seconds of its training."""
         config = training.config.gcn
         if config.pretrained:
-            return TrainedGCN.load().gcn.to(graphs.labels.device), 0.0
+            return TrainedGCN.load(pretrained_for(graphs.graph.shapes)).gcn.to(graphs.labels.device), 0.0
 
         def train() -> dict[str, Any]:
             started = time.perf_counter()
@@ -257,7 +257,8 @@ class Files:
         if "gcn" in sections:
             erasure = config.erasure
             settings["erasure of the GCN"] = erasure.trained and [erasure.trained, erasure.rivals, erasure.ridge]
-            settings["pretrained"] = config.gcn.pretrained and hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()
+            tracked = pretrained_for(config.masked_shapes)
+            settings["pretrained"] = config.gcn.pretrained and hashlib.sha256(tracked.read_bytes()).hexdigest()
             settings["top_k"] = training.top_k
         settings |= of_experiment or {}
         if not self._checksums.get(config.dataset):
@@ -398,7 +399,7 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     """Trains one masking GCN on the classifiers of all configs and their seeds, with the settings of the first config.
 
-    It takes the place of the tracked one.
+    It takes the place of the tracked one for the layers that the first config masks.
     """
     prepare(configs, one_process="--pretrain")
     config = next(iter(configs.values()))
@@ -411,7 +412,7 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
             graphs.append(stages.graphs(training, stages.classifier(training, data), data))
         with work.stage(f"masking GCN, {len(graphs)} classifiers"):
             gcn = GCNTrainer(config.gcn, graphs, config.sweep.top_k[0], config.seed).train()
-        path = root / PRETRAINED.relative_to(ROOT)
+        path = root / pretrained_for(config.masked_shapes).relative_to(ROOT)
         about = {"config": asdict(config), "seed": config.seed, "top_k": config.sweep.top_k[0]}
         save(path, about | {"state_dict": gcn.state_dict()})
         work.log(f"{path}: {path.stat().st_size / 1000:.0f} KB")
@@ -428,7 +429,7 @@ def prepare(configs: Mapping[str, Config], one_process: str = "") -> None:
     for config in configs.values():
         check_memory(config)
         if config.gcn.pretrained:
-            TrainedGCN.load().check(config.graphs, config.num_features)
+            TrainedGCN.load(pretrained_for(config.masked_shapes)).check(config.graphs, config.num_features)
 
 
 def check_memory(config: Config) -> None:

@@ -228,7 +228,7 @@ def refuse_pickling(layer: nn.Module) -> None:
 class Mask:
     """Which weights of the masked layers are kept (1) and which are switched off (0), apart from any classifier."""
 
-    layers: tuple[int, ...]  # indices among the linear layers of a model
+    layers: tuple[int, ...]  # indices among the weight layers of a model
     keep: tuple[Tensor, ...]  # (m, n) of each masked layer
     forgets: tuple[int, ...] = ()  # the classes that it was made to forget
 

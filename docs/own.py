@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,11 +19,12 @@ import torchvision
 from build import write_block
 from torch import Tensor, nn
 
+from configs import load_config
 from data import ImageData, Split, load_image_data
 from eval import RetainScoreError, unlearn
 from model import Mask
 from reporter import markdown_table
-from trainer import Trainer, TrainerConfig
+from trainer import Trainer
 
 SHAPES = {
     "784-128-64-10": ((128, 64), False),
@@ -38,7 +40,8 @@ SEED = 300  # of the first classifier
 
 def trainer(shape: str) -> Trainer:
     hidden, bias = SHAPES[shape]
-    return Trainer(TrainerConfig(hidden, bias, 5, 512, 0.002), SEED + list(SHAPES).index(shape))
+    config = replace(load_config().classifier, hidden_sizes=hidden, bias=bias)
+    return Trainer(config, SEED + list(SHAPES).index(shape))
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from audits.predictions import Seen, jensen_shannon, look_at  # noqa: E402
 from configs import load_config  # noqa: E402
 from data import GraphGenerator, load_image_data, number_of_weights  # noqa: E402
 from eval import Request, answer  # noqa: E402
-from masking.rankings import TrainedGCN  # noqa: E402
+from masking.rankings import TrainedGCN, pretrained_for  # noqa: E402
 from reporter import markdown_table  # noqa: E402
 from trainer import Trainer, TrainingError  # noqa: E402
 
@@ -57,7 +57,7 @@ class Tuning:
         classifier = trainer.train(data.train, len(data.class_names))
         graphs = GraphGenerator(classifier, data.train, config.graphs, seed)
         top_k = number_of_weights(config.sweep.top_k[0], graphs.graph.num_vertices)
-        gcn = TrainedGCN.load().gcn
+        gcn = TrainedGCN.load(pretrained_for(graphs.graph.shapes)).gcn
         self.requests = [
             Request(config.eval, classifier, trainer, data.train, graphs, gcn, digit, top_k, seed, "auto")
             for digit in settings.get("digits", range(graphs.num_classes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +17,12 @@ from model import Mask, MaskingGCN, WeightGraph
 from networks.hooked import is_finite
 from runs.files import ArtifactError, InputError, load, one_line
 
-PRETRAINED = Path(__file__).resolve().parents[1] / "checkpoints" / "pretrained" / "gcn.pt"
+PRETRAINED = Path(__file__).resolve().parents[1] / "checkpoints" / "pretrained"
+
+
+def pretrained_for(shapes: Sequence[tuple[int, ...]]) -> Path:
+    """The tracked GCN for masked layers by the shapes of their weights: that for linear ones, or with kernels."""
+    return PRETRAINED / ("kernels.pt" if any(len(shape) > 2 for shape in shapes) else "gcn.pt")
 
 
 def contrast(importance: Tensor, damage: Tensor | None = None) -> Tensor:
@@ -164,8 +170,8 @@ class TrainedGCN:
     saliency: float
 
     @staticmethod
-    def load(path: Path | str = PRETRAINED) -> TrainedGCN:
-        """Reads what a run left in `checkpoints/`, or the tracked GCN. Raises ArtifactError."""
+    def load(path: Path | str = PRETRAINED / "gcn.pt") -> TrainedGCN:
+        """Reads what a run left in `checkpoints/`, or a tracked GCN. Raises ArtifactError."""
         checkpoint = load(Path(path))
         try:
             config, weights = checkpoint["config"], checkpoint["state_dict"]
@@ -186,11 +192,13 @@ class TrainedGCN:
             raise ArtifactError(f"{path}: is not the checkpoint of a masking GCN ({one_line(error)})") from None
 
     @staticmethod
-    def of(gcn: MaskingGCN | TrainedGCN | None, device: torch.device) -> TrainedGCN:
-        """A copy of a GCN in float32; the tracked one where it is None, whose settings a bare MaskingGCN takes."""
+    def of(
+        gcn: MaskingGCN | TrainedGCN | None, device: torch.device, shapes: Sequence[tuple[int, ...]] = ()
+    ) -> TrainedGCN:
+        """A copy of a GCN in float32; that for `shapes` where it is None, whose settings a bare MaskingGCN takes."""
         if gcn is not None and not isinstance(gcn, MaskingGCN | TrainedGCN):
             raise InputError(f"gcn must be a MaskingGCN, a TrainedGCN or None, not {gcn!r}")
-        trained = gcn if isinstance(gcn, TrainedGCN) else TrainedGCN.load()
+        trained = gcn if isinstance(gcn, TrainedGCN) else TrainedGCN.load(pretrained_for(shapes))
         ranks = copy.deepcopy(gcn if isinstance(gcn, MaskingGCN) else trained.gcn).float().to(device)
         if not is_finite(ranks):
             raise InputError("gcn: a weight is not a finite number")

@@ -188,11 +188,10 @@ class HookedClassifier(nn.Module):
         return max(1, NUMBERS_AT_ONCE // self.trace.largest)
 
     def recorded_at_once(self, layers: Sequence[int]) -> int:
-        """How many samples a pass takes that records layers: NUMBERS_AT_ONCE, with the gradients of their kernels."""
+        """How many samples a pass takes that records layers, in NUMBERS_AT_ONCE."""
         numbers = self.trace.total
         for shape, positions in ((self.shapes[index], self.trace.positions(index)) for index in layers):
-            of_kernels = math.prod(shape) if positions is not None else 0
-            numbers += (math.prod(shape[1:]) + 4 * shape[0]) * (positions or 1) + of_kernels
+            numbers += (math.prod(shape[1:]) + 4 * shape[0]) * (positions or 1)
         return max(1, NUMBERS_AT_ONCE // numbers)
 
     @contextmanager
