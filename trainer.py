@@ -239,11 +239,17 @@ class GCNLoss:
         self.weights = torch.cat([weight.flatten() for weight in graphs.weights()])
 
     def __call__(
-        self, gcn: MaskingGCN, zeroed: Tensor, generator: torch.Generator, forget_class: int | None = None
+        self,
+        gcn: MaskingGCN,
+        zeroed: Tensor,
+        generator: torch.Generator,
+        forget_class: int | None = None,
+        looks: int = 0,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The weighted terms on the classifier without the vertices `zeroed`, and the contrast (classes, vertices).
 
         forget_class: for which these are zeroed; it is among the classes whose masks are tried
+        looks: after how many; with them grows what forgetting counts, as what is left of the class shrinks
         """
         config, graphs = self.config, self.graphs
         mask = mask_of(graphs, zeroed)
@@ -263,6 +269,7 @@ class GCNLoss:
             tried = self._tried(forget_class, generator).to(scores.device)
             removed = top_k_masks(scores[tried], self.graph, graphs.config.scope, zeroed, kappa, config.temperature)
             terms |= self._necessity(removed, tried, samples, auxiliary_weight)
+            terms["necessity_forget"] = max(1, looks) * terms["necessity_forget"]
         return terms, scores.detach()
 
     def _tried(self, forget_class: int | None, generator: torch.Generator) -> Tensor:
@@ -298,9 +305,7 @@ class GCNLoss:
         _, logits = classifier.outputs(self.graphs.inputs[flat], first, weights, batch=samples.shape[1])
         return F.cross_entropy(logits.flatten(0, 1), self.graphs.labels[flat])
 
-    def _necessity(
-        self, removed: Tensor, tried: Tensor, samples: Tensor, auxiliary_weight: float
-    ) -> dict[str, Tensor]:
+    def _necessity(self, removed: Tensor, tried: Tensor, samples: Tensor, auxiliary_weight: float) -> dict[str, Tensor]:
         """The terms of masks, one for every class that is tried."""
         config, graphs, classifier, flat = self.config, self.graphs, self.graphs.classifier, samples.flatten()
         weights = masked_weights(classifier, self.graph, 1 - removed)
@@ -353,7 +358,7 @@ class GCNTrainer:
         for step in progress:
             if not looks:
                 loss_on = losses[int(torch.randint(len(losses), (), generator=generator))]
-            terms, scores = loss_on(gcn, zeroed, generator, forget_class)
+            terms, scores = loss_on(gcn, zeroed, generator, forget_class, looks)
             optimizer.zero_grad()
             sum(terms.values()).backward()
             nn.utils.clip_grad_norm_(gcn.parameters(), config.gradient_norm)

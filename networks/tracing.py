@@ -21,7 +21,6 @@ RESHAPING = {"flatten", "unflatten", "view", "reshape", "squeeze", "unsqueeze"}
 JOINING = {"add", "sub", "mul"}
 CONCATENATING = {"cat", "concat", "concatenate"}
 CHANNELWISE = RECTIFIERS | SMOOTH | NORMALISATION | UNCHANGED | POOLING | JOINING
-NOT_IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
 
 
 class Ends(NamedTuple):
@@ -123,9 +122,8 @@ class Trace:
             elif self._places[node] > place or node.op == "get_attr":
                 arguments, named = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = compute(node, called(node, modules, network), arguments, named)
-                for used in self._last_uses[node]:
-                    if used not in keep:
-                        values.pop(used, None)
+                for spent in set(self._last_uses[node]) - keep:
+                    values.pop(spent, None)
             if node is end:
                 break
         return values
@@ -225,10 +223,8 @@ def name_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
 def not_in_place(graph: fx.Graph) -> fx.Graph:
     """The same graph, its operations giving new values instead of changing those that they are given."""
     for node in graph.nodes:
-        if node.op == "call_function":
-            node.target = NOT_IN_PLACE.get(node.target, node.target)
-            if node.kwargs.get("inplace"):
-                node.kwargs = {**node.kwargs, "inplace": False}
+        if node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
         elif node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
             node.target = node.target[:-1]
     return graph

@@ -79,7 +79,7 @@ NETWORKS = {
 ENDS = {
     "mlp": "i2*64-a6 a6-b5 b5-o3",
     "cnn": "i2*9-a3 a3*9-b4 b4*4-c5 c5-o3",
-    "resnet": "i2*9-a3 a3*9-b3 b3*9-a3 a3*9-c4 c4*9-d4 a3-d4 d4-o3",
+    "resnet": "i2*9-a3 a3*9-b3 b3*9-a3 a3-d4 a3*9-c4 c4*9-d4 d4-o3",
     "joined": "i2*9-a3 a3-a3 i2-b2 a3*9+b2*9-c4 c4*4-o3",
     "varied": "i2*9-a4 a4*6-a4 g4*6-b3 b3*6-o3",
 }
