@@ -71,6 +71,7 @@ class Request:
     forget_class: the class to forget; top_k: how many weights a keep mask keeps; seed: of all random draws
     asked: how many weights to zero; `auto`: as few as forget; None where the answer does not depend on it
     orders: in which weights are zeroed, by the name of the method; kept from one kappa to the next
+    kept: what methods keep from one request to the next on the same classifier, by names of theirs
     """
 
     config: EvalConfig
@@ -84,6 +85,7 @@ class Request:
     seed: int
     asked: int | Literal["auto"] | None = None
     orders: dict[str, ZeroingOrder] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def classifier(self) -> HookedClassifier:

@@ -79,6 +79,7 @@ class Stages:
         self.test_scores: dict[str, float] = {}
         self._data: dict[tuple[str, str, int], ImageData] = {}
         self._last: tuple[Training, GraphGenerator, MaskingGCN, float] | None = None
+        self._kept: dict[str, Any] = {}  # by the methods, of the last classifier
         self._threads = torch.get_num_threads()
 
     def forget(self, training: Training, forget_class: int | None) -> None:
@@ -92,7 +93,7 @@ class Stages:
             data = self.data(config)
             classifier = self.classifier(training, data)
             graphs = self.graphs(training, classifier, data)
-            self._last = (training, graphs, *self.gcn(training, graphs))
+            self._last, self._kept = (training, graphs, *self.gcn(training, graphs)), {}
         if forget_class is not None:
             self.requests(training, forget_class)
 
@@ -164,7 +165,7 @@ class Stages:
             data, trainer = self.data(config), Trainer(config.classifier, training.seed, config.source.size)
             request = Request(
                 config.eval, graphs.classifier, trainer, data.train, graphs, gcn, forget_class, training.top_k,
-                training.seed, asked, orders,
+                training.seed, asked, orders, self._kept,
             )  # fmt: skip
             paths = self.files.of_training(training) | {"mask": mask}
             about = {

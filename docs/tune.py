@@ -58,8 +58,9 @@ class Tuning:
         graphs = GraphGenerator(classifier, data.train, config.graphs, seed)
         top_k = number_of_weights(config.sweep.top_k[0], graphs.graph.num_vertices)
         gcn = TrainedGCN.load(pretrained_for(graphs.graph.shapes)).gcn
+        kept: dict[str, Any] = {}
         self.requests = [
-            Request(config.eval, classifier, trainer, data.train, graphs, gcn, digit, top_k, seed, "auto")
+            Request(config.eval, classifier, trainer, data.train, graphs, gcn, digit, top_k, seed, "auto", kept=kept)
             for digit in settings.get("digits", range(graphs.num_classes))
         ]
         self.retrained = [self.seen(answer(request, "retrain").model) for request in self.requests]

@@ -101,7 +101,9 @@ def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> 
     """
     classifier = request.classifier
     of_forget = fisher_information(classifier, request.forget)
-    of_all = fisher_information(classifier, request.train)
+    if "fisher information" not in request.kept:
+        request.kept["fisher information"] = fisher_information(classifier, request.train)
+    of_all = request.kept["fisher information"]
     for layer, forget, everything in zip(classifier.layers, of_forget, of_all):
         factor = (dampening * everything / forget.clamp_min(1e-30)).clamp(max=1.0)
         layer.weight *= torch.where(forget > selection * everything, factor, 1.0).view_as(layer.weight)
