@@ -94,10 +94,7 @@ class WeightGraph:
         for source, target in zip(self.sources, self.targets):
             degree = counts[source] + counts[target][:, None] - 2
             self.degrees.append(degree if (degree != degree[0, 0]).any() else int(degree[0, 0]))
-        self.num_edges = sum(
-            int(degree.sum()) if isinstance(degree, Tensor) else size * degree
-            for size, degree in zip(self.sizes, self.degrees)
-        )
+        self.num_edges = int((counts * (counts - 1)).sum())
 
     def split(self, x: Tensor, dim: int = -1) -> list[Tensor]:
         """Cuts the vertex dimension into the masked layers: (..., vertices, ...) to (..., *shape, ...) of each."""

@@ -239,17 +239,11 @@ class GCNLoss:
         self.weights = torch.cat([weight.flatten() for weight in graphs.weights()])
 
     def __call__(
-        self,
-        gcn: MaskingGCN,
-        zeroed: Tensor,
-        generator: torch.Generator,
-        forget_class: int | None = None,
-        looks: int = 0,
+        self, gcn: MaskingGCN, zeroed: Tensor, generator: torch.Generator, forget_class: int | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The weighted terms on the classifier without the vertices `zeroed`, and the contrast (classes, vertices).
 
         forget_class: for which these are zeroed; it is among the classes whose masks are tried
-        looks: after how many; with them grows what forgetting counts, as what is left of the class shrinks
         """
         config, graphs = self.config, self.graphs
         mask = mask_of(graphs, zeroed)
@@ -269,7 +263,6 @@ class GCNLoss:
             tried = self._tried(forget_class, generator).to(scores.device)
             removed = top_k_masks(scores[tried], self.graph, graphs.config.scope, zeroed, kappa, config.temperature)
             terms |= self._necessity(removed, tried, samples, auxiliary_weight)
-            terms["necessity_forget"] = max(1, looks) * terms["necessity_forget"]
         return terms, scores.detach()
 
     def _tried(self, forget_class: int | None, generator: torch.Generator) -> Tensor:
@@ -358,7 +351,7 @@ class GCNTrainer:
         for step in progress:
             if not looks:
                 loss_on = losses[int(torch.randint(len(losses), (), generator=generator))]
-            terms, scores = loss_on(gcn, zeroed, generator, forget_class, looks)
+            terms, scores = loss_on(gcn, zeroed, generator, forget_class)
             optimizer.zero_grad()
             sum(terms.values()).backward()
             nn.utils.clip_grad_norm_(gcn.parameters(), config.gradient_norm)

@@ -257,13 +257,8 @@ def test_one_gcn_learns_from_several_classifiers_and_after_each_step_on_a_whole_
     graphs = [graph_generator(), graph_generator(mask_layer=-1), graph_generator(bias=True)]
     seen, tried, call, try_some = [], [], GCNLoss.__call__, GCNLoss._tried
 
-    def spy(self, gcn, zeroed, generator, forget_class=None, looks=0):
-        again = torch.Generator().set_state(generator.get_state())
-        with torch.no_grad():
-            once, _ = call(self, gcn, zeroed, again, forget_class)
-        terms, scores = call(self, gcn, zeroed, generator, forget_class, looks)
-        assert torch.isclose(terms["necessity_forget"], max(1, looks) * once["necessity_forget"])
-        assert torch.equal(terms["necessity_retain"], once["necessity_retain"]) and (looks > 0) == (len(zeroed) > 0)
+    def spy(self, gcn, zeroed, generator, forget_class=None):
+        terms, scores = call(self, gcn, zeroed, generator, forget_class)
         seen.append((graphs.index(self.graphs), zeroed.tolist(), forget_class, scores))
         return terms, scores
 
@@ -286,7 +281,7 @@ def test_one_gcn_learns_from_several_classifiers_and_after_each_step_on_a_whole_
         assert 2 <= len(new) <= 4 if index == 1 else 3 <= len(new) <= 9, "of 15 and of 30 weights"
         vertices = range(graphs[index].graph.num_vertices)
         assert new == largest_free(of_classes[forget_class].tolist(), vertices, had, len(new))
-    tried = [tuple(some.tolist()) for some in tried[::2]]
+    tried = [tuple(some.tolist()) for some in tried]
     of_two = list(zip(seen[30:46], tried[30:46]))
     assert all(len(set(some)) == 2 and (each[2] is None or each[2] == some[0]) for each, some in of_two)
     assert tried[0] == tried[-1] == (0, 1, 2) and {some for _, some in of_two} > {(0, 1), (1, 0)}
