@@ -240,8 +240,7 @@ def benchmark() -> dict[str, str]:
 MEASUREMENTS: dict[str, Callable[[], dict[str, str]]] = {
     "pretrain": pretrain("pretrain", "gcn.pt"),
     "pretrain_kernels": pretrain("pretrain_kernels", "kernels.pt"),
-    "cnn": variants("cnn"),
-    "cifar10": variants("cifar10", has_picture=False),
+    "cnn": variants("cnn", has_picture=False),
     "transfer": variants("transfer"),
     "transfer_fashion": variants("transfer_fashion"),
     "ablation": variants("ablation"),

@@ -2,7 +2,7 @@
 
 Run it with `uv run docs/tune.py`, or with the names of some methods, the others staying as they are written:
 `uv run docs/tune.py sft scrub`. What it chooses stands in configs/config.yaml (sft) and configs/methods.yaml. A first
-argument cnn, resnet or cifar10 tries docs/tuning_cnn.yaml, whose choices stand in configs/cnn.yaml, or its like.
+argument as cnn tries docs/tuning_cnn.yaml, whose choices stand in configs/cnn.yaml.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def under_masks(layer: nn.Module, x: Tensor, weight: Tensor, batch: int) -> Tens
     if len(x) == batch:
         z = F.conv2d(x, many.flatten(0, 1), None if bias is None else bias.repeat(len(many)), *settings)
         return z.unflatten(1, (len(many), -1)).transpose(0, 1).flatten(0, 1)
-    # One after the other: as one grouped convolution they take longer.
+    # A convolution takes one weight for all samples.
     return torch.cat([F.conv2d(part, own, bias, *settings) for part, own in zip(x.split(batch), many)])
 
 
