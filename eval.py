@@ -489,8 +489,8 @@ def unlearn(
         place, and its classes stay forgotten: as measured, where there are samples of them
     gcn: what ranks the weights; None: the pretrained one, whose settings a bare MaskingGCN takes too
     mask_layer: an index among the linear layers and convolutions of the model (`networks.hooked.weight_layers`), or
-        several, None for all that can be masked, or auto: of the linear layers at the end, or where there is but one
-        of them, of all, the last but one if they are three or more, else the last. The answer says which
+        several, None for all that can be masked, or auto: of the linear layers at the end the last but one if they are
+        three or more, else the last. The answer says which
     seed: of the samples that are drawn; auxiliary: what is asked beside forgetting, for a GCN trained with it
     scorer: the GCN, or the saliency of eval.hyperparameters, with which the GCN was trained
     max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any

@@ -135,10 +135,10 @@ def default_layer(in_a_row: Sequence[int], able: Sequence[int]) -> int:
     """The layer that is masked where none is named (auto), by its index.
 
     in_a_row: the linear layers in a row that a model ends in; able: all that can be masked, in the order of the calls
-    Of three layers or more, the last but one, which stands between two others as those that the GCN was trained on;
-    else the last. Layers in a row, where there are two or more, are chosen from before others are.
+    Of three in a row or more the last but one, which stands between two others as those that the GCN was trained on;
+    else the last of all: kernels before it cost the other classes more (docs/networks.md).
     """
-    among = in_a_row if len(in_a_row) > 1 else able
+    among = in_a_row or able[-1:]
     return among[-2] if len(among) > 2 else among[-1]
 
 

@@ -199,11 +199,12 @@ def masked(model, _):
 
 # The model, of one that is trained and the samples, what is asked for, and the layers of the answer.
 AS_THEY_ARE = {
-    "auto": (frozen, "auto", (1,)), "all": (frozen, None, (0, 1, 2)), "kernels": (frozen, [1, 0], (0, 1)),
+    "auto": (frozen, "auto", (2,)), "all": (frozen, None, (0, 1, 2)), "kernels": (frozen, [1, 0], (0, 1)),
     "both kinds": (frozen, [1, 2], (1, 2)), "the last": (frozen, -1, (2,)), "masked": (masked, [1, 2], (0, 1, 2)),
     "bfloat16": (lambda model, _: model.bfloat16(), 1, (1,)),
     "channels last": (lambda model, _: model.to(memory_format=torch.channels_last), 1, (1,)),
     "pooling": (lambda _, train: trained(ending_in_pooling(), train), None, (0, 1, 2)),
+    "pooling, auto": (lambda _, train: trained(ending_in_pooling(), train), "auto", (2,)),
     "spectral_norm": (
         lambda model, train: parametrizations.spectral_norm(model.first) and trained(model, train), [1, 2], (1, 2),
     ),
@@ -238,7 +239,7 @@ def test_of_a_model_that_cannot_be_traced_the_last_linear_layers_are_masked(conv
     assert mask.layers == (2,) and forgets(model, mask, scores(model, TEST, 1)[1])
     line = f"mask_layer {mask_layer}: of layers [2] alone, as it cannot be run node by node: torch.fx cannot trace it"
     said = [str(each.message) for each in recwarn.list]
-    assert len(said) == (mask_layer != -1) and all(each.startswith(line) for each in said)
+    assert len(said) == (mask_layer is None) and all(each.startswith(line) for each in said)
     assert all(each.filename == __file__ for each in recwarn.list)
 
 
@@ -654,7 +655,7 @@ WRONG = {
         {"mask_layer": 1, "gcn": TrainedGCN.load()}, "layer 1 has no plain weight",
     ),
     "kernel pruned": (
-        lambda model: pruned((own := Convolved()).inner) and own, None, {"gcn": TrainedGCN.load()},
+        lambda model: pruned((own := Convolved()).inner) and own, None, {"mask_layer": 1, "gcn": TrainedGCN.load()},
         "layer 1 has no plain weight",
     ),
     "another size": (lambda model: Convolved(), lambda x, y: (x[:, :5], y), {}, r"fails on inputs of .*\(64, 5\)"),
