@@ -152,6 +152,13 @@ def full_model() -> dict[str, str]:
     return {"full_model": "\n\n".join([f"Digit 9, test split. {about} {said}.", methods, layers])}
 
 
+def cifar10() -> dict[str, str]:
+    said = run("cifar10", "dataset=cifar10-images", on_two=True)
+    methods, gap = section("Every method, kappa = auto")[1], "retain score against retrain, points"
+    table = columns_of(methods, "method", "forget score, %", "retain score, %", gap, "seconds a request")
+    return {"cifar10": f"{table}\n\n{said}."}
+
+
 def variants(config: str, has_picture: bool = True) -> Callable[[], dict[str, str]]:
     """The tables of the variants of a config, and their picture."""
 
@@ -241,6 +248,7 @@ MEASUREMENTS: dict[str, Callable[[], dict[str, str]]] = {
     "pretrain": pretrain("pretrain", "gcn.pt"),
     "pretrain_kernels": pretrain("pretrain_kernels", "kernels.pt"),
     "cnn": variants("cnn", has_picture=False),
+    "cifar10": cifar10,
     "transfer": variants("transfer"),
     "transfer_fashion": variants("transfer_fashion"),
     "ablation": variants("ablation"),
