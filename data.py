@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import InitVar, dataclass
@@ -297,7 +296,7 @@ class GraphGenerator:
 
     def __post_init__(self, auxiliary: Callable[[GraphGenerator], Auxiliary] | None) -> None:
         classifier = self.classifier.eval()
-        self.graph = WeightGraph(classifier.shapes, self.config.mask_layer, classifier.trace.ends)
+        self.graph = WeightGraph.of(classifier, self.config.mask_layer)
         classes, counts = self.train.labels.unique(return_counts=True)
         self.classes = classes.tolist()  # those that there are samples of; graphs and features stand in their order
         self.num_classes = len(self.classes)
@@ -429,7 +428,7 @@ class GraphGenerator:
 
     def _flat(self, parts: list[Tensor]) -> Tensor:
         """A feature of every masked layer as one of all vertices, (groups, vertices)."""
-        shapes = ((shape[0], math.prod(shape[1:])) for shape in self.graph.shapes)
+        shapes = ((len(target), len(source)) for target, source in zip(self.graph.targets, self.graph.sources))
         return torch.cat([part.expand(len(part), *shape).flatten(1) for part, shape in zip(parts, shapes)], 1)
 
     def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:

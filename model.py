@@ -96,6 +96,11 @@ class WeightGraph:
             self.degrees.append(degree if (degree != degree[0, 0]).any() else int(degree[0, 0]))
         self.num_edges = int((counts * (counts - 1)).sum())
 
+    @staticmethod
+    def of(classifier: HookedClassifier, mask_layer: int | Sequence[int] | None) -> WeightGraph:
+        """The graph of some layers of a classifier, with the neurons that they share in it."""
+        return WeightGraph(classifier.shapes, mask_layer, classifier.trace.ends)
+
     def split(self, x: Tensor, dim: int = -1) -> list[Tensor]:
         """Cuts the vertex dimension into the masked layers: (..., vertices, ...) to (..., *shape, ...) of each."""
         return [part.unflatten(dim, shape) for part, shape in zip(x.split(self.sizes, dim), self.shapes)]

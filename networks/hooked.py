@@ -135,13 +135,13 @@ class HookedClassifier(nn.Module):
         """What stands for images (batch, ...) where the network can begin before the layers."""
         node = self.trace.start_of(layers)
         parts = images.split(self.samples_at_once)
-        return torch.cat([self.trace.run(self.network, part, None, call, [node], end=node)[node] for part in parts])
+        return torch.cat([self.trace.run(self.network, part, watched=[node], end=node)[node] for part in parts])
 
     @torch.enable_grad()
     def watch(self, inputs: Tensor, layers: Sequence[int], first: Sequence[int] | None = None) -> Watched:
         """What `layers` do on a batch; its autograd graph starts at their pre-activations, where no other is before."""
         trace, given = self.trace, {}
-        calls, activations = [trace.calls[index] for index in layers], [trace.activation(index)[0] for index in layers]
+        calls, activations = [trace.calls[index] for index in layers], [trace.activations[index][0] for index in layers]
 
         def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
             value = call(node, callee, arguments, named)
@@ -174,7 +174,7 @@ class HookedClassifier(nn.Module):
         for index, a, h, *gradients in zip(
             layers, watched.inputs, watched.activations, loss_gradients, margin_gradients
         ):
-            h, is_rectified = h.detach(), self.trace.activation(index)[1]
+            h, is_rectified = h.detach(), self.trace.activations[index][1]
             active = (h > 0).to(h.dtype) if is_rectified else torch.ones_like(h)
             at_outputs = h, active, *gradients
             if a.ndim == 4:

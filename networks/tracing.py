@@ -53,6 +53,7 @@ class Trace:
     of_samples: the nodes whose values depend on what the network is given; others are the same for all samples
     calls: the node that calls a weight layer, in the order of the modules; None where it is called several times, or
         not on samples of features or channels
+    activations: the node of each layer's output activation, and whether it is rectified
     Raises ValueError where the network cannot be traced, or gives other logits than its nodes.
     """
 
@@ -88,6 +89,7 @@ class Trace:
             nodes = [node for node in self.nodes if node.op == "call_module" and modules[node.target] is layer]
             is_right = len(nodes) == 1 and len(self._shapes[nodes[0]]) == (2 if isinstance(layer, nn.Linear) else 4)
             self.calls.append(nodes[0] if is_right else None)
+        self.activations = [node and self._activation(node) for node in self.calls]
         self.ends = self._ends(layers)
         last = next((node for node in self.calls[::-1] if node is self.output), None)
         self.representation = self.output if last is None else last.all_input_nodes[0]
@@ -138,9 +140,9 @@ class Trace:
         shape = self._shapes[self.calls[layer]]
         return prod(shape[2:]) if len(shape) == 4 else None
 
-    def activation(self, layer: int) -> tuple[fx.Node, bool]:
+    def _activation(self, call: fx.Node) -> tuple[fx.Node, bool]:
         """The node of a layer's output activation, behind normalisation and addition, and whether it is rectified."""
-        node = self.calls[layer]
+        node = call
         while len(node.users) == 1:
             (user,) = node.users
             name = self.names[user]
@@ -149,7 +151,7 @@ class Trace:
             node = user
             if name in RECTIFIERS | SMOOTH:
                 return node, name in RECTIFIERS
-        return self.calls[layer], False
+        return call, False
 
     def _note_shape(self, node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
         value = call(node, callee, arguments, named)

@@ -77,9 +77,7 @@ class Forgetting:
     @cached_property
     def start(self) -> Mask:
         """What the model's own mask zeroes in the layers that are masked, as a mask on the classifier."""
-        classifier = self.own.classifier
-        graph = WeightGraph(classifier.shapes, self.config.mask_layer, classifier.trace.ends)
-        return self.own.carried(self.carried, graph)
+        return self.own.carried(self.carried, WeightGraph.of(self.own.classifier, self.config.mask_layer))
 
     @cached_property
     @torch.no_grad()
