@@ -197,6 +197,11 @@ def mean_gradient(record: LayerRecord) -> Tensor:
     return mean_product(record.loss_gradient, record.inputs)
 
 
+def mean_forgetting_gradient(record: LayerRecord) -> Tensor:
+    delta = record.loss_gradient
+    return -mean_product(delta * record.odds.view(*record.odds.shape, *[1] * (delta.ndim - 2)), record.inputs)
+
+
 def mean_margin_gradient(record: LayerRecord) -> Tensor:
     return mean_product(record.margin_gradient, record.inputs)
 
@@ -225,6 +230,8 @@ FEATURES: dict[str, Feature] = {
     "fisher": Feature(mean_squared_gradient, lambda mean, weight: weight.abs() * mean.sqrt()),
     # w E[d(logit of the class - mean logit)/dw]: the first-order fall of the margin when the weight is removed
     "margin": Feature(mean_margin_gradient, lambda mean, weight: weight * mean),
+    # w E[d(-log(1 - p))/dw], p of the class: the first-order fall of what forgetting asks for, of what is left alone
+    "forgetting": Feature(mean_forgetting_gradient, lambda mean, weight: weight * mean),
     # |w| E[unit r is active * a_c]: the signal that the weight passes on
     "coactivation": Feature(mean_signal, lambda mean, weight: weight.abs() * mean),
 }
@@ -352,28 +359,19 @@ class GraphGenerator:
         of each class (classes), nats.
         """
         formed, loss = self._features(samples, self.config.features, mask)
-        own = self.config.features
-        names = [name for name in own if name != "weight"] if self.config.other_classes else []
-        totals = {name: [part.sum(0) for part in formed(name, slice(None))] for name in names}
         asked = self.auxiliary is not None and auxiliary_weight
         auxiliary = self.auxiliary.feature(samples, range(self.num_classes), mask) if asked else None
+        at_once = max(1, VERTICES_AT_ONCE // self.graph.num_vertices)
+        chosen = [slice(first, first + at_once) for first in range(0, self.num_classes, at_once)]
+        return self._graphs(formed, chosen, auxiliary, auxiliary_weight), loss
 
-        def graphs() -> Iterator[Tensor]:
-            at_once = max(1, VERTICES_AT_ONCE // self.graph.num_vertices)
-            for chosen in (slice(first, first + at_once) for first in range(0, self.num_classes, at_once)):
-                features = [self._flat(formed(name, chosen)) for name in own]
-                if self.auxiliary is not None:
-                    features.append(auxiliary[chosen] if asked else torch.zeros_like(features[0]))
-                place = len(features) - 1
-                for name in names:
-                    sums = (total - part for total, part in zip(totals[name], formed(name, chosen)))
-                    features.append(self._flat([part / (self.num_classes - 1) for part in sums]))
-                x = vertex_features(features)
-                if self.auxiliary is not None:
-                    x[..., place] *= auxiliary_weight
-                yield x
-
-        return graphs(), loss
+    def weighed_graphs(
+        self, samples: Tensor, classes: Tensor, names: Sequence[str], mask: Mask | None = None
+    ) -> tuple[Iterator[Tensor], dict[str, Tensor], Tensor]:
+        """The graphs of some classes alone, one at a time; and what `class_features` gives, all from one pass."""
+        formed, loss = self._features(samples, [*self.config.features, *names], mask)
+        features = {name: self._flat(formed(name, slice(None))) for name in names}
+        return self._graphs(formed, [slice(each, each + 1) for each in classes.tolist()]), features, loss
 
     def class_features(
         self, samples: Tensor, names: Sequence[str], mask: Mask | None = None
@@ -384,6 +382,29 @@ class GraphGenerator:
         """
         formed, loss = self._features(samples, names, mask)
         return {name: self._flat(formed(name, slice(None))) for name in names}, loss
+
+    def _graphs(
+        self,
+        formed: Callable[[str, slice], list[Tensor]],
+        classes: Sequence[slice],
+        auxiliary: Tensor | None = None,
+        auxiliary_weight: float = 0.0,
+    ) -> Iterator[Tensor]:
+        own = self.config.features
+        names = [name for name in own if name != "weight"] if self.config.other_classes else []
+        totals = {name: [part.sum(0) for part in formed(name, slice(None))] for name in names}
+        for chosen in classes:
+            features = [self._flat(formed(name, chosen)) for name in own]
+            if self.auxiliary is not None:
+                features.append(torch.zeros_like(features[0]) if auxiliary is None else auxiliary[chosen])
+            place = len(features) - 1
+            for name in names:
+                sums = (total - part for total, part in zip(totals[name], formed(name, chosen)))
+                features.append(self._flat([part / (self.num_classes - 1) for part in sums]))
+            x = vertex_features(features)
+            if self.auxiliary is not None:
+                x[..., place] *= auxiliary_weight
+            yield x
 
     def _features(
         self, samples: Tensor, names: Sequence[str], mask: Mask | None

@@ -181,19 +181,36 @@ class VertexLinear(nn.Linear):
         return results
 
 
+LARGEST_CHANGE = 4.0  # of the logarithm of the weight of a term
+
+
 class MaskingGCN(nn.Module):
     """Scores how much a class depends on each weight: GraphSAGE rounds, then a linear read-out, all without bias.
 
     Without `message_passing`, the control, every weight is scored by its own features alone.
-    Shapes: vertex features (batch, vertices, features) to logits (batch, vertices).
+    One that `weighs` gives no scores but two positive numbers for every weight, by which a formula weighs its terms
+    there; before its training they are the same for all.
+    Shapes: vertex features (batch, vertices, features) to logits (batch, vertices), or to (batch, vertices, 2).
     """
 
-    def __init__(self, num_features: int, hidden: int = 32, rounds: int = 3, message_passing: bool = True) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        hidden: int = 32,
+        rounds: int = 3,
+        message_passing: bool = True,
+        weighs: tuple[float, float] | None = None,
+    ) -> None:
         super().__init__()
         conv = WeightGraphSAGE if message_passing else partial(VertexLinear, bias=False)
+        self.num_features = num_features
         sizes = [num_features] + [hidden] * rounds
         self.convs = nn.ModuleList(conv(n, m) for n, m in zip(sizes, sizes[1:]))
-        self.readout = nn.Linear(hidden, 1, bias=False)
+        self.weighs = weighs is not None
+        self.readout = nn.Linear(hidden, 2 if self.weighs else 1, bias=False)
+        if self.weighs:
+            nn.init.zeros_(self.readout.weight)
+            self.log_weights = nn.Parameter(torch.tensor(weighs).log())
 
     def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
         x = graph.matrices(x, dim=1)
@@ -204,7 +221,10 @@ class MaskingGCN(nn.Module):
             features = conv(features, graph)
             if index > 0 or len(self.convs) == 1:
                 x = [part.relu() for part in features]
-        return torch.cat([(part @ self.readout.weight[0]).flatten(1) for part in x], 1)
+        if not self.weighs:
+            return torch.cat([(part @ self.readout.weight[0]).flatten(1) for part in x], 1)
+        found = torch.cat([self.readout(part).flatten(1, 2) for part in x], 1)
+        return (self.log_weights + LARGEST_CHANGE * (found / LARGEST_CHANGE).tanh()).exp()
 
 
 class WeightMask(nn.Module):

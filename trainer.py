@@ -15,7 +15,7 @@ from tqdm import tqdm
 import data
 from data import Amount, Count, GraphGenerator, NonNegative, Positive, Split
 from masking.order import forgetting_loss
-from masking.rankings import contrast, mask_of, ranked
+from masking.rankings import contrast, mask_of, ranked, weighed
 from model import MaskingGCN, WeightGraph
 from networks.architectures import cnn, in_channels, mlp, resnet
 from networks.hooked import HookedClassifier, is_finite
@@ -204,10 +204,13 @@ class GCNTrainerConfig:
     partly_masked: tuple[Amount, Amount] | None
     looks: Count
     classes: Annotated[int, "at least 2"] | None
+    weighs: tuple[Positive, Positive] | None
     warmup: Annotated[int, "at least 0"]
 
     def __post_init__(self) -> None:
         terms = ["sufficiency", "prior", "necessity_forget", "necessity_retain"]
+        if self.weighs and (self.sufficiency or self.prior):
+            raise ValueError("sufficiency and prior must be 0 of a GCN that weighs: it gives no logits")
         # Sufficiency is asked of whole classifiers only.
         needed = terms if self.partly_masked is None else terms[1:]
         if not any(getattr(self, name) for name in needed):
@@ -240,8 +243,10 @@ class GCNLoss:
 
     def __call__(
         self, gcn: MaskingGCN, zeroed: Tensor, generator: torch.Generator, forget_class: int | None = None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The weighted terms on the classifier without the vertices `zeroed`, and the contrast (classes, vertices).
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The weighted terms on the classifier without the vertices `zeroed`, and of which classes masks were tried.
+
+        In the middle stand the scores that made those masks, (tried, vertices).
 
         forget_class: for which these are zeroed; it is among the classes whose masks are tried
         """
@@ -249,9 +254,13 @@ class GCNLoss:
         mask = mask_of(graphs, zeroed)
         auxiliary_weight = graphs.auxiliary.draw_weight(generator) if graphs.auxiliary else 0.0
         group = graphs.draw(config.group_size, generator)
-        x, damage = graphs.class_graphs(group, mask, auxiliary_weight)
-        importance = torch.cat([gcn(part, self.graph) for part in x])  # (classes, vertices)
-        scores = contrast(importance, damage if config.contrast == "damage" else None)
+        tried = self._tried(forget_class, generator).to(group.device)
+        if gcn.weighs:
+            scores, _ = weighed(gcn, graphs, group, tried, mask)
+        else:
+            x, damage = graphs.class_graphs(group, mask, auxiliary_weight)
+            importance = torch.cat([gcn(part, self.graph) for part in x])  # (classes, vertices)
+            scores = contrast(importance, damage if config.contrast == "damage" else None)[tried]
         samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator)
         terms: dict[str, Tensor] = {}
         if config.sufficiency and mask is None:
@@ -260,10 +269,9 @@ class GCNLoss:
             terms["prior"] = config.prior * prior_divergence(importance, self.weights).mean()
         if config.necessity_forget or config.necessity_retain or auxiliary_weight:
             kappa = log_uniform(config.kappa, self.graph.num_vertices, generator)
-            tried = self._tried(forget_class, generator).to(scores.device)
-            removed = top_k_masks(scores[tried], self.graph, graphs.config.scope, zeroed, kappa, config.temperature)
+            removed = top_k_masks(scores, self.graph, graphs.config.scope, zeroed, kappa, config.temperature)
             terms |= self._necessity(removed, tried, samples, auxiliary_weight)
-        return terms, scores.detach()
+        return terms, scores.detach(), tried
 
     def _tried(self, forget_class: int | None, generator: torch.Generator) -> Tensor:
         """The classes whose masks a step tries: all, or some at random with the one to forget."""
@@ -275,16 +283,16 @@ class GCNLoss:
         return order[: self.config.classes]
 
     def look(
-        self, scores: Tensor, zeroed: Tensor, forget_class: int | None, generator: torch.Generator
+        self, scores: Tensor, tried: Tensor, zeroed: Tensor, forget_class: int | None, generator: torch.Generator
     ) -> tuple[Tensor, int]:
-        """What a classifier lacks after the next look of a request, the first of `scores` too, and for which class.
+        """What a classifier lacks after the next look of a request, by scores (tried, vertices), and for which class.
 
-        forget_class: of the request; None: a random one, whose first look it is
+        forget_class: of the request; None: a random one of those tried, whose first look it is
         """
         if forget_class is None:
-            forget_class = int(torch.randint(len(scores), (), generator=generator))
+            forget_class = int(tried[torch.randint(len(tried), (), generator=generator)])
         count = log_uniform(self.config.partly_masked, self.graph.num_vertices, generator)
-        following = ranked(scores[forget_class], self.graph, self.graphs.config.scope, zeroed, count)
+        following = ranked(scores[tried == forget_class][0], self.graph, self.graphs.config.scope, zeroed, count)
         return torch.cat([zeroed, following]), forget_class
 
     def _sufficiency(self, importance: Tensor, samples: Tensor, generator: torch.Generator) -> Tensor:
@@ -340,7 +348,7 @@ class GCNTrainer:
     def train(self) -> MaskingGCN:
         config, (first, *_) = self.config, self.graphs
         with data.seeded_initialisation(self.seed):
-            gcn = MaskingGCN(first.num_features, config.hidden, config.rounds, config.message_passing)
+            gcn = MaskingGCN(first.num_features, config.hidden, config.rounds, config.message_passing, config.weighs)
         gcn = gcn.to(first.labels.device)
         losses = [GCNLoss(config, of_classifier, self.top_k) for of_classifier in self.graphs]
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
@@ -351,7 +359,7 @@ class GCNTrainer:
         for step in progress:
             if not looks:
                 loss_on = losses[int(torch.randint(len(losses), (), generator=generator))]
-            terms, scores = loss_on(gcn, zeroed, generator, forget_class)
+            terms, *scored = loss_on(gcn, zeroed, generator, forget_class)
             optimizer.zero_grad()
             sum(terms.values()).backward()
             nn.utils.clip_grad_norm_(gcn.parameters(), config.gradient_norm)
@@ -362,7 +370,7 @@ class GCNTrainer:
             check_finite(values, step, "gcn.learning_rate and the weight of the term")
             progress.set_postfix(values, refresh=False)
             if config.partly_masked is not None and step + 1 >= config.warmup and looks < config.looks:
-                zeroed, forget_class = loss_on.look(scores, zeroed, forget_class, generator)
+                zeroed, forget_class = loss_on.look(*scored, zeroed, forget_class, generator)
                 looks += 1
             else:
                 zeroed, forget_class, looks = first.nothing, None, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from itertools import accumulate
@@ -17,6 +18,7 @@ from model import Mask
 from runs.files import InputError
 
 FEWEST = 1 / 16  # of the weights of a neuron that a layer gives in a step, where several compete by what is measured
+LOOKED_AT = 500  # samples of the forget class at once, where it may be that no more are needed
 UNNOTICED = 1e-3  # nats that the others may lose at no cost, there
 
 
@@ -102,18 +104,33 @@ class ZeroingOrder:
 
         It is when less than `config.target` percent of its training samples, `forget`, are classified correctly, and
         what else is asked of masks (`data.Auxiliary`) is reached. At the largest kappa the search gives up.
+        With `config.patience` it goes on, and of the steps after which the class is forgotten takes that after which
+        the others' loss is least, when so many further ones have not lowered it.
         """
         if self._forgetting is None:
-            classifier, looking = self.graphs.classifier, 0.0
-            inputs = classifier.given_to(self.graphs.graph.layers, forget.images)
-            for found in self.looks():
-                started = time.perf_counter()
-                left = self._left(Mask.zeroing(self.graphs.graph, found.vertices), inputs, forget.labels)
-                looking += time.perf_counter() - started
-                if not left:
-                    break
-            self._forgetting = Zeroing(found.vertices, found.seconds + looking, left)
+            self._forgetting = self._search(forget)
         return self._forgetting
+
+    def _search(self, forget: Split) -> Zeroing:
+        graphs, label, allowed = self.graphs, int(forget.labels[0]), self.config.target * len(forget.labels) / 100
+        inputs, looking = graphs.classifier.given_to(graphs.graph.layers, forget.images), 0.0
+        best, least, waited = None, math.inf, 0
+        for found in self.looks():
+            started, waited = time.perf_counter(), waited + 1
+            mask = Mask.zeroing(graphs.graph, found.vertices)
+            is_left = self._left(mask, inputs, label, allowed) >= allowed
+            if not is_left and (graphs.auxiliary is None or graphs.auxiliary.is_reached(mask, label)):
+                loss = self._losses(found.vertices)[1].item() if self.config.patience else 0.0
+                if loss < least:
+                    best, least, waited = found.vertices, loss, 0
+            looking += time.perf_counter() - started
+            if best is not None and waited >= self.config.patience:
+                break
+        if best is not None:
+            return Zeroing(best, found.seconds + looking, "")
+        percent = 100 * self._left(mask, inputs, label) / len(inputs)
+        said = f"{percent:.1f} % of class {label} are left" if is_left else f"class {label} is still represented"
+        return Zeroing(found.vertices, found.seconds + looking, said)
 
     def _next(self, scores: Tensor) -> Tensor:
         """The vertices that one step zeroes."""
@@ -150,12 +167,15 @@ class ZeroingOrder:
         losses = F.cross_entropy(logits, graphs.labels, reduction="none")[graphs.by_class()].mean(1)
         return torch.stack([forgetting_loss(p), (losses.sum() - losses[own]) / (len(losses) - 1)])
 
-    def _left(self, mask: Mask, inputs: Tensor, labels: Tensor) -> str:
-        """inputs: of the first masked layer, for samples of the forget class."""
-        classifier, auxiliary, forget_class = self.graphs.classifier, self.graphs.auxiliary, int(labels[0])
-        with mask.applied_to(classifier):
-            correct = (classifier(inputs, self.graphs.graph.layers).argmax(1) == labels).float().mean().item()
-        if 100 * correct >= self.config.target:
-            return f"{100 * correct:.1f} % of class {forget_class} are left"
-        is_reached = auxiliary is None or auxiliary.is_reached(mask, forget_class)
-        return "" if is_reached else f"class {forget_class} is still represented"
+    def _left(self, mask: Mask, inputs: Tensor, label: int, enough: float = math.inf) -> int:
+        """How many samples of the forget class are classified correctly, as far as it takes to find enough.
+
+        inputs: of the first masked layer, for samples of the class
+        """
+        correct = 0
+        with mask.applied_to(self.graphs.classifier):
+            for part in inputs.split(LOOKED_AT):
+                correct += int((self.graphs.classifier(part, self.graphs.graph.layers).argmax(1) == label).sum())
+                if correct >= enough:
+                    break
+        return correct

@@ -50,6 +50,33 @@ def set_difference(importance: Tensor, top_k: int) -> Tensor:
     return torch.where(only_here, importance + lift, rest)
 
 
+def fall_of_others(features: dict[str, Tensor], damage: Tensor | None, forget_class: int) -> Tensor:
+    """By how much removing a weight lowers the other classes' loss, to second order, (vertices).
+
+    w E_r[dL/dw] - w^2 E_r[(dL/dw)^2] / 2, with the Fisher information for the curvature; E_r is the mean over the other
+    classes, weighted by damage as in `contrast`.
+    """
+    fall_of_loss = features["effect"] - features["fisher"] ** 2 / 2
+    # With 0 for its own class, the contrast is minus the weighted mean over the others.
+    fall_of_loss[forget_class] = 0
+    return -contrast(fall_of_loss, damage)[forget_class]
+
+
+def weighed(
+    gcn: MaskingGCN, graphs: GraphGenerator, samples: Tensor, classes: Tensor, mask: Mask | None
+) -> tuple[Tensor, Tensor]:
+    """Scores (masks, vertices) by a GCN that weighs, one for each of `classes`, and each class's cross entropy, nats.
+
+    a_v w E_d[d(-log(1 - p_d))/dw] + b_v fall_of_others, with the weights a_v and b_v that the GCN gives to v.
+    """
+    x, features, damage = graphs.weighed_graphs(samples, classes, ("forgetting", "effect", "fisher"), mask)
+    scores = []
+    for part, label in zip(x, classes.tolist()):
+        own, others = gcn(part, graphs.graph)[0].unbind(-1)
+        scores.append(own * features["forgetting"][label] + others * fall_of_others(features, damage, label))
+    return torch.stack(scores), damage
+
+
 def ranked(scores: Tensor, graph: WeightGraph, scope: str, zeroed: Tensor, count: int) -> Tensor:
     """The vertices to zero next, (count): those of the largest scores (vertices) that are not among `zeroed`.
 
@@ -80,6 +107,7 @@ class MaskingConfig:
     draws: Count
     target: Positive
     max_kappa: Amount
+    patience: Annotated[int, "at least 0"]
 
 
 def request_samples(
@@ -102,6 +130,8 @@ class GCNRanking:
 
     def __call__(self, step: int, zeroed: Tensor) -> Tensor:
         """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
+        if self.gcn.weighs:
+            return self._weighed(step, zeroed)
         importance, damage = self.importance(step, zeroed)
         if self.config.ranking == "set_difference":
             return set_difference(importance, self.top_k)[self.forget_class]
@@ -119,20 +149,30 @@ class GCNRanking:
             damage.append(loss)
         return torch.stack(importance).mean(0), torch.stack(damage).mean(0)
 
+    @torch.no_grad()
+    def _weighed(self, step: int, zeroed: Tensor) -> Tensor:
+        graphs, own, total = self.graphs, torch.tensor([self.forget_class]), 0.0
+        for draw in range(self.config.draws):
+            samples = request_samples(self.config, graphs, self.seed, self.forget_class, step, draw)
+            total = total + weighed(self.gcn, graphs, samples, own, mask_of(graphs, zeroed))[0][0]
+        return total / self.config.draws
+
     def most_needed(self) -> Tensor:
         """The top-K weights of the forget class in the unmasked classifier, (K)."""
-        return self.importance(0, self.graphs.nothing)[0][self.forget_class].topk(self.top_k).indices
+        nothing = self.graphs.nothing
+        needed = self(0, nothing) if self.gcn.weighs else self.importance(0, nothing)[0][self.forget_class]
+        return needed.topk(self.top_k).indices
 
 
 @dataclass(frozen=True)
 class SaliencyRanking:
     """What removing a weight does to the forget class's margin and to the other classes' loss, without a GCN.
 
-        w E_d[d margin/dw] + retain_weight (w E_r[dL/dw] - w^2 E_r[(dL/dw)^2] / 2) + auxiliary_weight a
+        w E_d[d margin/dw] + forgetting_weight w E_d[d(-log(1 - p_d))/dw]
+            + retain_weight fall_of_others + auxiliary_weight a
 
-    The first term is the first-order fall of the margin, the bracket the second-order fall of the loss, with the Fisher
-    information for the curvature; E_r is the mean over the other classes, weighted by damage as in `contrast`. a is the
-    auxiliary feature of the weight.
+    The first terms are the first-order falls of the margin and of the forgetting loss, in which samples that are
+    forgotten no longer count; a is the auxiliary feature of the weight.
     """
 
     config: MaskingConfig
@@ -141,16 +181,17 @@ class SaliencyRanking:
     seed: int
     retain_weight: float
     auxiliary_weight: float = 0.0
+    forgetting_weight: float = 0.0
 
     def __call__(self, step: int, zeroed: Tensor) -> Tensor:
         """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
         graphs, label = self.graphs, self.forget_class
         samples, mask = request_samples(self.config, graphs, self.seed, label, step), mask_of(graphs, zeroed)
-        features, damage = graphs.class_features(samples, ("margin", "effect", "fisher"), mask)
-        fall_of_loss = features["effect"] - features["fisher"] ** 2 / 2
-        # With 0 for its own class, the contrast is minus the weighted mean over the others.
-        fall_of_loss[label] = 0
-        scores = features["margin"][label] + self.retain_weight * -contrast(fall_of_loss, damage)[label]
+        names = ("margin", "effect", "fisher", *["forgetting"] * (self.forgetting_weight > 0))
+        features, damage = graphs.class_features(samples, names, mask)
+        scores = features["margin"][label] + self.retain_weight * fall_of_others(features, damage, label)
+        if self.forgetting_weight:
+            scores += self.forgetting_weight * features["forgetting"][label]
         if self.auxiliary_weight:
             scores += self.auxiliary_weight * graphs.auxiliary.feature(samples, [label], mask)[0]
         return scores
@@ -179,8 +220,8 @@ class TrainedGCN:
                 kind(**{field.name: config[section][field.name] for field in fields(kind)})
                 for kind, section in ((GraphConfig, "graphs"), (MaskingConfig, "eval"))
             )
-            num_features = next(iter(weights.values())).shape[1]
-            sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
+            num_features = next(weight for weight in weights.values() if weight.ndim == 2).shape[1]
+            sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing", "weighs")}
             with data.seeded_initialisation(0):
                 gcn = MaskingGCN(num_features, **sizes)
             gcn.load_state_dict(weights)
@@ -206,7 +247,7 @@ class TrainedGCN:
 
     def check(self, graphs: GraphConfig, num_features: int) -> None:
         """Raises ArtifactError where the features of graphs, an auxiliary one counted, are not those that it reads."""
-        reads = (self.graphs.features, self.graphs.other_classes, next(self.gcn.parameters()).shape[1])
+        reads = (self.graphs.features, self.graphs.other_classes, self.gcn.num_features)
         has = (graphs.features, graphs.other_classes, num_features)
         if reads != has:
             raise ArtifactError(f"graphs.features, other_classes, and how many there are, must be {reads}, not {has}")

@@ -27,6 +27,7 @@ class LayerRecord(NamedTuple):
     active: Tensor  # (samples, m), 1 where the unit passes a signal on; a unit without ReLU always does
     loss_gradient: Tensor  # (samples, m), gradient of the sample's cross entropy at the pre-activation, delta
     margin_gradient: Tensor  # (samples, m), gradient of the label's logit minus the mean logit at the pre-activation
+    odds: Tensor  # (samples), p / (1 - p) of the label: that times -delta is the gradient of -log(1 - p)
 
 
 class Watched(NamedTuple):
@@ -170,6 +171,7 @@ class HookedClassifier(nn.Module):
         margin = watched.logits.gather(1, labels[:, None]).sum() - watched.logits.mean(1).sum()
         loss_gradients = torch.autograd.grad(loss.sum(), watched.pre_activations, retain_graph=True)
         margin_gradients = torch.autograd.grad(margin, watched.pre_activations)
+        odds = 1 / loss.detach().expm1().clamp_min(1e-6)
         records, own = [], self.layers
         for index, a, h, *gradients in zip(
             layers, watched.inputs, watched.activations, loss_gradients, margin_gradients
@@ -179,7 +181,7 @@ class HookedClassifier(nn.Module):
             at_outputs = h, active, *gradients
             if a.ndim == 4:
                 a, at_outputs = patches(own[index], a), (each.flatten(2) for each in at_outputs)
-            records.append(LayerRecord(a, *at_outputs))
+            records.append(LayerRecord(a, *at_outputs, odds))
         return records, loss.detach()
 
     @property

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
-from running import run_here
+from running import metrics, run_here
 
 from runs import files
 
@@ -135,12 +135,9 @@ def results(folder: Path) -> dict[str, dict]:
     """The JSON of every experiment without its seconds. Raises where any file is half written or damaged."""
     if partial := list(folder.rglob(f"*{files.PARTIAL}")):
         raise ValueError(f"half written: {partial}")
-    for path in folder.rglob("*.pt"):
+    for path in (*folder.rglob("*.pt"), *folder.glob("eval/*/metrics/*.json")):
         files.load(path)
-    found = {path.name: files.load(path) for path in folder.glob("eval/*/metrics/*.json")}
-    for result in found.values():
-        del result["seconds"]
-    return found
+    return metrics(folder)
 
 
 def ended(folder: Path, within: float = 600) -> int | None:

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from images.sources import FILES
 
@@ -26,13 +28,13 @@ def run(folder: Path, *arguments: str, processes: int = 1) -> str:
     return done.stdout + done.stderr
 
 
-def run_here(folder: Path, *overrides: str, is_fresh: bool = False) -> None:
-    """Runs the smoke config without the seconds that importing PyTorch takes."""
+def run_here(folder: Path, *overrides: str, configs: dict | None = None, is_fresh: bool = False) -> None:
+    """Runs the smoke config, or others, without the seconds that importing PyTorch takes."""
     import main  # here, so that the other tests need not all of the project
 
     threads = torch.get_num_threads()
     try:
-        main.run(smoke(*overrides), folder, is_fresh=is_fresh)
+        main.run(configs or smoke(*overrides), folder, is_fresh=is_fresh)
     finally:
         torch.set_num_threads(threads)
 
@@ -54,6 +56,11 @@ def write_few(folder: Path, count: int = 2000) -> Path:
             content = file.read(head + count * size)
         (raw / name).write_bytes(content[:4] + count.to_bytes(4, "big") + content[8:])
     return raw
+
+
+def write_image(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
 
 
 def files(folder: Path) -> dict[str, str]:

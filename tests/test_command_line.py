@@ -1,6 +1,7 @@
 """Errors are one line and an exit status; a run can be stopped, and says how it goes on."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -62,18 +63,23 @@ def test_every_error_is_one_line(tmp_path, capsys, error, status, line):
 
 
 STOPPED = "stopped: all that is finished stays, and the same command goes on from there"
-WAITING = (
-    "import signal, sys, time; from pathlib import Path; from runs.command_line import run_command\n"
-    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in the background, shells ignore it
-    "def start(parsed):\n    print('working', flush=True)\n    time.sleep(60)\n"
-    "sys.exit(run_command(start, sys.argv[2:], Path(sys.argv[1])))"
-)
+
+
+def script(start: str, before: str = "") -> list[str]:
+    """The command that runs a line of code as `start`, in a folder and with options that follow it."""
+    code = (
+        "import signal, sys, time; from pathlib import Path; from runs.command_line import run_command\n"
+        f"from runs.files import InputError; from runs.log import Log\n{before}\n"
+        f"def start(parsed): {start}\nsys.exit(run_command(start, sys.argv[2:], Path(sys.argv[1])))"
+    )
+    return [sys.executable, "-c", code]
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_how_to_go_on(tmp_path, number, status):
-    command, pipe = [sys.executable, "-c", WAITING, str(tmp_path), "--fresh"], subprocess.PIPE
-    process = subprocess.Popen(command, cwd=PROJECT, stdout=pipe, stderr=pipe, text=True)
+    heeding = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # in the background, shells ignore it
+    command = [*script("print('working', flush=True); time.sleep(60)", heeding), str(tmp_path), "--fresh"]
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "working\n"
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
@@ -89,32 +95,22 @@ def test_signals_are_as_they_were_after_a_run(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-PRINTING = (
-    "import sys; from pathlib import Path; from runs.command_line import run_command; from runs.log import Log\n"
-    "log = Log(Path(sys.argv[1]) / 'run.log')\n"
-    "def start(parsed):\n    for line in range(3000): log('x' * 100)\n    print('a table')\n"
-    "sys.exit(run_command(start, []))"
-)
-
-
 @pytest.mark.parametrize("into", ["| head -n 1", "> /dev/full", ">&-", ">&- 2>&-"])
 def test_an_output_that_nobody_reads_does_not_stop_a_run(tmp_path, into):
-    command, code = f"{sys.executable} -c \"$CODE\" '{tmp_path}' {into}", os.environ | {"CODE": PRINTING}
-    done = subprocess.run(command, shell=True, cwd=PROJECT, env=code, capture_output=True, text=True)
+    printing = script(
+        "[log('x' * 100) for line in range(3000)]; print('a table')", "log = Log(Path(sys.argv[1]) / 'run.log')"
+    )
+    command = f"{shlex.join([*printing, str(tmp_path)])} {into}"
+    done = subprocess.run(command, shell=True, cwd=PROJECT, capture_output=True, text=True)
     assert len((tmp_path / "run.log").read_text().splitlines()) == 3000
     assert done.stderr == ("error: a file: No space left on device\n" if "full" in into else "")
 
 
 @pytest.mark.parametrize("ending, status", [("", 0), ("; raise InputError('± σ')", 2)])
 def test_a_terminal_that_cannot_show_a_sign_ends_nothing(tmp_path, ending, status):
-    code = (
-        "import sys; from pathlib import Path; from runs.command_line import run_command\n"
-        "from runs.files import InputError; from runs.log import Log\n"
-        f"def start(parsed):\n    print('96.1 ± 0.2'); Log(Path(sys.argv[1]) / 'run.log')('97.0 ± 0.1'){ending}\n"
-        "sys.exit(run_command(start, []))"
-    )
-    command, ascii_only = [sys.executable, "-c", code, str(tmp_path)], os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, cwd=PROJECT, env=ascii_only, capture_output=True, text=True)
+    printing = script(f"print('96.1 ± 0.2'); Log(Path(sys.argv[1]) / 'run.log')('97.0 ± 0.1'){ending}")
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*printing, tmp_path], cwd=PROJECT, env=ascii_only, capture_output=True, text=True)
     assert done.returncode == status and done.stdout.splitlines() == ["96.1 \\xb1 0.2", "97.0 \\xb1 0.1"]
     assert done.stderr == ("error: \\xb1 \\u03c3\n" if ending else "")
     assert "97.0 ± 0.1" in (tmp_path / "run.log").read_text(encoding="utf-8")
@@ -123,16 +119,9 @@ def test_a_terminal_that_cannot_show_a_sign_ends_nothing(tmp_path, ending, statu
 def test_an_error_that_nobody_can_read_keeps_its_status_and_a_log_that_is_no_file_is_not_waited_for(tmp_path):
     (tmp_path / "reports").mkdir()
     os.mkfifo(tmp_path / "reports" / "run.log")
-    for error, status in (
-        ("from runs.files import InputError; raise InputError('this')", 2),
-        ("raise KeyError('x')", 1),
-    ):
-        code = (
-            "import sys; from pathlib import Path; from runs.command_line import run_command\n"
-            f"def start(parsed): {error}\nsys.exit(run_command(start, [], Path(sys.argv[1])))"
-        )
+    for error, status in (("InputError('this')", 2), ("KeyError('x')", 1)):
         with open("/dev/full", "w") as full:
-            done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=PROJECT, stderr=full, timeout=60)
+            done = subprocess.run([*script(f"raise {error}"), tmp_path], cwd=PROJECT, stderr=full, timeout=60)
         assert done.returncode == status
 
 

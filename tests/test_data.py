@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 import torchvision
 from conftest import NUM_CLASSES, Asking, class_graphs, graph_generator
 from PIL import Image
-from running import PROJECT
+from running import PROJECT, write_image
 from scipy.io import savemat
 
 from data import FEATURES, ImageData, load_image_data, seeded, some_of_every_class
@@ -65,19 +66,24 @@ def test_a_data_set_is_standardised_by_its_training_split(tmp_path, name, held_o
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "name, changes, message",
     [
-        ({"labels": LABELS.clamp(max=8)}, "the training split must be .* every class from 0 to 9, .* 6, 0. labels"),
-        ({"test_labels": LABELS[:9]}, "the test split must be .* every class from 0 to 9, .* 1, 0. labels"),
-        ({"labels": LABELS + 1}, r"every class from 0 to 9, .* \[0, 3, .* 3, 3\] labels"),
-        ({"images": IMAGES[:, :20]}, r"must be images of \(28, 28\) pixels .* not \(30, 20, 28\) and \[3, 3"),
-        ({"images": IMAGES[:20]}, r"must be images of \(28, 28\) pixels .* not \(20, 28, 28\) and \[3, 3"),
+        ("KMNIST", {"labels": LABELS.clamp(max=8)}, "training split must .* every class from 0 to 9, .* 6, 0. labels"),
+        ("KMNIST", {"test_labels": LABELS[:9]}, "the test split must be .* every class from 0 to 9, .* 1, 0. labels"),
+        ("KMNIST", {"labels": LABELS + 1}, r"every class from 0 to 9, .* \[0, 3, .* 3, 3\] labels"),
+        ("KMNIST", {"images": IMAGES[:, :20]}, r"must be images of \(28, 28\) pixels .* not \(30, 20, 28\) and \[3, 3"),
+        ("KMNIST", {"images": IMAGES[:20]}, r"must be images of \(28, 28\) pixels .* not \(20, 28, 28\) and \[3, 3"),
+        ("mine", {"labels": LABELS * 0, "test_labels": LABELS[:10] * 0}, r"two classes at least, .*, not .'0',."),
+        ("mine", {"labels": LABELS.clamp(min=1)}, r"every class from 0 to 9, not \(30, 28, 28\) and \[0, 6"),
+        ("mine", {"images": IMAGES[:29]}, r"must be images of .28, 28. pixels .*, not \(29, 28, 28\) and \[3"),
+        ("mine", {"test_labels": LABELS[:10] % 9}, "test split must be images of .28, 28. pixels and every class from"),
+        ("mine", {"test_labels": torch.arange(11)}, "the test split must .* from 0 to 9, .* 1, 1. labels"),
     ],
 )
-def test_a_data_set_that_cannot_work_is_refused(tmp_path, changes, message):
-    write_data_set(tmp_path, **changes)
-    with pytest.raises(DataError, match=message):
-        load_image_data("KMNIST", tmp_path)
+def test_files_in_the_format_of_mnist_that_cannot_work_are_refused(tmp_path, name, changes, message):
+    write_data_set(tmp_path, name, **changes)
+    with pytest.raises(DataError, match=f"^dataset {name} in .*: cannot be used .*{message}"):
+        load_image_data(name, tmp_path)
 
 
 def test_what_is_damaged_is_unpacked_anew_or_named(tmp_path, monkeypatch):
@@ -180,14 +186,10 @@ CLASSES = ("cat", "dog", "eel")
 def write_images(root: Path, shape: tuple[int, ...] = (5, 4), per_class: int = 4) -> dict[str, np.ndarray]:
     """Images of three classes, in folders; returns them by their path in the data set, in colour channels first."""
     numbers, images = np.random.default_rng(0), {}
-    for part in ("train", "test"):
-        for label in CLASSES:
-            for index in range(per_class):
-                path = f"{part}/{label}/{index}.png"
-                image = numbers.integers(0, 256, shape, np.uint8)
-                images[path] = np.stack([image[..., channel] for channel in range(3)]) if len(shape) == 3 else image
-                (root / "pets" / path).parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image).save(root / "pets" / path)
+    for part, label, index in product(("train", "test"), CLASSES, range(per_class)):
+        path, image = f"{part}/{label}/{index}.png", numbers.integers(0, 256, shape, np.uint8)
+        images[path] = image.transpose(2, 0, 1) if len(shape) == 3 else image
+        write_image(root / "pets" / path, image)
     return images
 
 
@@ -345,17 +347,6 @@ def test_bad_folders_are_one_line_that_says_what_is_wrong(tmp_path, case):
 
 
 def test_bad_files_in_the_format_of_mnist_are_one_line(tmp_path):
-    for changes, message in (
-        ({"labels": LABELS * 0, "test_labels": LABELS[:10] * 0}, r"two classes at least, .*, not .'0',."),
-        ({"labels": LABELS.clamp(min=1)}, r"every class from 0 to 9, not \(30, 28, 28\) and \[0, 6"),
-        ({"images": IMAGES[:29]}, r"must be images of .28, 28. pixels .*, not \(29, 28, 28\) and \[3"),
-        ({"test_labels": LABELS[:10] % 9}, "the test split must be images of .28, 28. pixels and every class from 0"),
-        ({"test_labels": torch.arange(11)}, "the test split must .* from 0 to 9, .* 1, 1. labels"),
-    ):
-        raw = write_data_set(tmp_path, "mine", **changes)
-        with pytest.raises(DataError, match=f"^dataset mine in .*mine.*: cannot be used .*{message}"):
-            load_image_data("mine", tmp_path)
-        shutil.rmtree(raw)
     raw = write_data_set(tmp_path, "mine")
     for file, damage, message in (
         (FILES[2], lambda content: content[:-1], "shape .* is invalid"),
@@ -409,12 +400,12 @@ def test_class_graphs_are_the_features_and_their_means_over_the_other_classes_st
     x, loss = class_graphs(graphs, samples, mask)
     features, losses = graphs.class_features(samples, tuple(FEATURES), mask)
     assert torch.equal(loss, losses) and set(features) == set(FEATURES)
-    assert x.shape == (NUM_CLASSES, 30, 15) and graphs.num_features == 15
+    assert x.shape == (NUM_CLASSES, 30, 17) and graphs.num_features == 17
     for label in range(NUM_CLASSES):
         others = [other for other in range(NUM_CLASSES) if other != label]
         for column, name in enumerate(FEATURES):
             assert torch.allclose(x[label, :, column], standardised(features[name][label]), atol=1e-9), name
-        for column, name in enumerate((name for name in FEATURES if name != "weight"), start=8):
+        for column, name in enumerate((name for name in FEATURES if name != "weight"), start=9):
             of_others = standardised(features[name][others].mean(0))
             assert torch.allclose(x[label, :, column], of_others, atol=1e-9), f"others: {name}"
     some = graph_generator(-2, torch.float64, features=("weight", "margin"), other_classes=False)
@@ -435,9 +426,9 @@ def test_what_else_is_asked_is_one_more_feature_that_is_told_its_weight(monkeypa
         assert [len(part) for part in graphs.class_graphs(samples, mask, weight)[0]] == sizes
         x, damage = class_graphs(graphs, samples, mask, weight)
         assert x.shape[-1] == graphs.num_features == plain.num_features + 1
-        assert torch.equal(x[..., :8], expected[..., :8]) and torch.equal(x[..., 9:], expected[..., 8:])
+        assert torch.equal(x[..., :9], expected[..., :9]) and torch.equal(x[..., 10:], expected[..., 9:])
         assert torch.equal(damage, loss)
-        for found, of_class in zip(x[..., 8], graphs.auxiliary.feature(samples, range(NUM_CLASSES), mask)):
+        for found, of_class in zip(x[..., 9], graphs.auxiliary.feature(samples, range(NUM_CLASSES), mask)):
             assert torch.allclose(found, weight * standardised(of_class), atol=1e-4)
     assert torch.equal(graphs.get_data(3).x, plain.get_data(3).x), "a class has the feature, a sample has not"
 
@@ -462,7 +453,7 @@ def test_get_data_is_the_graph_of_one_sample():
     for column, name in enumerate(FEATURES):
         assert torch.allclose(sample.x[:, column], standardised(features[name][0]), atol=1e-9), name
     classes, _ = class_graphs(graphs, graphs.by_class())
-    assert torch.allclose(sample.x[:, 8:], classes[1, :, 8:], atol=1e-9), "the other classes are those of its class"
+    assert torch.allclose(sample.x[:, 9:], classes[1, :, 9:], atol=1e-9), "the other classes are those of its class"
     assert torch.equal(sample.edge_index, graphs.graph.edge_index())
     assert sample.y.tolist() == [1] and sample.validate()
     with pytest.raises(IndexError, match="valid are 0 to 44"):

@@ -11,16 +11,7 @@ from conftest import NUM_CLASSES, graph_config, random_split, scores, trainer_co
 from torch import nn
 
 from data import GraphGenerator, ImageData, Split
-from eval import (
-    METHODS,
-    Eval,
-    EvalConfig,
-    Request,
-    count_by_layer,
-    random_choices,
-    random_vertices,
-    unlearning_method,
-)
+from eval import METHODS, Eval, EvalConfig, Request, count_by_layer, random_choices, random_vertices, unlearning_method
 from model import Mask, MaskingGCN, WeightGraph
 from networks.hooked import weight_layers
 from runs.files import Artifact
@@ -49,7 +40,7 @@ def problem():
 def eval_config(**changes) -> EvalConfig:
     settings = {
         "step": 4, "momentum": 0.7, "ranking": "damage", "group_size": 10, "draws": 1, "target": 0.1, "max_kappa": 29,
-        "methods": CORE, "visualize": False, "random_masks": 20,
+        "patience": 0, "methods": CORE, "visualize": False, "random_masks": 20,
         "hyperparameters": {"sft": {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}},
     }  # fmt: skip
     return EvalConfig(**settings | changes)

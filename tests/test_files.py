@@ -10,10 +10,11 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
-from faults import power
+from faults import damaged, power
 from running import PROJECT
 
 from runs import files
@@ -99,7 +100,9 @@ def test_every_byte_counts(tmp_path, name, least):
         whole[:position] + bytes([byte ^ 1 << position % 8]) + whole[position + 1 :]
         for position, byte in enumerate(whole)
     ]
-    wrong = flipped + [whole[:end] for end in range(0, len(whole), 20)]
+    random = Random(0)
+    others = {damaged(whole, random) for _ in range(100)} - {whole}
+    wrong = [*flipped, *(whole[:end] for end in range(0, len(whole), 20)), *others]
     for broken in wrong:
         path.write_bytes(broken)
         try:
@@ -135,34 +138,26 @@ def test_another_content_is_refused_and_no_code_is_run(tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
-def test_an_artifact_is_there_where_it_is_whole_and_made_by_the_same(tmp_path):
-    path = tmp_path / "file.json"
-    ours, other = Artifact(path, MADE_BY), Artifact(path, files.digest({"settings": {"seed": 1}}))
-    assert not ours.is_there
-    ours.save({"a": 1})
-    assert ours.is_there and ours.load() == {"a": 1, "made_by": MADE_BY}
-    assert not other.is_there
-    with pytest.raises(ArtifactError, match="file.json: was made by other settings, code or data"):
-        other.load()
-    path.write_bytes(path.read_bytes()[:-1])
-    assert not ours.is_there
-
-
-def test_an_artifact_says_why_it_is_not_there_and_is_read_once_for_each_version_of_it(tmp_path, monkeypatch):
+def test_an_artifact_is_there_where_it_is_whole_and_made_by_the_same_and_is_read_once_for_each_version_of_it(
+    tmp_path, monkeypatch
+):
     path, seen, reads = tmp_path / "file.json", {}, []
     monkeypatch.setattr(files, "load", lambda path, load=files.load: reads.append(path) or load(path))
-    ours, other = Artifact(path, MADE_BY, seen), Artifact(path, files.digest("other"), seen)
-    assert ours.why_not() == "not there yet" and reads == []
+    ours, other = Artifact(path, MADE_BY, seen), Artifact(path, files.digest({"settings": {"seed": 1}}), seen)
+    assert [ours.why_not(), ours.is_there] == ["not there yet", False] and reads == []
     ours.save({"a": 1})
     assert [ours.why_not(), Artifact(path, MADE_BY, seen).why_not()] == ["", ""] and reads == [path]
+    assert ours.is_there and ours.load() == {"a": 1, "made_by": MADE_BY}
     assert [other.why_not(), other.is_there] == ["made by other settings, code or data", False]
+    with pytest.raises(ArtifactError, match="file.json: was made by other settings, code or data"):
+        other.load()
     # Another process makes it anew, and a version that differs in nothing but a byte is another one, too.
     for change in (lambda: Artifact(path, MADE_BY).save({"a": 2}), lambda: path.write_bytes(path.read_bytes())):
         reads.clear()
         change()
         assert [ours.is_there, ours.is_there] == [True, True] and reads == [path]
-    path.write_bytes(path.read_bytes().replace(b"2", b"3"))
-    assert ours.why_not() == "damaged or unreadable"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert [ours.why_not(), ours.is_there] == ["damaged or unreadable", False]
     files.save(path, {"a": 1, "made_by": {}})
     assert ours.why_not() == "made by other settings, code or data"
     path.unlink()
@@ -206,9 +201,10 @@ def test_what_is_no_file_in_the_place_of_one_is_named_and_neither_read_nor_repla
 LOCKING = "import sys; from pathlib import Path; from runs.files import locked\nwith locked(Path(sys.argv[1])): "
 
 
-def in_another_process(code: str, *arguments: object) -> subprocess.CompletedProcess:
+def in_another_process(code: str, *arguments: object, **settings: str) -> subprocess.CompletedProcess:
+    """What code says in a Python of its own, with further variables of the environment."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=PROJECT, env=os.environ | settings, capture_output=True, text=True)
 
 
 def test_a_second_run_in_a_folder_says_who_holds_it(tmp_path):
@@ -241,10 +237,9 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
 
 
 def test_the_lock_holds_any_command_in_any_locale(tmp_path):
-    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     code = f"{LOCKING}print((Path(sys.argv[1]) / '.lock').read_bytes())"
-    command = [sys.executable, "-c", code, str(tmp_path), "modèle"]
-    done = subprocess.run(command, cwd=PROJECT, env=ascii_only, capture_output=True, text=True)
+    done = in_another_process(code, tmp_path, "modèle", **ascii_only)
     assert done.returncode == 0 and "process " in done.stdout, done.stderr
 
 

@@ -1,75 +1,46 @@
-"""The closed form against PyTorch Geometric, the hooks, and masks that go on and come off."""
+"""The weight graph against PyTorch Geometric, the classifier by its formula, and masks that do not fit."""
 
-import itertools
+from itertools import product
 
 import pytest
 import torch
-from conftest import HIDDEN, IN_FEATURES, NUM_CLASSES, random_classifier
+from conftest import HIDDEN, IN_FEATURES, NUM_CLASSES, random_classifier, representation
 from torch import nn
 from torch.nn.utils import parametrize
 from torch_geometric.data import Data
-from torch_geometric.nn import SAGEConv
 from torch_geometric.transforms import LineGraph
 
 from model import Mask, MaskingGCN, WeightGraph
 from runs.files import ArtifactError, save
 
 SHAPES = [(6, 7), (5, 6), (3, 5)]
-CASES = [
-    ([(4, 3)], 0, (0,)),
-    ([(1, 6)], 0, (0,)),
-    ([(8, 2)], -1, (0,)),
-    (SHAPES, -2, (1,)),
-    (SHAPES, [2, 0], (0, 2)),
-    (SHAPES, [-2, 2], (1, 2)),
-    (SHAPES, None, (0, 1, 2)),
-]
 
 
-@pytest.mark.parametrize("shapes, mask_layer, layers", CASES)
-def test_weights_are_adjacent_that_share_a_neuron(shapes, mask_layer, layers):
+@pytest.mark.parametrize(
+    "shapes, mask_layer, layers",
+    [
+        ([(1, 6)], 0, (0,)), ([(8, 2)], -1, (0,)), (SHAPES, -2, (1,)),
+        (SHAPES, [2, 0], (0, 2)), (SHAPES, [-2, 2], (1, 2)), (SHAPES, None, (0, 1, 2)),
+    ],
+)  # fmt: skip
+def test_the_weight_graph_is_the_line_graph_of_the_network(shapes, mask_layer, layers):
     graph = WeightGraph(shapes, mask_layer)
-    sizes = [shapes[layer] for layer in layers]
-    ends = [{(i, c), (i + 1, r)} for i, (m, n) in zip(layers, sizes) for r, c in itertools.product(range(m), range(n))]
-    expected = [(u, v) for u, v in itertools.permutations(range(len(ends)), 2) if ends[u] & ends[v]]
-    assert list(map(tuple, graph.edge_index().T.tolist())) == expected
-    assert (graph.layers, graph.num_vertices, graph.num_edges) == (layers, len(ends), len(expected))
-    # PyG's line graph of the network numbers the weights in sorted order.
-    neurons = sorted(set().union(*ends))
-    network = [tuple(sorted(map(neurons.index, pair))) for pair in ends]
+    sizes = [(layer, *map(range, shapes[layer])) for layer in layers]
+    ends = [((layer, c), (layer + 1, r)) for layer, rows, columns in sizes for r, c in product(rows, columns)]
+    neurons = sorted({neuron for pair in ends for neuron in pair})
+    network = [tuple(map(neurons.index, pair)) for pair in ends]
     both_ways = torch.tensor([*network, *((b, a) for a, b in network)]).T
     line = LineGraph()(Data(edge_index=both_ways, num_nodes=len(neurons))).edge_index
-    names = [network.index(pair) for pair in sorted(network)]
-    assert {(names[u], names[v]) for u, v in line.T.tolist() if u != v} == set(expected)
+    names = [network.index(pair) for pair in sorted(network)]  # PyG numbers the weights in sorted order
+    expected = sorted({(names[u], names[v]) for u, v in line.T.tolist() if u != v})
+    assert list(map(tuple, graph.edge_index().T.tolist())) == expected
+    assert (graph.layers, graph.num_vertices, graph.num_edges) == (layers, len(ends), len(expected))
 
 
 @pytest.mark.parametrize("mask_layer", [3, -4, [0, 7], [], [0, -3], [1, 1]])
 def test_masked_layers_that_are_not_there_are_refused(mask_layer):
     with pytest.raises(ValueError, match="mask_layer"):
         WeightGraph(SHAPES, mask_layer)
-
-
-@pytest.mark.parametrize("rounds", [1, 3])
-@pytest.mark.parametrize("shapes, mask_layer, layers", CASES)
-def test_the_gcn_and_its_gradients_are_those_of_the_same_network_on_edges(shapes, mask_layer, layers, rounds):
-    torch.manual_seed(0)
-    graph = WeightGraph(shapes, mask_layer)
-    gcn = MaskingGCN(num_features=4, hidden=6, rounds=rounds).double()
-    convs = nn.ModuleList(SAGEConv(n, 6, bias=False) for n in (4, 6, 6)[:rounds]).double()
-    convs.load_state_dict(gcn.convs.state_dict())
-    features = torch.randn(2, 4, graph.num_vertices, dtype=torch.float64, requires_grad=True)
-    y = x = features.mT  # not contiguous
-    for index, conv in enumerate(convs):
-        y = conv(y, graph.edge_index())
-        if index > 0 or rounds == 1:
-            y = y.relu()
-    output, expected = gcn(x, graph), (y @ gcn.readout.weight.T)[..., 0]
-    assert torch.allclose(output, expected, rtol=0, atol=1e-10)
-    weighting = torch.randn(2, graph.num_vertices, dtype=torch.float64)
-    by_edges = torch.autograd.grad((expected * weighting).sum(), [features, *convs.parameters()])
-    gradients = torch.autograd.grad((output * weighting).sum(), [features, *gcn.convs.parameters()])
-    for gradient, of_edges in zip(gradients, by_edges, strict=True):
-        assert torch.allclose(gradient, of_edges, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("message_passing", [True, False])
@@ -97,22 +68,14 @@ def test_without_message_passing_a_weight_is_scored_by_its_own_features():
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_classifier_is_the_formula(split, bias):
     classifier = random_classifier(bias=bias)
-    w0, w1, w2 = (layer.weight for layer in classifier.layers)
-    b0, b1, b2 = (layer.bias if bias else 0 for layer in classifier.layers)
-    first = (split.images @ w0.T + b0).clamp(min=0)
-    representation = (first @ w1.T + b1).clamp(min=0)
-    expected = representation @ w2.T + b2
-    own = {1: w1.detach(), 2: w2.detach()}
-    assert torch.allclose(classifier.given_to([2, 1], split.images), first, atol=1e-6)
-    for features, logits in (
-        classifier.outputs(split.images),
-        classifier.outputs(first, [1]),
-        classifier.outputs(first, [1], own),
-    ):
-        assert torch.allclose(features, representation, atol=1e-6) and torch.allclose(logits, expected, atol=1e-6)
-    assert torch.allclose(classifier.features(first, [1]), representation, atol=1e-6)
-    assert torch.allclose(classifier(split.images.view(-1, 1, 7)), expected, atol=1e-6), "images are flattened"
-    assert torch.allclose(classifier(first, first=[1, 2]), expected, atol=1e-6)
+    expected = representation(classifier, split.images)
+    of_last = classifier.layers[-1](expected)
+    given = classifier.given_to([2, 1], split.images)
+    own = {layer: classifier.layers[layer].weight.detach() for layer in (1, 2)}
+    for features, logits in (classifier.outputs(split.images), classifier.outputs(given, [1], own)):
+        assert torch.allclose(features, expected, atol=1e-6) and torch.allclose(logits, of_last, atol=1e-6)
+    assert torch.allclose(classifier.features(given, [1]), expected, atol=1e-6)
+    assert torch.allclose(classifier(split.images.view(-1, 1, 7)), of_last, atol=1e-6), "images are flattened"
     assert classifier.shapes == [(HIDDEN[0], IN_FEATURES), (HIDDEN[1], HIDDEN[0]), (NUM_CLASSES, HIDDEN[1])]
 
 

@@ -25,7 +25,7 @@ from model import Mask, MaskingGCN, WeightGraph
 from networks.architectures import cnn, mlp, resnet
 from networks.hooked import HookedClassifier, shape_of, weight_layers
 from runs.settings import ConfigError
-from trainer import GCNTrainer, Trainer, masked_weights
+from trainer import GCNTrainer, Trainer, mask_of, masked_weights
 
 SIZE = (2, 8, 8)
 
@@ -70,6 +70,7 @@ class Varied(nn.Module):
 
 NETWORKS = {
     "mlp": lambda: mlp([128, 6, 5, NUM_CLASSES], False),
+    "biased": lambda: mlp([128, 6, 5, NUM_CLASSES], True),
     "cnn": lambda: cnn(SIZE, (3, 4), (5, NUM_CLASSES), True, True),
     "resnet": lambda: resnet(SIZE, (3, 4), 1, NUM_CLASSES),
     "joined": Joined,
@@ -78,6 +79,7 @@ NETWORKS = {
 # Whose the columns and the rows of every layer are, by hand: `a3*9-b4`, nine columns of each a, a row of each b.
 ENDS = {
     "mlp": "i2*64-a6 a6-b5 b5-o3",
+    "biased": "i2*64-a6 a6-b5 b5-o3",
     "cnn": "i2*9-a3 a3*9-b4 b4*4-c5 c5-o3",
     "resnet": "i2*9-a3 a3*9-b3 b3*9-a3 a3-d4 a3*9-c4 c4*9-d4 d4-o3",
     "joined": "i2*9-a3 a3-a3 i2-b2 a3*9+b2*9-c4 c4*4-o3",
@@ -109,12 +111,12 @@ def labelled(per_class: int = 6) -> Split:
     return Split(images(NUM_CLASSES * per_class), torch.arange(NUM_CLASSES).repeat(per_class))
 
 
-def incidence(name: str, layers: list[int]) -> Tensor:
+def incidence(of_network: str, layers: list[int]) -> Tensor:
     """(vertices, neurons): how many ends each weight has at each neuron."""
     pairs: list[tuple[str, ...]] = []
     for layer in layers:
         ends = []
-        for side in ENDS[name].split()[layer].split("-"):
+        for side in of_network.split()[layer].split("-"):
             parts = [re.fullmatch(r"(.)(\d+)\*?(\d*)", part).groups() for part in side.split("+")]
             ends.append([c + str(i) for c, m, times in parts for i in range(int(m)) for _ in range(int(times or 1))])
         pairs += [pair[::-1] for pair in product(*ends[::-1])]
@@ -122,11 +124,14 @@ def incidence(name: str, layers: list[int]) -> Tensor:
     return torch.tensor([[float(pair.count(neuron)) for neuron in neurons] for pair in pairs], dtype=torch.float64)
 
 
-@some_layers
-def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(name, layers):
-    classifier = classifier_of(name)
-    graph = WeightGraph(classifier.shapes, layers, classifier.trace.ends)
-    ends = incidence(name, layers)
+SINGLE = {"i3-o4": (4, 3), "i6-o1": (1, 6), "i2-o8": (8, 2)}  # a linear layer without a network
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("name, layers", [*LAYERS, *((ends, [0]) for ends in SINGLE)])
+def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(name, layers, rounds):
+    graph = WeightGraph([SINGLE[name]]) if name in SINGLE else WeightGraph.of(classifier_of(name), layers)
+    ends = incidence(ENDS.get(name, name), layers)
     neighbours = ends @ ends.T - 2 * torch.eye(len(ends), dtype=torch.float64)
     degrees = neighbours.sum(1)
     of_layers = graph.matrices(torch.zeros(graph.num_vertices))
@@ -134,27 +139,31 @@ def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(na
     assert torch.equal(found, degrees.float()) and graph.num_edges == degrees.sum()
     edges = torch.zeros_like(neighbours).index_put_(tuple(graph.edge_index()), degrees.new_tensor(1), accumulate=True)
     assert torch.equal(edges, neighbours)
-    gcn, mean = MaskingGCN(4, 6, 3).double(), neighbours / degrees.clamp_min(1)[:, None]
-    x = torch.randn(2, len(ends), 4, dtype=torch.float64, requires_grad=True)
-    weighting, y = torch.randn(2, len(ends), dtype=torch.float64), x
-    for index, conv in enumerate(gcn.convs):
-        y = conv.lin_r(y) + conv.lin_l(mean @ y)
-        if index == 0:
-            sage = SAGEConv(4, 6, bias=False).double()
-            sage.load_state_dict(conv.state_dict())
-            assert torch.allclose(sage(x, graph.edge_index()), y, rtol=0, atol=1e-10)
-        else:
-            y = y.relu()
-    pairs = gcn(x, graph), gcn.readout(y)[..., 0]
-    assert torch.allclose(*pairs, rtol=0, atol=1e-10)
-    of_gcn, by_hand = (torch.autograd.grad((z * weighting).sum(), [x, *gcn.parameters()]) for z in pairs)
-    assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-9) for a, b in zip(of_gcn, by_hand, strict=True))
+    gcn = MaskingGCN(4, 6, rounds).double()
+    convs = nn.ModuleList(SAGEConv(n, 6, bias=False) for n in (4, 6, 6)[:rounds]).double()
+    convs.load_state_dict(gcn.convs.state_dict())
+    features = torch.randn(2, 4, len(ends), dtype=torch.float64, requires_grad=True)
+    weighting, x = torch.randn(2, len(ends), dtype=torch.float64), features.mT  # not contiguous
+    y = x
+    for index, conv in enumerate(convs):
+        y = conv(y, graph.edge_index())
+        y = y if index == 0 < rounds - 1 else y.relu()
+    output, expected = gcn(x, graph), (y @ gcn.readout.weight.T)[..., 0]
+    assert torch.allclose(output, expected, rtol=0, atol=1e-10)
+    by_edges = torch.autograd.grad((expected * weighting).sum(), [features, *convs.parameters(), gcn.readout.weight])
+    gradients = torch.autograd.grad((output * weighting).sum(), [features, *gcn.parameters()])
+    for gradient, of_edges in zip(gradients, by_edges, strict=True):
+        assert torch.allclose(gradient, of_edges, rtol=1e-8, atol=1e-9)
 
 
 def single_gradients(classifier: HookedClassifier, x: Tensor, label: Tensor, of: str, layers: list[int]) -> list:
     logits = classifier.network(x[None])
-    value = F.cross_entropy(logits, label[None]) if of == "loss" else logits[0, label] - logits.mean()
-    return list(torch.autograd.grad(value, [classifier.layers[layer].weight for layer in layers]))
+    values = {
+        "loss": F.cross_entropy(logits, label[None]),
+        "margin": logits[0, label] - logits.mean(),
+        "forgetting": -(1 - logits.softmax(1)[0, label]).log(),
+    }
+    return list(torch.autograd.grad(values[of], [classifier.layers[layer].weight for layer in layers]))
 
 
 @pytest.mark.parametrize("begins", [None, [1, 2]], ids=str)
@@ -199,17 +208,17 @@ def features_by_hand(classifier: HookedClassifier, x: Tensor, y: Tensor, layers:
     network, gradients = classifier.network, []
     given = read_by_kernels(x), read_by_kernels(network[:6](x)), network[:11](x)[..., None], network[:13](x)[..., None]
     gave = network[:5](x), network[:9](x), network[:13](x)[..., None], network(x)[..., None]
-    for of in ("loss", "margin"):
+    for of in ("loss", "margin", "forgetting"):
         single = [single_gradients(classifier, *each, of, layers) for each in zip(x, y)]
         gradients.append([torch.stack(of_layer).flatten(2) for of_layer in zip(*single)])
     found: dict[str, list[Tensor]] = {name: [] for name in FEATURES}
-    for layer, loss, margin in zip(layers, *gradients):
+    for layer, loss, margin, forgetting in zip(layers, *gradients):
         w, a, h = classifier.layers[layer].weight.detach().flatten(1), given[layer], gave[layer].flatten(2)
         a = a.flatten(1, 2) if layer < 2 else a
         active = (h > 0).double() if layer < 3 else torch.ones_like(h)
         of_layer = (
             a.mean((0, 2)).expand_as(w), h.mean((0, 2))[:, None].expand_as(w), w, loss.mean(0), w * loss.mean(0),
-            w.abs() * loss.square().mean(0).sqrt(), w * margin.mean(0),
+            w.abs() * loss.square().mean(0).sqrt(), w * margin.mean(0), w * forgetting.mean(0),
             w.abs() * (active[:, :, None] * a[:, None]).mean((0, 3)),
         )  # fmt: skip
         for name, feature in zip(FEATURES, of_layer):
@@ -287,22 +296,24 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
     begins = {
         "cnn": {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}, "joined": {1: (2, 8, 8), 3: (5, 8, 8), 4: (16,)},
         "resnet": {1: (3, 8, 8), 2: (3, 8, 8), 3: (3, 8, 8), 5: (3, 8, 8), 6: (4,)}, "varied": {1: (4, 4, 4), 3: (18,)},
-        "mlp": {1: (6,), 2: (5,)}, "resnet18": {1: (64, 8, 8), 2: (64, 8, 8), 19: (512, 1, 1), 20: (512,)},
+        "mlp": {1: (6,), 2: (5,)}, "biased": {1: (6,), 2: (5,)},
+        "resnet18": {1: (64, 8, 8), 2: (64, 8, 8), 19: (512, 1, 1), 20: (512,)},
     }[name]  # fmt: skip
     assert {layer: tuple(classifier.given_to([layer], x).shape[1:]) for layer in begins} == begins
     with torch.no_grad():
         assert torch.allclose(classifier(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("masked", [[], [0, 3, 40]])
-@pytest.mark.parametrize("mask_layer", [1, [2, -1], None])
-@pytest.mark.parametrize("name", ["cnn", "resnet"])
-def test_erasure_scores_kernels_by_what_they_carry_into_the_representation(name, mask_layer, masked):
+@pytest.mark.parametrize("masked", [[], [0, 3, 29]])
+@pytest.mark.parametrize("mask_layer", [1, [0, -1], None])
+@pytest.mark.parametrize("name", ["mlp", "biased", "cnn", "resnet"])
+def test_erasure_scores_weights_by_what_they_carry_into_the_representation(name, mask_layer, masked):
     graphs = GraphGenerator(classifier_of(name), labelled(), graph_config(mask_layer), 0, partial(Erasure, ERASURE))
-    samples, mask = graphs.draw(5, seeded("test")), Mask.zeroing(graphs.graph, torch.tensor(masked, dtype=torch.long))
+    samples, mask = graphs.draw(5, seeded("test")), mask_of(graphs, torch.tensor(masked, dtype=torch.long))
     found, layers = graphs.auxiliary.feature(samples, [2, 0], mask), graphs.graph.layers
     changed = copy.deepcopy(graphs.classifier)
-    mask.apply(changed, permanent=True)
+    if mask:
+        mask.apply(changed, permanent=True)
     for fall, label in zip(found, (2, 0)):
         rows = torch.cat([samples[other] for other in graphs.auxiliary.with_rivals[label].tolist()])
         weights = [changed.layers[layer].weight for layer in layers]
@@ -363,8 +374,9 @@ def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_ori
             assert name not in ("fine_tune", "scrub") or not any(same), "training follows the statistics"
 
 
+@pytest.mark.parametrize("is_on", [False, True])
 @pytest.mark.parametrize("name, layers", [("mlp", [1]), ("mlp", None), ("cnn", [1]), ("resnet", [0, 2, -1])])
-def test_a_mask_zeroes_exactly_kappa_weights_comes_off_bit_for_bit_and_can_be_permanent(name, layers, tmp_path):
+def test_a_mask_zeroes_exactly_kappa_weights_comes_off_bit_for_bit_and_can_be_permanent(name, layers, is_on, tmp_path):
     classifier, x = classifier_of(name), images()
     graph = WeightGraph(classifier.shapes, layers, classifier.trace.ends)
     zeroed, before = torch.randperm(graph.num_vertices)[:25], copy.deepcopy(classifier.state_dict())
@@ -385,9 +397,11 @@ def test_a_mask_zeroes_exactly_kappa_weights_comes_off_bit_for_bit_and_can_be_pe
     assert list(after) == list(before) and all(torch.equal(after[key], value) for key, value in before.items())
     assert not any(parametrize.is_parametrized(module) for module in classifier.modules())
     assert torch.equal(classifier(x), logits) and not torch.allclose(masked, logits)
+    if is_on:
+        mask.apply(classifier)
     mask.apply(classifier, permanent=True)
     assert torch.equal(classifier(x), masked) and torch.equal(flat(), expected)
-    assert list(classifier.state_dict()) == list(before)
+    assert list(classifier.state_dict()) == list(before), "nothing of the zeroed weights is left"
 
 
 class Deciding(nn.Flatten):

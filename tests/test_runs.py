@@ -8,6 +8,8 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,7 @@ import torch
 import yaml
 from conftest import TRACKED, copy_to
 from faults import draw_nothing
-from PIL import Image
-from running import PROJECT, SMOKE, checkpoint, files, metrics, run, run_here, smoke, write_few
+from running import PROJECT, SMOKE, checkpoint, files, metrics, run, run_here, smoke, write_few, write_image
 
 import main
 import runs.files
@@ -63,8 +64,7 @@ def test_the_whole_path_leaves_its_artifacts_and_clean_removes_them_alone(clone)
     before = files(clone)
     own = {clone / "eval" / "masks" / "seed_of_mine.pt", clone / "reports" / "mine.png"}
     for path in own:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("mine")
+        runs.files.write_text(path, "mine")
     output = run(clone, *SMOKE, "sweep.kappa=[auto, 20]", "sweep.forget_digits=[3]")
     for name in (*METHODS, "forget score", "retain score", "reports"):
         assert name in output
@@ -153,7 +153,9 @@ def test_a_finished_run_computes_nothing_again_and_what_is_missing_damaged_or_ch
     (path,) = (here / "eval").glob("*/metrics/*.json")
     changed = json.loads(path.read_text())
     changed["unlearning_metrics"]["mimu"]["score"] = 12.5
-    for damage in (lambda: path.write_text(json.dumps(changed)), path.unlink, lambda: path.write_bytes(b"{")):
+    damages = lambda: path.write_text(json.dumps(changed)), path.unlink, lambda: path.write_bytes(b"{")
+    of_others = [partial(runs.files.save, path, {"made_by": each, "config": []}) for each in ({}, None, 3, "other")]
+    for damage in (*damages, *of_others):
         damage()
         with pytest.raises(DataError, match="nothing of this config is finished: run it first"):
             main.plot(smoke(*TINY), here)
@@ -180,15 +182,6 @@ def test_a_rerun_reads_a_file_once_and_one_that_others_have_damaged_meanwhile_ag
     assert all(file.is_there for file in made)
     made[-1].path.write_bytes(made[-1].path.read_bytes()[:-1])
     assert [file.is_there for file in made] == [True] * 4 + [False]
-
-
-def test_reports_take_no_json_of_another_maker(here):
-    run_here(here, *TINY)
-    (path,) = (here / "eval").glob("*/metrics/*.json")
-    for made_by in ({}, None, 3, "other"):
-        runs.files.save(path, {"made_by": made_by, "config": []})
-        with pytest.raises(DataError, match="nothing of this config is finished: run it first"):
-            main.plot(smoke(*TINY), here)
 
 
 def test_settings_are_turned_into_json_once_for_a_training(here, monkeypatch):
@@ -433,12 +426,7 @@ def test_the_lines_of_the_readme_make_a_data_set_of_ones_own_whose_classes_are_f
     exec(in_readme(r"```python\n([^`]*load_digits[^`]*)```"), {})
     assert len(list(tmp_path.glob("datasets/digits/*/*/*"))) == 1797
     changes = ["sweep.kappa=[auto]", "eval.methods=[original, mimu]", "eval.visualize=false", "gcn.pretrained=true"]
-    config = load_variants(CONFIG, ["dataset=digits", *changes])[""]
-    threads = torch.get_num_threads()
-    try:
-        main.run({"": config}, tmp_path)
-    finally:
-        torch.set_num_threads(threads)
+    run_here(tmp_path, configs=load_variants(CONFIG, ["dataset=digits", *changes]))
     (result,) = metrics(tmp_path).values()
     of_run = {"dataset": "digits", "split": "the test split", "classifier": "64-128-64-10", "forget_digit": 9}
     assert of_run.items() <= result.items() and result["class_names"] == list("0123456789")
@@ -451,13 +439,10 @@ def test_the_lines_of_the_readme_make_a_data_set_of_ones_own_whose_classes_are_f
 def test_images_in_colour_are_forgotten_by_the_name_of_their_class(here, monkeypatch):
     monkeypatch.setattr("images.sources.DATASET_ROOT", here / "datasets")
     numbers = np.random.default_rng(0)
-    for label, name in enumerate(("cat", "dog", "eel")):
-        for part, count in (("train", 60), ("test", 20)):
-            folder = here / "datasets" / "pets" / part / name
-            folder.mkdir(parents=True)
-            for index, noise in enumerate(numbers.integers(0, 120, (count, 6, 5, 3), np.uint8)):
-                noise[label * 2 : label * 2 + 2] += 120
-                Image.fromarray(noise).save(folder / f"{index}.png")
+    for part, label, index in product(("train", "test"), range(3), range(60)):
+        noise = numbers.integers(0, 120, (6, 5, 3), np.uint8)
+        noise[label * 2 : label * 2 + 2] += 120
+        write_image(here / "datasets" / "pets" / part / ("cat", "dog", "eel")[label] / f"{index}.png", noise)
     own = ("dataset=pets", "sweep.forget_digits=[dog]", "sweep.kappa=[auto]", "classifier={epochs: 20, batch_size: 32}")
     made = (*own, "classifier.bias=true", "held_out=50", "eval.methods=[original, mimu]")
     run_here(here, *made)
@@ -467,7 +452,7 @@ def test_images_in_colour_are_forgotten_by_the_name_of_their_class(here, monkeyp
     scores = {name: result["unlearning_metrics"][name]["score"] for name in ("original", "mimu")}
     assert scores["original"] == 100 and scores["mimu"] <= 1
     assert {file.is_there for file in files_of(here, made)} == {True}
-    Image.fromarray(noise).save(folder / "0.png")
+    write_image(here / "datasets" / "pets" / "test" / "eel" / "0.png", noise)
     assert {file.is_there for file in files_of(here, made)} == {False}, "other images"
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from test_reporter import CONFIG, DIGITS, SEEDS, drawn, experiment, rows_of, texts, write  # noqa: F401
 
 from reporter import FORGET, RETAIN, RETAIN_GAP, Reporter, method_styles
+from runs.files import write_text
 from tables import Result, report
 from tables import experiment as plots
 from tables.pictures import PROBE, draw_frontier, draw_masks, draw_scores, name_curves, symmetric_log
@@ -255,8 +256,7 @@ def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, mo
     reports = tmp_path / "reports"
     mine = {"mine.md", "first_try/summary.png", "variants/mine.md"}
     for name in mine:
-        (reports / name).parent.mkdir(parents=True, exist_ok=True)
-        (reports / name).write_text("mine")
+        write_text(reports / name, "mine")
     (reports / "variants" / "empty").mkdir()
     two = [write(tmp_path, [experiment(0, digit, 7, "auto", ("mimu", "retrain"))]) for digit in DIGITS]
     other = write(tmp_path, [experiment(1, 3, 7, "auto", ("mimu",), top_k=6)])
@@ -281,8 +281,7 @@ def test_the_plots_of_an_experiment_are_drawn_where_they_are_missing_or_old(tmp_
     }
     folder, source, shared = tmp_path / "Metrics and Plots", tmp_path / "source.py", {}
     metrics = folder / "metrics" / f"{results['id']}.json"
-    metrics.parent.mkdir(parents=True)
-    metrics.write_text(json.dumps(results))
+    write_text(metrics, json.dumps(results))
     source.touch()
     monkeypatch.setattr(plots, "DRAWN_BY", (source,))
     paths = [folder / "plots" / results["id"] / f"{name}.png" for name in plots.PLOTS]
@@ -333,8 +332,7 @@ def test_plots_of_an_experiment_say_how_many_weights_each_method_zeroed(
     results = experiment(0, 9, 10, choice, methods, num_zeroed={"original": None, "mimu": 10, "row": 64})
     results |= {"class_probabilities": {name: [0.1] * 10 for name in methods}, "weight_histograms": []}
     metrics = tmp_path / "Metrics and Plots" / "metrics" / f"{results['id']}.json"
-    metrics.parent.mkdir(parents=True)
-    metrics.write_text(json.dumps(results))
+    write_text(metrics, json.dumps(results))
     monkeypatch.delitem(plots.PLOTS, "weights")
     monkeypatch.setattr(plots, "Figure", lambda **size: figures.append(Figure(**size)) or figures[-1])
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, format, **_: file.write(format.encode()))
