@@ -41,7 +41,7 @@ from images.sources import DataError, checksum
 from masking.rankings import TrainedGCN, pretrained_for
 from model import MaskingGCN, keep_freed_memory
 from networks.hooked import HookedClassifier
-from runs.files import Artifact, InputError, code_of, digest, locked, save, slug, write_text
+from runs.files import Artifact, InputError, code_of, digest, locked, slug, write_text
 from runs.work import Work, describe_machine, how_many, memory_of, peak_bytes
 from tables import experiment
 from trainer import GCNTrainer, Trainer
@@ -397,28 +397,6 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     print(f"\nCurves and tables: {root / 'reports'}")
 
 
-def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
-    """Trains one masking GCN on the classifiers of all configs and their seeds, with the settings of the first config.
-
-    It takes the place of the tracked one for the layers that the first config masks.
-    """
-    prepare(configs, one_process="--pretrain")
-    config = next(iter(configs.values()))
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    with locked(root):
-        work = Work(root)
-        stages, graphs = Stages(work, Files(root)), []
-        for training in trainings_of(configs):
-            data = stages.data(training.config)
-            graphs.append(stages.graphs(training, stages.classifier(training, data), data))
-        with work.stage(f"masking GCN, {len(graphs)} classifiers"):
-            gcn = GCNTrainer(config.gcn, graphs, config.sweep.top_k[0], config.seed).train()
-        path = root / pretrained_for(config.masked_shapes).relative_to(ROOT)
-        about = {"config": asdict(config), "seed": config.seed, "top_k": config.sweep.top_k[0]}
-        save(path, about | {"state_dict": gcn.state_dict()})
-        work.log(f"{path}: {path.stat().st_size / 1000:.0f} KB")
-
-
 def prepare(configs: Mapping[str, Config], one_process: str = "") -> None:
     """Sets up the memory, and checks what is not in the configs alone.
 
@@ -455,8 +433,6 @@ def start(parsed: argparse.Namespace) -> None:
     configs = load_variants(parsed.config, parsed.overrides)
     if parsed.dry_run:
         dry_run(configs)
-    elif parsed.pretrain:
-        pretrain(configs)
     elif parsed.plot_only:
         plot(configs)
     else:

@@ -92,6 +92,8 @@ class Config:
             raise ValueError(f"gcn.kappa and partly_masked reach {largest} weights together, of {vertices} masked ones")
         if self.erasure.weight and self.erasure.trained is None:
             raise ValueError(f"erasure.weight must be 0 where erasure.trained is null, not {self.erasure.weight}")
+        if self.erasure.trained and self.gcn.weighs:
+            raise ValueError("erasure.trained must be null where gcn.weighs is not: the formula has no term of it")
         self._check_hyperparameters()
 
     def _check_hyperparameters(self) -> None:

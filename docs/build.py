@@ -227,7 +227,7 @@ def pretrain(config: str, file: str) -> Callable[[], dict[str, str]]:
 
     def measure() -> dict[str, str]:
         subprocess.run(["bash", "clean.sh"], cwd=ROOT, check=True)
-        seconds = python("main.py", "--config", f"configs/{config}.yaml", "--pretrain")
+        seconds = python("docs/pretrain.py", f"configs/{config}.yaml")
         kilobytes = (ROOT / "checkpoints" / "pretrained" / file).stat().st_size / 1000
         return {config: f"It takes {seconds:.0f} s and {kilobytes:.0f} KB."}
 

@@ -151,11 +151,9 @@ class GCNRanking:
 
     @torch.no_grad()
     def _weighed(self, step: int, zeroed: Tensor) -> Tensor:
-        graphs, own, total = self.graphs, torch.tensor([self.forget_class]), 0.0
-        for draw in range(self.config.draws):
-            samples = request_samples(self.config, graphs, self.seed, self.forget_class, step, draw)
-            total = total + weighed(self.gcn, graphs, samples, own, mask_of(graphs, zeroed))[0][0]
-        return total / self.config.draws
+        own, mask, about = torch.tensor([self.forget_class]), mask_of(self.graphs, zeroed), (self.config, self.graphs)
+        drawn = (request_samples(*about, self.seed, self.forget_class, step, k) for k in range(self.config.draws))
+        return torch.cat([weighed(self.gcn, self.graphs, samples, own, mask)[0] for samples in drawn]).mean(0)
 
     def most_needed(self) -> Tensor:
         """The top-K weights of the forget class in the unmasked classifier, (K)."""

@@ -30,7 +30,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--config", type=Path, default=path, metavar="PATH", help=about)
     mode = parser.add_mutually_exclusive_group()
     for option, about in (
-        ("--pretrain", "train one masking GCN on all variants and seeds of the config, for gcn.pretrained, and stop"),
         ("--plot-only", "draw the reports anew from the metrics of a run of the same config, and stop"),
         ("--dry-run", "say what is there already and what would be made, and stop"),
         ("--fresh", "remove first what earlier runs of the same config have left"),

@@ -22,7 +22,7 @@ def test_what_start_is_given_and_returns(tmp_path):
     assert run_command(given.append, [], tmp_path) == 0
     assert (given[0].config, given[0].overrides) == (Path("mine.yaml"), ["seed=1", "gcn.steps=3"]) and given[0].fresh
     assert given[1].config == PROJECT / "configs" / "config.yaml" and given[1].overrides == []
-    assert not (given[1].pretrain or given[1].plot_only or given[1].dry_run or given[1].fresh or given[1].debug)
+    assert not (given[1].plot_only or given[1].dry_run or given[1].fresh or given[1].debug)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -128,11 +128,11 @@ def test_an_error_that_nobody_can_read_keeps_its_status_and_a_log_that_is_no_fil
 def test_help_waits_for_no_library_and_shows_every_option():
     code = "import sys; sys.modules['torch'] = None; from runs.command_line import parse_arguments; parse_arguments()"
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=PROJECT, capture_output=True, text=True)
-    options = ("--config", "--pretrain", "--plot-only", "--dry-run", "--fresh", "--debug", "section.key=value")
+    options = ("--config", "--plot-only", "--dry-run", "--fresh", "--debug", "section.key=value")
     assert done.returncode == 0 and all(option in done.stdout for option in options)
 
 
-@pytest.mark.parametrize("options", [("--pretrain", "--plot-only"), ("--dry-run", "--fresh"), ("--fast",)])
+@pytest.mark.parametrize("options", [("--plot-only", "--fresh"), ("--dry-run", "--fresh"), ("--fast",)])
 def test_wrong_options_are_refused(options, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_arguments(options)

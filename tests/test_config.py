@@ -63,6 +63,8 @@ def test_amounts_are_numbers_of_weights_and_auto_comes_last():
     assert config.num_vertices == 8192 and config.torch_device().type in ("cpu", "cuda")
     plain, erasure = (load_config(overrides=[f"erasure.trained={span}"]).num_features for span in ("null", "[0, 8]"))
     assert erasure == plain + 1 == 16
+    with pytest.raises(ConfigError, match="erasure.trained must be null where gcn.weighs is not"):
+        load_config(overrides=["erasure.trained=[0, 8]", "gcn.weighs=[1, 7]", "gcn.sufficiency=0.0"])
 
 
 BAD = [
@@ -74,6 +76,7 @@ BAD = [
     ("sweep.forget_digits=[nine]", "sweep.forget_digits must be from 0 to 9 or of ('0', '1', '2', '3', "),
     ("sweep.forget_digits=[-1]", "sweep.forget_digits must be a list, each an integer, at least 0, or text, not [-1]"),
     ("sweep.forget_digits=[[1]]", "sweep.forget_digits must be a list, each an integer, at least 0, or text, not "),
+    ("gcn.weighs=[0, 7]", "gcn.weighs must be "),
     ("held_out=-1", "held_out must be an integer, at least 0, not -1"),
     ("dataset=../datasets/MNIST", "dataset must be MNIST, FashionMNIST, KMNIST, "),
     ("sweep.seeds=[]", "sweep.seeds must name at least one value, and each once"),

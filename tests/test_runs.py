@@ -1,5 +1,6 @@
 """Whole runs of the smoke config: what they leave, what of it the next one takes, and the examples of the README."""
 
+import importlib
 import json
 import re
 import shutil
@@ -269,10 +270,11 @@ def graphs_of(config: main.Config, folder: Path, classifier: HookedMNISTClassifi
     return GraphGenerator(classifier or Trainer(config.classifier, 0).train(train, 10), train, config.graphs, 0)
 
 
-def test_a_pretrained_gcn_is_made_from_all_variants(here):
+def test_a_pretrained_gcn_is_made_from_all_variants(here, monkeypatch):
     text = "variants: {wide: {classifier: {hidden_sizes: [40, 16]}}, narrow: {}}"
     configs = load_variants(with_smoke(here, text), ["gcn.steps=4"])
-    main.pretrain(configs, here)
+    monkeypatch.syspath_prepend(str(PROJECT / "docs"))
+    importlib.import_module("pretrain").pretrain(configs, here)
     made = torch.load(here / "checkpoints" / "pretrained" / "gcn.pt", weights_only=True)
     assert made["config"]["gcn"]["steps"] == 4 and made["top_k"] == 128
     graphs = [graphs_of(config, here) for config in configs.values()]
