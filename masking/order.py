@@ -104,8 +104,8 @@ class ZeroingOrder:
 
         It is when less than `config.target` percent of its training samples, `forget`, are classified correctly, and
         what else is asked of masks (`data.Auxiliary`) is reached. At the largest kappa the search gives up.
-        With `config.patience` it goes on, and of the steps after which the class is forgotten takes that after which
-        the others' loss is least, when so many further ones have not lowered it.
+        With `config.patience` it goes on: of the steps after which the class is forgotten it takes that after which the
+        others' loss is least, when so many further ones of them have not lowered it.
         """
         if self._forgetting is None:
             self._forgetting = self._search(forget)
@@ -116,13 +116,12 @@ class ZeroingOrder:
         inputs, looking = graphs.classifier.given_to(graphs.graph.layers, forget.images), 0.0
         best, least, waited = None, math.inf, 0
         for found in self.looks():
-            started, waited = time.perf_counter(), waited + 1
+            started = time.perf_counter()
             mask = Mask.zeroing(graphs.graph, found.vertices)
             is_left = self._left(mask, inputs, label, allowed) >= allowed
             if not is_left and (graphs.auxiliary is None or graphs.auxiliary.is_reached(mask, label)):
                 loss = self._losses(found.vertices)[1].item() if self.config.patience else 0.0
-                if loss < least:
-                    best, least, waited = found.vertices, loss, 0
+                best, least, waited = (found.vertices, loss, 0) if loss < least else (best, least, waited + 1)
             looking += time.perf_counter() - started
             if best is not None and waited >= self.config.patience:
                 break
