@@ -256,7 +256,7 @@ class GCNLoss:
         group = graphs.draw(config.group_size, generator)
         tried = self._tried(forget_class, generator).to(group.device)
         if gcn.weighs:
-            scores, _ = weighed(gcn, graphs, group, tried, mask)
+            scores = weighed(gcn, graphs, group, tried, mask)
         else:
             x, damage = graphs.class_graphs(group, mask, auxiliary_weight)
             importance = torch.cat([gcn(part, self.graph) for part in x])  # (classes, vertices)

@@ -62,10 +62,8 @@ def fall_of_others(features: dict[str, Tensor], damage: Tensor | None, forget_cl
     return -contrast(fall_of_loss, damage)[forget_class]
 
 
-def weighed(
-    gcn: MaskingGCN, graphs: GraphGenerator, samples: Tensor, classes: Tensor, mask: Mask | None
-) -> tuple[Tensor, Tensor]:
-    """Scores (masks, vertices) by a GCN that weighs, one for each of `classes`, and each class's cross entropy, nats.
+def weighed(gcn: MaskingGCN, graphs: GraphGenerator, samples: Tensor, classes: Tensor, mask: Mask | None) -> Tensor:
+    """Scores (masks, vertices) by a GCN that weighs, of a mask for each of `classes`.
 
     a_v w E_d[d(-log(1 - p_d))/dw] + b_v fall_of_others, with the weights a_v and b_v that the GCN gives to v.
     """
@@ -74,7 +72,7 @@ def weighed(
     for part, label in zip(x, classes.tolist()):
         own, others = gcn(part, graphs.graph)[0].unbind(-1)
         scores.append(own * features["forgetting"][label] + others * fall_of_others(features, damage, label))
-    return torch.stack(scores), damage
+    return torch.stack(scores)
 
 
 def ranked(scores: Tensor, graph: WeightGraph, scope: str, zeroed: Tensor, count: int) -> Tensor:
@@ -153,7 +151,7 @@ class GCNRanking:
     def _weighed(self, step: int, zeroed: Tensor) -> Tensor:
         own, mask, about = torch.tensor([self.forget_class]), mask_of(self.graphs, zeroed), (self.config, self.graphs)
         drawn = (request_samples(*about, self.seed, self.forget_class, step, k) for k in range(self.config.draws))
-        return torch.cat([weighed(self.gcn, self.graphs, samples, own, mask)[0] for samples in drawn]).mean(0)
+        return torch.cat([weighed(self.gcn, self.graphs, samples, own, mask) for samples in drawn]).mean(0)
 
     def most_needed(self) -> Tensor:
         """The top-K weights of the forget class in the unmasked classifier, (K)."""
