@@ -368,7 +368,7 @@ class GraphGenerator:
     def weighed_graphs(
         self, samples: Tensor, classes: Tensor, names: Sequence[str], mask: Mask | None = None
     ) -> tuple[Iterator[Tensor], dict[str, Tensor], Tensor]:
-        """What `class_graphs` gives of some classes alone, one at a time, and `class_features` of all, from one pass."""
+        """`class_graphs` of some classes alone, one at a time, and `class_features` of all, both from one pass."""
         formed, loss = self._features(samples, [*self.config.features, *names], mask)
         features = {name: self._flat(formed(name, slice(None))) for name in names}
         return self._graphs(formed, [slice(each, each + 1) for each in classes.tolist()]), features, loss
