@@ -145,7 +145,7 @@ class Stages:
 
         name = f"masking GCN, {training.name}, top-K {training.top_k}"
         checkpoint = self.work.made(self.files.gcn(training), name, train)
-        gcn = MaskingGCN(graphs.num_features, config.hidden, config.rounds, config.message_passing, config.weighs)
+        gcn = config.network(graphs.num_features)
         gcn.load_state_dict(checkpoint["state_dict"])
         return gcn.to(graphs.labels.device), checkpoint["seconds"]
 

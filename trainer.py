@@ -207,6 +207,10 @@ class GCNTrainerConfig:
     weighs: tuple[Positive, Positive] | None
     warmup: Annotated[int, "at least 0"]
 
+    def network(self, num_features: int) -> MaskingGCN:
+        """The GCN that reads so many features of a vertex, with weights as PyTorch draws them."""
+        return MaskingGCN(num_features, self.hidden, self.rounds, self.message_passing, self.weighs)
+
     def __post_init__(self) -> None:
         terms = ["sufficiency", "prior", "necessity_forget", "necessity_retain"]
         if self.weighs and (self.sufficiency or self.prior):
@@ -244,9 +248,9 @@ class GCNLoss:
     def __call__(
         self, gcn: MaskingGCN, zeroed: Tensor, generator: torch.Generator, forget_class: int | None = None
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The weighted terms on the classifier without the vertices `zeroed`, and of which classes masks were tried.
+        """What masks of some classes, tried on the classifier without the vertices `zeroed`, come to.
 
-        In the middle stand the scores that made those masks, (tried, vertices).
+        Returns the weighted terms, the scores (tried, vertices) that made the masks, and the classes (tried).
 
         forget_class: for which these are zeroed; it is among the classes whose masks are tried
         """
@@ -348,8 +352,7 @@ class GCNTrainer:
     def train(self) -> MaskingGCN:
         config, (first, *_) = self.config, self.graphs
         with data.seeded_initialisation(self.seed):
-            gcn = MaskingGCN(first.num_features, config.hidden, config.rounds, config.message_passing, config.weighs)
-        gcn = gcn.to(first.labels.device)
+            gcn = config.network(first.num_features).to(first.labels.device)
         losses = [GCNLoss(config, of_classifier, self.top_k) for of_classifier in self.graphs]
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
