@@ -78,6 +78,7 @@ BAD = [
     ("sweep.forget_digits=[[1]]", "sweep.forget_digits must be a list, each an integer, at least 0, or text, not "),
     ("gcn.weighs=[0, 7]", "gcn.weighs must be "),
     ("held_out=-1", "held_out must be an integer, at least 0, not -1"),
+    ("dataset=CIFAR100", "dataset must be MNIST, FashionMNIST, KMNIST, "),
     ("dataset=../datasets/MNIST", "dataset must be MNIST, FashionMNIST, KMNIST, "),
     ("sweep.seeds=[]", "sweep.seeds must name at least one value, and each once"),
     ("sweep.forget_digits=[10]", "sweep.forget_digits must be from 0 to 9 or of ('0', '1', '2', '3', "),

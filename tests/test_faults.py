@@ -20,7 +20,7 @@ import main
 from configs import CONFIG, load_variants
 from data import load_image_data
 from images.sources import FILES, DataError
-from runs import settings
+from runs import files, settings
 from runs.files import PARTIAL, ArtifactError, InputError
 
 pytestmark = pytest.mark.faults
@@ -92,6 +92,14 @@ def test_a_damaged_file_of_a_run_is_never_used(here):
     run_here(here, *TINY)
     expected, random = results(here), Random(0)
     whole = {name: content for name, content in contents(here).items() if name.endswith((".pt", ".json"))}
+    for name, content in whole.items():
+        loaded = repr(files.load(here / name))
+        for _ in range(20):
+            (here / name).write_bytes(damaged(content, random))
+            try:
+                assert repr(files.load(here / name)) == loaded
+            except ArtifactError as error:
+                assert name in str(error) and "is damaged or something else" in str(error)
     for _ in range(20):
         some = random.sample(sorted(whole), 5)
         for name in some[:3]:

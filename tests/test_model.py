@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import HIDDEN, IN_FEATURES, NUM_CLASSES, random_classifier, representation
+from conftest import HIDDEN, IN_FEATURES, NUM_CLASSES, random_classifier
 from torch import nn
 from torch.nn.utils import parametrize
 from torch_geometric.data import Data
@@ -68,14 +68,22 @@ def test_without_message_passing_a_weight_is_scored_by_its_own_features():
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_classifier_is_the_formula(split, bias):
     classifier = random_classifier(bias=bias)
-    expected = representation(classifier, split.images)
-    of_last = classifier.layers[-1](expected)
-    given = classifier.given_to([2, 1], split.images)
-    own = {layer: classifier.layers[layer].weight.detach() for layer in (1, 2)}
-    for features, logits in (classifier.outputs(split.images), classifier.outputs(given, [1], own)):
-        assert torch.allclose(features, expected, atol=1e-6) and torch.allclose(logits, of_last, atol=1e-6)
-    assert torch.allclose(classifier.features(given, [1]), expected, atol=1e-6)
-    assert torch.allclose(classifier(split.images.view(-1, 1, 7)), of_last, atol=1e-6), "images are flattened"
+    w0, w1, w2 = (layer.weight for layer in classifier.layers)
+    b0, b1, b2 = (layer.bias if bias else 0 for layer in classifier.layers)
+    first = (split.images @ w0.T + b0).clamp(min=0)
+    representation = (first @ w1.T + b1).clamp(min=0)
+    expected = representation @ w2.T + b2
+    own = {1: w1.detach(), 2: w2.detach()}
+    assert torch.allclose(classifier.given_to([2, 1], split.images), first, atol=1e-6)
+    for features, logits in (
+        classifier.outputs(split.images),
+        classifier.outputs(first, [1]),
+        classifier.outputs(first, [1], own),
+    ):
+        assert torch.allclose(features, representation, atol=1e-6) and torch.allclose(logits, expected, atol=1e-6)
+    assert torch.allclose(classifier.features(first, [1]), representation, atol=1e-6)
+    assert torch.allclose(classifier(split.images.view(-1, 1, 7)), expected, atol=1e-6), "images are flattened"
+    assert torch.allclose(classifier(first, first=[1, 2]), expected, atol=1e-6)
     assert classifier.shapes == [(HIDDEN[0], IN_FEATURES), (HIDDEN[1], HIDDEN[0]), (NUM_CLASSES, HIDDEN[1])]
 
 

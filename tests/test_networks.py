@@ -153,7 +153,7 @@ def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(na
     by_edges = torch.autograd.grad((expected * weighting).sum(), [features, *convs.parameters(), gcn.readout.weight])
     gradients = torch.autograd.grad((output * weighting).sum(), [features, *gcn.parameters()])
     for gradient, of_edges in zip(gradients, by_edges, strict=True):
-        assert torch.allclose(gradient, of_edges, rtol=1e-8, atol=1e-9)
+        assert torch.allclose(gradient, of_edges, rtol=1e-9, atol=1e-10)
 
 
 def single_gradients(classifier: HookedClassifier, x: Tensor, label: Tensor, of: str, layers: list[int]) -> list:

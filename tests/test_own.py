@@ -552,7 +552,11 @@ WRONG = {
     **wrong("forget_class", [3, -1], r"must be from 0 to 2, not 0 to 2 and \[{}\]"),
     **wrong("forget_class", [1.5, None, "cat", []], "forget_class must be a class, from 0 to 2, .*, not {}"),
     **wrong("forget_class", [[0, 1, 2]], "there must be classes to keep beside {}"),
-    **wrong("mask_layer", [3, -4, [1, 1], [], "last", True, 1.0], r"mask_layer must be .* 0 \('1'\), .*; not {}"),
+    **wrong(
+        "mask_layer",
+        [3, -4, [1, 1], [], "last", True, 1.0],
+        r"mask_layer must be auto, None, or some of 0 \('1'\), .*; not {}",
+    ),
     **wrong("gcn", ["gcn.pt"], "gcn must be a MaskingGCN, a TrainedGCN or None, not {}"),
     "gcn features": (None, None, {"gcn": MaskingGCN(9, 8, 1)}, "how many there are, must be .* 9.*, not .*, 15"),
     "gcn nan": (None, None, {"gcn": GCN_OF_NAN}, "gcn: a weight is not a finite number"),
