@@ -99,31 +99,32 @@ class ZeroingOrder:
             yield self.first(kappa)
 
     @torch.no_grad()
-    def until_forgotten(self, forget: Split) -> Zeroing:
+    def until_forgotten(self, forget: Split, is_too_much: Callable[[Tensor], bool] = lambda zeroed: False) -> Zeroing:
         """The vertices of kappa auto: the fewest whole steps after which the class is forgotten.
 
         It is when less than `config.target` percent of its training samples, `forget`, are classified correctly, and
-        what else is asked of masks (`data.Auxiliary`) is reached. At the largest kappa the search gives up.
+        what else is asked of masks (`data.Auxiliary`) is reached. At the largest kappa the search gives up, and where
+        `is_too_much`, which it asks after every step of the vertices zeroed so far.
         With `config.patience` it goes on: of the steps after which the class is forgotten it takes that after which the
         others' loss is least, when so many further ones of them have not lowered it.
         """
         if self._forgetting is None:
-            self._forgetting = self._search(forget)
+            self._forgetting = self._search(forget, is_too_much)
         return self._forgetting
 
-    def _search(self, forget: Split) -> Zeroing:
+    def _search(self, forget: Split, is_too_much: Callable[[Tensor], bool]) -> Zeroing:
         graphs, label, allowed = self.graphs, int(forget.labels[0]), self.config.target * len(forget.labels) / 100
         inputs, looking = graphs.classifier.given_to(graphs.graph.layers, forget.images), 0.0
         best, least, waited = None, math.inf, 0
         for found in self.looks():
             started = time.perf_counter()
-            mask = Mask.zeroing(graphs.graph, found.vertices)
+            mask, ends = Mask.zeroing(graphs.graph, found.vertices), is_too_much(found.vertices)
             is_left = self._left(mask, inputs, label, allowed) >= allowed
-            if not is_left and (graphs.auxiliary is None or graphs.auxiliary.is_reached(mask, label)):
+            if not is_left and (graphs.auxiliary is None or graphs.auxiliary.is_reached(mask, self.forget_class)):
                 loss = self._losses(found.vertices)[1].item() if self.config.patience else 0.0
                 best, least, waited = (found.vertices, loss, 0) if loss < least else (best, least, waited + 1)
             looking += time.perf_counter() - started
-            if best is not None and waited >= self.config.patience:
+            if ends or (best is not None and waited >= self.config.patience):
                 break
         if best is not None:
             return Zeroing(best, found.seconds + looking, "")

@@ -62,16 +62,18 @@ def fall_of_others(features: dict[str, Tensor], damage: Tensor | None, forget_cl
     return -contrast(fall_of_loss, damage)[forget_class]
 
 
-def weighed(gcn: MaskingGCN, graphs: GraphGenerator, samples: Tensor, classes: Tensor, mask: Mask | None) -> Tensor:
+def weighed(
+    gcn: MaskingGCN, graphs: GraphGenerator, samples: Tensor, classes: Tensor, mask: Mask | None, penalty: float = 1.0
+) -> Tensor:
     """Scores (masks, vertices) by a GCN that weighs, of a mask for each of `classes`.
 
-    a_v w E_d[d(-log(1 - p_d))/dw] + b_v fall_of_others, with the weights a_v and b_v that the GCN gives to v.
+    penalty a_v w E_d[d(-log(1 - p_d))/dw] + b_v fall_of_others, with the weights a_v and b_v that the GCN gives to v.
     """
     x, features, damage = graphs.weighed_graphs(samples, classes, ("forgetting", "effect", "fisher"), mask)
     scores = []
     for part, label in zip(x, classes.tolist()):
         own, others = gcn(part, graphs.graph)[0].unbind(-1)
-        scores.append(own * features["forgetting"][label] + others * fall_of_others(features, damage, label))
+        scores.append(penalty * own * features["forgetting"][label] + others * fall_of_others(features, damage, label))
     return torch.stack(scores)
 
 
@@ -106,6 +108,15 @@ class MaskingConfig:
     target: Positive
     max_kappa: Amount
     patience: Annotated[int, "at least 0"]
+    penalty_growth: Annotated[float, "at least 1"]
+
+    def penalty(self, step: int) -> float:
+        """What the forgetting loss weighs more at a step of a request than at its first one.
+
+        As in penalty methods, where a constraint (nothing is left of the class) that a constant weight only balances
+        against the objective is enforced by one that grows (Nocedal and Wright 2006, Numerical Optimization, ch. 17).
+        """
+        return self.penalty_growth**step
 
 
 def request_samples(
@@ -151,7 +162,8 @@ class GCNRanking:
     def _weighed(self, step: int, zeroed: Tensor) -> Tensor:
         own, mask, about = torch.tensor([self.forget_class]), mask_of(self.graphs, zeroed), (self.config, self.graphs)
         drawn = (request_samples(*about, self.seed, self.forget_class, step, k) for k in range(self.config.draws))
-        return torch.cat([weighed(self.gcn, self.graphs, samples, own, mask) for samples in drawn]).mean(0)
+        penalty = self.config.penalty(step)
+        return torch.cat([weighed(self.gcn, self.graphs, samples, own, mask, penalty) for samples in drawn]).mean(0)
 
     def most_needed(self) -> Tensor:
         """The top-K weights of the forget class in the unmasked classifier, (K)."""
@@ -164,7 +176,7 @@ class GCNRanking:
 class SaliencyRanking:
     """What removing a weight does to the forget class's margin and to the other classes' loss, without a GCN.
 
-        w E_d[d margin/dw] + forgetting_weight w E_d[d(-log(1 - p_d))/dw]
+        w E_d[d margin/dw] + penalty forgetting_weight w E_d[d(-log(1 - p_d))/dw]
             + retain_weight fall_of_others + auxiliary_weight a
 
     The first terms are the first-order falls of the margin and of the forgetting loss, in which samples that are
@@ -187,7 +199,7 @@ class SaliencyRanking:
         features, damage = graphs.class_features(samples, names, mask)
         scores = features["margin"][label] + self.retain_weight * fall_of_others(features, damage, label)
         if self.forgetting_weight:
-            scores += self.forgetting_weight * features["forgetting"][label]
+            scores += self.config.penalty(step) * self.forgetting_weight * features["forgetting"][label]
         if self.auxiliary_weight:
             scores += self.auxiliary_weight * graphs.auxiliary.feature(samples, [label], mask)[0]
         return scores

@@ -164,21 +164,24 @@ class Forgetting:
         labels = self.train.labels
         samples = self.train[torch.isin(labels, labels.new_tensor([label, *kept]))]
         graphs = GraphGenerator(self.own.classifier, samples, self.config, self.seed, self.auxiliary)
-        place, is_own, masking = graphs.classes.index(label), labels == label, self.trained.masking
+        place, masking = graphs.classes.index(label), self.trained.masking
         if self.scorer == "saliency":
             ranking = SaliencyRanking(masking, graphs, place, self.seed, self.trained.saliency)
         else:
             top_k = number_of_weights(self.trained.top_k, graphs.graph.num_vertices)
             ranking = GCNRanking(masking, self.trained.gcn, graphs, place, top_k, self.seed)
-        order = ZeroingOrder(masking, graphs, place, ranking, way[-1].vertices())
-        bar = {"unit": "look", "delay": 1, "leave": False, "disable": None if self.progress else True}
-        for look, found in enumerate(tqdm(order.looks(), f"class {label}", **bar), 1):
-            way.append(Mask.zeroing(graphs.graph, found.vertices))
-            is_gone = self.scores(way[-1], is_own)[label] < masking.target
-            is_done = is_gone and (graphs.auxiliary is None or graphs.auxiliary.is_reached(way[-1], place))
-            if is_done or (look % 10 == 0 and not self.is_within(before, self.scores(way[-1]), kept, times=2)):
-                return ""
-        return f"class {label} is still represented"
+        order, begun = ZeroingOrder(masking, graphs, place, ranking, way[-1].vertices()), len(way)
+        is_off = None if self.progress else True
+        with tqdm(desc=f"class {label}", unit="look", delay=1, leave=False, disable=is_off) as bar:
+
+            def is_too_much(zeroed: Tensor) -> bool:
+                way.append(Mask.zeroing(graphs.graph, zeroed))
+                bar.update()
+                return (len(way) - begun) % 10 == 0 and not self.is_within(before, self.scores(way[-1]), kept, times=2)
+
+            found = order.until_forgotten(self.train.forget(label), is_too_much)
+        way.append(Mask.zeroing(graphs.graph, found.vertices))
+        return found.left
 
     @torch.no_grad()
     def scores(self, mask: Mask, chosen: Tensor | slice = slice(None)) -> Scores:

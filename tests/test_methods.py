@@ -56,7 +56,7 @@ def make_request(mask_layer=-2, auxiliary: Callable | None = None, asked: int | 
     graphs = GraphGenerator(classifier, train, described, 0, auxiliary)
     config = EvalConfig(
         step=4, momentum=0.0, ranking="damage", group_size=20, draws=1, target=1.25, max_kappa=0.9, patience=0,
-        methods=None, visualize=False, random_masks=3, hyperparameters={},
+        penalty_growth=1.0, methods=None, visualize=False, random_masks=3, hyperparameters={},
     )  # fmt: skip
     return Request(config, classifier, trainer, train, graphs, None, FORGET, 24, 0, asked)
 
