@@ -131,26 +131,18 @@ class OwnClassifier:
         return replace(mask, layers=tuple(self.layers[layer] for layer in mask.layers))
 
 
-def default_layer(in_a_row: Sequence[int], able: Sequence[int]) -> int:
-    """The layer that is masked where none is named (auto), by its index.
-
-    in_a_row: the linear layers in a row that a model ends in; able: all that can be masked, in the order of the calls
-    Of three in a row or more the last but one, which stands between two others as those that the GCN was trained on;
-    else the last of all: kernels before it cost the other classes more (docs/networks.md).
-    """
-    among = in_a_row or able[-1:]
-    return among[-2] if len(among) > 2 else among[-1]
-
-
 def chosen(mask_layer: Any, in_a_row: Sequence[int], able: Sequence[int]) -> tuple[int, ...]:
     """The layers to mask, by their indices: all that can be (None), one by default (auto), or those that are named.
 
+    in_a_row: the linear layers in a row that a model ends in; able: all that can be masked, in the order of the calls
+    By default, of three in a row or more it is the last but one, which stands between two others as those that the GCN
+    was trained on; else the last of all: kernels before it cost the other classes more (docs/networks.md).
     Negative indices count from the last that can be masked. Empty where one that is named cannot be.
     """
     if mask_layer is None:
         return tuple(sorted(able))
     if isinstance(mask_layer, str) and mask_layer == "auto":
-        return (default_layer(in_a_row, able),)
+        return ((in_a_row[-2] if len(in_a_row) > 2 else (in_a_row or able)[-1]),)
     asked = list(mask_layer) if isinstance(mask_layer, tuple | list) else [mask_layer]
     by_index = {place: index for index in able for place in (index, index - max(able) - 1)}
     found = {by_index[index] for index in asked if type(index) is int and index in by_index}
@@ -255,8 +247,9 @@ def last_in_a_row(calls: list[Call], logits: Tensor) -> list[Call]:
     times = Counter(call.module for call in calls)
     linear = [call for call in calls if isinstance(call.module, nn.Linear)]
     if not linear or not torch.equal(linear[-1].gave, logits):
-        after = calls[-1:] if not linear or calls[-1] is not linear[-1] else []
-        ends = described(after) or "a computation outside of its modules"
+        ends = "a computation outside of its modules"
+        if calls and not isinstance(calls[-1].module, nn.Linear):
+            ends = f"layer {calls[-1].name!r}: {type(calls[-1].module).__name__}"
         raise InputError(
             f"model must end in a linear layer that gives the logits, but ends in {ends}: give it without, for "
             "instance without a softmax (a layer of torch.nn.Linear that is not called does not count)"
@@ -296,7 +289,3 @@ def copied_layers(chain: list[Call]) -> HookedMNISTClassifier:
         else:
             layer.bias.copy_(call.module.bias)
     return classifier
-
-
-def described(calls: list[Call]) -> str:
-    return ", ".join(f"layer {call.name!r}: {type(call.module).__name__}" for call in calls)
