@@ -180,17 +180,9 @@ def mean_signal(record: LayerRecord) -> Tensor:
     return mean_product(record.active, record.inputs) / positions
 
 
-def over_positions(x: Tensor) -> Tensor:
-    """Mean over the positions of a convolution, (classes, samples, neurons)."""
-    return x.mean(3) if x.ndim == 4 else x
-
-
-def mean_input(record: LayerRecord) -> Tensor:
-    return over_positions(record.inputs).mean(1)[:, None]
-
-
-def mean_output(record: LayerRecord) -> Tensor:
-    return over_positions(record.outputs).mean(1)[:, :, None]
+def mean_activation(x: Tensor) -> Tensor:
+    """Mean over the samples and the positions of a convolution, (classes, neurons)."""
+    return (x.mean(3) if x.ndim == 4 else x).mean(1)
 
 
 def mean_gradient(record: LayerRecord) -> Tensor:
@@ -200,10 +192,6 @@ def mean_gradient(record: LayerRecord) -> Tensor:
 def mean_forgetting_gradient(record: LayerRecord) -> Tensor:
     delta = record.loss_gradient
     return -mean_product(delta * record.odds.view(*record.odds.shape, *[1] * (delta.ndim - 2)), record.inputs)
-
-
-def mean_margin_gradient(record: LayerRecord) -> Tensor:
-    return mean_product(record.margin_gradient, record.inputs)
 
 
 class Feature(NamedTuple):
@@ -220,8 +208,9 @@ class Feature(NamedTuple):
 
 # E is the mean over a group; a sample's gradient of a kernel is the sum over its positions, activations are means.
 FEATURES: dict[str, Feature] = {
-    "input_activation": Feature(mean_input, lambda mean, weight: mean),  # E[a_c]
-    "output_activation": Feature(mean_output, lambda mean, weight: mean),  # E[h_r]
+    # E[a_c], E[h_r]
+    "input_activation": Feature(lambda record: mean_activation(record.inputs)[:, None], lambda mean, weight: mean),
+    "output_activation": Feature(lambda record: mean_activation(record.outputs)[..., None], lambda mean, weight: mean),
     "weight": Feature(None, lambda _, weight: weight[None]),
     "gradient": Feature(mean_gradient, lambda mean, weight: mean),  # E[dL/dw]
     # w E[dL/dw]: the first-order fall of the loss when the weight is removed
@@ -229,7 +218,7 @@ FEATURES: dict[str, Feature] = {
     # |w| sqrt(E[(dL/dw)^2]): the root of the diagonal Fisher information of removing the weight
     "fisher": Feature(mean_squared_gradient, lambda mean, weight: weight.abs() * mean.sqrt()),
     # w E[d(logit of the class - mean logit)/dw]: the first-order fall of the margin when the weight is removed
-    "margin": Feature(mean_margin_gradient, lambda mean, weight: weight * mean),
+    "margin": Feature(lambda of: mean_product(of.margin_gradient, of.inputs), lambda mean, weight: weight * mean),
     # w E[d(-log(1 - p))/dw], p of the class: the first-order fall of what forgetting asks for, of what is left alone
     "forgetting": Feature(mean_forgetting_gradient, lambda mean, weight: weight * mean),
     # |w| E[unit r is active * a_c]: the signal that the weight passes on
