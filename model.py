@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -65,20 +64,16 @@ class WeightGraph:
     row: (m, channels, height, width) is a matrix (m, n), its columns that of a channel one after the other.
 
     ends: the neurons of every layer's columns and rows (`networks.tracing.Ends`), None of one that no mask can be put
-        on; without it, the layers follow one after the other
+        on
     """
 
     def __init__(
-        self,
-        shapes: Sequence[tuple[int, ...]],
-        mask_layer: int | Sequence[int] | None = None,
-        ends: Sequence[Ends | None] | None = None,
+        self, shapes: Sequence[tuple[int, ...]], mask_layer: int | Sequence[int] | None, ends: Sequence[Ends | None]
     ) -> None:
         self.layers = resolve_mask_layer(mask_layer, len(shapes))
         self.shapes = [tuple(shapes[index]) for index in self.layers]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.num_vertices = sum(self.sizes)
-        ends = in_a_row(shapes) if ends is None else ends
         if odd := [index for index in self.layers if ends[index] is None]:
             raise ValueError(f"mask_layer {odd} must be called once, on samples of features or channels")
         chosen = [neurons for index in self.layers for neurons in ends[index]]
@@ -119,13 +114,6 @@ class WeightGraph:
         pairs = [torch.combinations(torch.cat(members), 2) for members in cliques.values()]
         edges = torch.cat([*pairs, *(pair.flip(1) for pair in pairs)])
         return edges[(edges[:, 0] * self.num_vertices + edges[:, 1]).argsort()].T.contiguous()
-
-
-def in_a_row(shapes: Sequence[tuple[int, int]]) -> list[Ends]:
-    """The ends of layers that follow one after the other."""
-    offsets = [0, *accumulate(n for _, n in shapes)]
-    starts = zip(offsets, offsets[1:], shapes)
-    return [Ends(torch.arange(start, end), torch.arange(end, end + m)) for start, end, (m, _) in starts]
 
 
 class WeightGraphSAGE(nn.Module):

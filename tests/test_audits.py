@@ -60,7 +60,7 @@ def without_logit(classifier):
 
 def masked(classifier, vertices=(0, 7, 29)):
     model = copy.deepcopy(classifier)
-    Mask.zeroing(WeightGraph(classifier.shapes, -2), torch.tensor(vertices)).apply(model)
+    Mask.zeroing(WeightGraph.of(classifier, -2), torch.tensor(vertices)).apply(model)
     return model
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import NUM_CLASSES, graph_config, random_split, scores, trainer_config
+from conftest import NUM_CLASSES, graph_config, random_classifier, random_split, scores, trainer_config
 from torch import nn
 
 from data import GraphGenerator, ImageData, Split
@@ -121,7 +121,7 @@ def test_the_mask_is_that_of_the_zeroed_weights(tmp_path, mask_layer):
     ],
 )
 def test_zeroed_weights_are_counted_in_every_layer_and_the_output_row_apart(mask_layer, vertices, expected):
-    mask = Mask.zeroing(WeightGraph([(6, 7), (5, 6), (3, 5)], mask_layer), torch.tensor(vertices))
+    mask = Mask.zeroing(WeightGraph.of(random_classifier(), mask_layer), torch.tensor(vertices))
     assert count_by_layer(mask, 2, FORGET) == expected
 
 

@@ -10,22 +10,22 @@ from torch.nn.utils import parametrize
 from torch_geometric.data import Data
 from torch_geometric.transforms import LineGraph
 
-from model import Mask, MaskingGCN, WeightGraph
+from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
 from runs.files import ArtifactError, save
 
-SHAPES = [(6, 7), (5, 6), (3, 5)]
+SIZES = (7, 6, 5, 3)
 
 
 @pytest.mark.parametrize(
-    "shapes, mask_layer, layers",
+    "sizes, mask_layer, layers",
     [
-        ([(1, 6)], 0, (0,)), ([(8, 2)], -1, (0,)), (SHAPES, -2, (1,)),
-        (SHAPES, [2, 0], (0, 2)), (SHAPES, [-2, 2], (1, 2)), (SHAPES, None, (0, 1, 2)),
+        ((6, 1), 0, (0,)), ((2, 8), -1, (0,)), (SIZES, -2, (1,)),
+        (SIZES, [2, 0], (0, 2)), (SIZES, [-2, 2], (1, 2)), (SIZES, None, (0, 1, 2)),
     ],
 )  # fmt: skip
-def test_the_weight_graph_is_the_line_graph_of_the_network(shapes, mask_layer, layers):
-    graph = WeightGraph(shapes, mask_layer)
-    sizes = [(layer, *map(range, shapes[layer])) for layer in layers]
+def test_the_weight_graph_is_the_line_graph_of_the_network(sizes, mask_layer, layers):
+    graph = WeightGraph.of(HookedMNISTClassifier(sizes[1:-1], sizes[0], sizes[-1]), mask_layer)
+    sizes = [(layer, range(sizes[layer + 1]), range(sizes[layer])) for layer in layers]
     ends = [((layer, c), (layer + 1, r)) for layer, rows, columns in sizes for r, c in product(rows, columns)]
     neurons = sorted({neuron for pair in ends for neuron in pair})
     network = [tuple(map(neurons.index, pair)) for pair in ends]
@@ -38,15 +38,15 @@ def test_the_weight_graph_is_the_line_graph_of_the_network(shapes, mask_layer, l
 
 
 @pytest.mark.parametrize("mask_layer", [3, -4, [0, 7], [], [0, -3], [1, 1]])
-def test_masked_layers_that_are_not_there_are_refused(mask_layer):
+def test_masked_layers_that_are_not_there_are_refused(classifier, mask_layer):
     with pytest.raises(ValueError, match="mask_layer"):
-        WeightGraph(SHAPES, mask_layer)
+        WeightGraph.of(classifier, mask_layer)
 
 
 @pytest.mark.parametrize("message_passing", [True, False])
 def test_scores_depend_neither_on_the_graphs_scored_together_nor_on_the_precision(message_passing):
     torch.manual_seed(0)
-    graph = WeightGraph([(64, 128), (10, 64)])
+    graph = WeightGraph.of(HookedMNISTClassifier((64,), 128), None)
     gcn = MaskingGCN(15, message_passing=message_passing).double()
     x = torch.randn(5, graph.num_vertices, 15, dtype=torch.float64)
     together = gcn(x, graph)
@@ -57,12 +57,12 @@ def test_scores_depend_neither_on_the_graphs_scored_together_nor_on_the_precisio
     assert torch.allclose(single, together, rtol=1e-4, atol=1e-5 * together.abs().max().item())
 
 
-def test_without_message_passing_a_weight_is_scored_by_its_own_features():
+def test_without_message_passing_a_weight_is_scored_by_its_own_features(classifier):
     torch.manual_seed(0)
     x, gcn = torch.randn(1, 30, 4), MaskingGCN(4, hidden=6, rounds=3, message_passing=False)
     w0, w1, w2 = (conv.weight for conv in gcn.convs)
     expected = gcn.readout((((x @ w0.T) @ w1.T).relu() @ w2.T).relu())
-    assert torch.allclose(gcn(x, WeightGraph(SHAPES, -2)), expected[..., 0], atol=1e-6)
+    assert torch.allclose(gcn(x, WeightGraph.of(classifier, -2)), expected[..., 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -108,7 +108,7 @@ def test_looking_into_a_classifier_leaves_no_gradient_behind_and_its_weights_fre
 
 
 def test_a_mask_that_does_not_fit_and_a_file_that_is_no_mask_are_refused(classifier, tmp_path):
-    mask = Mask.zeroing(WeightGraph(classifier.shapes, -2), torch.arange(3))
+    mask = Mask.zeroing(WeightGraph.of(classifier, -2), torch.arange(3))
     with pytest.raises(ZeroDivisionError), mask.applied_to(classifier):
         raise ZeroDivisionError
     assert not parametrize.is_parametrized(classifier.layers[1]), "the mask comes off when its context fails"

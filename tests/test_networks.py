@@ -21,7 +21,7 @@ from configs import load_config
 from data import FEATURES, GraphGenerator, Split, seeded
 from eval import METHODS, Request, answer
 from methods.fine_tuning import fisher_information
-from model import Mask, MaskingGCN, WeightGraph
+from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
 from networks.architectures import cnn, mlp, resnet
 from networks.hooked import HookedClassifier, shape_of, weight_layers
 from runs.settings import ConfigError
@@ -124,13 +124,14 @@ def incidence(of_network: str, layers: list[int]) -> Tensor:
     return torch.tensor([[float(pair.count(neuron)) for neuron in neurons] for pair in pairs], dtype=torch.float64)
 
 
-SINGLE = {"i3-o4": (4, 3), "i6-o1": (1, 6), "i2-o8": (8, 2)}  # a linear layer without a network
+SINGLE = {"i3-o4": (3, 4), "i6-o1": (6, 1), "i2-o8": (2, 8)}  # networks of one layer
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("name, layers", [*LAYERS, *((ends, [0]) for ends in SINGLE)])
 def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(name, layers, rounds):
-    graph = WeightGraph([SINGLE[name]]) if name in SINGLE else WeightGraph.of(classifier_of(name), layers)
+    single = name in SINGLE and HookedMNISTClassifier((), *SINGLE[name])
+    graph = WeightGraph.of(single or classifier_of(name), layers)
     ends = incidence(ENDS.get(name, name), layers)
     neighbours = ends @ ends.T - 2 * torch.eye(len(ends), dtype=torch.float64)
     degrees = neighbours.sum(1)
@@ -257,7 +258,7 @@ def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_s
 @some_layers
 def test_many_masks_at_once_are_one_after_another_and_so_are_their_gradients(name, layers, by_mask):
     classifier, x = classifier_of(name), images(9)
-    graph = WeightGraph(classifier.shapes, layers, classifier.trace.ends)
+    graph = WeightGraph.of(classifier, layers)
     masks = [Mask.zeroing(graph, torch.randperm(graph.num_vertices)[: graph.num_vertices // 3]) for _ in range(3)]
     keep = torch.stack([torch.cat([part.flatten() for part in mask.keep]) for mask in masks]).double().requires_grad_()
     weights = masked_weights(classifier, graph, keep)
@@ -378,7 +379,7 @@ def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_ori
 @pytest.mark.parametrize("name, layers", [("mlp", [1]), ("mlp", None), ("cnn", [1]), ("resnet", [0, 2, -1])])
 def test_a_mask_zeroes_exactly_kappa_weights_comes_off_bit_for_bit_and_can_be_permanent(name, layers, is_on, tmp_path):
     classifier, x = classifier_of(name), images()
-    graph = WeightGraph(classifier.shapes, layers, classifier.trace.ends)
+    graph = WeightGraph.of(classifier, layers)
     zeroed, before = torch.randperm(graph.num_vertices)[:25], copy.deepcopy(classifier.state_dict())
     mask, kept, logits = Mask.zeroing(graph, zeroed), Mask.keeping(graph, zeroed).as_tensor(), classifier(x)
     assert kept.sum() == 25 == mask.num_zeroed and torch.equal(kept + mask.as_tensor(), torch.ones_like(kept))
@@ -414,10 +415,10 @@ def test_what_masks_cannot_be_put_on_is_named_and_what_cannot_be_traced_refused(
     layers = nn.Conv2d(2, 3, 1), twice, nn.ReLU(), twice, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)
     classifier = HookedClassifier(nn.Sequential(*layers).double(), images(2))
     assert torch.equal(classifier(images()), classifier.network(images()))
-    WeightGraph(classifier.shapes, [0, 2], classifier.trace.ends)
+    WeightGraph.of(classifier, [0, 2])
     for mask_layer in (1, None):
         with pytest.raises(ValueError, match=r"mask_layer \[1\] must be called once"):
-            WeightGraph(classifier.shapes, mask_layer, classifier.trace.ends)
+            WeightGraph.of(classifier, mask_layer)
     with pytest.raises(ValueError, match="torch.fx cannot trace it"):
         HookedClassifier(nn.Sequential(Deciding(), nn.Linear(128, 3)).double(), images(2))
     varied = Varied()

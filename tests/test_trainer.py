@@ -77,7 +77,7 @@ def zeroing_order(graphs, forget_class=0, gcn=None, top_k=6, **changes) -> Zeroi
     )
 
 
-LAYERS = WeightGraph([(6, 7), (5, 6), (3, 5)])
+LAYERS = WeightGraph.of(random_classifier(), None)
 
 
 def competing(scope, graph=LAYERS) -> list[range]:
