@@ -63,9 +63,11 @@ class Trace:
             if getattr(module, "inplace", False):
                 module.inplace = False  # what is recorded of a layer must stay as it was
         try:
-            self.nodes = list(used(not_in_place(Tracer().trace(network))).nodes)
+            graph = not_in_place(Tracer().trace(network))
+            graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         except Exception as error:  # of a model of the user's own
             raise ValueError(f"torch.fx cannot trace it ({type(error).__name__})") from error
+        self.nodes = list(graph.nodes)
         self.names = {node: name_of(node, modules) for node in self.nodes}
         self.output = self.nodes[-1].all_input_nodes[0]
         self._places = {node: place for place, node in enumerate(self.nodes)}
@@ -229,14 +231,6 @@ def not_in_place(graph: fx.Graph) -> fx.Graph:
             node.kwargs = {**node.kwargs, "inplace": False}
         elif node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
             node.target = node.target[:-1]
-    return graph
-
-
-def used(graph: fx.Graph) -> fx.Graph:
-    """The same graph, without what its output does not need."""
-    for node in reversed(graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output"):
-            graph.erase_node(node)
     return graph
 
 
