@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from networks.tracing import CONCATENATING, JOINING, Trace, call, is_weight_layer
+from networks.tracing import Trace, call, is_weight_layer
 
 NUMBERS_AT_ONCE = 2**26  # of float32 in the tensors of a pass over samples, which then takes some 256 MB
 
@@ -103,29 +103,30 @@ class HookedClassifier(nn.Module):
         """The representation, which the last layer is given, (..., batch, n), and the logits (..., batch, classes).
 
         inputs: images, or with `first`, what `given_to` says of these layers
-        weights: by layer, in the place of its own: one each, or many (masks, ...) for many masks at once
-        batch: how many inputs are for each of them, one after the other; None: all for every one
+        weights: by layer, those of many masks, (masks, ...) each, in the place of its own
+        batch: how many inputs are for each mask, one after the other; None: all for every one
         """
-        trace, batch = self.trace, batch or len(inputs)
-        under_mask = {trace.calls[index]: weight for index, weight in (weights or {}).items()}
-        constants: list[Any] = []  # values that are the same for all samples
 
-        def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
-            if node in under_mask:
-                return under_masks(callee, arguments[0], under_mask[node], batch)
-            if under_mask and trace.names[node] in JOINING | CONCATENATING:
-                arguments = repeated(arguments, batch, constants)
-            value = call(node, callee, arguments, named)
-            if node not in trace.of_samples:
-                constants.append(value)
-            return value
+        def run(inputs: Tensor, weights: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+            trace, under_mask = self.trace, {self.trace.calls[index]: weight for index, weight in weights.items()}
 
-        with self._constant(bool(weights)):
+            def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
+                if node in under_mask:
+                    return with_weight(callee, arguments[0], under_mask[node])
+                return call(node, callee, arguments, named)
+
             values = trace.run(self.network, inputs, first, compute, [trace.representation])
-        found = values[trace.representation], values[trace.output]
-        is_many = any(weight.ndim > len(self.shapes[index]) for index, weight in (weights or {}).items())
-        features, logits = (value.unflatten(0, (-1, batch)) if is_many else value for value in found)
-        return (features[0] if is_many and len(features) == 1 else features), logits
+            return values[trace.representation], values[trace.output]
+
+        if not weights:
+            return run(inputs, {})
+        with self._constant():
+            if len(next(iter(weights.values()))) == 1:
+                features, logits = run(inputs, {index: weight[0] for index, weight in weights.items()})
+                return features[None], logits[None]
+            if batch is None:
+                return torch.func.vmap(run, (None, 0))(inputs, weights)
+            return torch.func.vmap(run)(inputs.unflatten(0, (-1, batch)), weights)
 
     def features(self, inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
         """The representation alone, (batch, n)."""
@@ -197,9 +198,9 @@ class HookedClassifier(nn.Module):
         return max(1, NUMBERS_AT_ONCE // numbers)
 
     @contextmanager
-    def _constant(self, is_on: bool = True) -> Iterator[None]:
+    def _constant(self) -> Iterator[None]:
         """Keeps its weights out of the autograd graph."""
-        free = [parameter for parameter in self.parameters() if parameter.requires_grad] if is_on else []
+        free = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
             for parameter in free:
                 parameter.requires_grad_(False)
@@ -209,15 +210,11 @@ class HookedClassifier(nn.Module):
                 parameter.requires_grad_(True)
 
 
-def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """What a convolution without padding would be given in the place of x (samples, channels, height, width)."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(x, layer._reversed_padding_repeated_twice, mode)
-
-
 def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """What the kernels of a convolution read, (samples, numbers of a kernel, positions)."""
-    found = F.unfold(padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    found = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
     return found.mT.contiguous().mT  # in memory position after position, as products over samples and positions want it
 
 
@@ -228,36 +225,9 @@ def weight_gradient(layer: nn.Module, a: Tensor, delta: Tensor) -> Tensor:
     return torch.einsum("smp,snp->mn", delta.flatten(2), patches(layer, a)).view(shape_of(layer))
 
 
-def under_masks(layer: nn.Module, x: Tensor, weight: Tensor, batch: int) -> Tensor:
-    """What a layer gives with another weight, or with many (masks, ...): (samples, ...), mask after mask.
-
-    x: what it is given, of the samples of a batch, or of them under every mask
-    """
-    many = weight if weight.ndim > len(shape_of(layer)) else weight[None]
-    bias = None if layer.bias is None else layer.bias.detach()
+def with_weight(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What a layer gives with another weight."""
     if isinstance(layer, nn.Linear):
-        z = (x if len(x) == batch else x.unflatten(0, (len(many), batch))) @ many.mT
-        return (z if bias is None else z + bias).flatten(0, 1)
-    x, settings = padded(layer, x), (layer.stride, 0, layer.dilation)
-    if len(x) == batch:
-        z = F.conv2d(x, many.flatten(0, 1), None if bias is None else bias.repeat(len(many)), *settings)
-        return z.unflatten(1, (len(many), -1)).transpose(0, 1).flatten(0, 1)
-    # A convolution takes one weight for all samples.
-    return torch.cat([F.conv2d(part, own, bias, *settings) for part, own in zip(x.split(batch), many)])
-
-
-def repeated(arguments: tuple, batch: int, constants: Sequence[Any]) -> tuple:
-    """Values to be put together: those of a batch are repeated where others are of the batch under every mask."""
-    counts: list[int] = []
-
-    def is_of_samples(value: Any) -> bool:
-        return isinstance(value, Tensor) and not any(value is constant for constant in constants)
-
-    fx.node.map_aggregate(arguments, lambda each: counts.append(len(each)) if is_of_samples(each) else None)
-    masks = max(counts, default=batch) // batch
-
-    def under_every_mask(value: Any) -> Any:
-        is_of_batch = is_of_samples(value) and len(value) == batch
-        return value.repeat(masks, *[1] * (value.ndim - 1)) if is_of_batch else value
-
-    return arguments if masks < 2 else fx.node.map_aggregate(arguments, under_every_mask)
+        z = (x @ weight[None].mT)[0]  # as a product with many matrices is rounded
+        return z if layer.bias is None else z + layer.bias
+    return layer._conv_forward(x, weight, layer.bias)

@@ -73,7 +73,7 @@ def test_the_classifier_is_the_formula(split, bias):
     first = (split.images @ w0.T + b0).clamp(min=0)
     representation = (first @ w1.T + b1).clamp(min=0)
     expected = representation @ w2.T + b2
-    own = {1: w1.detach(), 2: w2.detach()}
+    own = {1: w1.detach()[None], 2: w2.detach()[None]}
     assert torch.allclose(classifier.given_to([2, 1], split.images), first, atol=1e-6)
     for features, logits in (
         classifier.outputs(split.images),
