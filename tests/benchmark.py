@@ -44,8 +44,6 @@ from main import run  # noqa: E402
 from masking.order import ZeroingOrder  # noqa: E402
 from masking.rankings import GCNRanking, TrainedGCN  # noqa: E402
 from model import HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory  # noqa: E402
-from networks.architectures import cnn  # noqa: E402
-from networks.hooked import HookedClassifier  # noqa: E402
 from reporter import markdown_table  # noqa: E402
 from runs.files import Artifact, save, write_text  # noqa: E402
 from runs.work import peak_bytes  # noqa: E402
@@ -276,38 +274,12 @@ def stages_part(config: Config, quick: bool, results: Results) -> Iterator[Measu
     yield Measurement(f"`{command}`, all but the imports, s", total)
 
 
-def masks_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
-    """Ten masks on the second convolution of a cnn, 320 samples each, forward and backward: ours, and torch.func."""
-    classifier = HookedClassifier(cnn((1, 28, 28), (16, 32), (64, 10), False, False), torch.zeros(2, 784))
-    inputs = classifier.given_to([1], torch.randn(320, 784))
-    weight = classifier.layers[1].weight.detach()
-    keep = torch.rand(10, *weight.shape).round().requires_grad_()
-    rest = nn.Sequential(*classifier.network[5:])
-    constant = {name: value.detach() for name, value in rest.named_parameters()}
-
-    def by_func(one: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(rest, constant | {"0.weight": one}, inputs)
-
-    ways = {
-        "outputs of many masks": lambda: classifier.outputs(inputs, [1], {1: weight * keep})[1],
-        "torch.func.vmap": lambda: torch.func.vmap(by_func)(weight * keep),
-    }
-    runs, found = 3 if quick else 10, {}
-    for name, way in ways.items():
-        found[name] = timed(f"{name}, ms", lambda way=way: way().square().mean().backward(), runs)
-        yield found[name]
-    yield Measurement("torch.func.vmap / ours", found["torch.func.vmap"].median / found["outputs of many masks"].median)
-    difference = (ways["outputs of many masks"]() - ways["torch.func.vmap"]()).abs().max().item()
-    yield Measurement("largest difference of their logits", difference)
-
-
 # In this order: before growth, whose memory is measured, nothing may have left memory that is kept.
 PARTS: dict[str, Callable[[Config, bool, Results], Iterator[Measurement]]] = {
     "pyg": pyg_part,
     "growth": growth_part,
     "gcn": gcn_part,
     "graphs": graphs_part,
-    "masks": masks_part,
     "stages": stages_part,
 }
 
