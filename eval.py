@@ -157,7 +157,9 @@ class Method:
     uses_kappa: bool = False
     most_needed: Callable[[Request], Tensor] | None = None
     paper: str = ""
-    touches: Literal["nothing", "a mask", "the output", "one layer", "all weights"] = "all weights"
+    touches: Literal["nothing", "a mask", "the output", "the representation", "one layer", "all weights"] = (
+        "all weights"
+    )
     needs: Literal["nothing", "forget set", "retain set", "both sets"] = "both sets"
     in_default_run: bool = True
 

@@ -3,3 +3,4 @@
 # In this order they stand in the tables.
 from methods import controls as controls
 from methods import fine_tuning as fine_tuning
+from methods import projections as projections

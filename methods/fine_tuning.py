@@ -214,6 +214,21 @@ def unsir(
     return classifier
 
 
+@further("delete", paper="Zhou et al. 2025, arXiv:2503.23751", needs="forget set")
+def delete(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
+    """DELETE: on the forget set, towards the original's predictions without the class (SGD with momentum).
+
+    KL(softmax(z) || student), z the original's logits, that of the label -1e10 as in the published code.
+    """
+    classifier, generator = request.classifier, seeded("delete", request.seed, request.forget_class)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        without_class = request.original(images).detach().scatter(1, labels[:, None], -1e10)
+        return divergence(classifier(images), without_class)
+
+    return learn(classifier, request.forget, epochs, batch_size, sgd(classifier, learning_rate), generator, loss)
+
+
 @further("optimised_mask", paper="after Mallya et al. 2018, arXiv:1801.06519", touches="a mask")
 def optimised_mask(
     request: Request,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,17 +13,19 @@ import yaml
 from conftest import IN_FEATURES, NUM_CLASSES, Asking, graph_config, random_split, scores, trainer_config
 from running import PROJECT
 
-from data import GraphGenerator, Split, seeded_initialisation
+from audits.predictions import look_at
+from data import GraphGenerator, Split, seeded_initialisation, some_of_every_class
 from eval import METHODS, EvalConfig, Request
 from masking.order import Zeroing, ZeroingOrder
 from masking.rankings import SaliencyRanking, request_samples
-from methods import fine_tuning
+from methods import fine_tuning, projections
 from methods.controls import removal_effect
 from model import HookedMNISTClassifier, Mask
 from runs.settings import converted
 from trainer import Trainer, TrainingError
 
 FORGET = 1
+PUBLISHED = "methods.fine_tuning", "methods.projections"
 # What they take on so small a problem.
 HYPERPARAMETERS = {
     "fine_tune": {"epochs": 15, "batch_size": 16, "learning_rate": 0.1},
@@ -45,6 +48,10 @@ HYPERPARAMETERS = {
         "auxiliary_weight": 1.0,
     },
     "saliency": {"retain_weight": 5.0, "forgetting_weight": 0.5, "auxiliary_weight": 1.0},
+    "delete": {"epochs": 20, "batch_size": 16, "learning_rate": 0.003},
+    "damp": {"samples": 40, "ridge": 0.01, "row": 1.0},
+    "svd": {"samples": 60, "retain_alpha": 30.0, "forget_alpha": 10.0},
+    "esc": {"share": 0.1},
 }  # fmt: skip
 
 
@@ -90,7 +97,7 @@ def test_every_method_says_what_it_is_and_has_its_hyperparameters_in_the_config(
         about = method.about()
         assert about["does"].endswith(".") and "\n" not in about["does"], name
         assert about["needs"] in ("nothing", "forget set", "retain set", "both sets")
-        assert "arXiv" in about["paper"] or method.unlearn.__module__ != "methods.fine_tuning"
+        assert "arXiv" in about["paper"] or method.unlearn.__module__ not in PUBLISHED
 
 
 @pytest.mark.parametrize("name", [*HYPERPARAMETERS, "retrain", "retrain_again"])
@@ -163,6 +170,111 @@ def test_gradient_ascent_climbs_the_loss_step_by_step(request_to_forget):
     steps = gradients(classifier, forget.images, forget.labels)
     for before, after, gradient in zip(classifier.layers, model.layers, steps):
         assert torch.allclose(after.weight, before.weight + 0.3 * gradient, atol=1e-6)
+
+
+def test_delete_steps_towards_the_original_without_the_class(request_to_forget):
+    classifier, forget = request_to_forget.classifier, request_to_forget.forget
+    model = made_by("delete", request_to_forget, epochs=1, batch_size=1000, learning_rate=0.5)
+    logits = classifier(forget.images)
+    p = logits.detach().softmax(1)
+    p[:, FORGET] = 0
+    (-(p / p.sum(1, keepdim=True) * logits.log_softmax(1)).sum() / len(p)).backward()
+    for before, after in zip(classifier.layers, model.layers):
+        assert torch.allclose(after.weight, before.weight - 0.5 * before.weight.grad, atol=1e-6)
+
+
+def inputs_of_layers(classifier: HookedMNISTClassifier, images: torch.Tensor) -> list[np.ndarray]:
+    """What each layer is given, (samples, n), by the weights alone."""
+    inputs = [images.double().numpy()]
+    for layer in classifier.layers[:-1]:
+        inputs.append(np.maximum(inputs[-1] @ layer.weight.detach().double().numpy().T, 0))
+    return inputs
+
+
+def weights_of(model: torch.nn.Module) -> list[np.ndarray]:
+    return [layer.weight.detach().double().numpy() for layer in model.layers]
+
+
+def test_damp_takes_what_no_other_mean_has_of_the_mean_more_in_deep_layers(request_to_forget):
+    classifier = request_to_forget.classifier
+    chosen = some_of_every_class(request_to_forget.train, 40, "damp", request_to_forget.seed, FORGET)
+    changed, kept = (weights_of(made_by("damp", request_to_forget, row=row)) for row in (0.25, 1.0))
+    assert np.array_equal(changed[2][FORGET], np.float32(0.25) * kept[2][FORGET].astype("f4"))
+    changed[2][FORGET] = kept[2][FORGET]
+    for index, (x, w, after) in enumerate(
+        zip(inputs_of_layers(classifier, chosen.images), weights_of(classifier), kept)
+    ):
+        own, *others = (x[chosen.labels.numpy() == label].mean(0) for label in (FORGET, 0, 2))
+        others = np.stack(others, 1)
+        r = own - others @ np.linalg.lstsq(others, own, rcond=None)[0]
+        q = r / np.linalg.norm(r)
+        halves = [torch.tensor(x[chosen.labels.numpy() == label]) for label in (FORGET, 0, 2)]
+        found = projections.separability(halves[0], torch.cat(halves[1:])[::2], 0.01).item()
+        assert 0.5 < found <= 1
+        assert np.allclose(after, w - index / 2 * found * np.outer(w @ q, q), atol=1e-6)
+        assert np.array_equal(after, changed[index]) and np.array_equal(after, w) == (index == 0)
+
+
+def test_the_probe_that_scales_damp_scores_what_is_held_out():
+    own = torch.ones(20, 3, dtype=torch.float64)
+    others = -own.clone()
+    assert projections.separability(own, others, 0.01) == 1
+    own[[1, 5, 9]] *= -1  # every second sample is held out: 4 of the 20 are on the wrong side
+    others[7] *= -1
+    assert projections.separability(own, others, 0.01) == pytest.approx(2 * 16 / 20 - 1)
+    own[1::2], others[1::2] = -1, 1
+    assert projections.separability(own, others, 0.01) == 0
+    same = torch.ones(6, 2, dtype=torch.float64)
+    assert projections.separability(same, same, 0.01) == 0
+
+
+def test_damp_leaves_a_layer_whose_other_means_span_everything():
+    """Of a representation of two numbers and two other classes nothing is left of the mean but rounding."""
+    request = make_request()
+    classifier = Trainer(trainer_config((8, 2), 4), 0).train(request.train, NUM_CLASSES)
+    classifier.layers[1].weight.data.abs_()  # no number of the representation is always 0
+    request = replace(request, original=classifier)
+    before, after = weights_of(classifier), weights_of(made_by("damp", request))
+    assert [np.array_equal(a, b) for a, b in zip(before, after)] == [True, False, True]
+
+
+def test_svd_takes_the_space_of_the_class_that_the_others_do_not_share(request_to_forget):
+    classifier, spaces = request_to_forget.classifier, []
+    model = made_by("svd", request_to_forget, samples=48)
+    split = request_to_forget
+    for samples, count, alpha in ((split.retain, 24, 30.0), (split.forget, 48, 10.0)):
+        chosen = some_of_every_class(samples, count, "svd", split.seed, FORGET)
+        assert len(chosen.labels) == 48
+        of_layers = []
+        for x in inputs_of_layers(classifier, chosen.images):
+            u, s, _ = np.linalg.svd(x.T, full_matrices=False)
+            share = s**2 / (s**2).sum()
+            of_layers.append(u @ np.diag(alpha * share / ((alpha - 1) * share + 1)) @ u.T)
+        spaces.append(of_layers)
+    for w, after, of_retain, of_forget in zip(weights_of(classifier), weights_of(model), *spaces):
+        eye = np.eye(len(of_retain))
+        assert np.allclose(after, w @ (eye - of_forget @ (eye - of_retain)).T, atol=1e-5)
+
+
+@pytest.mark.parametrize("share, erased", [(0.01, 1), (0.375, 3), (0.49, 3), (1.0, 8)])
+def test_esc_takes_the_leading_directions_of_the_class_out_of_the_representation(request_to_forget, share, erased):
+    classifier, x = request_to_forget.classifier, request_to_forget.train.images
+    model = made_by("esc", request_to_forget, share=share)
+    z = inputs_of_layers(classifier, request_to_forget.forget.images)[2]
+    u = np.linalg.svd(z.T)[0][:, erased:]
+    expected = torch.tensor(inputs_of_layers(classifier, x)[2] @ u @ u.T).float()
+    assert torch.allclose(look_at(model, request_to_forget.train).hidden[-1], expected, atol=1e-5)
+    assert torch.allclose(model(x), expected @ classifier.layers[2].weight.T, atol=1e-5)
+
+
+def test_pour_takes_the_direction_of_the_class_in_the_output_layer_out_of_the_representation(request_to_forget):
+    classifier, x = request_to_forget.classifier, request_to_forget.train.images
+    seen = look_at(made_by("pour", request_to_forget), request_to_forget.train)
+    row, z = classifier.layers[2].weight[FORGET], look_at(classifier, request_to_forget.train).hidden[-1]
+    along = ((z @ row) / row.norm() ** 2)[:, None] * row
+    assert torch.allclose(seen.hidden[-1], z - along, atol=1e-5) and along.abs().max() > 1
+    assert torch.allclose(seen.logits, classifier(x) - along @ classifier.layers[2].weight.T, atol=1e-4)
+    assert seen.logits[:, FORGET].abs().max() < 1e-4
 
 
 def test_the_optimised_mask_is_a_mask_and_its_sparsity_counts(request_to_forget):

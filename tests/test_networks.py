@@ -21,6 +21,7 @@ from configs import load_config
 from data import FEATURES, GraphGenerator, Split, seeded
 from eval import METHODS, Request, answer
 from methods.fine_tuning import fisher_information
+from methods.projections import given_to, moments
 from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
 from networks.architectures import cnn, mlp, resnet
 from networks.hooked import HookedClassifier, shape_of, weight_layers
@@ -321,6 +322,30 @@ def test_erasure_scores_weights_by_what_they_carry_into_the_representation(name,
         by_hand = [w * (torch.zeros_like(w) if g is None else g) for w, g in zip(weights, gradients)]
         assert torch.allclose(fall, torch.cat([x.flatten() for x in by_hand]), rtol=1e-7, atol=1e-10)
         assert fall.abs().sum() > 0
+
+
+@pytest.mark.parametrize("at_once", [1, 2**26])
+@pytest.mark.parametrize("name", ["mlp", "biased", "cnn", "resnet", "varied"])
+def test_what_a_layer_is_given_makes_its_output_and_its_moments(name, at_once, monkeypatch):
+    monkeypatch.setattr("networks.hooked.NUMBERS_AT_ONCE", at_once)
+    classifier, x = classifier_of(name), images(3)
+    given: dict[nn.Module, Tensor] = {}
+    for layer in classifier.layers:
+        layer.register_forward_hook(lambda layer, inputs, output: given.update({layer: output}))
+    classifier.network(x)
+    outputs = dict(given)
+    for index, layer in enumerate(classifier.layers):
+        parts = list(given_to(classifier, x, index))
+        assert len(parts) == (3 if at_once == 1 else 1)
+        rows = torch.cat(parts)
+        found = rows @ layer.weight.flatten(1).T + (0 if layer.bias is None else layer.bias)
+        expected = outputs[layer].flatten(2).mT if isinstance(layer, nn.Conv2d) else outputs[layer][:, None]
+        assert torch.allclose(found, expected)
+        values, vectors = moments(classifier, x, index)
+        flat = rows.flatten(0, 1)
+        singular = torch.linalg.svdvals(flat).flip(0)[-len(values) :]
+        assert torch.allclose(values[-len(singular) :].clamp_min(0).sqrt(), singular, atol=1e-6)
+        assert torch.allclose((flat @ vectors).square().sum(0), values, atol=1e-8)
 
 
 CHANGES = (

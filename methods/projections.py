@@ -1,0 +1,144 @@
+"""Published ways to forget that train nothing: what layers are given is projected, each in its published form.
+
+Where a layer is given x, its weight becomes W (I - P), or it is given Q x itself; biases stay. A convolution is given
+what its kernels read, at every position. All is measured on the original classifier, in double precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from audits.erasure import ridge_regression
+from audits.probes import standardised
+from data import Count, NonNegative, Positive, Share, some_of_every_class
+from eval import Request
+from methods.controls import further
+from networks.hooked import HookedClassifier, patches
+
+
+def given_to(classifier: HookedClassifier, images: Tensor, index: int) -> Iterator[Tensor]:
+    """What a layer is given by samples, some at a time, (samples, positions, n)."""
+    layer, node = classifier.layers[index], classifier.trace.calls[index].all_input_nodes[0]
+    for part in images.split(classifier.recorded_at_once([index])):
+        x = classifier.trace.run(classifier.network, part, watched=[node], end=node)[node]
+        yield patches(layer, x).mT if isinstance(layer, nn.Conv2d) else x[:, None]
+
+
+def moments(classifier: HookedClassifier, images: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    """Squared singular values (n), ascending, and left singular vectors (n, n) of all x that a layer is given."""
+    parts = (x.flatten(0, 1).double() for x in given_to(classifier, images, index))
+    return torch.linalg.eigh(sum(x.T @ x for x in parts))
+
+
+def projected(request: Request, removed: Callable[[int], Tensor]) -> nn.Module:
+    """The classifier with W (I - P) in the place of every W, P (n, n) = removed(number of the layer)."""
+    classifier = request.classifier
+    for index, layer in enumerate(classifier.layers):
+        weight = layer.weight.flatten(1).double()
+        layer.weight.copy_((weight - weight @ removed(index)).view_as(layer.weight))
+    return classifier
+
+
+def with_representation(request: Request, projection: Tensor) -> nn.Module:
+    """The classifier whose last layer is given Q z in the place of the representation z; Q (n, n), symmetric."""
+    classifier = request.classifier
+    last = classifier.layers[-1]
+    projection = projection.to(last.weight)
+    # Not in its weight, where the class would stay in the representation; ESC's code projects in the forward pass, too.
+    last.register_forward_pre_hook(lambda layer, inputs: (inputs[0] @ projection,))
+    return classifier
+
+
+def separability(own: Tensor, others: Tensor, ridge: float) -> Tensor:
+    """2 accuracy - 1, at least 0, of a linear probe between samples (samples, n) of two kinds, on the half held out."""
+    x, sign = torch.cat([own, others]), torch.cat([own.new_ones(len(own)), -own.new_ones(len(others))])
+    known, held_out = standardised(x[::2], x[1::2])
+    coefficients, _ = ridge_regression(known, sign[::2, None], ridge)
+    is_right = (held_out @ coefficients)[:, 0] * sign[1::2] > 0
+    return (2 * is_right.double().mean() - 1).clamp_min(0)
+
+
+@further("damp", paper="Hatami et al. 2026, arXiv:2604.15166")
+@torch.no_grad()
+def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative) -> nn.Module:
+    """DAMP: every layer loses the direction of the class's mean input that no other means span, the deeper the more;
+    then, with `row` 0, the class's output row goes.
+
+    W' = W (I - a q q^T), q = r / |r|, r = mu_d - R R^+ mu_d, the columns of R the means of the other classes;
+    a = max(0, 2 acc - 1) l / L, acc the accuracy on held-out samples of a linear probe (here a ridge regression) of the
+    class against as many others, l / L from 0 for the first layer, which is given pixels, to 1 for the last; the
+    output row is multiplied by `row`. A stage of the paper is a layer here. The implementation rests on summaries of
+    the paper, not on its text: they have these formulas, of the output row they do not speak.
+    """
+    d, last = request.forget_class, len(request.original.layers) - 1
+    chosen = some_of_every_class(request.train, samples, "damp", request.seed, d)
+    is_own = chosen.labels == d
+    others = [label for label in chosen.labels.unique().tolist() if label != d]
+
+    def removed(index: int) -> Tensor:
+        x = torch.cat([part.mean(1, dtype=torch.double) for part in given_to(request.original, chosen.images, index)])
+        mean, span = x[is_own].mean(0), torch.stack([x[chosen.labels == label].mean(0) for label in others], 1)
+        residual = mean - span @ (torch.linalg.pinv(span) @ mean)
+        if residual.norm() <= 1e-6 * mean.norm():  # what is left is rounding
+            return torch.zeros(len(mean), len(mean)).to(x)
+        alpha = separability(x[is_own], x[~is_own][:: len(others)], ridge) * (index / last if last else 1.0)
+        return alpha * torch.outer(residual, residual) / residual.square().sum()
+
+    classifier = projected(request, removed)
+    classifier.layers[-1].weight[d] *= row
+    return classifier
+
+
+@further("svd", paper="Kodge et al. 2023, arXiv:2312.00761")
+@torch.no_grad()
+def svd(request: Request, *, samples: Count, retain_alpha: Positive, forget_alpha: Positive) -> nn.Module:
+    """Every layer loses the space of the class's inputs less what it shares with that of the others' inputs.
+
+    W' = W (I - P)^T, P = P_f (I - P_r); P_f, P_r = U diag(a s / ((a - 1) s + 1)) U^T, U the left singular vectors of
+    what the layer is given of samples of the class, or of as many of all others together, s the squares of the singular
+    values as shares of their sum. Of a convolution's patches the published code takes some at random, this all.
+    """
+    d, original = request.forget_class, request.original
+    each = max(1, samples // (request.graphs.num_classes - 1))
+    forget = some_of_every_class(request.forget, samples, "svd", request.seed, d)
+    retain = some_of_every_class(request.retain, each, "svd", request.seed, d)
+
+    def space(images: Tensor, index: int, alpha: float) -> Tensor:
+        values, vectors = moments(original, images, index)
+        shares = values.clamp_min(0) / values.sum().clamp_min(1e-30)
+        return vectors * (alpha * shares / ((alpha - 1) * shares + 1)) @ vectors.T
+
+    def removed(index: int) -> Tensor:
+        of_forget = space(forget.images, index, forget_alpha)
+        return (of_forget - of_forget @ space(retain.images, index, retain_alpha)).T
+
+    return projected(request, removed)
+
+
+@further("esc", paper="Lee et al. 2025, arXiv:2504.02199", touches="the representation", needs="forget set")
+@torch.no_grad()
+def esc(request: Request, *, share: Share) -> nn.Module:
+    """ESC: the representation loses the share of its directions that is largest on the forget set.
+
+    z' = U U^T z, U the left singular vectors of the forget set's z (not centred) but for the first share n of them,
+    rounded down, one at least.
+    """
+    _, vectors = moments(request.original, request.forget.images, len(request.original.layers) - 1)
+    kept = vectors[:, : len(vectors) - max(1, int(share * len(vectors)))]
+    return with_representation(request, kept @ kept.T)
+
+
+@further("pour", paper="Le et al. 2025, arXiv:2511.19339", touches="the representation", needs="nothing")
+@torch.no_grad()
+def pour(request: Request) -> nn.Module:
+    """POUR-P: the representation loses the direction of the class's row of the output layer.
+
+    z' = (I - w w^T / |w|^2) z, w the row, so that the class's logit is always 0 (or its bias). After a summary of the
+    paper, not its text.
+    """
+    row = request.original.layers[-1].weight[request.forget_class].double()
+    projection = torch.eye(len(row)).to(row) - torch.outer(row, row) / row.square().sum().clamp_min(1e-30)
+    return with_representation(request, projection)
