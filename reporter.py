@@ -22,16 +22,18 @@ from matplotlib.figure import Figure
 
 from runs.files import write_text, written_whole
 
-# A line for every group of methods (dashed: references, dotted: methods that train), a colour for every method: hues of
-# Okabe and Ito's palette, which colour-blind readers can tell apart, and shades of them. Markers are given in turn.
+# A line for every group of methods (dashed: references, dotted: methods that train, with dashes: projections), a colour
+# for every method: hues of Okabe and Ito's palette, which colour-blind readers can tell apart, and shades of them.
+# Markers are given in turn.
 FAMILIES = (
     ("--", {"original": "#000000", "retrain": "#009E73", "retrain_again": "#7FD4B9"}),
     ("-", {"mimu": "#0072B2", "random": "#7F7F7F", "magnitude": "#CC79A7", "optimised_mask": "#332288"}),
     ("-", {"saliency": "#56B4E9", "first_order": "#A6D8F4", "saliency_contrast": "#3F7FA6"}),
     ("-", {"output_row": "#E69F00", "logit_removed": "#F0C75E"}),
     (":", {"sft": "#D55E00", "random_labels": "#F2A46B", "salun": "#8F3F00"}),
-    (":", {"fine_tune": "#8C564B", "gradient_ascent": "#C49C94", "neg_grad_plus": "#5A2E26"}),
+    (":", {"fine_tune": "#8C564B", "gradient_ascent": "#C49C94", "neg_grad_plus": "#5A2E26", "delete": "#B8860B"}),
     (":", {"ssd": "#7E4FA8", "scrub": "#BC8FDB", "bad_teacher": "#4B2A6B", "unsir": "#AA4499"}),
+    ("-.", {"damp": "#2E8B57", "svd": "#6B8E23", "esc": "#B22222", "pour": "#4682B4"}),
 )
 FORMATS = ("png", "pdf", "svg")
 FREE_COLORS = ("#17BECF", "#BCBD22", "#F0E442", "#882255", "#117733", "#44AA99")
