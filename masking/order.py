@@ -106,7 +106,7 @@ class ZeroingOrder:
         what else is asked of masks (`data.Auxiliary`) is reached. At the largest kappa the search gives up, and where
         `is_too_much`, which it asks after every step of the vertices zeroed so far.
         With `config.patience` it goes on: of the steps after which the class is forgotten it takes that after which the
-        others' loss is least, when so many further ones of them have not lowered it.
+        others' loss is least, when so many further ones of them have not lowered it. (Not with the scope measured.)
         """
         if self._forgetting is None:
             self._forgetting = self._search(forget, is_too_much)
@@ -115,16 +115,17 @@ class ZeroingOrder:
     def _search(self, forget: Split, is_too_much: Callable[[Tensor], bool]) -> Zeroing:
         graphs, label, allowed = self.graphs, int(forget.labels[0]), self.config.target * len(forget.labels) / 100
         inputs, looking = graphs.classifier.given_to(graphs.graph.layers, forget.images), 0.0
+        patience = 0 if self._is_measured else self.config.patience  # the others have lost little to regain
         best, least, waited = None, math.inf, 0
         for found in self.looks():
             started = time.perf_counter()
             mask, ends = Mask.zeroing(graphs.graph, found.vertices), is_too_much(found.vertices)
             is_left = self._left(mask, inputs, label, allowed) >= allowed
             if not is_left and (graphs.auxiliary is None or graphs.auxiliary.is_reached(mask, self.forget_class)):
-                loss = self._losses(found.vertices)[1].item() if self.config.patience else 0.0
+                loss = self._losses(found.vertices, graphs.by_class())[1].item() if patience else 0.0
                 best, least, waited = (found.vertices, loss, 0) if loss < least else (best, least, waited + 1)
             looking += time.perf_counter() - started
-            if ends or (best is not None and waited >= self.config.patience):
+            if ends or (best is not None and waited >= patience):
                 break
         if best is not None:
             return Zeroing(best, found.seconds + looking, "")
@@ -132,12 +133,16 @@ class ZeroingOrder:
         said = f"{percent:.1f} % of class {label} are left" if is_left else f"class {label} is still represented"
         return Zeroing(found.vertices, found.seconds + looking, said)
 
+    @property
+    def _is_measured(self) -> bool:
+        """Whether steps are those that are measured to cost the others least."""
+        return self.graphs.config.scope == "measured" and len(self.graphs.graph.layers) > 1
+
     def _next(self, scores: Tensor) -> Tensor:
         """The vertices that one step zeroes."""
-        graph, scope, zeroed = self.graphs.graph, self.graphs.config.scope, self._zeroed
-        if scope != "measured" or len(graph.layers) == 1:
-            return ranked(scores, graph, scope, zeroed, self.step)
-        return self._cheapest(scores.index_fill(0, zeroed, float("-inf")))
+        if self._is_measured:
+            return self._cheapest(scores.index_fill(0, self._zeroed, float("-inf")))
+        return ranked(scores, self.graphs.graph, self.graphs.config.scope, self._zeroed, self.step)
 
     @torch.no_grad()
     def _cheapest(self, scores: Tensor) -> Tensor:
@@ -147,24 +152,25 @@ class ZeroingOrder:
         most for every nat that the others lose; where nothing makes it lose, those that the others stand best.
         """
         graphs, best, chosen = self.graphs, None, None
-        before = self._losses(self._zeroed)
+        samples = graphs.by_class()[:, : self.config.group_size]
+        before = self._losses(self._zeroed, samples)
         for offset, part in zip(accumulate(graphs.graph.sizes, initial=0), graphs.graph.split(scores)):
             share = max(1, round(self.step * part.numel() / len(scores)), int(FEWEST * part[0].numel()))
             share = min(share, int((part > float("-inf")).sum()))
             vertices = offset + part.flatten().topk(share).indices
-            forget, retain = (self._losses(torch.cat([self._zeroed, vertices])) - before).tolist()
+            forget, retain = (self._losses(torch.cat([self._zeroed, vertices]), samples) - before).tolist()
             merit = (forget < 0, -forget / max(retain, UNNOTICED) if forget < 0 else -retain)
             if share and (best is None or merit > best):
                 best, chosen = merit, vertices
         return chosen
 
-    def _losses(self, zeroed: Tensor) -> Tensor:
-        """The terms of necessity on the recorded samples: `forgetting_loss`, and the others' mean cross entropy (2)."""
-        graphs, own = self.graphs, self.forget_class
+    def _losses(self, zeroed: Tensor, samples: Tensor) -> Tensor:
+        """The terms of necessity on samples (classes, n): `forgetting_loss`, and the others' mean cross entropy (2)."""
+        graphs, own, rows = self.graphs, self.forget_class, samples.flatten()
         with Mask.zeroing(graphs.graph, zeroed).applied_to(graphs.classifier):
-            logits = graphs.classifier(graphs.inputs, graphs.graph.layers)
-        p = logits.softmax(1)[graphs.by_class()[own], graphs.classes[own]]
-        losses = F.cross_entropy(logits, graphs.labels, reduction="none")[graphs.by_class()].mean(1)
+            logits = graphs.classifier(graphs.inputs[rows], graphs.graph.layers)
+        p = logits.unflatten(0, samples.shape)[own].softmax(1)[:, graphs.classes[own]]
+        losses = F.cross_entropy(logits, graphs.labels[rows], reduction="none").view(samples.shape).mean(1)
         return torch.stack([forgetting_loss(p), (losses.sum() - losses[own]) / (len(losses) - 1)])
 
     def _left(self, mask: Mask, inputs: Tensor, label: int, enough: float = math.inf) -> int:

@@ -55,6 +55,8 @@ def copy_of(model: nn.Module) -> nn.Module:
         raise InputError(f"model: cannot be copied ({one_line(error)})") from error
     for module in copied.modules():
         module._compiled_call_impl = None
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)  # on CPUs convolutions and pooling take half of the time
     return copied.eval()
 
 
