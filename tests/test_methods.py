@@ -303,7 +303,8 @@ def test_the_optimised_mask_heeds_what_else_is_asked_as_much_as_it_is_asked_for(
 def test_the_saliency_by_hand(zeroed, weight, forgetting):
     request = make_request(auxiliary=Asking)
     graphs, zeroed = request.graphs, torch.tensor(zeroed, dtype=torch.long)
-    found = SaliencyRanking(request.config, graphs, FORGET, request.seed, 5.0, weight, forgetting)(2, zeroed)
+    config = replace(request.config, penalty_growth=1.5)
+    found = SaliencyRanking(config, graphs, FORGET, request.seed, 5.0, weight, forgetting)(2, zeroed)
     samples = request_samples(request.config, graphs, 0, FORGET, 2)
     classifier = request.classifier
     classifier.layers[1].weight.data.view(-1)[zeroed] = 0
@@ -323,7 +324,7 @@ def test_the_saliency_by_hand(zeroed, weight, forgetting):
     expected += weight * (w * of_samples(FORGET).mean(0)) ** 3
     p = classifier(graphs.samples.images[samples[FORGET]]).softmax(1)[:, FORGET]
     forgotten = torch.autograd.grad(-(1 - p).log().mean(), classifier.layers[1].weight)[0]
-    expected += forgetting * w * forgotten
+    expected += 1.5**2 * forgetting * w * forgotten
     assert torch.allclose(found, expected.flatten(), rtol=1e-3, atol=1e-5)
 
 

@@ -399,13 +399,16 @@ def test_a_gcn_that_weighs_begins_as_the_formula_and_learns_what_each_weight_sta
     mask = Mask.zeroing(graphs.graph, zeroed)
     gcn = MaskingGCN(graphs.num_features, 8, 2, weighs=(2.0, 3.0))
     drawn = [graphs.draw(8, seeded("request", 0, 2, 5, draw)) for draw in range(2)]
-    expected = 0
+    own, others = 0, 0
     for samples in drawn:
         features, v = graphs.class_features(samples, ("effect", "fisher", "forgetting"), mask)
         fall, v = features["effect"] - features["fisher"] ** 2 / 2, (v + 0.02).sqrt()
-        expected += features["forgetting"][2] + 1.5 * (v[0] * fall[0] + v[1] * fall[1]) / (v[0] + v[1])
+        own += features["forgetting"][2] / 2
+        others += (v[0] * fall[0] + v[1] * fall[1]) / (v[0] + v[1]) / 2
     ranking = GCNRanking(masking_config(draws=2), gcn, graphs, 2, 6, 0)
-    assert torch.allclose(ranking(5, zeroed), expected, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(ranking(5, zeroed), 2 * own + 3 * others, rtol=1e-4, atol=1e-6)
+    insists = GCNRanking(masking_config(draws=2, penalty_growth=1.5), gcn, graphs, 2, 6, 0)
+    assert torch.allclose(insists(5, zeroed), 1.5**5 * 2 * own + 3 * others, rtol=1e-4, atol=1e-6)
     assert torch.equal(ranking.most_needed(), ranking(0, NOTHING).topk(6).indices)
     before = gcn(class_graphs(graphs, drawn[0])[0], graphs.graph)
     assert before.shape == (NUM_CLASSES, 87, 2) and torch.allclose(before, torch.tensor([2.0, 3.0]).expand_as(before))
