@@ -52,7 +52,7 @@ class Tuning:
         config, seed = load_config(overrides=settings.get("overrides", [])), settings["seed"]
         self.settings = settings
         data = load_image_data(config.dataset, ROOT / "datasets", "cpu", settings["held_out"])
-        self.held_out = data.test
+        self.held_out = data.test[: settings.get("scored")]
         trainer = Trainer(config.classifier, seed, config.source.size)
         classifier = trainer.train(data.train, len(data.class_names))
         graphs = GraphGenerator(classifier, data.train, config.graphs, seed)
