@@ -102,6 +102,15 @@ class Tuning:
         return min(trials, key=rank)
 
 
+def settings_of(name: str) -> dict[str, Any]:
+    """What docs/<name>.yaml says, the rest as in the file that it is `like`."""
+    own = yaml.safe_load((DOCS / f"{name}.yaml").read_text())
+    if "like" not in own:
+        return own
+    base = settings_of(f"tuning_{own.pop('like')}")
+    return base | own | {"candidates": base["candidates"] | own.get("candidates", {})}
+
+
 def candidates(rounds: list[dict[str, list[int | float]]]) -> Iterator[Values]:
     """Every combination of the values of each grid."""
     for grid in rounds:
@@ -117,7 +126,7 @@ def row(method: str, trial: Trial, mark: str) -> list[str]:
 def main(arguments: list[str]) -> None:
     named = [f"tuning_{name}" for name in arguments[:1] if (DOCS / f"tuning_{name}.yaml").exists()]
     name, methods = (named or ["tuning"])[0], arguments[len(named) :]
-    settings, page = yaml.safe_load((DOCS / f"{name}.yaml").read_text()), DOCS / f"{name}.md"
+    settings, page = settings_of(name), DOCS / f"{name}.md"
     lines = page.read_text().splitlines()[4:] if page.exists() else []
     written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     tuning = Tuning(settings)
