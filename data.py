@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -243,26 +243,8 @@ class GraphConfig:
 
     @property
     def num_features(self) -> int:
-        """The features of a vertex, without an auxiliary one."""
+        """The features of a vertex in a class graph."""
         return len(self.features) + self.other_classes * sum(name != "weight" for name in self.features)
-
-
-class Auxiliary(Protocol):
-    """What may be asked of a mask beside forgetting: a further feature, term of the loss, and condition for done."""
-
-    weight: float  # what it is worth to a request; 0: nothing
-
-    def draw_weight(self, generator: torch.Generator) -> float:
-        """The weight of the term in a step of training; the GCN is told it as the scale of the feature."""
-
-    def feature(self, samples: Tensor, classes: Sequence[int], mask: Mask | None) -> Tensor:
-        """The feature of each of `classes` (classes, vertices), from a group of every class (classes, group_size)."""
-
-    def loss(self, features: Tensor, classes: Sequence[int]) -> Tensor:
-        """The mean over masks, one for each of `classes`, on representations (masks, classes, group_size, n)."""
-
-    def is_reached(self, mask: Mask, forget_class: int) -> bool:
-        """Whether a mask is enough, so that kappa auto may stop there."""
 
 
 def vertex_features(features: list[Tensor]) -> Tensor:
@@ -281,16 +263,14 @@ class GraphGenerator:
     """Activation graphs of a classifier: what every sample does in the masked layers, recorded in one batched pass.
 
     Stored are a few hundred floats a sample, class after class; vertex features are formed when they are needed.
-    `auxiliary` makes what is asked of masks beside forgetting.
     """
 
     classifier: HookedClassifier
     train: Split
     config: GraphConfig
     seed: int
-    auxiliary: InitVar[Callable[[GraphGenerator], Auxiliary] | None] = None
 
-    def __post_init__(self, auxiliary: Callable[[GraphGenerator], Auxiliary] | None) -> None:
+    def __post_init__(self) -> None:
         classifier = self.classifier.eval()
         self.graph = WeightGraph.of(classifier, self.config.mask_layer)
         classes, counts = self.train.labels.unique(return_counts=True)
@@ -310,15 +290,9 @@ class GraphGenerator:
             records, self.loss = zip(*(self._record(rows) for rows in everything))
             self.records = [LayerRecord(*map(torch.cat, zip(*of_layer))) for of_layer in zip(*records)]
             self.loss = torch.cat(self.loss)
-        self.auxiliary = None if auxiliary is None else auxiliary(self)
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def num_features(self) -> int:
-        """The features of a vertex in a class graph."""
-        return self.config.num_features + (self.auxiliary is not None)
 
     @property
     def nothing(self) -> Tensor:
@@ -338,21 +312,16 @@ class GraphGenerator:
         """The weight matrices of the masked layers as they are now, (m, n) each."""
         return [self.classifier.layers[index].weight.detach() for index in self.graph.layers]
 
-    def class_graphs(
-        self, samples: Tensor, mask: Mask | None = None, auxiliary_weight: float = 0.0
-    ) -> tuple[Iterator[Tensor], Tensor]:
+    def class_graphs(self, samples: Tensor, mask: Mask | None = None) -> tuple[Iterator[Tensor], Tensor]:
         """The graph of a group of every class, samples (classes, group_size), on the classifier or on a masked one.
 
         Returns the vertex features (classes, vertices, features), as many classes at a time as fit in the cache but one
-        at least, standardised over each graph, an auxiliary one then scaled by its weight; and the mean cross entropy
-        of each class (classes), nats.
+        at least, standardised over each graph; and the mean cross entropy of each class (classes), nats.
         """
         formed, loss = self._features(samples, self.config.features, mask)
-        asked = self.auxiliary is not None and auxiliary_weight
-        auxiliary = self.auxiliary.feature(samples, range(self.num_classes), mask) if asked else None
         at_once = max(1, VERTICES_AT_ONCE // self.graph.num_vertices)
         chosen = [slice(first, first + at_once) for first in range(0, self.num_classes, at_once)]
-        return self._graphs(formed, chosen, auxiliary, auxiliary_weight), loss
+        return self._graphs(formed, chosen), loss
 
     def weighed_graphs(
         self, samples: Tensor, classes: Tensor, names: Sequence[str], mask: Mask | None = None
@@ -372,28 +341,16 @@ class GraphGenerator:
         formed, loss = self._features(samples, names, mask)
         return {name: self._flat(formed(name, slice(None))) for name in names}, loss
 
-    def _graphs(
-        self,
-        formed: Callable[[str, slice], list[Tensor]],
-        classes: Sequence[slice],
-        auxiliary: Tensor | None = None,
-        auxiliary_weight: float = 0.0,
-    ) -> Iterator[Tensor]:
+    def _graphs(self, formed: Callable[[str, slice], list[Tensor]], classes: Sequence[slice]) -> Iterator[Tensor]:
         own = self.config.features
         names = [name for name in own if name != "weight"] if self.config.other_classes else []
         totals = {name: [part.sum(0) for part in formed(name, slice(None))] for name in names}
         for chosen in classes:
             features = [self._flat(formed(name, chosen)) for name in own]
-            if self.auxiliary is not None:
-                features.append(torch.zeros_like(features[0]) if auxiliary is None else auxiliary[chosen])
-            place = len(features) - 1
             for name in names:
                 sums = (total - part for total, part in zip(totals[name], formed(name, chosen)))
                 features.append(self._flat([part / (self.num_classes - 1) for part in sums]))
-            x = vertex_features(features)
-            if self.auxiliary is not None:
-                x[..., place] *= auxiliary_weight
-            yield x
+            yield vertex_features(features)
 
     def _features(
         self, samples: Tensor, names: Sequence[str], mask: Mask | None
@@ -444,8 +401,8 @@ class GraphGenerator:
     def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
         """The graph of one sample for PyG: x (vertices, features), edge_index (2, edges), y (1).
 
-        Without the auxiliary feature, which a class has and a sample has not. While the list of edges is built, an edge
-        takes about 100 bytes. Raises IndexError where there is no such sample, ValueError on more than `max_edges`.
+        While the list of edges is built, an edge takes about 100 bytes. Raises IndexError where there is no such
+        sample, ValueError on more than `max_edges`.
         """
         # Imported here, since it takes longer than the rest and only this export needs it.
         from torch_geometric.data import Data

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import trainer
-from data import Auxiliary, Count, GraphGenerator, ImageData, Positive, Split, is_correct, seeded
+from data import Count, GraphGenerator, ImageData, Positive, Split, is_correct, seeded
 from masking.order import Zeroing, ZeroingOrder
 from masking.rankings import GCNRanking, MaskingConfig, TrainedGCN
 from model import Mask, MaskingGCN, WeightGraph
@@ -27,7 +27,7 @@ from networks.hooked import HookedClassifier
 from own.classifier import OwnClassifier, plain_torch
 from own.forgetting import Forgetting, RetainScoreError, classes_of  # noqa: F401  # the error is for who calls unlearn
 from own.samples import samples_of
-from runs.files import Artifact
+from runs.files import Artifact, InputError
 from trainer import Trainer, TrainingError, check_weights
 
 
@@ -471,9 +471,9 @@ def unlearn(
     gcn: MaskingGCN | TrainedGCN | None = None,
     mask_layer: int | Sequence[int] | Literal["auto"] | None = "auto",
     seed: int = 0,
-    auxiliary: Callable[[GraphGenerator], Auxiliary] | None = None,
     *,
     scorer: Literal["gcn", "saliency"] = "gcn",
+    erase: bool = False,
     max_fall: float | None = 1.0,
     max_class_fall: float | None = 5.0,
     progress: bool = True,
@@ -493,8 +493,11 @@ def unlearn(
     mask_layer: an index among the linear layers and convolutions of the model (`networks.hooked.weight_layers`), or
         several, None for all that can be masked, or auto: of the linear layers at the end the last but one if they are
         three or more, else the last. The answer says which
-    seed: of the samples that are drawn; auxiliary: what is asked beside forgetting, for a GCN trained with it
+    seed: of the samples that are drawn
     scorer: the GCN, or the saliency of eval.hyperparameters, with which the GCN was trained
+    erase: takes the classes from what the last layer is given, too (`masking.erasing`, with the settings of
+        configs/methods.yaml), by one direction less in each layer before it that can be masked and their rows of the
+        last layer: without a GCN, and with mask_layer auto or None
     max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any
     progress: shows a bar, on a terminal
 
@@ -507,13 +510,16 @@ def unlearn(
         labels, forget_class = None, labels
     with plain_torch():
         inputs, labels = samples_of(inputs, labels, progress)
-        own, carried = OwnClassifier.of(model, inputs, mask_layer, progress), Mask.on(model)
+        if erase and mask_layer not in ("auto", None):
+            raise InputError(f"mask_layer must be auto or None where classes are erased, not {mask_layer!r}")
+        own = OwnClassifier.of(model, inputs, None if erase else mask_layer, progress)
+        carried = Mask.on(model)
         train = Split(own.inputs, labels.to(own.inputs.device))
         forgotten = carried.forgets if carried else ()
         forget = classes_of(forget_class, train.labels, own.num_classes, forgotten)
         trained = TrainedGCN.of(gcn, own.inputs.device, [own.classifier.shapes[index] for index in own.masked])
         config = replace(trained.graphs, mask_layer=own.masked, scope="measured")
-        about = scorer, forget, seed, auxiliary, max_fall, max_class_fall, progress
+        about = scorer, erase, forget, seed, max_fall, max_class_fall, progress
         request = Forgetting(own, train, carried, trained, config, *about)
         request.of_model(request.start, {}).check(model)
         return request.answer()

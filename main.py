@@ -33,7 +33,6 @@ from tqdm import tqdm
 
 import tables
 from audits import Audit
-from audits.erasure import Erasure
 from configs import Asked, Config, load_variants
 from data import GraphGenerator, ImageData, is_correct, load_image_data
 from eval import Eval, Request
@@ -66,7 +65,7 @@ class Training:
     @cached_property
     def sections(self) -> dict[str, dict[str, Any]]:
         """The sections of the config that files depend on, as JSON holds them."""
-        names = ("classifier", "graphs", "gcn", "erasure", "audit")
+        names = ("classifier", "graphs", "gcn", "audit")
         return {name: asdict(getattr(self.config, name)) for name in names} | {"eval": self.config.eval.decisive()}
 
 
@@ -126,8 +125,7 @@ class Stages:
     def graphs(self, training: Training, classifier: HookedClassifier, data: ImageData) -> GraphGenerator:
         """The activation graphs: recorded in any case, since that takes less than reading them."""
         config, artifact = training.config, self.files.graphs(training)
-        erasure = partial(Erasure, config.erasure) if config.erasure.trained else None
-        graphs = GraphGenerator(classifier, data.train, config.graphs, training.seed, erasure)
+        graphs = GraphGenerator(classifier, data.train, config.graphs, training.seed)
         self.work.processes.once(artifact.path.name, lambda: artifact.is_there or artifact.save(graphs.recorded()))
         return graphs
 
@@ -145,7 +143,7 @@ class Stages:
 
         name = f"masking GCN, {training.name}, top-K {training.top_k}"
         checkpoint = self.work.made(self.files.gcn(training), name, train)
-        gcn = config.network(graphs.num_features)
+        gcn = config.network(graphs.config.num_features)
         gcn.load_state_dict(checkpoint["state_dict"])
         return gcn.to(graphs.labels.device), checkpoint["seconds"]
 
@@ -180,7 +178,7 @@ class Stages:
                 "files": {name: file.path.relative_to(self.work.root).as_posix() for name, file in paths.items()},
                 "seconds": {"gcn": gcn_seconds},
             }
-            audit = partial(Audit, config.audit, data, forget_class, training.seed, graphs.auxiliary)
+            audit = partial(Audit, config.audit, data, forget_class, training.seed)
             Eval(request, data, metrics, mask, about, shared, audit if config.audit.enabled else None, draw).eval()
             made += 1
         seconds = time.perf_counter() - started
@@ -234,7 +232,6 @@ class Files:
         decisive = {
             "eval": training.sections["eval"],
             "audit": training.sections["audit"] if training.config.audit.enabled else None,
-            "erasure": training.sections["erasure"],
             "variant": training.variant,
             "forget_digit": forget_class,
             "kappa": asked,
@@ -256,8 +253,6 @@ class Files:
         settings |= {"seed": training.seed, "device": config.torch_device().type}
         settings |= {section: training.sections[section] for section in sections}
         if "gcn" in sections:
-            erasure = config.erasure
-            settings["erasure of the GCN"] = erasure.trained and [erasure.trained, erasure.rivals, erasure.ridge]
             tracked = pretrained_for(config.masked_shapes)
             settings["pretrained"] = config.gcn.pretrained and hashlib.sha256(tracked.read_bytes()).hexdigest()
             settings["top_k"] = training.top_k
@@ -408,12 +403,12 @@ def prepare(configs: Mapping[str, Config], one_process: str = "") -> None:
     for config in configs.values():
         check_memory(config)
         if config.gcn.pretrained:
-            TrainedGCN.load(pretrained_for(config.masked_shapes)).check(config.graphs, config.num_features)
+            TrainedGCN.load(pretrained_for(config.masked_shapes)).check(config.graphs)
 
 
 def check_memory(config: Config) -> None:
     """Raises InputError where the tensors that a run cannot do without do not fit in the memory of its device."""
-    classes, features, gcn = len(config.source.class_names), config.num_features, config.gcn
+    classes, features, gcn = len(config.source.class_names), config.graphs.num_features, config.gcn
     weights = sum(map(math.prod, config.shapes))
     vertices, hidden, later = classes * config.num_vertices, 0 if gcn.pretrained else gcn.hidden, gcn.rounds - 1
     there = memory_of(config.torch_device()) / 1e9

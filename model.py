@@ -7,15 +7,16 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.utils import parametrize
 
+from networks.affine import AffineFeatures
 from networks.architectures import mlp
 from networks.hooked import HookedClassifier, shape_of, weight_layers
 from networks.tracing import Ends
@@ -215,16 +216,54 @@ class MaskingGCN(nn.Module):
         return (self.log_weights + LARGEST_CHANGE * (found / LARGEST_CHANGE).tanh()).exp()
 
 
-class WeightMask(nn.Module):
-    """The parametrization that multiplies a weight matrix with a fixed 0/1 mask; forgets: as in `Mask`."""
+class LowRank(NamedTuple):
+    """What is taken from a weight W as a matrix (m, n), left right^T: of every input x, what it has in some directions.
 
-    def __init__(self, keep: Tensor, forgets: tuple[int, ...] = ()) -> None:
+    Of rank 0, which takes nothing, both have no column.
+    """
+
+    left: Tensor  # (m, rank)
+    right: Tensor  # (n, rank)
+
+    @staticmethod
+    def nothing(weight: Tensor) -> LowRank:
+        """That of rank 0 for a weight."""
+        return LowRank(*(weight.new_zeros(size, 0) for size in weight.flatten(1).shape))
+
+    def to(self, like: Tensor) -> LowRank:
+        """The same on the device and in the precision of a tensor."""
+        return LowRank(*(part.to(like) for part in self))
+
+    def __and__(self, other: LowRank) -> LowRank:
+        """What both take, one after the other."""
+        return LowRank(*(torch.cat([own, part.to(own)], 1) for own, part in zip(self, other)))
+
+    def includes(self, other: LowRank) -> bool:
+        """Whether it takes each direction that the other does."""
+        own, of_other = torch.cat(self).T, torch.cat(other.to(self.left)).T
+        return bool((own == of_other[:, None]).all(-1).any(1).all())
+
+    def taken_from(self, weight: Tensor) -> Tensor:
+        """W - left right^T, in the shape of the weight."""
+        return weight - (self.left @ self.right.T).view_as(weight) if self.left.shape[1] else weight
+
+
+class WeightMask(nn.Module):
+    """The parametrization of a weight by what `Mask` says of it: (W - left right^T) * keep."""
+
+    def __init__(self, keep: Tensor, edit: LowRank, forgets: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.register_buffer("keep", keep)
+        self.register_buffer("left", edit.left)
+        self.register_buffer("right", edit.right)
         self.forgets = forgets
 
+    @property
+    def edit(self) -> LowRank:
+        return LowRank(self.left, self.right)
+
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.keep
+        return self.edit.taken_from(weight) * self.keep
 
 
 def refuse_pickling(layer: nn.Module) -> None:
@@ -236,11 +275,15 @@ def refuse_pickling(layer: nn.Module) -> None:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Mask:
-    """Which weights of the masked layers are kept (1) and which are switched off (0), apart from any classifier."""
+    """Which weights of the masked layers are kept (1) and which are switched off (0), apart from any classifier.
+
+    It may also take directions from what the layers read: a weight becomes (W - left right^T) * keep.
+    """
 
     layers: tuple[int, ...]  # indices among the weight layers of a model
     keep: tuple[Tensor, ...]  # (m, n) of each masked layer
     forgets: tuple[int, ...] = ()  # the classes that it was made to forget
+    edits: tuple[LowRank, ...] = ()  # of each masked layer; made of rank 0 where none are given
 
     @staticmethod
     def zeroing(graph: WeightGraph, vertices: Tensor) -> Mask:
@@ -259,7 +302,10 @@ class Mask:
         """The mask that a model carries; None where it carries none."""
         masks = {index: mask for index, layer in enumerate(weight_layers(model)) if (mask := weight_mask(layer))}
         forgets = sorted({label for mask in masks.values() for label in mask.forgets})
-        return Mask(tuple(masks), tuple(mask.keep for mask in masks.values()), tuple(forgets)) if masks else None
+        if not masks:
+            return None
+        keep, edits = zip(*((mask.keep, mask.edit) for mask in masks.values()))
+        return Mask(tuple(masks), keep, tuple(forgets), edits)
 
     def __post_init__(self) -> None:
         is_right = len(self.layers) == len(self.keep) == len(set(self.layers)) > 0
@@ -270,22 +316,46 @@ class Mask:
             )
         if not all(keep.ndim in (2, 4) and keep.numel() and ((keep == 0) | (keep == 1)).all() for keep in self.keep):
             raise ValueError("a mask must have matrices of 0 and 1 alone")
+        if not self.edits:
+            object.__setattr__(self, "edits", tuple(map(LowRank.nothing, self.keep)))
+        shapes = [[tuple(part.shape) for part in edit] for edit in self.edits]
+        fits = [tuple(keep.flatten(1).shape) for keep in self.keep] == [
+            tuple(rows for rows, _ in shape) if len({rank for _, rank in shape}) == 1 else None for shape in shapes
+        ]
+        if not fits or not all(part.isfinite().all() for edit in self.edits for part in edit):
+            raise ValueError(f"edits must be pairs of matrices (m, rank), (n, rank) of finite numbers, not {shapes}")
+
+    @property
+    def by_layer(self) -> dict[int, tuple[Tensor, LowRank]]:
+        """What of every masked layer is kept, and what is taken from it."""
+        return dict(zip(self.layers, zip(self.keep, self.edits)))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """How many directions it takes from each layer."""
+        return tuple(edit.left.shape[1] for edit in self.edits)
 
     def __repr__(self) -> str:
         counts = (f"layer {layer}: {int((k == 0).sum())} of {k.numel()}" for layer, k in zip(self.layers, self.keep))
-        return f"Mask({', '.join(counts)} weights zeroed)"
+        taken = [f"layer {layer}: {rank}" for layer, rank in zip(self.layers, self.ranks) if rank]
+        edited = f"; directions taken: {', '.join(taken)}" if taken else ""
+        return f"Mask({', '.join(counts)} weights zeroed{edited})"
 
     def __and__(self, other: Mask) -> Mask:
-        """The mask that keeps what both keep, and forgets what either forgets."""
-        keep = dict(zip(self.layers, self.keep))
-        for layer, of_other in zip(other.layers, other.keep):
-            own = keep.get(layer, of_other)
-            if own.shape != of_other.shape:
-                shapes = f"{tuple(own.shape)} and {tuple(of_other.shape)}"
+        """The mask that keeps what both keep, takes what either takes, and forgets what either forgets."""
+        found = self.by_layer
+        for layer, (keep, edit) in other.by_layer.items():
+            if layer not in found:
+                found[layer] = keep, edit
+                continue
+            own, of_own = found[layer]
+            if own.shape != keep.shape:
+                shapes = f"{tuple(own.shape)} and {tuple(keep.shape)}"
                 raise ValueError(f"masks of one classifier combine: of layer {layer} these have {shapes}")
-            keep[layer] = own * of_other.to(own)
-        layers = tuple(sorted(keep))
-        return Mask(layers, tuple(map(keep.get, layers)), tuple(sorted({*self.forgets, *other.forgets})))
+            found[layer] = own * keep.to(own), of_own & edit
+        layers = tuple(sorted(found))
+        keep, edits = zip(*map(found.get, layers))
+        return Mask(layers, keep, tuple(sorted({*self.forgets, *other.forgets})), edits)
 
     @property
     def num_zeroed(self) -> int:
@@ -301,10 +371,18 @@ class Mask:
         return (torch.cat([keep.flatten() for keep in self.keep]) == 0).nonzero()[:, 0]
 
     def includes(self, other: Mask) -> bool:
-        """Whether it switches off all that the other does."""
-        own = dict(zip(self.layers, self.keep))
-        pairs = [(own.get(layer), keep) for layer, keep in zip(other.layers, other.keep)]
-        return all(keep is not None and bool((keep <= of_other.to(keep)).all()) for keep, of_other in pairs)
+        """Whether it switches off all that the other does, and takes what that takes."""
+        own = self.by_layer
+        return all(
+            layer in own and bool((own[layer][0] <= keep.to(own[layer][0])).all()) and own[layer][1].includes(edit)
+            for layer, (keep, edit) in other.by_layer.items()
+        )
+
+    def weights(self, model: nn.Module) -> dict[int, Tensor]:
+        """The weights of the masked layers of a model without one, by their indices, as they are under the mask."""
+        layers = weight_layers(model)
+        pairs = self.by_layer.items()
+        return {index: edit.taken_from(layers[index].weight.detach()) * keep for index, (keep, edit) in pairs}
 
     def check(self, model: nn.Module) -> list[nn.Module]:
         """The masked layers of a model. Raises ValueError where one has another shape or no weight to put a mask on."""
@@ -340,12 +418,13 @@ class Mask:
                     f"layers {shared} share their weights with others: permanent zeros would be theirs, too"
                 )
         with all_or_none(layers):
-            for layer, keep in zip(layers, self.keep):
+            for layer, keep, edit in zip(layers, self.keep, self.edits):
                 take_off(layer)
+                keep, edit = keep.to(layer.weight), edit.to(layer.weight)
                 if permanent:
-                    layer.weight.data.masked_fill_(keep.to(layer.weight.device) == 0, 0)
+                    layer.weight.data.copy_(edit.taken_from(layer.weight.data)).masked_fill_(keep == 0, 0)
                 else:
-                    put_on(layer, WeightMask(keep.to(layer.weight), self.forgets))
+                    put_on(layer, WeightMask(keep, edit, self.forgets))
 
     def remove(self, model: nn.Module) -> None:
         """Takes the mask off again: the weights are those from before, bit for bit, and in the same order.
@@ -353,9 +432,9 @@ class Mask:
         If they were trained meanwhile, they are as trained. Raises ValueError where the model does not carry this mask.
         """
         layers = self.check(model)
-        for index, layer, keep in zip(self.layers, layers, self.keep):
-            found = weight_mask(layer)
-            if found is None or not torch.equal(found.keep, keep.to(found.keep)):
+        for index, layer, keep, edit in zip(self.layers, layers, self.keep, self.edits):
+            found, own = weight_mask(layer), (keep, *edit)
+            if found is None or not all(map(torch.equal, found.buffers(), [part.to(found.keep) for part in own])):
                 raise ValueError(f"layer {index} carries {'no' if found is None else 'another'} mask: {self} is not on")
         with all_or_none(layers):
             for layer in layers:
@@ -371,9 +450,9 @@ class Mask:
             self.remove(model)
 
     def saved(self) -> dict[str, list]:
-        """The mask as `save` writes it: `layers`, `keep`, a tensor of bool for each, and `forgets`."""
-        keep = [keep.bool().cpu() for keep in self.keep]
-        return {"layers": list(self.layers), "keep": keep, "forgets": list(self.forgets)}
+        """The mask as `save` writes it: `layers`, `keep`, a tensor of bool for each, `forgets`, and `edits`, pairs."""
+        keep, edits = [keep.bool().cpu() for keep in self.keep], [[part.cpu() for part in edit] for edit in self.edits]
+        return {"layers": list(self.layers), "keep": keep, "forgets": list(self.forgets), "edits": edits}
 
     def save(self, path: Path | str) -> None:
         files.save(Path(path), self.saved())
@@ -386,7 +465,8 @@ class Mask:
             layers, keep, forgets = (saved[key] for key in ("layers", "keep", "forgets"))
             if not all(each.dtype == torch.bool for each in keep):
                 raise ValueError("keep must be of bool")
-            return Mask(tuple(layers), tuple(each.float() for each in keep), tuple(forgets))
+            edits = tuple(LowRank(*edit) for edit in saved.get("edits", ()))  # a file from before has none
+            return Mask(tuple(layers), tuple(each.float() for each in keep), tuple(forgets), edits)
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
             raise files.ArtifactError(f"{path}: is not a mask ({files.one_line(error)})") from None
 
@@ -439,87 +519,6 @@ def all_or_none(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 # Small graphs share what is done to their neurons; large ones, together, would leave the cache.
 VERTICES_AT_ONCE = 2**17  # of a batch of graphs that the GCN scores
-
-
-@dataclass(frozen=True)
-class AffineFeatures:
-    """Vertex features of one masked layer in the form y[r, c] = x[r, c] M + source[c] + target[r].
-
-    A linear round on them changes M, source and target alone, all of them small: the features of the vertices are
-    formed when a non-linearity needs them.
-    """
-
-    x: Tensor  # (batch, m, n, in)
-    source_sums: Tensor  # of x over the weights of each source neuron, (batch, n, in)
-    target_sums: Tensor  # of x over the weights of each target neuron, (batch, m, in)
-    matrix: Tensor | None = None  # M, (in, features); without it y is x
-    source: Tensor | None = None  # (batch, n, features)
-    target: Tensor | None = None  # (batch, m, features)
-
-    @staticmethod
-    def of(x: Tensor) -> AffineFeatures:
-        return AffineFeatures(x, x.sum(1), x.sum(2))
-
-    def formed(self) -> Tensor:
-        """y, (batch, m, n, features)."""
-        return self.x if self.matrix is None else self.x @ self.matrix + self.source[:, None] + self.target[:, :, None]
-
-    def totals(self) -> tuple[Tensor, Tensor]:
-        """Of y over the weights of each source neuron (batch, n, features) and target neuron (batch, m, features)."""
-        if self.matrix is None:
-            return self.source_sums, self.target_sums
-        m, n = self.x.shape[1:3]
-        of_source = self.source_sums @ self.matrix + m * self.source + self.target.sum(1, keepdim=True)
-        of_target = self.target_sums @ self.matrix + n * self.target + self.source.sum(1, keepdim=True)
-        return of_source, of_target
-
-    def transformed(self, matrix: Tensor, source: Tensor, target: Tensor) -> AffineFeatures:
-        """y[r, c] M' + source'[c] + target'[r], with an M' (features, out)."""
-        if self.matrix is not None:
-            source = self.source @ matrix + source
-            target = self.target @ matrix + target
-            matrix = self.matrix @ matrix
-        return replace(self, matrix=matrix, source=source, target=target)
-
-    def relu(self) -> Tensor:
-        """relu(y), (batch, m, n, features)."""
-        if self.matrix is None:
-            return self.x.relu()
-        return AffineReLU.apply(self.x, self.matrix, self.source, self.target)
-
-
-class AffineReLU(torch.autograd.Function):
-    """relu(x[r, c] M + source[c] + target[r]): the only work of the GCN that touches every vertex.
-
-    Graph by graph, so that its tensors stay in the cache; and without the copies of autograd's own formulas.
-    """
-
-    @staticmethod
-    def forward(context: FunctionCtx, x: Tensor, matrix: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        output = x.new_empty(*x.shape[:3], matrix.shape[1])
-        for x_of, source_of, target_of, y in zip(x, source, target, output):
-            torch.add(source_of, target_of[:, None], out=y)
-            y.flatten(0, 1).addmm_(x_of.flatten(0, 1), matrix).relu_()
-        context.save_for_backward(x, matrix, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(context: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        x, matrix, output = context.saved_tensors
-        of_x = x.new_empty(x.shape) if context.needs_input_grad[0] else None
-        of_matrix = torch.zeros_like(matrix)
-        of_source, of_target = [], []
-        for index, (x_of, y) in enumerate(zip(x, output)):
-            of_y = torch.ops.aten.threshold_backward(gradient[index], y, 0)
-            flat = of_y.flatten(0, 1)
-            # A gradient x^T g is formed twice as fast as g^T x.
-            of_matrix.addmm_(x_of.flatten(0, 1).T, flat)
-            of_source.append(of_y.sum(0))
-            of_target.append(of_y.sum(1))
-            if of_x is not None:
-                torch.mm(flat, matrix.T, out=of_x[index].flatten(0, 1))
-        return of_x, of_matrix, torch.stack(of_source), torch.stack(of_target)
 
 
 def keep_freed_memory() -> None:

@@ -231,9 +231,7 @@ class GCNLoss:
     - sufficiency: with the top-K weights of a class alone, its samples keep their label (cross entropy);
     - prior: KL(Q || P) between softmax(logits) and the distribution proportional to |w|;
     - necessity: without the kappa weights of largest contrast for class d, p(d) of its samples goes to 0, by
-      -log(1 - p(d)), and all others keep the original's prediction with class d removed (cross entropy);
-    - auxiliary: what else is asked of masks. Its weight is drawn anew at every step, and the GCN is told: it serves
-      requests that ask for any of them.
+      -log(1 - p(d)), and all others keep the original's prediction with class d removed (cross entropy).
     """
 
     def __init__(self, config: GCNTrainerConfig, graphs: GraphGenerator, top_k: Amount) -> None:
@@ -256,13 +254,12 @@ class GCNLoss:
         """
         config, graphs = self.config, self.graphs
         mask = mask_of(graphs, zeroed)
-        auxiliary_weight = graphs.auxiliary.draw_weight(generator) if graphs.auxiliary else 0.0
         group = graphs.draw(config.group_size, generator)
         tried = self._tried(forget_class, generator).to(group.device)
         if gcn.weighs:
             scores = weighed(gcn, graphs, group, tried, mask)
         else:
-            x, damage = graphs.class_graphs(group, mask, auxiliary_weight)
+            x, damage = graphs.class_graphs(group, mask)
             importance = torch.cat([gcn(part, self.graph) for part in x])  # (classes, vertices)
             scores = contrast(importance, damage if config.contrast == "damage" else None)[tried]
         samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator)
@@ -271,10 +268,10 @@ class GCNLoss:
             terms["sufficiency"] = config.sufficiency * self._sufficiency(importance, samples, generator)
         if config.prior:
             terms["prior"] = config.prior * prior_divergence(importance, self.weights).mean()
-        if config.necessity_forget or config.necessity_retain or auxiliary_weight:
+        if config.necessity_forget or config.necessity_retain:
             kappa = log_uniform(config.kappa, self.graph.num_vertices, generator)
             removed = top_k_masks(scores, self.graph, graphs.config.scope, zeroed, kappa, config.temperature)
-            terms |= self._necessity(removed, tried, samples, auxiliary_weight)
+            terms |= self._necessity(removed, tried, samples)
         return terms, scores.detach(), tried
 
     def _tried(self, forget_class: int | None, generator: torch.Generator) -> Tensor:
@@ -310,11 +307,11 @@ class GCNLoss:
         _, logits = classifier.outputs(self.graphs.inputs[flat], first, weights, batch=samples.shape[1])
         return F.cross_entropy(logits.flatten(0, 1), self.graphs.labels[flat])
 
-    def _necessity(self, removed: Tensor, tried: Tensor, samples: Tensor, auxiliary_weight: float) -> dict[str, Tensor]:
+    def _necessity(self, removed: Tensor, tried: Tensor, samples: Tensor) -> dict[str, Tensor]:
         """The terms of masks, one for every class that is tried."""
         config, graphs, classifier, flat = self.config, self.graphs, self.graphs.classifier, samples.flatten()
         weights = masked_weights(classifier, self.graph, 1 - removed)
-        features, logits = classifier.outputs(graphs.inputs[flat], self.graph.layers, weights)
+        _, logits = classifier.outputs(graphs.inputs[flat], self.graph.layers, weights)
         log_p = logits.unflatten(1, samples.shape).log_softmax(-1)  # (masks, classes of the samples, samples, classes)
 
         is_forget = torch.eye(len(samples), dtype=torch.bool, device=removed.device)[tried]  # (masks, classes)
@@ -325,11 +322,7 @@ class GCNLoss:
         predictions = self.predictions[flat].unflatten(0, samples.shape)  # (classes of the samples, samples, classes)
         target = predictions.masked_fill(is_forget[:, None, None], float("-inf")).softmax(-1)
         retain = -(target * log_p).sum(-1)[~is_forget].mean()
-        terms = {"necessity_forget": forget, "necessity_retain": config.necessity_retain * retain}
-        if auxiliary_weight:
-            by_class = features.expand(len(removed), -1, -1).unflatten(1, samples.shape)
-            terms["auxiliary"] = auxiliary_weight * graphs.auxiliary.loss(by_class, tried.tolist())
-        return terms
+        return {"necessity_forget": forget, "necessity_retain": config.necessity_retain * retain}
 
 
 @dataclass(frozen=True)
@@ -346,13 +339,13 @@ class GCNTrainer:
     seed: int
 
     def __post_init__(self) -> None:
-        if len({(each.config.features, each.config.other_classes, each.num_features) for each in self.graphs}) > 1:
-            raise TrainingError("graphs.features, other_classes and an auxiliary one must be those of all classifiers")
+        if len({(each.config.features, each.config.other_classes) for each in self.graphs}) > 1:
+            raise TrainingError("graphs.features and other_classes must be those of all classifiers")
 
     def train(self) -> MaskingGCN:
         config, (first, *_) = self.config, self.graphs
         with data.seeded_initialisation(self.seed):
-            gcn = config.network(first.num_features).to(first.labels.device)
+            gcn = config.network(first.config.num_features).to(first.labels.device)
         losses = [GCNLoss(config, of_classifier, self.top_k) for of_classifier in self.graphs]
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)

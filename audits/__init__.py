@@ -9,16 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from audits.erasure import Erasure
 from audits.predictions import entropy_attack, jensen_shannon, look_at, loss_attack
-from audits.probes import AuditConfig, probe_scores
+from audits.probes import AuditConfig, probe_scores, prototype_recall
 from audits.relearning import relearn
 from data import ImageData, seeded, some_of_every_class
 from networks.hooked import weight_layers
 
 AUDITS = (
-    "js_forget", "js_retain", "loss_attack", "entropy_attack", "probe_recall", "probe_retain", "ridge_recall",
-    "relearn_steps", "came_back", "relearn_scores", "relearn_from", "weights_changed",
+    "js_forget", "js_retain", "loss_attack", "entropy_attack", "probe_recall", "probe_retain",
+    "prototype_recall", "relearn_steps", "came_back", "relearn_scores", "relearn_from", "weights_changed",
 )  # fmt: skip
 
 
@@ -32,7 +31,6 @@ def weights_changed(model: nn.Module, original: nn.Module) -> int:
 class Audit:
     """The audits of the classifiers that answer one request.
 
-    erasure: of the activation graphs; None without it
     original, retrained: the classifier before, and the one trained from scratch without the class, if it is there
     """
 
@@ -40,7 +38,6 @@ class Audit:
     data: ImageData
     forget_class: int
     seed: int
-    erasure: Erasure | None
     original: nn.Module
     retrained: nn.Module | None
 
@@ -54,7 +51,8 @@ class Audit:
 
         js_forget, js_retain: bits from the retrained classifier on the test split; null without one
         loss_attack, entropy_attack: of the forget class's training samples
-        probe_recall: by the name of the probe; probe_retain: of the linear one; ridge_recall: null without erasure
+        probe_recall: by the name of the probe; probe_retain: of the linear one
+        prototype_recall: by the numbers of samples of every class in relearn_from
         relearn_steps: until the class's score is half of the original's, or those of the config where it does not come
             back, which came_back says; null where the loss is infinite, so that there is nothing to learn from
         relearn_scores: before every step and after the last
@@ -74,8 +72,9 @@ class Audit:
         again = partial(relearn, model, data.test.forget(label), self.goal, config.relearn_steps)
         of_class = data.train.forget(label).batches(config.relearn_batch_size, seeded("relearn", self.seed))
         steps, scores = again(config.relearn_rate, of_class)
-        relearn_from = {}
+        relearn_from, recovered = {}, {}
         for count in config.relearn_from:
+            recovered[str(count)] = prototype_recall(train, test, label, count, self.seed)
             samples = some_of_every_class(data.train, count, "relearn from", self.seed)
             relearn_from[str(count)], _ = again(config.relearn_from_rate, repeat(samples))
         return from_retrained | {
@@ -83,7 +82,7 @@ class Audit:
             "entropy_attack": entropy_attack(train.logits[~is_member], test.logits, train.logits[is_member]),
             "probe_recall": probe_recall,
             "probe_retain": probe_retain,
-            "ridge_recall": self.erasure and self.erasure.recalls(model, label),
+            "prototype_recall": recovered,
             "relearn_steps": steps,
             "came_back": scores[-1] >= self.goal,
             "relearn_scores": scores,

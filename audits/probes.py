@@ -15,6 +15,7 @@ from torch import Tensor
 
 from audits.predictions import Seen
 from data import Count, NonNegative, Positive, Split, seeded, seeded_initialisation
+from masking.regression import standardised
 from model import HookedMNISTClassifier
 from trainer import learn
 
@@ -47,18 +48,6 @@ class AuditConfig:
         count, among = self.probe_neighbours, self.probe_neighbours_of
         if count > among:
             raise ValueError(f"probe_neighbours must be at most probe_neighbours_of, {among}, not {count}")
-
-
-def standardised(features: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The features, then the others, less the features' mean, over their standard deviation + 0.001.
-
-    Mean and deviation are over the samples. Shapes: (..., samples, n) each.
-    """
-    mean = features.mean(-2, keepdim=True)
-    centred = features - mean
-    # The square root has no derivative at 0, where a feature never changes.
-    deviation = centred.square().mean(-2, keepdim=True).clamp_min(1e-20).sqrt() + 1e-3
-    return centred / deviation, *((other - mean) / deviation for other in others)
 
 
 def linear(train: Tensor, labels: Tensor, test: Tensor, config: AuditConfig, seed: int) -> Tensor:
@@ -104,6 +93,20 @@ def neighbours(train: Tensor, labels: Tensor, test: Tensor, config: AuditConfig,
     distances = torch.addmm(x.square().sum(1), x_test, x.T, alpha=-2)
     nearest = distances.topk(min(config.probe_neighbours, len(x)), largest=False).indices
     return F.one_hot(labels[order][nearest]).sum(1).argmax(1)
+
+
+def prototype_recall(train: Seen, test: Seen, forget_class: int, count: int, seed: int) -> float:
+    """Percent of the forget class's test samples that are nearest to its mean: what a thief with few samples gets back.
+
+    The mean is that of the representations of `count` random training samples, as those of the other classes are, by
+    the Euclidean distance: no training (Mensink et al. 2013, IEEE TPAMI 35(11); prototypes in few-shot learning).
+    """
+    order = torch.randperm(len(train.labels), generator=seeded("prototypes", seed))
+    labels, means = train.labels[order], []
+    for label in range(int(labels.max()) + 1):
+        means.append(train.hidden[-1][order[labels == label][:count]].mean(0))
+    own = test.hidden[-1][test.labels == forget_class]
+    return 100 * (torch.cdist(own, torch.stack(means)).argmin(1) == forget_class).double().mean().item()
 
 
 def probe_scores(

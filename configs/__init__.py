@@ -13,7 +13,6 @@ import torch
 
 import methods  # noqa: F401  # registers what is not in eval.py
 from audits import AuditConfig
-from audits.erasure import ErasureConfig
 from data import Amount, GraphConfig, number_of_weights
 from eval import METHODS, EvalConfig
 from images import sources
@@ -66,7 +65,6 @@ class Config:
     classifier: TrainerConfig
     graphs: GraphConfig
     gcn: GCNTrainerConfig
-    erasure: ErasureConfig
     sweep: SweepConfig
     eval: EvalConfig
     audit: AuditConfig
@@ -90,10 +88,6 @@ class Config:
         largest = sum(number_of_weights(high, vertices) for _, high in spans)
         if largest >= vertices:
             raise ValueError(f"gcn.kappa and partly_masked reach {largest} weights together, of {vertices} masked ones")
-        if self.erasure.weight and self.erasure.trained is None:
-            raise ValueError(f"erasure.weight must be 0 where erasure.trained is null, not {self.erasure.weight}")
-        if self.erasure.trained and self.gcn.weighs:
-            raise ValueError("erasure.trained must be null where gcn.weighs is not: the formula has no term of it")
         self._check_hyperparameters()
 
     def _check_hyperparameters(self) -> None:
@@ -159,11 +153,6 @@ class Config:
     def num_vertices(self) -> int:
         """The number of masked weights. Raises ValueError where mask_layer is not there."""
         return sum(map(math.prod, self.masked_shapes))
-
-    @property
-    def num_features(self) -> int:
-        """The features of a vertex of the class graphs."""
-        return self.graphs.num_features + (self.erasure.trained is not None)
 
     @property
     def seeds(self) -> tuple[int, ...]:

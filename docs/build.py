@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import correlation, fmean
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,26 +200,9 @@ def erasure() -> dict[str, str]:
         "retrained classifier, points; and the steps of relearning from 1, 10 and 100 samples of every class, at most "
         "100.",
         second,
-        reference_agreement(),
         f"One classifier: {one}. The two others after it: {more}.",
     ]
     return {"erasure": "\n\n".join(parts)}
-
-
-def reference_agreement() -> str:
-    """How well the regression on the pixels tells what it finds in the representation of a retrained classifier."""
-    audited = [e["audit_metrics"] for e in experiments() if "retrain" in e["audit_metrics"]]
-    recalls = [{name: audits["ridge_recall"] for name, audits in each.items()} for each in audited]
-    pixels = [each["retrain"]["pixels"] for each in recalls]
-    retrained, original = ([each[name]["representation"] for each in recalls] for name in ("retrain", "original"))
-    differences = [a - b for a, b in zip(pixels, retrained)]
-    return (
-        f"The regression of the stopping rule finds a class in {fmean(retrained):.1f} % of the training samples in the "
-        f"representation of the retrained classifiers, in {fmean(original):.1f} % in that of the originals, and in "
-        f"{fmean(pixels):.1f} % in the pixels, by which the first is estimated: mean difference "
-        f"{fmean(differences):+.1f} points, mean absolute difference {fmean(map(abs, differences)):.1f}, correlation "
-        f"over {len(recalls)} classes and classifiers {correlation(pixels, retrained):.2f}."
-    )
 
 
 def pretrain(config: str, file: str) -> Callable[[], dict[str, str]]:
@@ -256,7 +239,6 @@ MEASUREMENTS: dict[str, Callable[[], dict[str, str]]] = {
     "full_model": full_model,
     "full_model_ablation": variants("full_model_ablation"),
     "erasure": erasure,
-    "erasure_ablation": variants("erasure_ablation", has_picture=False),
     "published": published,
     "all_digits": all_digits,
     "two_processes": two_processes,

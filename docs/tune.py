@@ -2,7 +2,8 @@
 
 Run it with `uv run docs/tune.py`, or with the names of some methods, the others staying as they are written:
 `uv run docs/tune.py sft scrub`. What it chooses stands in configs/config.yaml (sft) and configs/methods.yaml. A first
-argument as cnn tries docs/tuning_cnn.yaml, whose choices stand in configs/cnn.yaml.
+argument as cnn tries docs/tuning_cnn.yaml, whose choices stand in configs/cnn.yaml. Where the settings say `by_probe`,
+the distance to retraining is that of what the linear probe finds of the class, and of the retain score lost.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
 from audits.predictions import Seen, jensen_shannon, look_at  # noqa: E402
+from audits.probes import probe_scores  # noqa: E402
 from configs import load_config  # noqa: E402
 from data import GraphGenerator, load_image_data, number_of_weights  # noqa: E402
 from eval import Request, answer  # noqa: E402
@@ -37,7 +39,7 @@ Values = dict[str, int | float]  # of the hyperparameters of a method
 
 @dataclass(frozen=True)
 class Trial:
-    """What a candidate comes to, mean over the digits: scores in percent, distance to retraining in bits."""
+    """What a candidate comes to, mean over the digits: scores in percent, distance to retraining in bits, or points."""
 
     values: Values
     forget: float
@@ -63,7 +65,11 @@ class Tuning:
             Request(config.eval, classifier, trainer, data.train, graphs, gcn, digit, top_k, seed, "auto", kept=kept)
             for digit in settings.get("digits", range(graphs.num_classes))
         ]
-        self.retrained = [self.seen(answer(request, "retrain").model) for request in self.requests]
+        retrained = [answer(request, "retrain").model for request in self.requests]
+        self.retrained = [self.seen(model) for model in retrained]
+        self.audit = config.audit
+        by_probe = settings.get("by_probe", False)
+        self.found = [self.probed(each, model) for each, model in zip(self.requests, retrained)] if by_probe else None
         original = self.seen(classifier)
         scores = [self.scores(original, request.forget_class)[1] for request in self.requests]
         self.smallest_retain = sum(scores) / len(scores) - settings["largest_retain_loss"]
@@ -77,20 +83,32 @@ class Tuning:
         is_forget = seen.labels == digit
         return 100 * seen.correct[is_forget].mean().item(), 100 * seen.correct[~is_forget].mean().item()
 
+    def probed(self, request: Request, model: nn.Module) -> float:
+        """Percent of the class's held-out samples that the linear probe finds."""
+        train, digit = look_at(model, request.train), request.forget_class
+        return probe_scores(train, self.seen(model), digit, self.audit, request.seed)[0]["linear"]
+
     def trial(self, method: str, values: Values) -> Trial:
         """Lets a method with these hyperparameters answer the requests; a candidate that diverges keeps nothing."""
         figures = []
-        for request, retrained in zip(self.requests, self.retrained):
+        for place, (request, retrained) in enumerate(zip(self.requests, self.retrained)):
             given, digit = request.config.hyperparameters, request.forget_class
             config = replace(request.config, hyperparameters=given | {method: given.get(method, {}) | values})
             try:
-                seen = self.seen(answer(replace(request, config=config, orders={}), method).model)
+                model = answer(replace(request, config=config, orders={}), method).model
             except TrainingError:
                 return Trial(values, 100.0, 0.0, math.inf)
-            parts = [seen.labels == digit, seen.labels != digit]
-            distance = sum(jensen_shannon(seen.logits[part], retrained.logits[part]) for part in parts) / 2
-            figures.append((*self.scores(seen, digit), distance))
-        return Trial(values, *torch.tensor(figures, dtype=torch.double).mean(0).tolist())
+            seen = self.seen(model)
+            forget, retain = self.scores(seen, digit)
+            if self.found is None:
+                parts = [seen.labels == digit, seen.labels != digit]
+                distance = sum(jensen_shannon(seen.logits[part], retrained.logits[part]) for part in parts) / 2
+                figures.append((forget, retain, distance))
+            else:
+                excess = self.probed(request, model) - self.found[place]
+                figures.append((forget, retain, excess, self.scores(retrained, digit)[1] - retain))
+        forget, retain, *away = torch.tensor(figures, dtype=torch.double).mean(0).tolist()
+        return Trial(values, forget, retain, away[0] if self.found is None else abs(away[0]) + max(0.0, away[1]))
 
     def best(self, trials: list[Trial]) -> Trial:
         """The nearest to retraining of those that forget and keep enough; else what falls short by fewest points."""
@@ -139,7 +157,8 @@ def main(arguments: list[str]) -> None:
         best = tuning.best(trials)
         rows += [row(method, trial, "chosen" if trial is best else "") for trial in trials]
         print("\n".join(" ".join(each) for each in rows[-len(trials) :]), flush=True)
-    header = ["method", "hyperparameters", "forget score, %", "retain score, %", "distance to retraining, bits", ""]
+    distance = f"distance to retraining, {'points' if tuning.found else 'bits'}"
+    header = ["method", "hyperparameters", "forget score, %", "retain score, %", distance, ""]
     command = " ".join(["uv run docs/tune.py", *(each.removeprefix("tuning_") for each in named)])
     title = f"# Every candidate of docs/{name}.yaml, as `{command}` tried it"
     page.write_text(f"{title}\n\n{markdown_table(header, rows, texts=2)}\n")

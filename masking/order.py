@@ -102,9 +102,9 @@ class ZeroingOrder:
     def until_forgotten(self, forget: Split, is_too_much: Callable[[Tensor], bool] = lambda zeroed: False) -> Zeroing:
         """The vertices of kappa auto: the fewest whole steps after which the class is forgotten.
 
-        It is when less than `config.target` percent of its training samples, `forget`, are classified correctly, and
-        what else is asked of masks (`data.Auxiliary`) is reached. At the largest kappa the search gives up, and where
-        `is_too_much`, which it asks after every step of the vertices zeroed so far.
+        It is when less than `config.target` percent of its training samples, `forget`, are classified correctly. At the
+        largest kappa the search gives up, and where `is_too_much`, which it asks after every step of the vertices
+        zeroed so far.
         With `config.patience` it goes on: of the steps after which the class is forgotten it takes that after which the
         others' loss is least, when so many further ones of them have not lowered it. (Not with the scope measured.)
         """
@@ -120,8 +120,7 @@ class ZeroingOrder:
         for found in self.looks():
             started = time.perf_counter()
             mask, ends = Mask.zeroing(graphs.graph, found.vertices), is_too_much(found.vertices)
-            is_left = self._left(mask, inputs, label, allowed) >= allowed
-            if not is_left and (graphs.auxiliary is None or graphs.auxiliary.is_reached(mask, self.forget_class)):
+            if self._left(mask, inputs, label, allowed) < allowed:
                 loss = self._losses(found.vertices, graphs.by_class())[1].item() if patience else 0.0
                 best, least, waited = (found.vertices, loss, 0) if loss < least else (best, least, waited + 1)
             looking += time.perf_counter() - started
@@ -130,8 +129,7 @@ class ZeroingOrder:
         if best is not None:
             return Zeroing(best, found.seconds + looking, "")
         percent = 100 * self._left(mask, inputs, label) / len(inputs)
-        said = f"{percent:.1f} % of class {label} are left" if is_left else f"class {label} is still represented"
-        return Zeroing(found.vertices, found.seconds + looking, said)
+        return Zeroing(found.vertices, found.seconds + looking, f"{percent:.1f} % of class {label} are left")
 
     @property
     def _is_measured(self) -> bool:

@@ -150,10 +150,9 @@ class GCNRanking:
     def importance(self, step: int, zeroed: Tensor) -> tuple[Tensor, Tensor]:
         """The GCN's mean logits Q (classes, vertices), and each class's cross entropy (classes), nats."""
         graphs, importance, damage = self.graphs, [], []
-        weight = graphs.auxiliary.weight if graphs.auxiliary else 0.0
         for draw in range(self.config.draws):
             samples = request_samples(self.config, graphs, self.seed, self.forget_class, step, draw)
-            x, loss = graphs.class_graphs(samples, mask_of(graphs, zeroed), weight)
+            x, loss = graphs.class_graphs(samples, mask_of(graphs, zeroed))
             importance.append(torch.cat([self.gcn(part, graphs.graph) for part in x]))
             damage.append(loss)
         return torch.stack(importance).mean(0), torch.stack(damage).mean(0)
@@ -177,10 +176,10 @@ class SaliencyRanking:
     """What removing a weight does to the forget class's margin and to the other classes' loss, without a GCN.
 
         w E_d[d margin/dw] + penalty forgetting_weight w E_d[d(-log(1 - p_d))/dw]
-            + retain_weight fall_of_others + auxiliary_weight a
+            + retain_weight fall_of_others
 
     The first terms are the first-order falls of the margin and of the forgetting loss, in which samples that are
-    forgotten no longer count; a is the auxiliary feature of the weight.
+    forgotten no longer count.
     """
 
     config: MaskingConfig
@@ -188,7 +187,6 @@ class SaliencyRanking:
     forget_class: int
     seed: int
     retain_weight: float
-    auxiliary_weight: float = 0.0
     forgetting_weight: float = 0.0
 
     def __call__(self, step: int, zeroed: Tensor) -> Tensor:
@@ -200,8 +198,6 @@ class SaliencyRanking:
         scores = features["margin"][label] + self.retain_weight * fall_of_others(features, damage, label)
         if self.forgetting_weight:
             scores += self.config.penalty(step) * self.forgetting_weight * features["forgetting"][label]
-        if self.auxiliary_weight:
-            scores += self.auxiliary_weight * graphs.auxiliary.feature(samples, [label], mask)[0]
         return scores
 
 
@@ -253,9 +249,9 @@ class TrainedGCN:
             raise InputError("gcn: a weight is not a finite number")
         return replace(trained, gcn=ranks)
 
-    def check(self, graphs: GraphConfig, num_features: int) -> None:
-        """Raises ArtifactError where the features of graphs, an auxiliary one counted, are not those that it reads."""
+    def check(self, graphs: GraphConfig) -> None:
+        """Raises ArtifactError where the features of graphs are not those that it reads."""
         reads = (self.graphs.features, self.graphs.other_classes, self.gcn.num_features)
-        has = (graphs.features, graphs.other_classes, num_features)
+        has = (graphs.features, graphs.other_classes, graphs.num_features)
         if reads != has:
             raise ArtifactError(f"graphs.features, other_classes, and how many there are, must be {reads}, not {has}")

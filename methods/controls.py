@@ -19,14 +19,10 @@ MOZER = "after Mozer and Smolensky 1988, NIPS"
 
 
 @unlearning_method("saliency", uses_kappa=True, touches="a mask")
-def saliency(
-    request: Request, *, retain_weight: NonNegative, forgetting_weight: NonNegative, auxiliary_weight: NonNegative
-) -> Zeroing:
+def saliency(request: Request, *, retain_weight: NonNegative, forgetting_weight: NonNegative) -> Zeroing:
     """No GCN: in the same steps, the weights whose removal costs the class its margin and the others the least loss."""
-    auxiliary = request.graphs.auxiliary
-    asked = auxiliary_weight * auxiliary.weight if auxiliary else 0.0
     about = request.config, request.graphs, request.forget_class, request.seed
-    return request.in_steps("saliency", SaliencyRanking(*about, retain_weight, asked, forgetting_weight))
+    return request.in_steps("saliency", SaliencyRanking(*about, retain_weight, forgetting_weight))
 
 
 def largest(request: Request, count: int | None = None) -> Tensor:

@@ -238,13 +238,12 @@ def optimised_mask(
     learning_rate: Positive,
     forget_weight: NonNegative,
     sparsity: NonNegative,
-    auxiliary_weight: NonNegative,
 ) -> Mask:
     """A mask of the same layers trained for this class alone: Adam on a real number per weight, kept where above 0.
 
     Backwards through the threshold as through a sigmoid. The loss is that of the masking GCN: without the class
-    -log(1 - p(d)) on the forget set, the original's predictions without d on the retain set, and the auxiliary term
-    where there is one; plus the share of the weights that go, weighted by sparsity.
+    -log(1 - p(d)) on the forget set, the original's predictions without d on the retain set; plus the share of the
+    weights that go, weighted by sparsity.
     """
     graphs, classifier, d = request.graphs, request.classifier, request.forget_class
     first, generator = graphs.graph.layers, seeded("optimised_mask", request.seed, d)
@@ -256,17 +255,14 @@ def optimised_mask(
     for step in range(steps):
         soft = numbers.sigmoid()
         keep = (numbers > 0).float() + soft - soft.detach()
-        chosen = graphs.draw(max(1, samples // graphs.num_classes), generator)
-        flat = chosen.flatten()
+        flat = graphs.draw(max(1, samples // graphs.num_classes), generator).flatten()
         weights = masked_weights(classifier, graphs.graph, keep[None])
-        features, logits = classifier.outputs(graphs.inputs[flat], first, weights)
+        _, logits = classifier.outputs(graphs.inputs[flat], first, weights)
         log_p = logits[0].log_softmax(1)
         is_forget = graphs.labels[flat] == d
         forget = forgetting_loss(log_p[is_forget, d].exp())
         retain = -(without_class[flat] * log_p).sum(1)[~is_forget].mean()
         loss = forget_weight * forget + retain + sparsity * (1 - keep).mean()
-        if graphs.auxiliary and (weight := auxiliary_weight * graphs.auxiliary.weight):
-            loss = loss + weight * graphs.auxiliary.loss(features.view(1, *chosen.shape, -1), [d])
         check_finite({"loss of the mask": loss.item()}, step, "eval.hyperparameters.optimised_mask")
         optimizer.zero_grad()
         loss.backward()

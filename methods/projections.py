@@ -6,30 +6,25 @@ what its kernels read, at every position. All is measured on the original classi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audits.erasure import ridge_regression
-from audits.probes import standardised
 from data import Count, NonNegative, Positive, Share, some_of_every_class
 from eval import Request
+from masking.erasing import Erasing, erased, residual
+from masking.regression import ridge_regression, standardised
 from methods.controls import further
-from networks.hooked import HookedClassifier, patches
-
-
-def given_to(classifier: HookedClassifier, images: Tensor, index: int) -> Iterator[Tensor]:
-    """What a layer is given by samples, some at a time, (samples, positions, n)."""
-    layer, node = classifier.layers[index], classifier.trace.calls[index].all_input_nodes[0]
-    for part in images.split(classifier.recorded_at_once([index])):
-        x = classifier.trace.run(classifier.network, part, watched=[node], end=node)[node]
-        yield patches(layer, x).mT if isinstance(layer, nn.Conv2d) else x[:, None]
+from model import Mask
+from networks.hooked import HookedClassifier
 
 
 def moments(classifier: HookedClassifier, images: Tensor, index: int) -> tuple[Tensor, Tensor]:
     """Squared singular values (n), ascending, and left singular vectors (n, n) of all x that a layer is given."""
-    parts = (x.flatten(0, 1).double() for x in given_to(classifier, images, index))
+    parts = (x.flatten(0, 1).double() for x in classifier.layer_inputs(index, images))
     return torch.linalg.eigh(sum(x.T @ x for x in parts))
 
 
@@ -79,13 +74,12 @@ def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative)
     others = [label for label in chosen.labels.unique().tolist() if label != d]
 
     def removed(index: int) -> Tensor:
-        x = torch.cat([part.mean(1, dtype=torch.double) for part in given_to(request.original, chosen.images, index)])
-        mean, span = x[is_own].mean(0), torch.stack([x[chosen.labels == label].mean(0) for label in others], 1)
-        residual = mean - span @ (torch.linalg.pinv(span) @ mean)
-        if residual.norm() <= 1e-6 * mean.norm():  # what is left is rounding
-            return torch.zeros(len(mean), len(mean)).to(x)
+        parts = request.original.layer_inputs(index, chosen.images)
+        x = torch.cat([part.mean(1, dtype=torch.double) for part in parts])
+        means = torch.stack([x[is_own].mean(0), *(x[chosen.labels == label].mean(0) for label in others)])
+        direction = F.normalize(residual(means, 0), dim=0)
         alpha = separability(x[is_own], x[~is_own][:: len(others)], ridge) * (index / last if last else 1.0)
-        return alpha * torch.outer(residual, residual) / residual.square().sum()
+        return alpha * torch.outer(direction, direction)
 
     classifier = projected(request, removed)
     classifier.layers[-1].weight[d] *= row
@@ -142,3 +136,25 @@ def pour(request: Request) -> nn.Module:
     row = request.original.layers[-1].weight[request.forget_class].double()
     projection = torch.eye(len(row)).to(row) - torch.outer(row, row) / row.square().sum().clamp_min(1e-30)
     return with_representation(request, projection)
+
+
+@further("erase", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")
+def erase(
+    request: Request,
+    *,
+    samples: Count,
+    group_size: Count,
+    steps: Annotated[int, "at least 0"],
+    learning_rate: Positive,
+    forget_weight: NonNegative,
+    erase_weight: NonNegative,
+    rivals: Count,
+    untrained_units: Count,
+    ridge: Positive,
+) -> Mask:
+    """One direction less in what every layer reads, the class's, by shares that are learned, and its output row.
+
+    As `unlearn(..., erase=True)` does; see `masking.erasing`. With steps 0 the whole direction goes from all layers.
+    """
+    about = samples, group_size, steps, learning_rate, forget_weight, erase_weight, rivals, untrained_units, ridge
+    return erased(request.classifier, request.train, request.forget_class, Erasing(*about), request.seed)

@@ -36,7 +36,6 @@ class Watched(NamedTuple):
     inputs: list[Tensor]  # of the layers, (samples, n), or (samples, channels, height, width)
     pre_activations: list[Tensor]  # (samples, m), or (samples, m, height, width)
     activations: list[Tensor]  # the same shapes, behind normalisation, addition and ReLU
-    features: Tensor  # the representation, (samples, n)
     logits: Tensor  # (samples, classes)
 
 
@@ -139,6 +138,14 @@ class HookedClassifier(nn.Module):
         parts = images.split(self.samples_at_once)
         return torch.cat([self.trace.run(self.network, part, watched=[node], end=node)[node] for part in parts])
 
+    @torch.no_grad()
+    def layer_inputs(self, index: int, images: Tensor) -> Iterator[Tensor]:
+        """What one layer is given by samples, some at a time, (samples, positions, n), one position of a linear one."""
+        layer, node = self.layers[index], self.trace.calls[index].all_input_nodes[0]
+        for part in images.split(self.recorded_at_once([index])):
+            x = self.trace.run(self.network, part, watched=[node], end=node)[node]
+            yield patches(layer, x).mT if isinstance(layer, nn.Conv2d) else x[:, None]
+
     @torch.enable_grad()
     def watch(self, inputs: Tensor, layers: Sequence[int], first: Sequence[int] | None = None) -> Watched:
         """What `layers` do on a batch; its autograd graph starts at their pre-activations, where no other is before."""
@@ -153,10 +160,9 @@ class HookedClassifier(nn.Module):
             return value
 
         with self._constant():
-            watched = [*calls, *activations, trace.representation]
-            values = trace.run(self.network, inputs.detach(), first, compute, watched)
+            values = trace.run(self.network, inputs.detach(), first, compute, [*calls, *activations])
         tensors = [given[node] for node in calls], [values[node] for node in calls], [values[n] for n in activations]
-        return Watched(*tensors, values[trace.representation], values[trace.output])
+        return Watched(*tensors, values[trace.output])
 
     @torch.enable_grad()
     def record(
@@ -216,13 +222,6 @@ def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     padded = F.pad(x, layer._reversed_padding_repeated_twice, mode)
     found = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
     return found.mT.contiguous().mT  # in memory position after position, as products over samples and positions want it
-
-
-def weight_gradient(layer: nn.Module, a: Tensor, delta: Tensor) -> Tensor:
-    """The gradient at a layer's weight, from what it was given and the gradient at what it gave, of some samples."""
-    if isinstance(layer, nn.Linear):
-        return delta.T @ a
-    return torch.einsum("smp,snp->mn", delta.flatten(2), patches(layer, a)).view(shape_of(layer))
 
 
 def with_weight(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

@@ -132,6 +132,12 @@ class Trace:
                 break
         return values
 
+    @property
+    def maskable(self) -> list[int]:
+        """The layers that can be masked, in the order in which they are called."""
+        able = [index for index, ends in enumerate(self.ends) if ends is not None]
+        return sorted(able, key=lambda index: self._places[self.calls[index]])
+
     def start_of(self, layers: Sequence[int]) -> fx.Node:
         """The last node before all of these weight layers whose value is all that the rest of the network needs."""
         first = min(self._places[self.calls[layer]] for layer in layers)

@@ -102,7 +102,7 @@ class OwnClassifier:
                     raise
                 chain = []
             in_a_row = [every[call.module] for call in chain]
-            able = in_a_row if whole is None else maskable(whole.trace)
+            able = in_a_row if whole is None else whole.trace.maskable
             masked = chosen(mask_layer, in_a_row, able)
             if not masked:
                 names = {every[module]: repr(name) for name, module in model.named_modules() if module in every}
@@ -178,17 +178,10 @@ def traced(model: nn.Module, example: Tensor, logits: Tensor) -> tuple[HookedCla
     example = example.float() if example.is_floating_point() else example
     try:
         classifier = HookedClassifier(model, example)
-        able = maskable(classifier.trace)
-        classifier.record(example, example.new_zeros(len(example), dtype=torch.int64), able)
+        classifier.record(example, example.new_zeros(len(example), dtype=torch.int64), classifier.trace.maskable)
         return (classifier, "") if is_close(classifier(example), logits) else (None, "in float32 it gives other logits")
     except Exception as error:  # of a model of the user's own
         return None, f"it cannot be run node by node: {one_line(error)}"
-
-
-def maskable(trace: Trace) -> list[int]:
-    """The layers of a traced model that can be masked, in the order in which they are called."""
-    able = [index for index, ends in enumerate(trace.ends) if ends is not None]
-    return sorted(able, key=lambda index: trace.nodes.index(trace.calls[index]))
 
 
 def gives_logits(trace: Trace, node: fx.Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Auxiliary, GraphConfig, GraphGenerator, Split, is_correct, number_of_weights
+from data import GraphConfig, GraphGenerator, Split, is_correct, number_of_weights
+from masking.erasing import Erasing, erased
 from masking.order import ZeroingOrder
 from masking.rankings import GCNRanking, SaliencyRanking, TrainedGCN
 from model import VERTICES_AT_ONCE, Mask, WeightGraph
@@ -43,6 +44,7 @@ class Forgetting:
 
     train: the samples, as the classifier is given them; carried: the mask that the model carries
     trained, config: the GCN, and the graphs that it reads; scorer: what ranks, it or the saliency
+    erase: whether the classes are erased instead, without a ranking
     forget: the classes to forget, samples of which may be missing where they are forgotten
     max_fall, max_class_fall: points that the kept classes may lose, over all their samples and in any class
     """
@@ -53,9 +55,9 @@ class Forgetting:
     trained: TrainedGCN
     config: GraphConfig
     scorer: str
+    erase: bool
     forget: set[int]
     seed: int
-    auxiliary: Callable[[GraphGenerator], Auxiliary] | None
     max_fall: float | None
     max_class_fall: float | None
     progress: bool
@@ -67,7 +69,7 @@ class Forgetting:
             bound = getattr(self, name)
             if bound is not None and not (isinstance(bound, int | float) and bound > 0):
                 raise InputError(f"{name} must be a number of points above 0, or None, not {bound!r}")
-        self.trained.check(self.config, self.config.num_features + (self.auxiliary is not None))
+        self.trained.check(self.config)
 
     @property
     def forgotten(self) -> tuple[int, ...]:
@@ -87,7 +89,13 @@ class Forgetting:
 
     @property
     def memory(self) -> tuple[float, float]:
-        """About how many GB the features of the masked weights take at the peak, with the GCN, and the samples do."""
+        """About how many GB the features of the masked weights take at the peak, with the GCN, and the samples do.
+
+        Where classes are erased, what all layers give for the samples of a step takes most, with the gradients.
+        """
+        if self.erase:
+            at_once = len(self.train.labels.unique()) * Erasing.configured().group_size
+            return 0.0, 4 * 2 * at_once * self.own.classifier.trace.total / 1e9
         classes, vertices = len(self.train.labels.unique()), sum(keep.numel() for keep in self.start.keep)
         at_once = min(classes, max(1, VERTICES_AT_ONCE // vertices))
         of_one = self.config.num_features + 2 * self.trained.gcn.readout.in_features
@@ -129,10 +137,6 @@ class Forgetting:
             warnings.warn(
                 f"the model classifies {right:.1f} % of the samples correctly as it is: {about}", stacklevel=3
             )
-        if self.auxiliary and len(lost) > 1:
-            raise InputError(
-                f"auxiliary is asked of one class to forget, where all are classified, not of {sorted(lost)}"
-            )
         # Where one goes another may come back, which then goes again.
         for again in range(2 * len(lost), -1, -1):
             now = self.scores(way[-1])
@@ -163,7 +167,11 @@ class Forgetting:
         """
         labels = self.train.labels
         samples = self.train[torch.isin(labels, labels.new_tensor([label, *kept]))]
-        graphs = GraphGenerator(self.own.classifier, samples, self.config, self.seed, self.auxiliary)
+        if self.erase:
+            about = Erasing.configured(), self.seed, way[-1], self.progress
+            way.append(erased(self.own.classifier, samples, label, *about))
+            return ""
+        graphs = GraphGenerator(self.own.classifier, samples, self.config, self.seed)
         place, masking = graphs.classes.index(label), self.trained.masking
         if self.scorer == "saliency":
             ranking = SaliencyRanking(masking, graphs, place, self.seed, self.trained.saliency)

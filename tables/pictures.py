@@ -75,26 +75,22 @@ def symmetric_log(axes: Axes, linear: float) -> None:
 def draw_frontier(reporters: Sequence[Reporter], path: Path) -> None:
     """Draws the retain score of variants against what a probe finds of the class, with grey lines at 0.
 
-    A method is one curve over the weight of the erasure, with larger marks for larger weights, and a dotted one over
-    the fixed kappas of a variant. Variants that mask other layers than the first one are hollow marks.
+    A method is one curve over the variants in their order, with larger marks for later ones. Variants that mask other
+    layers than the first one are hollow marks.
     """
     first, columns = reporters[0], (PROBE, RETAIN_GAP)
-    weight = {each: each.experiments[0]["config"]["erasure"]["weight"] for each in reporters}
     layers = {each: each.experiments[0]["mask_layer"] for each in reporters}
-    alike = [each for each in sorted(reporters, key=weight.__getitem__) if each.has_auto == first.has_auto]
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     styles = method_styles(name for each in reporters for name in each.methods)
-    methods = dict.fromkeys(name for each in alike for name in each.methods)
+    methods = dict.fromkeys(name for each in reporters for name in each.methods)
     for method in methods:
         style = {name: styles[method][name] for name in ("color", "marker")}
-        for each in reporters:
-            over_kappa = (each.curve(column, method) for column in columns)
-            axes.plot(*over_kappa, linestyle=":", linewidth=1, markersize=3, alpha=0.6, **style)
-        those = [each for each in alike if method in each.methods]
+        those = [each for each in reporters if method in each.methods]
         curve = [each for each in those if layers[each] == layers[first]]
-        over_weight = [[each.mean(column, method) for each in curve] for column in columns]
-        span = f", weight {weight[curve[0]]:g} to {weight[curve[-1]]:g}" if len(curve) > 1 else ""
-        axes.plot(*over_weight, linestyle="-" if span else "none", markersize=6, label=f"{method}{span}", **style)
+        means = ([each.mean(column, method) for column in columns] for each in curve)
+        known = [point for point in means if all(map(math.isfinite, point))]  # others would break the curve
+        over_variants = [[point[axis] for point in known] for axis in range(2)]
+        axes.plot(*over_variants, linestyle="-" if len(known) > 1 else "none", markersize=6, label=method, **style)
         for each in those:
             x, y = (each.spread(column, method) for column in columns)
             large = {"markersize": 6 + 1.5 * curve.index(each)} if each in curve else {"fillstyle": "none"}

@@ -12,6 +12,7 @@ from tables.pictures import PROBE, Row, draw_frontier, draw_scores
 
 WORST_FORGET, WORST_GAP = (replace(column, name="worst") for column in WORST)
 SHARE = Column(("num_zeroed",), "weights zeroed, %", is_share=True)
+PROTOTYPES = ("audit_metrics", "prototype_recall")
 COLUMNS = (FORGET_SCORE, WORST_FORGET, RETAIN_GAP, WORST_GAP, SHARE, SECONDS)
 
 
@@ -48,13 +49,14 @@ def share_retrained(reporters: Iterable[Reporter]) -> None:
 
 
 def audits_of(reporters: Iterable[Reporter]) -> list[Column]:
-    """What any variant's probes found above the retrained classifier's, points, and the steps of relearning."""
+    """What any variant's probes and prototypes found above the retrained one's, points, and steps of relearning."""
     audits = [of_method for each in reporters for of_method in each.experiments[0]["audit_metrics"].values()]
     probes = dict.fromkeys(name for each in audits for name in each["probe_recall"] or ())
     counts = dict.fromkeys(count for each in audits for count in each["relearn_from"] or ())
     names = {probe: probe.replace("hidden_", "hidden layer ").replace("_", " ") for probe in probes}
     return [
         *(replace(PROBE, keys=(*PROBE.keys[:2], probe), name=name) for probe, name in names.items()),
+        *(replace(PROBE, keys=(*PROTOTYPES, each), name=f"prototype, {each} a class") for each in counts),
         *(Column(("audit_metrics", "relearn_from", each), f"steps, {each} a class", ".0f") for each in counts),
     ]
 

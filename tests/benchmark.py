@@ -99,7 +99,7 @@ class PlainGCN(nn.Module):
 
 def default_gcn(config: Config) -> MaskingGCN:
     torch.manual_seed(0)
-    return MaskingGCN(config.num_features, config.gcn.hidden, config.gcn.rounds)
+    return MaskingGCN(config.graphs.num_features, config.gcn.hidden, config.gcn.rounds)
 
 
 def forward_and_backward(gcn: nn.Module, x: Tensor, graph: object) -> Callable[[], None]:
@@ -124,7 +124,7 @@ def needed_operations(gcn: MaskingGCN, graph: WeightGraph) -> int:
 def on_edges(config: Config) -> tuple[WeightGraph, MaskingGCN, Tensor, dict[str, Tensor]]:
     """A 64x128 graph, the default GCN, vertex features, and the edges in the ways in which PyG takes them."""
     graph, gcn = WeightGraph.of(HookedMNISTClassifier((), 128, 64), 0), default_gcn(config)
-    x, edges = torch.randn(1, graph.num_vertices, config.num_features), graph.edge_index()
+    x, edges = torch.randn(1, graph.num_vertices, config.graphs.num_features), graph.edge_index()
     adjacency = torch.sparse_coo_tensor(edges, torch.ones(edges.shape[1]), [graph.num_vertices] * 2)
     return graph, gcn, x, {"edge list": edges, "CSR sparse product": adjacency.to_sparse_csr()}
 
@@ -219,7 +219,7 @@ def growth_part(config: Config, quick: bool, results: Results) -> Iterator[Measu
     for scale in (0.27, 0.5, 1, 2, 3.5, 6):
         sizes = [round(scale * size) for size in (784, 128, 64)] + [10]
         graph = WeightGraph.of(HookedMNISTClassifier(sizes[1:3], sizes[0]), None)
-        x = torch.randn(1, graph.num_vertices, config.num_features)
+        x = torch.randn(1, graph.num_vertices, config.graphs.num_features)
         runs = max(3, (2 if quick else 10) * 10**5 // graph.num_vertices)
         name = f"{'-'.join(map(str, sizes))}, {graph.num_vertices:,} weights"
         measured = timed(f"{name}, ms", forward_and_backward(default_gcn(config), x, graph), min(runs, 100))

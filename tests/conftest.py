@@ -13,7 +13,7 @@ from faults import draw_nothing
 from running import PROJECT, write_few
 
 from data import FEATURES, GraphConfig, GraphGenerator, Split
-from model import HookedMNISTClassifier, Mask
+from model import HookedMNISTClassifier
 from trainer import TrainerConfig
 
 HIDDEN, IN_FEATURES, NUM_CLASSES = (6, 5), 7, 3
@@ -48,45 +48,15 @@ def graph_config(mask_layer: int | Sequence[int] | None = -2, **changes) -> Grap
     return GraphConfig(mask_layer=mask_layer, **settings | changes)
 
 
-def graph_generator(mask_layer=-2, dtype=torch.float32, bias=False, auxiliary=None, **changes) -> GraphGenerator:
+def graph_generator(mask_layer=-2, dtype=torch.float32, bias=False, **changes) -> GraphGenerator:
     classifier, split = random_classifier(dtype=dtype, bias=bias), random_split(dtype=dtype)
-    return GraphGenerator(classifier, split, graph_config(mask_layer, **changes), 0, auxiliary)
+    return GraphGenerator(classifier, split, graph_config(mask_layer, **changes), 0)
 
 
 def class_graphs(graphs: GraphGenerator, *about) -> tuple[Tensor, Tensor]:
     """The graphs of all classes in one tensor, and their losses."""
     parts, loss = graphs.class_graphs(*about)
     return torch.cat(list(parts)), loss
-
-
-class Asking:
-    """What tests ask of masks beside forgetting (`data.Auxiliary`), in formulas of their own.
-
-    enough: how many weights a mask must zero
-    """
-
-    def __init__(self, graphs: GraphGenerator, weight: float = 0.0, enough: int = 0) -> None:
-        self.graphs, self.weight, self.enough = graphs, weight, enough
-
-    def draw_weight(self, generator: torch.Generator) -> float:
-        return 1 + 2 * torch.rand((), generator=generator).item()
-
-    def feature(self, samples: Tensor, classes: Sequence[int], mask: Mask | None) -> Tensor:
-        features, _ = self.graphs.class_features(samples[list(classes)], ["effect"], mask)
-        return features["effect"] ** 3
-
-    def loss(self, features: Tensor, classes: Sequence[int]) -> Tensor:
-        return torch.stack([of_mask[label].square().mean() for of_mask, label in zip(features, classes)]).mean()
-
-    def is_reached(self, mask: Mask, forget_class: int) -> bool:
-        return mask.num_zeroed >= self.enough
-
-
-def representation(classifier: HookedMNISTClassifier, images: Tensor) -> Tensor:
-    """The input of the last layer, by the weights alone."""
-    for layer in classifier.layers[:-1]:
-        images = (images @ layer.weight.T + (0 if layer.bias is None else layer.bias)).relu()
-    return images.detach()
 
 
 @pytest.fixture

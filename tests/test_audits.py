@@ -3,21 +3,19 @@
 import copy
 import math
 from dataclasses import replace
-from functools import partial
 from itertools import repeat
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import IN_FEATURES, NUM_CLASSES, graph_config, random_classifier, random_split, trainer_config
+from conftest import IN_FEATURES, NUM_CLASSES, random_classifier, random_split, trainer_config
 
 from audits import Audit, AuditConfig, weights_changed
-from audits.erasure import Erasure, ErasureConfig
 from audits.predictions import entropy_attack, jensen_shannon, look_at, loss_attack
-from audits.probes import linear, neighbours, two_layer
+from audits.probes import linear, neighbours, prototype_recall, two_layer
 from audits.relearning import made_permanent, relearn
-from data import GraphGenerator, ImageData, Split, seeded, seeded_initialisation, some_of_every_class
+from data import ImageData, Split, seeded, seeded_initialisation, some_of_every_class
 from methods.controls import logit_removed
 from model import HookedMNISTClassifier, Mask, WeightGraph
 from trainer import Trainer
@@ -51,7 +49,7 @@ def retrained(data):
 
 @pytest.fixture(scope="module")
 def audit(data, trained, retrained) -> Audit:
-    return Audit(CONFIG, data, FORGET, 0, None, trained, retrained)
+    return Audit(CONFIG, data, FORGET, 0, trained, retrained)
 
 
 def without_logit(classifier):
@@ -139,6 +137,19 @@ def test_the_entropy_attack_finds_the_optimum_of_its_loss():
 def standardised(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mean, deviation = train.mean(0), train.std(0, correction=0) + 0.001
     return (train - mean) / deviation, (test - mean) / deviation
+
+
+def test_prototypes_are_means_of_a_few_samples_and_the_nearest_one_names_a_sample(data, trained):
+    train, test = (look_at(trained, split) for split in (data.train, data.test))
+    own = test.hidden[-1][test.labels == FORGET]
+    for count in (1, 1000):
+        order, means = torch.randperm(len(train.labels), generator=seeded("prototypes", 5)).tolist(), []
+        for label in range(NUM_CLASSES):
+            chosen = [index for index in order if train.labels[index] == label][:count]
+            means.append(sum(train.hidden[-1][index].double() for index in chosen) / len(chosen))
+        named = [min(range(NUM_CLASSES), key=lambda c: (x.double() - means[c]).norm().item()) for x in own]
+        expected = 100 * sum(label == FORGET for label in named) / len(named)
+        assert prototype_recall(train, test, FORGET, count, 5) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dead", [0, 2])
@@ -258,11 +269,9 @@ def test_the_retrained_classifier_is_at_no_distance_from_itself(trained, retrain
 def test_every_audit_is_that_of_its_samples_and_of_what_was_asked_for(trained, retrained, audit, data):
     few = {"probe_neighbours": 3, "probe_neighbours_of": 3}  # all neighbours are the same
     config = replace(CONFIG, probes=("hidden", "neighbours", "two_layer"), relearn_from=(1, 2), probe_epochs=2, **few)
-    erasure = partial(Erasure, ErasureConfig((0.0, 1.0), 0.0, None, 1, 0.01))
-    graphs = GraphGenerator(trained, data.train, graph_config(), 0, erasure)
     model, state = masked(retrained), torch.get_rng_state()
     before = copy.deepcopy(model.state_dict())
-    found = replace(audit, config=config, seed=4, erasure=graphs.auxiliary)(model)
+    found = replace(audit, config=config, seed=4)(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -293,7 +302,7 @@ def test_every_audit_is_that_of_its_samples_and_of_what_was_asked_for(trained, r
         "entropy_attack": entropy_attack(train.logits[~member], test.logits, train.logits[member]),
         "probe_recall": {name: pytest.approx(100 * each.mean().item()) for name, each in recalls.items()},
         "probe_retain": pytest.approx(100 * right["linear"][~forget].mean().item()),
-        "ridge_recall": graphs.auxiliary.recalls(model, FORGET),
+        "prototype_recall": {str(count): prototype_recall(train, test, FORGET, count, 4) for count in (1, 2)},
         "relearn_steps": steps,
         "came_back": scores[-1] >= goal,
         "relearn_scores": scores,
@@ -309,7 +318,7 @@ def test_what_cannot_be_audited_is_null(trained, audit):
     assert set(of_broken) == set(beside)
     assert of_broken.pop("weights_changed") == 1 and set(of_broken.values()) == {None}
     assert look_at(broken, audit.data.test).correct.sum() == 0
-    assert [name for name, value in beside.items() if value is None] == ["ridge_recall"]
+    assert None not in beside.values()
     assert replace(audit, retrained=None)(trained) == beside | {"js_forget": None, "js_retain": None}
 
 

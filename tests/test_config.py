@@ -61,10 +61,7 @@ def test_amounts_are_numbers_of_weights_and_auto_comes_last():
     config = load_config(overrides=["sweep.kappa=[auto, 900, 0.1]", "sweep.top_k=[0.25, 2048, 7, 1.0e-9]", "seed=4"])
     assert config.kappas == [819, 900, "auto"] and config.top_ks == [2048, 7, 1] and config.seeds == (4,)
     assert config.num_vertices == 8192 and config.torch_device().type in ("cpu", "cuda")
-    plain, erasure = (load_config(overrides=[f"erasure.trained={span}"]).num_features for span in ("null", "[0, 8]"))
-    assert erasure == plain + 1 == 16
-    with pytest.raises(ConfigError, match="erasure.trained must be null where gcn.weighs is not"):
-        load_config(overrides=["erasure.trained=[0, 8]", "gcn.weighs=[1, 7]", "gcn.sufficiency=0.0"])
+    assert config.graphs.num_features == 15
 
 
 BAD = [
@@ -91,7 +88,6 @@ BAD = [
     ("gcn.kappa=[100, 8000]", "gcn.kappa and partly_masked reach 9475 weights together, of 8192 masked ones"),
     ("gcn={necessity_forget: 0, necessity_retain: 0}", "gcn.prior or necessity_forget or necessity_retain must be ab"),
     ("gcn={sufficiency: 0, necessity_forget: 0, necessity_retain: 0, partly_masked: null}", "gcn.sufficiency or prior"),
-    ("erasure.weight=2", "erasure.weight must be 0 where erasure.trained is null, not 2.0"),
     ("eval.methods=[mimu, magic]", "eval.methods must name mimu and others of original, mimu, random"),
     ("eval.methods=[original]", "eval.methods must name mimu and others of original, mimu, random"),
     ("eval.hyperparameters.tfs.epochs=2", "eval.hyperparameters.tfs is not a method: valid are original, mimu"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import NUM_CLASSES, Asking, class_graphs, graph_generator
+from conftest import NUM_CLASSES, class_graphs, graph_generator
 from PIL import Image
 from running import PROJECT, write_image
 from scipy.io import savemat
@@ -408,7 +408,7 @@ def test_class_graphs_are_the_features_and_their_means_over_the_other_classes_st
     x, loss = class_graphs(graphs, samples, mask)
     features, losses = graphs.class_features(samples, tuple(FEATURES), mask)
     assert torch.equal(loss, losses) and set(features) == set(FEATURES)
-    assert x.shape == (NUM_CLASSES, 30, 17) and graphs.num_features == 17
+    assert x.shape == (NUM_CLASSES, 30, 17) and graphs.config.num_features == 17
     for label in range(NUM_CLASSES):
         others = [other for other in range(NUM_CLASSES) if other != label]
         for column, name in enumerate(FEATURES):
@@ -417,28 +417,20 @@ def test_class_graphs_are_the_features_and_their_means_over_the_other_classes_st
             of_others = standardised(features[name][others].mean(0))
             assert torch.allclose(x[label, :, column], of_others, atol=1e-9), f"others: {name}"
     some = graph_generator(-2, torch.float64, features=("weight", "margin"), other_classes=False)
-    assert some.num_features == 2 and torch.equal(class_graphs(some, samples, mask)[0], x[..., [2, 6]])
+    assert some.config.num_features == 2 and torch.equal(class_graphs(some, samples, mask)[0], x[..., [2, 6]])
 
 
-@pytest.mark.parametrize("other_classes", [True, False])
+@pytest.mark.parametrize("at_once, sizes", [(1, [1, 1, 1]), (200, [2, 1])])
 @pytest.mark.parametrize("masked", [None, [0, 3, 17]])
-def test_what_else_is_asked_is_one_more_feature_that_is_told_its_weight(monkeypatch, masked, other_classes):
-    plain, graphs = (
-        graph_generator(None, auxiliary=auxiliary, other_classes=other_classes) for auxiliary in (None, Asking)
-    )
+def test_class_graphs_are_the_same_however_many_are_formed_at_a_time(monkeypatch, masked, at_once, sizes):
+    graphs = graph_generator(None)
     samples = graphs.draw(5, seeded("test"))
     mask = None if masked is None else Mask.zeroing(graphs.graph, torch.tensor(masked))
-    expected, loss = class_graphs(plain, samples, mask)
-    for weight, at_once, sizes in ((0.0, 1, [1, 1, 1]), (2.5, 200, [2, 1])):
-        monkeypatch.setattr("data.VERTICES_AT_ONCE", at_once)
-        assert [len(part) for part in graphs.class_graphs(samples, mask, weight)[0]] == sizes
-        x, damage = class_graphs(graphs, samples, mask, weight)
-        assert x.shape[-1] == graphs.num_features == plain.num_features + 1
-        assert torch.equal(x[..., :9], expected[..., :9]) and torch.equal(x[..., 10:], expected[..., 9:])
-        assert torch.equal(damage, loss)
-        for found, of_class in zip(x[..., 9], graphs.auxiliary.feature(samples, range(NUM_CLASSES), mask)):
-            assert torch.allclose(found, weight * standardised(of_class), atol=1e-4)
-    assert torch.equal(graphs.get_data(3).x, plain.get_data(3).x), "a class has the feature, a sample has not"
+    (expected,), loss = graphs.class_graphs(samples, mask)
+    monkeypatch.setattr("data.VERTICES_AT_ONCE", at_once)
+    assert [len(part) for part in graphs.class_graphs(samples, mask)[0]] == sizes
+    x, damage = class_graphs(graphs, samples, mask)
+    assert torch.equal(x, expected) and torch.equal(damage, loss)
 
 
 def test_all_layers_are_recorded_and_a_pass_with_nothing_masked_changes_nothing():

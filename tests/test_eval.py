@@ -51,7 +51,7 @@ def make_eval(folder, test=None, asked=KAPPA, mask_layer=-2, shared=None, audit=
     described = graph_config(mask_layer, features=("weight", "margin"), samples_per_class=20)
     graphs = GraphGenerator(classifier, train, described, 0)
     torch.manual_seed(0)
-    gcn = MaskingGCN(graphs.num_features, 8, 2)
+    gcn = MaskingGCN(graphs.config.num_features, 8, 2)
     request = Request(eval_config(**changes), classifier, trainer, train, graphs, gcn, FORGET, TOP_K, 0, asked)
     metrics, mask = (Artifact(folder / name, {"settings": {"asked": asked}}) for name in ("metrics.json", "mask.pt"))
     data = ImageData(train, test or random_split(13, seed=5))

@@ -3,7 +3,6 @@
 import copy
 import re
 from dataclasses import replace
-from functools import partial
 from itertools import product
 
 import pytest
@@ -16,17 +15,16 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch_geometric.nn import SAGEConv
 
-from audits.erasure import Erasure, explained_variance
 from configs import load_config
 from data import FEATURES, GraphGenerator, Split, seeded
 from eval import METHODS, Request, answer
 from methods.fine_tuning import fisher_information
-from methods.projections import given_to, moments
+from methods.projections import moments
 from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
 from networks.architectures import cnn, mlp, resnet
 from networks.hooked import HookedClassifier, shape_of, weight_layers
 from runs.settings import ConfigError
-from trainer import GCNTrainer, Trainer, mask_of, masked_weights
+from trainer import GCNTrainer, Trainer, masked_weights
 
 SIZE = (2, 8, 8)
 
@@ -304,26 +302,6 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
         assert torch.allclose(classifier(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("masked", [[], [0, 3, 29]])
-@pytest.mark.parametrize("mask_layer", [1, [0, -1], None])
-@pytest.mark.parametrize("name", ["mlp", "biased", "cnn", "resnet"])
-def test_erasure_scores_weights_by_what_they_carry_into_the_representation(name, mask_layer, masked):
-    graphs = GraphGenerator(classifier_of(name), labelled(), graph_config(mask_layer), 0, partial(Erasure, ERASURE))
-    samples, mask = graphs.draw(5, seeded("test")), mask_of(graphs, torch.tensor(masked, dtype=torch.long))
-    found, layers = graphs.auxiliary.feature(samples, [2, 0], mask), graphs.graph.layers
-    changed = copy.deepcopy(graphs.classifier)
-    if mask:
-        mask.apply(changed, permanent=True)
-    for fall, label in zip(found, (2, 0)):
-        rows = torch.cat([samples[other] for other in graphs.auxiliary.with_rivals[label].tolist()])
-        weights = [changed.layers[layer].weight for layer in layers]
-        carried = explained_variance(changed.features(graphs.samples.images[rows]), 5, ERASURE.ridge)
-        gradients = torch.autograd.grad(carried, weights, allow_unused=True)
-        by_hand = [w * (torch.zeros_like(w) if g is None else g) for w, g in zip(weights, gradients)]
-        assert torch.allclose(fall, torch.cat([x.flatten() for x in by_hand]), rtol=1e-7, atol=1e-10)
-        assert fall.abs().sum() > 0
-
-
 @pytest.mark.parametrize("at_once", [1, 2**26])
 @pytest.mark.parametrize("name", ["mlp", "biased", "cnn", "resnet", "varied"])
 def test_what_a_layer_is_given_makes_its_output_and_its_moments(name, at_once, monkeypatch):
@@ -335,7 +313,7 @@ def test_what_a_layer_is_given_makes_its_output_and_its_moments(name, at_once, m
     classifier.network(x)
     outputs = dict(given)
     for index, layer in enumerate(classifier.layers):
-        parts = list(given_to(classifier, x, index))
+        parts = list(classifier.layer_inputs(index, x))
         assert len(parts) == (3 if at_once == 1 else 1)
         rows = torch.cat(parts)
         found = rows @ layer.weight.flatten(1).T + (0 if layer.bias is None else layer.bias)
@@ -350,12 +328,11 @@ def test_what_a_layer_is_given_makes_its_output_and_its_moments(name, at_once, m
 
 CHANGES = (
     "gcn.kappa=[3, 20]", "gcn.partly_masked=[3, 20]", "gcn.hidden=4", "gcn.steps=6", "gcn.warmup=2", "eval.step=3",
-    "erasure.trained=[1, 3]", "erasure.weight=1", "graphs.samples_per_class=8", "sweep.kappa=[9]", "eval.max_kappa=20",
+    "graphs.samples_per_class=8", "sweep.kappa=[9]", "eval.max_kappa=20",
     "classifier.channels=[3, 4]", "classifier.hidden_sizes=[5]", "classifier.batch_size=8", "classifier.epochs=2",
     "classifier.batch_norm=true", "graphs.mask_layer=null",
 )  # fmt: skip
 TINY = {"epochs": 1, "batch_size": 8, "steps": 3, "samples": 12, "noise_steps": 2, "noise_batches": 1}
-ERASURE = load_config(overrides=CHANGES).erasure
 
 
 def tiny_request(architecture: str, mask_layer: tuple[int, ...] | None) -> Request:
@@ -368,7 +345,7 @@ def tiny_request(architecture: str, mask_layer: tuple[int, ...] | None) -> Reque
     classifier.train()  # as somebody else may hand it over
     before = copy.deepcopy(classifier.state_dict())
     described = replace(config.graphs, mask_layer=mask_layer)
-    graphs = GraphGenerator(classifier, split, described, 0, partial(Erasure, ERASURE))
+    graphs = GraphGenerator(classifier, split, described, 0)
     gcn = GCNTrainer(config.gcn, [graphs], 20, 0).train()
     assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
     own = {

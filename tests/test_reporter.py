@@ -51,7 +51,7 @@ def experiment(seed=0, digit=3, kappa=10, choice="fixed", methods=METHODS, **cha
         "seconds": {"gcn": 3.0} | {m: 0.25 for m in methods},
         "dataset": "MNIST", "class_names": [*map(str, range(9)), "boot"], "split": "the test split",
         "classifier": "784-8-10",
-        "config": {"dataset": "MNIST", "held_out": 0, "classifier": {"hidden_sizes": [8]}, "erasure": {"weight": 0.0}},
+        "config": {"dataset": "MNIST", "held_out": 0, "classifier": {"hidden_sizes": [8]}},
     } | changes  # fmt: skip
 
 

@@ -148,42 +148,43 @@ def test_the_picture_of_the_masks_shows_what_digits_have_in_common(reporter, dra
 KNOWN = {"original": (95.0, 96.0), "mimu": (93.0, 91.0), "retrain": (97.0, 80.0)}
 
 
-def result(seed, digit, kappa, methods, weight, is_audited, units, layer) -> dict:
-    """What a seed or digit adds has another sign for the retrained classifier; mimu loses with weight and kappa."""
-    lost = weight / 4 + (0 if kappa == "auto" else kappa / 10)
+def result(seed, digit, kappa, methods, cost, is_audited, units, layer) -> dict:
+    """What a seed or digit adds has another sign for the retrained classifier; mimu loses with cost and kappa."""
+    lost = cost / 4 + (0 if kappa == "auto" else kappa / 10)
     more = seed + (digit == 9) / 4
     far = {m: -more if m == "retrain" else more - lost * (m == "mimu") for m in methods}
     found = {
         m: {
             "probe_recall": {"linear": KNOWN[m][1] + far[m], "two_layer": KNOWN[m][1], "hidden_0": 99.0},
+            "prototype_recall": {"1": KNOWN[m][1] + 2 * far[m], "10": 50.0},
             "relearn_from": {"1": 40 + seed, "10": None if m == "mimu" else 10},
         }
         for m in methods
     }
     place = (10 + digit, "auto") if kappa == "auto" else (kappa, "fixed")
-    config = {"dataset": "MNIST", "held_out": 0, "classifier": units, "erasure": {"weight": weight}}
+    config = {"dataset": "MNIST", "held_out": 0, "classifier": units}
     return experiment(seed, digit, *place, methods) | {
         RETAIN: {m: {"score": KNOWN[m][0] + far[m]} for m in methods}, "config": config, "mask_layer": layer,
         FORGET: {m: {"score": digit / 10} for m in methods}, "audit_metrics": found if is_audited else {},
     }  # fmt: skip
 
 
-def variant(folder, methods=("mimu",), weight=0.0, kappas=("auto",), is_audited=True, units=8, layer=-2) -> Reporter:
+def variant(folder, methods=("mimu",), cost=0.0, kappas=("auto",), is_audited=True, units=8, layer=-2) -> Reporter:
     folder.mkdir()
     places = [(seed, digit, kappa) for seed in SEEDS for digit in DIGITS for kappa in kappas]
-    results = [result(*place, methods, weight, is_audited, units, layer) for place in places]
+    results = [result(*place, methods, cost, is_audited, units, layer) for place in places]
     return Reporter(CONFIG, write(folder, results), folder)
 
 
 @pytest.fixture
 def variants(tmp_path) -> dict[str, Reporter]:
     reporters = [
-        variant(tmp_path / "strong", weight=8.0),
+        variant(tmp_path / "strong", cost=8.0),
         variant(tmp_path / "none", [*KNOWN]),
-        variant(tmp_path / "weak", weight=2.0, kappas=("auto", 20, 10)),
-        variant(tmp_path / "other", weight=4.0, units=5),
-        variant(tmp_path / "silent", [*KNOWN], weight=6.0, is_audited=False),
-        variant(tmp_path / "elsewhere", weight=8.0, layer=[0, 1]),
+        variant(tmp_path / "weak", cost=2.0, kappas=("auto", 20, 10)),
+        variant(tmp_path / "other", cost=4.0, units=5),
+        variant(tmp_path / "silent", [*KNOWN], cost=6.0, is_audited=False),
+        variant(tmp_path / "elsewhere", cost=8.0, layer=[0, 1]),
     ]
     return {each.folder.name: each for each in reporters}
 
@@ -197,10 +198,19 @@ def test_variants_are_compared_with_retraining_the_same_classifier(variants, tmp
     assert table["variant"][1:4] == ["worst", "retain score against retrain, points", "worst"]
     assert table["strong"] == ["0.60 ± 0.00", "0.90", "-4.75 ± 1.41", "-6.00", "8.00 ± 0.00", "0.25 ± 0.00"]
     assert table["other"][2:4] == ["–", "–"] and "none: retrain" not in table and "none: original" in table
-    assert left_behind["variant"] == ["linear", "two layer", "hidden layer 0", "steps, 1 a class", "steps, 10 a class"]
-    assert left_behind["strong"] == ["+10.2 ± 1.4", "+11.0 ± 0.0", "+0.0 ± 0.0", "40 ± 1", "–"]
-    assert left_behind["none: retrain"] == ["+0.0 ± 0.0"] * 3 + ["40 ± 1", "10 ± 0"]
-    assert left_behind["other"] == ["–"] * 3 + ["40 ± 1", "–"] and "silent" not in left_behind
+    names = [f"{each} a class" for each in ("prototype, 1", "prototype, 10", "steps, 1", "steps, 10")]
+    assert left_behind["variant"] == ["linear", "two layer", "hidden layer 0", *names]
+    assert left_behind["strong"] == [
+        "+10.2 ± 1.4",
+        "+11.0 ± 0.0",
+        "+0.0 ± 0.0",
+        "+9.5 ± 2.8",
+        "+0.0 ± 0.0",
+        "40 ± 1",
+        "–",
+    ]
+    assert left_behind["none: retrain"] == ["+0.0 ± 0.0"] * 5 + ["40 ± 1", "10 ± 0"]
+    assert left_behind["other"] == ["–"] * 5 + ["40 ± 1", "–"] and "silent" not in left_behind
 
 
 def test_variants_and_the_frontier_are_drawn(variants, tmp_path, drawn):  # noqa: F811
@@ -213,15 +223,17 @@ def test_variants_and_the_frontier_are_drawn(variants, tmp_path, drawn):  # noqa
     (axes,) = frontier
     assert axes.get_xlabel() == "probe recall against retrain, points" and axes.get_ylabel() == RETAIN_GAP.name
     names = {text.get_text(): text for text in axes.texts}
-    assert sorted(names) == ["mimu, weight 0 to 8", "original", "retrain"] and not drawn[1].legends
-    assert names["retrain"].xy == pytest.approx((0.0, 0.0)) and names["mimu, weight 0 to 8"].xy[1] == -4.75
+    assert sorted(names) == ["mimu", "original", "retrain"] and not drawn[1].legends
+    assert names["retrain"].xy == pytest.approx((0.0, 0.0))
+    assert names["mimu"].xy == pytest.approx((11.75, -3.25)), "at the last of the curve"
     boxes = [text.get_window_extent() for text in names.values()]
     assert not any(box.count_overlaps(boxes[:index]) for index, box in enumerate(boxes))
     blue = [line for line in axes.lines if line.get_color() == BLUE and len(line.get_xdata()) > 1]
-    lines = {line.get_linestyle(): line.get_xydata().tolist() for line in blue}
-    over_weight = [[12.25 - lost, -2.75 - lost] for lost in (0, 0.5, 2)]
-    assert [point for point in lines["-"] if not math.isnan(point[0])] == over_weight
-    assert lines[":"] == [[11.75 - lost, -3.25 - lost] for lost in (1, 2)], "over kappa"
+    (curve,) = (line.get_xydata().tolist() for line in blue if line.get_linestyle() == "-")
+    assert curve == [[12.25 - lost, -2.75 - lost] for lost in (2, 0, 0.5)], "in the order of the variants"
+    large = {tuple(line.get_xydata()[0]): line.get_markersize() for line in axes.lines if len(line.get_xdata()) == 1}
+    sizes = [large[tuple(point)] for point in curve]
+    assert sizes == sorted(set(sizes)), "from the first to the last"
     (hollow,) = (line for line in axes.lines if line.get_fillstyle() == "none")
     assert hollow.get_xydata().tolist() == [[10.25, -4.75]]
 
@@ -229,7 +241,7 @@ def test_variants_and_the_frontier_are_drawn(variants, tmp_path, drawn):  # noqa
 def test_titles_name_all_that_differs_and_more_than_ten_methods_have_a_legend(tmp_path, monkeypatch, drawn):  # noqa: F811
     methods = [*KNOWN, *(f"method {index}" for index in range(8))]
     monkeypatch.setattr("test_tables.KNOWN", dict.fromkeys(methods, (96.0, 90.0)))
-    few, many = variant(tmp_path / "few", weight=2.0), variant(tmp_path / "many", methods)
+    few, many = variant(tmp_path / "few", cost=2.0), variant(tmp_path / "many", methods)
     many.subject = ("digits", *many.subject[1:])
     draw_frontier([many, few], tmp_path / "frontier.png")
     assert drawn[0].axes[0].get_title() == "digits / MNIST, classes 3, 9 (boot), the test split, 784-8-10"

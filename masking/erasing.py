@@ -1,0 +1,189 @@
+"""Erasure: a class is taken from the representation, not only from the output, by one direction of every layer.
+
+The bar is a classifier that never saw the class. It tells the class from others all the same: about as well as
+features of the images do that were never trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from data import Count, NonNegative, Positive, Split, seeded, some_of_every_class
+from masking.order import forgetting_loss
+from masking.regression import explained_variance, standardised
+from model import LowRank, Mask
+from networks.hooked import HookedClassifier
+from runs.files import InputError
+from trainer import check_finite
+
+METHODS = Path(__file__).resolve().parents[1] / "configs" / "methods.yaml"
+
+
+@dataclass(frozen=True)
+class Erasing:
+    """How a class is erased.
+
+    samples: of every class, of which a step draws group_size; steps: of Adam, 0 for the projections alone
+    forget_weight, erase_weight: of the two terms beside the others' cross entropy
+    rivals: how many of the nearest classes the class must not be told from; untrained_units: of the features that say
+        how well a classifier that never saw it does; ridge: of the regressions
+    """
+
+    samples: Count
+    group_size: Count
+    steps: Annotated[int, "at least 0"]
+    learning_rate: Positive
+    forget_weight: NonNegative
+    erase_weight: NonNegative
+    rivals: Count
+    untrained_units: Count
+    ridge: Positive
+
+    @staticmethod
+    def configured() -> Erasing:
+        """What configs/methods.yaml says."""
+        return Erasing(**yaml.safe_load(METHODS.read_text())["eval"]["hyperparameters"]["erase"])
+
+
+def residual(means: Tensor, place: int) -> Tensor:
+    """What of one row of the means (classes, n) no combination of the others gives, (n); 0 where that is rounding."""
+    others = torch.cat([means[:place], means[place + 1 :]])
+    left = means[place] - means[place] @ torch.linalg.pinv(others) @ others
+    return left if left.norm() > 1e-6 * means[place].norm() else torch.zeros_like(left)
+
+
+def nearest(features: Tensor, labels: Tensor, label: int, count: int) -> list[int]:
+    """A class, and those whose means of the standardised features (samples, n) are nearest to its own."""
+    classes, (x,) = labels.unique(), standardised(features)
+    means = torch.stack([x[labels == each].mean(0) for each in classes])
+    distances = (means - x[labels == label].mean(0)).norm(dim=1).masked_fill(classes == label, -1)
+    return classes[distances.argsort()[: 1 + count]].tolist()
+
+
+def untrained_features(images: Tensor, units: int, seed: int) -> Tensor:
+    """relu(V x) of images (samples, ...), (samples, units), V drawn as for a layer that is to be trained."""
+    x = images.flatten(1)
+    weight = 2 * torch.rand(units, x.shape[1], generator=seeded("untrained", seed)).to(x) - 1
+    return (x @ weight.T).relu()
+
+
+def edited(classifier: HookedClassifier, edits: Mapping[int, LowRank], start: Mask | None) -> Mask | None:
+    """The mask that takes directions from layers, by their indices, beside what a mask to start with does."""
+    if not edits:
+        return start
+    keep = (torch.ones(classifier.shapes[index]).to(edit.left) for index, edit in edits.items())
+    mask = Mask(tuple(edits), tuple(keep), (), tuple(edits.values()))
+    return start & mask if start else mask
+
+
+@torch.no_grad()
+def projections(
+    classifier: HookedClassifier, samples: Split, label: int, start: Mask | None = None
+) -> dict[int, LowRank]:
+    """What of each layer reads the class: W u u^T, u what of the class's mean input the other classes' do not span.
+
+    After Hatami et al. 2026, arXiv:2604.15166; here layer after layer, each on what those before it give without
+    theirs, under a mask to start with. Of the last layer it is the class's row, e_d w_d^T.
+    Raises InputError where there is no layer before the last.
+    """
+    trace, classes, found = classifier.trace, samples.labels.unique(), {}
+    if trace.output not in [trace.calls[index] for index in trace.maskable] or len(trace.maskable) < 2:
+        raise InputError(
+            "a class is erased from what the last layer is given: that must give the logits, and stand behind a layer "
+            "that can be masked"
+        )
+    for index in trace.maskable:
+        mask = edited(classifier, found, start)
+        with mask.applied_to(classifier) if mask else nullcontext():
+            weight = classifier.layers[index].weight.flatten(1)
+            if trace.calls[index] is trace.output:
+                left = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
+                found[index] = LowRank(left, weight[label][:, None].clone())
+                continue
+            x = torch.cat([part.mean(1) for part in classifier.layer_inputs(index, samples.images)])
+            means = torch.stack([x[samples.labels == each].mean(0, dtype=torch.double) for each in classes])
+            u = F.normalize(residual(means, classes.tolist().index(label)), dim=0).to(x)[:, None]
+            found[index] = LowRank(weight @ u, u)
+    return found
+
+
+@dataclass(frozen=True)
+class Telling:
+    """How well a ridge regression tells the first of some classes from the others: R^2 (`explained_variance`)."""
+
+    classes: list[int]
+    ridge: float
+
+    def __call__(self, features: Tensor, labels: Tensor) -> Tensor:
+        parts = [features[labels == each] for each in self.classes]
+        return explained_variance(torch.cat(parts), len(parts[0]), self.ridge)
+
+
+def drawn(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Random samples, so many of each class or all where there are fewer."""
+    groups = [(labels == each).nonzero()[:, 0] for each in labels.unique()]
+    orders = (torch.randperm(len(group), generator=generator)[:size] for group in groups)
+    return torch.cat([group[order.to(group.device)] for group, order in zip(groups, orders)])
+
+
+def erased(
+    classifier: HookedClassifier,
+    split: Split,
+    label: int,
+    config: Erasing,
+    seed: int,
+    start: Mask | None = None,
+    progress: bool = False,
+) -> Mask:
+    """The mask that takes a class from the representation and from the output, with as little harm to the others.
+
+    It begins as `projections`. By how much of its direction each neuron reads less, and the class's row of the last
+    layer, is learned, so that
+
+        cross entropy of the others - forget_weight E_d[log(1 - p_d)] + erase_weight max(0, R^2 - R_0^2)
+
+    is least: R^2 says how well a ridge regression tells the class from its rivals in the representation, R_0^2 how well
+    it does so in untrained features of the images, below which there is nothing to erase.
+
+    split: samples of the class and of those to keep; start: a mask to begin with, to which this one adds
+    Raises InputError where there is no layer before the last, TrainingError where it diverges.
+    """
+    samples, generator = some_of_every_class(split, config.samples, "erase", seed, label), seeded("erase", seed, label)
+    edits = projections(classifier, samples, label, start)
+    with torch.no_grad():
+        parts = samples.images.split(classifier.samples_at_once)
+        features = torch.cat([classifier.features(part) for part in parts])
+    telling = Telling(nearest(features, samples.labels, label, config.rivals), config.ridge)
+    bar = telling(untrained_features(samples.images, config.untrained_units, seed), samples.labels)
+    *_, row = edits.values()
+    learned = [*(edit.left for edit in edits.values() if edit is not row), row.right]
+    optimizer = torch.optim.Adam([each.requires_grad_() for each in learned], config.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
+    about = {"desc": f"class {label}", "unit": "step", "delay": 1, "leave": False}
+    for step in tqdm(range(config.steps), **about, disable=None if progress else True):
+        chosen = drawn(samples.labels, config.group_size, generator)
+        weights = edited(classifier, edits, start).weights(classifier)
+        under_mask = {layer: weight[None] for layer, weight in weights.items()}
+        features, logits = (each[0] for each in classifier.outputs(samples.images[chosen], None, under_mask))
+        labels = samples.labels[chosen]
+        forget = forgetting_loss(logits[labels == label].softmax(1)[:, label])
+        loss = F.cross_entropy(logits[labels != label], labels[labels != label])
+        loss = loss + config.forget_weight * forget
+        loss = loss + config.erase_weight * (telling(features, labels) - bar).clamp_min(0)
+        check_finite({"loss of the erasure": loss.item()}, step, "eval.hyperparameters.erase")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    done = {index: LowRank(edit.left.detach(), edit.right.detach()) for index, edit in edits.items()}
+    return edited(classifier, done, start)

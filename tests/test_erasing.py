@@ -1,0 +1,255 @@
+"""Erasure against least squares, finite differences and NumPy: regressions, edits of low rank, and what they leave."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_split, scores
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from data import seeded
+from eval import unlearn
+from masking.erasing import Erasing, erased, nearest, projections, residual, untrained_features
+from masking.regression import explained_variance, ridge_recall
+from model import HookedMNISTClassifier, LowRank, Mask
+from runs.files import InputError
+from trainer import learn
+
+
+def as_matrix(features: torch.Tensor) -> np.ndarray:
+    """Features in double precision, standardised as the closed forms have it."""
+    x = features.detach().double().numpy()
+    return (x - x.mean(0)) / (x.std(0) + 1e-3)
+
+
+def r_squared(features: torch.Tensor, is_class: torch.Tensor, ridge: float) -> float:
+    """R^2 of the ridge regression to the indicator of a class, by NumPy: features (samples, n), is_class (samples)."""
+    h, t = as_matrix(features), is_class.double().numpy()
+    b = h.T @ (t - t.mean()) / len(t)
+    return b @ np.linalg.solve(h.T @ h / len(t) + ridge * np.eye(len(b)), b) / t.var()
+
+
+def ridge_recalls(features: torch.Tensor, labels: torch.Tensor, ridge: float) -> list[float]:
+    """Percent of each class that a ridge regression finds, by NumPy, one class at a time."""
+    h, y = as_matrix(features), labels.numpy()
+    correlation = h.T @ h / len(h) + ridge * np.eye(h.shape[1])
+    scores = []
+    for label in range(int(y.max()) + 1):
+        t = (y == label).astype(float)
+        scores.append(h @ np.linalg.solve(correlation, h.T @ (t - t.mean()) / len(t)) + t.mean())
+    found = np.argmax(scores, 0)
+    return [100 * float((found[y == label] == label).mean()) for label in range(len(scores))]
+
+
+def problem(samples=40, n=5, num_own=16, seed=0, *batch):
+    """Features of many scales that tell a little of the first samples."""
+    generator = torch.Generator().manual_seed(seed)
+    is_own = torch.arange(samples) < num_own
+    features = torch.randn(*batch, samples, n, generator=generator, dtype=torch.float64)
+    return 10.0 ** torch.arange(-2, n - 2) * (features + is_own[:, None] * torch.linspace(-0.5, 1, n)) + 3, is_own
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(8, 60), st.integers(1, 6), st.floats(0.1, 0.9), st.integers(0, 10**6))
+def test_it_is_the_determination_of_ridge_regressions_and_without_a_ridge_of_least_squares(samples, n, share, seed):
+    num_own = max(1, int(share * samples))
+    features, is_own = problem(samples, n, num_own, seed, 2)
+    t = is_own.numpy().astype(float)
+    values = torch.stack([explained_variance(features, num_own, ridge) for ridge in (1e-12, 0.01, 0.5)])
+    for x, bare, *ridged in zip(features, *values.tolist(), strict=True):
+        assert ridged == pytest.approx([r_squared(x, is_own, ridge) for ridge in (0.01, 0.5)], rel=1e-9, abs=1e-12)
+        with_offset = np.column_stack([x.numpy(), np.ones(samples)])
+        left = t - with_offset @ np.linalg.lstsq(with_offset, t, rcond=None)[0]
+        assert bare == pytest.approx(1 - (left @ left) / ((t - t.mean()) @ (t - t.mean())), abs=1e-6)
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    features, _ = problem(12, 3, 5, 0, 2)
+    scaled = (features / features.std(-2, keepdim=True)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: explained_variance(x, 5, 0.01), scaled)
+
+
+@pytest.mark.parametrize("constant", [0.0, 1.5])
+def test_a_feature_that_never_changes_says_nothing_and_has_no_gradient(constant):
+    features, _ = problem()
+    dead = torch.cat([features, torch.full((40, 1), constant, dtype=torch.float64)], 1).requires_grad_()
+    value = explained_variance(dead, 16, 0.01)
+    assert value.item() == pytest.approx(explained_variance(features, 16, 0.01).item(), rel=1e-9)
+    (gradient,) = torch.autograd.grad(value, dead)
+    assert gradient.isfinite().all() and (gradient[:, -1] == 0).all() and gradient[:, 0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("apart", [1.5, 40.0])
+def test_the_recall_is_that_of_the_normal_equations(apart):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (90,), generator=generator)
+    features = apart * torch.eye(3, 4)[labels] + torch.randn(90, 4, generator=generator)
+    expected = ridge_recalls(features, labels, 0.01)
+    assert ridge_recall(features, labels, 3, 0.01).tolist() == pytest.approx(expected)
+    assert expected == [100.0] * 3 if apart > 2 else all(30 < recall < 100 for recall in expected)
+
+
+SETTINGS = replace(Erasing.configured(), samples=100, group_size=60, rivals=2, untrained_units=4)
+TEST = random_split(100, seed=7)
+
+
+def low_rank(m: int, n: int, rank: int, seed: int = 0) -> LowRank:
+    generator = torch.Generator().manual_seed(seed)
+    return LowRank(torch.randn(m, rank, generator=generator), torch.randn(n, rank, generator=generator))
+
+
+def edited_mask(seed: int = 0) -> Mask:
+    """A mask of a convolution and of a linear layer that zeroes some weights and takes one and two directions."""
+    keep = [(torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) > 0.2).float() for shape in SHAPES]
+    return Mask((0, 1), tuple(keep), (seed,), (low_rank(4, 6, 1, seed), low_rank(3, 12, 2, seed)))
+
+
+SHAPES = (4, 2, 1, 3), (3, 12)
+
+
+@pytest.fixture
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, (1, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
+
+
+def test_an_edit_goes_on_comes_off_to_the_bit_and_is_saved(network, tmp_path):
+    mask, layers = edited_mask(), [network[0], network[3]]
+    before = copy.deepcopy(network.state_dict())
+    expected = [
+        (layer.weight.detach().double() - (edit.left.double() @ edit.right.double().T).view_as(layer.weight)) * keep
+        for layer, keep, edit in zip(layers, mask.keep, mask.edits)
+    ]
+    mask.save(tmp_path / "mask.pt")
+    loaded = Mask.load(tmp_path / "mask.pt")
+    assert loaded.includes(mask) and mask.includes(loaded) and loaded.forgets == (0,)
+    loaded.apply(network)
+    found = Mask.on(network)
+    assert found.includes(mask) and mask.includes(found) and found.ranks == (1, 2)
+    assert "directions taken: layer 0: 1, layer 1: 2" in repr(found)
+    for layer, weight in zip(layers, expected):
+        assert torch.allclose(layer.weight.double(), weight, atol=1e-5)
+    mask.remove(network)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    mask.apply(network, permanent=True)
+    assert list(network.state_dict()) == list(before) and Mask.on(network) is None
+    for layer, weight in zip(layers, expected):
+        assert torch.allclose(layer.weight.double(), weight, atol=1e-5)
+
+
+def test_edits_combine_and_only_what_includes_another_takes_its_place(network):
+    one, other = edited_mask(0), edited_mask(1)
+    both = one & other
+    assert both.ranks == (2, 4) and both.forgets == (0, 1)
+    assert both.includes(one) and both.includes(other) and not one.includes(both) and not one.includes(other)
+    for edit, of_one, of_other in zip(both.edits, one.edits, other.edits):
+        matrix = of_one.left @ of_one.right.T + of_other.left @ of_other.right.T
+        assert torch.allclose(edit.left @ edit.right.T, matrix, atol=1e-5)
+    other.apply(network)
+    with pytest.raises(ValueError, match="take it off first, or apply mask &"):
+        one.apply(network)
+    both.apply(network)
+    with pytest.raises(ValueError, match="layer 0 carries another mask"):
+        one.remove(network)
+    both.remove(network)
+
+
+@pytest.mark.parametrize("edit", [low_rank(4, 5, 1), low_rank(4, 6, 1)._replace(right=torch.ones(6, 2)),
+                                  low_rank(4, 6, 1)._replace(left=torch.full((4, 1), torch.nan))])  # fmt: skip
+def test_what_is_no_edit_is_refused(edit):
+    with pytest.raises(ValueError, match="edits must be pairs of matrices"):
+        Mask((0,), (torch.ones(SHAPES[0]),), edits=(edit,))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(2, 5), st.integers(6, 12), st.integers(0, 10**6))
+def test_the_residual_is_that_of_least_squares(classes, n, seed):
+    means = torch.randn(classes, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    others = means[1:].numpy().T
+    coefficients = np.linalg.lstsq(others, means[0].numpy(), rcond=None)[0]
+    assert residual(means, 0).numpy() == pytest.approx(means[0].numpy() - others @ coefficients, abs=1e-9)
+    spanned = torch.cat([means[1:].sum(0, keepdim=True), means[1:]])
+    assert (residual(spanned, 0) == 0).all()
+
+
+def test_the_nearest_classes_come_in_their_order():
+    labels = torch.arange(4).repeat_interleave(50)
+    centres = torch.tensor([[0.0, 0], [5, 0], [1, 0], [0, 3]])
+    features = centres[labels] + 0.01 * torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    deviation = features.std(0, correction=0)
+    by_hand = ((centres - centres[0]) / deviation).norm(dim=1).argsort().tolist()
+    assert nearest(features, labels, 0, 2) == by_hand[:3] and nearest(features, labels, 0, 9) == by_hand
+
+
+@pytest.fixture(scope="module")
+def learned() -> HookedMNISTClassifier:
+    train = random_split(200)
+    torch.manual_seed(0)
+    model = HookedMNISTClassifier((16, 12), 7, 3, bias=True)
+    return learn(model, train, 20, 120, torch.optim.Adam(model.parameters(), 0.03), seeded("own"))
+
+
+def test_projections_take_the_mean_of_the_class_from_every_layer_on_what_those_before_it_then_give(learned):
+    train = random_split(200)
+    with torch.no_grad():
+        edits, x = projections(learned, train, 1), train.images
+        for layer, edit in zip(learned.layers[:2], edits.values()):
+            means = torch.stack([x[train.labels == label].mean(0) for label in range(3)]).double()
+            u = torch.nn.functional.normalize(residual(means, 1), dim=0).float()
+            assert torch.allclose(edit.right[:, 0], u, atol=1e-5)
+            weight = edit.taken_from(layer.weight)
+            assert torch.allclose(weight, layer.weight @ (torch.eye(len(u)) - torch.outer(u, u)), atol=1e-5)
+            x = (x @ weight.T + layer.bias).relu()
+        without_row = learned.layers[2].weight * torch.tensor([1.0, 0, 1])[:, None]
+        assert torch.allclose(edits[2].taken_from(learned.layers[2].weight), without_row, atol=1e-6)
+
+
+def left_of(model: HookedMNISTClassifier, label: int) -> float:
+    with torch.no_grad():
+        features = model.features(TEST.images)
+    return explained_variance(torch.cat([features[TEST.labels == each] for each in (label, 0, 2)]), 100, 0.01).item()
+
+
+def test_a_class_goes_from_the_representation_as_far_as_the_bar_and_what_was_zeroed_stays(learned):
+    train = random_split(200)
+    start = Mask((1,), ((torch.rand(12, 16, generator=torch.Generator().manual_seed(0)) > 0.05).float(),))
+    untrained = untrained_features(TEST.images, 4, 0)
+    bar = explained_variance(torch.cat([untrained[TEST.labels == each] for each in (1, 0, 2)]), 100, 0.01)
+    found = {}
+    for steps, weight in ((0, 1.0), (60, 0.0), (60, 3.0)):
+        config = replace(SETTINGS, steps=steps, erase_weight=weight)
+        mask = erased(learned, train, 1, config, 0, start)
+        assert mask.includes(start) and mask.ranks == (1, 1, 1) and mask.num_zeroed == start.num_zeroed
+        assert torch.equal(mask.edits[2].left[:, 0], torch.tensor([0.0, 1, 0])), "no other row of the last layer"
+        with mask.applied_to(learned):
+            found[steps, weight] = (*scores(learned, TEST, 1), left_of(learned, 1))
+    forget, retain, left = found[60, 3.0]
+    assert forget == 0 and retain > 95 and left < min(left_of(learned, 1), found[60, 0.0][2]) - 0.1
+    assert left < bar + 0.15
+
+
+def test_models_of_the_users_own_are_erased_from_one_class_after_the_other(learned):
+    train, model = random_split(200), copy.deepcopy(learned.network)
+    about = {"erase": True, "max_fall": None, "max_class_fall": None}
+    before = copy.deepcopy(model.state_dict())
+    first = unlearn(model, train.images, train.labels, 1, **about)
+    assert first.forgets == (1,) and first.ranks == (1, 1, 1) and first.num_zeroed == 0
+    first.apply(model)
+    second = unlearn(model, train.images, train.labels, 0, **about)
+    assert second.includes(first) and second.forgets == (0, 1)
+    second.apply(model)
+    assert scores(model, TEST, 0)[0] < 2 and scores(model, TEST, 1)[0] < 2
+    second.remove(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_cannot_be_erased_is_refused(learned):
+    train, model = random_split(20), nn.Linear(7, 3)
+    with pytest.raises(InputError, match="must be auto or None where classes are erased, not 1"):
+        unlearn(learned.network, train.images, train.labels, 1, mask_layer=1, erase=True)
+    with pytest.raises(InputError, match="a class is erased from what the last layer is given"):
+        unlearn(model, train.images, train.labels, 1, erase=True, max_fall=None, max_class_fall=None)
