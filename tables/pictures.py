@@ -57,6 +57,9 @@ def draw_scores(rows: Sequence[Row], path: Path) -> None:
     save_figure(figure, path, rows[0][1].config)
 
 
+NAMED = 10  # methods, at most, whose names stand beside their marks
+
+
 def symmetric_log(axes: Axes, linear: float) -> None:
     """Makes the x axis linear up to `linear` and logarithmic beyond, where marks lie far away from 0."""
     if max(map(abs, axes.get_xlim())) <= 5 * linear:
@@ -75,21 +78,28 @@ def symmetric_log(axes: Axes, linear: float) -> None:
 def draw_frontier(reporters: Sequence[Reporter], path: Path) -> None:
     """Draws the retain score of variants against what a probe finds of the class, with grey lines at 0.
 
-    A method is one curve over the variants in their order, with larger marks for later ones. Variants that mask other
-    layers than the first one are hollow marks.
+    A method is one curve over the variants, with larger marks for later ones; of more than ten, those that any variant
+    brings nearest to retraining. Variants that mask other layers than the first one are hollow marks.
     """
     first, columns = reporters[0], (PROBE, RETAIN_GAP)
     layers = {each: each.experiments[0]["mask_layer"] for each in reporters}
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     styles = method_styles(name for each in reporters for name in each.methods)
     methods = dict.fromkeys(name for each in reporters for name in each.methods)
-    for method in methods:
+
+    def distance(method: str) -> float:
+        points = [
+            [abs(each.mean(column, method)) for column in columns] for each in reporters if method in each.methods
+        ]
+        return min((sum(point) for point in points if all(map(math.isfinite, point))), default=math.inf)
+
+    for method in sorted(methods, key=distance)[:NAMED]:
         style = {name: styles[method][name] for name in ("color", "marker")}
         those = [each for each in reporters if method in each.methods]
         curve = [each for each in those if layers[each] == layers[first]]
         means = ([each.mean(column, method) for column in columns] for each in curve)
         known = [point for point in means if all(map(math.isfinite, point))]  # others would break the curve
-        over_variants = [[point[axis] for point in known] for axis in range(2)]
+        over_variants = [[point[axis] for point in sorted(known)] for axis in range(2)]
         axes.plot(*over_variants, linestyle="-" if len(known) > 1 else "none", markersize=6, label=method, **style)
         for each in those:
             x, y = (each.spread(column, method) for column in columns)
@@ -100,10 +110,7 @@ def draw_frontier(reporters: Sequence[Reporter], path: Path) -> None:
     axes.set(xlabel=columns[0].name, ylabel=columns[1].name)
     axes.set_title(subject(reporters), fontsize=9)
     axes.grid(alpha=0.3)
-    if len(methods) > 10:
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    else:
-        name_curves(axes)
+    name_curves(axes)
     save_figure(figure, path, first.config)
 
 

@@ -20,7 +20,7 @@ def compare(reporters: Mapping[str, Reporter], folder: Path) -> list[str]:
     """Writes and draws variants side by side: their tables, forget score and distance to retraining, and the frontier.
 
     A row is a method of a variant; mimu's is called by the variant alone. The frontier is retain score against recall
-    of a probe, of audited variants. Returns the tables.
+    of a probe, of audited variants of the first classifier. Returns the tables.
     """
     share_retrained(reporters.values())
     rows: list[Row] = [
@@ -34,7 +34,8 @@ def compare(reporters: Mapping[str, Reporter], folder: Path) -> list[str]:
     write_text(folder / "variants.md", "\n\n".join(["# Variants", *tables]) + "\n")
     draw_scores([row for row in rows if row[2] not in ("original", "retrain")], folder / "variants.png")
     if audited := [each for each in reporters.values() if each.has_audits and each.retrained]:
-        draw_frontier(audited, folder / "frontier.png")
+        of_first = [each for each in audited if each.retrained is audited[0].retrained]  # the same classifier
+        draw_frontier(of_first, folder / "frontier.png")
     return tables
 
 
