@@ -33,7 +33,7 @@ FAMILIES = (
     (":", {"sft": "#D55E00", "random_labels": "#F2A46B", "salun": "#8F3F00"}),
     (":", {"fine_tune": "#8C564B", "gradient_ascent": "#C49C94", "neg_grad_plus": "#5A2E26", "delete": "#B8860B"}),
     (":", {"ssd": "#7E4FA8", "scrub": "#BC8FDB", "bad_teacher": "#4B2A6B", "unsir": "#AA4499"}),
-    ("-.", {"damp": "#2E8B57", "svd": "#6B8E23", "esc": "#B22222", "pour": "#4682B4"}),
+    ("-.", {"damp": "#2E8B57", "svd": "#6B8E23", "esc": "#B22222", "pour": "#4682B4", "erase": "#DC267F"}),
 )
 FORMATS = ("png", "pdf", "svg")
 FREE_COLORS = ("#17BECF", "#BCBD22", "#F0E442", "#882255", "#117733", "#44AA99")

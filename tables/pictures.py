@@ -102,20 +102,21 @@ def draw_frontier(reporters: Sequence[Reporter], path: Path) -> None:
         over_variants = [[point[axis] for point in sorted(known)] for axis in range(2)]
         axes.plot(*over_variants, linestyle="-" if len(known) > 1 else "none", markersize=6, label=method, **style)
         for each in those:
-            x, y = (each.spread(column, method) for column in columns)
-            large = {"markersize": 6 + 1.5 * curve.index(each)} if each in curve else {"fillstyle": "none"}
-            draw_marks(axes, x, y, style, **large)
+            x, y = (each.mean(column, method) for column in columns)
+            size = {"markersize": 6 + 1.5 * curve.index(each)} if each in curve else {"fillstyle": "none"}
+            axes.plot(x, y, linestyle="none", **style, **size)
     axes.axhline(0, color="0.6", linewidth=0.8, zorder=1)
     axes.axvline(0, color="0.6", linewidth=0.8, zorder=1)
     axes.set(xlabel=columns[0].name, ylabel=columns[1].name)
     axes.set_title(subject(reporters), fontsize=9)
     axes.grid(alpha=0.3)
+    axes.margins(0.2, 0.1)  # room for the names
     name_curves(axes)
     save_figure(figure, path, first.config)
 
 
 def name_curves(axes: Axes) -> None:
-    """Writes the label of every line beside its last mark, where no large mark and no other label is."""
+    """Writes the label of every line beside its mark nearest to 0, where no large mark and no other label is."""
     axes.figure.draw_without_rendering()  # the layout decides where the marks are
     large = [point for line in axes.lines if line.get_markersize() > 5 for point in line.get_xydata()]
     marks, taken = axes.transData.transform(large), []
@@ -125,8 +126,8 @@ def name_curves(axes: Axes) -> None:
             continue
         frame = {"boxstyle": "round,pad=0.15", "facecolor": "w", "edgecolor": line.get_color(), "alpha": 0.85}
         style = {"textcoords": "offset points", "fontsize": 8, "va": "center", "bbox": frame}
-        text = axes.annotate(line.get_label(), points[-1], (0, 0), **style)
-        for x, y in ((x, y) for y in (0, 9, -9, 18, -18, 27, -27) for x in (9, -9)):
+        text = axes.annotate(line.get_label(), points[abs(points).sum(1).argmin()], (0, 0), **style)
+        for x, y in ((x, y) for y in sorted(range(-72, 73, 9), key=abs) for x in (9, -9)):
             text.set(position=(x, y), ha="left" if x > 0 else "right")
             box = text.get_window_extent().padded(4)
             is_inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1

@@ -225,7 +225,7 @@ def test_variants_and_the_frontier_are_drawn(variants, tmp_path, drawn):  # noqa
     names = {text.get_text(): text for text in axes.texts}
     assert sorted(names) == ["mimu", "original", "retrain"] and not drawn[1].legends
     assert names["retrain"].xy == pytest.approx((0.0, 0.0))
-    assert names["mimu"].xy == pytest.approx((12.25, -2.75)), "at the end of the curve"
+    assert names["mimu"].xy == pytest.approx((10.25, -4.75)), "at the nearest mark"
     boxes = [text.get_window_extent() for text in names.values()]
     assert not any(box.count_overlaps(boxes[:index]) for index, box in enumerate(boxes))
     blue = [line for line in axes.lines if line.get_color() == BLUE and len(line.get_xdata()) > 1]
