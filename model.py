@@ -319,9 +319,11 @@ class Mask:
         if not self.edits:
             object.__setattr__(self, "edits", tuple(map(LowRank.nothing, self.keep)))
         shapes = [[tuple(part.shape) for part in edit] for edit in self.edits]
-        fits = [tuple(keep.flatten(1).shape) for keep in self.keep] == [
-            tuple(rows for rows, _ in shape) if len({rank for _, rank in shape}) == 1 else None for shape in shapes
-        ]
+        fits = len(self.edits) == len(self.keep) and all(
+            part.shape == (size, *edit.left.shape[-1:])
+            for keep, edit in zip(self.keep, self.edits)
+            for part, size in zip(edit, keep.flatten(1).shape)
+        )
         if not fits or not all(part.isfinite().all() for edit in self.edits for part in edit):
             raise ValueError(f"edits must be pairs of matrices (m, rank), (n, rank) of finite numbers, not {shapes}")
 

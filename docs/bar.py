@@ -17,19 +17,18 @@ sys.path.insert(0, str(ROOT))
 
 from configs import load_config  # noqa: E402
 from data import load_image_data, some_of_every_class  # noqa: E402
-from masking.erasing import Erasing, nearest, untrained_features  # noqa: E402
-from masking.regression import explained_variance, ridge_recall  # noqa: E402
+from masking.erasing import Erasing, Telling, nearest, untrained_features  # noqa: E402
+from masking.regression import ridge_recall  # noqa: E402
 from reporter import markdown_table  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
 SEEDS = (0, 1, 2)
 
 
-def told(features: Tensor, labels: Tensor, rivals: list[int], classes: int, ridge: float) -> tuple[float, float]:
-    """How well a regression finds the first of the rivals: percent of its samples among all, and R^2 among these."""
-    own = [features[labels == each] for each in rivals]
-    recall = ridge_recall(features, labels, classes, ridge)[rivals[0]].item()
-    return recall, explained_variance(torch.cat(own), len(own[0]), ridge).item()
+def told(features: Tensor, labels: Tensor, telling: Telling, classes: int) -> tuple[float, float]:
+    """How well a regression finds a class: percent of its samples among all, and R^2 among its rivals."""
+    recall = ridge_recall(features, labels, classes, telling.ridge)[telling.classes[0]].item()
+    return recall, telling(features, labels).item()
 
 
 def measured(overrides: list[str]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
@@ -45,13 +44,11 @@ def measured(overrides: list[str]) -> Iterator[tuple[str, list[tuple[float, floa
             retrained = trainer.train(data.train.retain(label), classes)
             with torch.no_grad():
                 after, before = (model.features(samples.images) for model in (retrained, original))
-            rivals = nearest(before, samples.labels, label, erasing.rivals)
+            telling = Telling(nearest(before, samples.labels, label, erasing.rivals), erasing.ridge)
             untrained = untrained_features(samples.images, erasing.untrained_units, seed)
             of = (after, samples.images.flatten(1), untrained, before)
-            yield (
-                f"{seed}, {data.class_names[label]}",
-                [told(each, samples.labels, rivals, classes, erasing.ridge) for each in of],
-            )
+            name = f"{seed}, {data.class_names[label]}"
+            yield name, [told(each, samples.labels, telling, classes) for each in of]
 
 
 def main(overrides: list[str]) -> None:

@@ -1,7 +1,7 @@
-"""Published ways to forget that train nothing: what layers are given is projected, each in its published form.
+"""Ways to forget by projecting what layers are given: each in its published form, training nothing; last, our own.
 
 Where a layer is given x, its weight becomes W (I - P), or it is given Q x itself; biases stay. A convolution is given
-what its kernels read, at every position. All is measured on the original classifier, in double precision.
+what its kernels read, at every position. The published ones measure the original classifier, in double precision.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faults import draw_nothing
 from running import PROJECT, write_few
 
-from data import FEATURES, GraphConfig, GraphGenerator, Split
+from data import FEATURES, GraphConfig, GraphGenerator, Split, seeded
 from model import HookedMNISTClassifier
-from trainer import TrainerConfig
+from trainer import TrainerConfig, learn
 
 HIDDEN, IN_FEATURES, NUM_CLASSES = (6, 5), 7, 3
 torch.set_num_threads(1)  # the tensors of tests are small: threads only wait for one another
@@ -73,6 +73,10 @@ def scores(model: nn.Module, split: Split, forget_class: int) -> tuple[float, fl
     """Percent of the samples of a class, and of all others, that a model classifies correctly."""
     correct, is_forget = model(split.images).argmax(1) == split.labels, split.labels == forget_class
     return tuple(100 * correct[chosen].float().mean().item() for chosen in (is_forget, ~is_forget))
+
+
+def trained(model: nn.Module, train: Split) -> nn.Module:
+    return learn(model, train, 20, 120, torch.optim.Adam(model.parameters(), 0.03), seeded("own"))
 
 
 def copy_to(folder: Path, *patterns: str) -> Path:

@@ -6,18 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import random_split, scores
+from conftest import random_split, scores, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from data import seeded
 from eval import unlearn
 from masking.erasing import Erasing, erased, nearest, projections, residual, untrained_features
 from masking.regression import explained_variance, ridge_recall
 from model import HookedMNISTClassifier, LowRank, Mask
 from runs.files import InputError
-from trainer import learn
 
 
 def as_matrix(features: torch.Tensor) -> np.ndarray:
@@ -187,10 +185,8 @@ def test_the_nearest_classes_come_in_their_order():
 
 @pytest.fixture(scope="module")
 def learned() -> HookedMNISTClassifier:
-    train = random_split(200)
     torch.manual_seed(0)
-    model = HookedMNISTClassifier((16, 12), 7, 3, bias=True)
-    return learn(model, train, 20, 120, torch.optim.Adam(model.parameters(), 0.03), seeded("own"))
+    return trained(HookedMNISTClassifier((16, 12), 7, 3, bias=True), random_split(200))
 
 
 def test_projections_take_the_mean_of_the_class_from_every_layer_on_what_those_before_it_then_give(learned):

@@ -10,24 +10,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_CLASSES, random_split, scores
+from conftest import NUM_CLASSES, random_split, scores, trained
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from data import Split, seeded
+from data import Split
 from eval import RetainScoreError, unlearn
 from masking.rankings import TrainedGCN
 from model import Mask, MaskingGCN
 from own.classifier import OwnClassifier, plain_torch
-from trainer import learn
 
 TEST = random_split(200, seed=7)
 FREE = {"max_fall": None, "max_class_fall": None}
-
-
-def trained(model: nn.Module, train: Split) -> nn.Module:
-    return learn(model, train, 20, 120, torch.optim.Adam(model.parameters(), 0.03), seeded("own"))
 
 
 def stack() -> nn.Sequential:
