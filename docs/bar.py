@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from configs import load_config  # noqa: E402
 from data import load_image_data, some_of_every_class  # noqa: E402
-from masking.erasing import Erasing, Telling, nearest, untrained_features  # noqa: E402
+from masking.erasing import Erasing, Telling, nearest  # noqa: E402
 from masking.regression import ridge_recall  # noqa: E402
 from reporter import markdown_table  # noqa: E402
 from trainer import Trainer  # noqa: E402
@@ -45,7 +45,7 @@ def measured(overrides: list[str]) -> Iterator[tuple[str, list[tuple[float, floa
             with torch.no_grad():
                 after, before = (model.features(samples.images) for model in (retrained, original))
             telling = Telling(nearest(before, samples.labels, label, erasing.rivals), erasing.ridge)
-            untrained = untrained_features(samples.images, erasing.untrained_units, seed)
+            untrained = erasing.untrained_features(samples.images, before.shape[1], seed)
             of = (after, samples.images.flatten(1), untrained, before)
             name = f"{seed}, {data.class_names[label]}"
             yield name, [told(each, samples.labels, telling, classes) for each in of]

@@ -35,8 +35,9 @@ class Erasing:
 
     samples: of every class, of which a step draws group_size; steps: of Adam, 0 for the projections alone
     forget_weight, erase_weight: of the two terms beside the others' cross entropy
-    rivals: how many of the nearest classes the class must not be told from; untrained_units: of the features that say
-        how well a classifier that never saw it does; ridge: of the regressions
+    rivals: how many of the nearest classes the class must not be told from; ridge: of the regressions
+    untrained: how many untrained features say how well a classifier does that never saw the class, for each feature of
+        the representation
     """
 
     samples: Count
@@ -46,13 +47,22 @@ class Erasing:
     forget_weight: NonNegative
     erase_weight: NonNegative
     rivals: Count
-    untrained_units: Count
+    untrained: Positive
     ridge: Positive
 
     @staticmethod
     def configured() -> Erasing:
         """What configs/methods.yaml says."""
         return Erasing(**yaml.safe_load(METHODS.read_text())["eval"]["hyperparameters"]["erase"])
+
+    def untrained_features(self, images: Tensor, count: int, seed: int) -> Tensor:
+        """relu(V x) of images (samples, ...), (samples, units), V drawn as for a layer that is to be trained.
+
+        count: of the features of the representation for which they stand
+        """
+        x, units = images.flatten(1), max(1, round(self.untrained * count))
+        weight = 2 * torch.rand(units, x.shape[1], generator=seeded("untrained", seed)).to(x) - 1
+        return (x @ weight.T).relu()
 
 
 def residual(means: Tensor, place: int) -> Tensor:
@@ -68,13 +78,6 @@ def nearest(features: Tensor, labels: Tensor, label: int, count: int) -> list[in
     means = torch.stack([x[labels == each].mean(0) for each in classes])
     distances = (means - x[labels == label].mean(0)).norm(dim=1).masked_fill(classes == label, -1)
     return classes[distances.argsort()[: 1 + count]].tolist()
-
-
-def untrained_features(images: Tensor, units: int, seed: int) -> Tensor:
-    """relu(V x) of images (samples, ...), (samples, units), V drawn as for a layer that is to be trained."""
-    x = images.flatten(1)
-    weight = 2 * torch.rand(units, x.shape[1], generator=seeded("untrained", seed)).to(x) - 1
-    return (x @ weight.T).relu()
 
 
 def edited(classifier: HookedClassifier, edits: Mapping[int, LowRank], start: Mask | None) -> Mask | None:
@@ -110,7 +113,7 @@ def projections(
                 left = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
                 found[index] = LowRank(left, weight[label][:, None].clone())
                 continue
-            x = torch.cat([part.mean(1) for part in classifier.layer_inputs(index, samples.images)])
+            x = classifier.mean_inputs(index, samples.images)
             means = torch.stack([x[samples.labels == each].mean(0, dtype=torch.double) for each in classes])
             u = F.normalize(residual(means, classes.tolist().index(label)), dim=0).to(x)[:, None]
             found[index] = LowRank(weight @ u, u)
@@ -160,11 +163,9 @@ def erased(
     """
     samples, generator = some_of_every_class(split, config.samples, "erase", seed, label), seeded("erase", seed, label)
     edits = projections(classifier, samples, label, start)
-    with torch.no_grad():
-        parts = samples.images.split(classifier.samples_at_once)
-        features = torch.cat([classifier.features(part) for part in parts])
+    features = classifier.value_of(classifier.trace.representation, samples.images)
     telling = Telling(nearest(features, samples.labels, label, config.rivals), config.ridge)
-    bar = telling(untrained_features(samples.images, config.untrained_units, seed), samples.labels)
+    bar = telling(config.untrained_features(samples.images, features.shape[1], seed), samples.labels)
     *_, row = edits.values()
     learned = [*(edit.left for edit in edits.values() if edit is not row), row.right]
     optimizer = torch.optim.Adam([each.requires_grad_() for each in learned], config.learning_rate)

@@ -74,8 +74,7 @@ def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative)
     others = [label for label in chosen.labels.unique().tolist() if label != d]
 
     def removed(index: int) -> Tensor:
-        parts = request.original.layer_inputs(index, chosen.images)
-        x = torch.cat([part.mean(1, dtype=torch.double) for part in parts])
+        x = request.original.mean_inputs(index, chosen.images).double()
         means = torch.stack([x[is_own].mean(0), *(x[chosen.labels == label].mean(0) for label in others)])
         direction = F.normalize(residual(means, 0), dim=0)
         alpha = separability(x[is_own], x[~is_own][:: len(others)], ridge) * (index / last if last else 1.0)
@@ -149,12 +148,12 @@ def erase(
     forget_weight: NonNegative,
     erase_weight: NonNegative,
     rivals: Count,
-    untrained_units: Count,
+    untrained: Positive,
     ridge: Positive,
 ) -> Mask:
     """One direction less in what every layer reads, the class's, by shares that are learned, and its output row.
 
     As `unlearn(..., erase=True)` does; see `masking.erasing`. With steps 0 the whole direction goes from all layers.
     """
-    about = samples, group_size, steps, learning_rate, forget_weight, erase_weight, rivals, untrained_units, ridge
+    about = samples, group_size, steps, learning_rate, forget_weight, erase_weight, rivals, untrained, ridge
     return erased(request.classifier, request.train, request.forget_class, Erasing(*about), request.seed)

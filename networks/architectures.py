@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 
@@ -29,7 +30,8 @@ def cnn(
     left = (size[1] >> len(channels)) * (size[2] >> len(channels))
     if not left:
         raise ValueError(f"channels must be fewer than {len(channels)}: nothing is left of {size[1:]} pixels")
-    return nn.Sequential(*modules, *mlp([channels[-1] * left, *sizes], bias))
+    # On a CPU they take a third less time in channels last.
+    return nn.Sequential(*modules, *mlp([channels[-1] * left, *sizes], bias)).to(memory_format=torch.channels_last)
 
 
 class ResidualBlock(nn.Module):

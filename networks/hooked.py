@@ -132,11 +132,14 @@ class HookedClassifier(nn.Module):
         return self.outputs(inputs, first)[0]
 
     @torch.no_grad()
-    def given_to(self, layers: Sequence[int], images: Tensor) -> Tensor:
-        """What stands for images (batch, ...) where the network can begin before the layers."""
-        node = self.trace.start_of(layers)
+    def value_of(self, node: fx.Node, images: Tensor) -> Tensor:
+        """What a node of the trace gives for images (batch, ...)."""
         parts = images.split(self.samples_at_once)
         return torch.cat([self.trace.run(self.network, part, watched=[node], end=node)[node] for part in parts])
+
+    def given_to(self, layers: Sequence[int], images: Tensor) -> Tensor:
+        """What stands for images (batch, ...) where the network can begin before the layers."""
+        return self.value_of(self.trace.start_of(layers), images)
 
     @torch.no_grad()
     def layer_inputs(self, index: int, images: Tensor) -> Iterator[Tensor]:
@@ -145,6 +148,12 @@ class HookedClassifier(nn.Module):
         for part in images.split(self.recorded_at_once([index])):
             x = self.trace.run(self.network, part, watched=[node], end=node)[node]
             yield patches(layer, x).mT if isinstance(layer, nn.Conv2d) else x[:, None]
+
+    def mean_inputs(self, index: int, images: Tensor) -> Tensor:
+        """What one layer is given by samples, its mean over positions (samples, n)."""
+        layer, node = self.layers[index], self.trace.calls[index].all_input_nodes[0]
+        x = self.value_of(node, images)
+        return mean_patches(layer, x) if isinstance(layer, nn.Conv2d) else x
 
     @torch.enable_grad()
     def watch(self, inputs: Tensor, layers: Sequence[int], first: Sequence[int] | None = None) -> Watched:
@@ -216,11 +225,25 @@ class HookedClassifier(nn.Module):
                 parameter.requires_grad_(True)
 
 
+def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """What a convolution is given, with its padding."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode)
+
+
+def mean_patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """The mean of `patches` over positions, (samples, numbers of a kernel): of rows, then of columns."""
+    x = padded(layer, x)
+    for dim, size, step, apart in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation):
+        reach = x.shape[dim] - apart * (size - 1)
+        read = [torch.arange(first, first + reach, step) for first in range(0, apart * size, apart)]
+        x = torch.stack([x.index_select(dim, each.to(x.device)).mean(dim) for each in read], dim)
+    return x.flatten(1)
+
+
 def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """What the kernels of a convolution read, (samples, numbers of a kernel, positions)."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode)
-    found = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
+    found = F.unfold(padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)
     return found.mT.contiguous().mT  # in memory position after position, as products over samples and positions want it
 
 

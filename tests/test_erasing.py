@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from eval import unlearn
-from masking.erasing import Erasing, erased, nearest, projections, residual, untrained_features
+from masking.erasing import Erasing, erased, nearest, projections, residual
 from masking.regression import explained_variance, ridge_recall
 from model import HookedMNISTClassifier, LowRank, Mask
 from runs.files import InputError
@@ -91,7 +91,7 @@ def test_the_recall_is_that_of_the_normal_equations(apart):
     assert expected == [100.0] * 3 if apart > 2 else all(30 < recall < 100 for recall in expected)
 
 
-SETTINGS = replace(Erasing.configured(), samples=100, group_size=60, rivals=2, untrained_units=4)
+SETTINGS = replace(Erasing.configured(), samples=100, group_size=60, rivals=2, untrained=1 / 3)
 TEST = random_split(100, seed=7)
 
 
@@ -213,7 +213,7 @@ def left_of(model: HookedMNISTClassifier, label: int) -> float:
 def test_a_class_goes_from_the_representation_as_far_as_the_bar_and_what_was_zeroed_stays(learned):
     train = random_split(200)
     start = Mask((1,), ((torch.rand(12, 16, generator=torch.Generator().manual_seed(0)) > 0.05).float(),))
-    untrained = untrained_features(TEST.images, 4, 0)
+    untrained = SETTINGS.untrained_features(TEST.images, 12, 0)
     bar = explained_variance(torch.cat([untrained[TEST.labels == each] for each in (1, 0, 2)]), 100, 0.01)
     found = {}
     for steps, weight in ((0, 1.0), (60, 0.0), (60, 3.0)):

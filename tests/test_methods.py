@@ -49,7 +49,7 @@ HYPERPARAMETERS = {
     "esc": {"share": 0.1},
     "erase": {
         "samples": 60, "group_size": 20, "steps": 30, "learning_rate": 0.05, "forget_weight": 1.0, "erase_weight": 0.1,
-        "rivals": 1, "untrained_units": 4, "ridge": 0.01,
+        "rivals": 1, "untrained": 0.5, "ridge": 0.01,
     },
 }  # fmt: skip
 

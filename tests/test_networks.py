@@ -319,6 +319,7 @@ def test_what_a_layer_is_given_makes_its_output_and_its_moments(name, at_once, m
         found = rows @ layer.weight.flatten(1).T + (0 if layer.bias is None else layer.bias)
         expected = outputs[layer].flatten(2).mT if isinstance(layer, nn.Conv2d) else outputs[layer][:, None]
         assert torch.allclose(found, expected)
+        assert torch.allclose(classifier.mean_inputs(index, x), rows.mean(1))
         values, vectors = moments(classifier, x, index)
         flat = rows.flatten(0, 1)
         singular = torch.linalg.svdvals(flat).flip(0)[-len(values) :]
