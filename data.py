@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
@@ -180,6 +181,25 @@ def mean_signal(record: LayerRecord) -> Tensor:
     return mean_product(record.active, record.inputs) / positions
 
 
+def foreseen(records: list[LayerRecord], loss: Tensor, removed: list[Tensor]) -> tuple[list[LayerRecord], Tensor]:
+    """What layers would do, and the losses (groups, samples) in nats, without the weights `removed` (m, n) of each.
+
+    Without another pass through the network: the log-odds of every sample's label are taken for linear in the weights,
+    log(p / (1 - p)) falls by sum over r of (removed a)_r (1 - p)^-1 (-delta_r). The gradients follow p; activations stay.
+    """
+    left = -torch.expm1(-loss).clamp_max(-1e-6)  # 1 - p
+    log_odds = records[0].odds.clamp_min(1e-30).log()
+    for record, weight in zip(records, removed):
+        lost = record.inputs @ weight.T if record.inputs.ndim == 3 else weight @ record.inputs
+        log_odds = log_odds + (record.loss_gradient * lost).flatten(2).sum(2) / left
+    scale = log_odds.neg().sigmoid() / left
+    found = []
+    for record in records:
+        delta = record.loss_gradient * scale.view(*scale.shape, *[1] * (record.loss_gradient.ndim - 2))
+        found.append(record._replace(loss_gradient=delta, odds=log_odds.exp().clamp_max(1e6)))
+    return found, F.softplus(-log_odds)
+
+
 def mean_activation(x: Tensor) -> Tensor:
     """Mean over the samples and the positions of a convolution, (classes, neurons)."""
     return (x.mean(3) if x.ndim == 4 else x).mean(1)
@@ -312,33 +332,46 @@ class GraphGenerator:
         """The weight matrices of the masked layers as they are now, (m, n) each."""
         return [self.classifier.layers[index].weight.detach() for index in self.graph.layers]
 
-    def class_graphs(self, samples: Tensor, mask: Mask | None = None) -> tuple[Iterator[Tensor], Tensor]:
+    def class_graphs(
+        self, samples: Tensor, mask: Mask | None = None, ahead: Mask | None = None
+    ) -> tuple[Iterator[Tensor], Tensor]:
         """The graph of a group of every class, samples (classes, group_size), on the classifier or on a masked one.
+
+        ahead: a mask that includes the first; what its further zeros do is foreseen, without another pass (`foreseen`)
 
         Returns the vertex features (classes, vertices, features), as many classes at a time as fit in the cache but one
         at least, standardised over each graph; and the mean cross entropy of each class (classes), nats.
         """
-        formed, loss = self._features(samples, self.config.features, mask)
+        formed, loss = self._features(samples, self.config.features, mask, ahead)
         at_once = max(1, VERTICES_AT_ONCE // self.graph.num_vertices)
         chosen = [slice(first, first + at_once) for first in range(0, self.num_classes, at_once)]
         return self._graphs(formed, chosen), loss
 
     def weighed_graphs(
-        self, samples: Tensor, classes: Tensor, names: Sequence[str], mask: Mask | None = None
+        self,
+        samples: Tensor,
+        classes: Tensor,
+        names: Sequence[str],
+        mask: Mask | None = None,
+        ahead: Mask | None = None,
     ) -> tuple[Iterator[Tensor], dict[str, Tensor], Tensor]:
         """`class_graphs` of some classes alone, one at a time, and `class_features` of all, both from one pass."""
-        formed, loss = self._features(samples, [*self.config.features, *names], mask)
+        formed, loss = self._features(samples, [*self.config.features, *names], mask, ahead)
         features = {name: self._flat(formed(name, slice(None))) for name in names}
         return self._graphs(formed, [slice(each, each + 1) for each in classes.tolist()]), features, loss
 
     def class_features(
-        self, samples: Tensor, names: Sequence[str], mask: Mask | None = None
+        self,
+        samples: Tensor,
+        names: Sequence[str],
+        mask: Mask | None = None,
+        ahead: Mask | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Some of FEATURES, not standardised, of groups of samples (groups, group_size), with or without a mask.
 
         Returns name to (groups, vertices), and the mean cross entropy of each group (groups), nats.
         """
-        formed, loss = self._features(samples, names, mask)
+        formed, loss = self._features(samples, names, mask, ahead)
         return {name: self._flat(formed(name, slice(None))) for name in names}, loss
 
     def _graphs(self, formed: Callable[[str, slice], list[Tensor]], classes: Sequence[slice]) -> Iterator[Tensor]:
@@ -353,16 +386,18 @@ class GraphGenerator:
             yield vertex_features(features)
 
     def _features(
-        self, samples: Tensor, names: Sequence[str], mask: Mask | None
+        self, samples: Tensor, names: Sequence[str], mask: Mask | None, ahead: Mask | None
     ) -> tuple[Callable[[str, slice], list[Tensor]], Tensor]:
         """From a feature's name and some groups to it in every masked layer, and the loss of every group, nats.
 
         It is (groups, m, n), or with 1 for what it does not depend on. Kept are the means that features are formed of.
         """
         means, losses = [{} for _ in self.graph.layers], []
+        before, weights = (self._weights_under(each) for each in (mask, ahead or mask))
         with nullcontext() if mask is None else mask.applied_to(self.classifier):
-            weights = [weight.flatten(1) for weight in self.weights()]
             for records, loss in self._passes(samples, mask is not None):
+                if ahead is not None:
+                    records, loss = foreseen(records, loss, [b - w for b, w in zip(before, weights)])
                 share = loss.shape[1] / samples.shape[1]
                 for of_layer, record in zip(means, records):
                     for mean in {FEATURES[name].mean for name in names if FEATURES[name].mean}:
@@ -378,6 +413,11 @@ class GraphGenerator:
             return [part.expand(count, *part.shape[1:]) for part in parts]
 
         return formed, torch.cat(losses, 1).mean(1)
+
+    def _weights_under(self, mask: Mask | None) -> list[Tensor]:
+        """The weight matrices of the masked layers under a mask, (m, n) each."""
+        with nullcontext() if mask is None else mask.applied_to(self.classifier):
+            return [weight.flatten(1) for weight in self.weights()]
 
     def _passes(self, samples: Tensor, is_masked: bool) -> Iterator[tuple[list[LayerRecord], Tensor]]:
         """Records (groups, samples, ...) of groups, part after part of their samples, and the samples' losses."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import data
-from data import Amount, Count, GraphConfig, GraphGenerator, Positive
+from data import Amount, Count, GraphConfig, GraphGenerator, Positive, number_of_weights
 from model import Mask, MaskingGCN, WeightGraph
 from networks.hooked import is_finite
 from runs.files import ArtifactError, InputError, load, one_line
@@ -63,13 +63,13 @@ def fall_of_others(features: dict[str, Tensor], damage: Tensor | None, forget_cl
 
 
 def weighed(
-    gcn: MaskingGCN, graphs: GraphGenerator, samples: Tensor, classes: Tensor, mask: Mask | None, penalty: float = 1.0
+    gcn: MaskingGCN, graphs: GraphGenerator, samples: Tensor, classes: Tensor, *masks: Mask | None, penalty: float = 1.0
 ) -> Tensor:
     """Scores (masks, vertices) by a GCN that weighs, of a mask for each of `classes`.
 
     penalty a_v w E_d[d(-log(1 - p_d))/dw] + b_v fall_of_others, with the weights a_v and b_v that the GCN gives to v.
     """
-    x, features, damage = graphs.weighed_graphs(samples, classes, ("forgetting", "effect", "fisher"), mask)
+    x, features, damage = graphs.weighed_graphs(samples, classes, ("forgetting", "effect", "fisher"), *masks)
     scores = []
     for part, label in zip(x, classes.tolist()):
         own, others = gcn(part, graphs.graph)[0].unbind(-1)
@@ -101,6 +101,7 @@ class MaskingConfig:
     """How a trained GCN answers a request: the class graphs it scores, and how their scores rank the weights."""
 
     step: Amount | None
+    look_every: Count | None
     momentum: Annotated[float, "at least 0, below 1"]
     ranking: Literal["damage", "mean", "set_difference"]
     group_size: Count
@@ -109,6 +110,10 @@ class MaskingConfig:
     max_kappa: Amount
     patience: Annotated[int, "at least 0"]
     penalty_growth: Annotated[float, "at least 1"]
+
+    def last_look(self, step: int) -> int:
+        """The step before which the classifier is run on samples: itself, or one of those before it."""
+        return 0 if self.look_every is None else step - step % self.look_every
 
     def penalty(self, step: int) -> float:
         """What the forgetting loss weighs more at a step of a request than at its first one.
@@ -123,7 +128,21 @@ def request_samples(
     config: MaskingConfig, graphs: GraphGenerator, seed: int, forget_class: int, step: int, draw: int = 0
 ) -> Tensor:
     """The samples (classes, group_size) whose graphs one step of a request looks at."""
-    return graphs.draw(config.group_size, data.seeded("request", seed, forget_class, step, draw))
+    return graphs.draw(config.group_size, data.seeded("request", seed, forget_class, config.last_look(step), draw))
+
+
+def request_masks(
+    config: MaskingConfig, graphs: GraphGenerator, step: int, zeroed: Tensor
+) -> tuple[Mask | None, Mask | None]:
+    """The mask under which the classifier was looked at last, and that which a step of a request foresees, if any.
+
+    zeroed: the vertices that are zeroed before the step, in their order
+    """
+    since = step - config.last_look(step)
+    if not since:
+        return mask_of(graphs, zeroed), None
+    of_one = number_of_weights(config.step, graphs.graph.num_vertices)
+    return mask_of(graphs, zeroed[: len(zeroed) - since * of_one]), mask_of(graphs, zeroed)
 
 
 @dataclass(frozen=True)
@@ -150,19 +169,21 @@ class GCNRanking:
     def importance(self, step: int, zeroed: Tensor) -> tuple[Tensor, Tensor]:
         """The GCN's mean logits Q (classes, vertices), and each class's cross entropy (classes), nats."""
         graphs, importance, damage = self.graphs, [], []
+        masks = request_masks(self.config, graphs, step, zeroed)
         for draw in range(self.config.draws):
             samples = request_samples(self.config, graphs, self.seed, self.forget_class, step, draw)
-            x, loss = graphs.class_graphs(samples, mask_of(graphs, zeroed))
+            x, loss = graphs.class_graphs(samples, *masks)
             importance.append(torch.cat([self.gcn(part, graphs.graph) for part in x]))
             damage.append(loss)
         return torch.stack(importance).mean(0), torch.stack(damage).mean(0)
 
     @torch.no_grad()
     def _weighed(self, step: int, zeroed: Tensor) -> Tensor:
-        own, mask, about = torch.tensor([self.forget_class]), mask_of(self.graphs, zeroed), (self.config, self.graphs)
+        own, about = torch.tensor([self.forget_class]), (self.config, self.graphs)
         drawn = (request_samples(*about, self.seed, self.forget_class, step, k) for k in range(self.config.draws))
-        penalty = self.config.penalty(step)
-        return torch.cat([weighed(self.gcn, self.graphs, samples, own, mask, penalty) for samples in drawn]).mean(0)
+        masks, penalty = request_masks(*about, step, zeroed), self.config.penalty(step)
+        scores = (weighed(self.gcn, self.graphs, each, own, *masks, penalty=penalty) for each in drawn)
+        return torch.cat(list(scores)).mean(0)
 
     def most_needed(self) -> Tensor:
         """The top-K weights of the forget class in the unmasked classifier, (K)."""
@@ -192,9 +213,10 @@ class SaliencyRanking:
     def __call__(self, step: int, zeroed: Tensor) -> Tensor:
         """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
         graphs, label = self.graphs, self.forget_class
-        samples, mask = request_samples(self.config, graphs, self.seed, label, step), mask_of(graphs, zeroed)
+        samples = request_samples(self.config, graphs, self.seed, label, step)
+        masks = request_masks(self.config, graphs, step, zeroed)
         names = ("margin", "effect", "fisher", *["forgetting"] * (self.forgetting_weight > 0))
-        features, damage = graphs.class_features(samples, names, mask)
+        features, damage = graphs.class_features(samples, names, *masks)
         scores = features["margin"][label] + self.retain_weight * fall_of_others(features, damage, label)
         if self.forgetting_weight:
             scores += self.config.penalty(step) * self.forgetting_weight * features["forgetting"][label]

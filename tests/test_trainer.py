@@ -59,7 +59,7 @@ def gcn_config(**changes) -> GCNTrainerConfig:
 
 def masking_config(**changes) -> MaskingConfig:
     small = {"step": 4, "momentum": 0.0, "ranking": "damage", "group_size": 8, "draws": 1, "target": 1.25}
-    return MaskingConfig(**small | {"max_kappa": 20, "patience": 0, "penalty_growth": 1.0} | changes)
+    return MaskingConfig(**small | {"max_kappa": 20, "patience": 0, "penalty_growth": 1.0, "look_every": 1} | changes)
 
 
 def small_gcn(graphs, rounds=2) -> MaskingGCN:
