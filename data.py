@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,8 +184,8 @@ def mean_signal(record: LayerRecord) -> Tensor:
 def foreseen(records: list[LayerRecord], loss: Tensor, removed: list[Tensor]) -> tuple[list[LayerRecord], Tensor]:
     """What layers would do, and the losses (groups, samples) in nats, without the weights `removed` (m, n) of each.
 
-    Without another pass through the network: the log-odds of every sample's label are taken for linear in the weights,
-    log(p / (1 - p)) falls by sum over r of (removed a)_r (1 - p)^-1 (-delta_r). The gradients follow p; activations stay.
+    There is no pass through the network: the log-odds of every sample's label, log(p / (1 - p)), are taken to be linear
+    in the weights. They change by delta . (removed a) / (1 - p), and the gradients with 1 - p; activations stay.
     """
     left = -torch.expm1(-loss).clamp_max(-1e-6)  # 1 - p
     log_odds = records[0].odds.clamp_min(1e-30).log()
@@ -305,6 +305,7 @@ class GraphGenerator:
         self.at_once = classifier.recorded_at_once(self.graph.layers)
         # What kernels read would be too much to be kept: their passes are made anew.
         self.records: list[LayerRecord] | None = None
+        self._looked: tuple[Tensor, Tensor] | None = None  # samples and vertices zeroed
         if all(len(shape) == 2 for shape in self.graph.shapes):
             everything = torch.arange(len(self), device=self.labels.device).split(self.at_once)
             records, self.loss = zip(*(self._record(rows) for rows in everything))
@@ -394,16 +395,15 @@ class GraphGenerator:
         """
         means, losses = [{} for _ in self.graph.layers], []
         before, weights = (self._weights_under(each) for each in (mask, ahead or mask))
-        with nullcontext() if mask is None else mask.applied_to(self.classifier):
-            for records, loss in self._passes(samples, mask is not None):
-                if ahead is not None:
-                    records, loss = foreseen(records, loss, [b - w for b, w in zip(before, weights)])
-                share = loss.shape[1] / samples.shape[1]
-                for of_layer, record in zip(means, records):
-                    for mean in {FEATURES[name].mean for name in names if FEATURES[name].mean}:
-                        part = mean(record).mul_(share)  # in place: of large kernels it takes much memory
-                        of_layer[mean] = of_layer[mean].add_(part) if mean in of_layer else part
-                losses.append(loss)
+        for records, loss in self._passes(samples, mask):
+            if ahead is not None:
+                records, loss = foreseen(records, loss, [b - w for b, w in zip(before, weights)])
+            share = loss.shape[1] / samples.shape[1]
+            for of_layer, record in zip(means, records):
+                for mean in {FEATURES[name].mean for name in names if FEATURES[name].mean}:
+                    part = mean(record).mul_(share)  # in place: of large kernels it takes much memory
+                    of_layer[mean] = of_layer[mean].add_(part) if mean in of_layer else part
+            losses.append(loss)
 
         def formed(name: str, chosen: slice) -> list[Tensor]:
             feature, count = FEATURES[name], len(range(len(samples))[chosen])
@@ -419,15 +419,29 @@ class GraphGenerator:
         with nullcontext() if mask is None else mask.applied_to(self.classifier):
             return [weight.flatten(1) for weight in self.weights()]
 
-    def _passes(self, samples: Tensor, is_masked: bool) -> Iterator[tuple[list[LayerRecord], Tensor]]:
-        """Records (groups, samples, ...) of groups, part after part of their samples, and the samples' losses."""
-        if self.records is not None and not is_masked:
-            yield [LayerRecord(*(x[samples] for x in record)) for record in self.records], self.loss[samples]
-            return
-        for part in samples.split(max(1, self.at_once // len(samples)), 1):
-            records, loss = self._record(part.flatten())
-            of_groups = [LayerRecord(*(x.unflatten(0, part.shape) for x in record)) for record in records]
-            yield of_groups, loss.view(part.shape)
+    def _passes(self, samples: Tensor, mask: Mask | None) -> Iterable[tuple[list[LayerRecord], Tensor]]:
+        """Records (groups, samples, ...) of groups, part after part of their samples, and the samples' losses.
+
+        Those of the last look are kept for the steps that follow it, but for those of kernels.
+        """
+        if self.records is None:
+            return self._run(samples, mask)
+        about = samples, self.nothing if mask is None else mask.vertices()
+        if self._looked is None or not all(map(torch.equal, about, self._looked)):
+            self._looked = about
+            if mask is None:
+                gathered = [LayerRecord(*(x[samples] for x in record)) for record in self.records]
+                self._look = [(gathered, self.loss[samples])]
+            else:
+                self._look = list(self._run(samples, mask))
+        return self._look
+
+    def _run(self, samples: Tensor, mask: Mask | None) -> Iterator[tuple[list[LayerRecord], Tensor]]:
+        with nullcontext() if mask is None else mask.applied_to(self.classifier):
+            for part in samples.split(max(1, self.at_once // len(samples)), 1):
+                records, loss = self._record(part.flatten())
+                of_groups = [LayerRecord(*(x.unflatten(0, part.shape) for x in record)) for record in records]
+                yield of_groups, loss.view(part.shape)
 
     def _record(self, rows: Tensor) -> tuple[list[LayerRecord], Tensor]:
         layers = self.graph.layers

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import NUM_CLASSES, class_graphs, graph_generator
+from conftest import HIDDEN, IN_FEATURES, NUM_CLASSES, class_graphs, graph_config, graph_generator, random_split
 from PIL import Image
 from running import PROJECT, write_image
 from scipy.io import savemat
 
-from data import FEATURES, ImageData, load_image_data, seeded, some_of_every_class
+from data import FEATURES, GraphGenerator, ImageData, load_image_data, seeded, some_of_every_class
 from images.sources import FILES, DataError, checksum, data_set
-from model import Mask
+from model import HookedMNISTClassifier, Mask
 from networks.hooked import LayerRecord
 from runs.files import save
 
@@ -431,6 +431,20 @@ def test_class_graphs_are_the_same_however_many_are_formed_at_a_time(monkeypatch
     assert [len(part) for part in graphs.class_graphs(samples, mask)[0]] == sizes
     x, damage = class_graphs(graphs, samples, mask)
     assert torch.equal(x, expected) and torch.equal(damage, loss)
+
+
+def test_what_is_foreseen_of_two_classes_and_their_logits_is_what_another_pass_finds():
+    torch.manual_seed(0)
+    classifier = HookedMNISTClassifier(HIDDEN, IN_FEATURES, 2).double()
+    graphs = GraphGenerator(classifier, random_split(dtype=torch.float64, num_classes=2), graph_config(-1), 0)
+    first, more = (Mask.zeroing(graphs.graph, torch.tensor(each)) for each in ([3], [3, 0, 1, 7, 9]))
+    samples, names = graphs.draw(8, seeded("test")), [name for name in FEATURES if name != "output_activation"]
+    for looked in (None, first):
+        found, loss = graphs.class_features(samples, names, looked, more)
+        expected, losses = graphs.class_features(samples, names, more)
+        assert torch.allclose(loss, losses) and not torch.allclose(loss, graphs.class_features(samples, (), looked)[1])
+        for name in names:
+            assert torch.allclose(found[name], expected[name], atol=1e-12), name
 
 
 def test_all_layers_are_recorded_and_a_pass_with_nothing_masked_changes_nothing():

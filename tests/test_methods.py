@@ -61,8 +61,8 @@ def make_request(mask_layer=-2, asked: int | None = None) -> Request:
     described = graph_config(mask_layer, features=("weight", "margin"), samples_per_class=40)
     graphs = GraphGenerator(classifier, train, described, 0)
     config = EvalConfig(
-        step=4, look_every=1, momentum=0.0, ranking="damage", group_size=20, draws=1, target=1.25, max_kappa=0.9, patience=0,
-        penalty_growth=1.0, methods=None, visualize=False, random_masks=3, hyperparameters={},
+        step=4, look_every=1, momentum=0.0, ranking="damage", group_size=20, draws=1, target=1.25, max_kappa=0.9,
+        patience=0, penalty_growth=1.0, methods=None, visualize=False, random_masks=3, hyperparameters={},
     )  # fmt: skip
     return Request(config, classifier, trainer, train, graphs, None, FORGET, 24, 0, asked)
 

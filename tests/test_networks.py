@@ -226,6 +226,26 @@ def features_by_hand(classifier: HookedClassifier, x: Tensor, y: Tensor, layers:
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
+@pytest.mark.parametrize("mask_layer", [0, [1, -2], None, -1])
+def test_what_is_foreseen_is_right_to_first_order_in_what_is_removed(mask_layer):
+    classifier = classifier_of("cnn")
+    vertices = torch.arange(WeightGraph.of(classifier, mask_layer).num_vertices)
+    first, further, errors = vertices[::7], vertices[(vertices % 7 > 0) & (vertices % 3 == 0)], []
+    for size in (1e-4, 1e-5):
+        graph = WeightGraph.of(classifier, mask_layer)
+        with torch.no_grad():
+            for index, part in zip(graph.layers, graph.split(vertices)):
+                classifier.layers[index].weight[torch.isin(part, further)] = size
+        graphs = GraphGenerator(classifier, labelled(), graph_config(mask_layer), 0)
+        looked, ahead = (Mask.zeroing(graph, each) for each in (first, torch.cat([first, further])))
+        samples = graphs.draw(4, seeded("test"))
+        (_, before), (_, after) = (graphs.class_features(samples, (), mask) for mask in (looked, ahead))
+        _, loss = graphs.class_features(samples, (), looked, ahead)
+        errors.append((loss - after).abs().max())
+        assert errors[-1] < 0.02 * (after - before).abs().max()
+    assert errors[1] < 0.02 * errors[0]
+
+
 @pytest.mark.parametrize("numbers, parts", [(2**26, [12]), (2**26, [9, 3]), (1, [3] * 4)])
 @pytest.mark.parametrize("mask_layer", [0, [1, -2], None, [-2, -1]])
 def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_several(

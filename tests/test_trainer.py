@@ -25,6 +25,7 @@ from data import GraphGenerator, Split, seeded
 from masking.order import ZeroingOrder
 from masking.rankings import GCNRanking, MaskingConfig, TrainedGCN, contrast, ranked, set_difference
 from model import Mask, MaskingGCN, WeightGraph
+from networks.hooked import HookedClassifier
 from runs.files import ArtifactError, save
 from trainer import (
     GCNLoss,
@@ -457,6 +458,27 @@ def test_a_step_takes_the_largest_mean_scores_on_graphs_of_the_masked_classifier
     assert sorted(order.first(99).vertices.tolist()) == list(range(30)), "no more is zeroed than there is"
     seconds = [order.first(kappa).seconds for kappa in (4, 5, 8, 12, 99)]
     assert seconds == sorted(seconds) and len(set(seconds)) == (4 if config.step else 1), "of all steps up to there"
+
+
+@pytest.mark.parametrize("look_every, looks", [(None, [0]), (1, [0, 4, 8, 12, 16]), (2, [0, 8, 16])])
+def test_between_two_looks_the_classifier_is_run_on_no_sample_and_what_zeros_do_is_foreseen(
+    monkeypatch, look_every, looks
+):
+    graphs, passes, record = graph_generator(), [], HookedClassifier.record
+
+    def recorded(classifier, *given):
+        passes.append(Mask.on(classifier).num_zeroed)
+        return record(classifier, *given)
+
+    monkeypatch.setattr(HookedClassifier, "record", recorded)
+    order = zeroing_order(graphs, forget_class=2, look_every=look_every)
+    zeroed = order.first(20).vertices
+    assert passes == looks[1:], "at first what is recorded serves"
+    samples = graphs.draw(8, seeded("request", 0, 2, looks[-1] // 4, 0))
+    masks = [Mask.zeroing(graphs.graph, zeroed[:count]) if count else None for count in (looks[-1], 16)]
+    x, loss = class_graphs(graphs, samples, *masks[: 1 + (looks[-1] < 16)])
+    expected = contrast(order.ranking.gcn(x, graphs.graph), loss)[2]
+    assert zeroed[16:].tolist() == largest_free(expected.tolist(), range(30), zeroed[:16].tolist(), 4)
 
 
 def test_layerwise_orders_and_partial_masks_take_their_share_of_every_layer():
