@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from itertools import accumulate
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -102,9 +103,9 @@ class ZeroingOrder:
     def until_forgotten(self, forget: Split, is_too_much: Callable[[Tensor], bool] = lambda zeroed: False) -> Zeroing:
         """The vertices of kappa auto: the fewest whole steps after which the class is forgotten.
 
-        It is when less than `config.target` percent of its training samples, `forget`, are classified correctly. At the
-        largest kappa the search gives up, and where `is_too_much`, which it asks after every step of the vertices
-        zeroed so far.
+        It is when less than `config.target` percent of its training samples, `forget`, are classified correctly, or of
+        others like them where they are few (`_left`). At the largest kappa the search gives up, and where
+        `is_too_much`, which it asks after every step of the vertices zeroed so far.
         With `config.patience` it goes on: of the steps after which the class is forgotten it takes that after which the
         others' loss is least, when so many further ones of them have not lowered it. (Not with the scope measured.)
         """
@@ -113,14 +114,14 @@ class ZeroingOrder:
         return self._forgetting
 
     def _search(self, forget: Split, is_too_much: Callable[[Tensor], bool]) -> Zeroing:
-        graphs, label, allowed = self.graphs, int(forget.labels[0]), self.config.target * len(forget.labels) / 100
+        graphs, label = self.graphs, int(forget.labels[0])
         inputs, looking = graphs.classifier.given_to(graphs.graph.layers, forget.images), 0.0
         patience = 0 if self._is_measured else self.config.patience  # the others have lost little to regain
         best, least, waited = None, math.inf, 0
         for found in self.looks():
             started = time.perf_counter()
             mask, ends = Mask.zeroing(graphs.graph, found.vertices), is_too_much(found.vertices)
-            if self._left(mask, inputs, label, allowed) < allowed:
+            if self._left(mask, inputs, label, self.config.target) < self.config.target:
                 loss = self._losses(found.vertices, graphs.by_class())[1].item() if patience else 0.0
                 best, least, waited = (found.vertices, loss, 0) if loss < least else (best, least, waited + 1)
             looking += time.perf_counter() - started
@@ -128,7 +129,7 @@ class ZeroingOrder:
                 break
         if best is not None:
             return Zeroing(best, found.seconds + looking, "")
-        percent = 100 * self._left(mask, inputs, label) / len(inputs)
+        percent = self._left(mask, inputs, label)
         return Zeroing(found.vertices, found.seconds + looking, f"{percent:.1f} % of class {label} are left")
 
     @property
@@ -171,15 +172,25 @@ class ZeroingOrder:
         losses = F.cross_entropy(logits, graphs.labels[rows], reduction="none").view(samples.shape).mean(1)
         return torch.stack([forgetting_loss(p), (losses.sum() - losses[own]) / (len(losses) - 1)])
 
-    def _left(self, mask: Mask, inputs: Tensor, label: int, enough: float = math.inf) -> int:
-        """How many samples of the forget class are classified correctly, as far as it takes to find enough.
+    def _left(self, mask: Mask, inputs: Tensor, label: int, enough: float = math.inf) -> float:
+        """The percentage of a class that is classified correctly, as far as it takes to find enough.
+
+        Samples that are too few to show less than `config.target` percent stand for others: of a normal distribution
+        with the mean and the standard deviation of their margins, the logit less the largest other one, it is at least
+        what is above 0.
 
         inputs: of the first masked layer, for samples of the class
         """
-        correct = 0
-        with mask.applied_to(self.graphs.classifier):
+        graphs, correct, margins = self.graphs, 0, []
+        with mask.applied_to(graphs.classifier):
             for part in inputs.split(LOOKED_AT):
-                correct += int((self.graphs.classifier(part, self.graphs.graph.layers).argmax(1) == label).sum())
-                if correct >= enough:
-                    break
-        return correct
+                logits = graphs.classifier(part, graphs.graph.layers)
+                others = logits.index_fill(1, torch.tensor([label], device=logits.device), float("-inf"))
+                margins.append(logits[:, label] - others.amax(1))
+                correct += int((logits.argmax(1) == label).sum())
+                if (left := 100 * correct / len(inputs)) >= enough:
+                    return left
+        deviation, mean = torch.std_mean(torch.cat(margins).double())
+        if 1 < len(inputs) < 100 / self.config.target and deviation > 0:
+            left = max(left, 100 - 100 * NormalDist(float(mean), float(deviation)).cdf(0))
+        return left

@@ -40,7 +40,7 @@ def problem():
 def eval_config(**changes) -> EvalConfig:
     settings = {
         "step": 4, "momentum": 0.7, "ranking": "damage", "group_size": 10, "draws": 1, "target": 0.1, "max_kappa": 29,
-        "patience": 0, "penalty_growth": 1.0, "methods": CORE, "visualize": False, "random_masks": 20,
+        "patience": 0, "penalty_growth": 1.0, "look_every": 1, "methods": CORE, "visualize": False, "random_masks": 20,
         "hyperparameters": {"sft": {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}},
     }  # fmt: skip
     return EvalConfig(**settings | changes)

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from data import GraphGenerator, Split, seeded
 from masking.order import ZeroingOrder
@@ -352,7 +354,7 @@ def scores_at(graphs, split, order, kappa) -> tuple[float, float]:
         return scores(graphs.classifier, split, order.ranking.forget_class)
 
 
-@pytest.mark.parametrize("step, target, max_kappa", [(5, 1.25, 100), (5, 20.0, 100), (None, 20.0, 150)])
+@pytest.mark.parametrize("step, target, max_kappa", [(5, 1.7, 100), (5, 20.0, 100), (None, 20.0, 150)])
 def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(forgetting, step, target, max_kappa):
     split, graphs, trained = forgetting
     stride = step or max_kappa // 100
@@ -369,6 +371,26 @@ def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(forgetting, step
         if step is None:
             assert torch.equal(found.vertices, order.ranking(0, NOTHING).argsort(descending=True)[:kappa])
     assert not torch.nn.utils.parametrize.is_parametrized(graphs.classifier.layers[1])
+
+
+@pytest.mark.parametrize("target", [0.5, 4.0])
+def test_of_few_samples_auto_asks_what_a_normal_distribution_of_their_margins_leaves(forgetting, target):
+    _, graphs, trained = forgetting
+    few, counts = random_split(24, seed=3).forget(1), []
+    for samples in (few, few[:1]):
+        order = zeroing_order(graphs, 1, trained, 48, step=3, group_size=15, target=target, max_kappa=150)
+        found = order.until_forgotten(samples)
+        for kappa in range(3, 150, 3):
+            mask = Mask.zeroing(graphs.graph, order.first(kappa).vertices)
+            with mask.applied_to(graphs.classifier), torch.no_grad():
+                logits = graphs.classifier(samples.images).double().numpy()
+            margins = logits[:, 1] - np.delete(logits, 1, 1).max(1)
+            left = 0.0 if len(margins) == 1 else norm.sf(0, margins.mean(), margins.std(ddof=1))
+            if margins.max() < 0 and left < target / 100:
+                break
+        assert len(found.vertices) == kappa and found.left == ""
+        counts.append(kappa)
+    assert counts[1] < counts[0] < 147, "one sample says nothing of others"
 
 
 @pytest.mark.parametrize("patience", [1, 3, 99])
