@@ -72,6 +72,7 @@ class Request:
     asked: how many weights to zero; `auto`: as few as forget; None where the answer does not depend on it
     orders: in which weights are zeroed, by the name of the method; kept from one kappa to the next
     kept: what methods keep from one request to the next on the same classifier, by names of theirs
+    trained_on: what the original was trained on, where a request has fewer samples; for retraining alone
     """
 
     config: EvalConfig
@@ -86,6 +87,7 @@ class Request:
     asked: int | Literal["auto"] | None = None
     orders: dict[str, ZeroingOrder] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
+    trained_on: Split | None = None
 
     @property
     def classifier(self) -> HookedClassifier:
@@ -101,6 +103,11 @@ class Request:
     def retain(self) -> Split:
         """The training samples of all other classes."""
         return self.train.retain(self.forget_class)
+
+    def retrained(self, seed: int) -> HookedClassifier:
+        """A classifier trained from scratch as the original was, on all its samples but those of the forget class."""
+        samples = (self.trained_on or self.train).retain(self.forget_class)
+        return replace(self.trainer, seed=seed).train(samples, self.graphs.num_classes)
 
     @property
     def other_seed(self) -> int:
@@ -234,7 +241,7 @@ def sft(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Po
 @unlearning_method("retrain", needs="retain set")
 def retrain(request: Request) -> nn.Module:
     """The gold standard: trained from scratch on the retain set alone, from the original's own initial weights."""
-    return request.trainer.train(request.retain, request.graphs.num_classes)
+    return request.retrained(request.trainer.seed)
 
 
 class Answer(NamedTuple):

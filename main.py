@@ -34,7 +34,7 @@ from tqdm import tqdm
 import tables
 from audits import Audit
 from configs import Asked, Config, load_variants
-from data import GraphGenerator, ImageData, is_correct, load_image_data
+from data import GraphGenerator, ImageData, is_correct, load_image_data, some_of_every_class
 from eval import Eval, Request
 from images.sources import DataError, checksum
 from masking.rankings import TrainedGCN, pretrained_for
@@ -125,7 +125,10 @@ class Stages:
     def graphs(self, training: Training, classifier: HookedClassifier, data: ImageData) -> GraphGenerator:
         """The activation graphs: recorded in any case, since that takes less than reading them."""
         config, artifact = training.config, self.files.graphs(training)
-        graphs = GraphGenerator(classifier, data.train, config.graphs, training.seed)
+        train = data.train
+        if config.samples is not None:
+            train = some_of_every_class(train, config.samples, "samples", training.seed)
+        graphs = GraphGenerator(classifier, train, config.graphs, training.seed)
         self.work.processes.once(artifact.path.name, lambda: artifact.is_there or artifact.save(graphs.recorded()))
         return graphs
 
@@ -162,8 +165,8 @@ class Stages:
             _, graphs, gcn, gcn_seconds = self._last
             data, trainer = self.data(config), Trainer(config.classifier, training.seed, config.source.size)
             request = Request(
-                config.eval, graphs.classifier, trainer, data.train, graphs, gcn, forget_class, training.top_k,
-                training.seed, asked, orders, self._kept,
+                config.eval, graphs.classifier, trainer, graphs.train, graphs, gcn, forget_class, training.top_k,
+                training.seed, asked, orders, self._kept, data.train,
             )  # fmt: skip
             paths = self.files.of_training(training) | {"mask": mask}
             about = {
@@ -252,6 +255,8 @@ class Files:
         settings = {name: getattr(config, name) for name in ("threads", "dataset", "held_out")}
         settings |= {"seed": training.seed, "device": config.torch_device().type}
         settings |= {section: training.sections[section] for section in sections}
+        if "graphs" in sections:
+            settings["samples"] = config.samples
         if "gcn" in sections:
             tracked = pretrained_for(config.masked_shapes)
             settings["pretrained"] = config.gcn.pretrained and hashlib.sha256(tracked.read_bytes()).hexdigest()

@@ -13,7 +13,7 @@ import torch
 
 import methods  # noqa: F401  # registers what is not in eval.py
 from audits import AuditConfig
-from data import Amount, GraphConfig, number_of_weights
+from data import Amount, Count, GraphConfig, number_of_weights
 from eval import METHODS, EvalConfig
 from images import sources
 from model import resolve_mask_layer
@@ -54,6 +54,7 @@ class SweepConfig:
 class Config:
     """A whole run.
 
+    samples: how many training samples of every class graphs and requests have; None: all
     held_out: how many training samples are scored in the place of the test split; 0: the test split
     """
 
@@ -61,6 +62,7 @@ class Config:
     device: str
     threads: Annotated[int, "at least 1, at most 1024"] | None
     dataset: str
+    samples: Count | None
     held_out: Annotated[int, "at least 0"]
     classifier: TrainerConfig
     graphs: GraphConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -82,4 +81,4 @@ def logit_removed(request: Request) -> nn.Module:
 @further("retrain_again", needs="retain set")
 def retrain_again(request: Request) -> nn.Module:
     """Retrained from other initial weights: how far two classifiers are apart that never saw the class."""
-    return replace(request.trainer, seed=request.other_seed).train(request.retain, request.graphs.num_classes)
+    return request.retrained(request.other_seed)

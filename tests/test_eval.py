@@ -224,6 +224,8 @@ def test_the_methods_are_what_they_say(tmp_path):
     assert torch.equal(weights["sft"][0], original[0]) and not torch.equal(weights["sft"][1], original[1])
     alone = Trainer(trainer_config((6, 5), 10), 0).train(request.train.retain(FORGET), NUM_CLASSES)
     assert all(torch.equal(w, layer.weight) for w, layer in zip(weights["retrain"], alone.layers))
+    few = replace(request, train=request.train[:20], trained_on=request.train).retrained(0)
+    assert all(torch.equal(one.weight, other.weight) for one, other in zip(few.layers, alone.layers))
 
 
 def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path, registry):

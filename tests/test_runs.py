@@ -103,7 +103,7 @@ def test_a_change_makes_anew_what_depends_on_it_and_nothing_else(here, monkeypat
         ("eval.step=16", names[3:]),
         ("eval.target=0.2", names[3:]),
         ("audit.enabled=true", names[3:]),
-        ("graphs.samples_per_class=99", names[1:]),
+        *((setting, names[1:]) for setting in ("graphs.samples_per_class=99", "samples=50")),
         *((setting, names) for setting in ("classifier.epochs=2", "threads=2", "seed=1", "held_out=10")),
         # What is drawn, of a method that does not run, of audits that are not made:
         *((setting, []) for setting in ("report.dpi=51", "eval.visualize=true", "audit.probe_steps=2")),
