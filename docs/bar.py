@@ -1,6 +1,7 @@
-"""How well the bar of an erasure is known beforehand, for thirty classes; writes docs/bar.md.
+"""How well the bar of an erasure is known beforehand, for thirty classes, and what knowing it would bring.
 
-Run it with `uv run docs/bar.py`. The truth, a classifier retrained without the class, is trained here alone.
+Run it with `uv run docs/bar.py`; it writes docs/bar.md. The truth, a classifier retrained without the class, is trained
+here alone.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configs import load_config  # noqa: E402
-from data import load_image_data, some_of_every_class  # noqa: E402
-from masking.erasing import Erasing, Telling, nearest  # noqa: E402
+from audits.probes import linear  # noqa: E402
+from configs import Config, load_config  # noqa: E402
+from data import ImageData, is_correct, load_image_data, some_of_every_class  # noqa: E402
+from masking.erasing import Erasing, Telling, erased, nearest  # noqa: E402
 from masking.regression import ridge_recall  # noqa: E402
+from networks.hooked import HookedClassifier  # noqa: E402
 from reporter import markdown_table  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
@@ -31,8 +34,23 @@ def told(features: Tensor, labels: Tensor, telling: Telling, classes: int) -> tu
     return recall, telling(features, labels).item()
 
 
-def measured(overrides: list[str]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
-    """Of every seed and class: the retrained classifier's, the pixels', untrained features', and the original's."""
+def judged(model: HookedClassifier, data: ImageData, label: int, config: Config, seed: int) -> Tensor:
+    """Percent of a class's test samples that a linear probe finds, and the retain score, (2)."""
+    with torch.no_grad():
+        known = model.value_of(model.trace.representation, data.train.images)
+        features = model.value_of(model.trace.representation, data.test.images)
+        is_right = is_correct(model(data.test.images), data.test.labels)
+    found = linear(known, data.train.labels, features, config.audit, seed) == label
+    is_own = data.test.labels == label
+    return 100 * torch.stack([found[is_own].double().mean(), is_right[~is_own].double().mean()])
+
+
+def measured(overrides: list[str]) -> Iterator[tuple[str, list[tuple[float, float]], Tensor]]:
+    """Of every seed and class: the retrained classifier's, the pixels', untrained features', and the original's.
+
+    And what erasing leaves (`judged`, against the retrained classifier), with the bar of untrained features, and with
+    that of the retrained classifier, (2, 2).
+    """
     config, erasing = load_config(overrides=overrides), Erasing.configured()
     data = load_image_data(config.dataset, ROOT / "datasets", "cpu")
     classes = len(data.class_names)
@@ -48,14 +66,20 @@ def measured(overrides: list[str]) -> Iterator[tuple[str, list[tuple[float, floa
             untrained = erasing.untrained_features(samples.images, before.shape[1], seed)
             of = (after, samples.images.flatten(1), untrained, before)
             name = f"{seed}, {data.class_names[label]}"
-            yield name, [told(each, samples.labels, telling, classes) for each in of]
+            figures, left = [told(each, samples.labels, telling, classes) for each in of], []
+            for bar in (None, figures[0][1]):
+                mask = erased(original, data.train, label, erasing, seed, bar=bar)
+                with mask.applied_to(original):
+                    left.append(judged(original, data, label, config, seed))
+            yield name, figures, torch.stack(left) - judged(retrained, data, label, config, seed)
 
 
 def main(overrides: list[str]) -> None:
-    rows, found = [], []
-    for name, figures in measured(overrides):
+    rows, found, left = [], [], []
+    for name, figures, of_masks in measured(overrides):
         rows.append([name, *(f"{recall:.1f}" for recall, _ in figures), *(f"{r2:.2f}" for _, r2 in figures)])
         found.append(figures)
+        left.append(of_masks)
     figures = torch.tensor(found, dtype=torch.double)  # (seeds and classes, 4, 2)
     # What the classifier that another seed retrained would say: no estimate can be expected to come nearer.
     another = figures[:, 0].roll(len(figures) // len(SEEDS), 0)
@@ -67,8 +91,17 @@ def main(overrides: list[str]) -> None:
     said = f"`{' '.join(['uv run docs/bar.py', *map(repr, overrides)])}`"
     title = f"# What a regression finds of a class that was never trained on, and what estimates it: {said}"
     note = "The errors under `retrained` are those of the classifier that another seed retrained."
-    (ROOT / "docs" / "bar.md").write_text(f"{title}\n\n{note}\n\n{markdown_table(header, rows, texts=1)}\n")
-    print("\n".join(" ".join(row) for row in rows[-2:]))
+    masks = torch.stack(left)  # (seeds and classes, 2, 2)
+    (excess, gap), spread = masks.mean(0).T, masks[..., 0].std(0)
+    erasures = [
+        [name, f"{excess[of]:+.1f}", f"{spread[of]:.1f}", f"{gap[of]:+.2f}"]
+        for of, name in enumerate(("of untrained features", "of the retrained classifier"))
+    ]
+    what = "What erasing leaves with either bar: the linear probe and the retain score against retraining, test split."
+    of_erasures = ["bar", "probe, points", "standard deviation over classes", "retain score, points"]
+    tables = markdown_table(header, rows, texts=1), what, markdown_table(of_erasures, erasures, texts=1)
+    (ROOT / "docs" / "bar.md").write_text("\n\n".join([title, note, *tables]) + "\n")
+    print("\n".join(" ".join(row) for row in [*rows[-2:], *erasures]))
 
 
 if __name__ == "__main__":

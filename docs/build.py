@@ -239,6 +239,7 @@ MEASUREMENTS: dict[str, Callable[[], dict[str, str]]] = {
     "full_model": full_model,
     "full_model_ablation": variants("full_model_ablation"),
     "erasure": erasure,
+    "few": variants("few", has_picture=False),
     "published": published,
     "all_digits": all_digits,
     "two_processes": two_processes,

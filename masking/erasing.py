@@ -147,6 +147,7 @@ def erased(
     seed: int,
     start: Mask | None = None,
     progress: bool = False,
+    bar: float | None = None,
 ) -> Mask:
     """The mask that takes a class from the representation and from the output, with as little harm to the others.
 
@@ -159,13 +160,15 @@ def erased(
     it does so in untrained features of the images, below which there is nothing to erase.
 
     split: samples of the class and of those to keep; start: a mask to begin with, to which this one adds
+    bar: R_0^2 where it is known; None: that of untrained features
     Raises InputError where there is no layer before the last, TrainingError where it diverges.
     """
     samples, generator = some_of_every_class(split, config.samples, "erase", seed, label), seeded("erase", seed, label)
     edits = projections(classifier, samples, label, start)
     features = classifier.value_of(classifier.trace.representation, samples.images)
     telling = Telling(nearest(features, samples.labels, label, config.rivals), config.ridge)
-    bar = telling(config.untrained_features(samples.images, features.shape[1], seed), samples.labels)
+    if bar is None:
+        bar = telling(config.untrained_features(samples.images, features.shape[1], seed), samples.labels)
     *_, row = edits.values()
     learned = [*(edit.left for edit in edits.values() if edit is not row), row.right]
     optimizer = torch.optim.Adam([each.requires_grad_() for each in learned], config.learning_rate)

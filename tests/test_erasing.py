@@ -221,6 +221,10 @@ def test_a_class_goes_from_the_representation_as_far_as_the_bar_and_what_was_zer
         mask = erased(learned, train, 1, config, 0, start)
         assert mask.includes(start) and mask.ranks == (1, 1, 1) and mask.num_zeroed == start.num_zeroed
         assert torch.equal(mask.edits[2].left[:, 0], torch.tensor([0.0, 1, 0])), "no other row of the last layer"
+        if steps and not weight:
+            nothing_to_erase = erased(learned, train, 1, replace(config, erase_weight=3.0), 0, start, bar=1.0)
+            for edit, other in zip(mask.edits, nothing_to_erase.edits):
+                assert torch.equal(edit.left, other.left) and torch.equal(edit.right, other.right)
         with mask.applied_to(learned):
             found[steps, weight] = (*scores(learned, TEST, 1), left_of(learned, 1))
     forget, retain, left = found[60, 3.0]
