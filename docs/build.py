@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,11 +20,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from reporter import markdown_table  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
+
+from reporter import RETAIN_GAP, markdown_table, method_styles  # noqa: E402
 
 REPORTS, DOCS = ROOT / "reports", ROOT / "docs"
 PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
 ON_TWO = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+LOOKS = {  # variants of configs/few.yaml, and what the picture calls them
+    "one look, steps twice as large": "one, large steps",
+    "one look": "one",
+    "looks at every fourth step": "at 4th steps",
+    "looks at every step": "at all steps",
+}
 THREE_CLASSIFIERS = "sweep.seeds=[0, 1, 2]"
 
 
@@ -205,6 +213,52 @@ def erasure() -> dict[str, str]:
     return {"erasure": "\n\n".join(parts)}
 
 
+def few() -> dict[str, str]:
+    """What few looks and few samples cost."""
+    said = run("few", on_two=True)
+    draw_few(variant_tables())
+    return {"few": f"{variant_tables()}\n\n{said}."}
+
+
+def draw_few(table: str) -> None:
+    """Draws the retain score over the time of a request, by its looks, and over the samples that it has."""
+    found = {
+        name: [float((cell.split() or "–")[0].replace("–", "nan")) for cell in row] for name, *row in cells(table)[1:]
+    }
+
+    def of(variants: Iterable[str], method: str, column: int) -> list[float]:
+        return [found[each if method == "mimu" else f"{each}: {method}"][column] for each in variants]
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained", sharey=True)
+    methods = "mimu", "saliency", "optimised_mask", "damp", "output_row"
+    styles = method_styles(methods)
+    numbers = {n: f"{n} sample{'s' * (n > 1)}" for n in (1, 2, 5, 10, 50, 1000)}
+    for method in ("mimu", "saliency"):
+        milliseconds, gaps = [1000 * each for each in of(LOOKS, method, 5)], of(LOOKS, method, 2)
+        left.plot(milliseconds, gaps, label=method, **styles[method])
+        for x, y, name in zip(milliseconds, gaps, LOOKS.values()):
+            is_below = method == "mimu" or name.startswith("one, ")
+            left.annotate(
+                name, (x, y), (0, -8 if is_below else 8), textcoords="offset points", rotation=60, fontsize=8,
+                ha="right" if is_below else "left", va="top" if is_below else "bottom",
+            )  # fmt: skip
+    for method in methods:
+        style = styles[method]
+        gaps, left_of = of(numbers.values(), method, 2), of(numbers.values(), method, 0)
+        right.plot([*numbers], gaps, **style | {"marker": ""})
+        for n, gap, forget in zip(numbers, gaps, left_of):
+            filled = {"fillstyle": "none" if forget > 1 else "full", "label": method if n == 1000 else None}
+            right.plot(n, gap, **style | {"linestyle": "none"} | filled)
+    left.set(xlim=(0, None), xlabel="a request by its looks, ms", ylabel=RETAIN_GAP.name, ylim=(-1.3, 0.4))
+    right.set(xscale="log", xlabel="samples of every class (hollow: over 1 % left)")
+    right.xaxis.set_major_formatter("{x:g}")
+    for axes in (left, right):
+        axes.axhline(0, color="0.6", linewidth=0.8, zorder=1)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(DOCS / "few.png", dpi=150)
+
+
 def pretrain(config: str, file: str) -> Callable[[], dict[str, str]]:
     """What training a pretrained GCN takes; it takes the place of the tracked one."""
 
@@ -239,7 +293,7 @@ MEASUREMENTS: dict[str, Callable[[], dict[str, str]]] = {
     "full_model": full_model,
     "full_model_ablation": variants("full_model_ablation"),
     "erasure": erasure,
-    "few": variants("few", has_picture=False),
+    "few": few,
     "published": published,
     "all_digits": all_digits,
     "two_processes": two_processes,
