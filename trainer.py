@@ -362,8 +362,10 @@ class GCNTrainer:
             optimizer.step()
             schedule.step()
             # All of them in one copy: a GPU is waited for once a step.
-            values = dict(zip(terms, torch.stack([value.detach() for value in terms.values()]).tolist()))
-            check_finite(values, step, "gcn.learning_rate and the weight of the term")
+            found = torch.stack([*(value.detach() for value in terms.values()), scored[0].std()]).tolist()
+            values, is_alive = dict(zip(terms, found)), found[-1] != 0
+            dead = "gcn.learning_rate and rounds: all scores are the same, its last ReLU is dead"
+            check_finite(values, step, "gcn.learning_rate and the weight of the term" if is_alive else dead)
             progress.set_postfix(values, refresh=False)
             if config.partly_masked is not None and step + 1 >= config.warmup and looks < config.looks:
                 zeroed, forget_class = loss_on.look(*scored, zeroed, forget_class, generator)

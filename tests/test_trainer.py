@@ -324,6 +324,19 @@ def test_a_term_of_the_gcn_that_is_no_number_stops_with_its_name_and_the_step(te
         trainer.train()
 
 
+def test_a_gcn_whose_last_relu_is_dead_says_so(monkeypatch):
+    made = GCNTrainerConfig.network
+
+    def dead(config, num_features):
+        gcn = made(config, num_features)
+        gcn.readout.weight.data.zero_()
+        return gcn
+
+    monkeypatch.setattr(GCNTrainerConfig, "network", dead)
+    with pytest.raises(TrainingError, match="is nan at step 0: .*all scores are the same, its last ReLU is dead"):
+        GCNTrainer(gcn_config(), [graph_generator()], 6, 0).train()
+
+
 def test_training_is_the_same_with_the_same_seed_alone(split):
     graphs = graph_generator()
     config = trainer_config((6, 5), 2)
