@@ -105,6 +105,7 @@ def projections(
             "a class is erased from what the last layer is given: that must give the logits, and stand behind a layer "
             "that can be masked"
         )
+    given, first = samples.images, None  # what the network begins with, and before which layers
     for index in trace.maskable:
         mask = edited(classifier, found, start)
         with mask.applied_to(classifier) if mask else nullcontext():
@@ -113,7 +114,8 @@ def projections(
                 left = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
                 found[index] = LowRank(left, weight[label][:, None].clone())
                 continue
-            x = classifier.mean_inputs(index, samples.images)
+            given, first = classifier.given_to([index], given, first), [index]
+            x = classifier.mean_inputs(index, given, first)
             means = torch.stack([x[samples.labels == each].mean(0, dtype=torch.double) for each in classes])
             u = F.normalize(residual(means, classes.tolist().index(label)), dim=0).to(x)[:, None]
             found[index] = LowRank(weight @ u, u)

@@ -132,14 +132,14 @@ class HookedClassifier(nn.Module):
         return self.outputs(inputs, first)[0]
 
     @torch.no_grad()
-    def value_of(self, node: fx.Node, images: Tensor) -> Tensor:
-        """What a node of the trace gives for images (batch, ...)."""
-        parts = images.split(self.samples_at_once)
-        return torch.cat([self.trace.run(self.network, part, watched=[node], end=node)[node] for part in parts])
+    def value_of(self, node: fx.Node, inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
+        """What a node of the trace gives; inputs: images (batch, ...), or with `first`, what `given_to` says of it."""
+        parts = inputs.split(self.samples_at_once)
+        return torch.cat([self.trace.run(self.network, part, first, None, [node], node)[node] for part in parts])
 
-    def given_to(self, layers: Sequence[int], images: Tensor) -> Tensor:
+    def given_to(self, layers: Sequence[int], inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
         """What stands for images (batch, ...) where the network can begin before the layers."""
-        return self.value_of(self.trace.start_of(layers), images)
+        return self.value_of(self.trace.start_of(layers), inputs, first)
 
     @torch.no_grad()
     def layer_inputs(self, index: int, images: Tensor) -> Iterator[Tensor]:
@@ -149,10 +149,10 @@ class HookedClassifier(nn.Module):
             x = self.trace.run(self.network, part, watched=[node], end=node)[node]
             yield patches(layer, x).mT if isinstance(layer, nn.Conv2d) else x[:, None]
 
-    def mean_inputs(self, index: int, images: Tensor) -> Tensor:
+    def mean_inputs(self, index: int, inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
         """What one layer is given by samples, its mean over positions (samples, n)."""
         layer, node = self.layers[index], self.trace.calls[index].all_input_nodes[0]
-        x = self.value_of(node, images)
+        x = self.value_of(node, inputs, first)
         return mean_patches(layer, x) if isinstance(layer, nn.Conv2d) else x
 
     @torch.enable_grad()
