@@ -173,6 +173,8 @@ class Forgetting:
             return ""
         graphs = GraphGenerator(self.own.classifier, samples, self.config, self.seed)
         place, masking = graphs.classes.index(label), self.trained.masking
+        if len(graphs.graph.layers) > 1:
+            masking = replace(masking, look_every=1)  # steps that are measured are looks
         if self.scorer == "saliency":
             ranking = SaliencyRanking(masking, graphs, place, self.seed, self.trained.saliency)
         else:
