@@ -21,6 +21,8 @@ from networks.architectures import cnn, in_channels, mlp, resnet
 from networks.hooked import HookedClassifier, is_finite
 from runs.files import InputError
 
+LEAST_SPREAD = 1e-6  # standard deviation of scores; of a GCN that died they are all the same
+
 
 class TrainingError(InputError):
     """A training that cannot start, or whose loss is no longer a finite number."""
@@ -152,7 +154,7 @@ def top_k_masks(scores: Tensor, graph: WeightGraph, scope: str, zeroed: Tensor, 
     for part, gone in zip(scores.split(sizes, 1), is_zeroed.split(sizes)):
         share = min(max(1, round(k * len(gone) / graph.num_vertices)), int((~gone).sum()))
         if share > 0:
-            part = part / part.std(1, keepdim=True)
+            part = part / part.std(1, keepdim=True).clamp_min(LEAST_SPREAD)
             part = top_k_mask(part.masked_fill(gone, float("-inf")), share, temperature)
         masks.append(part)
     return torch.cat(masks, 1).index_fill(1, zeroed, 1.0)
@@ -298,7 +300,7 @@ class GCNLoss:
 
     def _sufficiency(self, importance: Tensor, samples: Tensor, generator: torch.Generator) -> Tensor:
         classifier, first = self.graphs.classifier, self.graph.layers
-        scores = importance / importance.std(1, keepdim=True)
+        scores = importance / importance.std(1, keepdim=True).clamp_min(LEAST_SPREAD)
         # The k largest of logits + Gumbel noise are a sample without replacement (Kool et al. 2019, arXiv:1903.06059).
         noise = -torch.empty(scores.shape).exponential_(generator=generator).log()
         keep = top_k_mask(scores + self.config.gumbel * noise.to(scores.device), self.top_k, self.config.temperature)
@@ -362,10 +364,8 @@ class GCNTrainer:
             optimizer.step()
             schedule.step()
             # All of them in one copy: a GPU is waited for once a step.
-            found = torch.stack([*(value.detach() for value in terms.values()), scored[0].std()]).tolist()
-            values, is_alive = dict(zip(terms, found)), found[-1] != 0
-            dead = "gcn.learning_rate and rounds: all scores are the same, its last ReLU is dead"
-            check_finite(values, step, "gcn.learning_rate and the weight of the term" if is_alive else dead)
+            values = dict(zip(terms, torch.stack([value.detach() for value in terms.values()]).tolist()))
+            check_finite(values, step, "gcn.learning_rate and the weight of the term")
             progress.set_postfix(values, refresh=False)
             if config.partly_masked is not None and step + 1 >= config.warmup and looks < config.looks:
                 zeroed, forget_class = loss_on.look(*scored, zeroed, forget_class, generator)

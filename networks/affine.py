@@ -59,7 +59,8 @@ class AffineFeatures:
 class AffineReLU(torch.autograd.Function):
     """relu(x[r, c] M + source[c] + target[r]): the only work of the GCN that touches every vertex.
 
-    Graph by graph, so that its tensors stay in the cache; and without the copies of autograd's own formulas.
+    Graph by graph, so that its tensors stay in the cache; and without the copies of autograd's own formulas. Where
+    nothing of a graph is above 0, the gradient passes as if all were: a GCN without biases that died would stay dead.
     """
 
     @staticmethod
@@ -79,7 +80,7 @@ class AffineReLU(torch.autograd.Function):
         of_matrix = torch.zeros_like(matrix)
         of_source, of_target = [], []
         for index, (x_of, y) in enumerate(zip(x, output)):
-            of_y = torch.ops.aten.threshold_backward(gradient[index], y, 0)
+            of_y = torch.ops.aten.threshold_backward(gradient[index], y, 0) if y.any() else gradient[index]
             flat = of_y.flatten(0, 1)
             # A gradient x^T g is formed twice as fast as g^T x.
             of_matrix.addmm_(x_of.flatten(0, 1).T, flat)
