@@ -190,7 +190,8 @@ class ZeroingOrder:
                 correct += int((logits.argmax(1) == label).sum())
                 if (left := 100 * correct / len(inputs)) >= enough:
                     return left
-        deviation, mean = torch.std_mean(torch.cat(margins).double())
-        if 1 < len(inputs) < 100 / self.config.target and deviation > 0:
-            left = max(left, 100 - 100 * NormalDist(float(mean), float(deviation)).cdf(0))
+        if 1 < len(inputs) < 100 / self.config.target:
+            deviation, mean = torch.std_mean(torch.cat(margins).double())
+            if deviation > 0:
+                left = max(left, 100 - 100 * NormalDist(float(mean), float(deviation)).cdf(0))
         return left
