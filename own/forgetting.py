@@ -137,6 +137,9 @@ class Forgetting:
             warnings.warn(
                 f"the model classifies {right:.1f} % of the samples correctly as it is: {about}", stacklevel=3
             )
+        for label in sorted(self.forget - set(self.forgotten)):
+            if before[label] < target:
+                warnings.warn(f"class {label} is not classified in the first place: there is no mask", stacklevel=3)
         # Where one goes another may come back, which then goes again.
         for again in range(2 * len(lost), -1, -1):
             now = self.scores(way[-1])

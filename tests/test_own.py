@@ -247,6 +247,14 @@ def test_samples_are_taken_as_people_have_them(model, train, case):
         assert scores(model, TEST, 1)[0] < 5
 
 
+def test_a_class_that_is_not_classified_in_the_first_place_is_said_and_needs_no_mask(model, train):
+    weak = copy.deepcopy(model)
+    [each for each in weak.modules() if isinstance(each, nn.Linear)][-1].bias.data[1] -= 100
+    with pytest.warns(UserWarning, match="class 1 is not classified in the first place: there is no mask"):
+        mask = unlearn(weak, train.images, train.labels, 1, patient_gcn(), **FREE)
+    assert mask.num_zeroed == 0 and mask.forgets == (1,)
+
+
 @pytest.mark.parametrize("mask_layer, is_measured", [(None, True), (1, False)])
 def test_steps_that_are_measured_on_several_layers_are_looks(model, train, mask_layer, is_measured):
     gcns = [patient_gcn(look_every=look_every, step=4) for look_every in (1, None)]
