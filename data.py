@@ -305,7 +305,8 @@ class GraphGenerator:
         self.at_once = classifier.recorded_at_once(self.graph.layers)
         # What kernels read would be too much to be kept: their passes are made anew.
         self.records: list[LayerRecord] | None = None
-        self._looked: tuple[Tensor, Tensor] | None = None  # samples and vertices zeroed
+        # The last look: its samples and the vertices zeroed, and what was recorded.
+        self._looked: tuple[tuple[Tensor, Tensor], list[tuple[list[LayerRecord], Tensor]]] | None = None
         if all(len(shape) == 2 for shape in self.graph.shapes):
             everything = torch.arange(len(self), device=self.labels.device).split(self.at_once)
             records, self.loss = zip(*(self._record(rows) for rows in everything))
@@ -394,10 +395,11 @@ class GraphGenerator:
         It is (groups, m, n), or with 1 for what it does not depend on. Kept are the means that features are formed of.
         """
         means, losses = [{} for _ in self.graph.layers], []
-        before, weights = (self._weights_under(each) for each in (mask, ahead or mask))
+        weights = self._weights_under(ahead or mask)
+        removed = ahead and [before - weight for before, weight in zip(self._weights_under(mask), weights)]
         for records, loss in self._passes(samples, mask):
-            if ahead is not None:
-                records, loss = foreseen(records, loss, [b - w for b, w in zip(before, weights)])
+            if removed:
+                records, loss = foreseen(records, loss, removed)
             share = loss.shape[1] / samples.shape[1]
             for of_layer, record in zip(means, records):
                 for mean in {FEATURES[name].mean for name in names if FEATURES[name].mean}:
@@ -416,8 +418,8 @@ class GraphGenerator:
 
     def _weights_under(self, mask: Mask | None) -> list[Tensor]:
         """The weight matrices of the masked layers under a mask, (m, n) each."""
-        with nullcontext() if mask is None else mask.applied_to(self.classifier):
-            return [weight.flatten(1) for weight in self.weights()]
+        weights = self.weights() if mask is None else mask.weights(self.classifier).values()
+        return [weight.flatten(1) for weight in weights]
 
     def _passes(self, samples: Tensor, mask: Mask | None) -> Iterable[tuple[list[LayerRecord], Tensor]]:
         """Records (groups, samples, ...) of groups, part after part of their samples, and the samples' losses.
@@ -427,14 +429,13 @@ class GraphGenerator:
         if self.records is None:
             return self._run(samples, mask)
         about = samples, self.nothing if mask is None else mask.vertices()
-        if self._looked is None or not all(map(torch.equal, about, self._looked)):
-            self._looked = about
+        if self._looked is None or not all(map(torch.equal, about, self._looked[0])):
             if mask is None:
                 gathered = [LayerRecord(*(x[samples] for x in record)) for record in self.records]
-                self._look = [(gathered, self.loss[samples])]
+                self._looked = about, [(gathered, self.loss[samples])]
             else:
-                self._look = list(self._run(samples, mask))
-        return self._look
+                self._looked = about, list(self._run(samples, mask))
+        return self._looked[1]
 
     def _run(self, samples: Tensor, mask: Mask | None) -> Iterator[tuple[list[LayerRecord], Tensor]]:
         with nullcontext() if mask is None else mask.applied_to(self.classifier):

@@ -16,9 +16,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from audits.probes import linear  # noqa: E402
+from audits.predictions import look_at  # noqa: E402
+from audits.probes import probe_scores  # noqa: E402
 from configs import Config, load_config  # noqa: E402
-from data import ImageData, is_correct, load_image_data, some_of_every_class  # noqa: E402
+from data import ImageData, load_image_data, some_of_every_class  # noqa: E402
 from masking.erasing import Erasing, Telling, erased, nearest  # noqa: E402
 from masking.regression import ridge_recall  # noqa: E402
 from networks.hooked import HookedClassifier  # noqa: E402
@@ -36,13 +37,9 @@ def told(features: Tensor, labels: Tensor, telling: Telling, classes: int) -> tu
 
 def judged(model: HookedClassifier, data: ImageData, label: int, config: Config, seed: int) -> Tensor:
     """Percent of a class's test samples that a linear probe finds, and the retain score, (2)."""
-    with torch.no_grad():
-        known = model.value_of(model.trace.representation, data.train.images)
-        features = model.value_of(model.trace.representation, data.test.images)
-        is_right = is_correct(model(data.test.images), data.test.labels)
-    found = linear(known, data.train.labels, features, config.audit, seed) == label
-    is_own = data.test.labels == label
-    return 100 * torch.stack([found[is_own].double().mean(), is_right[~is_own].double().mean()])
+    test = look_at(model, data.test)
+    recalls, _ = probe_scores(look_at(model, data.train), test, label, config.audit, seed)
+    return torch.tensor([recalls["linear"], 100 * test.correct[test.labels != label].mean()])
 
 
 def measured(overrides: list[str]) -> Iterator[tuple[str, list[tuple[float, float]], Tensor]]:

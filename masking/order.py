@@ -181,17 +181,17 @@ class ZeroingOrder:
 
         inputs: of the first masked layer, for samples of the class
         """
-        graphs, correct, margins = self.graphs, 0, []
+        graphs, correct, found = self.graphs, 0, []
         with mask.applied_to(graphs.classifier):
             for part in inputs.split(LOOKED_AT):
-                logits = graphs.classifier(part, graphs.graph.layers)
-                others = logits.index_fill(1, torch.tensor([label], device=logits.device), float("-inf"))
-                margins.append(logits[:, label] - others.amax(1))
-                correct += int((logits.argmax(1) == label).sum())
+                found.append(graphs.classifier(part, graphs.graph.layers))
+                correct += int((found[-1].argmax(1) == label).sum())
                 if (left := 100 * correct / len(inputs)) >= enough:
                     return left
         if 1 < len(inputs) < 100 / self.config.target:
-            deviation, mean = torch.std_mean(torch.cat(margins).double())
+            logits = torch.cat(found)
+            others = logits.index_fill(1, torch.tensor([label], device=logits.device), float("-inf"))
+            deviation, mean = torch.std_mean((logits[:, label] - others.amax(1)).double())
             if deviation > 0:
                 left = max(left, 100 - 100 * NormalDist(float(mean), float(deviation)).cdf(0))
         return left
