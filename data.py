@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -181,25 +182,6 @@ def mean_signal(record: LayerRecord) -> Tensor:
     return mean_product(record.active, record.inputs) / positions
 
 
-def foreseen(records: list[LayerRecord], loss: Tensor, removed: list[Tensor]) -> tuple[list[LayerRecord], Tensor]:
-    """What layers would do, and the losses (groups, samples) in nats, without the weights `removed` (m, n) of each.
-
-    There is no pass through the network: the log-odds of every sample's label, log(p / (1 - p)), are taken to be linear
-    in the weights. They change by delta . (removed a) / (1 - p), and the gradients with 1 - p; activations stay.
-    """
-    left = -torch.expm1(-loss).clamp_max(-1e-6)  # 1 - p
-    log_odds = records[0].odds.clamp_min(1e-30).log()
-    for record, weight in zip(records, removed):
-        lost = record.inputs @ weight.T if record.inputs.ndim == 3 else weight @ record.inputs
-        log_odds = log_odds + (record.loss_gradient * lost).flatten(2).sum(2) / left
-    scale = log_odds.neg().sigmoid() / left
-    found = []
-    for record in records:
-        delta = record.loss_gradient * scale.view(*scale.shape, *[1] * (record.loss_gradient.ndim - 2))
-        found.append(record._replace(loss_gradient=delta, odds=log_odds.exp().clamp_max(1e6)))
-    return found, F.softplus(-log_odds)
-
-
 def mean_activation(x: Tensor) -> Tensor:
     """Mean over the samples and the positions of a convolution, (classes, neurons)."""
     return (x.mean(3) if x.ndim == 4 else x).mean(1)
@@ -214,6 +196,11 @@ def mean_forgetting_gradient(record: LayerRecord) -> Tensor:
     return -mean_product(delta * record.odds.view(*record.odds.shape, *[1] * (delta.ndim - 2)), record.inputs)
 
 
+Mean = Callable[[LayerRecord], Tensor]
+# The others stay where it is foreseen what zeros do.
+OF_THE_LOSS: tuple[Mean, ...] = (mean_gradient, mean_squared_gradient, mean_forgetting_gradient)
+
+
 class Feature(NamedTuple):
     """A feature of weights, from a mean over a group's samples, (classes, m, n) or what broadcasts to it.
 
@@ -222,7 +209,7 @@ class Feature(NamedTuple):
     of: from that mean and the weight (m, n) to the feature; the weight leads from neuron c to r
     """
 
-    mean: Callable[[LayerRecord], Tensor] | None
+    mean: Mean | None
     of: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -278,6 +265,107 @@ def vertex_features(features: list[Tensor]) -> Tensor:
     return x.permute(1, 2, 0).contiguous()
 
 
+# Records (groups, samples, ...) of every masked layer on a part of the samples, and their losses, nats.
+Pass = tuple[list[LayerRecord], Tensor]
+
+
+def group_means(
+    passes: Iterable[Pass], means: Iterable[Mean], group_size: int
+) -> tuple[list[dict[Mean, Tensor]], Tensor]:
+    """Of every masked layer its means over each group, and the groups' mean losses, nats, by passes over its parts."""
+    found, losses = defaultdict(dict), []
+    for records, loss in passes:
+        for index, record in enumerate(records):
+            for mean in means:
+                part = mean(record).mul_(loss.shape[1] / group_size)  # in place: of large kernels it takes much memory
+                of_layer = found[index]
+                of_layer[mean] = of_layer[mean].add_(part) if mean in of_layer else part
+        losses.append(loss)
+    return [found[index] for index in range(len(records))], torch.cat(losses, 1).mean(1)
+
+
+@dataclass(eq=False)
+class Look:
+    """What groups of samples do in the masked layers of a classifier, masked or not: what features are made of.
+
+    weights: the matrix of each masked layer (m, n), as it is under the mask
+    means: of each masked layer those over every group, (groups, m, n) or what broadcasts to it
+    loss: the mean cross entropy of each group (groups), nats
+    passes, log_odds: what the means are of, where it is kept, and log(p / (1 - p)) of each of its samples' labels now
+    """
+
+    config: GraphConfig
+    graph: WeightGraph
+    weights: list[Tensor]
+    means: list[dict[Mean, Tensor]]
+    loss: Tensor
+    passes: list[Pass]
+    log_odds: list[Tensor]
+
+    def feature(self, name: str) -> Tensor:
+        """One of FEATURES that were looked for, of every group, (groups, vertices), not standardised."""
+        return self._flat(self._formed(name, slice(None)))
+
+    def class_graphs(self, classes: Tensor | None = None) -> Iterator[Tensor]:
+        """Vertex features (classes, vertices, features) of groups that are classes, standardised over each graph.
+
+        As many at a time as fit in the cache but one at least; or of some classes alone, one at a time.
+        """
+        own, count = self.config.features, len(self.loss)
+        names = [name for name in own if name != "weight"] if self.config.other_classes else []
+        totals = {name: [part.sum(0) for part in self._formed(name, slice(None))] for name in names}
+        at_once = max(1, VERTICES_AT_ONCE // self.graph.num_vertices) if classes is None else 1
+        for first in range(0, count, at_once) if classes is None else classes.tolist():
+            chosen = slice(first, first + at_once)
+            features = [self._flat(self._formed(name, chosen)) for name in own]
+            for name in names:
+                sums = (total - part for total, part in zip(totals[name], self._formed(name, chosen)))
+                features.append(self._flat([part / (count - 1) for part in sums]))
+            yield vertex_features(features)
+
+    def without(self, vertices: Tensor) -> Look:
+        """What the groups would do without further weights, foreseen: no sample goes through the network for it.
+
+        The log-odds of every sample's label are taken to be linear in the weights since the last pass: a weight w from
+        neuron c to r that is zeroed changes them by delta_r w a_c / (1 - p), and the gradients of the loss change with
+        1 - p. Activations stay.
+        """
+        is_removed = torch.zeros(self.graph.num_vertices, dtype=torch.bool, device=vertices.device)
+        removed = [each.nonzero().T for each in self.graph.matrices(is_removed.index_fill(0, vertices, True))]
+        log_odds, passes = [], []
+        for (records, _), now in zip(self.passes, self.log_odds):
+            left = 1 / (1 + records[0].odds)  # 1 - p
+            for record, weight, (rows, columns) in zip(records, self.weights, removed):
+                # Of a matrix columns are chosen thrice as fast.
+                delta = record.loss_gradient.flatten(0, 1).index_select(1, rows)
+                a = record.inputs.flatten(0, 1).index_select(1, columns)
+                now = now + ((delta * a) @ weight[rows, columns]).view_as(now) / left
+            scale, odds = now.neg().sigmoid() / left, now.exp().clamp_max(1e6)
+            changed = (
+                record._replace(loss_gradient=record.loss_gradient * scale[..., None], odds=odds) for record in records
+            )
+            log_odds.append(now)
+            passes.append((list(changed), F.softplus(-now)))
+        of_loss = [mean for mean in self.means[0] if mean in OF_THE_LOSS]
+        means, loss = group_means(passes, of_loss, sum(part.shape[1] for part in log_odds))
+        means = [before | now for before, now in zip(self.means, means)]
+        weights = [weight.index_put(tuple(at), weight.new_zeros(())) for weight, at in zip(self.weights, removed)]
+        return replace(self, weights=weights, means=means, loss=loss, log_odds=log_odds)
+
+    def _formed(self, name: str, chosen: slice) -> list[Tensor]:
+        """A feature of some groups in every masked layer, (groups, m, n), or with 1 for what it does not depend on."""
+        feature, count = FEATURES[name], len(range(len(self.loss))[chosen])
+        found = (of_layer.get(feature.mean) for of_layer in self.means)
+        means = (mean if mean is None else mean[chosen] for mean in found)
+        parts = [feature.of(mean, weight) for mean, weight in zip(means, self.weights)]
+        return [part.expand(count, *part.shape[1:]) for part in parts]
+
+    def _flat(self, parts: list[Tensor]) -> Tensor:
+        """A feature of every masked layer as one of all vertices, (groups, vertices)."""
+        shapes = ((len(target), len(source)) for target, source in zip(self.graph.targets, self.graph.sources))
+        return torch.cat([part.expand(len(part), *shape).flatten(1) for part, shape in zip(parts, shapes)], 1)
+
+
 @dataclass(eq=False)
 class GraphGenerator:
     """Activation graphs of a classifier: what every sample does in the masked layers, recorded in one batched pass.
@@ -305,8 +393,6 @@ class GraphGenerator:
         self.at_once = classifier.recorded_at_once(self.graph.layers)
         # What kernels read would be too much to be kept: their passes are made anew.
         self.records: list[LayerRecord] | None = None
-        # The last look: its samples and the vertices zeroed, and what was recorded.
-        self._looked: tuple[tuple[Tensor, Tensor], list[tuple[list[LayerRecord], Tensor]]] | None = None
         if all(len(shape) == 2 for shape in self.graph.shapes):
             everything = torch.arange(len(self), device=self.labels.device).split(self.at_once)
             records, self.loss = zip(*(self._record(rows) for rows in everything))
@@ -334,110 +420,22 @@ class GraphGenerator:
         """The weight matrices of the masked layers as they are now, (m, n) each."""
         return [self.classifier.layers[index].weight.detach() for index in self.graph.layers]
 
-    def class_graphs(
-        self, samples: Tensor, mask: Mask | None = None, ahead: Mask | None = None
-    ) -> tuple[Iterator[Tensor], Tensor]:
-        """The graph of a group of every class, samples (classes, group_size), on the classifier or on a masked one.
+    def look(self, samples: Tensor, names: Sequence[str], mask: Mask | None = None) -> Look:
+        """What groups of samples (groups, group_size) do on the classifier, or on the masked one, to form features of.
 
-        ahead: a mask that includes the first; what its further zeros do is foreseen, without another pass (`foreseen`)
-
-        Returns the vertex features (classes, vertices, features), as many classes at a time as fit in the cache but one
-        at least, standardised over each graph; and the mean cross entropy of each class (classes), nats.
+        names: of FEATURES
         """
-        formed, loss = self._features(samples, self.config.features, mask, ahead)
-        at_once = max(1, VERTICES_AT_ONCE // self.graph.num_vertices)
-        chosen = [slice(first, first + at_once) for first in range(0, self.num_classes, at_once)]
-        return self._graphs(formed, chosen), loss
-
-    def weighed_graphs(
-        self,
-        samples: Tensor,
-        classes: Tensor,
-        names: Sequence[str],
-        mask: Mask | None = None,
-        ahead: Mask | None = None,
-    ) -> tuple[Iterator[Tensor], dict[str, Tensor], Tensor]:
-        """`class_graphs` of some classes alone, one at a time, and `class_features` of all, both from one pass."""
-        formed, loss = self._features(samples, [*self.config.features, *names], mask, ahead)
-        features = {name: self._flat(formed(name, slice(None))) for name in names}
-        return self._graphs(formed, [slice(each, each + 1) for each in classes.tolist()]), features, loss
-
-    def class_features(
-        self,
-        samples: Tensor,
-        names: Sequence[str],
-        mask: Mask | None = None,
-        ahead: Mask | None = None,
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Some of FEATURES, not standardised, of groups of samples (groups, group_size), with or without a mask.
-
-        Returns name to (groups, vertices), and the mean cross entropy of each group (groups), nats.
-        """
-        formed, loss = self._features(samples, names, mask, ahead)
-        return {name: self._flat(formed(name, slice(None))) for name in names}, loss
-
-    def _graphs(self, formed: Callable[[str, slice], list[Tensor]], classes: Sequence[slice]) -> Iterator[Tensor]:
-        own = self.config.features
-        names = [name for name in own if name != "weight"] if self.config.other_classes else []
-        totals = {name: [part.sum(0) for part in formed(name, slice(None))] for name in names}
-        for chosen in classes:
-            features = [self._flat(formed(name, chosen)) for name in own]
-            for name in names:
-                sums = (total - part for total, part in zip(totals[name], formed(name, chosen)))
-                features.append(self._flat([part / (self.num_classes - 1) for part in sums]))
-            yield vertex_features(features)
-
-    def _features(
-        self, samples: Tensor, names: Sequence[str], mask: Mask | None, ahead: Mask | None
-    ) -> tuple[Callable[[str, slice], list[Tensor]], Tensor]:
-        """From a feature's name and some groups to it in every masked layer, and the loss of every group, nats.
-
-        It is (groups, m, n), or with 1 for what it does not depend on. Kept are the means that features are formed of.
-        """
-        means, losses = [{} for _ in self.graph.layers], []
-        weights = self._weights_under(ahead or mask)
-        removed = ahead and [before - weight for before, weight in zip(self._weights_under(mask), weights)]
-        for records, loss in self._passes(samples, mask):
-            if removed:
-                records, loss = foreseen(records, loss, removed)
-            share = loss.shape[1] / samples.shape[1]
-            for of_layer, record in zip(means, records):
-                for mean in {FEATURES[name].mean for name in names if FEATURES[name].mean}:
-                    part = mean(record).mul_(share)  # in place: of large kernels it takes much memory
-                    of_layer[mean] = of_layer[mean].add_(part) if mean in of_layer else part
-            losses.append(loss)
-
-        def formed(name: str, chosen: slice) -> list[Tensor]:
-            feature, count = FEATURES[name], len(range(len(samples))[chosen])
-            found = (of_layer.get(feature.mean) for of_layer in means)
-            means_of = (mean if mean is None else mean[chosen] for mean in found)
-            parts = [feature.of(mean, weight) for mean, weight in zip(means_of, weights)]
-            return [part.expand(count, *part.shape[1:]) for part in parts]
-
-        return formed, torch.cat(losses, 1).mean(1)
-
-    def _weights_under(self, mask: Mask | None) -> list[Tensor]:
-        """The weight matrices of the masked layers under a mask, (m, n) each."""
+        passes, kept = self._run(samples, mask), []
+        if self.records is not None:
+            of_samples = [LayerRecord(*(x[samples] for x in record)) for record in self.records] if mask is None else []
+            passes = kept = [(of_samples, self.loss[samples])] if mask is None else list(passes)
+        means = dict.fromkeys(FEATURES[name].mean for name in names if FEATURES[name].mean)
+        found = group_means(passes, means, samples.shape[1])
         weights = self.weights() if mask is None else mask.weights(self.classifier).values()
-        return [weight.flatten(1) for weight in weights]
+        log_odds = [records[0].odds.clamp_min(1e-30).log() for records, _ in kept]
+        return Look(self.config, self.graph, [weight.flatten(1) for weight in weights], *found, kept, log_odds)
 
-    def _passes(self, samples: Tensor, mask: Mask | None) -> Iterable[tuple[list[LayerRecord], Tensor]]:
-        """Records (groups, samples, ...) of groups, part after part of their samples, and the samples' losses.
-
-        Those of the last look are kept for the steps that follow it, but for those of kernels.
-        """
-        if self.records is None:
-            return self._run(samples, mask)
-        about = samples, self.nothing if mask is None else mask.vertices()
-        if self._looked is None or not all(map(torch.equal, about, self._looked[0])):
-            if mask is None:
-                gathered = [LayerRecord(*(x[samples] for x in record)) for record in self.records]
-                self._looked = about, [(gathered, self.loss[samples])]
-            else:
-                self._looked = about, list(self._run(samples, mask))
-        return self._looked[1]
-
-    def _run(self, samples: Tensor, mask: Mask | None) -> Iterator[tuple[list[LayerRecord], Tensor]]:
+    def _run(self, samples: Tensor, mask: Mask | None) -> Iterator[Pass]:
         with nullcontext() if mask is None else mask.applied_to(self.classifier):
             for part in samples.split(max(1, self.at_once // len(samples)), 1):
                 records, loss = self._record(part.flatten())
@@ -447,11 +445,6 @@ class GraphGenerator:
     def _record(self, rows: Tensor) -> tuple[list[LayerRecord], Tensor]:
         layers = self.graph.layers
         return self.classifier.record(self.inputs[rows], self.labels[rows], layers, layers)
-
-    def _flat(self, parts: list[Tensor]) -> Tensor:
-        """A feature of every masked layer as one of all vertices, (groups, vertices)."""
-        shapes = ((len(target), len(source)) for target, source in zip(self.graph.targets, self.graph.sources))
-        return torch.cat([part.expand(len(part), *shape).flatten(1) for part, shape in zip(parts, shapes)], 1)
 
     def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
         """The graph of one sample for PyG: x (vertices, features), edge_index (2, edges), y (1).
@@ -467,11 +460,11 @@ class GraphGenerator:
         if (edges := self.graph.num_edges) > max_edges:
             raise ValueError(f"max_edges must be at least {edges:,} ({16 * edges / 1e9:.1f} GB), not {max_edges:,}")
         label, names = self.labels[index : index + 1], self.config.features
-        own, _ = self.class_features(torch.tensor([[index]], device=label.device), names)
-        classes, _ = self.class_features(self.by_class(), names)
+        own, classes = (self.look(at, names) for at in (torch.tensor([[index]], device=label.device), self.by_class()))
         others = [name for name in names if name != "weight"] if self.config.other_classes else []
-        of_others = [(classes[name].sum(0) - classes[name][label]) / (self.num_classes - 1) for name in others]
-        x = vertex_features([*own.values(), *of_others])[0]
+        of_classes = map(classes.feature, others)
+        of_others = [(each.sum(0) - each[label]) / (self.num_classes - 1) for each in of_classes]
+        x = vertex_features([*map(own.feature, names), *of_others])[0]
         return Data(x=x, edge_index=self.graph.edge_index().to(label.device), y=label)
 
     def recorded(self) -> dict[str, Any]:

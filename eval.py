@@ -124,7 +124,7 @@ class Request:
     @property
     def ranking(self) -> GCNRanking:
         """How much the masking GCN wants each weight zeroed."""
-        return GCNRanking(self.config, self.gcn, self.graphs, self.forget_class, self.top_k, self.seed)
+        return GCNRanking(self.config, self.graphs, self.forget_class, self.seed, self.gcn, self.top_k)
 
     def in_steps(self, name: str, ranking: Callable[[int, Tensor], Tensor], all_at_once: bool = False) -> Zeroing:
         """The weights that a ranking zeroes first, up to kappa; with auto up to its own smallest kappa that forgets.

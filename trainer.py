@@ -15,7 +15,7 @@ from tqdm import tqdm
 import data
 from data import Amount, Count, GraphGenerator, NonNegative, Positive, Split
 from masking.order import forgetting_loss
-from masking.rankings import contrast, mask_of, ranked, weighed
+from masking.rankings import WEIGHED, contrast, mask_of, ranked, weighed
 from model import MaskingGCN, WeightGraph
 from networks.architectures import cnn, in_channels, mlp, resnet
 from networks.hooked import HookedClassifier, is_finite
@@ -258,12 +258,12 @@ class GCNLoss:
         mask = mask_of(graphs, zeroed)
         group = graphs.draw(config.group_size, generator)
         tried = self._tried(forget_class, generator).to(group.device)
+        look = graphs.look(group, [*graphs.config.features, *(WEIGHED if gcn.weighs else ())], mask)
         if gcn.weighs:
-            scores = weighed(gcn, graphs, group, tried, mask)
+            scores = weighed(gcn, look, tried)
         else:
-            x, damage = graphs.class_graphs(group, mask)
-            importance = torch.cat([gcn(part, self.graph) for part in x])  # (classes, vertices)
-            scores = contrast(importance, damage if config.contrast == "damage" else None)[tried]
+            importance = torch.cat([gcn(part, self.graph) for part in look.class_graphs()])  # (classes, vertices)
+            scores = contrast(importance, look.loss if config.contrast == "damage" else None)[tried]
         samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator)
         terms: dict[str, Tensor] = {}
         if config.sufficiency and mask is None:

@@ -84,8 +84,6 @@ class Config:
             for kappa in kappas:
                 if kappa != "auto" and number_of_weights(kappa, vertices) >= vertices:
                     raise ValueError(f"{name} must be from 1 to {vertices - 1} (masked weights less one), not {kappa}")
-        if self.eval.look_every != 1 and self.graphs.scope == "measured" and len(self.masked_shapes) > 1:
-            raise ValueError(f"eval.look_every must be 1 where graphs.scope is measured, not {self.eval.look_every}")
         if max(self.top_ks) > vertices:
             raise ValueError(f"sweep.top_k must be from 1 to {vertices} (masked weights), not {max(self.top_ks)}")
         spans = [self.gcn.kappa] + ([] if self.gcn.partly_masked is None else [self.gcn.partly_masked])

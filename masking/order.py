@@ -182,12 +182,12 @@ class ZeroingOrder:
         inputs: of the first masked layer, for samples of the class
         """
         graphs, correct, found = self.graphs, 0, []
-        with mask.applied_to(graphs.classifier):
-            for part in inputs.split(LOOKED_AT):
-                found.append(graphs.classifier(part, graphs.graph.layers))
-                correct += int((found[-1].argmax(1) == label).sum())
-                if (left := 100 * correct / len(inputs)) >= enough:
-                    return left
+        weights = {index: weight[None] for index, weight in mask.weights(graphs.classifier).items()}
+        for part in inputs.split(LOOKED_AT):
+            found.append(graphs.classifier.outputs(part, graphs.graph.layers, weights)[1][0])
+            correct += int((found[-1].argmax(1) == label).sum())
+            if (left := 100 * correct / len(inputs)) >= enough:
+                return left
         if 1 < len(inputs) < 100 / self.config.target:
             logits = torch.cat(found)
             others = logits.index_fill(1, torch.tensor([label], device=logits.device), float("-inf"))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import data
-from data import Amount, Count, GraphConfig, GraphGenerator, Positive, number_of_weights
+from data import Amount, Count, GraphConfig, GraphGenerator, Look, Positive
 from model import Mask, MaskingGCN, WeightGraph
 from networks.hooked import is_finite
 from runs.files import ArtifactError, InputError, load, one_line
@@ -25,15 +25,23 @@ def pretrained_for(shapes: Sequence[tuple[int, ...]]) -> Path:
     return PRETRAINED / ("kernels.pt" if any(len(shape) > 2 for shape in shapes) else "gcn.pt")
 
 
+def sparing(damage: Tensor) -> Tensor:
+    """How much classes count of which one is to be spared the more a mask has hurt it: (damage + 0.02)^0.5.
+
+    damage: their cross entropy under the mask, nats
+    """
+    return (damage + 0.02).sqrt()
+
+
 def contrast(importance: Tensor, damage: Tensor | None = None) -> Tensor:
     """How much more class d needs a weight than the others do: Q_d - sum(v_c Q_c, c != d) / sum(v_c, c != d).
 
-    With `damage`, the cross entropy (classes) under the current mask, v_c is proportional to (damage_c + 0.02)^0.5, so
-    that a class that the mask has hurt is spared next; without it all v_c are equal.
+    With `damage`, the cross entropy (classes) under the current mask, v_c is that of `sparing`; without it all v_c are
+    equal.
 
     Shapes: importance Q (classes, vertices) to (classes, vertices), a row for every forget class d.
     """
-    v = torch.ones_like(importance[:, 0]) if damage is None else (damage + 0.02).sqrt()
+    v = torch.ones_like(importance[:, 0]) if damage is None else sparing(damage)
     weighted = v[:, None] * importance
     return importance - (weighted.sum(0) - weighted) / (v.sum() - v)[:, None]
 
@@ -50,30 +58,30 @@ def set_difference(importance: Tensor, top_k: int) -> Tensor:
     return torch.where(only_here, importance + lift, rest)
 
 
-def fall_of_others(features: dict[str, Tensor], damage: Tensor | None, forget_class: int) -> Tensor:
+def fall_of_others(look: Look, forget_class: int) -> Tensor:
     """By how much removing a weight lowers the other classes' loss, to second order, (vertices).
 
     w E_r[dL/dw] - w^2 E_r[(dL/dw)^2] / 2, with the Fisher information for the curvature; E_r is the mean over the other
-    classes, weighted by damage as in `contrast`.
+    classes, weighted as in `contrast`.
     """
-    fall_of_loss = features["effect"] - features["fisher"] ** 2 / 2
-    # With 0 for its own class, the contrast is minus the weighted mean over the others.
-    fall_of_loss[forget_class] = 0
-    return -contrast(fall_of_loss, damage)[forget_class]
+    v = sparing(look.loss)
+    weighted = v[:, None] * (look.feature("effect") - look.feature("fisher") ** 2 / 2)
+    weighted[forget_class] = 0
+    return weighted.sum(0) / (v.sum() - v[forget_class])
 
 
-def weighed(
-    gcn: MaskingGCN, graphs: GraphGenerator, samples: Tensor, classes: Tensor, *masks: Mask | None, penalty: float = 1.0
-) -> Tensor:
+WEIGHED = ("forgetting", "effect", "fisher")  # features that a GCN weighs
+
+
+def weighed(gcn: MaskingGCN, look: Look, classes: Tensor, penalty: float = 1.0) -> Tensor:
     """Scores (masks, vertices) by a GCN that weighs, of a mask for each of `classes`.
 
     penalty a_v w E_d[d(-log(1 - p_d))/dw] + b_v fall_of_others, with the weights a_v and b_v that the GCN gives to v.
     """
-    x, features, damage = graphs.weighed_graphs(samples, classes, ("forgetting", "effect", "fisher"), *masks)
-    scores = []
-    for part, label in zip(x, classes.tolist()):
-        own, others = gcn(part, graphs.graph)[0].unbind(-1)
-        scores.append(penalty * own * features["forgetting"][label] + others * fall_of_others(features, damage, label))
+    scores, forgetting = [], look.feature("forgetting")
+    for part, label in zip(look.class_graphs(classes), classes.tolist()):
+        own, others = gcn(part, look.graph)[0].unbind(-1)
+        scores.append(penalty * own * forgetting[label] + others * fall_of_others(look, label))
     return torch.stack(scores)
 
 
@@ -111,10 +119,6 @@ class MaskingConfig:
     patience: Annotated[int, "at least 0"]
     penalty_growth: Annotated[float, "at least 1"]
 
-    def last_look(self, step: int) -> int:
-        """The step before which the classifier is run on samples: itself, or one of those before it."""
-        return 0 if self.look_every is None else step - step % self.look_every
-
     def penalty(self, step: int) -> float:
         """What the forgetting loss weighs more at a step of a request than at its first one.
 
@@ -124,38 +128,46 @@ class MaskingConfig:
         return self.penalty_growth**step
 
 
-def request_samples(
-    config: MaskingConfig, graphs: GraphGenerator, seed: int, forget_class: int, step: int, draw: int = 0
-) -> Tensor:
-    """The samples (classes, group_size) whose graphs one step of a request looks at."""
-    return graphs.draw(config.group_size, data.seeded("request", seed, forget_class, config.last_look(step), draw))
-
-
-def request_masks(
-    config: MaskingConfig, graphs: GraphGenerator, step: int, zeroed: Tensor
-) -> tuple[Mask | None, Mask | None]:
-    """The mask under which the classifier was looked at last, and that which a step of a request foresees, if any.
-
-    zeroed: the vertices that are zeroed before the step, in their order
-    """
-    since = step - config.last_look(step)
-    if not since:
-        return mask_of(graphs, zeroed), None
-    of_one = number_of_weights(config.step, graphs.graph.num_vertices)
-    return mask_of(graphs, zeroed[: len(zeroed) - since * of_one]), mask_of(graphs, zeroed)
-
-
-@dataclass(frozen=True)
-class GCNRanking:
-    """How much a trained GCN wants each weight zeroed to forget a class, on the classifier masked so far."""
+@dataclass(eq=False)
+class Ranking:
+    """What ranks weights for a request, and its looks at the classifier: each is kept for the steps behind it."""
 
     config: MaskingConfig
-    gcn: MaskingGCN
     graphs: GraphGenerator
     forget_class: int
-    top_k: int
     seed: int
 
+    def __post_init__(self) -> None:
+        self._looks: list[Look] = []  # the last of every draw
+        self._zeroed = self.graphs.nothing  # that they are of
+
+    def looks(self, step: int, zeroed: Tensor, names: Sequence[str]) -> list[Look]:
+        """What samples do on the classifier masked so far, a look for each of `config.draws`, to form features of.
+
+        After every `config.look_every` steps the classifier is run on samples anew. Between, what zeros do is foreseen,
+        but not of kernels. zeroed: the vertices that are zeroed before the step, in their order
+        """
+        every, seen = self.config.look_every, len(self._zeroed)
+        goes_on = self._looks and self._looks[0].passes and torch.equal(zeroed[:seen], self._zeroed)
+        if goes_on and (step % every if every else step):
+            self._looks = [look.without(zeroed[seen:]) for look in self._looks]
+        else:
+            mask = mask_of(self.graphs, zeroed)
+            keys = (("request", self.seed, self.forget_class, step, draw) for draw in range(self.config.draws))
+            samples = (self.graphs.draw(self.config.group_size, data.seeded(*key)) for key in keys)
+            self._looks = [self.graphs.look(each, names, mask) for each in samples]
+        self._zeroed = zeroed
+        return self._looks
+
+
+@dataclass(eq=False)
+class GCNRanking(Ranking):
+    """How much a trained GCN wants each weight zeroed to forget a class, on the classifier masked so far."""
+
+    gcn: MaskingGCN
+    top_k: int
+
+    @torch.no_grad()
     def __call__(self, step: int, zeroed: Tensor) -> Tensor:
         """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
         if self.gcn.weighs:
@@ -165,26 +177,21 @@ class GCNRanking:
             return set_difference(importance, self.top_k)[self.forget_class]
         return contrast(importance, damage if self.config.ranking == "damage" else None)[self.forget_class]
 
-    @torch.no_grad()
     def importance(self, step: int, zeroed: Tensor) -> tuple[Tensor, Tensor]:
         """The GCN's mean logits Q (classes, vertices), and each class's cross entropy (classes), nats."""
-        graphs, importance, damage = self.graphs, [], []
-        masks = request_masks(self.config, graphs, step, zeroed)
-        for draw in range(self.config.draws):
-            samples = request_samples(self.config, graphs, self.seed, self.forget_class, step, draw)
-            x, loss = graphs.class_graphs(samples, *masks)
-            importance.append(torch.cat([self.gcn(part, graphs.graph) for part in x]))
-            damage.append(loss)
-        return torch.stack(importance).mean(0), torch.stack(damage).mean(0)
+        looks = self.looks(step, zeroed, self.graphs.config.features)
+        importance = [torch.cat([self.gcn(part, look.graph) for part in look.class_graphs()]) for look in looks]
+        return torch.stack(importance).mean(0), torch.stack([look.loss for look in looks]).mean(0)
 
-    @torch.no_grad()
     def _weighed(self, step: int, zeroed: Tensor) -> Tensor:
-        own, about = torch.tensor([self.forget_class]), (self.config, self.graphs)
-        drawn = (request_samples(*about, self.seed, self.forget_class, step, k) for k in range(self.config.draws))
-        masks, penalty = request_masks(*about, step, zeroed), self.config.penalty(step)
-        scores = (weighed(self.gcn, self.graphs, each, own, *masks, penalty=penalty) for each in drawn)
+        looks, own = (
+            self.looks(step, zeroed, [*self.graphs.config.features, *WEIGHED]),
+            torch.tensor([self.forget_class]),
+        )
+        scores = (weighed(self.gcn, look, own, self.config.penalty(step)) for look in looks)
         return torch.cat(list(scores)).mean(0)
 
+    @torch.no_grad()
     def most_needed(self) -> Tensor:
         """The top-K weights of the forget class in the unmasked classifier, (K)."""
         nothing = self.graphs.nothing
@@ -192,8 +199,8 @@ class GCNRanking:
         return needed.topk(self.top_k).indices
 
 
-@dataclass(frozen=True)
-class SaliencyRanking:
+@dataclass(eq=False)
+class SaliencyRanking(Ranking):
     """What removing a weight does to the forget class's margin and to the other classes' loss, without a GCN.
 
         w E_d[d margin/dw] + penalty forgetting_weight w E_d[d(-log(1 - p_d))/dw]
@@ -203,23 +210,19 @@ class SaliencyRanking:
     forgotten no longer count.
     """
 
-    config: MaskingConfig
-    graphs: GraphGenerator
-    forget_class: int
-    seed: int
     retain_weight: float
     forgetting_weight: float = 0.0
 
     def __call__(self, step: int, zeroed: Tensor) -> Tensor:
         """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
-        graphs, label = self.graphs, self.forget_class
-        samples = request_samples(self.config, graphs, self.seed, label, step)
-        masks = request_masks(self.config, graphs, step, zeroed)
         names = ("margin", "effect", "fisher", *["forgetting"] * (self.forgetting_weight > 0))
-        features, damage = graphs.class_features(samples, names, *masks)
-        scores = features["margin"][label] + self.retain_weight * fall_of_others(features, damage, label)
+        return torch.stack([self._scores(look, step) for look in self.looks(step, zeroed, names)]).mean(0)
+
+    def _scores(self, look: Look, step: int) -> Tensor:
+        label = self.forget_class
+        scores = look.feature("margin")[label] + self.retain_weight * fall_of_others(look, label)
         if self.forgetting_weight:
-            scores += self.config.penalty(step) * self.forgetting_weight * features["forgetting"][label]
+            scores += self.config.penalty(step) * self.forgetting_weight * look.feature("forgetting")[label]
         return scores
 
 

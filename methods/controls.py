@@ -38,8 +38,7 @@ def magnitude(request: Request) -> Mask:
 
 def removal_effect(request: Request) -> Tensor:
     """-w E_c[dL/dw], the first-order rise of the loss of each class c when a weight is removed, (classes, vertices)."""
-    features, _ = request.graphs.class_features(request.graphs.by_class(), ["effect"])
-    return -features["effect"]
+    return -request.graphs.look(request.graphs.by_class(), ["effect"]).feature("effect")
 
 
 @further("first_order", uses_kappa=True, paper=MOZER, touches="a mask", needs="forget set")

@@ -176,13 +176,11 @@ class Forgetting:
             return ""
         graphs = GraphGenerator(self.own.classifier, samples, self.config, self.seed)
         place, masking = graphs.classes.index(label), self.trained.masking
-        if len(graphs.graph.layers) > 1:
-            masking = replace(masking, look_every=1)  # steps that are measured are looks
         if self.scorer == "saliency":
             ranking = SaliencyRanking(masking, graphs, place, self.seed, self.trained.saliency)
         else:
             top_k = number_of_weights(self.trained.top_k, graphs.graph.num_vertices)
-            ranking = GCNRanking(masking, self.trained.gcn, graphs, place, top_k, self.seed)
+            ranking = GCNRanking(masking, graphs, place, self.seed, self.trained.gcn, top_k)
         order, begun = ZeroingOrder(masking, graphs, place, ranking, way[-1].vertices()), len(way)
         is_off = None if self.progress else True
         with tqdm(desc=f"class {label}", unit="look", delay=1, leave=False, disable=is_off) as bar:

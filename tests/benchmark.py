@@ -245,7 +245,7 @@ def stages_part(config: Config, quick: bool, results: Results) -> Iterator[Measu
 
     def request_to_mask() -> None:
         digit = next(digits) % 10
-        order = ZeroingOrder(config.eval, graphs, digit, GCNRanking(config.eval, gcn, graphs, digit, top_k, 0))
+        order = ZeroingOrder(config.eval, graphs, digit, GCNRanking(config.eval, graphs, digit, 0, gcn, top_k))
         order.until_forgotten(data.train.forget(digit))
 
     yield timed("request, pretrained GCN to mask, kappa auto, ten digits in turn, ms", request_to_mask, 10)

@@ -13,7 +13,7 @@ from faults import draw_nothing
 from running import PROJECT, write_few
 
 from data import FEATURES, GraphConfig, GraphGenerator, Split, seeded
-from model import HookedMNISTClassifier
+from model import HookedMNISTClassifier, Mask
 from trainer import TrainerConfig, learn
 
 HIDDEN, IN_FEATURES, NUM_CLASSES = (6, 5), 7, 3
@@ -53,10 +53,10 @@ def graph_generator(mask_layer=-2, dtype=torch.float32, bias=False, **changes) -
     return GraphGenerator(classifier, split, graph_config(mask_layer, **changes), 0)
 
 
-def class_graphs(graphs: GraphGenerator, *about) -> tuple[Tensor, Tensor]:
+def class_graphs(graphs: GraphGenerator, samples: Tensor, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
     """The graphs of all classes in one tensor, and their losses."""
-    parts, loss = graphs.class_graphs(*about)
-    return torch.cat(list(parts)), loss
+    look = graphs.look(samples, graphs.config.features, mask)
+    return torch.cat(list(look.class_graphs())), look.loss
 
 
 @pytest.fixture

@@ -104,13 +104,6 @@ def test_what_cannot_work_is_one_line_that_names_the_key_and_what_is_valid(overr
     assert message in str(error.value) and override in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-def test_steps_that_are_measured_are_looks(tmp_path):
-    layers = "graphs={mask_layer: null, scope: measured}"
-    with pytest.raises(ConfigError, match="eval.look_every must be 1 where graphs.scope is measured, not None"):
-        load_config(overrides=[layers, "eval.look_every=null"])
-    assert load_config(overrides=[layers]).eval.look_every == 1
-
-
 def own_data(folder: Path, names: Sequence[str], test_names: Sequence[str]) -> None:
     """Folders with one image of each class."""
     for path in (*(f"train/{name}" for name in names), *(f"test/{name}" for name in test_names)):

@@ -406,8 +406,9 @@ def test_class_graphs_are_the_features_and_their_means_over_the_other_classes_st
     samples = graphs.draw(5, seeded("test"))
     mask = Mask.zeroing(graphs.graph, torch.tensor(masked)) if masked else None
     x, loss = class_graphs(graphs, samples, mask)
-    features, losses = graphs.class_features(samples, tuple(FEATURES), mask)
-    assert torch.equal(loss, losses) and set(features) == set(FEATURES)
+    look = graphs.look(samples, tuple(FEATURES), mask)
+    features = {name: look.feature(name) for name in FEATURES}
+    assert torch.equal(loss, look.loss)
     assert x.shape == (NUM_CLASSES, 30, 17) and graphs.config.num_features == 17
     for label in range(NUM_CLASSES):
         others = [other for other in range(NUM_CLASSES) if other != label]
@@ -426,11 +427,12 @@ def test_class_graphs_are_the_same_however_many_are_formed_at_a_time(monkeypatch
     graphs = graph_generator(None)
     samples = graphs.draw(5, seeded("test"))
     mask = None if masked is None else Mask.zeroing(graphs.graph, torch.tensor(masked))
-    (expected,), loss = graphs.class_graphs(samples, mask)
+    look = graphs.look(samples, graphs.config.features, mask)
+    (expected,) = look.class_graphs()
     monkeypatch.setattr("data.VERTICES_AT_ONCE", at_once)
-    assert [len(part) for part in graphs.class_graphs(samples, mask)[0]] == sizes
-    x, damage = class_graphs(graphs, samples, mask)
-    assert torch.equal(x, expected) and torch.equal(damage, loss)
+    parts = list(look.class_graphs())
+    assert [len(part) for part in parts] == sizes and torch.equal(torch.cat(parts), expected)
+    assert torch.equal(torch.cat(list(look.class_graphs(torch.tensor([2, 0])))), expected[[2, 0]])
 
 
 def test_what_is_foreseen_of_two_classes_and_their_logits_is_what_another_pass_finds():
@@ -440,11 +442,11 @@ def test_what_is_foreseen_of_two_classes_and_their_logits_is_what_another_pass_f
     first, more = (Mask.zeroing(graphs.graph, torch.tensor(each)) for each in ([3], [3, 0, 1, 7, 9]))
     samples, names = graphs.draw(8, seeded("test")), [name for name in FEATURES if name != "output_activation"]
     for looked in (None, first):
-        found, loss = graphs.class_features(samples, names, looked, more)
-        expected, losses = graphs.class_features(samples, names, more)
-        assert torch.allclose(loss, losses) and not torch.allclose(loss, graphs.class_features(samples, (), looked)[1])
+        look, expected = graphs.look(samples, names, looked), graphs.look(samples, names, more)
+        found = look.without(torch.tensor([3, 0, 1])).without(torch.tensor([7, 9]))
+        assert torch.allclose(found.loss, expected.loss) and not torch.allclose(found.loss, look.loss)
         for name in names:
-            assert torch.allclose(found[name], expected[name], atol=1e-12), name
+            assert torch.allclose(found.feature(name), expected.feature(name), atol=1e-12), name
 
 
 def test_all_layers_are_recorded_and_a_pass_with_nothing_masked_changes_nothing():
@@ -463,9 +465,9 @@ def test_all_layers_are_recorded_and_a_pass_with_nothing_masked_changes_nothing(
 def test_get_data_is_the_graph_of_one_sample():
     graphs = graph_generator(-2, torch.float64)
     sample = graphs.get_data(20)
-    features, _ = graphs.class_features(torch.tensor([[20]]), tuple(FEATURES))
+    look = graphs.look(torch.tensor([[20]]), tuple(FEATURES))
     for column, name in enumerate(FEATURES):
-        assert torch.allclose(sample.x[:, column], standardised(features[name][0]), atol=1e-9), name
+        assert torch.allclose(sample.x[:, column], standardised(look.feature(name)[0]), atol=1e-9), name
     classes, _ = class_graphs(graphs, graphs.by_class())
     assert torch.allclose(sample.x[:, 9:], classes[1, :, 9:], atol=1e-9), "the other classes are those of its class"
     assert torch.equal(sample.edge_index, graphs.graph.edge_index())

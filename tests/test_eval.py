@@ -241,7 +241,7 @@ def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path, registry):
         )
     scored = make_eval(tmp_path, asked="auto", target=60.0, methods=("mimu", "in order", "at once", "random", "sft"))
     request = scored.request
-    margin = request.graphs.class_features(request.graphs.by_class(), ["margin"])[0]["margin"][FORGET]
+    margin = request.graphs.look(request.graphs.by_class(), ["margin"]).feature("margin")[FORGET]
     results = scored.eval()
 
     def is_forgotten(vertices):

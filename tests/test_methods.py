@@ -12,10 +12,10 @@ from conftest import IN_FEATURES, NUM_CLASSES, graph_config, random_split, score
 from running import PROJECT
 
 from audits.predictions import look_at
-from data import GraphGenerator, Split, seeded_initialisation, some_of_every_class
+from data import GraphGenerator, Split, seeded, seeded_initialisation, some_of_every_class
 from eval import METHODS, EvalConfig, Request
 from masking.order import Zeroing, ZeroingOrder
-from masking.rankings import SaliencyRanking, request_samples
+from masking.rankings import SaliencyRanking
 from methods import fine_tuning, projections
 from methods.controls import removal_effect
 from model import HookedMNISTClassifier, Mask
@@ -292,7 +292,7 @@ def test_the_saliency_by_hand(zeroed, forgetting):
     graphs, zeroed = request.graphs, torch.tensor(zeroed, dtype=torch.long)
     config = replace(request.config, penalty_growth=1.5)
     found = SaliencyRanking(config, graphs, FORGET, request.seed, 5.0, forgetting)(2, zeroed)
-    samples = request_samples(request.config, graphs, 0, FORGET, 2)
+    samples = graphs.draw(request.config.group_size, seeded("request", 0, FORGET, 2, 0))
     classifier = request.classifier
     classifier.layers[1].weight.data.view(-1)[zeroed] = 0
     w = classifier.layers[1].weight.detach()

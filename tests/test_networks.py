@@ -18,6 +18,8 @@ from torch_geometric.nn import SAGEConv
 from configs import load_config
 from data import FEATURES, GraphGenerator, Split, seeded
 from eval import METHODS, Request, answer
+from masking.order import ZeroingOrder
+from masking.rankings import SaliencyRanking
 from methods.fine_tuning import fisher_information
 from methods.projections import moments
 from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
@@ -226,7 +228,7 @@ def features_by_hand(classifier: HookedClassifier, x: Tensor, y: Tensor, layers:
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-@pytest.mark.parametrize("mask_layer", [0, [1, -2], None, -1])
+@pytest.mark.parametrize("mask_layer", [-2, -1, [-2, -1]])
 def test_what_is_foreseen_is_right_to_first_order_in_what_is_removed(mask_layer):
     classifier = classifier_of("cnn")
     vertices = torch.arange(WeightGraph.of(classifier, mask_layer).num_vertices)
@@ -239,11 +241,19 @@ def test_what_is_foreseen_is_right_to_first_order_in_what_is_removed(mask_layer)
         graphs = GraphGenerator(classifier, labelled(), graph_config(mask_layer), 0)
         looked, ahead = (Mask.zeroing(graph, each) for each in (first, torch.cat([first, further])))
         samples = graphs.draw(4, seeded("test"))
-        (_, before), (_, after) = (graphs.class_features(samples, (), mask) for mask in (looked, ahead))
-        _, loss = graphs.class_features(samples, (), looked, ahead)
-        errors.append((loss - after).abs().max())
-        assert errors[-1] < 0.02 * (after - before).abs().max()
+        before, after = (graphs.look(samples, (), mask) for mask in (looked, ahead))
+        errors.append((before.without(further).loss - after.loss).abs().max())
+        assert errors[-1] < 0.02 * (after.loss - before.loss).abs().max()
     assert errors[1] < 0.02 * errors[0]
+
+
+@pytest.mark.parametrize("mask_layer, is_foreseen", [(0, False), ([1, -1], False), ([-2, -1], True)])
+def test_requests_for_kernels_look_before_every_step(mask_layer, is_foreseen):
+    graphs = GraphGenerator(classifier_of("cnn"), labelled(), graph_config(mask_layer), 0)
+    configs = (replace(load_config().eval, step=9, look_every=every) for every in (1, None))
+    rankings = (SaliencyRanking(config, graphs, 1, 0, 5.0) for config in configs)
+    zeroed = [ZeroingOrder(each.config, graphs, 1, each).first(45).vertices for each in rankings]
+    assert torch.equal(*zeroed) == (not is_foreseen)
 
 
 @pytest.mark.parametrize("numbers, parts", [(2**26, [12]), (2**26, [9, 3]), (1, [3] * 4)])
@@ -261,16 +271,16 @@ def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_s
     samples, zeroed = graphs.draw(4, seeded("test")), torch.arange(0, graphs.graph.num_vertices, 7)
     for mask in (None, Mask.zeroing(graphs.graph, zeroed)):
         passes.clear()
-        found, losses = graphs.class_features(samples, tuple(FEATURES), mask)
+        look = graphs.look(samples, tuple(FEATURES), mask)
         assert passes == ([] if mask is None and is_linear else parts), "what linear layers did is kept"
         masked = copy.deepcopy(graphs.classifier)
         if mask:
             mask.apply(masked, permanent=True)
         for label, rows in enumerate(samples):
             x, y = graphs.samples.images[rows], graphs.samples.labels[rows]
-            assert losses[label].item() == pytest.approx(F.cross_entropy(masked.network(x), y).item())
+            assert look.loss[label].item() == pytest.approx(F.cross_entropy(masked.network(x), y).item())
             for name, expected in features_by_hand(masked, x, y, graphs.graph.layers).items():
-                assert torch.allclose(found[name][label], expected, rtol=1e-9, atol=1e-12), name
+                assert torch.allclose(look.feature(name)[label], expected, rtol=1e-9, atol=1e-12), name
 
 
 @pytest.mark.parametrize("by_mask", [False, True])

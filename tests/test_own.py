@@ -255,14 +255,6 @@ def test_a_class_that_is_not_classified_in_the_first_place_is_said_and_needs_no_
     assert mask.num_zeroed == 0 and mask.forgets == (1,)
 
 
-@pytest.mark.parametrize("mask_layer, is_measured", [(None, True), (1, False)])
-def test_steps_that_are_measured_on_several_layers_are_looks(model, train, mask_layer, is_measured):
-    gcns = [patient_gcn(look_every=look_every, step=4) for look_every in (1, None)]
-    about = train.images, train.labels, 1
-    every, one = (unlearn(model, *about, gcn, mask_layer=mask_layer, **FREE).vertices() for gcn in gcns)
-    assert torch.equal(every, one) == is_measured
-
-
 TYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16}
 MODES = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "autocast": lambda: torch.autocast("cpu")}
 

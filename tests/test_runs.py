@@ -289,7 +289,7 @@ def test_the_pretrained_gcn_is_taken_as_it_is(here):
     classifier.load_state_dict(checkpoint(here, "classifier_seed_0")["state_dict"])
     config = smoke()[""]
     graphs = graphs_of(config, here, classifier)
-    ranking = GCNRanking(config.eval, TrainedGCN.load().gcn, graphs, 3, 128, 0)
+    ranking = GCNRanking(config.eval, graphs, 3, 0, TrainedGCN.load().gcn, 128)
     assert result["zeroed"] == ZeroingOrder(config.eval, graphs, 3, ranking).first(20).vertices.tolist()
     shutil.rmtree(here / "checkpoints")
     with pytest.raises(ArtifactError, match="graphs.features, other_classes, and how many there are, must be"):

@@ -73,7 +73,7 @@ def small_gcn(graphs, rounds=2) -> MaskingGCN:
 def zeroing_order(graphs, forget_class=0, gcn=None, top_k=6, **changes) -> ZeroingOrder:
     config = masking_config(**changes)
     return ZeroingOrder(
-        config, graphs, forget_class, GCNRanking(config, gcn or small_gcn(graphs), graphs, forget_class, top_k, 0)
+        config, graphs, forget_class, GCNRanking(config, graphs, forget_class, 0, gcn or small_gcn(graphs), top_k)
     )
 
 
@@ -434,13 +434,13 @@ def test_a_gcn_that_weighs_begins_as_the_formula_and_learns_what_each_weight_sta
     drawn = [graphs.draw(8, seeded("request", 0, 2, 5, draw)) for draw in range(2)]
     own, others = 0, 0
     for samples in drawn:
-        features, v = graphs.class_features(samples, ("effect", "fisher", "forgetting"), mask)
-        fall, v = features["effect"] - features["fisher"] ** 2 / 2, (v + 0.02).sqrt()
-        own += features["forgetting"][2] / 2
+        look = graphs.look(samples, ("effect", "fisher", "forgetting"), mask)
+        fall, v = look.feature("effect") - look.feature("fisher") ** 2 / 2, (look.loss + 0.02).sqrt()
+        own += look.feature("forgetting")[2] / 2
         others += (v[0] * fall[0] + v[1] * fall[1]) / (v[0] + v[1]) / 2
-    ranking = GCNRanking(masking_config(draws=2), gcn, graphs, 2, 6, 0)
+    ranking = GCNRanking(masking_config(draws=2), graphs, 2, 0, gcn, 6)
     assert torch.allclose(ranking(5, zeroed), 2 * own + 3 * others, rtol=1e-4, atol=1e-6)
-    insists = GCNRanking(masking_config(draws=2, penalty_growth=1.5), gcn, graphs, 2, 6, 0)
+    insists = GCNRanking(masking_config(draws=2, penalty_growth=1.5), graphs, 2, 0, gcn, 6)
     assert torch.allclose(insists(5, zeroed), 1.5**5 * 2 * own + 3 * others, rtol=1e-4, atol=1e-6)
     assert torch.equal(ranking.most_needed(), ranking(0, NOTHING).topk(6).indices)
     before = gcn(class_graphs(graphs, drawn[0])[0], graphs.graph)
@@ -514,9 +514,9 @@ def test_between_two_looks_the_classifier_is_run_on_no_sample_and_what_zeros_do_
     zeroed = order.first(20).vertices
     assert passes == looks[1:], "at first what is recorded serves"
     samples = graphs.draw(8, seeded("request", 0, 2, looks[-1] // 4, 0))
-    masks = [Mask.zeroing(graphs.graph, zeroed[:count]) if count else None for count in (looks[-1], 16)]
-    x, loss = class_graphs(graphs, samples, *masks[: 1 + (looks[-1] < 16)])
-    expected = contrast(order.ranking.gcn(x, graphs.graph), loss)[2]
+    mask = Mask.zeroing(graphs.graph, zeroed[: looks[-1]]) if looks[-1] else None
+    look = graphs.look(samples, graphs.config.features, mask).without(zeroed[looks[-1] : 16])
+    expected = contrast(order.ranking.gcn(torch.cat(list(look.class_graphs())), graphs.graph), look.loss)[2]
     assert zeroed[16:].tolist() == largest_free(expected.tolist(), range(30), zeroed[:16].tolist(), 4)
 
 
