@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Tensor
 
 from images.sources import DATASET_ROOT, DataError, data_set, reading, seeded
 from model import VERTICES_AT_ONCE, Mask, WeightGraph
-from networks.hooked import HookedClassifier, LayerRecord
+from networks.hooked import LARGEST_ODDS, HookedClassifier, LayerRecord, losses, odds
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -187,18 +187,35 @@ def mean_activation(x: Tensor) -> Tensor:
     return (x.mean(3) if x.ndim == 4 else x).mean(1)
 
 
+def scaled(record: LayerRecord, factor: Tensor) -> LayerRecord:
+    """The record with every sample's gradient of the loss times a factor (groups, samples)."""
+    delta = record.loss_gradient
+    return record._replace(loss_gradient=delta * factor.view(*factor.shape, *[1] * (delta.ndim - 2)))
+
+
 def mean_gradient(record: LayerRecord) -> Tensor:
     return mean_product(record.loss_gradient, record.inputs)
 
 
 def mean_forgetting_gradient(record: LayerRecord) -> Tensor:
-    delta = record.loss_gradient
-    return -mean_product(delta * record.odds.view(*record.odds.shape, *[1] * (delta.ndim - 2)), record.inputs)
+    return mean_gradient(scaled(record, -record.odds))
+
+
+# With the odds o / (1 + o) = p and k / (1 + k) = t that are to be kept, and delta = -(1 - p) d(log o)/dz, these are of
+# the loss -t log p - (1 - t) log(1 - p), whose derivatives by log o are p - t and p (1 - p).
+def mean_retention_gradient(record: LayerRecord) -> Tensor:
+    return mean_gradient(scaled(record, (record.kept_odds - record.odds) / (1 + record.kept_odds)))
+
+
+def mean_curvature(record: LayerRecord) -> Tensor:
+    return mean_squared_gradient(scaled(record, record.odds.sqrt()))
 
 
 Mean = Callable[[LayerRecord], Tensor]
 # The others stay where it is foreseen what zeros do.
-OF_THE_LOSS: tuple[Mean, ...] = (mean_gradient, mean_squared_gradient, mean_forgetting_gradient)
+OF_THE_LOSS: tuple[Mean, ...] = (
+    mean_gradient, mean_squared_gradient, mean_forgetting_gradient, mean_retention_gradient, mean_curvature
+)  # fmt: skip
 
 
 class Feature(NamedTuple):
@@ -228,6 +245,10 @@ FEATURES: dict[str, Feature] = {
     "margin": Feature(lambda of: mean_product(of.margin_gradient, of.inputs), lambda mean, weight: weight * mean),
     # w E[d(-log(1 - p))/dw], p of the class: the first-order fall of what forgetting asks for, of what is left alone
     "forgetting": Feature(mean_forgetting_gradient, lambda mean, weight: weight * mean),
+    # w E[dK/dw]: the first-order fall of K = -t log p - (1 - t) log(1 - p), t the probability that p is to stay
+    "retention": Feature(mean_retention_gradient, lambda mean, weight: weight * mean),
+    # |w| sqrt(E[p (1 - p) (d log(p / (1 - p))/dw)^2]): the root of K's second-order rise when the weight is removed
+    "curvature": Feature(mean_curvature, lambda mean, weight: weight.abs() * mean.sqrt()),
     # |w| E[unit r is active * a_c]: the signal that the weight passes on
     "coactivation": Feature(mean_signal, lambda mean, weight: weight.abs() * mean),
 }
@@ -273,15 +294,15 @@ def group_means(
     passes: Iterable[Pass], means: Iterable[Mean], group_size: int
 ) -> tuple[list[dict[Mean, Tensor]], Tensor]:
     """Of every masked layer its means over each group, and the groups' mean losses, nats, by passes over its parts."""
-    found, losses = defaultdict(dict), []
+    found, of_parts = defaultdict(dict), []
     for records, loss in passes:
         for index, record in enumerate(records):
             for mean in means:
                 part = mean(record).mul_(loss.shape[1] / group_size)  # in place: of large kernels it takes much memory
                 of_layer = found[index]
                 of_layer[mean] = of_layer[mean].add_(part) if mean in of_layer else part
-        losses.append(loss)
-    return [found[index] for index in range(len(records))], torch.cat(losses, 1).mean(1)
+        of_parts.append(loss)
+    return [found[index] for index in range(len(records))], torch.cat(of_parts, 1).mean(1)
 
 
 @dataclass(eq=False)
@@ -306,20 +327,20 @@ class Look:
         """One of FEATURES that were looked for, of every group, (groups, vertices), not standardised."""
         return self._flat(self._formed(name, slice(None)))
 
-    def class_graphs(self, classes: Tensor | None = None) -> Iterator[Tensor]:
+    def class_graphs(self, chosen: int | None = None) -> Iterator[Tensor]:
         """Vertex features (classes, vertices, features) of groups that are classes, standardised over each graph.
 
-        As many at a time as fit in the cache but one at least; or of some classes alone, one at a time.
+        As many at a time as fit in the cache but one at least; or of one class alone.
         """
         own, count = self.config.features, len(self.loss)
         names = [name for name in own if name != "weight"] if self.config.other_classes else []
         totals = {name: [part.sum(0) for part in self._formed(name, slice(None))] for name in names}
-        at_once = max(1, VERTICES_AT_ONCE // self.graph.num_vertices) if classes is None else 1
-        for first in range(0, count, at_once) if classes is None else classes.tolist():
-            chosen = slice(first, first + at_once)
-            features = [self._flat(self._formed(name, chosen)) for name in own]
+        at_once = max(1, VERTICES_AT_ONCE // self.graph.num_vertices) if chosen is None else 1
+        for first in range(0, count, at_once) if chosen is None else [chosen]:
+            some = slice(first, first + at_once)
+            features = [self._flat(self._formed(name, some)) for name in own]
             for name in names:
-                sums = (total - part for total, part in zip(totals[name], self._formed(name, chosen)))
+                sums = (total - part for total, part in zip(totals[name], self._formed(name, some)))
                 features.append(self._flat([part / (count - 1) for part in sums]))
             yield vertex_features(features)
 
@@ -340,10 +361,8 @@ class Look:
                 delta = record.loss_gradient.flatten(0, 1).index_select(1, rows)
                 a = record.inputs.flatten(0, 1).index_select(1, columns)
                 now = now + ((delta * a) @ weight[rows, columns]).view_as(now) / left
-            scale, odds = now.neg().sigmoid() / left, now.exp().clamp_max(1e6)
-            changed = (
-                record._replace(loss_gradient=record.loss_gradient * scale[..., None], odds=odds) for record in records
-            )
+            scale, then = now.neg().sigmoid() / left, now.exp().clamp_max(LARGEST_ODDS)
+            changed = (scaled(record, scale)._replace(odds=then) for record in records)
             log_odds.append(now)
             passes.append((list(changed), F.softplus(-now)))
         of_loss = [mean for mean in self.means[0] if mean in OF_THE_LOSS]
@@ -390,6 +409,8 @@ class GraphGenerator:
         self.samples = some_of_every_class(self.train, self.samples_per_class, "graphs", self.seed)
         self.labels = self.samples.labels
         self.inputs = classifier.given_to(self.graph.layers, self.samples.images)  # no mask changes what comes before
+        with torch.no_grad():
+            self.predictions = classifier(self.inputs, self.graph.layers)  # logits without a mask
         self.at_once = classifier.recorded_at_once(self.graph.layers)
         # What kernels read would be too much to be kept: their passes are made anew.
         self.records: list[LayerRecord] | None = None
@@ -420,31 +441,46 @@ class GraphGenerator:
         """The weight matrices of the masked layers as they are now, (m, n) each."""
         return [self.classifier.layers[index].weight.detach() for index in self.graph.layers]
 
-    def look(self, samples: Tensor, names: Sequence[str], mask: Mask | None = None) -> Look:
+    def look(
+        self, samples: Tensor, names: Sequence[str], mask: Mask | None = None, forget_class: int | None = None
+    ) -> Look:
         """What groups of samples (groups, group_size) do on the classifier, or on the masked one, to form features of.
 
         names: of FEATURES
+        forget_class: its place among the classes; the others are then told from one another alone, and are to keep the
+            odds that the classifier without a mask gives them so
         """
-        passes, kept = self._run(samples, mask), []
+        left_out = []
+        if forget_class is not None:  # with it those that there is no sample of, since they are forgotten
+            left_out = sorted({*range(self.predictions.shape[1])} - {*self.classes} | {self.classes[forget_class]})
+        passes, kept = self._passes(samples, mask, left_out), []
         if self.records is not None:
-            of_samples = [LayerRecord(*(x[samples] for x in record)) for record in self.records] if mask is None else []
-            passes = kept = [(of_samples, self.loss[samples])] if mask is None else list(passes)
+            passes = kept = list(passes)
         means = dict.fromkeys(FEATURES[name].mean for name in names if FEATURES[name].mean)
         found = group_means(passes, means, samples.shape[1])
         weights = self.weights() if mask is None else mask.weights(self.classifier).values()
         log_odds = [records[0].odds.clamp_min(1e-30).log() for records, _ in kept]
         return Look(self.config, self.graph, [weight.flatten(1) for weight in weights], *found, kept, log_odds)
 
-    def _run(self, samples: Tensor, mask: Mask | None) -> Iterator[Pass]:
+    def _passes(self, samples: Tensor, mask: Mask | None, left_out: Sequence[int]) -> Iterator[Pass]:
+        """Records and losses of groups, part after part of their samples; where nothing is new, those that are kept."""
+        if mask is None and self.records is not None and not left_out:
+            yield [LayerRecord(*(x[samples] for x in record)) for record in self.records], self.loss[samples]
+            return
         with nullcontext() if mask is None else mask.applied_to(self.classifier):
             for part in samples.split(max(1, self.at_once // len(samples)), 1):
-                records, loss = self._record(part.flatten())
-                of_groups = [LayerRecord(*(x.unflatten(0, part.shape) for x in record)) for record in records]
-                yield of_groups, loss.view(part.shape)
+                rows = part.flatten()
+                records, loss = self._record(rows, left_out)
+                if mask is not None:  # without one they are as they are
+                    kept_odds = odds(losses(self.predictions[rows], self.labels[rows], left_out))
+                    records = [record._replace(kept_odds=kept_odds) for record in records]
+                records = [LayerRecord(*(x.unflatten(0, part.shape) for x in record)) for record in records]
+                yield records, loss.view(part.shape)
 
-    def _record(self, rows: Tensor) -> tuple[list[LayerRecord], Tensor]:
-        layers = self.graph.layers
-        return self.classifier.record(self.inputs[rows], self.labels[rows], layers, layers)
+    def _record(self, rows: Tensor, left_out: Sequence[int] = ()) -> tuple[list[LayerRecord], Tensor]:
+        return self.classifier.record(
+            self.inputs[rows], self.labels[rows], self.graph.layers, self.graph.layers, left_out
+        )
 
     def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
         """The graph of one sample for PyG: x (vertices, features), edge_index (2, edges), y (1).

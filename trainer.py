@@ -241,8 +241,6 @@ class GCNLoss:
         self.graphs = graphs
         self.graph = graphs.graph
         self.top_k = data.number_of_weights(top_k, self.graph.num_vertices)
-        with torch.no_grad():
-            self.predictions = graphs.classifier(graphs.inputs, self.graph.layers)
         self.weights = torch.cat([weight.flatten() for weight in graphs.weights()])
 
     def __call__(
@@ -258,10 +256,12 @@ class GCNLoss:
         mask = mask_of(graphs, zeroed)
         group = graphs.draw(config.group_size, generator)
         tried = self._tried(forget_class, generator).to(group.device)
-        look = graphs.look(group, [*graphs.config.features, *(WEIGHED if gcn.weighs else ())], mask)
+        names = graphs.config.features
         if gcn.weighs:
-            scores = weighed(gcn, look, tried)
+            looks = ((label, graphs.look(group, [*names, *WEIGHED], mask, label)) for label in tried.tolist())
+            scores = torch.stack([weighed(gcn, look, label) for label, look in looks])
         else:
+            look = graphs.look(group, names, mask)
             importance = torch.cat([gcn(part, self.graph) for part in look.class_graphs()])  # (classes, vertices)
             scores = contrast(importance, look.loss if config.contrast == "damage" else None)[tried]
         samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator)
@@ -321,7 +321,7 @@ class GCNLoss:
         p_forget = log_p[is_forget][..., tried].diagonal(dim1=0, dim2=2).exp()
         forget = config.necessity_forget * forgetting_loss(p_forget)
 
-        predictions = self.predictions[flat].unflatten(0, samples.shape)  # (classes of the samples, samples, classes)
+        predictions = graphs.predictions[flat].unflatten(0, samples.shape)  # (classes of the samples, samples, classes)
         target = predictions.masked_fill(is_forget[:, None, None], float("-inf")).softmax(-1)
         retain = -(target * log_p).sum(-1)[~is_forget].mean()
         return {"necessity_forget": forget, "necessity_retain": config.necessity_retain * retain}

@@ -59,30 +59,28 @@ def set_difference(importance: Tensor, top_k: int) -> Tensor:
 
 
 def fall_of_others(look: Look, forget_class: int) -> Tensor:
-    """By how much removing a weight lowers the other classes' loss, to second order, (vertices).
+    """By how much removing a weight lowers the other classes' loss K, to second order, (vertices).
 
-    w E_r[dL/dw] - w^2 E_r[(dL/dw)^2] / 2, with the Fisher information for the curvature; E_r is the mean over the other
-    classes, weighted as in `contrast`.
+    K is least where their samples' odds are those of the original without the forget class (`retention`, `curvature` of
+    FEATURES): what a label alone would say, a few samples show less well. The mean is over the other classes, weighted
+    as in `contrast`.
     """
     v = sparing(look.loss)
-    weighted = v[:, None] * (look.feature("effect") - look.feature("fisher") ** 2 / 2)
+    weighted = v[:, None] * (look.feature("retention") - look.feature("curvature") ** 2 / 2)
     weighted[forget_class] = 0
     return weighted.sum(0) / (v.sum() - v[forget_class])
 
 
-WEIGHED = ("forgetting", "effect", "fisher")  # features that a GCN weighs
+WEIGHED = ("forgetting", "retention", "curvature")  # features that a GCN weighs
 
 
-def weighed(gcn: MaskingGCN, look: Look, classes: Tensor, penalty: float = 1.0) -> Tensor:
-    """Scores (masks, vertices) by a GCN that weighs, of a mask for each of `classes`.
+def weighed(gcn: MaskingGCN, look: Look, forget_class: int, penalty: float = 1.0) -> Tensor:
+    """Scores (vertices) by a GCN that weighs, on a look for that class.
 
     penalty a_v w E_d[d(-log(1 - p_d))/dw] + b_v fall_of_others, with the weights a_v and b_v that the GCN gives to v.
     """
-    scores, forgetting = [], look.feature("forgetting")
-    for part, label in zip(look.class_graphs(classes), classes.tolist()):
-        own, others = gcn(part, look.graph)[0].unbind(-1)
-        scores.append(penalty * own * forgetting[label] + others * fall_of_others(look, label))
-    return torch.stack(scores)
+    own, others = gcn(next(look.class_graphs(forget_class)), look.graph)[0].unbind(-1)
+    return penalty * own * look.feature("forgetting")[forget_class] + others * fall_of_others(look, forget_class)
 
 
 def ranked(scores: Tensor, graph: WeightGraph, scope: str, zeroed: Tensor, count: int) -> Tensor:
@@ -141,11 +139,14 @@ class Ranking:
         self._looks: list[Look] = []  # the last of every draw
         self._zeroed = self.graphs.nothing  # that they are of
 
-    def looks(self, step: int, zeroed: Tensor, names: Sequence[str]) -> list[Look]:
+    def looks(self, step: int, zeroed: Tensor, names: Sequence[str], forget_class: int | None) -> list[Look]:
         """What samples do on the classifier masked so far, a look for each of `config.draws`, to form features of.
 
         After every `config.look_every` steps the classifier is run on samples anew. Between, what zeros do is foreseen,
-        but not of kernels. zeroed: the vertices that are zeroed before the step, in their order
+        but not of kernels.
+
+        zeroed: the vertices that are zeroed before the step, in their order
+        forget_class: as `GraphGenerator.look` takes it
         """
         every, seen = self.config.look_every, len(self._zeroed)
         goes_on = self._looks and self._looks[0].passes and torch.equal(zeroed[:seen], self._zeroed)
@@ -155,7 +156,7 @@ class Ranking:
             mask = mask_of(self.graphs, zeroed)
             keys = (("request", self.seed, self.forget_class, step, draw) for draw in range(self.config.draws))
             samples = (self.graphs.draw(self.config.group_size, data.seeded(*key)) for key in keys)
-            self._looks = [self.graphs.look(each, names, mask) for each in samples]
+            self._looks = [self.graphs.look(each, names, mask, forget_class) for each in samples]
         self._zeroed = zeroed
         return self._looks
 
@@ -179,17 +180,14 @@ class GCNRanking(Ranking):
 
     def importance(self, step: int, zeroed: Tensor) -> tuple[Tensor, Tensor]:
         """The GCN's mean logits Q (classes, vertices), and each class's cross entropy (classes), nats."""
-        looks = self.looks(step, zeroed, self.graphs.config.features)
+        looks = self.looks(step, zeroed, self.graphs.config.features, None)
         importance = [torch.cat([self.gcn(part, look.graph) for part in look.class_graphs()]) for look in looks]
         return torch.stack(importance).mean(0), torch.stack([look.loss for look in looks]).mean(0)
 
     def _weighed(self, step: int, zeroed: Tensor) -> Tensor:
-        looks, own = (
-            self.looks(step, zeroed, [*self.graphs.config.features, *WEIGHED]),
-            torch.tensor([self.forget_class]),
-        )
-        scores = (weighed(self.gcn, look, own, self.config.penalty(step)) for look in looks)
-        return torch.cat(list(scores)).mean(0)
+        names, penalty = [*self.graphs.config.features, *WEIGHED], self.config.penalty(step)
+        looks = self.looks(step, zeroed, names, self.forget_class)
+        return torch.stack([weighed(self.gcn, look, self.forget_class, penalty) for look in looks]).mean(0)
 
     @torch.no_grad()
     def most_needed(self) -> Tensor:
@@ -215,8 +213,10 @@ class SaliencyRanking(Ranking):
 
     def __call__(self, step: int, zeroed: Tensor) -> Tensor:
         """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
-        names = ("margin", "effect", "fisher", *["forgetting"] * (self.forgetting_weight > 0))
-        return torch.stack([self._scores(look, step) for look in self.looks(step, zeroed, names)]).mean(0)
+        names = ("margin", "retention", "curvature", *["forgetting"] * (self.forgetting_weight > 0))
+        return torch.stack(
+            [self._scores(look, step) for look in self.looks(step, zeroed, names, self.forget_class)]
+        ).mean(0)
 
     def _scores(self, look: Look, step: int) -> Tensor:
         label = self.forget_class

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from networks.tracing import Trace, call, is_weight_layer
 
+LARGEST_ODDS = 1e6  # p / (1 - p) of a label: float32 hardly tells larger ones apart
 NUMBERS_AT_ONCE = 2**26  # of float32 in the tensors of a pass over samples, which then takes some 256 MB
 
 
@@ -28,6 +29,7 @@ class LayerRecord(NamedTuple):
     loss_gradient: Tensor  # (samples, m), gradient of the sample's cross entropy at the pre-activation, delta
     margin_gradient: Tensor  # (samples, m), gradient of the label's logit minus the mean logit at the pre-activation
     odds: Tensor  # (samples), p / (1 - p) of the label: that times -delta is the gradient of -log(1 - p)
+    kept_odds: Tensor  # (samples), what they are to stay: as they are, if none has said otherwise
 
 
 class Watched(NamedTuple):
@@ -175,20 +177,25 @@ class HookedClassifier(nn.Module):
 
     @torch.enable_grad()
     def record(
-        self, inputs: Tensor, labels: Tensor, layers: Sequence[int], first: Sequence[int] | None = None
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        layers: Sequence[int],
+        first: Sequence[int] | None = None,
+        left_out: Sequence[int] = (),
     ) -> tuple[list[LayerRecord], Tensor]:
         """What `layers` do on a batch: one forward pass, one backward pass each for the loss and for the margin.
 
         inputs: images, or with `first`, what `given_to` says of these layers; labels: (samples)
+        left_out: classes that the samples of others are not told from: loss and odds are as if these were not there
         Returns a record per layer and the cross entropy of each sample (samples), nats.
         """
         watched = self.watch(inputs, layers, first)
-        loss = F.cross_entropy(watched.logits, labels, reduction="none")
+        loss = losses(watched.logits, labels, left_out)
         margin = watched.logits.gather(1, labels[:, None]).sum() - watched.logits.mean(1).sum()
         loss_gradients = torch.autograd.grad(loss.sum(), watched.pre_activations, retain_graph=True)
         margin_gradients = torch.autograd.grad(margin, watched.pre_activations)
-        odds = 1 / loss.detach().expm1().clamp_min(1e-6)
-        records, own = [], self.layers
+        records, own, of_labels = [], self.layers, odds(loss.detach())
         for index, a, h, *gradients in zip(
             layers, watched.inputs, watched.activations, loss_gradients, margin_gradients
         ):
@@ -197,7 +204,7 @@ class HookedClassifier(nn.Module):
             at_outputs = h, active, *gradients
             if a.ndim == 4:
                 a, at_outputs = patches(own[index], a), (each.flatten(2) for each in at_outputs)
-            records.append(LayerRecord(a, *at_outputs, odds))
+            records.append(LayerRecord(a, *at_outputs, of_labels, of_labels))
         return records, loss.detach()
 
     @property
@@ -223,6 +230,20 @@ class HookedClassifier(nn.Module):
         finally:
             for parameter in free:
                 parameter.requires_grad_(True)
+
+
+def losses(logits: Tensor, labels: Tensor, left_out: Sequence[int] = ()) -> Tensor:
+    """The cross entropy of each sample (samples), nats; as if classes left out were not there, but on their own."""
+    if left_out:
+        is_left_out = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+        is_left_out[list(left_out)] = True
+        logits = logits.masked_fill(is_left_out & ~is_left_out[labels][:, None], float("-inf"))
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def odds(loss: Tensor) -> Tensor:
+    """p / (1 - p) of the label, from the cross entropy -log p."""
+    return 1 / loss.expm1().clamp_min(1 / LARGEST_ODDS)
 
 
 def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The methods beyond the published system against their definitions, on a small problem."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -297,17 +298,24 @@ def test_the_saliency_by_hand(zeroed, forgetting):
     classifier.layers[1].weight.data.view(-1)[zeroed] = 0
     w = classifier.layers[1].weight.detach()
 
-    def of_samples(label: int, of="loss") -> torch.Tensor:
-        images, labels = graphs.samples.images[samples[label]], graphs.labels[samples[label]]
-        return torch.stack([gradients(classifier, x[None], y[None], of)[1] for x, y in zip(images, labels)])
+    def of_samples(label: int, of: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
+        rows = samples[label]
+        single = (of(classifier(graphs.samples.images[row][None])[0], label) for row in rows)
+        return torch.stack([torch.autograd.grad(value, classifier.layers[1].weight)[0] for value in single])
+
+    def log_odds(logits: torch.Tensor, label: int) -> torch.Tensor:
+        """Of two classes, since the third is to be forgotten."""
+        return logits[label] - logits[2 - label]
 
     fall, v = [], []
     for label in (0, 2):
-        g = of_samples(label)
-        fall.append(w * g.mean(0) - w**2 * (g**2).mean(0) / 2)
-        logits = classifier(graphs.samples.images[samples[label]])
-        v.append((F.cross_entropy(logits, graphs.labels[samples[label]]) + 0.02).sqrt().detach())
-    expected = w * of_samples(FORGET, "margin").mean(0) + 5.0 * (v[0] * fall[0] + v[1] * fall[1]) / (v[0] + v[1])
+        g, images = of_samples(label, log_odds), graphs.samples.images[samples[label]]
+        t, p = (log_odds(model(images).T, label).sigmoid().detach() for model in (request.classifier, classifier))
+        first, second = ((factor[:, None, None] * x).mean(0) for factor, x in ((p - t, g), (p * (1 - p), g**2)))
+        fall.append(w * first - w**2 * second / 2)
+        v.append((-p.log().mean() + 0.02).sqrt())
+    margin = of_samples(FORGET, lambda logits, label: logits[label] - logits.mean())
+    expected = w * margin.mean(0) + 5.0 * (v[0] * fall[0] + v[1] * fall[1]) / (v[0] + v[1])
     p = classifier(graphs.samples.images[samples[FORGET]]).softmax(1)[:, FORGET]
     forgotten = torch.autograd.grad(-(1 - p).log().mean(), classifier.layers[1].weight)[0]
     expected += 1.5**2 * forgetting * w * forgotten

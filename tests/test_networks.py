@@ -158,12 +158,22 @@ def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(na
         assert torch.allclose(gradient, of_edges, rtol=1e-9, atol=1e-10)
 
 
-def single_gradients(classifier: HookedClassifier, x: Tensor, label: Tensor, of: str, layers: list[int]) -> list:
-    logits = classifier.network(x[None])
+def told_apart(classifier: HookedClassifier, x: Tensor, label: Tensor, left_out: int | None) -> Tensor:
+    """The log-probabilities of a sample's classes, without that which it is not told from."""
+    kept = [each for each in range(NUM_CLASSES) if each != left_out or each == label]
+    found = torch.full((NUM_CLASSES,), float("-inf"), dtype=x.dtype)
+    return found.index_put((torch.tensor(kept),), classifier.network(x[None])[0, kept].log_softmax(0))
+
+
+def single_gradients(
+    classifier: HookedClassifier, x: Tensor, label: Tensor, of: str, layers: list[int], left_out: int | None = None
+) -> list:
+    logits, log_p = classifier.network(x[None]), told_apart(classifier, x, label, left_out)[label]
     values = {
-        "loss": F.cross_entropy(logits, label[None]),
+        "loss": -log_p,
         "margin": logits[0, label] - logits.mean(),
-        "forgetting": -(1 - logits.softmax(1)[0, label]).log(),
+        "forgetting": -(1 - log_p.exp()).log(),
+        "log_odds": log_p - (1 - log_p.exp()).log(),
     }
     return list(torch.autograd.grad(values[of], [classifier.layers[layer].weight for layer in layers]))
 
@@ -205,22 +215,32 @@ def read_by_kernels(x: Tensor) -> Tensor:
     return torch.stack([x[:, :, i : i + height, j : j + width] for i, j in product(range(3), range(3))], 2).flatten(3)
 
 
-def features_by_hand(classifier: HookedClassifier, x: Tensor, y: Tensor, layers: tuple[int, ...]) -> dict[str, Tensor]:
+def features_by_hand(
+    before: HookedClassifier,
+    classifier: HookedClassifier,
+    x: Tensor,
+    y: Tensor,
+    layers: tuple[int, ...],
+    out: int | None,
+) -> dict[str, Tensor]:
     """The features of a cnn, of samples of one class, by their definitions, (vertices)."""
+    t, p = (torch.stack([told_apart(m, *each, out)[each[1]].exp() for each in zip(x, y)]) for m in (before, classifier))
+    t, p = t.detach()[:, None, None], p.detach()[:, None, None]
     network, gradients = classifier.network, []
     given = read_by_kernels(x), read_by_kernels(network[:6](x)), network[:11](x)[..., None], network[:13](x)[..., None]
     gave = network[:5](x), network[:9](x), network[:13](x)[..., None], network(x)[..., None]
-    for of in ("loss", "margin", "forgetting"):
-        single = [single_gradients(classifier, *each, of, layers) for each in zip(x, y)]
+    for of in ("loss", "margin", "forgetting", "log_odds"):
+        single = [single_gradients(classifier, *each, of, layers, out) for each in zip(x, y)]
         gradients.append([torch.stack(of_layer).flatten(2) for of_layer in zip(*single)])
     found: dict[str, list[Tensor]] = {name: [] for name in FEATURES}
-    for layer, loss, margin, forgetting in zip(layers, *gradients):
+    for layer, loss, margin, forgetting, log_odds in zip(layers, *gradients):
         w, a, h = classifier.layers[layer].weight.detach().flatten(1), given[layer], gave[layer].flatten(2)
         a = a.flatten(1, 2) if layer < 2 else a
         active = (h > 0).double() if layer < 3 else torch.ones_like(h)
         of_layer = (
             a.mean((0, 2)).expand_as(w), h.mean((0, 2))[:, None].expand_as(w), w, loss.mean(0), w * loss.mean(0),
             w.abs() * loss.square().mean(0).sqrt(), w * margin.mean(0), w * forgetting.mean(0),
+            w * ((p - t) * log_odds).mean(0), w.abs() * (p * (1 - p) * log_odds**2).mean(0).sqrt(),
             w.abs() * (active[:, :, None] * a[:, None]).mean((0, 3)),
         )  # fmt: skip
         for name, feature in zip(FEATURES, of_layer):
@@ -257,9 +277,11 @@ def test_requests_for_kernels_look_before_every_step(mask_layer, is_foreseen):
 
 
 @pytest.mark.parametrize("numbers, parts", [(2**26, [12]), (2**26, [9, 3]), (1, [3] * 4)])
-@pytest.mark.parametrize("mask_layer", [0, [1, -2], None, [-2, -1]])
+@pytest.mark.parametrize(
+    "mask_layer, forget_class", [(0, None), ([1, -2], 1), (None, 2), ([-2, -1], 0), ([-2, -1], None)]
+)
 def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_several(
-    monkeypatch, mask_layer, numbers, parts
+    monkeypatch, mask_layer, forget_class, numbers, parts
 ):
     monkeypatch.setattr("networks.hooked.NUMBERS_AT_ONCE", numbers)
     passes, record = [], HookedClassifier.record
@@ -271,15 +293,18 @@ def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_s
     samples, zeroed = graphs.draw(4, seeded("test")), torch.arange(0, graphs.graph.num_vertices, 7)
     for mask in (None, Mask.zeroing(graphs.graph, zeroed)):
         passes.clear()
-        look = graphs.look(samples, tuple(FEATURES), mask)
-        assert passes == ([] if mask is None and is_linear else parts), "what linear layers did is kept"
+        look = graphs.look(samples, tuple(FEATURES), mask, forget_class)
+        is_kept = mask is None and is_linear and forget_class is None
+        assert passes == ([] if is_kept else parts), "what linear layers did is kept"
         masked = copy.deepcopy(graphs.classifier)
         if mask:
             mask.apply(masked, permanent=True)
         for label, rows in enumerate(samples):
             x, y = graphs.samples.images[rows], graphs.samples.labels[rows]
-            assert look.loss[label].item() == pytest.approx(F.cross_entropy(masked.network(x), y).item())
-            for name, expected in features_by_hand(masked, x, y, graphs.graph.layers).items():
+            log_p = [told_apart(masked, *each, forget_class)[each[1]].item() for each in zip(x, y)]
+            assert look.loss[label].item() == pytest.approx(-sum(log_p) / len(log_p))
+            by_hand = features_by_hand(graphs.classifier, masked, x, y, graphs.graph.layers, forget_class)
+            for name, expected in by_hand.items():
                 assert torch.allclose(look.feature(name)[label], expected, rtol=1e-9, atol=1e-12), name
 
 

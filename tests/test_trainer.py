@@ -390,7 +390,7 @@ def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(forgetting, step
     assert not torch.nn.utils.parametrize.is_parametrized(graphs.classifier.layers[1])
 
 
-@pytest.mark.parametrize("target", [0.5, 4.0])
+@pytest.mark.parametrize("target", [1.0, 4.0])
 def test_of_few_samples_auto_asks_what_a_normal_distribution_of_their_margins_leaves(forgetting, target):
     _, graphs, trained = forgetting
     few, counts = random_split(24, seed=3).forget(1), []
@@ -434,8 +434,8 @@ def test_a_gcn_that_weighs_begins_as_the_formula_and_learns_what_each_weight_sta
     drawn = [graphs.draw(8, seeded("request", 0, 2, 5, draw)) for draw in range(2)]
     own, others = 0, 0
     for samples in drawn:
-        look = graphs.look(samples, ("effect", "fisher", "forgetting"), mask)
-        fall, v = look.feature("effect") - look.feature("fisher") ** 2 / 2, (look.loss + 0.02).sqrt()
+        look = graphs.look(samples, ("retention", "curvature", "forgetting"), mask, 2)
+        fall, v = look.feature("retention") - look.feature("curvature") ** 2 / 2, (look.loss + 0.02).sqrt()
         own += look.feature("forgetting")[2] / 2
         others += (v[0] * fall[0] + v[1] * fall[1]) / (v[0] + v[1]) / 2
     ranking = GCNRanking(masking_config(draws=2), graphs, 2, 0, gcn, 6)
