@@ -407,8 +407,6 @@ def prepare(configs: Mapping[str, Config], one_process: str = "") -> None:
     keep_freed_memory()
     for config in configs.values():
         check_memory(config)
-        if config.gcn.pretrained:
-            TrainedGCN.load(pretrained_for(config.masked_shapes)).check(config.graphs)
 
 
 def check_memory(config: Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +16,7 @@ from audits import AuditConfig
 from data import Amount, Count, GraphConfig, number_of_weights
 from eval import METHODS, EvalConfig
 from images import sources
+from masking.rankings import TrainedGCN, pretrained_for
 from model import resolve_mask_layer
 from networks.hooked import shape_of, weight_layers
 from reporter import ReporterConfig
@@ -80,6 +81,10 @@ class Config:
                 vertices = getattr(self, needed)
             except ValueError as error:
                 raise ValueError(f"{section}.{error}") from None
+        if self.gcn.pretrained:
+            reads = TrainedGCN.load(pretrained_for(self.masked_shapes)).graphs
+            graphs = replace(self.graphs, features=reads.features, other_classes=reads.other_classes)
+            object.__setattr__(self, "graphs", graphs)
         for name, kappas in (("sweep.kappa", self.sweep.kappa), ("eval.max_kappa", [self.eval.max_kappa])):
             for kappa in kappas:
                 if kappa != "auto" and number_of_weights(kappa, vertices) >= vertices:

@@ -51,7 +51,8 @@ class Tuning:
     """The requests of one classifier, and what is held out of its training split to score their answers."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        config, seed = load_config(overrides=settings.get("overrides", [])), settings["seed"]
+        config = load_config(overrides=["gcn.pretrained=true", *settings.get("overrides", [])])
+        seed = settings["seed"]
         self.settings = settings
         data = load_image_data(config.dataset, ROOT / "datasets", "cpu", settings["held_out"])
         self.held_out = data.test[: settings.get("scored")]

@@ -220,10 +220,10 @@ class SaliencyRanking(Ranking):
 
     def _scores(self, look: Look, step: int) -> Tensor:
         label = self.forget_class
-        scores = look.feature("margin")[label] + self.retain_weight * fall_of_others(look, label)
+        scores = look.feature("margin")[label]
         if self.forgetting_weight:
-            scores += self.config.penalty(step) * self.forgetting_weight * look.feature("forgetting")[label]
-        return scores
+            scores = scores + self.forgetting_weight * look.feature("forgetting")[label]
+        return self.config.penalty(step) * scores + self.retain_weight * fall_of_others(look, label)
 
 
 @dataclass(frozen=True)

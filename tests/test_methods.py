@@ -315,10 +315,10 @@ def test_the_saliency_by_hand(zeroed, forgetting):
         fall.append(w * first - w**2 * second / 2)
         v.append((-p.log().mean() + 0.02).sqrt())
     margin = of_samples(FORGET, lambda logits, label: logits[label] - logits.mean())
-    expected = w * margin.mean(0) + 5.0 * (v[0] * fall[0] + v[1] * fall[1]) / (v[0] + v[1])
+    of_others = (v[0] * fall[0] + v[1] * fall[1]) / (v[0] + v[1])
     p = classifier(graphs.samples.images[samples[FORGET]]).softmax(1)[:, FORGET]
     forgotten = torch.autograd.grad(-(1 - p).log().mean(), classifier.layers[1].weight)[0]
-    expected += 1.5**2 * forgetting * w * forgotten
+    expected = 1.5**2 * w * (margin.mean(0) + forgetting * forgotten) + 5.0 * of_others
     assert torch.allclose(found, expected.flatten(), rtol=1e-3, atol=1e-5)
 
 

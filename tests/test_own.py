@@ -284,7 +284,7 @@ def test_unlearning_takes_any_layer_scorer_and_gcn_of_ones_own(model, train):
     in_thirties = patient_gcn(step=30, target=50.0)
     assert unlearn(model, train.images, train.labels, 1, in_thirties, **FREE).num_zeroed % 30 == 0
     gcns = None, TrainedGCN.load().gcn, MaskingGCN(15, 8, 1)
-    ask = functools.partial(unlearn, model, train.images, train.labels, 1, mask_layer=-1, **FREE)
+    ask = functools.partial(unlearn, model, train.images, train.labels, 1, mask_layer=0, **FREE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         masks = [ask(gcn).as_tensor() for gcn in gcns] + [ask(scorer="saliency").as_tensor()]
