@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -389,7 +390,7 @@ class Look:
 class GraphGenerator:
     """Activation graphs of a classifier: what every sample does in the masked layers, recorded in one batched pass.
 
-    Stored are a few hundred floats a sample, class after class; vertex features are formed when they are needed.
+    Kept are a few hundred floats a sample, class after class; vertex features are formed when they are needed.
     """
 
     classifier: HookedClassifier
@@ -412,16 +413,18 @@ class GraphGenerator:
         with torch.no_grad():
             self.predictions = classifier(self.inputs, self.graph.layers)  # logits without a mask
         self.at_once = classifier.recorded_at_once(self.graph.layers)
-        # What kernels read would be too much to be kept: their passes are made anew.
-        self.records: list[LayerRecord] | None = None
-        if all(len(shape) == 2 for shape in self.graph.shapes):
-            everything = torch.arange(len(self), device=self.labels.device).split(self.at_once)
-            records, self.loss = zip(*(self._record(rows) for rows in everything))
-            self.records = [LayerRecord(*map(torch.cat, zip(*of_layer))) for of_layer in zip(*records)]
-            self.loss = torch.cat(self.loss)
+        # What kernels read would be too much: their passes are made anew.
+        self.are_kept = all(len(shape) == 2 for shape in self.graph.shapes)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def records(self) -> Pass:
+        """What every sample does in the masked layers without a mask, and its loss, nats, where it is kept."""
+        everything = torch.arange(len(self), device=self.labels.device).split(self.at_once)
+        records, of_parts = zip(*(self._record(rows) for rows in everything))
+        return [LayerRecord(*map(torch.cat, zip(*of_layer))) for of_layer in zip(*records)], torch.cat(of_parts)
 
     @property
     def nothing(self) -> Tensor:
@@ -454,7 +457,7 @@ class GraphGenerator:
         if forget_class is not None:  # with it those that there is no sample of, since they are forgotten
             left_out = sorted({*range(self.predictions.shape[1])} - {*self.classes} | {self.classes[forget_class]})
         passes, kept = self._passes(samples, mask, left_out), []
-        if self.records is not None:
+        if self.are_kept:
             passes = kept = list(passes)
         means = dict.fromkeys(FEATURES[name].mean for name in names if FEATURES[name].mean)
         found = group_means(passes, means, samples.shape[1])
@@ -464,8 +467,9 @@ class GraphGenerator:
 
     def _passes(self, samples: Tensor, mask: Mask | None, left_out: Sequence[int]) -> Iterator[Pass]:
         """Records and losses of groups, part after part of their samples; where nothing is new, those that are kept."""
-        if mask is None and self.records is not None and not left_out:
-            yield [LayerRecord(*(x[samples] for x in record)) for record in self.records], self.loss[samples]
+        if mask is None and self.are_kept and not left_out:
+            records, loss = self.records
+            yield [LayerRecord(*(x[samples] for x in record)) for record in records], loss[samples]
             return
         with nullcontext() if mask is None else mask.applied_to(self.classifier):
             for part in samples.split(max(1, self.at_once // len(samples)), 1):
@@ -506,5 +510,5 @@ class GraphGenerator:
     def recorded(self) -> dict[str, Any]:
         """What was recorded, as it is saved: `layers`, `labels` (samples), and `records`, each layer's as a dict
         where they are kept."""
-        records = [record._asdict() for record in self.records or []]
+        records = [record._asdict() for record in self.records[0]] if self.are_kept else []
         return {"layers": list(self.graph.layers), "labels": self.labels, "records": records}

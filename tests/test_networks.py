@@ -288,7 +288,7 @@ def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_s
     monkeypatch.setattr(HookedClassifier, "record", lambda *given: passes.append(len(given[2])) or record(*given))
     graphs = GraphGenerator(classifier_of("cnn"), labelled(), graph_config(mask_layer), 0)
     is_linear = mask_layer == [-2, -1]
-    assert (graphs.records is None) == (not is_linear) and (graphs.at_once == 1) == (numbers == 1)
+    assert bool(graphs.recorded()["records"]) == is_linear and (graphs.at_once == 1) == (numbers == 1)
     graphs.at_once = {2: 9}.get(len(parts), graphs.at_once)
     samples, zeroed = graphs.draw(4, seeded("test")), torch.arange(0, graphs.graph.num_vertices, 7)
     for mask in (None, Mask.zeroing(graphs.graph, zeroed)):

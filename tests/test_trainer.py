@@ -504,6 +504,7 @@ def test_between_two_looks_the_classifier_is_run_on_no_sample_and_what_zeros_do_
     monkeypatch, look_every, looks
 ):
     graphs, passes, record = graph_generator(), [], HookedClassifier.record
+    graphs.recorded()
 
     def recorded(classifier, *given):
         passes.append(Mask.on(classifier).num_zeroed)
