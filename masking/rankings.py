@@ -26,9 +26,9 @@ def pretrained_for(shapes: Sequence[tuple[int, ...]]) -> Path:
 
 
 def sparing(damage: Tensor) -> Tensor:
-    """How much classes count of which one is to be spared the more a mask has hurt it: (damage + 0.02)^0.5.
+    """What a class counts among the others, the more the more a mask has hurt it: (damage + 0.02)^0.5.
 
-    damage: their cross entropy under the mask, nats
+    damage: the cross entropy of each class under the mask (classes), nats
     """
     return (damage + 0.02).sqrt()
 
@@ -62,8 +62,7 @@ def fall_of_others(look: Look, forget_class: int) -> Tensor:
     """By how much removing a weight lowers the other classes' loss K, to second order, (vertices).
 
     K is least where their samples' odds are those of the original without the forget class (`retention`, `curvature` of
-    FEATURES): what a label alone would say, a few samples show less well. The mean is over the other classes, weighted
-    as in `contrast`.
+    FEATURES). The mean is over the other classes, weighted as in `contrast`.
     """
     v = sparing(look.loss)
     weighted = v[:, None] * (look.feature("retention") - look.feature("curvature") ** 2 / 2)
@@ -201,8 +200,7 @@ class GCNRanking(Ranking):
 class SaliencyRanking(Ranking):
     """What removing a weight does to the forget class's margin and to the other classes' loss, without a GCN.
 
-        w E_d[d margin/dw] + penalty forgetting_weight w E_d[d(-log(1 - p_d))/dw]
-            + retain_weight fall_of_others
+        penalty (w E_d[d margin/dw] + forgetting_weight w E_d[d(-log(1 - p_d))/dw]) + retain_weight fall_of_others
 
     The first terms are the first-order falls of the margin and of the forgetting loss, in which samples that are
     forgotten no longer count.
@@ -214,9 +212,8 @@ class SaliencyRanking(Ranking):
     def __call__(self, step: int, zeroed: Tensor) -> Tensor:
         """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
         names = ("margin", "retention", "curvature", *["forgetting"] * (self.forgetting_weight > 0))
-        return torch.stack(
-            [self._scores(look, step) for look in self.looks(step, zeroed, names, self.forget_class)]
-        ).mean(0)
+        looks = self.looks(step, zeroed, names, self.forget_class)
+        return torch.stack([self._scores(look, step) for look in looks]).mean(0)
 
     def _scores(self, look: Look, step: int) -> Tensor:
         label = self.forget_class
