@@ -350,8 +350,10 @@ class Look:
 
         The log-odds of every sample's label are taken to be linear in the weights since the last pass: a weight w from
         neuron c to r that is zeroed changes them by delta_r w a_c / (1 - p), and the gradients of the loss change with
-        1 - p. Activations stay.
+        1 - p. Activations stay. Raises ValueError where kernels are masked, of which no pass is kept.
         """
+        if not self.passes:
+            raise ValueError(f"layers {self.graph.layers} have kernels: what they read is not kept, look again")
         is_removed = torch.zeros(self.graph.num_vertices, dtype=torch.bool, device=vertices.device)
         removed = [each.nonzero().T for each in self.graph.matrices(is_removed.index_fill(0, vertices, True))]
         log_odds, passes = [], []

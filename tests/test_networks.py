@@ -274,6 +274,9 @@ def test_requests_for_kernels_look_before_every_step(mask_layer, is_foreseen):
     rankings = (SaliencyRanking(config, graphs, 1, 0, 5.0) for config in configs)
     zeroed = [ZeroingOrder(each.config, graphs, 1, each).first(45).vertices for each in rankings]
     assert torch.equal(*zeroed) == (not is_foreseen)
+    if not is_foreseen:
+        with pytest.raises(ValueError, match="have kernels: what they read is not kept, look again"):
+            graphs.look(graphs.by_class(), ("margin",)).without(torch.tensor([0]))
 
 
 @pytest.mark.parametrize("numbers, parts", [(2**26, [12]), (2**26, [9, 3]), (1, [3] * 4)])
