@@ -312,7 +312,7 @@ class Look:
 
     weights: the matrix of each masked layer (m, n), as it is under the mask
     means: of each masked layer those over every group, (groups, m, n) or what broadcasts to it
-    loss: the mean cross entropy of each group (groups), nats
+    loss: the mean cross entropy of each group (groups), nats; of the others among themselves, on a look for a class
     passes, log_odds: what the means are of, where it is kept, and log(p / (1 - p)) of each of its samples' labels now
     """
 
@@ -390,9 +390,10 @@ class Look:
 
 @dataclass(eq=False)
 class GraphGenerator:
-    """Activation graphs of a classifier: what every sample does in the masked layers, recorded in one batched pass.
+    """Activation graphs of a classifier: what samples do in the masked layers, recorded in batched passes.
 
-    Kept are a few hundred floats a sample, class after class; vertex features are formed when they are needed.
+    What is kept of each sample are a few hundred floats, class after class; vertex features are formed when they are
+    needed.
     """
 
     classifier: HookedClassifier
@@ -456,8 +457,9 @@ class GraphGenerator:
             odds that the classifier without a mask gives them so
         """
         left_out = []
-        if forget_class is not None:  # with it those that there is no sample of, since they are forgotten
-            left_out = sorted({*range(self.predictions.shape[1])} - {*self.classes} | {self.classes[forget_class]})
+        if forget_class is not None:  # those that there is no sample of are forgotten, or to be
+            own = [self.classes[forget_class]] * (self.num_classes > 2)  # a single other one is told from it
+            left_out = sorted({*range(self.predictions.shape[1])} - {*self.classes} | {*own})
         passes, kept = self._passes(samples, mask, left_out), []
         if self.are_kept:
             passes = kept = list(passes)
@@ -505,7 +507,8 @@ class GraphGenerator:
         own, classes = (self.look(at, names) for at in (torch.tensor([[index]], device=label.device), self.by_class()))
         others = [name for name in names if name != "weight"] if self.config.other_classes else []
         of_classes = map(classes.feature, others)
-        of_others = [(each.sum(0) - each[label]) / (self.num_classes - 1) for each in of_classes]
+        place = self.classes.index(int(label))
+        of_others = [(each.sum(0) - each[place : place + 1]) / (self.num_classes - 1) for each in of_classes]
         x = vertex_features([*map(own.feature, names), *of_others])[0]
         return Data(x=x, edge_index=self.graph.edge_index().to(label.device), y=label)
 

@@ -123,7 +123,7 @@ class Stages:
         return classifier
 
     def graphs(self, training: Training, classifier: HookedClassifier, data: ImageData) -> GraphGenerator:
-        """The activation graphs: recorded in any case, since that takes less than reading them."""
+        """The activation graphs: recorded anew where they are read, since that takes less than reading the file."""
         config, artifact = training.config, self.files.graphs(training)
         train = data.train
         if config.samples is not None:

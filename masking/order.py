@@ -183,7 +183,7 @@ class ZeroingOrder:
         """
         graphs, correct, found = self.graphs, 0, []
         weights = {index: weight[None] for index, weight in mask.weights(graphs.classifier).items()}
-        for part in inputs.split(LOOKED_AT):
+        for part in inputs.split(min(LOOKED_AT, graphs.classifier.samples_at_once)):
             found.append(graphs.classifier.outputs(part, graphs.graph.layers, weights)[1][0])
             correct += int((found[-1].argmax(1) == label).sum())
             if (left := 100 * correct / len(inputs)) >= enough:

@@ -73,13 +73,13 @@ def fall_of_others(look: Look, forget_class: int) -> Tensor:
 WEIGHED = ("forgetting", "retention", "curvature")  # features that a GCN weighs
 
 
-def weighed(gcn: MaskingGCN, look: Look, forget_class: int, penalty: float = 1.0) -> Tensor:
+def weighed(gcn: MaskingGCN, look: Look, forget_class: int, relief: float = 1.0) -> Tensor:
     """Scores (vertices) by a GCN that weighs, on a look for that class.
 
-    penalty a_v w E_d[d(-log(1 - p_d))/dw] + b_v fall_of_others, with the weights a_v and b_v that the GCN gives to v.
+    a_v w E_d[d(-log(1 - p_d))/dw] + relief b_v fall_of_others, with the weights a_v and b_v that the GCN gives to v.
     """
     own, others = gcn(next(look.class_graphs(forget_class)), look.graph)[0].unbind(-1)
-    return penalty * own * look.feature("forgetting")[forget_class] + others * fall_of_others(look, forget_class)
+    return own * look.feature("forgetting")[forget_class] + relief * others * fall_of_others(look, forget_class)
 
 
 def ranked(scores: Tensor, graph: WeightGraph, scope: str, zeroed: Tensor, count: int) -> Tensor:
@@ -116,13 +116,13 @@ class MaskingConfig:
     patience: Annotated[int, "at least 0"]
     penalty_growth: Annotated[float, "at least 1"]
 
-    def penalty(self, step: int) -> float:
-        """What the forgetting loss weighs more at a step of a request than at its first one.
+    def relief(self, step: int) -> float:
+        """What the others weigh at a step of a request, beside forgetting, of what they do at its first one.
 
         As in penalty methods, where a constraint (nothing is left of the class) that a constant weight only balances
         against the objective is enforced by one that grows (Nocedal and Wright 2006, Numerical Optimization, ch. 17).
         """
-        return self.penalty_growth**step
+        return self.penalty_growth**-step
 
 
 @dataclass(eq=False)
@@ -152,7 +152,7 @@ class Ranking:
         if goes_on and (step % every if every else step):
             self._looks = [look.without(zeroed[seen:]) for look in self._looks]
         else:
-            mask = mask_of(self.graphs, zeroed)
+            self._looks, mask = [], mask_of(self.graphs, zeroed)  # not two at a time in memory
             keys = (("request", self.seed, self.forget_class, step, draw) for draw in range(self.config.draws))
             samples = (self.graphs.draw(self.config.group_size, data.seeded(*key)) for key in keys)
             self._looks = [self.graphs.look(each, names, mask, forget_class) for each in samples]
@@ -177,6 +177,7 @@ class GCNRanking(Ranking):
             return set_difference(importance, self.top_k)[self.forget_class]
         return contrast(importance, damage if self.config.ranking == "damage" else None)[self.forget_class]
 
+    @torch.no_grad()
     def importance(self, step: int, zeroed: Tensor) -> tuple[Tensor, Tensor]:
         """The GCN's mean logits Q (classes, vertices), and each class's cross entropy (classes), nats."""
         looks = self.looks(step, zeroed, self.graphs.config.features, None)
@@ -184,9 +185,9 @@ class GCNRanking(Ranking):
         return torch.stack(importance).mean(0), torch.stack([look.loss for look in looks]).mean(0)
 
     def _weighed(self, step: int, zeroed: Tensor) -> Tensor:
-        names, penalty = [*self.graphs.config.features, *WEIGHED], self.config.penalty(step)
+        names, relief = [*self.graphs.config.features, *WEIGHED], self.config.relief(step)
         looks = self.looks(step, zeroed, names, self.forget_class)
-        return torch.stack([weighed(self.gcn, look, self.forget_class, penalty) for look in looks]).mean(0)
+        return torch.stack([weighed(self.gcn, look, self.forget_class, relief) for look in looks]).mean(0)
 
     @torch.no_grad()
     def most_needed(self) -> Tensor:
@@ -200,7 +201,7 @@ class GCNRanking(Ranking):
 class SaliencyRanking(Ranking):
     """What removing a weight does to the forget class's margin and to the other classes' loss, without a GCN.
 
-        penalty (w E_d[d margin/dw] + forgetting_weight w E_d[d(-log(1 - p_d))/dw]) + retain_weight fall_of_others
+        w E_d[d margin/dw] + forgetting_weight w E_d[d(-log(1 - p_d))/dw] + relief retain_weight fall_of_others
 
     The first terms are the first-order falls of the margin and of the forgetting loss, in which samples that are
     forgotten no longer count.
@@ -220,7 +221,7 @@ class SaliencyRanking(Ranking):
         scores = look.feature("margin")[label]
         if self.forgetting_weight:
             scores = scores + self.forgetting_weight * look.feature("forgetting")[label]
-        return self.config.penalty(step) * scores + self.retain_weight * fall_of_others(look, label)
+        return scores + self.config.relief(step) * self.retain_weight * fall_of_others(look, label)
 
 
 @dataclass(frozen=True)

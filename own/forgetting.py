@@ -97,10 +97,10 @@ class Forgetting:
             at_once = len(self.train.labels.unique()) * Erasing.configured().group_size
             return 0.0, 4 * 2 * at_once * self.own.classifier.trace.total / 1e9
         classes, vertices = len(self.train.labels.unique()), sum(keep.numel() for keep in self.start.keep)
-        at_once = min(classes, max(1, VERTICES_AT_ONCE // vertices))
+        at_once = 1 if self.trained.gcn.weighs else min(classes, max(1, VERTICES_AT_ONCE // vertices))
         of_one = self.config.num_features + 2 * self.trained.gcn.readout.in_features
-        # Of all classes four means over samples, of which features are formed, and one feature.
-        of_weights = vertices * (5 * classes + at_once * of_one)
+        # Of all classes five means over samples, of which features are formed, and two features.
+        of_weights = vertices * (7 * classes + at_once * of_one)
         one = self.train.images[:1]
         of_one = one.numel() + self.own.classifier.given_to(self.start.layers, one).numel()
         of_samples = of_one * (len(self.train.labels) + classes * self.config.samples_per_class)

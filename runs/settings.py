@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 
-from runs.files import InputError, naming, one_line, slug
+from runs.files import ArtifactError, InputError, naming, one_line, slug
 
 Kind = TypeVar("Kind")
 Layer = tuple[str, Any]  # how messages call where settings come from, and the settings
@@ -179,6 +179,8 @@ def constructed(kind: type[Kind], values: dict[str, Any], origins: dict[str, str
             raise ConfigError(f"{origins['']}: {prefix}{name} is missing: it must be {description(hint)}")
     try:
         return kind(**arguments)
+    except ArtifactError:
+        raise
     except ValueError as error:
         key = f"{prefix}{str(error).split()[0].rstrip(':,')}"
         raise ConfigError(f"{origins.get(key, origins[''])}: {prefix}{error}") from None

@@ -193,7 +193,9 @@ def graphs_part(config: Config, quick: bool, results: Results) -> Iterator[Measu
     one_by_one = "one sample at a time, ms a sample"
     slow = timed(one_by_one, lambda: one_sample_at_a_time(classifier, some, layer), runs[0], 1e3 / count)
     in_one = f"{len(graphs):,} samples in one batch, ms a sample"
-    fast = timed(in_one, lambda: GraphGenerator(classifier, train, config.graphs, 0), runs[1], 1e3 / len(graphs))
+    fast = timed(
+        in_one, lambda: GraphGenerator(classifier, train, config.graphs, 0).records, runs[1], 1e3 / len(graphs)
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graphs.pt"
         save(path, graphs.recorded())
@@ -240,16 +242,17 @@ def stages_part(config: Config, quick: bool, results: Results) -> Iterator[Measu
     top_k = number_of_weights(config.sweep.top_k[0], graphs.graph.num_vertices)
     few = GCNTrainer(dataclasses.replace(config.gcn, steps=20, warmup=2), [graphs], top_k, 0)
     yield timed("training step of the GCN, ms", few.train, 3 if quick else 10, 1e3 / 20)
-    gcn = TrainedGCN.load().gcn
+    gcn, asks = TrainedGCN.load().gcn, load_config(overrides=["gcn.pretrained=true", "eval.group_size=100"])
+    graphs = GraphGenerator(classifier, data.train, asks.graphs, seed=0)
     digits = iter(range(10**6))
 
     def request_to_mask() -> None:
         digit = next(digits) % 10
-        order = ZeroingOrder(config.eval, graphs, digit, GCNRanking(config.eval, graphs, digit, 0, gcn, top_k))
+        order = ZeroingOrder(asks.eval, graphs, digit, GCNRanking(asks.eval, graphs, digit, 0, gcn, top_k))
         order.until_forgotten(data.train.forget(digit))
 
     yield timed("request, pretrained GCN to mask, kappa auto, ten digits in turn, ms", request_to_mask, 10)
-    mimu_alone = dataclasses.replace(config.eval, methods=("mimu",))
+    mimu_alone = dataclasses.replace(asks.eval, methods=("mimu",))
     request = Request(mimu_alone, classifier, trainer, data.train, graphs, gcn, 9, top_k, 0, asked=200)
     request.in_steps("mimu", request.ranking)
     with tempfile.TemporaryDirectory() as name:

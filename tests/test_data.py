@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import HIDDEN, IN_FEATURES, NUM_CLASSES, class_graphs, graph_config, graph_generator, random_split
+from conftest import (
+    HIDDEN,
+    IN_FEATURES,
+    NUM_CLASSES,
+    class_graphs,
+    graph_config,
+    graph_generator,
+    random_classifier,
+    random_split,
+)
 from PIL import Image
 from running import PROJECT, write_image
 from scipy.io import savemat
@@ -447,6 +456,29 @@ def test_what_is_foreseen_of_two_classes_and_their_logits_is_what_another_pass_f
         assert torch.allclose(found.loss, expected.loss) and not torch.allclose(found.loss, look.loss)
         for name in names:
             assert torch.allclose(found.feature(name), expected.feature(name), atol=1e-12), name
+
+
+@pytest.mark.parametrize("missing, told", [(None, [0, 2]), (0, [1, 2])])
+def test_others_are_told_from_those_alone_that_stay_or_from_the_class_where_one_stays(missing, told):
+    split = random_split(dtype=torch.float64)
+    classifier = random_classifier(dtype=torch.float64)
+    graphs = GraphGenerator(classifier, split if missing is None else split.retain(missing), graph_config(-2), 0)
+    mask, place = Mask.zeroing(graphs.graph, torch.arange(0, 30, 4)), graphs.classes.index(1)
+    look = graphs.look(graphs.by_class(), ("retention",), mask, place)
+    of_others = graphs.labels == 2
+    images, weight = graphs.samples.images[of_others], classifier.layers[1].weight
+
+    def p(model: HookedMNISTClassifier) -> torch.Tensor:
+        return model(images)[:, told].softmax(1)[:, told.index(2)]
+
+    t = p(classifier).detach()
+    with mask.applied_to(classifier):
+        found, masked = p(classifier), classifier.layers[1].weight.detach()
+        loss = -(t * found.log() + (1 - t) * (1 - found).log()).mean()
+        (gradient,) = torch.autograd.grad(loss, classifier.layers[1].parametrizations.weight.original)
+    expected = masked * gradient
+    assert look.loss[-1].item() == pytest.approx(-found.log().mean().item())
+    assert torch.allclose(look.feature("retention")[-1].view_as(weight), expected, atol=1e-9)
 
 
 def test_all_layers_are_recorded_and_a_pass_with_nothing_masked_changes_nothing():

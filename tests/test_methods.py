@@ -318,7 +318,7 @@ def test_the_saliency_by_hand(zeroed, forgetting):
     of_others = (v[0] * fall[0] + v[1] * fall[1]) / (v[0] + v[1])
     p = classifier(graphs.samples.images[samples[FORGET]]).softmax(1)[:, FORGET]
     forgotten = torch.autograd.grad(-(1 - p).log().mean(), classifier.layers[1].weight)[0]
-    expected = 1.5**2 * w * (margin.mean(0) + forgetting * forgotten) + 5.0 * of_others
+    expected = w * (margin.mean(0) + forgetting * forgotten) + 1.5**-2 * 5.0 * of_others
     assert torch.allclose(found, expected.flatten(), rtol=1e-3, atol=1e-5)
 
 

@@ -441,7 +441,7 @@ def test_a_gcn_that_weighs_begins_as_the_formula_and_learns_what_each_weight_sta
     ranking = GCNRanking(masking_config(draws=2), graphs, 2, 0, gcn, 6)
     assert torch.allclose(ranking(5, zeroed), 2 * own + 3 * others, rtol=1e-4, atol=1e-6)
     insists = GCNRanking(masking_config(draws=2, penalty_growth=1.5), graphs, 2, 0, gcn, 6)
-    assert torch.allclose(insists(5, zeroed), 1.5**5 * 2 * own + 3 * others, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(insists(5, zeroed), 2 * own + 1.5**-5 * 3 * others, rtol=1e-4, atol=1e-6)
     assert torch.equal(ranking.most_needed(), ranking(0, NOTHING).topk(6).indices)
     before = gcn(class_graphs(graphs, drawn[0])[0], graphs.graph)
     assert before.shape == (NUM_CLASSES, 87, 2) and torch.allclose(before, torch.tensor([2.0, 3.0]).expand_as(before))
