@@ -96,14 +96,15 @@ class Forgetting:
         if self.erase:
             at_once = len(self.train.labels.unique()) * Erasing.configured().group_size
             return 0.0, 4 * 2 * at_once * self.own.classifier.trace.total / 1e9
-        classes, vertices = len(self.train.labels.unique()), sum(keep.numel() for keep in self.start.keep)
+        counts = self.train.labels.unique(return_counts=True)[1]
+        classes, vertices = len(counts), sum(keep.numel() for keep in self.start.keep)
         at_once = 1 if self.trained.gcn.weighs else min(classes, max(1, VERTICES_AT_ONCE // vertices))
         of_one = self.config.num_features + 2 * self.trained.gcn.readout.in_features
         # Of all classes five means over samples, of which features are formed, and two features.
         of_weights = vertices * (7 * classes + at_once * of_one)
         one = self.train.images[:1]
         of_one = one.numel() + self.own.classifier.given_to(self.start.layers, one).numel()
-        of_samples = of_one * (len(self.train.labels) + classes * self.config.samples_per_class)
+        of_samples = of_one * (len(self.train.labels) + classes * min(self.config.samples_per_class, int(counts.min())))
         return 4 * of_weights / 1e9, 4 * of_samples / 1e9
 
     def of_model(self, mask: Mask, scores: Scores) -> Mask:

@@ -216,7 +216,7 @@ def test_of_a_model_that_cannot_be_traced_the_last_linear_layers_are_masked(conv
 
 @pytest.mark.parametrize("every, says", [(20, "another mask_layer, of fewer weights,"), (1, "fewer samples")])
 def test_a_request_that_takes_much_memory_says_so(convolved, train, every, says, monkeypatch):
-    monkeypatch.setattr("own.forgetting.MEMORY", 1e-4)
+    monkeypatch.setattr("own.forgetting.MEMORY", 5e-5)
     gcn, some = patient_gcn(step=8), train[torch.arange(0, len(train.labels), every)]
     with pytest.warns(UserWarning, match=rf"the request takes about \S+ GB of memory: {says} would take less"):
         unlearn(convolved, some.images, some.labels, 1, gcn, mask_layer=1, **FREE)
