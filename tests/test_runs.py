@@ -287,10 +287,8 @@ def test_the_pretrained_gcn_is_taken_as_it_is(here):
     (result,) = metrics(here).values()
     classifier = HookedMNISTClassifier((32, 16))
     classifier.load_state_dict(checkpoint(here, "classifier_seed_0")["state_dict"])
-    config, trained = (
-        smoke("gcn.pretrained=true", "graphs={features: [weight], other_classes: false}")[""],
-        TrainedGCN.load(),
-    )
+    config = smoke("gcn.pretrained=true", "graphs={features: [weight], other_classes: false}")[""]
+    trained = TrainedGCN.load()
     reads = trained.graphs.features, trained.graphs.other_classes
     assert (config.graphs.features, config.graphs.other_classes) == reads
     graphs = graphs_of(config, here, classifier)
