@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
-from images.sources import DATASET_ROOT, DataError, data_set, reading, seeded
-from model import VERTICES_AT_ONCE, Mask, WeightGraph
-from networks.hooked import LARGEST_ODDS, HookedClassifier, LayerRecord, losses, odds
+from mimu.images.sources import DATASET_ROOT, DataError, data_set, reading, seeded
+from mimu.model import VERTICES_AT_ONCE, Mask, WeightGraph
+from mimu.networks.hooked import LARGEST_ODDS, HookedClassifier, LayerRecord, losses, odds
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import trainer
-from data import Count, GraphGenerator, ImageData, Positive, Split, is_correct, seeded
-from masking.order import Zeroing, ZeroingOrder
-from masking.rankings import GCNRanking, MaskingConfig, TrainedGCN
-from model import Mask, MaskingGCN, WeightGraph
-from networks.hooked import HookedClassifier
-from own.classifier import OwnClassifier, plain_torch
-from own.forgetting import Forgetting, RetainScoreError, classes_of  # noqa: F401  # the error is for who calls unlearn
-from own.samples import samples_of
-from runs.files import Artifact, InputError
-from trainer import Trainer, TrainingError, check_weights
+from mimu import trainer
+from mimu.data import Count, GraphGenerator, ImageData, Positive, Split, is_correct, seeded
+from mimu.masking.order import Zeroing, ZeroingOrder
+from mimu.masking.rankings import GCNRanking, MaskingConfig, TrainedGCN
+from mimu.model import Mask, MaskingGCN, WeightGraph
+from mimu.networks.hooked import HookedClassifier
+from mimu.runs.files import Artifact, InputError
+from mimu.trainer import Trainer, TrainingError, check_weights
+from mimu.unlearning.custom_model import CustomModel, plain_torch
+from mimu.unlearning.forgetting import Forgetting, RetainScoreError, classes_of  # noqa: F401  # the error is for who calls unlearn
+from mimu.unlearning.samples import samples_of
 
 
 @dataclass(frozen=True)
@@ -519,7 +519,7 @@ def unlearn(
         inputs, labels = samples_of(inputs, labels, progress)
         if erase and mask_layer not in ("auto", None):
             raise InputError(f"mask_layer must be auto or None where classes are erased, not {mask_layer!r}")
-        own = OwnClassifier.of(model, inputs, None if erase else mask_layer, progress)
+        own = CustomModel.of(model, inputs, None if erase else mask_layer, progress)
         carried = Mask.on(model)
         train = Split(own.inputs, labels.to(own.inputs.device))
         forgotten = carried.forgets if carried else ()

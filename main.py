@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from runs.command_line import parse_arguments, run_command
+from mimu.runs.command_line import parse_arguments, run_command
 
 STARTED = time.perf_counter()
 if __name__ == "__main__":
@@ -31,21 +31,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import tables
-from audits import Audit
-from configs import Asked, Config, load_variants
-from data import GraphGenerator, ImageData, is_correct, load_image_data, some_of_every_class
-from eval import Eval, Request
-from images.sources import DataError, checksum
-from masking.rankings import TrainedGCN, pretrained_for
-from model import MaskingGCN, keep_freed_memory
-from networks.hooked import HookedClassifier
-from runs.files import Artifact, InputError, code_of, digest, locked, slug, write_text
-from runs.work import Work, describe_machine, how_many, memory_of, peak_bytes
-from tables import experiment
-from trainer import GCNTrainer, Trainer
-
-ROOT = Path(__file__).resolve().parent
+from mimu import tables
+from mimu.audits import Audit
+from mimu.configs import Asked, Config, load_variants
+from mimu.data import GraphGenerator, ImageData, is_correct, load_image_data, some_of_every_class
+from mimu.eval import Eval, Request
+from mimu.images.sources import DataError, checksum
+from mimu.masking.rankings import TrainedGCN, pretrained_for
+from mimu.model import MaskingGCN, keep_freed_memory
+from mimu.networks.hooked import HookedClassifier
+from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, code_of, digest, locked, slug, write_text
+from mimu.runs.work import Work, describe_machine, how_many, memory_of, peak_bytes
+from mimu.tables import experiment
+from mimu.trainer import GCNTrainer, Trainer
 
 
 @dataclass(frozen=True)
@@ -205,8 +203,8 @@ class Files:
         self.root = root
         self._seen: dict[Path, Any] = {}
         packages = ["images/*.py", "networks/*.py", "masking/*.py", "audits/*.py"]
-        self._training_code = code_of(ROOT, ["main.py", "model.py", "data.py", "trainer.py", *packages])
-        self._code = code_of(ROOT, ["*.py", "methods/*.py", *packages])
+        self._training_code = code_of(PACKAGE, ["main.py", "model.py", "data.py", "trainer.py", *packages])
+        self._code = code_of(PACKAGE, ["*.py", "methods/*.py", *packages])
         self._code.pop("reporter.py", None)  # no number depends on it
         self._checksums: dict[str, str] = {}
 

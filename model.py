@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from networks.affine import AffineFeatures
-from networks.architectures import mlp
-from networks.hooked import HookedClassifier, shape_of, weight_layers
-from networks.tracing import Ends
-from runs import files
+from mimu.networks.affine import AffineFeatures
+from mimu.networks.architectures import mlp
+from mimu.networks.hooked import HookedClassifier, shape_of, weight_layers
+from mimu.networks.tracing import Ends
+from mimu.runs import files
 
 
 class HookedMNISTClassifier(HookedClassifier):

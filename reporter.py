@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from runs.files import write_text, written_whole
+from mimu.runs.files import write_text, written_whole
 
 # A line for every group of methods (dashed: references, dotted: methods that train, with dashes: projections), a colour
 # for every method: hues of Okabe and Ito's palette, which colour-blind readers can tell apart, and shades of them.

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import data
-from data import Amount, Count, GraphGenerator, NonNegative, Positive, Split
-from masking.order import forgetting_loss
-from masking.rankings import WEIGHED, contrast, mask_of, ranked, weighed
-from model import MaskingGCN, WeightGraph
-from networks.architectures import cnn, in_channels, mlp, resnet
-from networks.hooked import HookedClassifier, is_finite
-from runs.files import InputError
+from mimu import data
+from mimu.data import Amount, Count, GraphGenerator, NonNegative, Positive, Split
+from mimu.masking.order import forgetting_loss
+from mimu.masking.rankings import WEIGHED, contrast, mask_of, ranked, weighed
+from mimu.model import MaskingGCN, WeightGraph
+from mimu.networks.architectures import cnn, in_channels, mlp, resnet
+from mimu.networks.hooked import HookedClassifier, is_finite
+from mimu.runs.files import InputError
 
 LEAST_SPREAD = 1e-6  # standard deviation of scores; of a GCN that died they are all the same
 

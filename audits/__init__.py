@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from audits.predictions import entropy_attack, jensen_shannon, look_at, loss_attack
-from audits.probes import AuditConfig, probe_scores, prototype_recall
-from audits.relearning import relearn
-from data import ImageData, seeded, some_of_every_class
-from networks.hooked import weight_layers
+from mimu.audits.predictions import entropy_attack, jensen_shannon, look_at, loss_attack
+from mimu.audits.probes import AuditConfig, probe_scores, prototype_recall
+from mimu.audits.relearning import relearn
+from mimu.data import ImageData, seeded, some_of_every_class
+from mimu.networks.hooked import weight_layers
 
 AUDITS = (
     "js_forget", "js_retain", "loss_attack", "entropy_attack", "probe_recall", "probe_retain",

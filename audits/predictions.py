@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Split, is_correct
-from networks.hooked import linear_layers
+from mimu.data import Split, is_correct
+from mimu.networks.hooked import linear_layers
 
 
 @dataclass(frozen=True)

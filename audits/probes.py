@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from audits.predictions import Seen
-from data import Count, NonNegative, Positive, Split, seeded, seeded_initialisation
-from masking.regression import standardised
-from model import HookedMNISTClassifier
-from trainer import learn
+from mimu.audits.predictions import Seen
+from mimu.data import Count, NonNegative, Positive, Split, seeded, seeded_initialisation
+from mimu.masking.regression import standardised
+from mimu.model import HookedMNISTClassifier
+from mimu.trainer import learn
 
 
 @dataclass(frozen=True)

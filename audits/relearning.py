@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from audits.predictions import look_at
-from data import Split
-from model import Mask
+from mimu.audits.predictions import look_at
+from mimu.data import Split
+from mimu.model import Mask
 
 
 def made_permanent(model: nn.Module) -> nn.Module:

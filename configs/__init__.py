@@ -11,18 +11,18 @@ from typing import Annotated, Literal
 
 import torch
 
-import methods  # noqa: F401  # registers what is not in eval.py
-from audits import AuditConfig
-from data import Amount, Count, GraphConfig, number_of_weights
-from eval import METHODS, EvalConfig
-from images import sources
-from masking.rankings import TrainedGCN, pretrained_for
-from model import resolve_mask_layer
-from networks.hooked import shape_of, weight_layers
-from reporter import ReporterConfig
-from runs import settings
-from runs.settings import converted, refusal, shown
-from trainer import GCNTrainerConfig, TrainerConfig
+from mimu import methods  # noqa: F401  # registers what is not in eval.py
+from mimu.audits import AuditConfig
+from mimu.data import Amount, Count, GraphConfig, number_of_weights
+from mimu.eval import METHODS, EvalConfig
+from mimu.images import sources
+from mimu.masking.rankings import TrainedGCN, pretrained_for
+from mimu.model import resolve_mask_layer
+from mimu.networks.hooked import shape_of, weight_layers
+from mimu.reporter import ReporterConfig
+from mimu.runs import settings
+from mimu.runs.settings import converted, refusal, shown
+from mimu.trainer import GCNTrainerConfig, TrainerConfig
 
 CONFIG = Path(__file__).resolve().parent / "config.yaml"
 BASES = (CONFIG, CONFIG.with_name("methods.yaml"))

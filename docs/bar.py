@@ -13,18 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from mimu.audits.predictions import look_at
+from mimu.audits.probes import probe_scores
+from mimu.configs import Config, load_config
+from mimu.data import ImageData, load_image_data, some_of_every_class
+from mimu.masking.erasing import Erasing, Telling, erased, nearest
+from mimu.masking.regression import ridge_recall
+from mimu.networks.hooked import HookedClassifier
+from mimu.reporter import markdown_table
+from mimu.trainer import Trainer
 
-from audits.predictions import look_at  # noqa: E402
-from audits.probes import probe_scores  # noqa: E402
-from configs import Config, load_config  # noqa: E402
-from data import ImageData, load_image_data, some_of_every_class  # noqa: E402
-from masking.erasing import Erasing, Telling, erased, nearest  # noqa: E402
-from masking.regression import ridge_recall  # noqa: E402
-from networks.hooked import HookedClassifier  # noqa: E402
-from reporter import markdown_table  # noqa: E402
-from trainer import Trainer  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 SEEDS = (0, 1, 2)
 

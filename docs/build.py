@@ -17,12 +17,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from matplotlib import pyplot as plt
+
+from mimu.reporter import RETAIN_GAP, markdown_table, method_styles
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from matplotlib import pyplot as plt  # noqa: E402
-
-from reporter import RETAIN_GAP, markdown_table, method_styles  # noqa: E402
 
 REPORTS, DOCS = ROOT / "reports", ROOT / "docs"
 PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))

@@ -19,12 +19,12 @@ import torchvision
 from build import write_block
 from torch import Tensor, nn
 
-from configs import load_config
-from data import ImageData, Split, load_image_data
-from eval import RetainScoreError, unlearn
-from model import Mask
-from reporter import markdown_table
-from trainer import Trainer
+from mimu.configs import load_config
+from mimu.data import ImageData, Split, load_image_data
+from mimu.eval import RetainScoreError, unlearn
+from mimu.model import Mask
+from mimu.reporter import markdown_table
+from mimu.trainer import Trainer
 
 SHAPES = {
     "784-128-64-10": ((128, 64), False),

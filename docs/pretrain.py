@@ -7,22 +7,20 @@ first variant masks.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from mimu.configs import Config, load_variants
+from mimu.main import Files, Stages, prepare, trainings_of
+from mimu.masking.rankings import pretrained_for
+from mimu.runs.files import locked, save
+from mimu.runs.work import Work
+from mimu.trainer import GCNTrainer
 
-from configs import Config, load_variants  # noqa: E402
-from main import Files, Stages, prepare, trainings_of  # noqa: E402
-from masking.rankings import pretrained_for  # noqa: E402
-from runs.files import locked, save  # noqa: E402
-from runs.work import Work  # noqa: E402
-from trainer import GCNTrainer  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:

@@ -21,18 +21,17 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
+from mimu.audits.predictions import Seen, jensen_shannon, look_at
+from mimu.audits.probes import probe_scores
+from mimu.configs import load_config
+from mimu.data import GraphGenerator, load_image_data, number_of_weights
+from mimu.eval import Request, answer
+from mimu.masking.rankings import TrainedGCN, pretrained_for
+from mimu.reporter import markdown_table
+from mimu.trainer import Trainer, TrainingError
+
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-sys.path.insert(0, str(ROOT))
-
-from audits.predictions import Seen, jensen_shannon, look_at  # noqa: E402
-from audits.probes import probe_scores  # noqa: E402
-from configs import load_config  # noqa: E402
-from data import GraphGenerator, load_image_data, number_of_weights  # noqa: E402
-from eval import Request, answer  # noqa: E402
-from masking.rankings import TrainedGCN, pretrained_for  # noqa: E402
-from reporter import markdown_table  # noqa: E402
-from trainer import Trainer, TrainingError  # noqa: E402
 
 Values = dict[str, int | float]  # of the hyperparameters of a method
 

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from runs.files import ArtifactError, InputError, code_of, digest, load, naming, one_line, save
+from mimu.runs.files import ROOT, ArtifactError, InputError, code_of, digest, load, naming, one_line, save
 
-DATASET_ROOT = Path(__file__).resolve().parents[1] / "datasets"
+DATASET_ROOT = ROOT / "datasets"
 # What torchvision downloads, and the names of the classes.
 DATASETS = {
     "MNIST": tuple("0123456789"),

@@ -18,13 +18,13 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Count, NonNegative, Positive, Split, seeded, some_of_every_class
-from masking.order import forgetting_loss
-from masking.regression import explained_variance, standardised
-from model import LowRank, Mask
-from networks.hooked import HookedClassifier
-from runs.files import InputError
-from trainer import check_finite
+from mimu.data import Count, NonNegative, Positive, Split, seeded, some_of_every_class
+from mimu.masking.order import forgetting_loss
+from mimu.masking.regression import explained_variance, standardised
+from mimu.model import LowRank, Mask
+from mimu.networks.hooked import HookedClassifier
+from mimu.runs.files import InputError
+from mimu.trainer import check_finite
 
 METHODS = Path(__file__).resolve().parents[1] / "configs" / "methods.yaml"
 

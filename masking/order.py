@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import GraphGenerator, Split, number_of_weights
-from masking.rankings import MaskingConfig, ranked
-from model import Mask
-from runs.files import InputError
+from mimu.data import GraphGenerator, Split, number_of_weights
+from mimu.masking.rankings import MaskingConfig, ranked
+from mimu.model import Mask
+from mimu.runs.files import InputError
 
 FEWEST = 1 / 16  # of the weights of a neuron that a layer gives in a step, where several compete by what is measured
 LOOKED_AT = 500  # samples of the forget class at once, where it may be that no more are needed

@@ -11,13 +11,13 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-import data
-from data import Amount, Count, GraphConfig, GraphGenerator, Look, Positive
-from model import Mask, MaskingGCN, WeightGraph
-from networks.hooked import is_finite
-from runs.files import ArtifactError, InputError, load, one_line
+from mimu import data
+from mimu.data import Amount, Count, GraphConfig, GraphGenerator, Look, Positive
+from mimu.model import Mask, MaskingGCN, WeightGraph
+from mimu.networks.hooked import is_finite
+from mimu.runs.files import PACKAGE, ArtifactError, InputError, load, one_line
 
-PRETRAINED = Path(__file__).resolve().parents[1] / "checkpoints" / "pretrained"
+PRETRAINED = PACKAGE / "checkpoints" / "pretrained"
 
 
 def pretrained_for(shapes: Sequence[tuple[int, ...]]) -> Path:

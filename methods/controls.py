@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from data import NonNegative
-from eval import Request, unlearning_method
-from masking.order import Zeroing
-from masking.rankings import SaliencyRanking, contrast
-from model import Mask, WeightGraph
+from mimu.data import NonNegative
+from mimu.eval import Request, unlearning_method
+from mimu.masking.order import Zeroing
+from mimu.masking.rankings import SaliencyRanking, contrast
+from mimu.model import Mask, WeightGraph
 
 further = partial(unlearning_method, in_default_run=False)
 MOZER = "after Mozer and Smolensky 1988, NIPS"

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Count, NonNegative, Positive, Share, Split, mean_squared_gradient, seeded
-from eval import Request
-from methods.controls import further
-from model import Mask
-from networks.hooked import HookedClassifier, LayerRecord
-from trainer import check_finite, forgetting_loss, learn, masked_weights, other_labels
+from mimu.data import Count, NonNegative, Positive, Share, Split, mean_squared_gradient, seeded
+from mimu.eval import Request
+from mimu.methods.controls import further
+from mimu.model import Mask
+from mimu.networks.hooked import HookedClassifier, LayerRecord
+from mimu.trainer import check_finite, forgetting_loss, learn, masked_weights, other_labels
 
 
 def joined(*splits: Split) -> Split:

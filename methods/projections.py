@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Count, NonNegative, Positive, Share, some_of_every_class
-from eval import Request
-from masking.erasing import Erasing, erased, residual
-from masking.regression import ridge_regression, standardised
-from methods.controls import further
-from model import Mask
-from networks.hooked import HookedClassifier
+from mimu.data import Count, NonNegative, Positive, Share, some_of_every_class
+from mimu.eval import Request
+from mimu.masking.erasing import Erasing, erased, residual
+from mimu.masking.regression import ridge_regression, standardised
+from mimu.methods.controls import further
+from mimu.model import Mask
+from mimu.networks.hooked import HookedClassifier
 
 
 def moments(classifier: HookedClassifier, images: Tensor, index: int) -> tuple[Tensor, Tensor]:

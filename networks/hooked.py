@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from networks.tracing import Trace, call, is_weight_layer
+from mimu.networks.tracing import Trace, call, is_weight_layer
 
 LARGEST_ODDS = 1e6  # p / (1 - p) of a label: float32 hardly tells larger ones apart
 NUMBERS_AT_ONCE = 2**26  # of float32 in the tensors of a pass over samples, which then takes some 256 MB

@@ -12,10 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from runs.files import ArtifactError, InputError, one_line
-from runs.log import Log
-
-ROOT = Path(__file__).resolve().parents[1]
+from mimu.runs.files import PACKAGE, ROOT, ArtifactError, InputError, one_line
+from mimu.runs.log import Log
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -25,7 +23,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description="Trains a classifier, makes it forget classes by masks of its weights, scores and plots it all.",
         epilog="for example: main.py sweep.forget_digits=[3] 'sweep.kappa=[100, 300]' gcn.steps=200",
     )
-    path = ROOT / "configs" / "config.yaml"
+    path = PACKAGE / "configs" / "config.yaml"
     about = "a YAML file with what it changes of configs/config.yaml, where every setting is explained"
     parser.add_argument("--config", type=Path, default=path, metavar="PATH", help=about)
     mode = parser.add_mutually_exclusive_group()

@@ -22,6 +22,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+PACKAGE = Path(__file__).resolve().parents[1]
+# Where runs find data sets and leave their files: the clone, but of an installed package the current folder.
+ROOT = PACKAGE if (PACKAGE / "pyproject.toml").exists() else Path.cwd()
 PARTIAL = ".mimu-partial"  # how files end that are not whole yet
 CHECKSUM_SIZE = 64
 BY_OTHERS = "made by other settings, code or data"

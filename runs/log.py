@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runs.files import naming
+from mimu.runs.files import naming
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from runs.files import one_line
+from mimu.runs.files import one_line
 
 
 class Processes:

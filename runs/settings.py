@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 
-from runs.files import ArtifactError, InputError, naming, one_line, slug
+from mimu.runs.files import ArtifactError, InputError, naming, one_line, slug
 
 Kind = TypeVar("Kind")
 Layer = tuple[str, Any]  # how messages call where settings come from, and the settings

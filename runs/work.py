@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from runs.files import Artifact
-from runs.log import Log
-from runs.processes import Processes
+from mimu.runs.files import Artifact
+from mimu.runs.log import Log
+from mimu.runs.processes import Processes
 
 
 class Work:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from reporter import FORMATS, Reporter, ReporterConfig
-from runs.files import slug
-from tables.pictures import draw_masks, draw_scores
-from tables.retraining import AuditReport
-from tables.variants import compare
+from mimu.reporter import FORMATS, Reporter, ReporterConfig
+from mimu.runs.files import slug
+from mimu.tables.pictures import draw_masks, draw_scores
+from mimu.tables.retraining import AuditReport
+from mimu.tables.variants import compare
 
 CURVES = [f"{metric}_{part}_set" for metric in ("loss", "score") for part in ("forget", "retain")]
 FIGURES = [*CURVES, "probability_on_forget_class", "summary", "trade_off", "masks", "audits", "variants", "frontier"]

@@ -8,9 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from reporter import FORGET, RETAIN, class_title, method_styles
-from runs.files import written_whole
-from tables.pictures import draw_matrix
+from mimu.reporter import FORGET, RETAIN, class_title, method_styles
+from mimu.runs.files import written_whole
+from mimu.tables.pictures import draw_matrix
 
 Styles = dict[str, dict[str, Any]]
 DRAWN_BY = (Path(__file__), Path(__file__).with_name("pictures.py"), Path(__file__).parents[1] / "reporter.py")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import SymmetricalLogLocator
 
-from reporter import FORGET_SCORE, RETAIN_GAP, Column, Reporter, method_styles, save_figure, subject
+from mimu.reporter import FORGET_SCORE, RETAIN_GAP, Column, Reporter, method_styles, save_figure, subject
 
 # Recall of the linear probe that is trained to convergence, less that of the same probe on the retrained classifier.
 PROBE = Column(("audit_metrics", "probe_recall", "linear"), "probe recall against retrain, points", "+.1f", is_gap=True)

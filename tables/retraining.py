@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from reporter import FORGET_SCORE, METRICS, RETAIN_SCORE, SECONDS, Column, Reporter, markdown_table, save_figure
-from tables.pictures import draw_panels, symmetric_log
+from mimu.reporter import FORGET_SCORE, METRICS, RETAIN_SCORE, SECONDS, Column, Reporter, markdown_table, save_figure
+from mimu.tables.pictures import draw_panels, symmetric_log
 
 REFERENCES = ("original", "retrain", "retrain_again")  # what an unlearned classifier is measured against
 FORGOTTEN = 1.0  # percent: a forget score above it is worth a word

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reporter import FORGET_SCORE, RETAIN_GAP, SECONDS, WORST, Column, Reporter, markdown_table
-from runs.files import write_text
-from tables.pictures import PROBE, Row, draw_frontier, draw_scores
+from mimu.reporter import FORGET_SCORE, RETAIN_GAP, SECONDS, WORST, Column, Reporter, markdown_table
+from mimu.runs.files import write_text
+from mimu.tables.pictures import PROBE, Row, draw_frontier, draw_scores
 
 WORST_FORGET, WORST_GAP = (replace(column, name="worst") for column in WORST)
 SHARE = Column(("num_zeroed",), "weights zeroed, %", is_share=True)

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -28,26 +27,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch_geometric.data import Data
+from torch_geometric.nn import SAGEConv
+
+from mimu.configs import Config, load_config, load_variants
+from mimu.data import GraphGenerator, Split, load_image_data, number_of_weights
+from mimu.eval import Eval, Request
+from mimu.main import run
+from mimu.masking.order import ZeroingOrder
+from mimu.masking.rankings import GCNRanking, TrainedGCN
+from mimu.model import HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory
+from mimu.reporter import markdown_table
+from mimu.runs.files import Artifact, save, write_text
+from mimu.runs.work import peak_bytes
+from mimu.trainer import GCNTrainer, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="Sparse")
-
-from torch_geometric.data import Data  # noqa: E402
-from torch_geometric.nn import SAGEConv  # noqa: E402
-
-from configs import Config, load_config, load_variants  # noqa: E402
-from data import GraphGenerator, Split, load_image_data, number_of_weights  # noqa: E402
-from eval import Eval, Request  # noqa: E402
-from main import run  # noqa: E402
-from masking.order import ZeroingOrder  # noqa: E402
-from masking.rankings import GCNRanking, TrainedGCN  # noqa: E402
-from model import HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory  # noqa: E402
-from reporter import markdown_table  # noqa: E402
-from runs.files import Artifact, save, write_text  # noqa: E402
-from runs.work import peak_bytes  # noqa: E402
-from trainer import GCNTrainer, Trainer  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

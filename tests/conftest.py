@@ -1,20 +1,16 @@
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from faults import draw_nothing
 from running import PROJECT, write_few
+from torch import Tensor, nn
 
-from data import FEATURES, GraphConfig, GraphGenerator, Split, seeded
-from model import HookedMNISTClassifier, Mask
-from trainer import TrainerConfig, learn
+from mimu.data import FEATURES, GraphConfig, GraphGenerator, Split, seeded
+from mimu.model import HookedMNISTClassifier, Mask
+from mimu.trainer import TrainerConfig, learn
 
 HIDDEN, IN_FEATURES, NUM_CLASSES = (6, 5), 7, 3
 torch.set_num_threads(1)  # the tensors of tests are small: threads only wait for one another
@@ -88,23 +84,24 @@ def copy_to(folder: Path, *patterns: str) -> Path:
     return folder
 
 
-PACKAGES = ("images", "networks", "runs", "masking", "own", "audits", "methods", "tables", "configs")
+PACKAGES = ("images", "networks", "runs", "masking", "unlearning", "audits", "methods", "tables", "configs")
 TRACKED = ("*.py", "*.sh", *(f"{name}/*.py" for name in PACKAGES), "configs/*.yaml", "checkpoints/pretrained/*.pt",
-           "README.md")  # fmt: skip
+           "README.md", "pyproject.toml")  # fmt: skip
 
 
 @pytest.fixture
 def clone(tmp_path) -> Path:
     """The tracked files of the project, as a clone has them."""
-    return copy_to(tmp_path, *TRACKED, "datasets/MNIST/raw/*.gz")
+    return copy_to(tmp_path / "mimu", *TRACKED, "datasets/MNIST/raw/*.gz")
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """A folder with a few samples of the data set only, for runs in this process that draw nothing and take no time."""
-    write_few(tmp_path)
+    folder = tmp_path / "mimu"
+    write_few(folder)
     draw_nothing(monkeypatch)
-    return tmp_path
+    return folder
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import pytest
 from matplotlib.figure import Figure
 from running import metrics, run_here
 
-from runs import files
+from mimu.runs import files
 
 SMALL = ("sweep.kappa=[auto, 20]", "gcn.steps=2", "gcn.warmup=0", "eval.methods=[original, mimu, retrain]")
 MADE = ("checkpoints", "datasets/Graphs", "eval", "reports")  # the folders that a run makes where there is only data

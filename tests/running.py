@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,24 +14,29 @@ import numpy as np
 import torch
 from PIL import Image
 
-from images.sources import FILES
+from mimu.images.sources import FILES
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMOKE = ("--config", "configs/smoke.yaml")
+
+
+def of_copy(folder: Path) -> dict[str, str]:
+    """An environment in which a copy of the project in a folder named mimu is the package."""
+    return os.environ | {"PYTHONPATH": str(folder.parent)}
 
 
 def run(folder: Path, *arguments: str, processes: int = 1) -> str:
     """What main.py of a folder says, in processes of its own."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     command = [sys.executable, *torchrun, "main.py", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=of_copy(folder), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def run_here(folder: Path, *overrides: str, configs: dict | None = None, is_fresh: bool = False) -> None:
     """Runs the smoke config, or others, without the seconds that importing PyTorch takes."""
-    import main  # here, so that the other tests need not all of the project
+    from mimu import main  # here, so that the other tests need not all of the project
 
     threads = torch.get_num_threads()
     try:
@@ -41,7 +47,7 @@ def run_here(folder: Path, *overrides: str, configs: dict | None = None, is_fres
 
 def smoke(*overrides: str) -> dict:
     """The smoke config without plots of single experiments."""
-    from configs import load_variants
+    from mimu.configs import load_variants
 
     return load_variants(PROJECT / SMOKE[1], ["eval.visualize=false", *overrides])
 

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from conftest import IN_FEATURES, NUM_CLASSES, random_classifier, random_split, trainer_config
 
-from audits import Audit, AuditConfig, weights_changed
-from audits.predictions import entropy_attack, jensen_shannon, look_at, loss_attack
-from audits.probes import linear, neighbours, prototype_recall, two_layer
-from audits.relearning import made_permanent, relearn
-from data import ImageData, Split, seeded, seeded_initialisation, some_of_every_class
-from methods.controls import logit_removed
-from model import HookedMNISTClassifier, Mask, WeightGraph
-from trainer import Trainer
+from mimu.audits import Audit, AuditConfig, weights_changed
+from mimu.audits.predictions import entropy_attack, jensen_shannon, look_at, loss_attack
+from mimu.audits.probes import linear, neighbours, prototype_recall, two_layer
+from mimu.audits.relearning import made_permanent, relearn
+from mimu.data import ImageData, Split, seeded, seeded_initialisation, some_of_every_class
+from mimu.methods.controls import logit_removed
+from mimu.model import HookedMNISTClassifier, Mask, WeightGraph
+from mimu.trainer import Trainer
 
 FORGET = 1
 CONFIG = AuditConfig(

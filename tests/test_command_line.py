@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from running import PROJECT
 
-from runs.command_line import parse_arguments, run_command
-from runs.files import InputError
+from mimu.runs.command_line import parse_arguments, run_command
+from mimu.runs.files import InputError
 
 
 def test_what_start_is_given_and_returns(tmp_path):
@@ -68,8 +68,8 @@ STOPPED = "stopped: all that is finished stays, and the same command goes on fro
 def script(start: str, before: str = "") -> list[str]:
     """The command that runs a line of code as `start`, in a folder and with options that follow it."""
     code = (
-        "import signal, sys, time; from pathlib import Path; from runs.command_line import run_command\n"
-        f"from runs.files import InputError; from runs.log import Log\n{before}\n"
+        "import signal, sys, time; from pathlib import Path; from mimu.runs.command_line import run_command\n"
+        f"from mimu.runs.files import InputError; from mimu.runs.log import Log\n{before}\n"
         f"def start(parsed): {start}\nsys.exit(run_command(start, sys.argv[2:], Path(sys.argv[1])))"
     )
     return [sys.executable, "-c", code]
@@ -126,7 +126,9 @@ def test_an_error_that_nobody_can_read_keeps_its_status_and_a_log_that_is_no_fil
 
 
 def test_help_waits_for_no_library_and_shows_every_option():
-    code = "import sys; sys.modules['torch'] = None; from runs.command_line import parse_arguments; parse_arguments()"
+    code = (
+        "import sys; sys.modules['torch'] = None; from mimu.runs.command_line import parse_arguments; parse_arguments()"
+    )
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=PROJECT, capture_output=True, text=True)
     options = ("--config", "--plot-only", "--dry-run", "--fresh", "--debug", "section.key=value")
     assert done.returncode == 0 and all(option in done.stdout for option in options)

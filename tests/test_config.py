@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import write_image
 
-from configs import CONFIG, Config, load_config, load_variants
-from runs.settings import ConfigError
+from mimu.configs import CONFIG, Config, load_config, load_variants
+from mimu.runs.settings import ConfigError
 
 CONFIGS = sorted(path for path in CONFIG.parent.glob("*.yaml") if path.name != "methods.yaml")
 
@@ -111,7 +111,7 @@ def own_data(folder: Path, names: Sequence[str], test_names: Sequence[str]) -> N
 
 
 def test_pixels_and_classes_are_those_of_the_data_set(tmp_path, monkeypatch):
-    monkeypatch.setattr("images.sources.DATASET_ROOT", tmp_path)
+    monkeypatch.setattr("mimu.images.sources.DATASET_ROOT", tmp_path)
     own_data(tmp_path, ("1", "10", "2", "cat"), ("1", "10", "2", "cat"))
     own = ("dataset=mine", "graphs.mask_layer=null", "classifier.hidden_sizes=[5]", "sweep.kappa=[auto]")
     for digits, labels in (("[1]", [0]), ("[2, 10]", [2, 1]), ("[cat, 0, 3]", [3, 0]), ("['1', 1]", [0]), ("[3]", [3])):
@@ -127,7 +127,7 @@ def test_pixels_and_classes_are_those_of_the_data_set(tmp_path, monkeypatch):
 
 
 def test_a_bad_folder_is_a_line_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("images.sources.DATASET_ROOT", tmp_path)
+    monkeypatch.setattr("mimu.images.sources.DATASET_ROOT", tmp_path)
     own_data(tmp_path, ("cat", "dog"), ("cat", "eel"))
     with pytest.raises(ConfigError, match="^override dataset=mine: dataset mine in .*: .* the same classes, not dog, "):
         load_config(overrides=["dataset=mine"])

@@ -28,11 +28,11 @@ from PIL import Image
 from running import PROJECT, write_image
 from scipy.io import savemat
 
-from data import FEATURES, GraphGenerator, ImageData, load_image_data, seeded, some_of_every_class
-from images.sources import FILES, DataError, checksum, data_set
-from model import HookedMNISTClassifier, Mask
-from networks.hooked import LayerRecord
-from runs.files import save
+from mimu.data import FEATURES, GraphGenerator, ImageData, load_image_data, seeded, some_of_every_class
+from mimu.images.sources import FILES, DataError, checksum, data_set
+from mimu.model import HookedMNISTClassifier, Mask
+from mimu.networks.hooked import LayerRecord
+from mimu.runs.files import save
 
 
 def test_mnist_is_the_original():
@@ -260,8 +260,8 @@ def test_a_folder_is_read_once_and_then_from_the_cache_beside_it_until_a_file_ch
     first, source = load_image_data("pets", datasets), data_set("pets", datasets)
     assert cache.is_file()
     with monkeypatch.context() as patched:
-        patched.setattr("images.sources.pixels", refuse)
-        patched.setattr("images.sources.crc", refuse)
+        patched.setattr("mimu.images.sources.pixels", refuse)
+        patched.setattr("mimu.images.sources.crc", refuse)
         assert [len(source.read(is_train)[1]) for is_train in (True, False)] == [12, 12]
         assert checksum("pets", datasets) == identity
     assert same(load_image_data("pets", datasets), first)
@@ -438,7 +438,7 @@ def test_class_graphs_are_the_same_however_many_are_formed_at_a_time(monkeypatch
     mask = None if masked is None else Mask.zeroing(graphs.graph, torch.tensor(masked))
     look = graphs.look(samples, graphs.config.features, mask)
     (expected,) = look.class_graphs()
-    monkeypatch.setattr("data.VERTICES_AT_ONCE", at_once)
+    monkeypatch.setattr("mimu.data.VERTICES_AT_ONCE", at_once)
     parts = list(look.class_graphs())
     assert [len(part) for part in parts] == sizes and torch.equal(torch.cat(parts), expected)
     assert torch.equal(*look.class_graphs(1), expected[1:2])

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from eval import unlearn
-from masking.erasing import Erasing, erased, nearest, projections, residual
-from masking.regression import explained_variance, ridge_recall
-from model import HookedMNISTClassifier, LowRank, Mask
-from runs.files import InputError
+from mimu.eval import unlearn
+from mimu.masking.erasing import Erasing, erased, nearest, projections, residual
+from mimu.masking.regression import explained_variance, ridge_recall
+from mimu.model import HookedMNISTClassifier, LowRank, Mask
+from mimu.runs.files import InputError
 
 
 def as_matrix(features: torch.Tensor) -> np.ndarray:

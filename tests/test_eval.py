@@ -10,12 +10,21 @@ import torch
 from conftest import NUM_CLASSES, graph_config, random_classifier, random_split, scores, trainer_config
 from torch import nn
 
-from data import GraphGenerator, ImageData, Split
-from eval import METHODS, Eval, EvalConfig, Request, count_by_layer, random_choices, random_vertices, unlearning_method
-from model import Mask, MaskingGCN, WeightGraph
-from networks.hooked import weight_layers
-from runs.files import Artifact
-from trainer import Trainer, TrainingError
+from mimu.data import GraphGenerator, ImageData, Split
+from mimu.eval import (
+    METHODS,
+    Eval,
+    EvalConfig,
+    Request,
+    count_by_layer,
+    random_choices,
+    random_vertices,
+    unlearning_method,
+)
+from mimu.model import Mask, MaskingGCN, WeightGraph
+from mimu.networks.hooked import weight_layers
+from mimu.runs.files import Artifact
+from mimu.trainer import Trainer, TrainingError
 
 FORGET, KAPPA, TOP_K = 1, 9, 8
 TEST = random_split(200, seed=7)

@@ -16,12 +16,12 @@ from faults import MADE, SMALL, damaged, emptied, kill_runs, power, results
 from running import run_here, write_few
 from torchvision.datasets import MNIST
 
-import main
-from configs import CONFIG, load_variants
-from data import load_image_data
-from images.sources import FILES, DataError
-from runs import files, settings
-from runs.files import PARTIAL, ArtifactError, InputError
+from mimu import main
+from mimu.configs import CONFIG, load_variants
+from mimu.data import load_image_data
+from mimu.images.sources import FILES, DataError
+from mimu.runs import files, settings
+from mimu.runs.files import PARTIAL, ArtifactError, InputError
 
 pytestmark = pytest.mark.faults
 TINY = (*SMALL, "sweep.forget_digits=[3]")

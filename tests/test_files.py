@@ -17,9 +17,9 @@ import torch
 from faults import damaged, power
 from running import PROJECT
 
-from runs import files
-from runs.files import Artifact, ArtifactError, locked, one_line, slug, write_text, written_whole
-from runs.log import Log
+from mimu.runs import files
+from mimu.runs.files import Artifact, ArtifactError, locked, one_line, slug, write_text, written_whole
+from mimu.runs.log import Log
 
 MADE_BY = files.digest({"settings": {"seed": 0}, "code": {"model.py": "a"}})
 
@@ -198,7 +198,7 @@ def test_what_is_no_file_in_the_place_of_one_is_named_and_neither_read_nor_repla
     assert len(list(tmp_path.iterdir())) == 3
 
 
-LOCKING = "import sys; from pathlib import Path; from runs.files import locked\nwith locked(Path(sys.argv[1])): "
+LOCKING = "import sys; from pathlib import Path; from mimu.runs.files import locked\nwith locked(Path(sys.argv[1])): "
 
 
 def in_another_process(code: str, *arguments: object, **settings: str) -> subprocess.CompletedProcess:
@@ -221,7 +221,8 @@ def test_a_second_run_in_a_folder_says_who_holds_it(tmp_path):
 def test_where_the_system_has_no_locks_files_are_still_written(tmp_path):
     """As on Windows, where there is no fcntl; and no PyTorch is needed for JSON."""
     code = (
-        "import sys; sys.modules['fcntl'] = None; sys.modules['torch'] = None; from runs.files import save\n" + LOCKING
+        "import sys; sys.modules['fcntl'] = None; sys.modules['torch'] = None; from mimu.runs.files import save\n"
+        + LOCKING
     )
     done = in_another_process(f"{code}save(Path(sys.argv[1]) / 'a.json', {{'a': 1}})", tmp_path)
     assert done.returncode == 0, done.stderr

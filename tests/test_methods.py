@@ -12,16 +12,16 @@ import yaml
 from conftest import IN_FEATURES, NUM_CLASSES, graph_config, random_split, scores, trainer_config
 from running import PROJECT
 
-from audits.predictions import look_at
-from data import GraphGenerator, Split, seeded, seeded_initialisation, some_of_every_class
-from eval import METHODS, EvalConfig, Request
-from masking.order import Zeroing, ZeroingOrder
-from masking.rankings import SaliencyRanking
-from methods import fine_tuning, projections
-from methods.controls import removal_effect
-from model import HookedMNISTClassifier, Mask
-from runs.settings import converted
-from trainer import Trainer, TrainingError
+from mimu.audits.predictions import look_at
+from mimu.data import GraphGenerator, Split, seeded, seeded_initialisation, some_of_every_class
+from mimu.eval import METHODS, EvalConfig, Request
+from mimu.masking.order import Zeroing, ZeroingOrder
+from mimu.masking.rankings import SaliencyRanking
+from mimu.methods import fine_tuning, projections
+from mimu.methods.controls import removal_effect
+from mimu.model import HookedMNISTClassifier, Mask
+from mimu.runs.settings import converted
+from mimu.trainer import Trainer, TrainingError
 
 FORGET = 1
 PUBLISHED = "methods.fine_tuning", "methods.projections"
@@ -86,7 +86,9 @@ def made_by(name: str, request: Request, **changes) -> torch.nn.Module:
 
 def test_every_method_says_what_it_is_and_has_its_hyperparameters_in_the_config():
     written = yaml.safe_load((PROJECT / "configs" / "methods.yaml").read_text())["eval"]["hyperparameters"]
-    further = {name: method for name, method in METHODS.items() if method.unlearn.__module__.startswith("methods.")}
+    further = {
+        name: method for name, method in METHODS.items() if method.unlearn.__module__.startswith("mimu.methods.")
+    }
     assert set(written) == set(HYPERPARAMETERS) == {name for name, each in further.items() if each.hyperparameters}
     for name, values in written.items():
         hints = further[name].hyperparameters

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 from torch_geometric.data import Data
 from torch_geometric.transforms import LineGraph
 
-from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
-from runs.files import ArtifactError, save
+from mimu.model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
+from mimu.runs.files import ArtifactError, save
 
 SIZES = (7, 6, 5, 3)
 

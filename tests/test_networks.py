@@ -15,18 +15,18 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch_geometric.nn import SAGEConv
 
-from configs import load_config
-from data import FEATURES, GraphGenerator, Split, seeded
-from eval import METHODS, Request, answer
-from masking.order import ZeroingOrder
-from masking.rankings import SaliencyRanking
-from methods.fine_tuning import fisher_information
-from methods.projections import moments
-from model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
-from networks.architectures import cnn, mlp, resnet
-from networks.hooked import HookedClassifier, shape_of, weight_layers
-from runs.settings import ConfigError
-from trainer import GCNTrainer, Trainer, masked_weights
+from mimu.configs import load_config
+from mimu.data import FEATURES, GraphGenerator, Split, seeded
+from mimu.eval import METHODS, Request, answer
+from mimu.masking.order import ZeroingOrder
+from mimu.masking.rankings import SaliencyRanking
+from mimu.methods.fine_tuning import fisher_information
+from mimu.methods.projections import moments
+from mimu.model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
+from mimu.networks.architectures import cnn, mlp, resnet
+from mimu.networks.hooked import HookedClassifier, shape_of, weight_layers
+from mimu.runs.settings import ConfigError
+from mimu.trainer import GCNTrainer, Trainer, masked_weights
 
 SIZE = (2, 8, 8)
 
@@ -286,7 +286,7 @@ def test_requests_for_kernels_look_before_every_step(mask_layer, is_foreseen):
 def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_several(
     monkeypatch, mask_layer, forget_class, numbers, parts
 ):
-    monkeypatch.setattr("networks.hooked.NUMBERS_AT_ONCE", numbers)
+    monkeypatch.setattr("mimu.networks.hooked.NUMBERS_AT_ONCE", numbers)
     passes, record = [], HookedClassifier.record
     monkeypatch.setattr(HookedClassifier, "record", lambda *given: passes.append(len(given[2])) or record(*given))
     graphs = GraphGenerator(classifier_of("cnn"), labelled(), graph_config(mask_layer), 0)
@@ -363,7 +363,7 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
 @pytest.mark.parametrize("at_once", [1, 2**26])
 @pytest.mark.parametrize("name", ["mlp", "biased", "cnn", "resnet", "varied"])
 def test_what_a_layer_is_given_makes_its_output_and_its_moments(name, at_once, monkeypatch):
-    monkeypatch.setattr("networks.hooked.NUMBERS_AT_ONCE", at_once)
+    monkeypatch.setattr("mimu.networks.hooked.NUMBERS_AT_ONCE", at_once)
     classifier, x = classifier_of(name), images(3)
     given: dict[nn.Module, Tensor] = {}
     for layer in classifier.layers:

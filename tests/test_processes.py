@@ -8,10 +8,10 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from runs.files import Artifact, ArtifactError
-from runs.log import Log
-from runs.processes import Processes
-from runs.work import how_many
+from mimu.runs.files import Artifact, ArtifactError
+from mimu.runs.log import Log
+from mimu.runs.processes import Processes
+from mimu.runs.work import how_many
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from statistics import fmean, stdev
 import matplotlib.pyplot as plt
 import pytest
 
-import reporter as module
-from reporter import FORGET, FORGET_LOSS, FORGET_SCORE, RETAIN, RETAIN_GAP, WORST, Column, Reporter, method_styles
-from runs.settings import ConfigError, load_config
+from mimu import reporter as module
+from mimu.reporter import FORGET, FORGET_LOSS, FORGET_SCORE, RETAIN, RETAIN_GAP, WORST, Column, Reporter, method_styles
+from mimu.runs.settings import ConfigError, load_config
 
 CONFIG = module.ReporterConfig(dpi=25, format=("png",))
 KAPPAS, SEEDS, DIGITS, METHODS = (10, 20, 40), (0, 1), (3, 9), ("original", "mimu", "retrain", "mine")

@@ -21,16 +21,16 @@ from conftest import TRACKED, copy_to
 from faults import draw_nothing
 from running import PROJECT, SMOKE, checkpoint, files, metrics, run, run_here, smoke, write_few, write_image
 
-import main
-import runs.files
-from configs import CONFIG, load_variants
-from data import GraphGenerator, load_image_data
-from images.sources import DataError
-from masking.order import ZeroingOrder
-from masking.rankings import GCNRanking, TrainedGCN
-from model import HookedMNISTClassifier
-from runs.files import Artifact, InputError
-from trainer import GCNTrainer, Trainer
+from mimu import main
+from mimu.configs import CONFIG, load_variants
+from mimu.data import GraphGenerator, load_image_data
+from mimu.images.sources import DataError
+from mimu.masking.order import ZeroingOrder
+from mimu.masking.rankings import GCNRanking, TrainedGCN
+from mimu.model import HookedMNISTClassifier
+from mimu.runs import files as run_files
+from mimu.runs.files import Artifact, InputError
+from mimu.trainer import GCNTrainer, Trainer
 
 METHODS = ["original", "mimu", "random", "sft", "retrain", "saliency", "magnitude"]
 TINY = ("sweep.forget_digits=[3]", "sweep.kappa=[20]", "gcn.steps=2", "eval.methods=[original, mimu, retrain]")
@@ -65,7 +65,7 @@ def test_the_whole_path_leaves_its_artifacts_and_clean_removes_them_alone(clone)
     before = files(clone)
     own = {clone / "eval" / "masks" / "seed_of_mine.pt", clone / "reports" / "mine.png"}
     for path in own:
-        runs.files.write_text(path, "mine")
+        run_files.write_text(path, "mine")
     output = run(clone, *SMOKE, "sweep.kappa=[auto, 20]", "sweep.forget_digits=[3]")
     for name in (*METHODS, "forget score", "retain score", "reports"):
         assert name in output
@@ -113,7 +113,7 @@ def test_a_change_makes_anew_what_depends_on_it_and_nothing_else(here, monkeypat
     assert there(here, "sweep.kappa=[20, 30]")["experiments"] == 2
 
     sources = copy_to(here / "sources", *TRACKED)
-    monkeypatch.setattr(main, "ROOT", sources)
+    monkeypatch.setattr(main, "PACKAGE", sources)
     for file, made in (
         *(
             (file, names)
@@ -153,7 +153,7 @@ def test_a_finished_run_computes_nothing_again_and_what_is_missing_damaged_or_ch
     changed = json.loads(path.read_text())
     changed["unlearning_metrics"]["mimu"]["score"] = 12.5
     damages = lambda: path.write_text(json.dumps(changed)), path.unlink, lambda: path.write_bytes(b"{")
-    of_others = [partial(runs.files.save, path, {"made_by": each, "config": []}) for each in ({}, None, 3, "other")]
+    of_others = [partial(run_files.save, path, {"made_by": each, "config": []}) for each in ({}, None, 3, "other")]
     for damage in (*damages, *of_others):
         damage()
         with pytest.raises(DataError, match="nothing of this config is finished: run it first"):
@@ -173,8 +173,8 @@ def test_a_finished_run_computes_nothing_again_and_what_is_missing_damaged_or_ch
 
 def test_a_rerun_reads_a_file_once_and_one_that_others_have_damaged_meanwhile_again(here, monkeypatch):
     run_here(here, *TINY)
-    reads, load = Counter(), runs.files.load
-    monkeypatch.setattr(runs.files, "load", lambda path: reads.update([path]) or load(path))
+    reads, load = Counter(), run_files.load
+    monkeypatch.setattr(run_files, "load", lambda path: reads.update([path]) or load(path))
     run_here(here, *TINY)
     assert reads == dict.fromkeys([file.path for file in files_of(here, TINY)], 1) and len(reads) == 5
     made = files_of(here, TINY)
@@ -409,7 +409,7 @@ def test_what_the_readme_adds_by_hand_shows_up_everywhere(copy):
         assert ours in example
         example = example.replace(ours, this)
     check = (
-        "from data import load_image_data\ntest = load_image_data().test.forget(3)\n"
+        "from mimu.data import load_image_data\ntest = load_image_data().test.forget(3)\n"
         "print(100 * (classifier(test.images).argmax(1) == 3).double().mean().item())"
     )
     done = subprocess.run([sys.executable, "-c", example + check], cwd=copy, capture_output=True, text=True)
@@ -421,7 +421,7 @@ def test_what_the_readme_adds_by_hand_shows_up_everywhere(copy):
 def test_the_lines_of_the_readme_make_a_data_set_of_ones_own_whose_classes_are_forgotten(tmp_path, monkeypatch):
     draw_nothing(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("images.sources.DATASET_ROOT", tmp_path / "datasets")
+    monkeypatch.setattr("mimu.images.sources.DATASET_ROOT", tmp_path / "datasets")
     exec(in_readme(r"```python\n([^`]*load_digits[^`]*)```"), {})
     assert len(list(tmp_path.glob("datasets/digits/*/*/*"))) == 1797
     changes = ["sweep.kappa=[auto]", "eval.methods=[original, mimu]", "eval.visualize=false", "gcn.pretrained=true"]
@@ -436,7 +436,7 @@ def test_the_lines_of_the_readme_make_a_data_set_of_ones_own_whose_classes_are_f
 
 
 def test_images_in_colour_are_forgotten_by_the_name_of_their_class(here, monkeypatch):
-    monkeypatch.setattr("images.sources.DATASET_ROOT", here / "datasets")
+    monkeypatch.setattr("mimu.images.sources.DATASET_ROOT", here / "datasets")
     numbers = np.random.default_rng(0)
     for part, label, index in product(("train", "test"), range(3), range(60)):
         noise = numbers.integers(0, 120, (6, 5, 3), np.uint8)

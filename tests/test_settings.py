@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import pytest
 
-from runs.files import InputError
-from runs.settings import converted, description, load_config, load_variants
+from mimu.runs.files import InputError
+from mimu.runs.settings import converted, description, load_config, load_variants
 
 Count = Annotated[int, "at least 1"]
 Amount = Count | Annotated[float, "above 0, below 1"]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import sys
 from statistics import stdev
 
 import pytest
@@ -11,13 +12,13 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from test_reporter import CONFIG, DIGITS, SEEDS, drawn, experiment, rows_of, texts, write  # noqa: F401
 
-from reporter import FORGET, RETAIN, RETAIN_GAP, Reporter, method_styles
-from runs.files import write_text
-from tables import Result, report
-from tables import experiment as plots
-from tables.pictures import PROBE, draw_frontier, draw_masks, draw_scores, name_curves, symmetric_log
-from tables.retraining import COST, DIVERGENCES, GAPS, LEFT_BEHIND, AuditReport
-from tables.variants import compare
+from mimu.reporter import FORGET, RETAIN, RETAIN_GAP, Reporter, method_styles
+from mimu.runs.files import write_text
+from mimu.tables import Result, report
+from mimu.tables import experiment as plots
+from mimu.tables.pictures import PROBE, draw_frontier, draw_masks, draw_scores, name_curves, symmetric_log
+from mimu.tables.retraining import COST, DIVERGENCES, GAPS, LEFT_BEHIND, AuditReport
+from mimu.tables.variants import compare
 
 BLUE = method_styles([])["mimu"]["color"]
 # method: forget score, divergence on the forget set, on the retain set, probe recall, relearn steps
@@ -241,7 +242,7 @@ def test_variants_and_the_frontier_are_drawn(variants, tmp_path, drawn):  # noqa
 def test_titles_name_all_that_differs_and_of_many_methods_the_nearest_are_drawn(tmp_path, monkeypatch, drawn):  # noqa: F811
     known = KNOWN | {f"method {index}": (96.0, 90.0 + index) for index in range(12)}
     methods = [*known]
-    monkeypatch.setattr("test_tables.KNOWN", known)
+    monkeypatch.setattr(sys.modules[__name__], "KNOWN", known)
     few, many = variant(tmp_path / "few", cost=2.0), variant(tmp_path / "many", methods)
     many.subject = ("digits", *many.subject[1:])
     draw_frontier([many, few], tmp_path / "frontier.png")

@@ -23,13 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from data import GraphGenerator, Split, seeded
-from masking.order import ZeroingOrder
-from masking.rankings import GCNRanking, MaskingConfig, TrainedGCN, contrast, ranked, set_difference
-from model import Mask, MaskingGCN, WeightGraph
-from networks.hooked import HookedClassifier
-from runs.files import ArtifactError, save
-from trainer import (
+from mimu.data import GraphGenerator, Split, seeded
+from mimu.masking.order import ZeroingOrder
+from mimu.masking.rankings import GCNRanking, MaskingConfig, TrainedGCN, contrast, ranked, set_difference
+from mimu.model import Mask, MaskingGCN, WeightGraph
+from mimu.networks.hooked import HookedClassifier
+from mimu.runs.files import ArtifactError, save
+from mimu.trainer import (
     GCNLoss,
     GCNTrainer,
     GCNTrainerConfig,

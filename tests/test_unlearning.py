@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from data import Split
-from eval import RetainScoreError, unlearn
-from masking.rankings import TrainedGCN
-from model import Mask, MaskingGCN
-from own.classifier import OwnClassifier, plain_torch
+from mimu.data import Split
+from mimu.eval import RetainScoreError, unlearn
+from mimu.masking.rankings import TrainedGCN
+from mimu.model import Mask, MaskingGCN
+from mimu.unlearning.custom_model import CustomModel, plain_torch
 
 TEST = random_split(200, seed=7)
 FREE = {"max_fall": None, "max_class_fall": None}
@@ -109,7 +109,7 @@ def test_the_classifier_is_what_stands_in_a_row_at_the_end(make, layers, mask_la
     model = make()
     before = state_of(model)
     with plain_torch():
-        own = OwnClassifier.of(model, train.images)
+        own = CustomModel.of(model, train.images)
     assert own.layers == layers and [layers[each] for each in own.masked] == [mask_layer]
     assert is_as_it_was(before, model), "buffers of the normalisations are, too"
     assert torch.allclose(own.classifier(own.inputs), model.eval()(train.images), atol=1e-5)
@@ -216,7 +216,7 @@ def test_of_a_model_that_cannot_be_traced_the_last_linear_layers_are_masked(conv
 
 @pytest.mark.parametrize("every, says", [(20, "another mask_layer, of fewer weights,"), (1, "fewer samples")])
 def test_a_request_that_takes_much_memory_says_so(convolved, train, every, says, monkeypatch):
-    monkeypatch.setattr("own.forgetting.MEMORY", 5e-5)
+    monkeypatch.setattr("mimu.unlearning.forgetting.MEMORY", 5e-5)
     gcn, some = patient_gcn(step=8), train[torch.arange(0, len(train.labels), every)]
     with pytest.warns(UserWarning, match=rf"the request takes about \S+ GB of memory: {says} would take less"):
         unlearn(convolved, some.images, some.labels, 1, gcn, mask_layer=1, **FREE)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import GraphConfig, GraphGenerator, Split, is_correct, number_of_weights
-from masking.erasing import Erasing, erased
-from masking.order import ZeroingOrder
-from masking.rankings import GCNRanking, SaliencyRanking, TrainedGCN
-from model import VERTICES_AT_ONCE, Mask, WeightGraph
-from own.classifier import OwnClassifier
-from runs.files import InputError
+from mimu.data import GraphConfig, GraphGenerator, Split, is_correct, number_of_weights
+from mimu.masking.erasing import Erasing, erased
+from mimu.masking.order import ZeroingOrder
+from mimu.masking.rankings import GCNRanking, SaliencyRanking, TrainedGCN
+from mimu.model import VERTICES_AT_ONCE, Mask, WeightGraph
+from mimu.runs.files import InputError
+from mimu.unlearning.custom_model import CustomModel
 
 Scores = dict[int, float]  # percent classified correctly, by class
 MEMORY = 8.0  # GB that a request may need before it says so
@@ -49,7 +49,7 @@ class Forgetting:
     max_fall, max_class_fall: points that the kept classes may lose, over all their samples and in any class
     """
 
-    own: OwnClassifier
+    own: CustomModel
     train: Split
     carried: Mask | None
     trained: TrainedGCN

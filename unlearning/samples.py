@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from runs.files import InputError, one_line
+from mimu.runs.files import InputError, one_line
 
 AT_ONCE = 1000  # samples that a data set is read by, and a model is run on
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from model import HookedMNISTClassifier, Mask, WeightGraph, take_off, weight_mask
-from networks.hooked import HookedClassifier, weight_layers
-from networks.tracing import POOLING, RESHAPING, UNCHANGED, Trace
-from own.samples import AT_ONCE, check_finite_rows
-from runs.files import InputError, one_line
+from mimu.model import HookedMNISTClassifier, Mask, WeightGraph, take_off, weight_mask
+from mimu.networks.hooked import HookedClassifier, weight_layers
+from mimu.networks.tracing import POOLING, RESHAPING, UNCHANGED, Trace
+from mimu.runs.files import InputError, one_line
+from mimu.unlearning.samples import AT_ONCE, check_finite_rows
 
 TRIED, TRACED = 64, 2  # samples on which a model is looked at, and on which it is run node by node
 
@@ -61,7 +61,7 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class OwnClassifier:
+class CustomModel:
     """What of a model masks are made on: the linear layers in a row that it ends in; all, where others are asked for.
 
     classifier: a copy in float32, masked where the model is, of the layers in a row, or of the whole model, traced
@@ -79,7 +79,7 @@ class OwnClassifier:
     @staticmethod
     def of(
         model: nn.Module, inputs: Tensor, mask_layer: int | Sequence[int] | str | None = "auto", progress: bool = True
-    ) -> OwnClassifier:
+    ) -> CustomModel:
         """Takes a model as it is, and looks at what its layers do on a few samples.
 
         inputs: (samples, ...), as the model takes them but for device and type, which are made those of the model.
@@ -113,14 +113,14 @@ class OwnClassifier:
                 warnings.warn(f"mask_layer {mask_layer}: of layers {[*masked]} alone, as {why}", stacklevel=3)
             if not set(masked) <= set(in_a_row):
                 given = inputs.float() if inputs.is_floating_point() else inputs
-                return OwnClassifier(whole, tuple(every.values()), masked, given, logits.shape[1])
+                return CustomModel(whole, tuple(every.values()), masked, given, logits.shape[1])
             if torch.equal(chain[0].given, inputs[spread].flatten(1)):
                 given = inputs.flatten(1).float()
             else:
                 given = given_to(chain[0].module, model, inputs, progress)
                 check_finite_rows(given, f"what layer {chain[0].name!r} is given for inputs")
             positions = tuple(sorted(map(in_a_row.index, masked)))
-            return OwnClassifier(copied_layers(chain), tuple(in_a_row), positions, given, logits.shape[1])
+            return CustomModel(copied_layers(chain), tuple(in_a_row), positions, given, logits.shape[1])
 
     def carried(self, mask: Mask | None, graph: WeightGraph) -> Mask:
         """What a mask on the model, if there is one, switches off in those of its layers that a graph has."""
