@@ -21,8 +21,8 @@ from tqdm import tqdm
 from mimu.data import Count, NonNegative, Positive, Split, seeded, some_of_every_class
 from mimu.masking.order import forgetting_loss
 from mimu.masking.regression import explained_variance, standardised
-from mimu.model import LowRank, Mask
 from mimu.networks.hooked import HookedClassifier
+from mimu.networks.masks import LowRank, Mask
 from mimu.runs.files import InputError
 from mimu.trainer import check_finite
 
@@ -114,7 +114,7 @@ def projections(
                 left = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
                 found[index] = LowRank(left, weight[label][:, None].clone())
                 continue
-            given, first = classifier.given_to([index], given, first), [index]
+            given, first = classifier.prefix_activations([index], given, first), [index]
             x = classifier.mean_inputs(index, given, first)
             means = torch.stack([x[samples.labels == each].mean(0, dtype=torch.double) for each in classes])
             u = F.normalize(residual(means, classes.tolist().index(label)), dim=0).to(x)[:, None]

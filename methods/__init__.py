@@ -4,3 +4,4 @@
 from mimu.methods import controls as controls
 from mimu.methods import fine_tuning as fine_tuning
 from mimu.methods import projections as projections
+from mimu.methods import published as published

@@ -18,8 +18,8 @@ from mimu.eval import Request
 from mimu.masking.erasing import Erasing, erased, residual
 from mimu.masking.regression import ridge_regression, standardised
 from mimu.methods.controls import further
-from mimu.model import Mask
 from mimu.networks.hooked import HookedClassifier
+from mimu.networks.masks import Mask
 
 
 def moments(classifier: HookedClassifier, images: Tensor, index: int) -> tuple[Tensor, Tensor]:
