@@ -17,8 +17,8 @@ from mimu.audits.predictions import look_at
 from mimu.audits.probes import probe_scores
 from mimu.configs import Config, load_config
 from mimu.data import ImageData, load_image_data, some_of_every_class
-from mimu.masking.erasing import Erasing, Telling, erased, nearest
 from mimu.masking.regression import ridge_recall
+from mimu.methods.erasing import Erasing, Telling, erased, nearest
 from mimu.networks.hooked import HookedClassifier
 from mimu.reporter import markdown_table
 from mimu.trainer import Trainer

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mimu.data import Count, NonNegative, Positive, Share, some_of_every_class
 from mimu.eval import Request
-from mimu.masking.erasing import Erasing, erased, residual
 from mimu.masking.regression import ridge_regression, standardised
 from mimu.methods.controls import further
+from mimu.methods.erasing import Erasing, erased, residual
 from mimu.model import Mask
 from mimu.networks.hooked import HookedClassifier
 
@@ -153,7 +153,7 @@ def erase(
 ) -> Mask:
     """One direction less in what every layer reads, the class's, by shares that are learned, and its output row.
 
-    As `unlearn(..., erase=True)` does; see `masking.erasing`. With steps 0 the whole direction goes from all layers.
+    As `unlearn(..., erase=True)` does; see `methods.erasing`. With steps 0 the whole direction goes from all layers.
     """
     about = samples, group_size, steps, learning_rate, forget_weight, erase_weight, rivals, untrained, ridge
     return erased(request.classifier, request.train, request.forget_class, Erasing(*about), request.seed)

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimu.data import GraphConfig, GraphGenerator, Split, is_correct, number_of_weights
-from mimu.masking.erasing import Erasing, erased
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import GCNRanking, SaliencyRanking, TrainedGCN
+from mimu.methods.erasing import Erasing, erased
 from mimu.model import VERTICES_AT_ONCE, Mask, WeightGraph
 from mimu.runs.files import InputError
 from mimu.unlearning.custom_model import CustomModel
