@@ -412,7 +412,8 @@ class GraphGenerator:
         self.samples_per_class = min(self.config.samples_per_class, int(counts.min()))
         self.samples = some_of_every_class(self.train, self.samples_per_class, "graphs", self.seed)
         self.labels = self.samples.labels
-        self.inputs = classifier.given_to(self.graph.layers, self.samples.images)  # no mask changes what comes before
+        # No mask changes what comes before.
+        self.inputs = classifier.prefix_activations(self.graph.layers, self.samples.images)
         with torch.no_grad():
             self.predictions = classifier(self.inputs, self.graph.layers)  # logits without a mask
         self.at_once = classifier.recorded_at_once(self.graph.layers)

@@ -115,7 +115,7 @@ class ZeroingOrder:
 
     def _search(self, forget: Split, is_too_much: Callable[[Tensor], bool]) -> Zeroing:
         graphs, label = self.graphs, int(forget.labels[0])
-        inputs, looking = graphs.classifier.given_to(graphs.graph.layers, forget.images), 0.0
+        inputs, looking = graphs.classifier.prefix_activations(graphs.graph.layers, forget.images), 0.0
         patience = 0 if self._is_measured else self.config.patience  # the others have lost little to regain
         best, least, waited = None, math.inf, 0
         for found in self.looks():

@@ -89,7 +89,7 @@ class HookedClassifier(nn.Module):
         return [shape_of(layer) for layer in self.layers]
 
     def forward(self, images: Tensor, first: Sequence[int] | None = None) -> Tensor:
-        """Logits (batch, classes); with `first`, `images` is what `given_to` says of these layers."""
+        """Logits (batch, classes); with `first`, `images` are `prefix_activations` of these layers."""
         if torch.is_grad_enabled():
             return self.outputs(images, first)[1]
         return torch.cat([self.outputs(part, first)[1] for part in images.split(self.samples_at_once)])
@@ -103,7 +103,7 @@ class HookedClassifier(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The representation, which the last layer is given, (..., batch, n), and the logits (..., batch, classes).
 
-        inputs: images, or with `first`, what `given_to` says of these layers
+        inputs: images, or with `first`, `prefix_activations` of these layers
         weights: by layer, those of many masks, (masks, ...) each, in the place of its own
         batch: how many inputs are for each mask, one after the other; None: all for every one
         """
@@ -135,11 +135,11 @@ class HookedClassifier(nn.Module):
 
     @torch.no_grad()
     def value_of(self, node: fx.Node, inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
-        """What a node of the trace gives; inputs: images (batch, ...), or with `first`, what `given_to` says of it."""
+        """What a node of the trace gives, for images (batch, ...), or with `first`, for `prefix_activations` of it."""
         parts = inputs.split(self.samples_at_once)
         return torch.cat([self.trace.run(self.network, part, first, None, [node], node)[node] for part in parts])
 
-    def given_to(self, layers: Sequence[int], inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
+    def prefix_activations(self, layers: Sequence[int], inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
         """What stands for images (batch, ...) where the network can begin before the layers."""
         return self.value_of(self.trace.start_of(layers), inputs, first)
 
@@ -186,7 +186,7 @@ class HookedClassifier(nn.Module):
     ) -> tuple[list[LayerRecord], Tensor]:
         """What `layers` do on a batch: one forward pass, one backward pass each for the loss and for the margin.
 
-        inputs: images, or with `first`, what `given_to` says of these layers; labels: (samples)
+        inputs: images, or with `first`, `prefix_activations` of these layers; labels: (samples)
         left_out: classes that the samples of others are not told from: loss and odds are as if these were not there
         Returns a record per layer and the cross entropy of each sample (samples), nats.
         """

@@ -183,7 +183,7 @@ def single_gradients(
 def test_recorded_gradients_of_kernels_are_those_of_autograd_one_sample_at_a_time(name, begins):
     classifier, split = classifier_of(name), labelled(2)
     layers = list(range(COUNTS[name])) if begins is None else [2, 1]
-    inputs = split.images if begins is None else classifier.given_to(begins, split.images)
+    inputs = split.images if begins is None else classifier.prefix_activations(begins, split.images)
     records, loss = classifier.record(inputs, split.labels, layers, begins)
     assert torch.allclose(loss, F.cross_entropy(classifier.network(split.images), split.labels, reduction="none"))
     for index, (x, label) in enumerate(zip(split.images, split.labels)):
@@ -319,7 +319,8 @@ def test_many_masks_at_once_are_one_after_another_and_so_are_their_gradients(nam
     masks = [Mask.zeroing(graph, torch.randperm(graph.num_vertices)[: graph.num_vertices // 3]) for _ in range(3)]
     keep = torch.stack([torch.cat([part.flatten() for part in mask.keep]) for mask in masks]).double().requires_grad_()
     weights = masked_weights(classifier, graph, keep)
-    features, logits = classifier.outputs(classifier.given_to(layers, x), layers, weights, 3 if by_mask else None)
+    inputs = classifier.prefix_activations(layers, x)
+    features, logits = classifier.outputs(inputs, layers, weights, 3 if by_mask else None)
     names = {id(weight): key for key, weight in classifier.network.named_parameters()}
     weighting = torch.randn(logits.shape[1:], dtype=torch.float64)
     for index in range(3):
@@ -348,14 +349,15 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
     assert count == (21 if name == "resnet18" else COUNTS[name])
     some = [[layer] for layer in range(count)] + [[2, 1], [count - 1, 2], list(range(count))]
     for layers in some if name != "resnet18" else some[::4]:
-        assert torch.allclose(classifier(classifier.given_to(layers, x), layers), expected, rtol=1e-4, atol=1e-5)
+        logits = classifier(classifier.prefix_activations(layers, x), layers)
+        assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
     begins = {
         "cnn": {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}, "joined": {1: (2, 8, 8), 3: (5, 8, 8), 4: (16,)},
         "resnet": {1: (3, 8, 8), 2: (3, 8, 8), 3: (3, 8, 8), 5: (3, 8, 8), 6: (4,)}, "varied": {1: (4, 4, 4), 3: (18,)},
         "mlp": {1: (6,), 2: (5,)}, "biased": {1: (6,), 2: (5,)},
         "resnet18": {1: (64, 8, 8), 2: (64, 8, 8), 19: (512, 1, 1), 20: (512,)},
     }[name]  # fmt: skip
-    assert {layer: tuple(classifier.given_to([layer], x).shape[1:]) for layer in begins} == begins
+    assert {layer: tuple(classifier.prefix_activations([layer], x).shape[1:]) for layer in begins} == begins
     with torch.no_grad():
         assert torch.allclose(classifier(x), expected, rtol=1e-4, atol=1e-5)
 

@@ -85,7 +85,7 @@ class Forgetting:
     @torch.no_grad()
     def activations(self) -> Tensor:
         """What the first masked layer is given for all samples, (samples, n): no mask changes it."""
-        return self.own.classifier.given_to(self.start.layers, self.train.images)
+        return self.own.classifier.prefix_activations(self.start.layers, self.train.images)
 
     @property
     def memory(self) -> tuple[float, float]:
@@ -103,7 +103,7 @@ class Forgetting:
         # Of all classes five means over samples, of which features are formed, and two features.
         of_weights = vertices * (7 * classes + at_once * of_one)
         one = self.train.images[:1]
-        of_one = one.numel() + self.own.classifier.given_to(self.start.layers, one).numel()
+        of_one = one.numel() + self.own.classifier.prefix_activations(self.start.layers, one).numel()
         of_samples = of_one * (len(self.train.labels) + classes * min(self.config.samples_per_class, int(counts.min())))
         return 4 * of_weights / 1e9, 4 * of_samples / 1e9
 
