@@ -109,7 +109,8 @@ class HookedClassifier(nn.Module):
         """
 
         def run(inputs: Tensor, weights: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-            trace, under_mask = self.trace, {self.trace.calls[index]: weight for index, weight in weights.items()}
+            trace = self.trace
+            under_mask = {trace.calls[index]: weight for index, weight in weights.items()}
 
             def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
                 if node in under_mask:
@@ -146,22 +147,25 @@ class HookedClassifier(nn.Module):
     @torch.no_grad()
     def layer_inputs(self, index: int, images: Tensor) -> Iterator[Tensor]:
         """What one layer is given by samples, some at a time, (samples, positions, n), one position of a linear one."""
-        layer, node = self.layers[index], self.trace.calls[index].all_input_nodes[0]
+        layer = self.layers[index]
+        node = self.trace.input_of(index)
         for part in images.split(self.recorded_at_once([index])):
             x = self.trace.run(self.network, part, watched=[node], end=node)[node]
             yield patches(layer, x).mT if isinstance(layer, nn.Conv2d) else x[:, None]
 
     def mean_inputs(self, index: int, inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
         """What one layer is given by samples, its mean over positions (samples, n)."""
-        layer, node = self.layers[index], self.trace.calls[index].all_input_nodes[0]
-        x = self.value_of(node, inputs, first)
+        layer = self.layers[index]
+        x = self.value_of(self.trace.input_of(index), inputs, first)
         return mean_patches(layer, x) if isinstance(layer, nn.Conv2d) else x
 
     @torch.enable_grad()
     def watch(self, inputs: Tensor, layers: Sequence[int], first: Sequence[int] | None = None) -> Watched:
         """What `layers` do on a batch; its autograd graph starts at their pre-activations, where no other is before."""
-        trace, given = self.trace, {}
-        calls, activations = [trace.calls[index] for index in layers], [trace.activations[index][0] for index in layers]
+        trace = self.trace
+        calls = [trace.calls[index] for index in layers]
+        activations = [trace.activations[index][0] for index in layers]
+        given: dict[fx.Node, Tensor] = {}
 
         def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
             value = call(node, callee, arguments, named)
@@ -172,8 +176,12 @@ class HookedClassifier(nn.Module):
 
         with self._constant():
             values = trace.run(self.network, inputs.detach(), first, compute, [*calls, *activations])
-        tensors = [given[node] for node in calls], [values[node] for node in calls], [values[n] for n in activations]
-        return Watched(*tensors, values[trace.output])
+        return Watched(
+            inputs=[given[node] for node in calls],
+            pre_activations=[values[node] for node in calls],
+            activations=[values[node] for node in activations],
+            logits=values[trace.output],
+        )
 
     @torch.enable_grad()
     def record(
@@ -215,8 +223,9 @@ class HookedClassifier(nn.Module):
     def recorded_at_once(self, layers: Sequence[int]) -> int:
         """How many samples a pass takes that records layers, in NUMBERS_AT_ONCE."""
         numbers = self.trace.total
-        for shape, positions in ((self.shapes[index], self.trace.positions(index)) for index in layers):
-            numbers += (math.prod(shape[1:]) + 4 * shape[0]) * (positions or 1)
+        for index in layers:
+            m, *kernel = self.shapes[index]
+            numbers += (math.prod(kernel) + 4 * m) * (self.trace.positions(index) or 1)
         return max(1, NUMBERS_AT_ONCE // numbers)
 
     @contextmanager
