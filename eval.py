@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mimu import trainer
-from mimu.data import Count, GraphGenerator, ImageData, Positive, Split, is_correct, seeded
+from mimu.data import GraphGenerator, ImageData, Split, is_correct, seeded
 from mimu.masking.order import Zeroing, ZeroingOrder
 from mimu.masking.rankings import MaskingConfig, Ranking
 from mimu.model import MaskingGCN, WeightGraph
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import Mask
 from mimu.runs.files import Artifact
-from mimu.trainer import Trainer, TrainingError, check_weights
+from mimu.trainer import Trainer, TrainingError, UnlearningSFT, UnlearningSFTConfig, check_weights
 
 RANDOM_MASKS = 20  # random keep masks that the control of the mask efficacy averages
 
@@ -162,8 +161,9 @@ Unlearning = Callable[..., nn.Module | Mask | Zeroing]
 class Method:
     """A way to forget, and what tables say of it.
 
-    unlearn: what answers a request. Keyword-only parameters are its hyperparameters, whose values are those of
-        `eval.hyperparameters.<name>`; the first paragraph of its docstring says in the tables what it does.
+    unlearn: what answers a request. Its keyword-only parameters are hyperparameters, and where one is annotated with a
+        dataclass, the fields of that; `eval.hyperparameters.<name>` has the values of those without a default. The
+        first paragraph of its docstring says in the tables what it does.
     uses_kappa: whether the answer depends on `request.kappa`; if not, it is computed once for all kappas
     most_needed: gives the K = `request.top_k` vertices that the class needs, for the mask efficacy; or (choices, K),
         whose metrics are averaged; None where the method cannot say
@@ -182,10 +182,38 @@ class Method:
     runs_with: Literal["default", "all", "name"] = "default"
 
     @property
+    def keywords(self) -> dict[str, inspect.Parameter]:
+        """The keyword-only parameters, by name."""
+        parameters = inspect.signature(self.unlearn, eval_str=True).parameters
+        return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The hyperparameters, by name: the keyword-only parameters, and in the place of a dataclass its fields."""
+        found: dict[str, inspect.Parameter] = {}
+        for name, each in self.keywords.items():
+            kind = each.annotation
+            found |= inspect.signature(kind, eval_str=True).parameters if is_dataclass(kind) else {name: each}
+        return found
+
+    @property
     def hyperparameters(self) -> dict[str, object]:
         """The names of the hyperparameters and their annotations."""
-        parameters = inspect.signature(self.unlearn, eval_str=True).parameters.values()
-        return {each.name: each.annotation for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+        return {name: each.annotation for name, each in self.parameters.items()}
+
+    @property
+    def required(self) -> set[str]:
+        """The names of the hyperparameters that have no default."""
+        return {name for name, each in self.parameters.items() if each.default is each.empty}
+
+    def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of `unlearn`, for values of hyperparameters by name: dataclasses made of fields."""
+        arguments = dict(values)
+        for name, each in self.keywords.items():
+            if is_dataclass(kind := each.annotation):
+                fields = inspect.signature(kind).parameters
+                arguments[name] = kind(**{field: arguments.pop(field) for field in fields if field in arguments})
+        return arguments
 
     def about(self) -> dict[str, Any]:
         """What tables say of it, as JSON holds it."""
@@ -246,11 +274,10 @@ def random(request: Request) -> Mask:
 
 
 @unlearning_method("sft", paper="after Graves et al. 2021, arXiv:2010.10981", touches="one layer", needs="forget set")
-def sft(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
+def sft(request: Request, *, config: UnlearningSFTConfig) -> nn.Module:
     """Fine-tuning of the masked layers on random labels for the forget class's training samples."""
-    config = trainer.UnlearningSFTConfig(epochs, batch_size, learning_rate)
-    unlearning, layers = trainer.UnlearningSFT(config, request.seed), request.graphs.graph.layers
-    return unlearning.unlearn(request.classifier, request.forget, layers)
+    unlearning = UnlearningSFT(config, request.seed)
+    return unlearning.unlearn(request.classifier, request.forget, request.graphs.graph.layers)
 
 
 @unlearning_method("retrain", needs="retain set")
@@ -271,9 +298,13 @@ class Answer(NamedTuple):
 def answer(request: Request, name: str) -> Answer:
     """A method's answer. Raises TrainingError where it diverges, ValueError where it changes the original."""
     before = copy.deepcopy(request.original.state_dict())
+    method = METHODS[name]
+    arguments = method.arguments(request.config.hyperparameters.get(name, {}))
+    if method.uses_kappa and request.asked == "auto":
+        request.in_steps("mimu", request.ranking)  # where others take its kappa, its search is not theirs
     started = time.perf_counter()
     try:
-        made = METHODS[name].unlearn(request, **request.config.hyperparameters.get(name, {}))
+        made = method.unlearn(request, **arguments)
         seconds, left = time.perf_counter() - started, None
         if isinstance(made, Zeroing):
             # Steps that were made before, for a smaller kappa, count as spent: of them the clock knows nothing.

@@ -97,21 +97,22 @@ class Config:
         self._check_hyperparameters()
 
     def _check_hyperparameters(self) -> None:
-        """Raises ValueError where a method has others than its keyword-only parameters, or values out of range."""
-        for method in self.eval.hyperparameters:
-            if method not in METHODS:
-                raise ValueError(f"eval.hyperparameters.{method} is not a method: valid are {', '.join(METHODS)}")
-        for method in self.eval.method_names:
-            key, values = f"eval.hyperparameters.{method}", self.eval.hyperparameters.get(method, {})
-            hints = METHODS[method].hyperparameters
-            if set(hints) != set(values):
+        """Raises ValueError where a method lacks a hyperparameter, has one that is not its own or out of range."""
+        given = self.eval.hyperparameters
+        for name in given:
+            if name not in METHODS:
+                raise ValueError(f"eval.hyperparameters.{name} is not a method: valid are {', '.join(METHODS)}")
+        for name in self.eval.method_names:
+            key, values, method = f"eval.hyperparameters.{name}", given.get(name, {}), METHODS[name]
+            hints = method.hyperparameters
+            if not method.required <= set(values) <= set(hints):
                 must, has = (", ".join(names) or "none" for names in (hints, values))
                 raise ValueError(f"{key} must have values of {must}, not of {has}")
-            for name, hint in hints.items():
+            for each, value in values.items():
                 try:
-                    converted(values[name], hint)
+                    converted(value, hints[each])
                 except TypeError:
-                    raise ValueError(f"{key}.{name} must be {refusal(values[name], hint)}") from None
+                    raise ValueError(f"{key}.{each} must be {refusal(value, hints[each])}") from None
 
     @cached_property
     def source(self) -> sources.DataSet:

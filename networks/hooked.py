@@ -103,7 +103,7 @@ class HookedClassifier(nn.Module):
         return [shape_of(layer) for layer in self.layers]
 
     def forward(self, images: Tensor, first: Sequence[int] | None = None) -> Tensor:
-        """Logits (batch, classes); with `first`, `images` is what `prefix_activations` says of these layers."""
+        """Logits (batch, classes); with `first`, `images` are `prefix_activations` of these layers."""
         if torch.is_grad_enabled():
             return self.outputs(images, first)[1]
         return torch.cat([self.outputs(part, first)[1] for part in images.split(self.samples_at_once)])
@@ -117,13 +117,14 @@ class HookedClassifier(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The representation, which the last layer is given, (..., batch, n), and the logits (..., batch, classes).
 
-        inputs: images, or with `first`, what `prefix_activations` says of these layers
+        inputs: images, or with `first`, `prefix_activations` of these layers
         weights: by layer, those of many masks, (masks, ...) each, in the place of its own
         batch: how many inputs are for each mask, one after the other; None: all for every one
         """
 
         def run(inputs: Tensor, weights: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-            trace, under_mask = self.trace, {self.trace.calls[index]: weight for index, weight in weights.items()}
+            trace = self.trace
+            under_mask = {trace.calls[index]: weight for index, weight in weights.items()}
 
             def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
                 if node in under_mask:
@@ -149,10 +150,7 @@ class HookedClassifier(nn.Module):
 
     @torch.no_grad()
     def value_of(self, node: fx.Node, inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
-        """What a node of the trace gives.
-
-        inputs: images (batch, ...), or with `first`, what `prefix_activations` says of these layers
-        """
+        """What a node of the trace gives, for images (batch, ...), or with `first`, for `prefix_activations` of it."""
         parts = inputs.split(self.samples_at_once)
         return torch.cat([self.trace.run(self.network, part, first, None, [node], node)[node] for part in parts])
 
@@ -163,22 +161,25 @@ class HookedClassifier(nn.Module):
     @torch.no_grad()
     def layer_inputs(self, index: int, images: Tensor) -> Iterator[Tensor]:
         """What one layer is given by samples, some at a time, (samples, positions, n), one position of a linear one."""
-        layer, node = self.layers[index], self.trace.calls[index].all_input_nodes[0]
+        layer = self.layers[index]
+        node = self.trace.input_of(index)
         for part in images.split(self.recorded_at_once([index])):
             x = self.trace.run(self.network, part, watched=[node], end=node)[node]
             yield patches(layer, x).mT if isinstance(layer, nn.Conv2d) else x[:, None]
 
     def mean_inputs(self, index: int, inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
         """What one layer is given by samples, its mean over positions (samples, n)."""
-        layer, node = self.layers[index], self.trace.calls[index].all_input_nodes[0]
-        x = self.value_of(node, inputs, first)
+        layer = self.layers[index]
+        x = self.value_of(self.trace.input_of(index), inputs, first)
         return mean_patches(layer, x) if isinstance(layer, nn.Conv2d) else x
 
     @torch.enable_grad()
     def watch(self, inputs: Tensor, layers: Sequence[int], first: Sequence[int] | None = None) -> Watched:
         """What `layers` do on a batch; its autograd graph starts at their pre-activations, where no other is before."""
-        trace, given = self.trace, {}
-        calls, activations = [trace.calls[index] for index in layers], [trace.activations[index][0] for index in layers]
+        trace = self.trace
+        calls = [trace.calls[index] for index in layers]
+        activations = [trace.activations[index][0] for index in layers]
+        given: dict[fx.Node, Tensor] = {}
 
         def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
             value = call(node, callee, arguments, named)
@@ -189,8 +190,12 @@ class HookedClassifier(nn.Module):
 
         with self._constant():
             values = trace.run(self.network, inputs.detach(), first, compute, [*calls, *activations])
-        tensors = [given[node] for node in calls], [values[node] for node in calls], [values[n] for n in activations]
-        return Watched(*tensors, values[trace.output])
+        return Watched(
+            inputs=[given[node] for node in calls],
+            pre_activations=[values[node] for node in calls],
+            activations=[values[node] for node in activations],
+            logits=values[trace.output],
+        )
 
     @torch.enable_grad()
     def record(

@@ -16,9 +16,9 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from mimu.data import Split
-from mimu.eval import RetainScoreError, unlearn
 from mimu.masking.rankings import TrainedGCN
 from mimu.model import Mask, MaskingGCN
+from mimu.unlearning import RetainScoreError, unlearn
 from mimu.unlearning.custom_model import CustomModel, plain_torch
 
 TEST = random_split(200, seed=7)

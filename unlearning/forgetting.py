@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimu.data import GraphConfig, GraphGenerator, Split, is_correct
-from mimu.masking.erasing import Erasing, erased
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import Ranking, TrainedGCN
+from mimu.methods.erasing import Erasing, erased
 from mimu.model import WeightGraph
 from mimu.networks.masks import Mask
 from mimu.runs.files import InputError
