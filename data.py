@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Tensor
 
 from mimu.images.sources import DATASET_ROOT, DataError, data_set, reading, seeded
 from mimu.model import WeightGraph
+from mimu.networks import hooked
 from mimu.networks.hooked import HookedClassifier, LayerRecord, Record
 from mimu.networks.masks import Mask
 
@@ -481,7 +482,7 @@ class GraphGenerator:
                 rows = part.flatten()
                 record, kept = self._record(rows, left_out), None
                 if mask is not None:  # without one the log-odds are what is to be kept
-                    kept = log_odds(self.predictions[rows], self.labels[rows], left_out).view(part.shape)
+                    kept = hooked.log_odds(self.predictions[rows], self.labels[rows], left_out).view(part.shape)
                 layers = [LayerRecord(*(x.unflatten(0, part.shape) for x in layer)) for layer in record.layers]
                 found = record.log_odds.view(part.shape)
                 yield Record(layers, found, found if kept is None else kept)
