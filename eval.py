@@ -7,41 +7,39 @@ import inspect
 import json
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Hashable
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mimu import trainer
-from mimu.data import Count, GraphGenerator, ImageData, Positive, Split, is_correct, seeded
+from mimu.data import GraphGenerator, ImageData, Split, is_correct, seeded
 from mimu.masking.order import Zeroing, ZeroingOrder
-from mimu.masking.rankings import GCNRanking, MaskingConfig, TrainedGCN
-from mimu.model import Mask, MaskingGCN, WeightGraph
+from mimu.masking.rankings import MaskingConfig, Ranking
+from mimu.model import MaskingGCN, WeightGraph
 from mimu.networks.hooked import HookedClassifier
-from mimu.runs.files import Artifact, InputError
-from mimu.trainer import Trainer, TrainingError, check_weights
-from mimu.unlearning.custom_model import CustomModel, plain_torch
-from mimu.unlearning.forgetting import Forgetting, RetainScoreError, classes_of  # noqa: F401  # the error is for who calls unlearn
-from mimu.unlearning.samples import samples_of
+from mimu.networks.masks import Mask
+from mimu.runs.files import Artifact
+from mimu.trainer import Trainer, TrainingError, UnlearningSFT, UnlearningSFTConfig, check_weights
+
+RANDOM_MASKS = 20  # random keep masks that the control of the mask efficacy averages
 
 
 @dataclass(frozen=True)
 class EvalConfig(MaskingConfig):
     """How requests are answered and scored: the settings of the masks, of the methods and of the plots.
 
-    methods: which to score; `all` that are registered, or None: those of the default run
+    methods: which to score; `all` but those that run by name alone, or None: those of the default run
     hyperparameters: of every method that has some, by its name
     """
 
     methods: tuple[str, ...] | Literal["all"] | None
     visualize: bool
-    random_masks: Count
     hyperparameters: dict[str, dict[str, int | float]]
 
     def __post_init__(self) -> None:
@@ -52,14 +50,19 @@ class EvalConfig(MaskingConfig):
     @property
     def method_names(self) -> tuple[str, ...]:
         """The methods to score."""
-        if self.methods is None:
-            return tuple(name for name, method in METHODS.items() if method.in_default_run)
-        return tuple(METHODS) if self.methods == "all" else self.methods
+        if isinstance(self.methods, tuple):
+            return self.methods
+        runs_with = ("default", "all") if self.methods == "all" else ("default",)
+        return tuple(name for name, method in METHODS.items() if method.runs_with in runs_with)
 
     def decisive(self) -> dict[str, Any]:
         """The settings that the metrics depend on: without those of the plots and of what does not run."""
         hyperparameters = {name: self.hyperparameters.get(name, {}) for name in self.method_names}
         return asdict(self) | {"methods": self.method_names, "visualize": None, "hyperparameters": hyperparameters}
+
+
+def made_anew(name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return make()
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Request:
     orders: in which weights are zeroed, by the name of the method; kept from one kappa to the next
     kept: what methods keep from one request to the next on the same classifier, by names of theirs
     trained_on: what the original was trained on, where a request has fewer samples; for retraining alone
+    checkpoint: gives what a method makes once for a classifier, by a name and the settings that it depends on, from
+        the file of an earlier run or from the function that makes it
     """
 
     config: EvalConfig
@@ -88,6 +93,7 @@ class Request:
     orders: dict[str, ZeroingOrder] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     trained_on: Split | None = None
+    checkpoint: Callable[[str, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]] = made_anew
 
     @property
     def classifier(self) -> HookedClassifier:
@@ -122,9 +128,14 @@ class Request:
         return len(self.in_steps("mimu", self.ranking).vertices) if self.asked == "auto" else self.asked
 
     @property
-    def ranking(self) -> GCNRanking:
-        """How much the masking GCN wants each weight zeroed."""
-        return GCNRanking(self.config, self.graphs, self.forget_class, self.seed, self.gcn, self.top_k)
+    def forget_row(self) -> int:
+        """The row of the forget class in what the graphs have class after class."""
+        return self.graphs.row_of(self.forget_class)
+
+    @property
+    def ranking(self) -> Ranking:
+        """The saliency of every weight, as the masking GCN adapts it."""
+        return Ranking(self.config, self.graphs, self.forget_row, self.seed, self.gcn)
 
     def in_steps(self, name: str, ranking: Callable[[int, Tensor], Tensor], all_at_once: bool = False) -> Zeroing:
         """The weights that a ranking zeroes first, up to kappa; with auto up to its own smallest kappa that forgets.
@@ -134,13 +145,12 @@ class Request:
         """
         if name not in self.orders:
             config = replace(self.config, step=None) if all_at_once else self.config
-            self.orders[name] = ZeroingOrder(config, self.graphs, self.forget_class, ranking)
-        order = self.orders[name]
-        return order.until_forgotten(self.forget) if self.asked == "auto" else order.first(self.kappa)
+            self.orders[name] = ZeroingOrder(config, self.graphs, self.forget_row, ranking)
+        return self.orders[name].answer("auto" if self.asked == "auto" else self.kappa, self.forget)
 
     def zeroing(self, vertices: Tensor, graph: WeightGraph | None = None) -> Mask:
         """The mask without the given vertices of the weight graph, or of that of other masked layers."""
-        return Mask.zeroing(graph or self.graphs.graph, vertices)
+        return (graph or self.graphs.graph).zeroing(vertices)
 
 
 # From a request, and the hyperparameters as keywords, to an unlearned classifier or what to zero in the original.
@@ -151,13 +161,14 @@ Unlearning = Callable[..., nn.Module | Mask | Zeroing]
 class Method:
     """A way to forget, and what tables say of it.
 
-    unlearn: what answers a request. Keyword-only parameters are its hyperparameters, whose values are those of
-        `eval.hyperparameters.<name>`; the first paragraph of its docstring says in the tables what it does.
+    unlearn: what answers a request. Its keyword-only parameters are hyperparameters, and where one is annotated with a
+        dataclass, the fields of that; `eval.hyperparameters.<name>` has the values of those without a default. The
+        first paragraph of its docstring says in the tables what it does.
     uses_kappa: whether the answer depends on `request.kappa`; if not, it is computed once for all kappas
     most_needed: gives the K = `request.top_k` vertices that the class needs, for the mask efficacy; or (choices, K),
         whose metrics are averaged; None where the method cannot say
     paper, touches, needs: the source, what the method changes, and which training samples it needs
-    in_default_run: whether it runs where the config names no methods
+    runs_with: where it runs: with the default run, whose config names no methods; with `all`; or by its name alone
     """
 
     unlearn: Unlearning
@@ -168,13 +179,41 @@ class Method:
         "all weights"
     )
     needs: Literal["nothing", "forget set", "retain set", "both sets"] = "both sets"
-    in_default_run: bool = True
+    runs_with: Literal["default", "all", "name"] = "default"
+
+    @property
+    def keywords(self) -> dict[str, inspect.Parameter]:
+        """The keyword-only parameters, by name."""
+        parameters = inspect.signature(self.unlearn, eval_str=True).parameters
+        return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The hyperparameters, by name: the keyword-only parameters, and in the place of a dataclass its fields."""
+        found: dict[str, inspect.Parameter] = {}
+        for name, each in self.keywords.items():
+            kind = each.annotation
+            found |= inspect.signature(kind, eval_str=True).parameters if is_dataclass(kind) else {name: each}
+        return found
 
     @property
     def hyperparameters(self) -> dict[str, object]:
         """The names of the hyperparameters and their annotations."""
-        parameters = inspect.signature(self.unlearn, eval_str=True).parameters.values()
-        return {each.name: each.annotation for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+        return {name: each.annotation for name, each in self.parameters.items()}
+
+    @property
+    def required(self) -> set[str]:
+        """The names of the hyperparameters that have no default."""
+        return {name for name, each in self.parameters.items() if each.default is each.empty}
+
+    def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of `unlearn`, for values of hyperparameters by name: dataclasses made of fields."""
+        arguments = dict(values)
+        for name, each in self.keywords.items():
+            if is_dataclass(kind := each.annotation):
+                fields = inspect.signature(kind).parameters
+                arguments[name] = kind(**{field: arguments.pop(field) for field in fields if field in arguments})
+        return arguments
 
     def about(self) -> dict[str, Any]:
         """What tables say of it, as JSON holds it."""
@@ -208,7 +247,11 @@ def original(request: Request) -> nn.Module:
     return request.classifier
 
 
-@unlearning_method("mimu", uses_kappa=True, most_needed=lambda request: request.ranking.most_needed(), touches="a mask")
+def most_needed(request: Request) -> Tensor:
+    return request.ranking.most_needed(request.top_k)
+
+
+@unlearning_method("mimu", uses_kappa=True, most_needed=most_needed, touches="a mask")
 def mimu(request: Request) -> Zeroing:
     """The kappa weights that the masking GCN zeroes first."""
     return request.in_steps("mimu", request.ranking)
@@ -221,7 +264,7 @@ def random_vertices(request: Request, count: int, draw: int = 0) -> Tensor:
 
 def random_choices(request: Request) -> Tensor:
     """Several random keep masks (masks, K), since a single one may keep a class or lose it by chance."""
-    return torch.stack([random_vertices(request, request.top_k, draw) for draw in range(request.config.random_masks)])
+    return torch.stack([random_vertices(request, request.top_k, draw) for draw in range(RANDOM_MASKS)])
 
 
 @unlearning_method("random", uses_kappa=True, most_needed=random_choices, touches="a mask", needs="nothing")
@@ -231,11 +274,10 @@ def random(request: Request) -> Mask:
 
 
 @unlearning_method("sft", paper="after Graves et al. 2021, arXiv:2010.10981", touches="one layer", needs="forget set")
-def sft(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
+def sft(request: Request, *, config: UnlearningSFTConfig) -> nn.Module:
     """Fine-tuning of the masked layers on random labels for the forget class's training samples."""
-    config = trainer.UnlearningSFTConfig(epochs, batch_size, learning_rate)
-    unlearning, layers = trainer.UnlearningSFT(config, request.seed), request.graphs.graph.layers
-    return unlearning.unlearn(request.classifier, request.forget, layers)
+    unlearning = UnlearningSFT(config, request.seed)
+    return unlearning.unlearn(request.classifier, request.forget, request.graphs.graph.layers)
 
 
 @unlearning_method("retrain", needs="retain set")
@@ -256,9 +298,13 @@ class Answer(NamedTuple):
 def answer(request: Request, name: str) -> Answer:
     """A method's answer. Raises TrainingError where it diverges, ValueError where it changes the original."""
     before = copy.deepcopy(request.original.state_dict())
+    method = METHODS[name]
+    arguments = method.arguments(request.config.hyperparameters.get(name, {}))
+    if method.uses_kappa and request.asked == "auto":
+        request.in_steps("mimu", request.ranking)  # where others take its kappa, its search is not theirs
     started = time.perf_counter()
     try:
-        made = METHODS[name].unlearn(request, **request.config.hyperparameters.get(name, {}))
+        made = method.unlearn(request, **arguments)
         seconds, left = time.perf_counter() - started, None
         if isinstance(made, Zeroing):
             # Steps that were made before, for a smaller kappa, count as spent: of them the clock knows nothing.
@@ -442,7 +488,7 @@ class Eval:
             choices = METHODS[name].most_needed(replace(self.request, asked=None))
         scored = []
         for vertices in choices.reshape(-1, choices.shape[-1]):
-            with Mask.keeping(self.request.graphs.graph, vertices).applied_to(self.request.classifier) as model:
+            with self.request.graphs.graph.keeping(vertices).applied_to(self.request.classifier) as model:
                 scored.append(self.inference(model, self.mnist_forget_set(), True, f"{name}, kept"))
         return {metric: sum(metrics[metric] for metrics in scored) / len(scored) for metric in scored[0]}
 
@@ -468,65 +514,3 @@ class Eval:
         if key not in results:
             results[key] = compute()
         return results[key]
-
-
-def unlearn(
-    model: nn.Module,
-    inputs: Any,
-    labels: Any = None,
-    forget_class: int | Sequence[int] | None = None,
-    gcn: MaskingGCN | TrainedGCN | None = None,
-    mask_layer: int | Sequence[int] | Literal["auto"] | None = "auto",
-    seed: int = 0,
-    *,
-    scorer: Literal["gcn", "saliency"] = "gcn",
-    erase: bool = False,
-    max_fall: float | None = 1.0,
-    max_class_fall: float | None = 5.0,
-    progress: bool = True,
-) -> Mask:
-    """The mask that makes a classifier of the user's own forget classes; the model is left as it is, to the bit.
-
-    A copy runs, in evaluation mode. What is masked are linear layers that the model ends in, with nothing but ReLU or
-    dropout between them: what comes before is taken as it is. Or any linear layers and convolutions (without groups),
-    each called once, where torch.fx can trace the model: the copy is then run node by node, in float32.
-
-    model: returns logits; inputs, labels: training samples as it takes them, (samples, ...), and their classes, from 0
-        on; or, as inputs alone, a DataLoader or data set of pairs. Some of every class, but for those that a mask on
-        the model forgets
-    forget_class: one class or several. Where the model carries a mask, the answer includes it, to be applied in its
-        place, and its classes stay forgotten: as measured, where there are samples of them
-    gcn: what ranks the weights; None: the pretrained one, whose settings a bare MaskingGCN takes too
-    mask_layer: an index among the linear layers and convolutions of the model (`networks.hooked.weight_layers`), or
-        several, None for all that can be masked, or auto: of the linear layers at the end the last but one if they are
-        three or more, else the last. The answer says which
-    seed: of the samples that are drawn
-    scorer: the GCN, or the saliency of eval.hyperparameters, with which the GCN was trained
-    erase: takes the classes from what the last layer is given, too (`masking.erasing`, with the settings of
-        configs/methods.yaml), by one direction less in each layer before it that can be masked and their rows of the
-        last layer: without a GCN, and with mask_layer auto or None
-    max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any
-    progress: shows a bar, on a terminal
-
-    Warns where a class is left at the largest kappa of the settings, where the model does not know the samples, where
-    it cannot be traced and less is masked for it, and where the request takes more than some 8 GB of memory (MEMORY).
-    Raises RetainScoreError, which has the last mask within the bounds, where the others lose more; InputError, another
-    ValueError, where the model is something else, or samples do not fit it or are not finite.
-    """
-    if isinstance(inputs, DataLoader | Dataset) and forget_class is None:
-        labels, forget_class = None, labels
-    with plain_torch():
-        inputs, labels = samples_of(inputs, labels, progress)
-        if erase and mask_layer not in ("auto", None):
-            raise InputError(f"mask_layer must be auto or None where classes are erased, not {mask_layer!r}")
-        own = CustomModel.of(model, inputs, None if erase else mask_layer, progress)
-        carried = Mask.on(model)
-        train = Split(own.inputs, labels.to(own.inputs.device))
-        forgotten = carried.forgets if carried else ()
-        forget = classes_of(forget_class, train.labels, own.num_classes, forgotten)
-        trained = TrainedGCN.of(gcn, own.inputs.device, [own.classifier.shapes[index] for index in own.masked])
-        config = replace(trained.graphs, mask_layer=own.masked, scope="measured")
-        about = scorer, erase, forget, seed, max_fall, max_class_fall, progress
-        request = Forgetting(own, train, carried, trained, config, *about)
-        request.of_model(request.start, {}).check(model)
-        return request.answer()

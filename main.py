@@ -21,7 +21,7 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -40,10 +40,13 @@ from mimu.images.sources import DataError, checksum
 from mimu.masking.rankings import TrainedGCN, pretrained_for
 from mimu.model import MaskingGCN, keep_freed_memory
 from mimu.networks.hooked import HookedClassifier
-from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, code_of, digest, locked, slug, write_text
+from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, code_of, digest, locked, save, slug, write_text
 from mimu.runs.work import Work, describe_machine, how_many, memory_of, peak_bytes
 from mimu.tables import experiment
 from mimu.trainer import GCNTrainer, Trainer
+
+# The source files that a classifier, its graphs and its GCN depend on.
+TRAINING_CODE = ("main.py", "model.py", "data.py", "trainer.py", "images/*.py", "networks/*.py", "masking/*.py")
 
 
 @dataclass(frozen=True)
@@ -138,15 +141,20 @@ class Stages:
 
         def train() -> dict[str, Any]:
             started = time.perf_counter()
-            gcn = GCNTrainer(config, [graphs], training.top_k, training.seed).train()
-            seconds = time.perf_counter() - started
-            return checkpoint_of(gcn, training) | {"top_k": training.top_k, "seconds": seconds}
+            gcn = GCNTrainer(config, [graphs], training.config.eval.retain_weight, training.seed).train()
+            return checkpoint_of(gcn, training) | {"seconds": time.perf_counter() - started}
 
-        name = f"masking GCN, {training.name}, top-K {training.top_k}"
+        name = f"masking GCN, {training.name}"
         checkpoint = self.work.made(self.files.gcn(training), name, train)
         gcn = config.network(graphs.config.num_features)
         gcn.load_state_dict(checkpoint["state_dict"])
         return gcn.to(graphs.labels.device), checkpoint["seconds"]
+
+    def of_method(
+        self, training: Training, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What a method makes once for a classifier, from its file where it is there."""
+        return self.work.made(self.files.of_method(training, name, settings), f"{name}, {training.name}", make)
 
     def requests(self, training: Training, forget_class: int) -> None:
         """Every experiment on one forget class that is not there, and the plots that are not."""
@@ -163,9 +171,21 @@ class Stages:
             _, graphs, gcn, gcn_seconds = self._last
             data, trainer = self.data(config), Trainer(config.classifier, training.seed, config.source.size)
             request = Request(
-                config.eval, graphs.classifier, trainer, graphs.train, graphs, gcn, forget_class, training.top_k,
-                training.seed, asked, orders, self._kept, data.train,
-            )  # fmt: skip
+                config=config.eval,
+                original=graphs.classifier,
+                trainer=trainer,
+                train=graphs.train,
+                graphs=graphs,
+                gcn=gcn,
+                forget_class=forget_class,
+                top_k=training.top_k,
+                seed=training.seed,
+                asked=asked,
+                orders=orders,
+                kept=self._kept,
+                trained_on=data.train,
+                checkpoint=partial(self.of_method, training),
+            )
             paths = self.files.of_training(training) | {"mask": mask}
             about = {
                 "id": metrics.path.stem,
@@ -202,9 +222,8 @@ class Files:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._seen: dict[Path, Any] = {}
-        packages = ["images/*.py", "networks/*.py", "masking/*.py", "audits/*.py"]
-        self._training_code = code_of(PACKAGE, ["main.py", "model.py", "data.py", "trainer.py", *packages])
-        self._code = code_of(PACKAGE, ["*.py", "methods/*.py", *packages])
+        self._training_code = code_of(PACKAGE, TRAINING_CODE)
+        self._code = code_of(PACKAGE, ["*.py", "methods/*.py", "audits/*.py", *TRAINING_CODE])
         self._code.pop("reporter.py", None)  # no number depends on it
         self._checksums: dict[str, str] = {}
 
@@ -215,8 +234,12 @@ class Files:
         return self._artifact(f"datasets/Graphs/seed_{training.seed}.pt", training, ["classifier", "graphs"])
 
     def gcn(self, training: Training) -> Artifact:
-        name = f"checkpoints/gcn_seed_{training.seed}_top_k_{training.top_k}.pt"
-        return self._artifact(name, training, ["classifier", "graphs", "gcn"])
+        return self._artifact(f"checkpoints/gcn_seed_{training.seed}.pt", training, ["classifier", "graphs", "gcn"])
+
+    def of_method(self, training: Training, name: str, settings: dict[str, Any]) -> Artifact:
+        """What a method makes once for a classifier."""
+        path = f"checkpoints/{name}_seed_{training.seed}.pt"
+        return self._artifact(path, training, ["classifier", "graphs"], {"method": settings})
 
     def of_training(self, training: Training) -> dict[str, Artifact]:
         """The files that a training makes, by what is in them."""
@@ -235,6 +258,7 @@ class Files:
             "audit": training.sections["audit"] if training.config.audit.enabled else None,
             "variant": training.variant,
             "forget_digit": forget_class,
+            "top_k": training.top_k,
             "kappa": asked,
         }
         paths = f"eval/Metrics and Plots/metrics/{name}.json", f"eval/masks/{name}.pt"
@@ -258,7 +282,7 @@ class Files:
         if "gcn" in sections:
             tracked = pretrained_for(config.masked_shapes)
             settings["pretrained"] = config.gcn.pretrained and hashlib.sha256(tracked.read_bytes()).hexdigest()
-            settings["top_k"] = training.top_k
+            settings["retain_weight"] = config.eval.retain_weight
         settings |= of_experiment or {}
         if not self._checksums.get(config.dataset):
             self._checksums[config.dataset] = checksum(config.dataset, self.root / "datasets")
@@ -363,6 +387,27 @@ def finished(files: Files, configs: Mapping[str, Config]) -> list[tables.Result]
     return results
 
 
+def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
+    """Trains one masking GCN on the classifiers of all configs and seeds, with the settings of the first.
+
+    It takes the place of the tracked one for the layers that the first config masks.
+    """
+    prepare(configs, one_process="--pretrain")
+    config = next(iter(configs.values()))
+    with locked(root):
+        work = Work(root)
+        stages, graphs = Stages(work, Files(root)), []
+        for training in trainings_of(configs):
+            torch.set_num_threads(training.config.threads or torch.get_num_threads())
+            data = stages.data(training.config)
+            graphs.append(stages.graphs(training, stages.classifier(training, data), data))
+        with work.stage(f"masking GCN, {len(graphs)} classifiers"):
+            gcn = GCNTrainer(config.gcn, graphs, config.eval.retain_weight, config.seed).train()
+        path = root / pretrained_for(config.masked_shapes).relative_to(PACKAGE)
+        save(path, {"config": asdict(config), "seed": config.seed, "state_dict": gcn.state_dict()})
+        work.log(f"{path}: {path.stat().st_size / 1000:.0f} KB")
+
+
 def plan(files: Files, configs: Mapping[str, Config]) -> Iterator[tuple[str, list[Artifact]]]:
     """All files that a run makes, and how messages call what they are of."""
     for training in trainings_of(configs):
@@ -431,6 +476,8 @@ def start(parsed: argparse.Namespace) -> None:
         dry_run(configs)
     elif parsed.plot_only:
         plot(configs)
+    elif parsed.pretrain:
+        pretrain(configs)
     else:
         run(configs, is_fresh=parsed.fresh)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from mimu.audits.predictions import look_at
 from mimu.data import Split
-from mimu.model import Mask
+from mimu.networks.masks import Mask
 
 
 def made_permanent(model: nn.Module) -> nn.Module:

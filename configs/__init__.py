@@ -91,28 +91,28 @@ class Config:
                     raise ValueError(f"{name} must be from 1 to {vertices - 1} (masked weights less one), not {kappa}")
         if max(self.top_ks) > vertices:
             raise ValueError(f"sweep.top_k must be from 1 to {vertices} (masked weights), not {max(self.top_ks)}")
-        spans = [self.gcn.kappa] + ([] if self.gcn.partly_masked is None else [self.gcn.partly_masked])
-        largest = sum(number_of_weights(high, vertices) for _, high in spans)
+        largest = sum(number_of_weights(high, vertices) for _, high in (self.gcn.kappa, self.gcn.partly_masked))
         if largest >= vertices:
             raise ValueError(f"gcn.kappa and partly_masked reach {largest} weights together, of {vertices} masked ones")
         self._check_hyperparameters()
 
     def _check_hyperparameters(self) -> None:
-        """Raises ValueError where a method has others than its keyword-only parameters, or values out of range."""
-        for method in self.eval.hyperparameters:
-            if method not in METHODS:
-                raise ValueError(f"eval.hyperparameters.{method} is not a method: valid are {', '.join(METHODS)}")
-        for method in self.eval.method_names:
-            key, values = f"eval.hyperparameters.{method}", self.eval.hyperparameters.get(method, {})
-            hints = METHODS[method].hyperparameters
-            if set(hints) != set(values):
+        """Raises ValueError where a method lacks a hyperparameter, has one that is not its own or out of range."""
+        given = self.eval.hyperparameters
+        for name in given:
+            if name not in METHODS:
+                raise ValueError(f"eval.hyperparameters.{name} is not a method: valid are {', '.join(METHODS)}")
+        for name in self.eval.method_names:
+            key, values, method = f"eval.hyperparameters.{name}", given.get(name, {}), METHODS[name]
+            hints = method.hyperparameters
+            if not method.required <= set(values) <= set(hints):
                 must, has = (", ".join(names) or "none" for names in (hints, values))
                 raise ValueError(f"{key} must have values of {must}, not of {has}")
-            for name, hint in hints.items():
+            for each, value in values.items():
                 try:
-                    converted(values[name], hint)
+                    converted(value, hints[each])
                 except TypeError:
-                    raise ValueError(f"{key}.{name} must be {refusal(values[name], hint)}") from None
+                    raise ValueError(f"{key}.{each} must be {refusal(value, hints[each])}") from None
 
     @cached_property
     def source(self) -> sources.DataSet:

@@ -17,8 +17,8 @@ from mimu.audits.predictions import look_at
 from mimu.audits.probes import probe_scores
 from mimu.configs import Config, load_config
 from mimu.data import ImageData, load_image_data, some_of_every_class
-from mimu.masking.erasing import Erasing, Telling, erased, nearest
 from mimu.masking.regression import ridge_recall
+from mimu.methods.erasing import Erasing, RidgeProbe, erased, nearest
 from mimu.networks.hooked import HookedClassifier
 from mimu.reporter import markdown_table
 from mimu.trainer import Trainer
@@ -28,10 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
 
 
-def told(features: Tensor, labels: Tensor, telling: Telling, classes: int) -> tuple[float, float]:
+def found_by(probe: RidgeProbe, features: Tensor, labels: Tensor, classes: int) -> tuple[float, float]:
     """How well a regression finds a class: percent of its samples among all, and R^2 among its rivals."""
-    recall = ridge_recall(features, labels, classes, telling.ridge)[telling.classes[0]].item()
-    return recall, telling(features, labels).item()
+    recall = ridge_recall(features, labels, classes, probe.ridge)[probe.classes[0]].item()
+    return recall, probe(features, labels).item()
 
 
 def judged(model: HookedClassifier, data: ImageData, label: int, config: Config, seed: int) -> Tensor:
@@ -58,11 +58,11 @@ def measured(overrides: list[str]) -> Iterator[tuple[str, list[tuple[float, floa
             retrained = trainer.train(data.train.retain(label), classes)
             with torch.no_grad():
                 after, before = (model.features(samples.images) for model in (retrained, original))
-            telling = Telling(nearest(before, samples.labels, label, erasing.rivals), erasing.ridge)
+            probe = RidgeProbe(nearest(before, samples.labels, label, erasing.rivals), erasing.ridge)
             untrained = erasing.untrained_features(samples.images, before.shape[1], seed)
             of = (after, samples.images.flatten(1), untrained, before)
             name = f"{seed}, {data.class_names[label]}"
-            figures, left = [told(each, samples.labels, telling, classes) for each in of], []
+            figures, left = [found_by(probe, each, samples.labels, classes) for each in of], []
             for bar in (None, figures[0][1]):
                 mask = erased(original, data.train, label, erasing, seed, bar=bar)
                 with mask.applied_to(original):

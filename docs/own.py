@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from mimu.configs import load_config
 from mimu.data import ImageData, Split, load_image_data
-from mimu.eval import RetainScoreError, unlearn
 from mimu.model import Mask
 from mimu.reporter import markdown_table
 from mimu.trainer import Trainer
+from mimu.unlearning import RetainScoreError, unlearn
 
 SHAPES = {
     "784-128-64-10": ((128, 64), False),

@@ -1,13 +1,12 @@
-"""Ways to forget by projecting what layers are given: each in its published form, training nothing; last, our own.
+"""Published ways to forget by projecting what layers are given, without any training.
 
 Where a layer is given x, its weight becomes W (I - P), or it is given Q x itself; biases stay. A convolution is given
-what its kernels read, at every position. The published ones measure the original classifier, in double precision.
+what its kernels read, at every position. They measure the original classifier, in double precision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +14,8 @@ from torch import Tensor, nn
 
 from mimu.data import Count, NonNegative, Positive, Share, some_of_every_class
 from mimu.eval import Request
-from mimu.masking.erasing import Erasing, erased, residual
 from mimu.masking.regression import ridge_regression, standardised
 from mimu.methods.controls import further
-from mimu.model import Mask
 from mimu.networks.hooked import HookedClassifier
 
 
@@ -45,6 +42,13 @@ def with_representation(request: Request, projection: Tensor) -> nn.Module:
     # Not in its weight, where the class would stay in the representation; ESC's code projects in the forward pass, too.
     last.register_forward_pre_hook(lambda layer, inputs: (inputs[0] @ projection,))
     return classifier
+
+
+def residual(means: Tensor, place: int) -> Tensor:
+    """What of one row of the means (classes, n) no combination of the others gives, (n); 0 where that is rounding."""
+    others = torch.cat([means[:place], means[place + 1 :]])
+    left = means[place] - means[place] @ torch.linalg.pinv(others) @ others
+    return left if left.norm() > 1e-6 * means[place].norm() else torch.zeros_like(left)
 
 
 def separability(own: Tensor, others: Tensor, ridge: float) -> Tensor:
@@ -135,25 +139,3 @@ def pour(request: Request) -> nn.Module:
     row = request.original.layers[-1].weight[request.forget_class].double()
     projection = torch.eye(len(row)).to(row) - torch.outer(row, row) / row.square().sum().clamp_min(1e-30)
     return with_representation(request, projection)
-
-
-@further("erase", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")
-def erase(
-    request: Request,
-    *,
-    samples: Count,
-    group_size: Count,
-    steps: Annotated[int, "at least 0"],
-    learning_rate: Positive,
-    forget_weight: NonNegative,
-    erase_weight: NonNegative,
-    rivals: Count,
-    untrained: Positive,
-    ridge: Positive,
-) -> Mask:
-    """One direction less in what every layer reads, the class's, by shares that are learned, and its output row.
-
-    As `unlearn(..., erase=True)` does; see `masking.erasing`. With steps 0 the whole direction goes from all layers.
-    """
-    about = samples, group_size, steps, learning_rate, forget_weight, erase_weight, rivals, untrained, ridge
-    return erased(request.classifier, request.train, request.forget_class, Erasing(*about), request.seed)

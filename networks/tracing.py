@@ -16,7 +16,8 @@ RECTIFIERS = {"relu", "relu6", "leakyrelu"}
 SMOOTH = {"gelu", "silu", "elu", "selu", "celu", "softplus", "tanh", "sigmoid", "hardswish", "mish", "prelu"}
 NORMALISATION = {"batchnorm", "batchnorm1d", "batchnorm2d", "groupnorm", "instancenorm2d"}
 UNCHANGED = {"dropout", "dropout1d", "dropout2d", "identity", "contiguous", "clone", "to", "float"}
-POOLING = {"maxpool2d", "avgpool2d", "adaptiveavgpool2d", "adaptivemaxpool2d", "mean", "amax", "interpolate"}
+REDUCTION = {"mean", "amax"}  # which is pooling where it goes over positions alone
+POOLING = {"maxpool2d", "avgpool2d", "adaptiveavgpool2d", "adaptivemaxpool2d", "interpolate"} | REDUCTION
 RESHAPING = {"flatten", "unflatten", "view", "reshape", "squeeze", "unsqueeze"}
 JOINING = {"add", "sub", "mul"}
 CONCATENATING = {"cat", "concat", "concatenate"}
@@ -46,13 +47,13 @@ class Tracer(fx.Tracer):
 class Trace:
     """A network as the nodes of a graph (torch.fx), and what masks need to know of them.
 
-    A neuron is a channel, or a unit of a linear layer. Channels go through elementwise functions, normalisation,
-    dropout and pooling as they are, a flatten reads each of them at all of its positions, addition makes two of them
-    one, concatenation puts them side by side. Any other operation gives new ones.
+    A neuron is a channel, or a unit of a linear layer: the second dimension. Channels go through elementwise functions,
+    normalisation, dropout and pooling as they are, a flatten reads each of them at all of its positions, addition makes
+    two of them one, concatenation puts them side by side. Any other operation gives new ones.
 
     of_samples: the nodes whose values depend on what the network is given; others are the same for all samples
     calls: the node that calls a weight layer, in the order of the modules; None where it is called several times, or
-        not on samples of features or channels
+        not on features or channels of every sample
     activations: the node of each layer's output activation, and whether it is rectified
     Raises ValueError where the network cannot be traced, or gives other logits than its nodes.
     """
@@ -75,28 +76,32 @@ class Trace:
         for node in self.nodes:
             if node.users:
                 self._last_uses[max(node.users, key=self._places.__getitem__)].append(node)
-        given = next(node for node in self.nodes if node.op == "placeholder")
-        self.of_samples = {given}
+        images = next(node for node in self.nodes if node.op == "placeholder")
+        self.of_samples = {images}
         for node in self.nodes:
             if not self.of_samples.isdisjoint(node.all_input_nodes):
                 self.of_samples.add(node)
-        self._shapes: dict[fx.Node, torch.Size] = {given: example.shape}
+        self._shapes: dict[fx.Node, torch.Size] = {images: example.shape}
+        self._over_channels: set[fx.Node] = set()  # reductions that are no pooling
         with torch.no_grad():
-            found = self.run(network, example, compute=self._note_shape)[self.output]
+            found = self.run(network, example, compute=self._noted)[self.output]
             if not isinstance(found, Tensor) or not torch.allclose(found, network(example), 1e-3, 1e-4, equal_nan=True):
                 raise ValueError("its operations, one after the other, give other logits than itself")
         layers = [module for module in modules.values() if is_weight_layer(module)]
         self.calls: list[fx.Node | None] = []
         for layer in layers:
             nodes = [node for node in self.nodes if node.op == "call_module" and modules[node.target] is layer]
-            is_right = len(nodes) == 1 and len(self._shapes[nodes[0]]) == (2 if isinstance(layer, nn.Linear) else 4)
+            shapes = [self._shapes[node] for node in nodes]
+            ndim = 2 if isinstance(layer, nn.Linear) else 4
+            is_right = len(nodes) == 1 and len(shapes[0]) == ndim and len(example) == shapes[0][0]
             self.calls.append(nodes[0] if is_right else None)
         self.activations = [node and self._activation(node) for node in self.calls]
         self.ends = self._ends(layers)
         last = next((node for node in self.calls[::-1] if node is self.output), None)
         self.representation = self.output if last is None else last.all_input_nodes[0]
-        numbers = [prod(shape[1:]) for shape in self._shapes.values()]
-        self.largest, self.total = max(numbers), sum(numbers)  # numbers of a sample in one value, and in all
+        numbers = [prod(shape[1:]) for shape in self._shapes.values()]  # of one sample
+        self.largest = max(numbers)
+        self.total = sum(numbers)
         self._starts = self._single_values()
 
     def __deepcopy__(self, memo: dict) -> Trace:
@@ -116,16 +121,19 @@ class Trace:
         value: what the network is given; with `first`, that of the node from which these layers can be reached
         compute: gives the value of a node from what it calls and the arguments; end: the node to stop at
         """
-        start, compute = None if first is None else self.start_of(first), compute or call
-        modules, values = dict(network.named_modules()), {} if start is None else {start: value}
-        place, keep = -1 if start is None else self._starts[start], {self.output, *watched}
+        start = None if first is None else self.start_of(first)
+        place = -1 if start is None else self._starts[start]
+        values = {} if start is None else {start: value}
+        modules = dict(network.named_modules())
+        keep = {self.output, *watched}
         for node in self.nodes[:-1]:
             if node.op == "placeholder":
                 if start is None:
                     values[node] = value if not values else node.args[0]
             elif self._places[node] > place or node.op == "get_attr":
                 arguments, named = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = compute(node, called(node, modules, network), arguments, named)
+                callee = called(node, modules, network)
+                values[node] = (compute or call)(node, callee, arguments, named)
                 for spent in set(self._last_uses[node]) - keep:
                     values.pop(spent, None)
             if node is end:
@@ -142,6 +150,10 @@ class Trace:
         """The last node before all of these weight layers whose value is all that the rest of the network needs."""
         first = min(self._places[self.calls[layer]] for layer in layers)
         return max((node for node, place in self._starts.items() if place < first), key=self._starts.__getitem__)
+
+    def input_of(self, layer: int) -> fx.Node:
+        """The node of what a layer is given."""
+        return self.calls[layer].all_input_nodes[0]
 
     def positions(self, layer: int) -> int | None:
         """At how many positions the kernels of a convolution stand; None of a linear layer."""
@@ -161,15 +173,19 @@ class Trace:
                 return node, name in RECTIFIERS
         return call, False
 
-    def _note_shape(self, node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
+    def _noted(self, node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
+        """What a node gives, its shape noted, and whether it is a reduction over other dimensions than positions."""
         value = call(node, callee, arguments, named)
         if isinstance(value, Tensor):
             self._shapes[node] = value.shape
+        if self.names[node] in REDUCTION and not is_over_positions(arguments, named):
+            self._over_channels.add(node)
         return value
 
     def _single_values(self) -> dict[fx.Node, int]:
         """The nodes whose value is all that later ones need, and the place from which on it is."""
-        starts, alive = {}, set()
+        starts: dict[fx.Node, int] = {}
+        alive: set[fx.Node] = set()
         for place, node in enumerate(self.nodes[:-1]):
             if node.op != "get_attr" and node.users:
                 alive.add(node)
@@ -196,8 +212,12 @@ class Trace:
             shape = self._shapes.get(node, ())
             if len(shape) < 2 or node not in self.of_samples:
                 continue
-            name, given = self.names[node], [channels[each] for each in node.all_input_nodes if each in channels]
-            if name in CONCATENATING and sum(map(len, given)) == shape[1]:
+            name = self.names[node]
+            of_inputs = [each for each in node.all_input_nodes if each in channels]
+            given = [channels[each] for each in of_inputs if self._shapes[each][0] == shape[0]]
+            if node in self._over_channels:
+                channels[node] = new(shape[1])
+            elif name in CONCATENATING and sum(map(len, given)) == shape[1]:
                 channels[node] = torch.cat(given)
             elif name in RESHAPING and len(given) == 1 and len(shape) == 2 and shape[1] % len(given[0]) == 0:
                 channels[node] = given[0].repeat_interleave(shape[1] // len(given[0]))
@@ -228,6 +248,14 @@ def name_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     else:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.lower().replace("_", "")
+
+
+def is_over_positions(arguments: tuple, named: dict) -> bool:
+    """Whether the dimensions that a mean or a maximum goes over, `dim` of them, are all behind the channels."""
+    given = dict(zip(("input", "dim"), arguments)) | named
+    dims = given.get("dim", given.get("axis"))
+    dims = [dims] if isinstance(dims, int) else dims
+    return bool(dims) and all(each % given["input"].ndim > 1 for each in dims)
 
 
 def not_in_place(graph: fx.Graph) -> fx.Graph:

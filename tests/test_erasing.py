@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mimu.eval import unlearn
-from mimu.masking.erasing import Erasing, erased, nearest, projections, residual
 from mimu.masking.regression import explained_variance, ridge_recall
+from mimu.methods.erasing import Erasing, erased, nearest, projections, residual
 from mimu.model import HookedMNISTClassifier, LowRank, Mask
 from mimu.runs.files import InputError
+from mimu.unlearning import unlearn
 
 
 def as_matrix(features: torch.Tensor) -> np.ndarray:

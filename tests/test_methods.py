@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,14 +13,24 @@ from conftest import IN_FEATURES, NUM_CLASSES, graph_config, random_split, score
 from running import PROJECT
 
 from mimu.audits.predictions import look_at
-from mimu.data import GraphGenerator, Split, seeded, seeded_initialisation, some_of_every_class
-from mimu.eval import METHODS, EvalConfig, Request
+from mimu.configs import load_config
+from mimu.data import (
+    Count,
+    GraphGenerator,
+    NonNegative,
+    Positive,
+    Split,
+    seeded,
+    seeded_initialisation,
+    some_of_every_class,
+)
+from mimu.eval import METHODS, EvalConfig, Method, Request, answer
 from mimu.masking.order import Zeroing, ZeroingOrder
 from mimu.masking.rankings import SaliencyRanking
 from mimu.methods import fine_tuning, projections
 from mimu.methods.controls import removal_effect
 from mimu.model import HookedMNISTClassifier, Mask
-from mimu.runs.settings import converted
+from mimu.runs.settings import ConfigError, converted
 from mimu.trainer import Trainer, TrainingError
 
 FORGET = 1
@@ -75,7 +85,8 @@ def request_to_forget() -> Request:
 
 def made_by(name: str, request: Request, **changes) -> torch.nn.Module:
     """The classifier that a method makes."""
-    found = METHODS[name].unlearn(request, **HYPERPARAMETERS.get(name, {}) | changes)
+    method = METHODS[name]
+    found = method.unlearn(request, **method.arguments(HYPERPARAMETERS.get(name, {}) | changes))
     found = request.zeroing(found.vertices) if isinstance(found, Zeroing) else found
     if not isinstance(found, Mask):
         return found
@@ -100,6 +111,39 @@ def test_every_method_says_what_it_is_and_has_its_hyperparameters_in_the_config(
         assert about["does"].endswith(".") and "\n" not in about["does"], name
         assert about["needs"] in ("nothing", "forget set", "retain set", "both sets")
         assert "arXiv" in about["paper"] or method.unlearn.__module__ not in PUBLISHED
+
+
+@dataclass(frozen=True)
+class Fading:
+    rate: Positive
+    rounds: Count = 3
+
+
+def test_fields_of_a_dataclass_and_keywords_are_hyperparameters_and_defaults_hold(request_to_forget, monkeypatch):
+    given = []
+
+    def fading(request: Request, *, config: Fading, scale: NonNegative, offset: float = 0.5) -> torch.nn.Module:
+        given.append((config, scale, offset))
+        return request.classifier
+
+    monkeypatch.setitem(METHODS, "fading", Method(fading))
+    kinds = {"rate": Positive, "rounds": Count, "scale": NonNegative, "offset": float}
+    assert METHODS["fading"].hyperparameters == kinds
+    setting = "eval.hyperparameters.fading"
+    for values, expected in (
+        ({"rate": 0.1, "scale": 2.0}, (Fading(0.1, 3), 2.0, 0.5)),
+        ({"rate": 0.1, "scale": 2.0, "rounds": 7, "offset": 0.0}, (Fading(0.1, 7), 2.0, 0.0)),
+    ):
+        config = load_config(overrides=["eval.methods=[mimu, fading]", f"{setting}={values}"]).eval
+        answer(replace(request_to_forget, config=config), "fading")
+        assert given.pop() == expected
+    for values, message in (
+        ({"rate": 0.1}, " must have values of rate, rounds, scale, offset, not of rate$"),
+        ({"rate": 0.1, "scale": 2.0, "step": 1}, " must have values of .*, not of rate, scale, step$"),
+        ({"rate": 0.1, "scale": 2.0, "rounds": 0}, ".rounds must be an integer, at least 1, not 0$"),
+    ):
+        with pytest.raises(ConfigError, match=f": {setting}{message}"):
+            load_config(overrides=["eval.methods=[mimu, fading]", f"{setting}={values}"])
 
 
 @pytest.mark.parametrize("name", [*HYPERPARAMETERS, "retrain", "retrain_again"])

@@ -74,7 +74,7 @@ def test_the_classifier_is_the_formula(split, bias):
     representation = (first @ w1.T + b1).clamp(min=0)
     expected = representation @ w2.T + b2
     own = {1: w1.detach()[None], 2: w2.detach()[None]}
-    assert torch.allclose(classifier.given_to([2, 1], split.images), first, atol=1e-6)
+    assert torch.allclose(classifier.prefix_activations([2, 1], split.images), first, atol=1e-6)
     for features, logits in (
         classifier.outputs(split.images),
         classifier.outputs(first, [1]),

@@ -69,6 +69,20 @@ class Varied(nn.Module):
         return self.linear(torch.flatten(self.hidden(x)[2], 1))
 
 
+class Averaged(nn.Module):
+    """A mean over channels, of which there are as many as rows, and one over positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, 2, 1)
+        self.of_rows, self.last = nn.Linear(16, 5), nn.Linear(9, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu()
+        rows = self.of_rows(x.mean(1).flatten(1)).relu()
+        return self.last(torch.cat([rows, x.mean((-2, -1))], 1))
+
+
 NETWORKS = {
     "mlp": lambda: mlp([128, 6, 5, NUM_CLASSES], False),
     "biased": lambda: mlp([128, 6, 5, NUM_CLASSES], True),
@@ -76,6 +90,7 @@ NETWORKS = {
     "resnet": lambda: resnet(SIZE, (3, 4), 1, NUM_CLASSES),
     "joined": Joined,
     "varied": Varied,
+    "averaged": Averaged,
 }
 # Whose the columns and the rows of every layer are, by hand: `a3*9-b4`, nine columns of each a, a row of each b.
 ENDS = {
@@ -85,6 +100,7 @@ ENDS = {
     "resnet": "i2*9-a3 a3*9-b3 b3*9-a3 a3-d4 a3*9-c4 c4*9-d4 d4-o3",
     "joined": "i2*9-a3 a3-a3 i2-b2 a3*9+b2*9-c4 c4*4-o3",
     "varied": "i2*9-a4 a4*6-a4 g4*6-b3 b3*6-o3",
+    "averaged": "i2*9-a4 r4*4-b5 b5+a4-o3",
 }
 COUNTS = {name: len(ends.split()) for name, ends in ENDS.items()}
 LAYERS = [(name, layers) for name, count in COUNTS.items() for layers in ([1], [2], [0, 2], range(count))]
@@ -183,7 +199,7 @@ def single_gradients(
 def test_recorded_gradients_of_kernels_are_those_of_autograd_one_sample_at_a_time(name, begins):
     classifier, split = classifier_of(name), labelled(2)
     layers = list(range(COUNTS[name])) if begins is None else [2, 1]
-    inputs = split.images if begins is None else classifier.given_to(begins, split.images)
+    inputs = split.images if begins is None else classifier.prefix_activations(begins, split.images)
     records, loss = classifier.record(inputs, split.labels, layers, begins)
     assert torch.allclose(loss, F.cross_entropy(classifier.network(split.images), split.labels, reduction="none"))
     for index, (x, label) in enumerate(zip(split.images, split.labels)):
@@ -319,7 +335,8 @@ def test_many_masks_at_once_are_one_after_another_and_so_are_their_gradients(nam
     masks = [Mask.zeroing(graph, torch.randperm(graph.num_vertices)[: graph.num_vertices // 3]) for _ in range(3)]
     keep = torch.stack([torch.cat([part.flatten() for part in mask.keep]) for mask in masks]).double().requires_grad_()
     weights = masked_weights(classifier, graph, keep)
-    features, logits = classifier.outputs(classifier.given_to(layers, x), layers, weights, 3 if by_mask else None)
+    inputs = classifier.prefix_activations(layers, x)
+    features, logits = classifier.outputs(inputs, layers, weights, 3 if by_mask else None)
     names = {id(weight): key for key, weight in classifier.network.named_parameters()}
     weighting = torch.randn(logits.shape[1:], dtype=torch.float64)
     for index in range(3):
@@ -348,14 +365,15 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
     assert count == (21 if name == "resnet18" else COUNTS[name])
     some = [[layer] for layer in range(count)] + [[2, 1], [count - 1, 2], list(range(count))]
     for layers in some if name != "resnet18" else some[::4]:
-        assert torch.allclose(classifier(classifier.given_to(layers, x), layers), expected, rtol=1e-4, atol=1e-5)
+        logits = classifier(classifier.prefix_activations(layers, x), layers)
+        assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
     begins = {
         "cnn": {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}, "joined": {1: (2, 8, 8), 3: (5, 8, 8), 4: (16,)},
         "resnet": {1: (3, 8, 8), 2: (3, 8, 8), 3: (3, 8, 8), 5: (3, 8, 8), 6: (4,)}, "varied": {1: (4, 4, 4), 3: (18,)},
-        "mlp": {1: (6,), 2: (5,)}, "biased": {1: (6,), 2: (5,)},
+        "mlp": {1: (6,), 2: (5,)}, "biased": {1: (6,), 2: (5,)}, "averaged": {1: (4, 4, 4), 2: (9,)},
         "resnet18": {1: (64, 8, 8), 2: (64, 8, 8), 19: (512, 1, 1), 20: (512,)},
     }[name]  # fmt: skip
-    assert {layer: tuple(classifier.given_to([layer], x).shape[1:]) for layer in begins} == begins
+    assert {layer: tuple(classifier.prefix_activations([layer], x).shape[1:]) for layer in begins} == begins
     with torch.no_grad():
         assert torch.allclose(classifier(x), expected, rtol=1e-4, atol=1e-5)
 
@@ -464,6 +482,17 @@ def test_a_mask_zeroes_exactly_kappa_weights_comes_off_bit_for_bit_and_can_be_pe
     assert list(classifier.state_dict()) == list(before), "nothing of the zeroed weights is left"
 
 
+class Folded(nn.Module):
+    """Its first layer is given every channel of a sample by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 4), nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.flatten(0, 1).flatten(1)).view(-1, 8))
+
+
 class Deciding(nn.Flatten):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.sum() > 0 else x[:, 0]
@@ -480,6 +509,8 @@ def test_what_masks_cannot_be_put_on_is_named_and_what_cannot_be_traced_refused(
             WeightGraph.of(classifier, mask_layer)
     with pytest.raises(ValueError, match="torch.fx cannot trace it"):
         HookedClassifier(nn.Sequential(Deciding(), nn.Linear(128, 3)).double(), images(2))
+    first, last = HookedClassifier(Folded().double(), images(2)).trace.ends
+    assert first is None and len(last.sources.unique()) == 8, "the first has two outputs for every sample"
     varied = Varied()
     assert varied.grouped not in weight_layers(varied) and len(weight_layers(varied)) == 4
 

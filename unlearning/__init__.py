@@ -1,12 +1,94 @@
-"""Custom models and samples, taken as they come, or refused in one line."""
+"""`unlearn`: classifiers and samples of the user's own, taken as they come, or refused in one line."""
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from mimu.data import Split
+from mimu.masking.rankings import TrainedGCN
+from mimu.model import MaskingGCN
+from mimu.networks.masks import Mask
+from mimu.runs.files import InputError
+from mimu.unlearning.custom_model import CustomModel, plain_torch
+from mimu.unlearning.forgetting import Forgetting, classes_of
+from mimu.unlearning.forgetting import RetainScoreError as RetainScoreError
+from mimu.unlearning.samples import samples_of
 
 
-def __getattr__(name: str) -> Any:
-    # Here as long as `unlearn` itself stands in eval.py.
-    if name not in ("unlearn", "RetainScoreError"):
-        raise AttributeError(f"module 'mimu.unlearning' has no attribute {name!r}")
-    from mimu import eval
+def unlearn(
+    model: nn.Module,
+    inputs: Any,
+    labels: Any = None,
+    forget_class: int | Sequence[int] | None = None,
+    gcn: MaskingGCN | TrainedGCN | None = None,
+    mask_layer: int | Sequence[int] | Literal["auto"] | None = "auto",
+    seed: int = 0,
+    *,
+    scorer: Literal["gcn", "saliency"] = "gcn",
+    erase: bool = False,
+    max_fall: float | None = 1.0,
+    max_class_fall: float | None = 5.0,
+    progress: bool = True,
+) -> Mask:
+    """The mask that makes a classifier of the user's own forget classes; the model is left as it is, to the bit.
 
-    return getattr(eval, name)
+    A copy runs, in evaluation mode. What is masked are linear layers that the model ends in, with nothing but ReLU or
+    dropout between them: what comes before is taken as it is. Or any linear layers and convolutions (without groups),
+    each called once, where torch.fx can trace the model: the copy is then run node by node, in float32.
+
+    model: returns logits; inputs, labels: training samples as it takes them, (samples, ...), and their classes, from 0
+        on; or, as inputs alone, a DataLoader or data set of pairs. Some of every class, but for those that a mask on
+        the model forgets
+    forget_class: one class or several. Where the model carries a mask, the answer includes it, to be applied in its
+        place, and its classes stay forgotten: as measured, where there are samples of them
+    gcn: what ranks the weights; None: the pretrained one, whose settings a bare MaskingGCN takes too
+    mask_layer: an index among the linear layers and convolutions of the model (`networks.hooked.weight_layers`), or
+        several, None for all that can be masked, or auto: of the linear layers at the end the last but one if they are
+        three or more, else the last. The answer says which
+    seed: of the samples that are drawn
+    scorer: the GCN, or the saliency that it adapts
+    erase: takes the classes from what the last layer is given, too (`masking.erasing`, with the settings of
+        configs/methods.yaml), by one direction less in each layer before it that can be masked and their rows of the
+        last layer: without a GCN, and with mask_layer auto or None
+    max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any
+    progress: shows a bar, on a terminal
+
+    Warns where a class is left at the largest kappa of the settings, where the model does not know the samples, where
+    it cannot be traced and less is masked for it, and where the request takes more than some 8 GB of memory (MEMORY).
+    Raises RetainScoreError, which has the last mask within the bounds, where the others lose more; InputError, another
+    ValueError, where the model is something else, or samples do not fit it or are not finite.
+    """
+    if isinstance(inputs, DataLoader | Dataset) and forget_class is None:
+        labels, forget_class = None, labels
+    with plain_torch():
+        inputs, labels = samples_of(inputs, labels, progress)
+        if erase and mask_layer not in ("auto", None):
+            raise InputError(f"mask_layer must be auto or None where classes are erased, not {mask_layer!r}")
+        custom = CustomModel.of(model, inputs, None if erase else mask_layer, progress)
+        carried = Mask.on(model)
+        train = Split(custom.inputs, labels.to(custom.inputs.device))
+        forgotten = carried.forgets if carried else ()
+        forget = classes_of(forget_class, train.labels, custom.num_classes, forgotten)
+        trained = TrainedGCN.of(gcn, custom.inputs.device, [custom.classifier.shapes[index] for index in custom.masked])
+        config = replace(trained.graphs, mask_layer=custom.masked, scope="measured")
+        request = Forgetting(
+            custom=custom,
+            train=train,
+            carried=carried,
+            trained=trained,
+            config=config,
+            scorer=scorer,
+            erase=erase,
+            forget=forget,
+            seed=seed,
+            max_fall=max_fall,
+            max_class_fall=max_class_fall,
+            progress=progress,
+        )
+        request.of_model(request.start, {}).check(model)
+        return request.answer()

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from mimu.model import HookedMNISTClassifier, Mask, WeightGraph, take_off, weight_mask
+from mimu.model import HookedMNISTClassifier, WeightGraph
 from mimu.networks.hooked import HookedClassifier, weight_layers
+from mimu.networks.masks import Mask, take_off, weight_mask
 from mimu.networks.tracing import POOLING, RESHAPING, UNCHANGED, Trace
 from mimu.runs.files import InputError, one_line
 from mimu.unlearning.samples import AT_ONCE, check_finite_rows

@@ -19,14 +19,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimu.data import Count, NonNegative, Positive, Split, seeded, some_of_every_class
+from mimu.eval import Request
 from mimu.masking.order import forgetting_loss
 from mimu.masking.regression import explained_variance, standardised
-from mimu.model import LowRank, Mask
+from mimu.methods.controls import further
+from mimu.methods.projections import residual
 from mimu.networks.hooked import HookedClassifier
+from mimu.networks.masks import LowRank, Mask
 from mimu.runs.files import InputError
 from mimu.trainer import check_finite
 
-METHODS = Path(__file__).resolve().parents[1] / "configs" / "methods.yaml"
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "methods.yaml"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Erasing:
 
     samples: of every class, of which a step draws group_size; steps: of Adam, 0 for the projections alone
     forget_weight, erase_weight: of the two terms beside the others' cross entropy
-    rivals: how many of the nearest classes the class must not be told from; ridge: of the regressions
+    rivals: how many of the nearest classes must not be distinguished from the class; ridge: of the regressions
     untrained: how many untrained features say how well a classifier does that never saw the class, for each feature of
         the representation
     """
@@ -53,7 +56,7 @@ class Erasing:
     @staticmethod
     def configured() -> Erasing:
         """What configs/methods.yaml says."""
-        return Erasing(**yaml.safe_load(METHODS.read_text())["eval"]["hyperparameters"]["erase"])
+        return Erasing(**yaml.safe_load(CONFIG.read_text())["eval"]["hyperparameters"]["erase"])
 
     def untrained_features(self, images: Tensor, count: int, seed: int) -> Tensor:
         """relu(V x) of images (samples, ...), (samples, units), V drawn as for a layer that is to be trained.
@@ -65,16 +68,10 @@ class Erasing:
         return (x @ weight.T).relu()
 
 
-def residual(means: Tensor, place: int) -> Tensor:
-    """What of one row of the means (classes, n) no combination of the others gives, (n); 0 where that is rounding."""
-    others = torch.cat([means[:place], means[place + 1 :]])
-    left = means[place] - means[place] @ torch.linalg.pinv(others) @ others
-    return left if left.norm() > 1e-6 * means[place].norm() else torch.zeros_like(left)
-
-
 def nearest(features: Tensor, labels: Tensor, label: int, count: int) -> list[int]:
     """A class, and those whose means of the standardised features (samples, n) are nearest to its own."""
-    classes, (x,) = labels.unique(), standardised(features)
+    (x,) = standardised(features)
+    classes = labels.unique()
     means = torch.stack([x[labels == each].mean(0) for each in classes])
     distances = (means - x[labels == label].mean(0)).norm(dim=1).masked_fill(classes == label, -1)
     return classes[distances.argsort()[: 1 + count]].tolist()
@@ -84,8 +81,8 @@ def edited(classifier: HookedClassifier, edits: Mapping[int, LowRank], start: Ma
     """The mask that takes directions from layers, by their indices, beside what a mask to start with does."""
     if not edits:
         return start
-    keep = (torch.ones(classifier.shapes[index]).to(edit.left) for index, edit in edits.items())
-    mask = Mask(tuple(edits), tuple(keep), (), tuple(edits.values()))
+    keep = [torch.ones(classifier.shapes[index]).to(edit.left) for index, edit in edits.items()]
+    mask = Mask(tuple(edits), tuple(keep), edits=tuple(edits.values()))
     return start & mask if start else mask
 
 
@@ -99,31 +96,37 @@ def projections(
     theirs, under a mask to start with. Of the last layer it is the class's row, e_d w_d^T.
     Raises InputError where there is no layer before the last.
     """
-    trace, classes, found = classifier.trace, samples.labels.unique(), {}
-    if trace.output not in [trace.calls[index] for index in trace.maskable] or len(trace.maskable) < 2:
+    trace = classifier.trace
+    *hidden, last = trace.maskable or [None]
+    if not hidden or trace.calls[last] is not trace.output:
         raise InputError(
             "a class is erased from what the last layer is given: that must give the logits, and stand behind a layer "
             "that can be masked"
         )
-    given, first = samples.images, None  # what the network begins with, and before which layers
+    classes = samples.labels.unique()
+    place = classes.tolist().index(label)
+    found: dict[int, LowRank] = {}
+    activations = samples.images  # which the network can begin with, and before which layers
+    first = None
     for index in trace.maskable:
         mask = edited(classifier, found, start)
         with mask.applied_to(classifier) if mask else nullcontext():
             weight = classifier.layers[index].weight.flatten(1)
-            if trace.calls[index] is trace.output:
-                left = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
-                found[index] = LowRank(left, weight[label][:, None].clone())
-                continue
-            given, first = classifier.given_to([index], given, first), [index]
-            x = classifier.mean_inputs(index, given, first)
-            means = torch.stack([x[samples.labels == each].mean(0, dtype=torch.double) for each in classes])
-            u = F.normalize(residual(means, classes.tolist().index(label)), dim=0).to(x)[:, None]
-            found[index] = LowRank(weight @ u, u)
+            if index == last:
+                is_row = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
+                found[index] = LowRank(is_row, weight[label][:, None].clone())
+            else:
+                activations = classifier.prefix_activations([index], activations, first)
+                first = [index]
+                x = classifier.mean_inputs(index, activations, first)
+                means = torch.stack([x[samples.labels == each].mean(0, dtype=torch.double) for each in classes])
+                u = F.normalize(residual(means, place), dim=0).to(x)[:, None]
+                found[index] = LowRank(weight @ u, u)
     return found
 
 
 @dataclass(frozen=True)
-class Telling:
+class RidgeProbe:
     """How well a ridge regression tells the first of some classes from the others: R^2 (`explained_variance`)."""
 
     classes: list[int]
@@ -136,9 +139,12 @@ class Telling:
 
 def drawn(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Random samples, so many of each class or all where there are fewer."""
-    groups = [(labels == each).nonzero()[:, 0] for each in labels.unique()]
-    orders = (torch.randperm(len(group), generator=generator)[:size] for group in groups)
-    return torch.cat([group[order.to(group.device)] for group, order in zip(groups, orders)])
+    chosen = []
+    for each in labels.unique():
+        group = (labels == each).nonzero()[:, 0]
+        order = torch.randperm(len(group), generator=generator)[:size]
+        chosen.append(group[order.to(group.device)])
+    return torch.cat(chosen)
 
 
 def erased(
@@ -165,27 +171,28 @@ def erased(
     bar: R_0^2 where it is known; None: that of untrained features
     Raises InputError where there is no layer before the last, TrainingError where it diverges.
     """
-    samples, generator = some_of_every_class(split, config.samples, "erase", seed, label), seeded("erase", seed, label)
+    samples = some_of_every_class(split, config.samples, "erase", seed, label)
+    generator = seeded("erase", seed, label)
     edits = projections(classifier, samples, label, start)
     features = classifier.value_of(classifier.trace.representation, samples.images)
-    telling = Telling(nearest(features, samples.labels, label, config.rivals), config.ridge)
+    probe = RidgeProbe(nearest(features, samples.labels, label, config.rivals), config.ridge)
     if bar is None:
-        bar = telling(config.untrained_features(samples.images, features.shape[1], seed), samples.labels)
-    *_, row = edits.values()
-    learned = [*(edit.left for edit in edits.values() if edit is not row), row.right]
+        bar = probe(config.untrained_features(samples.images, features.shape[1], seed), samples.labels)
+    *hidden, row = edits.values()
+    learned = [*(edit.left for edit in hidden), row.right]
     optimizer = torch.optim.Adam([each.requires_grad_() for each in learned], config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
     about = {"desc": f"class {label}", "unit": "step", "delay": 1, "leave": False}
     for step in tqdm(range(config.steps), **about, disable=None if progress else True):
-        chosen = drawn(samples.labels, config.group_size, generator)
+        chosen = samples[drawn(samples.labels, config.group_size, generator)]
         weights = edited(classifier, edits, start).weights(classifier)
         under_mask = {layer: weight[None] for layer, weight in weights.items()}
-        features, logits = (each[0] for each in classifier.outputs(samples.images[chosen], None, under_mask))
-        labels = samples.labels[chosen]
-        forget = forgetting_loss(logits[labels == label].softmax(1)[:, label])
-        loss = F.cross_entropy(logits[labels != label], labels[labels != label])
-        loss = loss + config.forget_weight * forget
-        loss = loss + config.erase_weight * (telling(features, labels) - bar).clamp_min(0)
+        # Of the one mask there is.
+        (features,), (logits,) = classifier.outputs(chosen.images, weights=under_mask)
+        is_forget = chosen.labels == label
+        forget = forgetting_loss(logits[is_forget].softmax(1)[:, label])
+        loss = F.cross_entropy(logits[~is_forget], chosen.labels[~is_forget]) + config.forget_weight * forget
+        loss = loss + config.erase_weight * (probe(features, chosen.labels) - bar).clamp_min(0)
         check_finite({"loss of the erasure": loss.item()}, step, "eval.hyperparameters.erase")
         optimizer.zero_grad()
         loss.backward()
@@ -193,3 +200,12 @@ def erased(
         schedule.step()
     done = {index: LowRank(edit.left.detach(), edit.right.detach()) for index, edit in edits.items()}
     return edited(classifier, done, start)
+
+
+@further("erase", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")
+def erase(request: Request, *, config: Erasing) -> Mask:
+    """One direction less in what every layer reads, the class's, by shares that are learned, and its output row.
+
+    As `unlearn(..., erase=True)` does. With steps 0 the whole direction goes from all layers.
+    """
+    return erased(request.classifier, request.train, request.forget_class, config, request.seed)
