@@ -283,11 +283,13 @@ def test_types_and_modes_of_pytorch_are_taken_as_they_are(model, case):
 
 def test_any_layer_scorer_gcn_and_step_are_taken(model):
     assert request(model, gcn=patient_gcn(step=30, target=50.0)).num_zeroed % 30 == 0
-    choices = {"gcn": None}, {"gcn": TrainedGCN.load().gcn}, {"gcn": MaskingGCN(15, 8, 1)}, {"scorer": "saliency"}
+    tracked = TrainedGCN.load()
+    untrained = MaskingGCN(tracked.gcn.num_features, 8, 1)
+    choices = {"gcn": None}, {"gcn": tracked.gcn}, {"gcn": untrained}, {"gcn": None, "scorer": "saliency"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         same, plain, other, formula = (request(model, mask_layer=0, **each).as_tensor() for each in choices)
-    assert torch.equal(same, plain) and not torch.equal(plain, other) and not torch.equal(plain, formula)
+    assert torch.equal(same, plain) and torch.equal(other, formula) and not torch.equal(plain, formula)
 
 
 def test_what_is_left_of_a_class_is_said_and_the_mask_names_those_alone_that_are_forgotten(model, recwarn):
@@ -479,7 +481,7 @@ WRONG_ARGUMENTS = [
     ("forget_class", [[0, 1, 2]], "there must be classes to keep beside {}"),
     ("mask_layer", [3, -4, [1, 1], [], "last", True, 1.0], r"must be auto, None, or some of 0 \('1'\), .*; not {}"),
     ("gcn", ["gcn.pt"], "gcn must be a MaskingGCN, a TrainedGCN or None, not {}"),
-    ("gcn", [MaskingGCN(9, 8, 1)], "how many there are, must be .* 9.*, not .*, 15"),
+    ("gcn", [MaskingGCN(9, 8, 1)], r"how many there are, must be .* 9\), not .*\)"),
     ("gcn", [GCN_OF_NAN], "gcn: a weight is not a finite number"),
     ("scorer", ["random"], "scorer must be gcn or saliency, not {}"),
     ("max_fall", [-1], "max_fall must be a number of points above 0, or None, not {}"),
