@@ -32,12 +32,12 @@ from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
 
 from mimu.configs import load_config, load_variants
-from mimu.data import GraphGenerator, Split, load_image_data, number_of_weights
+from mimu.data import GraphGenerator, Split, load_image_data
 from mimu.eval import Eval, Request
 from mimu.main import run
 from mimu.masking.order import ZeroingOrder
-from mimu.masking.rankings import GCNRanking, TrainedGCN
-from mimu.model import HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory
+from mimu.masking.rankings import Ranking, TrainedGCN
+from mimu.model import LARGEST_CHANGE, HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory
 from mimu.reporter import markdown_table
 from mimu.runs.files import ROOT, Artifact, save, write_text
 from mimu.runs.work import peak_bytes
@@ -75,26 +75,27 @@ class Table(dict[str, tuple[float, float | None, float | None]]):
 
 
 class PlainGCN(nn.Module):
-    """The masking GCN with PyG's SAGEConv, on an edge list or a CSR adjacency: the same parameters, the same scores."""
+    """The masking GCN with PyG's SAGEConv, on an edge list or a CSR adjacency: the same parameters and outputs."""
 
     def __init__(self, gcn: MaskingGCN) -> None:
         super().__init__()
         shapes = [conv.lin_l.weight.shape for conv in gcn.convs]
         self.convs = nn.ModuleList(SAGEConv(n, m, bias=False) for m, n in shapes)
-        self.readout = nn.Linear(gcn.readout.in_features, 1, bias=False)
+        self.readout, self.log_factors = copy.deepcopy(gcn.readout), copy.deepcopy(gcn.log_factors)
         self.load_state_dict(gcn.state_dict())
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         for index, conv in enumerate(self.convs):
-            x = conv(x, edges)
-            if index > 0:
-                x = x.relu()
-        return self.readout(x).squeeze(-1)  # (vertices)
+            x = conv(x, edges).relu() if index else conv(x, edges)
+        return (self.log_factors + LARGEST_CHANGE * (self.readout(x) / LARGEST_CHANGE).tanh()).exp()  # (vertices, 2)
 
 
 def default_gcn() -> MaskingGCN:
+    """The GCN of the default run, with a read-out that is not 0 as before the training."""
     torch.manual_seed(0)
-    return MaskingGCN(CONFIG.graphs.num_features, CONFIG.gcn.hidden, CONFIG.gcn.rounds)
+    gcn = CONFIG.gcn.network(CONFIG.graphs.num_features)
+    nn.init.normal_(gcn.readout.weight, std=0.1)
+    return gcn
 
 
 def forward_and_backward(gcn: nn.Module, x: Tensor, graph: object) -> Callable[[], None]:
@@ -110,10 +111,8 @@ def needed_operations(gcn: MaskingGCN, graph: WeightGraph) -> int:
 
     The first round and the second are one product; nothing asks for the gradient of the features.
     """
-    features, hidden = gcn.convs[0].lin_l.in_features, gcn.readout.in_features
-    forward = features * hidden + hidden * hidden + hidden
-    backward = features * hidden + 2 * hidden * hidden + 2 * hidden
-    return 2 * graph.num_vertices * (forward + backward)
+    features, (outputs, hidden) = gcn.num_features, gcn.readout.weight.shape
+    return 2 * graph.num_vertices * (2 * features * hidden + 3 * hidden**2 + 3 * outputs * hidden)
 
 
 def layer_graph() -> tuple[WeightGraph, Tensor, dict[str, Tensor]]:
@@ -124,23 +123,21 @@ def layer_graph() -> tuple[WeightGraph, Tensor, dict[str, Tensor]]:
     return graph, x, {"edge list": edges, "CSR sparse product": adjacency.to_sparse_csr()}
 
 
-def pyg_part(quick: bool, tables: dict[str, Table]) -> Table:
+def pyg_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
     """PyG's SAGEConv with memory managed as PyTorch comes: the default GCN, forward and backward on a 64x128 graph."""
-    table, (_, x, ways) = Table(), layer_graph()
+    _, x, ways = layer_graph()
     for name, edges in ways.items():
         table.time(f"{name}, ms", forward_and_backward(PlainGCN(default_gcn()), x[0], edges), 3 if quick else 9)
-    return table
 
 
-def gcn_part(quick: bool, tables: dict[str, Table]) -> Table:
+def gcn_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
     """The same with the closed form beside it, in a process that keeps its freed memory, as a run does."""
-    table, gcn = pyg_part(quick, tables), default_gcn()
-    graph, x, ways = layer_graph()
+    pyg_part(table, quick, before)
+    gcn, (graph, x, ways) = default_gcn(), layer_graph()
     closed = table.time("closed form, ms", forward_and_backward(gcn, x, graph), 100 if quick else 300)
     for name in ways:
-        as_it_comes, kept = tables["pyg"][f"{name}, ms"][0], table[f"{name}, ms"][0]
-        table.add(f"{name} as PyTorch comes / closed form", as_it_comes / closed)
-        table.add(f"{name} / closed form", kept / closed)
+        table.add(f"{name} as PyTorch comes / closed form", before["pyg"][f"{name}, ms"][0] / closed)
+        table.add(f"{name} / closed form", table[f"{name}, ms"][0] / closed)
     with torch.no_grad():
         outputs = {name: PlainGCN(gcn)(x[0], edges) for name, edges in ways.items()} | {"closed form": gcn(x, graph)[0]}
     expected = outputs.pop("edge list")
@@ -153,7 +150,6 @@ def gcn_part(quick: bool, tables: dict[str, Table]) -> Table:
     table.add("rate of large matrix products, GFLOP/s", rate)
     table.add("rate of the closed form, GFLOP/s", reached)
     table.add("share of the rate of large products, %", 100 * reached / rate)
-    return table
 
 
 def one_sample_at_a_time(classifier: HookedMNISTClassifier, samples: Split, layer: int) -> list[Data]:
@@ -175,9 +171,9 @@ def one_sample_at_a_time(classifier: HookedMNISTClassifier, samples: Split, laye
     return graphs
 
 
-def graphs_part(quick: bool, tables: dict[str, Table]) -> Table:
+def graphs_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
     """Activation graphs of the 64x128 layer: one sample at a time against all samples in one batch."""
-    train, table = load_image_data(CONFIG.dataset, ROOT / "datasets").train, Table()
+    train = load_image_data(CONFIG.dataset, ROOT / "datasets").train
     torch.manual_seed(0)
     classifier = HookedMNISTClassifier(CONFIG.classifier.hidden_sizes)
     graphs = GraphGenerator(classifier, train, CONFIG.graphs, seed=0)
@@ -188,7 +184,7 @@ def graphs_part(quick: bool, tables: dict[str, Table]) -> Table:
         return one_sample_at_a_time(classifier, some, layer)
 
     def in_one_batch() -> object:
-        return GraphGenerator(classifier, train, CONFIG.graphs, 0).records
+        return GraphGenerator(classifier, train, CONFIG.graphs, 0).record
 
     slow = table.time("one sample at a time, ms a sample", one_by_one, 3 if quick else 5, 1e3 / count)
     in_one = f"{len(graphs):,} samples in one batch, ms a sample"
@@ -205,14 +201,13 @@ def graphs_part(quick: bool, tables: dict[str, Table]) -> Table:
     table.add("bytes a sample, four features of every vertex", of_vertices)
     table.add("bytes a sample, what the batch recorded", recorded)
     table.add("features of every vertex / recorded", of_vertices / recorded)
-    return table
 
 
-def growth_part(quick: bool, tables: dict[str, Table]) -> Table:
+def growth_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
     """The closed form with all layers masked, on classifiers of 784-128-64-10 scaled up and down."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here, where the system allows it (Linux)
-    table, held, per_vertex = Table(), peak_bytes() / 1e9, {}
+    held, per_vertex = peak_bytes() / 1e9, {}
     table.add("GB that the process holds before, with all that it has imported", held)
     for scale in (0.27, 0.5, 1, 2, 3.5, 6):
         inputs, first, second = (round(scale * size) for size in (784, 128, 64))
@@ -225,28 +220,26 @@ def growth_part(quick: bool, tables: dict[str, Table]) -> Table:
         table.add(f"{name}, ns a vertex", per_vertex[scale])
         table.add(f"{name}, GB more at most", peak_bytes() / 1e9 - held)
     table.add("time a vertex, 4 million weights / 100 thousand", per_vertex[6] / per_vertex[1])
-    return table
 
 
-def stages_part(quick: bool, tables: dict[str, Table]) -> Table:
+def stages_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
     """A training step of the GCN, a request, an evaluation; and the stages of the default run."""
-    table, data, trainer = Table(), load_image_data(CONFIG.dataset, ROOT / "datasets"), Trainer(CONFIG.classifier, 0)
+    data, trainer = load_image_data(CONFIG.dataset, ROOT / "datasets"), Trainer(CONFIG.classifier, 0)
     classifier = trainer.train(data.train, 10)
     graphs = GraphGenerator(classifier, data.train, CONFIG.graphs, seed=0)
-    top_k = number_of_weights(CONFIG.sweep.top_k[0], graphs.graph.num_vertices)
-    few = GCNTrainer(replace(CONFIG.gcn, steps=20, warmup=2), [graphs], top_k, 0)
+    few = GCNTrainer(replace(CONFIG.gcn, steps=20), [graphs], CONFIG.eval.retain_weight, 0)
     table.time("training step of the GCN, ms", few.train, 3 if quick else 10, 1e3 / 20)
     gcn, asks = TrainedGCN.load().gcn, load_config(overrides=["gcn.pretrained=true", "eval.group_size=100"])
     graphs, digits = GraphGenerator(classifier, data.train, asks.graphs, seed=0), cycle(range(10))
 
     def request_to_mask() -> None:
         digit = next(digits)
-        order = ZeroingOrder(asks.eval, graphs, digit, GCNRanking(asks.eval, graphs, digit, 0, gcn, top_k))
-        order.until_forgotten(data.train.forget(digit))
+        order = ZeroingOrder(asks.eval, graphs, digit, Ranking(asks.eval, graphs, digit, 0, gcn))
+        order.answer("auto", data.train.forget(digit))
 
     table.time("request, pretrained GCN to mask, kappa auto, ten digits in turn, ms", request_to_mask, 10)
     mimu_alone = replace(asks.eval, methods=("mimu",))
-    request = Request(mimu_alone, classifier, trainer, data.train, graphs, gcn, 9, top_k, 0, asked=200)
+    request = Request(mimu_alone, classifier, trainer, data.train, graphs, gcn, 9, top_k=2048, seed=0, asked=200)
     request.in_steps("mimu", request.ranking)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -264,7 +257,6 @@ def stages_part(quick: bool, tables: dict[str, Table]) -> Table:
     command = " ".join(["main.py", *less])
     for stage, seconds in (summary["seconds"] | {"all but the imports": total}).items():
         table.add(f"`{command}`, {stage}, s", seconds)
-    return table
 
 
 # In this order: before growth, whose memory is measured, nothing may have left memory that is kept.
@@ -297,7 +289,8 @@ def main() -> None:
             continue
         if name != "pyg":
             keep_freed_memory()
-        tables[name] = part(arguments.quick, tables)
+        tables[name] = Table()
+        part(tables[name], arguments.quick, tables)
         print(f"\n{part.__doc__}\n\n{tables[name]}", flush=True)
     write_text(ROOT / "reports" / "benchmark.json", json.dumps(head | tables, indent=1))
 
