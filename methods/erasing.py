@@ -25,7 +25,7 @@ from mimu.masking.regression import explained_variance, standardised
 from mimu.methods.controls import further
 from mimu.methods.projections import residual
 from mimu.networks.hooked import HookedClassifier
-from mimu.networks.masks import LowRank, Mask
+from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.files import InputError
 from mimu.trainer import check_finite
 
@@ -81,8 +81,7 @@ def edited(classifier: HookedClassifier, edits: Mapping[int, LowRank], start: Ma
     """The mask that takes directions from layers, by their indices, beside what a mask to start with does."""
     if not edits:
         return start
-    keep = [torch.ones(classifier.shapes[index]).to(edit.left) for index, edit in edits.items()]
-    mask = Mask(tuple(edits), tuple(keep), edits=tuple(edits.values()))
+    mask = Mask({index: LayerMask(torch.ones(classifier.shapes[index]).to(edit.left), *edit) for index, edit in edits.items()})
     return start & mask if start else mask
 
 
