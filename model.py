@@ -222,9 +222,10 @@ class VertexLinear(nn.Linear):
     def forward(self, features: list[AffineFeatures], graph: WeightGraph) -> list[AffineFeatures]:
         matrix, results = self.weight.T, []
         for part in features:
-            sums = (part.source_sums, part.target_sums)
-            nothing = (matrix.new_zeros(*of_neurons.shape[:2], self.out_features) for of_neurons in sums)
-            results.append(part.transformed(matrix, *nothing))
+            batch, m, n, _ = part.x.shape
+            of_source = matrix.new_zeros(batch, n, self.out_features)
+            of_target = matrix.new_zeros(batch, m, self.out_features)
+            results.append(part.transformed(matrix, of_source, of_target))
         return results
 
 

@@ -20,7 +20,7 @@ from mimu.runs import files
 class LayerMask(NamedTuple):
     """What a mask does to the weight W of one layer: (W - left right^T) * keep.
 
-    It switches weights off, and it takes directions from what the layer reads; of rank 0, left and right have no column.
+    It switches weights off, and takes directions from what the layer reads; of rank 0, left and right have no column.
     """
 
     keep: Tensor  # 1 or 0, in the shape of W
