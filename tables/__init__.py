@@ -28,15 +28,12 @@ class Result:
 
     variant: str
     top_k: int
-    config: ReporterConfig
+    config: ReporterConfig  # of the variant's own figures; the first one's is that of figures which compare variants
     paths: list[Path]
 
 
 def report(results: Sequence[Result], folder: Path) -> list[str]:
-    """Draws and writes the reports, in the place of those that are there. Returns the tables that a run ends with.
-
-    Figures are drawn with the settings of their variant, those that compare variants with the settings of the first.
-    """
+    """Draws and writes the reports, in the place of those that are there. Returns the tables that a run ends with."""
     plt.switch_backend("Agg")
     remove_reports(folder)
     grouped: dict[tuple[str, int], list[Result]] = {}
@@ -49,7 +46,7 @@ def report(results: Sequence[Result], folder: Path) -> list[str]:
         if top_ks[variant] > 1:
             parts[f"top-K {top_k}"] = f"top_k_{top_k}"
         paths = chain.from_iterable(result.paths for result in group)
-        reporters[", ".join(parts)] = Reporter(group[0].config, paths, folder.joinpath(*parts.values()))
+        reporters[", ".join(parts)] = Reporter(group[0].config, paths, folder / "/".join(parts.values()))
     has_variants = any(top_ks)
     for reporter in reporters.values():
         draw_alone(reporter, with_curves=not has_variants)

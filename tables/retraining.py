@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 from mimu.reporter import FORGET_SCORE, METRICS, RETAIN_SCORE, SECONDS, Column, Reporter, markdown_table, save_figure
@@ -37,16 +38,13 @@ class AuditReport:
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
         self.about = reporter.experiments[0]["methods"]  # without models that are scored by hand
-        self.methods = sorted(self.about, key=self.distance)
+        forget, retain = DIVERGENCES
+        distances = {name: fmean([reporter.mean(forget, name), reporter.mean(retain, name)]) for name in self.about}
+        self.methods = sorted(distances, key=lambda name: (math.isnan(distances[name]), distances[name]))
         others = [name for name in self.methods if name not in REFERENCES]
         least = reporter.mean(RETAIN_SCORE, "original" if "original" in self.about else "retrain") - LOST
         self.leave = [name for name in others if not reporter.mean(FORGET_SCORE, name) <= FORGOTTEN]
         self.lose = [name for name in others if not reporter.mean(RETAIN_SCORE, name) >= least]
-
-    def distance(self, method: str) -> tuple[bool, float]:
-        """The key to sort by: what has no distance stands last."""
-        mean = fmean(self.reporter.mean(column, method) for column in DIVERGENCES)
-        return math.isnan(mean), mean
 
     def tables(self) -> list[str]:
         """The sections of the summary."""
@@ -74,12 +72,10 @@ class AuditReport:
 
     def table(self, columns: Sequence[Column]) -> str:
         """A row for every method, a column for each figure."""
-        rows = []
-        for method in self.methods:
-            rows.append([method, *(self.text(column, method) for column in columns)])
+        rows = [[method, *map(partial(self.text, method), columns)] for method in self.methods]
         return markdown_table(["method", *(column.name for column in columns)], rows)
 
-    def text(self, column: Column, method: str) -> str:
+    def text(self, method: str, column: Column) -> str:
         """A method's figure, marked where the class did not always come back within the steps of relearning."""
         text = column.text(self.reporter.spread(column, method))
         came_back = all(map(all, self.reporter.numbers(Column(("audit_metrics", "came_back")), method)))
