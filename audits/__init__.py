@@ -30,8 +30,10 @@ AUDITS = (
     "probe_recall",  # by the name of the probe
     "probe_retain",  # of the linear one
     "prototype_recall",  # by the number of samples of every class, those of relearn_from
-    "relearn_steps",  # until the class's score is half of the original's, at most those of the config; null where the
-    "came_back",  # loss is infinite, so that there is nothing to learn from
+    # Until the class's score is half of the original's, at most those of the config; null where the loss is infinite,
+    # so that there is nothing to learn from.
+    "relearn_steps",
+    "came_back",
     "relearn_scores",  # before every step and after the last
     "relearn_from",  # steps from so many samples of every class, by their number
     "weights_changed",  # known of a diverged classifier, too, of which all else is null
