@@ -168,9 +168,9 @@ def class_title(experiment: Mapping[str, Any], label: int) -> str:
 class Reporter:
     """Curves and tables of experiments that share classifier, mask layer and top_k, and differ in seed, digit, kappa.
 
-    Curves run over the fixed kappas and mark `auto`, the kappa chosen for each request; tables show both. For every
-    method and metric there is a getter with one value per fixed kappa, as `get_sft_unlearning_forget_set_score()`. A new
-    plot is a `draw_*` method that `plot` calls: whatever `plt` draws within `self._figure` is in it.
+    Curves run over the fixed kappas and mark `auto`, the kappa chosen for each request; tables show both. A new plot is
+    a `draw_*` method that `plot` calls: whatever `plt` draws within `self._figure` is in it. For every method and
+    metric there is a getter with one value per fixed kappa, for instance `get_sft_unlearning_forget_set_score()`.
 
     metrics: JSON files of the experiments; folder: where the figures and `summary.md` go
     retrained: the experiments, by seed and digit, whose retrained classifier gaps are measured against
