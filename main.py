@@ -45,6 +45,10 @@ from mimu.runs.work import Work, describe_machine, how_many, memory_of, peak_byt
 from mimu.tables import experiment
 from mimu.trainer import GCNTrainer, Trainer
 
+PACKAGES = ["images/*.py", "networks/*.py", "masking/*.py", "audits/*.py"]
+TRAINING_CODE = ["main.py", "model.py", "data.py", "trainer.py", *PACKAGES]  # what trainings depend on
+CODE = ["*.py", "methods/*.py", *PACKAGES]  # and what metrics depend on
+
 
 @dataclass(frozen=True)
 class Training:
@@ -202,9 +206,8 @@ class Files:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._seen: dict[Path, Any] = {}
-        packages = ["images/*.py", "networks/*.py", "masking/*.py", "audits/*.py"]
-        self._training_code = code_of(PACKAGE, ["main.py", "model.py", "data.py", "trainer.py", *packages])
-        self._code = code_of(PACKAGE, ["*.py", "methods/*.py", *packages])
+        self._training_code = code_of(PACKAGE, TRAINING_CODE)
+        self._code = code_of(PACKAGE, CODE)
         self._code.pop("reporter.py", None)  # no number depends on it
         self._checksums: dict[str, str] = {}
 
