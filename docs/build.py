@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -50,22 +50,22 @@ class Measurement(NamedTuple):
 
     content: runs the commands, and returns the text; None where they write the block themselves
     commands: as one types them after `uv run`; of one with --fresh, which reuses nothing, the block says what it took
-    settings: what it is measured with, as JSON holds it; None: the settings of those commands that run main.py
-    code: which files of the project its figures depend on, beside the scripts of the commands
+    settings: commands of main.py, or candidates of docs/tune.py, whose settings decide; none named: those of `commands`
+    code: which files of the project decide, beside the scripts of the commands
     """
 
     content: Callable[[Sequence[str]], str | None]
     commands: Sequence[str]
-    settings: Callable[[], Any] | None = None
+    settings: Sequence[str] = ()
     code: Sequence[str] = CODE
 
     def sources(self) -> dict[str, str]:
-        """File to its code, as this process has first read it, for all files that figures may depend on."""
+        """File to the digest of its code, as this process first read it, for all files that figures may depend on."""
         found = {}
         scripts = [word for word in " ".join(self.commands).split() if word.endswith(".py")]
         for pattern in [*self.code, *scripts]:
             for path in ROOT.glob(pattern):
-                found[path.relative_to(ROOT).as_posix()] = code_in(path)
+                found[path.relative_to(ROOT).as_posix()] = code_digest(path)
         found.pop("reporter.py", None)  # no number depends on it
         return found
 
@@ -86,9 +86,7 @@ def block(name: str) -> Block:
     for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
         found += [Block(page, match[1], match[2], match[0]) for match in marks.finditer(page.read_text())]
     if len(found) != 1:
-        raise ValueError(
-            f"<!-- {name}: digest --> to <!-- /{name} --> must stand once on the pages, not {len(found)} x"
-        )
+        raise ValueError(f"block {name}: its marks with a digest must stand once on the pages, not {len(found)} times")
     return found[0]
 
 
@@ -101,11 +99,12 @@ def write_block(name: str, content: str, made_by: str | None = None) -> None:
 
 def today(name: str) -> str:
     """The digest of all that decides the figures of a block."""
-    measured = MEASUREMENTS[name]
-    if measured.settings:
-        settings = measured.settings()
-    else:
-        settings = [settings_of(command) for command in measured.commands if "main.py" in command]
+    measured, settings = MEASUREMENTS[name], []
+    for each in measured.settings or measured.commands:
+        if each.startswith("docs/tuning"):
+            settings.append(all_of_tuning(Path(each).stem))
+        elif "main.py" in each:
+            settings.append(settings_of(each))
     function = without_words(inspect.getsource(measured.content))
     return digest([measured.commands, settings, function, measured.sources()])[:8]
 
@@ -173,8 +172,8 @@ def tracked_gcn(config: Config) -> Path:
 
 
 @cache
-def code_in(path: Path) -> str:
-    return without_words(path.read_text())
+def code_digest(path: Path) -> str:
+    return digest(without_words(path.read_text()))
 
 
 class WithoutDocstrings(ast.NodeTransformer):
@@ -421,45 +420,32 @@ def draw_few(table: str) -> None:
     figure.savefig(DOCS / "few.png", dpi=150)
 
 
-def of_pretraining(config: str) -> Measurement:
-    settings = partial(settings_of, f"main.py --config {config}")
-    return Measurement(pretrained, [f"docs/pretrain.py {config}"], settings, TRAINING_CODE)
-
-
-def of_own(part: str) -> Measurement:
-    settings = partial(settings_of, "main.py gcn.pretrained=true")
-    return Measurement(by_script, [f"docs/own.py {part}"], settings, [*CODE, "unlearning/*.py"])
-
-
-def of_tuning(command: str, name: str) -> Measurement:
-    return Measurement(by_script, [command], partial(all_of_tuning, name))
-
-
-def of_benchmark() -> list[Any]:
-    return [settings_of("main.py"), settings_of("main.py gcn.pretrained=true")]
-
-
-def of_bar() -> Any:
-    return settings_of("main.py audit.enabled=true 'eval.methods=[mimu, erase]'")
-
-
-ALL_DIGITS, BASELINES, ERASURE = (f"--config configs/{name}.yaml" for name in ("all_digits", "baselines", "erasure"))
+PRETRAIN, KERNELS = "configs/pretrain.yaml", "configs/pretrain_kernels.yaml"
+ALL_DIGITS, FEW = "--config configs/all_digits.yaml", "--config configs/few.yaml"
+BASELINES, ERASURE = "--config configs/baselines.yaml", "--config configs/erasure.yaml"
 THREE, FASHION = "'sweep.seeds=[0, 1, 2]'", "'dataset=FashionMNIST' 'sweep.seeds=[0]'"
+BY_PRETRAINED = "main.py gcn.pretrained=true"
+ERASING = "main.py audit.enabled=true 'eval.methods=[mimu, erase]'"
+UNLEARN_CODE = [*CODE, "unlearning/*.py"]
 
 # In this order: pretraining decides the figures of the others, and later blocks reuse what earlier ones have run.
 MEASUREMENTS = {
-    "pretrain": of_pretraining("configs/pretrain.yaml"),
-    "pretrain_kernels": of_pretraining("configs/pretrain_kernels.yaml"),
+    "pretrain": Measurement(
+        pretrained, [f"docs/pretrain.py {PRETRAIN}"], [f"main.py --config {PRETRAIN}"], TRAINING_CODE
+    ),
+    "pretrain_kernels": Measurement(
+        pretrained, [f"docs/pretrain.py {KERNELS}"], [f"main.py --config {KERNELS}"], TRAINING_CODE
+    ),
     "default": Measurement(default, ["main.py --fresh", "main.py", "-m pytest -q", "-m pytest -q -m faults"]),
-    "benchmark": Measurement(benchmark, ["tests/benchmark.py"], of_benchmark),
+    "benchmark": Measurement(benchmark, ["tests/benchmark.py"], ["main.py", BY_PRETRAINED]),
     "two_processes": Measurement(two_processes, [f"{ON_TWO} --fresh {ALL_DIGITS}"]),
     "headline": Measurement(headline, [f"main.py --fresh {ALL_DIGITS}"]),
     "all_digits": Measurement(all_digits, [f"main.py {ALL_DIGITS}"]),
     "full_model": Measurement(full_model, ["main.py --fresh --config configs/full_model.yaml"]),
     "full_model_ablation": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/full_model_ablation.yaml"]),
     "published": Measurement(published, ["main.py --config configs/published.yaml"]),
-    "few_fashion": Measurement(variants, [f"{ON_TWO} --config configs/few.yaml {FASHION}"]),
-    "few": Measurement(few, [f"{ON_TWO} --config configs/few.yaml"]),
+    "few_fashion": Measurement(variants, [f"{ON_TWO} {FEW} {FASHION}"]),
+    "few": Measurement(few, [f"{ON_TWO} {FEW}"]),
     "ablation": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/ablation.yaml"]),
     "transfer": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/transfer.yaml"]),
     "transfer_fashion": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/transfer_fashion.yaml"]),
@@ -467,15 +453,15 @@ MEASUREMENTS = {
     "erasure": Measurement(erasure, [f"{ON_TWO} --fresh {ERASURE}", f"{ON_TWO} {ERASURE} {THREE}"]),
     "cnn": Measurement(variants, [f"{ON_TWO} --config configs/cnn.yaml"]),
     "cifar10": Measurement(cifar10, [f"{ON_TWO} --config configs/cifar10.yaml 'dataset=cifar10-images'"]),
-    "own_layers": of_own("by_layer"),
-    "own_several": of_own("several"),
-    "own_networks": of_own("networks"),
-    "bar": Measurement(by_script, ["docs/bar.py"], of_bar),
-    "tuning": of_tuning("docs/tune.py", "tuning"),
-    "tuning_erasure": of_tuning("docs/tune.py erasure", "tuning_erasure"),
-    "tuning_cnn": of_tuning("docs/tune.py cnn", "tuning_cnn"),
-    "tuning_resnet": of_tuning("docs/tune.py resnet", "tuning_resnet"),
-    "tuning_cifar10": of_tuning("docs/tune.py cifar10", "tuning_cifar10"),
+    "own_layers": Measurement(by_script, ["docs/own.py by_layer"], [BY_PRETRAINED], UNLEARN_CODE),
+    "own_several": Measurement(by_script, ["docs/own.py several"], [BY_PRETRAINED], UNLEARN_CODE),
+    "own_networks": Measurement(by_script, ["docs/own.py networks"], [BY_PRETRAINED], UNLEARN_CODE),
+    "bar": Measurement(by_script, ["docs/bar.py"], [ERASING]),
+    "tuning": Measurement(by_script, ["docs/tune.py"], ["docs/tuning.yaml"]),
+    "tuning_erasure": Measurement(by_script, ["docs/tune.py erasure"], ["docs/tuning_erasure.yaml"]),
+    "tuning_cnn": Measurement(by_script, ["docs/tune.py cnn"], ["docs/tuning_cnn.yaml"]),
+    "tuning_resnet": Measurement(by_script, ["docs/tune.py resnet"], ["docs/tuning_resnet.yaml"]),
+    "tuning_cifar10": Measurement(by_script, ["docs/tune.py cifar10"], ["docs/tuning_cifar10.yaml"]),
 }
 for each in MEASUREMENTS.values():
     each.sources()  # reads the code now, as scripts that import this file run it
