@@ -123,7 +123,8 @@ class Config:
     def forget_digits(self) -> list[int]:
         """The labels of the classes to forget. Raises ValueError where one is not there."""
         names = self.source.class_names
-        labels = {str(name): label for each in (range(len(names)), names) for label, name in enumerate(each)}
+        labels = {str(label): label for label in range(len(names))}
+        labels |= {name: label for label, name in enumerate(names)}
         given = [str(each) for each in self.sweep.forget_digits]
         if odd := [each for each in given if each not in labels]:
             valid = f"from 0 to {len(names) - 1} or of {shown(names)}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mimu.data import Count, NonNegative, Positive, Share, Split, mean_squared_gradient, seeded
 from mimu.eval import Request
 from mimu.methods.controls import further
-from mimu.networks.hooked import HookedClassifier, LayerRecord
+from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import Mask
 from mimu.trainer import check_finite, forgetting_loss, learn, masked_weights, other_labels
 
@@ -89,7 +89,7 @@ def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tenso
         share = len(labels) / len(split.labels)
         factor = (-record.log_odds).sigmoid().square()[None]  # (1 - p)^2, of the loss
         for index, layer in enumerate(record.layers):
-            means[index] += share * mean_squared_gradient(LayerRecord(*(x[None] for x in layer)), factor)[0]
+            means[index] += share * mean_squared_gradient(layer.each(lambda x: x[None]), factor)[0]
     return means
 
 

@@ -1,6 +1,5 @@
 """The methods beyond the published system against their definitions, on a small problem."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,7 +11,7 @@ import yaml
 from conftest import IN_FEATURES, NUM_CLASSES, graph_config, random_split, scores, trainer_config
 from running import PROJECT
 
-from mimu.audits.predictions import look_at
+from mimu.audits.predictions import predictions_of
 from mimu.configs import load_config
 from mimu.data import (
     Count,
@@ -309,14 +308,14 @@ def test_esc_takes_the_leading_directions_of_the_class_out_of_the_representation
     z = inputs_of_layers(classifier, request_to_forget.forget.images)[2]
     u = np.linalg.svd(z.T)[0][:, erased:]
     expected = torch.tensor(inputs_of_layers(classifier, x)[2] @ u @ u.T).float()
-    assert torch.allclose(look_at(model, request_to_forget.train).hidden[-1], expected, atol=1e-5)
+    assert torch.allclose(predictions_of(model, request_to_forget.train).hidden[-1], expected, atol=1e-5)
     assert torch.allclose(model(x), expected @ classifier.layers[2].weight.T, atol=1e-5)
 
 
 def test_pour_takes_the_direction_of_the_class_in_the_output_layer_out_of_the_representation(request_to_forget):
     classifier, x = request_to_forget.classifier, request_to_forget.train.images
-    seen = look_at(made_by("pour", request_to_forget), request_to_forget.train)
-    row, z = classifier.layers[2].weight[FORGET], look_at(classifier, request_to_forget.train).hidden[-1]
+    seen = predictions_of(made_by("pour", request_to_forget), request_to_forget.train)
+    row, z = classifier.layers[2].weight[FORGET], predictions_of(classifier, request_to_forget.train).hidden[-1]
     along = ((z @ row) / row.norm() ** 2)[:, None] * row
     assert torch.allclose(seen.hidden[-1], z - along, atol=1e-5) and along.abs().max() > 1
     assert torch.allclose(seen.logits, classifier(x) - along @ classifier.layers[2].weight.T, atol=1e-4)
@@ -417,34 +416,6 @@ def test_the_trivial_ways_take_the_logit_or_the_output_row_and_the_control_other
     assert (p[:, FORGET] == 0).all() and torch.allclose(p.sum(1), torch.ones(len(p)))
     one, other = (made_by(name, request) for name in ("retrain", "retrain_again"))
     assert not torch.equal(one.layers[0].weight, other.layers[0].weight)
-
-
-def test_the_configs_have_the_candidates_that_were_chosen():
-    pages = [(PROJECT / "docs" / f"{name}.md").read_text().splitlines()[4:] for name in ("tuning", "tuning_erasure")]
-    table = [line for page in pages for line in page]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    chosen = {name: values for name, values, *_, mark in rows if mark == "chosen"}
-    files = [PROJECT / "configs" / name for name in ("config.yaml", "methods.yaml")]
-    first, second = (yaml.safe_load(file.read_text())["eval"]["hyperparameters"] for file in files)
-    assert set(chosen) - {"mimu"} == set(first | second)
-    for name, values in (first | second).items():
-        assert dict(part.split() for part in chosen[name].split(", ")) == {
-            key: f"{value:g}" for key, value in values.items() if key != "forgetting_weight"
-        }
-
-
-def test_the_nearest_of_the_candidates_that_forget_and_keep_is_chosen(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(PROJECT / "docs"), *sys.path])
-    from tune import Trial, Tuning
-
-    tuning = Tuning.__new__(Tuning)
-    tuning.settings, tuning.smallest_retain = {"largest_forget_score": 1.0}, 95.0
-    far, near, leaves, loses = (
-        Trial({}, forget, retain, distance)
-        for forget, retain, distance in ((0.9, 95.1, 0.3), (0.1, 96.0, 0.2), (1.5, 97.0, 0.01), (0.0, 94.0, 0.01))
-    )
-    assert tuning.best([far, near, leaves, loses]) is near
-    assert tuning.best([leaves, loses]) is leaves  # half a point is missing, not a whole one
 
 
 @pytest.mark.parametrize(
