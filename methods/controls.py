@@ -20,8 +20,10 @@ MOZER = "after Mozer and Smolensky 1988, NIPS"
 @unlearning_method("saliency", uses_kappa=True, touches="a mask")
 def saliency(request: Request, *, retain_weight: NonNegative, forgetting_weight: NonNegative) -> Zeroing:
     """No GCN: in the same steps, the weights whose removal costs the class its margin and the others the least loss."""
-    about = request.config, request.graphs, request.forget_class, request.seed
-    return request.in_steps("saliency", SaliencyRanking(*about, retain_weight, forgetting_weight))
+    ranking = SaliencyRanking(
+        request.config, request.graphs, request.forget_class, request.seed, retain_weight, forgetting_weight
+    )
+    return request.in_steps("saliency", ranking)
 
 
 def largest(request: Request, count: int | None = None) -> Tensor:
