@@ -174,7 +174,7 @@ def test_projections_take_the_mean_of_the_class_from_every_layer_on_what_those_b
         assert torch.allclose(edits[2].taken_from(learned.layers[2].weight), without_row, atol=1e-6)
 
 
-def told_apart(features: torch.Tensor) -> float:
+def r_squared(features: torch.Tensor) -> float:
     """How well a ridge regression tells class 1 from the others in features of the test samples, R^2."""
     parts = [features[TEST.labels == each] for each in (1, 0, 2)]
     return explained_variance(torch.cat(parts), 100, 0.01).item()
@@ -193,9 +193,9 @@ def test_a_class_goes_from_the_representation_as_far_as_the_bar_and_what_was_zer
         assert torch.equal(mask.edits[2].left[:, 0], torch.tensor([0.0, 1, 0])), "no other row of the last layer"
         with mask.applied_to(learned), torch.no_grad():
             forget, retain = scores(learned, TEST, 1)
-            left.append(told_apart(learned.features(TEST.images)))
-    assert forget == 0 and retain > 95 and left[2] < min(told_apart(learned.features(TEST.images)), left[1]) - 0.1
-    assert left[2] < told_apart(SETTINGS.untrained_features(TEST.images, 12, 0)) + 0.15
+            left.append(r_squared(learned.features(TEST.images)))
+    assert forget == 0 and retain > 95 and left[2] < min(r_squared(learned.features(TEST.images)), left[1]) - 0.1
+    assert left[2] < r_squared(SETTINGS.untrained_features(TEST.images, 12, 0)) + 0.15
     for edit, other in zip(unconcerned.edits, at_the_bar.edits):
         assert torch.equal(edit.left, other.left) and torch.equal(edit.right, other.right), "there is nothing to erase"
 
