@@ -26,7 +26,7 @@ from mimu.runs.settings import ConfigError, converted
 from mimu.trainer import Trainer, TrainingError
 
 FORGET = 1
-PUBLISHED = "methods.fine_tuning", "methods.projections"
+PUBLISHED = "mimu.methods.fine_tuning", "mimu.methods.projections"
 # What they take on so small a problem.
 HYPERPARAMETERS = yaml.safe_load("""
   fine_tune: {epochs: 15, batch_size: 16, learning_rate: 0.1}
@@ -82,9 +82,7 @@ def made_by(name: str, request: Request, **changes) -> torch.nn.Module:
 
 def test_every_method_says_what_it_is_and_has_its_hyperparameters_in_the_config():
     written = yaml.safe_load((PROJECT / "configs" / "methods.yaml").read_text())["eval"]["hyperparameters"]
-    further = {
-        name: method for name, method in METHODS.items() if method.unlearn.__module__.startswith("mimu.methods.")
-    }
+    further = {name: each for name, each in METHODS.items() if each.unlearn.__module__.startswith("mimu.methods.")}
     assert set(written) == set(HYPERPARAMETERS) == {name for name, each in further.items() if each.hyperparameters}
     for name, values in written.items():
         hints = further[name].hyperparameters
@@ -150,13 +148,10 @@ def test_a_method_forgets_and_is_the_same_again_on_the_samples_that_it_declares(
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def gradients(classifier: HookedMNISTClassifier, images: torch.Tensor, labels: torch.Tensor, of="loss") -> list:
-    """The gradient of the mean cross entropy, or of the margin, with respect to every weight matrix."""
-    classifier.zero_grad()
-    logits = classifier(images)
-    margin = (logits.gather(1, labels[:, None])[:, 0] - logits.mean(1)).mean()
-    (F.cross_entropy(logits, labels) if of == "loss" else margin).backward()
-    return [layer.weight.grad.clone() for layer in classifier.layers]
+def gradients(classifier: HookedMNISTClassifier, samples: Split) -> list[torch.Tensor]:
+    """The gradient of the mean cross entropy with respect to every weight matrix."""
+    weights = [layer.weight for layer in classifier.layers]
+    return list(torch.autograd.grad(F.cross_entropy(classifier(samples.images), samples.labels), weights))
 
 
 def test_ssd_dampens_the_weights_that_it_selects(request_to_forget):
@@ -173,8 +168,7 @@ def test_ssd_dampens_the_weights_that_it_selects(request_to_forget):
 
 def test_salun_changes_its_share_of_the_weights(request_to_forget):
     model, classifier = made_by("salun", request_to_forget, share=0.25), request_to_forget.classifier
-    forget = request_to_forget.forget
-    saliency = torch.cat([each.abs().flatten() for each in gradients(classifier, forget.images, forget.labels)])
+    saliency = torch.cat([each.abs().flatten() for each in gradients(classifier, request_to_forget.forget)])
     changed = torch.cat([(a.weight != b.weight).flatten() for a, b in zip(model.layers, classifier.layers)])
     assert int(changed.sum()) == pytest.approx(0.25 * len(saliency), abs=2)
     assert saliency[changed].min() > saliency[~changed].max() * 0.999
@@ -227,9 +221,8 @@ def test_damp_takes_what_no_other_mean_has_of_the_mean_more_in_deep_layers(reque
     changed, kept = (weights_of(made_by("damp", request_to_forget, row=row)) for row in (0.25, 1.0))
     assert np.array_equal(changed[2][FORGET], np.float32(0.25) * kept[2][FORGET].astype("f4"))
     changed[2][FORGET] = kept[2][FORGET]
-    for index, (x, w, after) in enumerate(
-        zip(inputs_of_layers(classifier, chosen.images), weights_of(classifier), kept)
-    ):
+    inputs = inputs_of_layers(classifier, chosen.images)
+    for index, (x, w, after) in enumerate(zip(inputs, weights_of(classifier), kept)):
         own, *others = (x[chosen.labels.numpy() == label].mean(0) for label in (FORGET, 0, 2))
         others = np.stack(others, 1)
         r = own - others @ np.linalg.lstsq(others, own, rcond=None)[0]
@@ -347,18 +340,16 @@ def test_the_saliency_by_hand(zeroed, forgetting):
     assert torch.allclose(found, expected.flatten(), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("forgetting", [0.0, 2.0])
-def test_the_saliency_goes_in_steps_with_the_weights_that_it_is_given(forgetting):
-    request = make_request(None, asked=40)
-
-    def by_hand(weight: float) -> list[int]:
-        about = request.config, request.graphs, FORGET
-        ranking = SaliencyRanking(*about, request.seed, 5.0, weight)
-        return ZeroingOrder(*about, ranking).first(40).vertices.tolist()
-
-    weights = {"retain_weight": 5.0, "forgetting_weight": forgetting}
-    found = METHODS["saliency"].unlearn(request, **weights).vertices
-    assert found.tolist() == by_hand(forgetting) != by_hand(50.0)
+def test_the_saliency_goes_in_steps_with_the_weights_that_it_is_given():
+    found = []
+    for weight in (0.0, 2.0, 50.0):
+        request = make_request(None, asked=40)
+        ranking = SaliencyRanking(request.config, request.graphs, FORGET, request.seed, 5.0, weight)
+        by_hand = ZeroingOrder(request.config, request.graphs, FORGET, ranking).first(40).vertices
+        zeroing = METHODS["saliency"].unlearn(request, retain_weight=5.0, forgetting_weight=weight)
+        assert torch.equal(zeroing.vertices, by_hand)
+        found.append(by_hand.tolist())
+    assert found[0] != found[2] != found[1]
 
 
 @pytest.mark.parametrize("name", ["first_order", "saliency_contrast"])
@@ -366,9 +357,8 @@ def test_one_shot_saliencies_rank_by_the_first_order_effect(name):
     """Gradients by autograd on the samples of a class, over the whole network."""
     request, effects = make_request(asked=9), []
     for label in range(NUM_CLASSES):
-        classifier, samples = request.classifier, request.graphs.samples.forget(label)
-        gradient = gradients(classifier, samples.images, samples.labels)[1]
-        effects.append((-classifier.layers[1].weight * gradient).detach().flatten())
+        gradient = gradients(request.original, request.graphs.samples.forget(label))[1]
+        effects.append((-request.original.layers[1].weight * gradient).detach().flatten())
     assert torch.allclose(removal_effect(request), torch.stack(effects), atol=1e-6)
     others = torch.stack([effects[label] for label in range(NUM_CLASSES) if label != FORGET]).mean(0)
     ranked = effects[FORGET] - (others if name == "saliency_contrast" else 0)
@@ -399,17 +389,17 @@ def test_the_trivial_ways_take_the_logit_or_the_output_row_and_the_control_other
 
 
 def test_the_configs_have_the_candidates_that_were_chosen():
-    pages = [(PROJECT / "docs" / f"{name}.md").read_text().splitlines()[4:] for name in ("tuning", "tuning_erasure")]
-    table = [line for page in pages for line in page]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    rows = []
+    for name in ("tuning", "tuning_erasure"):
+        for line in (PROJECT / "docs" / f"{name}.md").read_text().splitlines()[4:]:
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
     chosen = {name: values for name, values, *_, mark in rows if mark == "chosen"}
     files = [PROJECT / "configs" / name for name in ("config.yaml", "methods.yaml")]
     first, second = (yaml.safe_load(file.read_text())["eval"]["hyperparameters"] for file in files)
     assert set(chosen) - {"mimu"} == set(first | second)
     for name, values in (first | second).items():
-        assert dict(part.split() for part in chosen[name].split(", ")) == {
-            key: f"{value:g}" for key, value in values.items() if key != "forgetting_weight"
-        }
+        written = {key: f"{value:g}" for key, value in values.items() if key != "forgetting_weight"}
+        assert dict(part.split() for part in chosen[name].split(", ")) == written
 
 
 def test_the_nearest_of_the_candidates_that_forget_and_keep_is_chosen(monkeypatch):
@@ -418,10 +408,8 @@ def test_the_nearest_of_the_candidates_that_forget_and_keep_is_chosen(monkeypatc
 
     tuning = Tuning.__new__(Tuning)
     tuning.settings, tuning.smallest_retain = {"largest_forget_score": 1.0}, 95.0
-    far, near, leaves, loses = (
-        Trial({}, forget, retain, distance)
-        for forget, retain, distance in ((0.9, 95.1, 0.3), (0.1, 96.0, 0.2), (1.5, 97.0, 0.01), (0.0, 94.0, 0.01))
-    )
+    far, near = Trial({}, 0.9, 95.1, 0.3), Trial({}, 0.1, 96.0, 0.2)
+    leaves, loses = Trial({}, 1.5, 97.0, 0.01), Trial({}, 0.0, 94.0, 0.01)
     assert tuning.best([far, near, leaves, loses]) is near
     assert tuning.best([leaves, loses]) is leaves  # half a point is missing, not a whole one
 
