@@ -93,34 +93,8 @@ def edited_mask(seed: int = 0) -> Mask:
     return Mask((0, 1), tuple(keep), (seed,), (low_rank(4, 6, 1, seed), low_rank(3, 12, 2, seed)))
 
 
-@pytest.fixture
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 4, (1, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
-
-
-def test_an_edit_goes_on_comes_off_to_the_bit_and_is_saved(network, tmp_path):
-    mask, layers = edited_mask(), [network[0], network[3]]
-    before = copy.deepcopy(network.state_dict())
-    edited = []
-    for layer, keep, edit in zip(layers, mask.keep, mask.edits):
-        edited.append((layer.weight.detach() - (edit.left @ edit.right.T).view_as(layer.weight)) * keep)
-    mask.save(tmp_path / "mask.pt")
-    loaded = Mask.load(tmp_path / "mask.pt")
-    assert loaded.includes(mask) and mask.includes(loaded) and loaded.forgets == (0,)
-    loaded.apply(network)
-    found = Mask.on(network)
-    assert found.includes(mask) and mask.includes(found) and found.ranks == (1, 2)
-    assert "directions taken: layer 0: 1, layer 1: 2" in repr(found)
-    assert all(torch.allclose(layer.weight, weight, atol=1e-5) for layer, weight in zip(layers, edited))
-    mask.remove(network)
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    mask.apply(network, permanent=True)
-    assert list(network.state_dict()) == list(before) and Mask.on(network) is None
-    assert all(torch.allclose(layer.weight, weight, atol=1e-5) for layer, weight in zip(layers, edited))
-
-
-def test_edits_combine_and_only_what_includes_another_takes_its_place(network):
+def test_edits_combine_and_only_what_includes_another_takes_its_place():
+    network = nn.Sequential(nn.Conv2d(2, 4, (1, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
     one, other = edited_mask(0), edited_mask(1)
     both = one & other
     assert both.ranks == (2, 4) and both.forgets == (0, 1)
