@@ -25,7 +25,7 @@ class FineTuning:
     batch_size: Count
     learning_rate: Positive
 
-    def of(
+    def train(
         self,
         classifier: nn.Module,
         samples: Split,
@@ -55,8 +55,8 @@ def random_part(split: Split, share: Share, generator: torch.Generator) -> Split
 
 def with_random_labels(request: Request) -> Split:
     """The forget class's training samples, each labelled as a random other class."""
-    labels = other_labels(request.forget.labels, request.graphs.num_classes, draws(request, "random labels"))
-    return Split(request.forget.images, labels)
+    forget, generator = request.forget, draws(request, "random labels")
+    return Split(forget.images, other_labels(forget.labels, request.graphs.num_classes, generator))
 
 
 @torch.no_grad()
@@ -73,14 +73,14 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
 @further("fine_tune", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="retain set")
 def fine_tune(request: Request, *, config: FineTuning) -> nn.Module:
     """Fine-tuning on the retain set alone (SGD with momentum): the class fades as it is no longer seen."""
-    return config.of(request.classifier, request.retain, draws(request, "fine_tune"))
+    return config.train(request.classifier, request.retain, draws(request, "fine_tune"))
 
 
 @further("random_labels", paper="Graves et al. 2021, arXiv:2010.10981")
 def random_labels(request: Request, *, config: FineTuning) -> nn.Module:
     """Fine-tuning of the whole network (SGD with momentum) on the retain set and the relabelled forget set together."""
     samples = joined(request.retain, with_random_labels(request))
-    return config.of(request.classifier, samples, draws(request, "random_labels"))
+    return config.train(request.classifier, samples, draws(request, "random_labels"))
 
 
 @further("gradient_ascent", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="forget set")
@@ -88,7 +88,7 @@ def gradient_ascent(request: Request, *, config: FineTuning) -> nn.Module:
     """Negative gradient: ascent of the cross entropy on the forget set (SGD)."""
     classifier = request.classifier
     ascent = torch.optim.SGD(classifier.parameters(), config.learning_rate, maximize=True)
-    return config.of(classifier, request.forget, draws(request, "gradient_ascent"), optimizer=ascent)
+    return config.train(classifier, request.forget, draws(request, "gradient_ascent"), optimizer=ascent)
 
 
 @further("neg_grad_plus", paper="Kurmanji et al. 2023, arXiv:2302.09880")
@@ -104,7 +104,7 @@ def neg_grad_plus(request: Request, *, config: FineTuning, retain_weight: Share)
         on_forget = F.cross_entropy(classifier(batch.images), batch.labels)
         return retain_weight * on_retain - (1 - retain_weight) * on_forget
 
-    return config.of(classifier, request.retain, generator, loss)
+    return config.train(classifier, request.retain, generator, loss)
 
 
 def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tensor]:
@@ -150,7 +150,7 @@ def salun(request: Request, *, config: FineTuning, share: Share) -> nn.Module:
     threshold = largest[round(share * (len(largest) - 1))]
     trainable = [(each >= threshold).float() for each in saliency]
     samples = joined(request.retain, with_random_labels(request))
-    return config.of(classifier, samples, draws(request, "salun"), trainable=trainable)
+    return config.train(classifier, samples, draws(request, "salun"), trainable=trainable)
 
 
 @further("scrub", paper="Kurmanji et al. 2023, arXiv:2302.09880")
@@ -170,7 +170,7 @@ def scrub(
     classifier = request.classifier
     generator = draws(request, "scrub")
     optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
-    epoch_of = replace(config, epochs=1).of
+    train_once = replace(config, epochs=1).train
 
     def apart(images: Tensor, labels: Tensor) -> Tensor:
         return -divergence(classifier(images), targets(request.original, images))
@@ -183,8 +183,8 @@ def scrub(
     forget, retain = request.forget, request.retain
     for epoch in range(config.epochs):
         if epoch < max_epochs:
-            epoch_of(classifier, forget, generator, apart, optimizer)
-        epoch_of(classifier, retain, generator, together, optimizer)
+            train_once(classifier, forget, generator, apart, optimizer)
+        train_once(classifier, retain, generator, together, optimizer)
     return classifier
 
 
@@ -203,7 +203,7 @@ def bad_teacher(request: Request, *, config: FineTuning, retain_share: Share) ->
 
     samples = joined(random_part(request.retain, retain_share, generator), request.forget)
     optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
-    return config.of(classifier, samples, generator, loss, optimizer)
+    return config.train(classifier, samples, generator, loss, optimizer)
 
 
 @further("unsir", paper="Tarun et al. 2021, arXiv:2111.08947", needs="retain set")
@@ -256,7 +256,7 @@ def delete(request: Request, *, config: FineTuning) -> nn.Module:
         without_class = targets(request.original, images).scatter(1, labels[:, None], -1e10)
         return divergence(classifier(images), without_class)
 
-    return config.of(classifier, request.forget, draws(request, "delete"), loss)
+    return config.train(classifier, request.forget, draws(request, "delete"), loss)
 
 
 @further("optimised_mask", paper="after Mallya et al. 2018, arXiv:1801.06519", touches="a mask")
