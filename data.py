@@ -16,13 +16,17 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from mimu.images.sources import DATASET_ROOT, DataError, data_set, reading, seeded
-from mimu.model import VERTICES_AT_ONCE, Mask, WeightGraph
-from mimu.networks.hooked import LARGEST_ODDS, HookedClassifier, LayerRecord, losses, odds
+from mimu.model import WeightGraph
+from mimu.networks import hooked
+from mimu.networks.hooked import HookedClassifier, LayerRecord, Record
+from mimu.networks.masks import Mask
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
 SCORED_AT_ONCE = 10_000  # samples of a batch without a backward pass
+# Of the log-odds in what forgetting asks for: at 1 a few samples that are forgotten say too soon that all are.
+FORGETTING_TEMPERATURE = 2.0
 
 # What settings may be; a config is checked against these words.
 Count = Annotated[int, "at least 1"]
@@ -151,7 +155,8 @@ def load_image_data(
         raise DataError(f"dataset {name} in {root / name}: all pixels of the training split are alike")
     for split in splits:
         split.images.sub_(mean).div_(deviation)  # in place, or a large data set would stand in memory twice
-    return ImageData(*splits, source.class_names)
+    train, test = splits
+    return ImageData(train, test, source.class_names)
 
 
 def mean_product(of_target: Tensor, of_source: Tensor) -> Tensor:
@@ -166,13 +171,19 @@ def mean_product(of_target: Tensor, of_source: Tensor) -> Tensor:
     return of_target.transpose(1, 2) @ of_source / of_source.shape[1]
 
 
-def mean_squared_gradient(record: LayerRecord) -> Tensor:
-    """Mean over the samples of (dL/dw)^2, (classes, m, n)."""
+def mean_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
+    """Mean over the samples of the gradient of their log-odds times a factor (classes, samples), (classes, m, n)."""
+    return mean_product(record.times(factor).log_odds_gradient, record.inputs)
+
+
+def mean_squared_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
+    """The same of its squares times a factor, which is not negative."""
+    weighted = record.times(factor.sqrt()).log_odds_gradient
     if record.inputs.ndim == 3:
-        return mean_product(record.loss_gradient**2, record.inputs**2)
+        return mean_product(weighted**2, record.inputs**2)
     total = gradient = None
-    for delta, a in zip(record.loss_gradient.unbind(1), record.inputs.unbind(1)):
-        gradient = torch.bmm(delta, a.mT, out=gradient)  # of a sample of every class: those of all are too large
+    for of_sample, a in zip(weighted.unbind(1), record.inputs.unbind(1)):
+        gradient = torch.bmm(of_sample, a.mT, out=gradient)  # of a sample of every class: those of all are too large
         total = gradient.square() if total is None else total.addcmul_(gradient, gradient)
     return total.div_(record.inputs.shape[1])
 
@@ -188,35 +199,29 @@ def mean_activation(x: Tensor) -> Tensor:
     return (x.mean(3) if x.ndim == 4 else x).mean(1)
 
 
-def scaled(record: LayerRecord, factor: Tensor) -> LayerRecord:
-    """The record with every sample's gradient of the loss times a factor (groups, samples)."""
-    delta = record.loss_gradient
-    return record._replace(loss_gradient=delta * factor.view(*factor.shape, *[1] * (delta.ndim - 2)))
+def loss_gradient(layer: LayerRecord, record: Record) -> Tensor:
+    """Of the cross entropy -log p."""
+    return mean_gradient(layer, -(-record.log_odds).sigmoid())  # p - 1
 
 
-def mean_gradient(record: LayerRecord) -> Tensor:
-    return mean_product(record.loss_gradient, record.inputs)
+def forgetting_gradient(layer: LayerRecord, record: Record) -> Tensor:
+    """Of -log(1 - p), at a temperature."""
+    return mean_gradient(layer, (record.log_odds / FORGETTING_TEMPERATURE).sigmoid())
 
 
-def mean_forgetting_gradient(record: LayerRecord) -> Tensor:
-    return mean_gradient(scaled(record, -record.odds))
+# With the odds that are to be kept, t / (1 - t), these are of -t log p - (1 - t) log(1 - p), whose derivatives by the
+# log-odds are p - t and p (1 - p).
+def retention_gradient(layer: LayerRecord, record: Record) -> Tensor:
+    return mean_gradient(layer, record.log_odds.sigmoid() - record.kept_log_odds.sigmoid())
 
 
-# With the odds o / (1 + o) = p and k / (1 + k) = t that are to be kept, and delta = -(1 - p) d(log o)/dz, these are of
-# the loss -t log p - (1 - t) log(1 - p), whose derivatives by log o are p - t and p (1 - p).
-def mean_retention_gradient(record: LayerRecord) -> Tensor:
-    return mean_gradient(scaled(record, (record.kept_odds - record.odds) / (1 + record.kept_odds)))
+def retention_curvature(layer: LayerRecord, record: Record) -> Tensor:
+    return mean_squared_gradient(layer, record.log_odds.sigmoid() * (-record.log_odds).sigmoid())
 
 
-def mean_curvature(record: LayerRecord) -> Tensor:
-    return mean_squared_gradient(scaled(record, record.odds.sqrt()))
-
-
-Mean = Callable[[LayerRecord], Tensor]
-# The others stay where it is foreseen what zeros do.
-OF_THE_LOSS: tuple[Mean, ...] = (
-    mean_gradient, mean_squared_gradient, mean_forgetting_gradient, mean_retention_gradient, mean_curvature
-)  # fmt: skip
+Mean = Callable[[LayerRecord, Record], Tensor]
+# The others stay as they are in a first-order update.
+OF_LOG_ODDS: tuple[Mean, ...] = (loss_gradient, forgetting_gradient, retention_gradient, retention_curvature)
 
 
 class Feature(NamedTuple):
@@ -234,24 +239,20 @@ class Feature(NamedTuple):
 # E is the mean over a group; a sample's gradient of a kernel is the sum over its positions, activations are means.
 FEATURES: dict[str, Feature] = {
     # E[a_c], E[h_r]
-    "input_activation": Feature(lambda record: mean_activation(record.inputs)[:, None], lambda mean, weight: mean),
-    "output_activation": Feature(lambda record: mean_activation(record.outputs)[..., None], lambda mean, weight: mean),
+    "input_activation": Feature(lambda layer, _: mean_activation(layer.inputs)[:, None], lambda mean, weight: mean),
+    "output_activation": Feature(lambda layer, _: mean_activation(layer.outputs)[..., None], lambda mean, weight: mean),
     "weight": Feature(None, lambda _, weight: weight[None]),
-    "gradient": Feature(mean_gradient, lambda mean, weight: mean),  # E[dL/dw]
-    # w E[dL/dw]: the first-order fall of the loss when the weight is removed
-    "effect": Feature(mean_gradient, lambda mean, weight: weight * mean),
-    # |w| sqrt(E[(dL/dw)^2]): the root of the diagonal Fisher information of removing the weight
-    "fisher": Feature(mean_squared_gradient, lambda mean, weight: weight.abs() * mean.sqrt()),
-    # w E[d(logit of the class - mean logit)/dw]: the first-order fall of the margin when the weight is removed
-    "margin": Feature(lambda of: mean_product(of.margin_gradient, of.inputs), lambda mean, weight: weight * mean),
-    # w E[d(-log(1 - p))/dw], p of the class: the first-order fall of what forgetting asks for, of what is left alone
-    "forgetting": Feature(mean_forgetting_gradient, lambda mean, weight: weight * mean),
+    "gradient": Feature(loss_gradient, lambda mean, weight: mean),  # E[dL/dw]
+    # w E[dL/dw]: the first-order fall of the loss when the weight is removed (Molchanov et al. 2017)
+    "taylor": Feature(loss_gradient, lambda mean, weight: weight * mean),
+    # w E[dF/dw]: the first-order fall of F = -log(1 - p), what forgetting asks for
+    "forgetting": Feature(forgetting_gradient, lambda mean, weight: weight * mean),
     # w E[dK/dw]: the first-order fall of K = -t log p - (1 - t) log(1 - p), t the probability that p is to stay
-    "retention": Feature(mean_retention_gradient, lambda mean, weight: weight * mean),
+    "retention": Feature(retention_gradient, lambda mean, weight: weight * mean),
     # |w| sqrt(E[p (1 - p) (d log(p / (1 - p))/dw)^2]): the root of K's second-order rise when the weight is removed
-    "curvature": Feature(mean_curvature, lambda mean, weight: weight.abs() * mean.sqrt()),
+    "curvature": Feature(retention_curvature, lambda mean, weight: weight.abs() * mean.sqrt()),
     # |w| E[unit r is active * a_c]: the signal that the weight passes on
-    "coactivation": Feature(mean_signal, lambda mean, weight: weight.abs() * mean),
+    "coactivation": Feature(lambda layer, _: mean_signal(layer), lambda mean, weight: weight.abs() * mean),
 }
 
 
@@ -287,105 +288,92 @@ def vertex_features(features: list[Tensor]) -> Tensor:
     return x.permute(1, 2, 0).contiguous()
 
 
-# Records (groups, samples, ...) of every masked layer on a part of the samples, and their losses, nats.
-Pass = tuple[list[LayerRecord], Tensor]
-
-
 def group_means(
-    passes: Iterable[Pass], means: Iterable[Mean], group_size: int
+    records: Iterable[Record], means: Iterable[Mean], group_size: int
 ) -> tuple[list[dict[Mean, Tensor]], Tensor]:
-    """Of every masked layer its means over each group, and the groups' mean losses, nats, by passes over its parts."""
-    found, of_parts = defaultdict(dict), []
-    for records, loss in passes:
-        for index, record in enumerate(records):
+    """Of every masked layer its means over each group, and the log-odds (groups, group_size), by parts of these."""
+    found: dict[int, dict[Mean, Tensor]] = defaultdict(dict)
+    log_odds = []
+    for record in records:
+        share = record.log_odds.shape[1] / group_size
+        for index, layer in enumerate(record.layers):
+            of_layer = found[index]
             for mean in means:
-                part = mean(record).mul_(loss.shape[1] / group_size)  # in place: of large kernels it takes much memory
-                of_layer = found[index]
+                part = mean(layer, record).mul_(share)  # in place: of large kernels it takes much memory
                 of_layer[mean] = of_layer[mean].add_(part) if mean in of_layer else part
-        of_parts.append(loss)
-    return [found[index] for index in range(len(records))], torch.cat(of_parts, 1).mean(1)
+        log_odds.append(record.log_odds)
+    return [found[index] for index in range(len(record.layers))], torch.cat(log_odds, 1)
 
 
-@dataclass(eq=False)
-class Look:
+@dataclass(frozen=True, eq=False)
+class Snapshot:
     """What groups of samples do in the masked layers of a classifier, masked or not: what features are made of.
 
     weights: the matrix of each masked layer (m, n), as it is under the mask
     means: of each masked layer those over every group, (groups, m, n) or what broadcasts to it
-    loss: the mean cross entropy of each group (groups), nats; of the others among themselves, on a look for a class
-    passes, log_odds: what the means are of, where it is kept, and log(p / (1 - p)) of each of its samples' labels now
+    log_odds: of the label of every sample, (groups, samples)
+    records: what the means are of, part after part of the samples, where it is kept
     """
 
     config: GraphConfig
     graph: WeightGraph
     weights: list[Tensor]
     means: list[dict[Mean, Tensor]]
-    loss: Tensor
-    passes: list[Pass]
-    log_odds: list[Tensor]
+    log_odds: Tensor
+    records: list[Record]
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean cross entropy of each group (groups), nats."""
+        return F.softplus(-self.log_odds).mean(1)
 
     def feature(self, name: str) -> Tensor:
-        """One of FEATURES that were looked for, of every group, (groups, vertices), not standardised."""
-        return self._flat(self._formed(name, slice(None)))
+        """One of the FEATURES that were asked for, of every group, (groups, vertices), not standardised."""
+        feature, parts = FEATURES[name], []
+        for means, weight in zip(self.means, self.weights):
+            part = feature.of(means.get(feature.mean), weight)
+            parts.append(part.expand(len(self.log_odds), *weight.shape).flatten(1))
+        return torch.cat(parts, 1)
 
-    def class_graphs(self, chosen: int | None = None) -> Iterator[Tensor]:
-        """Vertex features (classes, vertices, features) of groups that are classes, standardised over each graph.
+    def class_graph(self, row: int, others: Snapshot | None = None) -> Tensor:
+        """Vertex features (1, vertices, features) of one group, standardised over the graph.
 
-        As many at a time as fit in the cache but one at least; or of one class alone.
+        others: of the classes, a group for each, where the group is none of them; `row` is then that of its class
         """
-        own, count = self.config.features, len(self.loss)
-        names = [name for name in own if name != "weight"] if self.config.other_classes else []
-        totals = {name: [part.sum(0) for part in self._formed(name, slice(None))] for name in names}
-        at_once = max(1, VERTICES_AT_ONCE // self.graph.num_vertices) if chosen is None else 1
-        for first in range(0, count, at_once) if chosen is None else [chosen]:
-            some = slice(first, first + at_once)
-            features = [self._flat(self._formed(name, some)) for name in own]
-            for name in names:
-                sums = (total - part for total, part in zip(totals[name], self._formed(name, some)))
-                features.append(self._flat([part / (count - 1) for part in sums]))
-            yield vertex_features(features)
+        features = [self.feature(name)[[row if others is None else 0]] for name in self.config.features]
+        for name in self.config.features:
+            if self.config.other_classes and name != "weight":
+                of_classes = (others or self).feature(name)
+                features.append((of_classes.sum(0) - of_classes[[row]]) / (len(of_classes) - 1))
+        return vertex_features(features)
 
-    def without(self, vertices: Tensor) -> Look:
-        """What the groups would do without further weights, foreseen: no sample goes through the network for it.
+    def first_order_update(self, vertices: Tensor) -> Snapshot:
+        """What the groups would do without further weights, to first order: no sample goes through the network for it.
 
-        The log-odds of every sample's label are taken to be linear in the weights since the last pass: a weight w from
-        neuron c to r that is zeroed changes them by delta_r w a_c / (1 - p), and the gradients of the loss change with
-        1 - p. Activations stay. Raises ValueError where kernels are masked, of which no pass is kept.
+        A weight w from neuron c to r that is zeroed takes w a_c from the pre-activation of r, and with the gradient g_r
+        of the log-odds there, g_r w a_c from the log-odds. Gradients and activations stay.
+        Raises ValueError where kernels are masked, of which no record is kept.
         """
-        if not self.passes:
-            raise ValueError(f"layers {self.graph.layers} have kernels: what they read is not kept, look again")
+        if not self.records:
+            raise ValueError(
+                f"layers {self.graph.layers} have kernels: what they read is not kept, take a new snapshot"
+            )
         is_removed = torch.zeros(self.graph.num_vertices, dtype=torch.bool, device=vertices.device)
-        removed = [each.nonzero().T for each in self.graph.matrices(is_removed.index_fill(0, vertices, True))]
-        log_odds, passes = [], []
-        for (records, _), now in zip(self.passes, self.log_odds):
-            left = 1 / (1 + records[0].odds)  # 1 - p
-            for record, weight, (rows, columns) in zip(records, self.weights, removed):
+        removed = [part.nonzero().T for part in self.graph.matrices(is_removed.index_fill(0, vertices, True))]
+        records = []
+        for record in self.records:
+            log_odds = record.log_odds
+            for layer, weight, (rows, columns) in zip(record.layers, self.weights, removed):
                 # Of a matrix columns are chosen thrice as fast.
-                delta = record.loss_gradient.flatten(0, 1).index_select(1, rows)
-                a = record.inputs.flatten(0, 1).index_select(1, columns)
-                now = now + ((delta * a) @ weight[rows, columns]).view_as(now) / left
-            scale, then = now.neg().sigmoid() / left, now.exp().clamp_max(LARGEST_ODDS)
-            changed = (scaled(record, scale)._replace(odds=then) for record in records)
-            log_odds.append(now)
-            passes.append((list(changed), F.softplus(-now)))
-        of_loss = [mean for mean in self.means[0] if mean in OF_THE_LOSS]
-        means, loss = group_means(passes, of_loss, sum(part.shape[1] for part in log_odds))
+                g = layer.log_odds_gradient.flatten(0, 1).index_select(1, rows)
+                a = layer.inputs.flatten(0, 1).index_select(1, columns)
+                log_odds = log_odds - ((g * a) @ weight[rows, columns]).view_as(log_odds)
+            records.append(record._replace(log_odds=log_odds))
+        changed = [mean for mean in self.means[0] if mean in OF_LOG_ODDS]
+        means, log_odds = group_means(records, changed, self.log_odds.shape[1])
         means = [before | now for before, now in zip(self.means, means)]
         weights = [weight.index_put(tuple(at), weight.new_zeros(())) for weight, at in zip(self.weights, removed)]
-        return replace(self, weights=weights, means=means, loss=loss, log_odds=log_odds)
-
-    def _formed(self, name: str, chosen: slice) -> list[Tensor]:
-        """A feature of some groups in every masked layer, (groups, m, n), or with 1 for what it does not depend on."""
-        feature, count = FEATURES[name], len(range(len(self.loss))[chosen])
-        found = (of_layer.get(feature.mean) for of_layer in self.means)
-        means = (mean if mean is None else mean[chosen] for mean in found)
-        parts = [feature.of(mean, weight) for mean, weight in zip(means, self.weights)]
-        return [part.expand(count, *part.shape[1:]) for part in parts]
-
-    def _flat(self, parts: list[Tensor]) -> Tensor:
-        """A feature of every masked layer as one of all vertices, (groups, vertices)."""
-        shapes = ((len(target), len(source)) for target, source in zip(self.graph.targets, self.graph.sources))
-        return torch.cat([part.expand(len(part), *shape).flatten(1) for part, shape in zip(parts, shapes)], 1)
+        return replace(self, weights=weights, means=means, log_odds=log_odds, records=records)
 
 
 @dataclass(eq=False)
@@ -417,18 +405,23 @@ class GraphGenerator:
         with torch.no_grad():
             self.predictions = classifier(self.inputs, self.graph.layers)  # logits without a mask
         self.at_once = classifier.recorded_at_once(self.graph.layers)
-        # What kernels read would be too much: their passes are made anew.
+        # What kernels read would be too much: it is recorded anew.
         self.are_kept = all(len(shape) == 2 for shape in self.graph.shapes)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
-    def records(self) -> Pass:
-        """What every sample does in the masked layers without a mask, and its loss, nats, where it is kept."""
-        everything = torch.arange(len(self), device=self.labels.device).split(self.at_once)
-        records, of_parts = zip(*(self._record(rows) for rows in everything))
-        return [LayerRecord(*map(torch.cat, zip(*of_layer))) for of_layer in zip(*records)], torch.cat(of_parts)
+    def record(self) -> Record:
+        """What every sample does in the masked layers without a mask, where it is kept."""
+        everything = torch.arange(len(self), device=self.labels.device)
+        parts = [self._record(rows) for rows in everything.split(self.at_once)]
+        layers = []
+        for index in range(len(self.graph.layers)):
+            of_layer = [part.layers[index] for part in parts]
+            layers.append(LayerRecord(*map(torch.cat, zip(*of_layer))))
+        log_odds = torch.cat([part.log_odds for part in parts])
+        return Record(layers, log_odds, log_odds)
 
     @property
     def nothing(self) -> Tensor:
@@ -448,48 +441,57 @@ class GraphGenerator:
         """The weight matrices of the masked layers as they are now, (m, n) each."""
         return [self.classifier.layers[index].weight.detach() for index in self.graph.layers]
 
-    def look(
-        self, samples: Tensor, names: Sequence[str], mask: Mask | None = None, forget_class: int | None = None
-    ) -> Look:
+    def mask_of(self, zeroed: Tensor) -> Mask | None:
+        """The mask that switches off the vertices `zeroed`; None where there is none."""
+        return self.graph.zeroing(zeroed) if len(zeroed) else None
+
+    def row_of(self, forget_class: int) -> int:
+        """The row of a class in what stands class after class."""
+        return self.classes.index(forget_class)
+
+    def snapshot(
+        self, samples: Tensor, names: Sequence[str], mask: Mask | None = None, forget_row: int | None = None
+    ) -> Snapshot:
         """What groups of samples (groups, group_size) do on the classifier, or on the masked one, to form features of.
 
         names: of FEATURES
-        forget_class: its place among the classes; the others are then told from one another alone, and are to keep the
-            odds that the classifier without a mask gives them so
+        forget_row: the row of a class without which the others are seen, their softmax restricted to the rest; they are
+            to keep the log-odds that the classifier without a mask gives them so
         """
-        left_out = []
-        if forget_class is not None:  # those that there is no sample of are forgotten, or to be
-            own = [self.classes[forget_class]] * (self.num_classes > 2)  # a single other one is told from it
-            left_out = sorted({*range(self.predictions.shape[1])} - {*self.classes} | {*own})
-        passes, kept = self._passes(samples, mask, left_out), []
-        if self.are_kept:
-            passes = kept = list(passes)
+        left_out = [] if forget_row is None else self._left_out(self.classes[forget_row])
+        records = self._records(samples, mask, left_out)
+        kept = list(records) if self.are_kept else []
         means = dict.fromkeys(FEATURES[name].mean for name in names if FEATURES[name].mean)
-        found = group_means(passes, means, samples.shape[1])
+        of_layers, log_odds = group_means(kept or records, means, samples.shape[1])
         weights = self.weights() if mask is None else mask.weights(self.classifier).values()
-        log_odds = [records[0].odds.clamp_min(1e-30).log() for records, _ in kept]
-        return Look(self.config, self.graph, [weight.flatten(1) for weight in weights], *found, kept, log_odds)
+        flat = [weight.flatten(1) for weight in weights]
+        return Snapshot(self.config, self.graph, flat, of_layers, log_odds, kept)
 
-    def _passes(self, samples: Tensor, mask: Mask | None, left_out: Sequence[int]) -> Iterator[Pass]:
-        """Records and losses of groups, part after part of their samples; where nothing is new, those that are kept."""
+    def _left_out(self, forget_class: int) -> list[int]:
+        """The class to forget, but where a single other one is left, and those that there is no sample of."""
+        absent = set(range(self.predictions.shape[1])) - set(self.classes)
+        return sorted(absent | {forget_class} if self.num_classes > 2 else absent)
+
+    def _records(self, samples: Tensor, mask: Mask | None, left_out: Sequence[int]) -> Iterator[Record]:
+        """What groups do, part after part of their samples; where nothing is new, what is kept."""
         if mask is None and self.are_kept and not left_out:
-            records, loss = self.records
-            yield [LayerRecord(*(x[samples] for x in record)) for record in records], loss[samples]
+            log_odds = self.record.log_odds[samples]
+            layers = [layer.each(lambda x: x[samples]) for layer in self.record.layers]
+            yield Record(layers, log_odds, log_odds)
             return
         with nullcontext() if mask is None else mask.applied_to(self.classifier):
             for part in samples.split(max(1, self.at_once // len(samples)), 1):
                 rows = part.flatten()
-                records, loss = self._record(rows, left_out)
-                if mask is not None:  # without one they are as they are
-                    kept_odds = odds(losses(self.predictions[rows], self.labels[rows], left_out))
-                    records = [record._replace(kept_odds=kept_odds) for record in records]
-                records = [LayerRecord(*(x.unflatten(0, part.shape) for x in record)) for record in records]
-                yield records, loss.view(part.shape)
+                record = self._record(rows, left_out)
+                kept = record.log_odds
+                if mask is not None:  # without one the log-odds are what is to be kept
+                    kept = hooked.log_odds(self.predictions[rows], self.labels[rows], left_out)
+                layers = [layer.each(lambda x: x.unflatten(0, part.shape)) for layer in record.layers]  # noqa: B023
+                yield Record(layers, record.log_odds.view(part.shape), kept.view(part.shape))
 
-    def _record(self, rows: Tensor, left_out: Sequence[int] = ()) -> tuple[list[LayerRecord], Tensor]:
-        return self.classifier.record(
-            self.inputs[rows], self.labels[rows], self.graph.layers, self.graph.layers, left_out
-        )
+    def _record(self, rows: Tensor, left_out: Sequence[int] = ()) -> Record:
+        layers = self.graph.layers
+        return self.classifier.record(self.inputs[rows], self.labels[rows], layers, layers, left_out)
 
     def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
         """The graph of one sample for PyG: x (vertices, features), edge_index (2, edges), y (1).
@@ -505,16 +507,16 @@ class GraphGenerator:
         if (edges := self.graph.num_edges) > max_edges:
             raise ValueError(f"max_edges must be at least {edges:,} ({16 * edges / 1e9:.1f} GB), not {max_edges:,}")
         label, names = self.labels[index : index + 1], self.config.features
-        own, classes = (self.look(at, names) for at in (torch.tensor([[index]], device=label.device), self.by_class()))
-        others = [name for name in names if name != "weight"] if self.config.other_classes else []
-        of_classes = map(classes.feature, others)
-        place = self.classes.index(int(label))
-        of_others = [(each.sum(0) - each[place : place + 1]) / (self.num_classes - 1) for each in of_classes]
-        x = vertex_features([*map(own.feature, names), *of_others])[0]
+        own = self.snapshot(torch.tensor([[index]], device=label.device), names)
+        classes = self.snapshot(self.by_class(), names)
+        x = own.class_graph(self.row_of(int(label)), classes)[0]
         return Data(x=x, edge_index=self.graph.edge_index().to(label.device), y=label)
 
     def recorded(self) -> dict[str, Any]:
-        """What was recorded, as it is saved: `layers`, `labels` (samples), and `records`, each layer's as a dict
-        where they are kept."""
-        records = [record._asdict() for record in self.records[0]] if self.are_kept else []
-        return {"layers": list(self.graph.layers), "labels": self.labels, "records": records}
+        """What was recorded, as it is saved: `layers`, `labels` and `log_odds` (samples), and `records`, each layer's
+        as a dict, where they are kept."""
+        about = {"layers": list(self.graph.layers), "labels": self.labels}
+        if not self.are_kept:
+            return about | {"records": []}
+        records = [layer._asdict() for layer in self.record.layers]
+        return about | {"log_odds": self.record.log_odds, "records": records}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import json
 import math
 import time
@@ -18,26 +19,28 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mimu.data import Count, GraphGenerator, ImageData, Split, is_correct, seeded
+from mimu.data import GraphGenerator, ImageData, Split, is_correct, seeded
 from mimu.masking.order import Zeroing, ZeroingOrder
-from mimu.masking.rankings import GCNRanking, MaskingConfig
-from mimu.model import Mask, MaskingGCN, WeightGraph
+from mimu.masking.rankings import MaskingConfig, Ranking
+from mimu.model import MaskingGCN, WeightGraph
 from mimu.networks.hooked import HookedClassifier
+from mimu.networks.masks import Mask
 from mimu.runs.files import Artifact
 from mimu.trainer import Trainer, TrainingError, UnlearningSFT, UnlearningSFTConfig, check_weights
+
+RANDOM_MASKS = 20  # random keep masks that the control of the mask efficacy averages
 
 
 @dataclass(frozen=True)
 class EvalConfig(MaskingConfig):
     """How requests are answered and scored: the settings of the masks, of the methods and of the plots.
 
-    methods: which to score; `all` that are registered, or None: those of the default run
+    methods: which to score; `all` but those that run by name alone, or None: those of the default run
     hyperparameters: of every method that has some, by its name
     """
 
     methods: tuple[str, ...] | Literal["all"] | None
     visualize: bool
-    random_masks: Count
     hyperparameters: dict[str, dict[str, int | float]]
 
     def __post_init__(self) -> None:
@@ -48,14 +51,19 @@ class EvalConfig(MaskingConfig):
     @property
     def method_names(self) -> tuple[str, ...]:
         """The methods to score."""
-        if self.methods is None:
-            return tuple(name for name, method in METHODS.items() if method.in_default_run)
-        return tuple(METHODS) if self.methods == "all" else self.methods
+        if isinstance(self.methods, tuple):
+            return self.methods
+        runs_with = ("default", "all") if self.methods == "all" else ("default",)
+        return tuple(name for name, method in METHODS.items() if method.runs_with in runs_with)
 
     def decisive(self) -> dict[str, Any]:
         """The settings that the metrics depend on: without those of the plots and of what does not run."""
         hyperparameters = {name: self.hyperparameters.get(name, {}) for name in self.method_names}
         return asdict(self) | {"methods": self.method_names, "visualize": None, "hyperparameters": hyperparameters}
+
+
+def made_anew(name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return make()
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ class Request:
     orders: in which weights are zeroed, by the name of the method; kept from one kappa to the next
     kept: what methods keep from one request to the next on the same classifier, by names of theirs
     trained_on: what the original was trained on, where a request has fewer samples; for retraining alone
+    checkpoint: gives what a method makes once for a classifier, by a name and the settings that it depends on, from
+        the file of an earlier run or from the function that makes it
     """
 
     config: EvalConfig
@@ -84,6 +94,7 @@ class Request:
     orders: dict[str, ZeroingOrder] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     trained_on: Split | None = None
+    checkpoint: Callable[[str, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]] = made_anew
 
     @property
     def classifier(self) -> HookedClassifier:
@@ -118,9 +129,14 @@ class Request:
         return len(self.in_steps("mimu", self.ranking).vertices) if self.asked == "auto" else self.asked
 
     @property
-    def ranking(self) -> GCNRanking:
-        """How much the masking GCN wants each weight zeroed."""
-        return GCNRanking(self.config, self.graphs, self.forget_class, self.seed, self.gcn, self.top_k)
+    def forget_row(self) -> int:
+        """The row of the forget class in what the graphs have class after class."""
+        return self.graphs.row_of(self.forget_class)
+
+    @property
+    def ranking(self) -> Ranking:
+        """The saliency of every weight, as the masking GCN adapts it."""
+        return Ranking(self.config, self.graphs, self.forget_row, self.seed, self.gcn)
 
     def in_steps(self, name: str, ranking: Callable[[int, Tensor], Tensor], all_at_once: bool = False) -> Zeroing:
         """The weights that a ranking zeroes first, up to kappa; with auto up to its own smallest kappa that forgets.
@@ -130,13 +146,12 @@ class Request:
         """
         if name not in self.orders:
             config = replace(self.config, step=None) if all_at_once else self.config
-            self.orders[name] = ZeroingOrder(config, self.graphs, self.forget_class, ranking)
-        order = self.orders[name]
-        return order.until_forgotten(self.forget) if self.asked == "auto" else order.first(self.kappa)
+            self.orders[name] = ZeroingOrder(config, self.graphs, self.forget_row, ranking)
+        return self.orders[name].answer("auto" if self.asked == "auto" else self.kappa, self.forget)
 
     def zeroing(self, vertices: Tensor, graph: WeightGraph | None = None) -> Mask:
         """The mask without the given vertices of the weight graph, or of that of other masked layers."""
-        return Mask.zeroing(graph or self.graphs.graph, vertices)
+        return (graph or self.graphs.graph).zeroing(vertices)
 
 
 # From a request, and the hyperparameters as keywords, to an unlearned classifier or what to zero in the original.
@@ -154,7 +169,7 @@ class Method:
     most_needed: gives the K = `request.top_k` vertices that the class needs, for the mask efficacy; or (choices, K),
         whose metrics are averaged; None where the method cannot say
     paper, touches, needs: the source, what the method changes, and which training samples it needs
-    in_default_run: whether it runs where the config names no methods
+    runs_with: where it runs: with the default run, whose config names no methods; with `all`; or by its name alone
     """
 
     unlearn: Unlearning
@@ -165,7 +180,7 @@ class Method:
         "all weights"
     )
     needs: Literal["nothing", "forget set", "retain set", "both sets"] = "both sets"
-    in_default_run: bool = True
+    runs_with: Literal["default", "all", "name"] = "default"
 
     @property
     def keywords(self) -> dict[str, inspect.Parameter]:
@@ -228,7 +243,11 @@ def original(request: Request) -> nn.Module:
     return request.classifier
 
 
-@unlearning_method("mimu", uses_kappa=True, most_needed=lambda request: request.ranking.most_needed(), touches="a mask")
+def most_needed(request: Request) -> Tensor:
+    return request.ranking.most_needed(request.top_k)
+
+
+@unlearning_method("mimu", uses_kappa=True, most_needed=most_needed, touches="a mask")
 def mimu(request: Request) -> Zeroing:
     """The kappa weights that the masking GCN zeroes first."""
     return request.in_steps("mimu", request.ranking)
@@ -241,7 +260,7 @@ def random_vertices(request: Request, count: int, draw: int = 0) -> Tensor:
 
 def random_choices(request: Request) -> Tensor:
     """Several random keep masks (masks, K), since a single one may keep a class or lose it by chance."""
-    return torch.stack([random_vertices(request, request.top_k, draw) for draw in range(request.config.random_masks)])
+    return torch.stack([random_vertices(request, request.top_k, draw) for draw in range(RANDOM_MASKS)])
 
 
 @unlearning_method("random", uses_kappa=True, most_needed=random_choices, touches="a mask", needs="nothing")
@@ -277,6 +296,8 @@ def answer(request: Request, name: str) -> Answer:
     before = copy.deepcopy(request.original.state_dict())
     method = METHODS[name]
     arguments = method.arguments(request.config.hyperparameters.get(name, {}))
+    if method.uses_kappa and request.asked == "auto":
+        request.in_steps("mimu", request.ranking)  # where others take its kappa, its search is not theirs
     started = time.perf_counter()
     try:
         made = method.unlearn(request, **arguments)
@@ -390,10 +411,10 @@ class Eval:
         """Every method on training samples: for choices, as of a kappa to report, that the test split must not make."""
         samples, forget_class = self.request.graphs.samples, self.request.forget_class
         sets = {"forget": samples.forget(forget_class).loader(), "retain": samples.retain(forget_class).loader()}
-        return {
-            name: {part: self._scored(name, "training", loader, part == "forget") for part, loader in sets.items()}
-            for name in self.names
-        }
+        found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in self.names}
+        for name, (part, loader) in itertools.product(self.names, sets.items()):
+            found[name][part] = self._scored(name, "training", loader, part == "forget")
+        return found
 
     def eval_audits(self) -> dict[str, dict[str, Any]]:
         """What every method's classifier still knows of the class, and how far it is from the retrained one."""
@@ -463,9 +484,12 @@ class Eval:
             choices = METHODS[name].most_needed(replace(self.request, asked=None))
         scored = []
         for vertices in choices.reshape(-1, choices.shape[-1]):
-            with Mask.keeping(self.request.graphs.graph, vertices).applied_to(self.request.classifier) as model:
+            with self.request.graphs.graph.keeping(vertices).applied_to(self.request.classifier) as model:
                 scored.append(self.inference(model, self.mnist_forget_set(), True, f"{name}, kept"))
-        return {metric: sum(metrics[metric] for metrics in scored) / len(scored) for metric in scored[0]}
+        means = {}
+        for metric in scored[0]:
+            means[metric] = sum(metrics[metric] for metrics in scored) / len(scored)
+        return means
 
     @torch.no_grad()
     def _class_probabilities(self, model: nn.Module) -> list[float]:

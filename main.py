@@ -15,13 +15,14 @@ if __name__ == "__main__":
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -40,10 +41,13 @@ from mimu.images.sources import DataError, checksum
 from mimu.masking.rankings import TrainedGCN, pretrained_for
 from mimu.model import MaskingGCN, keep_freed_memory
 from mimu.networks.hooked import HookedClassifier
-from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, code_of, digest, locked, slug, write_text
+from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, code_of, digest, locked, save, slug, write_text
 from mimu.runs.work import Work, describe_machine, how_many, memory_of, peak_bytes
 from mimu.tables import experiment
 from mimu.trainer import GCNTrainer, Trainer
+
+# The source files that a classifier, its graphs and its GCN depend on.
+TRAINING_CODE = ("main.py", "model.py", "data.py", "trainer.py", "images/*.py", "networks/*.py", "masking/*.py")
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,9 @@ class Training:
     @cached_property
     def sections(self) -> dict[str, dict[str, Any]]:
         """The sections of the config that files depend on, as JSON holds them."""
-        names = ("classifier", "graphs", "gcn", "audit")
-        return {name: asdict(getattr(self.config, name)) for name in names} | {"eval": self.config.eval.decisive()}
+        config = self.config
+        sections = {name: asdict(getattr(config, name)) for name in ("classifier", "graphs", "gcn", "audit")}
+        return sections | {"eval": config.eval.decisive()}
 
 
 class Stages:
@@ -83,9 +88,9 @@ class Stages:
         """The method, stage by stage, up to the metrics and the mask of every kappa; without a class, the training."""
         config = training.config
         torch.set_num_threads(config.threads or self._threads)
-        classes = config.forget_digits if forget_class is None else [forget_class]
-        files = [file for each in classes for file in self.files.experiments(training, each)]
-        is_done = all(file.is_there for file in files)
+        is_done = True
+        for each in config.forget_digits if forget_class is None else [forget_class]:
+            is_done = is_done and all(file.is_there for file in self.files.experiments(training, each))
         if not is_done and (self._last is None or self._last[0] != training):
             data = self.data(config)
             classifier = self.classifier(training, data)
@@ -138,15 +143,20 @@ class Stages:
 
         def train() -> dict[str, Any]:
             started = time.perf_counter()
-            gcn = GCNTrainer(config, [graphs], training.top_k, training.seed).train()
-            seconds = time.perf_counter() - started
-            return checkpoint_of(gcn, training) | {"top_k": training.top_k, "seconds": seconds}
+            gcn = GCNTrainer(config, [graphs], training.config.eval.retain_weight, training.seed).train()
+            return checkpoint_of(gcn, training) | {"seconds": time.perf_counter() - started}
 
-        name = f"masking GCN, {training.name}, top-K {training.top_k}"
+        name = f"masking GCN, {training.name}"
         checkpoint = self.work.made(self.files.gcn(training), name, train)
         gcn = config.network(graphs.config.num_features)
         gcn.load_state_dict(checkpoint["state_dict"])
         return gcn.to(graphs.labels.device), checkpoint["seconds"]
+
+    def of_method(
+        self, training: Training, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What a method makes once for a classifier, from its file where it is there."""
+        return self.work.made(self.files.of_method(training, name, settings), f"{name}, {training.name}", make)
 
     def requests(self, training: Training, forget_class: int) -> None:
         """Every experiment on one forget class that is not there, and the plots that are not."""
@@ -163,9 +173,21 @@ class Stages:
             _, graphs, gcn, gcn_seconds = self._last
             data, trainer = self.data(config), Trainer(config.classifier, training.seed, config.source.size)
             request = Request(
-                config.eval, graphs.classifier, trainer, graphs.train, graphs, gcn, forget_class, training.top_k,
-                training.seed, asked, orders, self._kept, data.train,
-            )  # fmt: skip
+                config=config.eval,
+                original=graphs.classifier,
+                trainer=trainer,
+                train=graphs.train,
+                graphs=graphs,
+                gcn=gcn,
+                forget_class=forget_class,
+                top_k=training.top_k,
+                seed=training.seed,
+                asked=asked,
+                orders=orders,
+                kept=self._kept,
+                trained_on=data.train,
+                checkpoint=partial(self.of_method, training),
+            )
             paths = self.files.of_training(training) | {"mask": mask}
             about = {
                 "id": metrics.path.stem,
@@ -202,9 +224,8 @@ class Files:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._seen: dict[Path, Any] = {}
-        packages = ["images/*.py", "networks/*.py", "masking/*.py", "audits/*.py"]
-        self._training_code = code_of(PACKAGE, ["main.py", "model.py", "data.py", "trainer.py", *packages])
-        self._code = code_of(PACKAGE, ["*.py", "methods/*.py", *packages])
+        self._training_code = code_of(PACKAGE, TRAINING_CODE)
+        self._code = code_of(PACKAGE, ["*.py", "methods/*.py", "audits/*.py", *TRAINING_CODE])
         self._code.pop("reporter.py", None)  # no number depends on it
         self._checksums: dict[str, str] = {}
 
@@ -215,8 +236,12 @@ class Files:
         return self._artifact(f"datasets/Graphs/seed_{training.seed}.pt", training, ["classifier", "graphs"])
 
     def gcn(self, training: Training) -> Artifact:
-        name = f"checkpoints/gcn_seed_{training.seed}_top_k_{training.top_k}.pt"
-        return self._artifact(name, training, ["classifier", "graphs", "gcn"])
+        return self._artifact(f"checkpoints/gcn_seed_{training.seed}.pt", training, ["classifier", "graphs", "gcn"])
+
+    def of_method(self, training: Training, name: str, settings: dict[str, Any]) -> Artifact:
+        """What a method makes once for a classifier."""
+        path = f"checkpoints/{name}_seed_{training.seed}.pt"
+        return self._artifact(path, training, ["classifier", "graphs"], {"method": settings})
 
     def of_training(self, training: Training) -> dict[str, Artifact]:
         """The files that a training makes, by what is in them."""
@@ -235,6 +260,7 @@ class Files:
             "audit": training.sections["audit"] if training.config.audit.enabled else None,
             "variant": training.variant,
             "forget_digit": forget_class,
+            "top_k": training.top_k,
             "kappa": asked,
         }
         paths = f"eval/Metrics and Plots/metrics/{name}.json", f"eval/masks/{name}.pt"
@@ -242,8 +268,10 @@ class Files:
 
     def experiments(self, training: Training, forget_class: int) -> list[Artifact]:
         """The JSON and the mask of every kappa."""
-        kappas = training.config.kappas
-        return [file for asked in kappas for file in self.metrics_and_mask(training, forget_class, asked)]
+        found: list[Artifact] = []
+        for asked in training.config.kappas:
+            found += self.metrics_and_mask(training, forget_class, asked)
+        return found
 
     def _artifact(
         self, path: str, training: Training, sections: Sequence[str], of_experiment: dict[str, Any] | None = None
@@ -258,7 +286,7 @@ class Files:
         if "gcn" in sections:
             tracked = pretrained_for(config.masked_shapes)
             settings["pretrained"] = config.gcn.pretrained and hashlib.sha256(tracked.read_bytes()).hexdigest()
-            settings["top_k"] = training.top_k
+            settings["retain_weight"] = config.eval.retain_weight
         settings |= of_experiment or {}
         if not self._checksums.get(config.dataset):
             self._checksums[config.dataset] = checksum(config.dataset, self.root / "datasets")
@@ -269,12 +297,11 @@ class Files:
 
 
 def trainings_of(configs: Mapping[str, Config]) -> list[Training]:
-    return [
-        Training(variant, config, seed, top_k)
-        for variant, config in configs.items()
-        for seed in config.seeds
-        for top_k in config.top_ks
-    ]
+    found = []
+    for variant, config in configs.items():
+        for seed, top_k in itertools.product(config.seeds, config.top_ks):
+            found.append(Training(variant, config, seed, top_k))
+    return found
 
 
 def tasks_in_order(configs: Mapping[str, Config], processes: int) -> list[tuple[Training, int | None]]:
@@ -306,7 +333,8 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
         progress = tqdm(work.processes.take(tasks), "the whole run", len(tasks), leave=False, disable=None)
         for training, forget_class in progress:
             stages.forget(training, forget_class)
-        shares = work.processes.gathered([work.seconds, stages.test_scores, peak_bytes()])
+        share = {"seconds": work.seconds, "scores": stages.test_scores, "peak": peak_bytes()}
+        shares = work.processes.gathered(share)
         if work.processes.rank == 0:
             end(stages, configs, shares)
 
@@ -314,7 +342,7 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
 def begin(stages: Stages, configs: Mapping[str, Config], is_fresh: bool) -> None:
     """What the first process does before all work: looks at what is there, and says it."""
     stages.work.log.note(f"{shlex.join(sys.argv)}: {describe_machine()}")
-    artifacts = [artifact for _, of_task in plan(stages.files, configs) for artifact in of_task]
+    artifacts = list(itertools.chain.from_iterable(files for _, files in plan(stages.files, configs)))
     if is_fresh or not all(artifact.is_there for artifact in artifacts):
         for config in configs.values():
             stages.data(config)  # all of it first, so that a missing or damaged file is told before any work
@@ -324,25 +352,29 @@ def begin(stages: Stages, configs: Mapping[str, Config], is_fresh: bool) -> None
     stages.work.log(how_many(artifacts))
 
 
-def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[Any]) -> None:
+def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str, Any]]) -> None:
     """What the first process does after all work: draws the reports, and says what the run took."""
     work, reports = stages.work, stages.work.root / "reports"
     with work.stage("reports"):
         closing = tables.report(finished(stages.files, configs), reports)
-    seconds, scores, peaks = zip(*shares)
-    total = time.perf_counter() - STARTED
+    seconds: Counter[str] = Counter()
+    scores: dict[str, float] = {}
+    for of_process in shares:
+        seconds.update(of_process["seconds"])
+        scores |= of_process["scores"]
+    total, peak = time.perf_counter() - STARTED, max(of_process["peak"] for of_process in shares)
     summary = {
-        "seconds": sum(map(Counter, seconds), Counter()) | {"reports": work.seconds["reports"]},
+        "seconds": seconds | {"reports": work.seconds["reports"]},
         "total_seconds": total,
-        "peak_bytes": max(peaks),
+        "peak_bytes": peak,
         "processes": len(shares),
         "machine": describe_machine(),
-        "classifier_test_scores": {name: score for of_process in scores for name, score in of_process.items()},
+        "classifier_test_scores": scores,
     }
     write_text(reports / "run.json", json.dumps(summary, indent=1))
     print("\n".join(f"\n{table}" for table in closing), end="\n\n")
     each = " a process" if len(shares) > 1 else ""
-    work.log(f"{total:.0f} s, {max(peaks) / 1e9:.1f} GB at most{each}. Curves and tables: {reports}")
+    work.log(f"{total:.0f} s, {peak / 1e9:.1f} GB at most{each}. Curves and tables: {reports}")
     print(f"Metrics and plots of each experiment, and masks: {work.root / 'eval'}")
 
 
@@ -351,16 +383,40 @@ def finished(files: Files, configs: Mapping[str, Config]) -> list[tables.Result]
 
     Of every training with all its forget classes; where there is none yet, of the first one the classes so far.
     """
-    of_trainings = []
+    complete, begun = [], []
     for training in trainings_of(configs):
-        made = [files.experiments(training, forget_class) for forget_class in training.config.forget_digits]
-        of_trainings.append((training, [each if all(file.is_there for file in each) else [] for each in made]))
-    chosen = [each for each in of_trainings if all(each[1])] or [each for each in of_trainings if any(each[1])][:1]
-    results = []
-    for training, made in chosen:
-        metrics = [file.path for of_class in made for file in of_class if file.path.suffix == ".json"]
-        results.append(tables.Result(training.variant, training.top_k, training.config.report, metrics))
-    return results
+        metrics, is_complete = [], True
+        for forget_class in training.config.forget_digits:
+            made = files.experiments(training, forget_class)
+            if all(file.is_there for file in made):
+                metrics += [file.path for file in made if file.path.suffix == ".json"]
+            else:
+                is_complete = False
+        if metrics:
+            result = tables.Result(training.variant, training.top_k, training.config.report, metrics)
+            (complete if is_complete else begun).append(result)
+    return complete or begun[:1]
+
+
+def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
+    """Trains one masking GCN on the classifiers of all configs and seeds, with the settings of the first.
+
+    It takes the place of the tracked one for the layers that the first config masks.
+    """
+    prepare(configs, one_process="--pretrain")
+    config = next(iter(configs.values()))
+    with locked(root):
+        work = Work(root)
+        stages, graphs = Stages(work, Files(root)), []
+        for training in trainings_of(configs):
+            torch.set_num_threads(training.config.threads or torch.get_num_threads())
+            data = stages.data(training.config)
+            graphs.append(stages.graphs(training, stages.classifier(training, data), data))
+        with work.stage(f"masking GCN, {len(graphs)} classifiers"):
+            gcn = GCNTrainer(config.gcn, graphs, config.eval.retain_weight, config.seed).train()
+        path = root / pretrained_for(config.masked_shapes).relative_to(PACKAGE)
+        save(path, {"config": asdict(config), "seed": config.seed, "state_dict": gcn.state_dict()})
+        work.log(f"{path}: {path.stat().st_size / 1000:.0f} KB")
 
 
 def plan(files: Files, configs: Mapping[str, Config]) -> Iterator[tuple[str, list[Artifact]]]:
@@ -409,18 +465,19 @@ def prepare(configs: Mapping[str, Config], one_process: str = "") -> None:
 
 def check_memory(config: Config) -> None:
     """Raises InputError where the tensors that a run cannot do without do not fit in the memory of its device."""
-    classes, features, gcn = len(config.source.class_names), config.graphs.num_features, config.gcn
-    weights = sum(map(math.prod, config.shapes))
-    vertices, hidden, later = classes * config.num_vertices, 0 if gcn.pretrained else gcn.hidden, gcn.rounds - 1
+    classes, vertices, gcn = len(config.source.class_names), config.num_vertices, config.gcn
     there = memory_of(config.torch_device()) / 1e9
-    for setting, numbers in (
-        ("classifier.hidden_sizes", 4 * weights),  # themselves, their gradients, and the two moments of Adam
-        ("graphs.mask_layer or features", 3 * vertices * features),  # one by one, together, and vertex by vertex
-        ("gcn.hidden or rounds", 8 * hidden * (features + later * hidden) + vertices * max(1, later) * hidden),
-    ):
-        if (needed := 4 * numbers / 1e9) > there:
+    needed = {
+        # Themselves, their gradients, and the two moments of Adam.
+        "classifier.hidden_sizes": 4 * sum(map(math.prod, config.shapes)),
+        # The means and the terms of every class, and the features of one, one by one and together.
+        "graphs.mask_layer or features": vertices * (7 * classes + 2 * config.graphs.num_features),
+        "gcn.hidden or rounds": 0 if gcn.pretrained else vertices * gcn.hidden * gcn.rounds,
+    }
+    for setting, numbers in needed.items():
+        if (gigabytes := 4 * numbers / 1e9) > there:
             raise InputError(
-                f"{setting}: needs at least {needed:.1f} GB of memory, and there are {there:.1f}: lower it"
+                f"{setting}: needs at least {gigabytes:.1f} GB of memory, and there are {there:.1f}: lower it"
             )
 
 
@@ -431,6 +488,8 @@ def start(parsed: argparse.Namespace) -> None:
         dry_run(configs)
     elif parsed.plot_only:
         plot(configs)
+    elif parsed.pretrain:
+        pretrain(configs)
     else:
         run(configs, is_fresh=parsed.fresh)
 

@@ -1,26 +1,22 @@
-"""The graph of a network's weights, the masking GCN, and masks; last, what only makes it fast."""
+"""The weight graph of a classifier, GraphSAGE on it in closed form, and the masking GCN; last, what makes it fast."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from mimu.networks.affine import AffineFeatures
 from mimu.networks.architectures import mlp
-from mimu.networks.hooked import HookedClassifier, shape_of, weight_layers
+from mimu.networks.hooked import HookedClassifier
+from mimu.networks.masks import LayerMask, Mask
 from mimu.networks.tracing import Ends
-from mimu.runs import files
 
 
 class HookedMNISTClassifier(HookedClassifier):
@@ -77,7 +73,9 @@ class WeightGraph:
         self.num_vertices = sum(self.sizes)
         if odd := [index for index in self.layers if ends[index] is None]:
             raise ValueError(f"mask_layer {odd} must be called once, on samples of features or channels")
-        chosen = [neurons for index in self.layers for neurons in ends[index]]
+        chosen: list[Tensor] = []
+        for index in self.layers:
+            chosen += ends[index]
         numbers = torch.cat(chosen).unique(return_inverse=True)[1].split([len(neurons) for neurons in chosen])
         self.sources, self.targets = numbers[::2], numbers[1::2]  # (n) and (m) of each layer
         self.num_neurons = 1 + max(int(neurons.max()) for neurons in numbers)
@@ -105,6 +103,19 @@ class WeightGraph:
         """The same as matrices, (..., m, n, ...)."""
         return [part.unflatten(dim, (shape[0], -1)) for part, shape in zip(x.split(self.sizes, dim), self.shapes)]
 
+    def zeroing(self, vertices: Tensor) -> Mask:
+        """The mask that switches off the given vertices (kappa) and keeps all others."""
+        keep = torch.ones(self.num_vertices, device=vertices.device).index_fill(0, vertices, 0)
+        return self._mask(keep)
+
+    def keeping(self, vertices: Tensor) -> Mask:
+        """The mask that keeps the given vertices (K) and switches off all others."""
+        keep = torch.zeros(self.num_vertices, device=vertices.device).index_fill(0, vertices, 1)
+        return self._mask(keep)
+
+    def _mask(self, keep: Tensor) -> Mask:
+        return Mask({layer: LayerMask.of(part) for layer, part in zip(self.layers, self.split(keep))})
+
     def edge_index(self) -> Tensor:
         """Every directed edge, (2, edges), sorted. For export and tests: nothing in training or evaluation needs it."""
         cliques: dict[int, list[Tensor]] = defaultdict(list)
@@ -112,9 +123,56 @@ class WeightGraph:
             for neurons, by_neuron in ((source, vertices.T), (target, vertices)):
                 for neuron, members in zip(neurons.tolist(), by_neuron):
                     cliques[neuron].append(members)
-        pairs = [torch.combinations(torch.cat(members), 2) for members in cliques.values()]
-        edges = torch.cat([*pairs, *(pair.flip(1) for pair in pairs)])
+        pairs = torch.cat([torch.combinations(torch.cat(members), 2) for members in cliques.values()])
+        edges = torch.cat([pairs, pairs.flip(1)])
         return edges[(edges[:, 0] * self.num_vertices + edges[:, 1]).argsort()].T.contiguous()
+
+
+@dataclass(frozen=True)
+class AffineFeatures:
+    """Vertex features of one masked layer in the form y[r, c] = x[r, c] M + source[c] + target[r].
+
+    A linear round on them changes M, source and target alone, all of them small: the features of the vertices are
+    formed when a non-linearity needs them.
+    """
+
+    x: Tensor  # (batch, m, n, in)
+    source_sums: Tensor  # of x over the weights of each source neuron, (batch, n, in)
+    target_sums: Tensor  # of x over the weights of each target neuron, (batch, m, in)
+    matrix: Tensor | None = None  # M, (in, features); without it y is x
+    source: Tensor | None = None  # (batch, n, features)
+    target: Tensor | None = None  # (batch, m, features)
+
+    @staticmethod
+    def of(x: Tensor) -> AffineFeatures:
+        return AffineFeatures(x, x.sum(1), x.sum(2))
+
+    def formed(self) -> Tensor:
+        """y, (batch, m, n, features)."""
+        return self.x if self.matrix is None else self.x @ self.matrix + self.source[:, None] + self.target[:, :, None]
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Of y over the weights of each source neuron (batch, n, features) and target neuron (batch, m, features)."""
+        if self.matrix is None:
+            return self.source_sums, self.target_sums
+        m, n = self.x.shape[1:3]
+        of_source = self.source_sums @ self.matrix + m * self.source + self.target.sum(1, keepdim=True)
+        of_target = self.target_sums @ self.matrix + n * self.target + self.source.sum(1, keepdim=True)
+        return of_source, of_target
+
+    def transformed(self, matrix: Tensor, source: Tensor, target: Tensor) -> AffineFeatures:
+        """y[r, c] M' + source'[c] + target'[r], with an M' (features, out)."""
+        if self.matrix is not None:
+            source = self.source @ matrix + source
+            target = self.target @ matrix + target
+            matrix = self.matrix @ matrix
+        return replace(self, matrix=matrix, source=source, target=target)
+
+    def relu(self) -> Tensor:
+        """relu(y), (batch, m, n, features)."""
+        if self.matrix is None:
+            return self.x.relu()
+        return AffineReLU.apply(self.x, self.matrix, self.source, self.target)
 
 
 class WeightGraphSAGE(nn.Module):
@@ -164,363 +222,88 @@ class VertexLinear(nn.Linear):
     def forward(self, features: list[AffineFeatures], graph: WeightGraph) -> list[AffineFeatures]:
         matrix, results = self.weight.T, []
         for part in features:
-            sums = (part.source_sums, part.target_sums)
-            nothing = (matrix.new_zeros(*of_neurons.shape[:2], self.out_features) for of_neurons in sums)
-            results.append(part.transformed(matrix, *nothing))
+            batch, m, n, _ = part.x.shape
+            of_source = matrix.new_zeros(batch, n, self.out_features)
+            of_target = matrix.new_zeros(batch, m, self.out_features)
+            results.append(part.transformed(matrix, of_source, of_target))
         return results
 
 
-LARGEST_CHANGE = 4.0  # of the logarithm of the weight of a term
+LARGEST_CHANGE = 4.0  # of the logarithm of a factor
 
 
 class MaskingGCN(nn.Module):
-    """Scores how much a class depends on each weight: GraphSAGE rounds, then a linear read-out, all without bias.
+    """Says how much the two terms of the saliency count at each weight: GraphSAGE rounds, then a linear read-out.
 
-    Without `message_passing`, the control, every weight is scored by its own features alone.
-    One that `weighs` gives no scores but two positive numbers for every weight, by which a formula weighs its terms
-    there; before its training they are the same for all.
-    Shapes: vertex features (batch, vertices, features) to logits (batch, vertices), or to (batch, vertices, 2).
+    Two positive factors for every weight, of what forgetting asks for and of what the others are to keep
+    (`masking.rankings.saliency`), whose logarithms have the mean 0 in a graph. All is without bias, and before its
+    training every factor is 1.
+    Without `message_passing`, the control, they follow from the weight's own features alone.
+    Shapes: vertex features (batch, vertices, features) to factors (batch, vertices, 2).
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        hidden: int = 32,
-        rounds: int = 3,
-        message_passing: bool = True,
-        weighs: tuple[float, float] | None = None,
-    ) -> None:
+    def __init__(self, num_features: int, hidden: int = 32, rounds: int = 3, message_passing: bool = True) -> None:
         super().__init__()
         conv = WeightGraphSAGE if message_passing else partial(VertexLinear, bias=False)
         self.num_features = num_features
         sizes = [num_features] + [hidden] * rounds
         self.convs = nn.ModuleList(conv(n, m) for n, m in zip(sizes, sizes[1:]))
-        self.weighs = weighs is not None
-        self.readout = nn.Linear(hidden, 2 if self.weighs else 1, bias=False)
-        if self.weighs:
-            nn.init.zeros_(self.readout.weight)
-            self.log_weights = nn.Parameter(torch.tensor(weighs).log())
+        self.readout = nn.Linear(hidden, 2, bias=False)
+        nn.init.zeros_(self.readout.weight)
 
     def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
-        x = graph.matrices(x, dim=1)
-        for index, conv in enumerate(self.convs):
-            # The first round only gathers: without a ReLU behind it, it costs next to nothing.
-            if index != 1:
-                features = [AffineFeatures.of(part) for part in x]
+        found = torch.cat([self.readout(part).flatten(1, 2) for part in self.hidden(x, graph)], 1)
+        found = found - found.mean(1, keepdim=True)
+        return (LARGEST_CHANGE * (found / LARGEST_CHANGE).tanh()).exp()
+
+    def hidden(self, x: Tensor, graph: WeightGraph) -> list[Tensor]:
+        """What the rounds make of vertex features, of every masked layer (batch, m, n, hidden)."""
+        features = [AffineFeatures.of(part) for part in graph.matrices(x, dim=1)]
+        for conv in self.convs[:2]:  # the first round only gathers: without a ReLU behind it, it costs next to nothing
             features = conv(features, graph)
-            if index > 0 or len(self.convs) == 1:
-                x = [part.relu() for part in features]
-        if not self.weighs:
-            return torch.cat([(part @ self.readout.weight[0]).flatten(1) for part in x], 1)
-        found = torch.cat([self.readout(part).flatten(1, 2) for part in x], 1)
-        return (self.log_weights + LARGEST_CHANGE * (found / LARGEST_CHANGE).tanh()).exp()
-
-
-class LowRank(NamedTuple):
-    """What is taken from a weight W as a matrix (m, n), left right^T: of every input x, what it has in some directions.
-
-    Of rank 0, which takes nothing, both have no column.
-    """
-
-    left: Tensor  # (m, rank)
-    right: Tensor  # (n, rank)
-
-    @staticmethod
-    def nothing(weight: Tensor) -> LowRank:
-        """That of rank 0 for a weight."""
-        return LowRank(*(weight.new_zeros(size, 0) for size in weight.flatten(1).shape))
-
-    def to(self, like: Tensor) -> LowRank:
-        """The same on the device and in the precision of a tensor."""
-        return LowRank(*(part.to(like) for part in self))
-
-    def __and__(self, other: LowRank) -> LowRank:
-        """What both take, one after the other."""
-        return LowRank(*(torch.cat([own, part.to(own)], 1) for own, part in zip(self, other)))
-
-    def includes(self, other: LowRank) -> bool:
-        """Whether it takes each direction that the other does."""
-        own, of_other = torch.cat(self).T, torch.cat(other.to(self.left)).T
-        return bool((own == of_other[:, None]).all(-1).any(1).all())
-
-    def taken_from(self, weight: Tensor) -> Tensor:
-        """W - left right^T, in the shape of the weight."""
-        return weight - (self.left @ self.right.T).view_as(weight) if self.left.shape[1] else weight
-
-
-class WeightMask(nn.Module):
-    """The parametrization of a weight by what `Mask` says of it: (W - left right^T) * keep."""
-
-    def __init__(self, keep: Tensor, edit: LowRank, forgets: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.register_buffer("keep", keep)
-        self.register_buffer("left", edit.left)
-        self.register_buffer("right", edit.right)
-        self.forgets = forgets
-
-    @property
-    def edit(self) -> LowRank:
-        return LowRank(self.left, self.right)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return self.edit.taken_from(weight) * self.keep
-
-
-def refuse_pickling(layer: nn.Module) -> None:
-    raise RuntimeError(
-        "a masked model is not saved whole: save model.state_dict(), and the mask by mask.save(path); or write its "
-        "zeros into the weights first, by mask.apply(model, permanent=True)"
-    )
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Mask:
-    """Which weights of the masked layers are kept (1) and which are switched off (0), apart from any classifier.
-
-    It may also take directions from what the layers read: a weight becomes (W - left right^T) * keep.
-    """
-
-    layers: tuple[int, ...]  # indices among the weight layers of a model
-    keep: tuple[Tensor, ...]  # (m, n) of each masked layer
-    forgets: tuple[int, ...] = ()  # the classes that it was made to forget
-    edits: tuple[LowRank, ...] = ()  # of each masked layer; made of rank 0 where none are given
-
-    @staticmethod
-    def zeroing(graph: WeightGraph, vertices: Tensor) -> Mask:
-        """The mask that switches off the given vertices (kappa) of the weight graph and keeps all others."""
-        keep = torch.ones(graph.num_vertices, device=vertices.device).index_fill(0, vertices, 0)
-        return Mask(graph.layers, tuple(graph.split(keep)))
-
-    @staticmethod
-    def keeping(graph: WeightGraph, vertices: Tensor) -> Mask:
-        """The mask that keeps the given vertices (K) of the weight graph and switches off all others."""
-        keep = torch.zeros(graph.num_vertices, device=vertices.device).index_fill(0, vertices, 1)
-        return Mask(graph.layers, tuple(graph.split(keep)))
-
-    @staticmethod
-    def on(model: nn.Module) -> Mask | None:
-        """The mask that a model carries; None where it carries none."""
-        masks = {index: mask for index, layer in enumerate(weight_layers(model)) if (mask := weight_mask(layer))}
-        forgets = sorted({label for mask in masks.values() for label in mask.forgets})
-        if not masks:
-            return None
-        keep, edits = zip(*((mask.keep, mask.edit) for mask in masks.values()))
-        return Mask(tuple(masks), keep, tuple(forgets), edits)
-
-    def __post_init__(self) -> None:
-        is_right = len(self.layers) == len(self.keep) == len(set(self.layers)) > 0
-        if not is_right or not all(type(each) is int and 0 <= each < 2**31 for each in (*self.layers, *self.forgets)):
-            has = f"{len(self.keep)} masks for layers {self.layers}, classes {self.forgets}"[:200]
-            raise ValueError(
-                f"a mask must have indices of layers, each once, a matrix for each, and classes, not {has}"
-            )
-        if not all(keep.ndim in (2, 4) and keep.numel() and ((keep == 0) | (keep == 1)).all() for keep in self.keep):
-            raise ValueError("a mask must have matrices of 0 and 1 alone")
-        if not self.edits:
-            object.__setattr__(self, "edits", tuple(map(LowRank.nothing, self.keep)))
-        shapes = [[tuple(part.shape) for part in edit] for edit in self.edits]
-        fits = len(self.edits) == len(self.keep) and all(
-            part.shape == (size, *edit.left.shape[-1:])
-            for keep, edit in zip(self.keep, self.edits)
-            for part, size in zip(edit, keep.flatten(1).shape)
-        )
-        if not fits or not all(part.isfinite().all() for edit in self.edits for part in edit):
-            raise ValueError(f"edits must be pairs of matrices (m, rank), (n, rank) of finite numbers, not {shapes}")
-
-    @property
-    def by_layer(self) -> dict[int, tuple[Tensor, LowRank]]:
-        """What of every masked layer is kept, and what is taken from it."""
-        return dict(zip(self.layers, zip(self.keep, self.edits)))
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """How many directions it takes from each layer."""
-        return tuple(edit.left.shape[1] for edit in self.edits)
-
-    def __repr__(self) -> str:
-        counts = (f"layer {layer}: {int((k == 0).sum())} of {k.numel()}" for layer, k in zip(self.layers, self.keep))
-        taken = [f"layer {layer}: {rank}" for layer, rank in zip(self.layers, self.ranks) if rank]
-        edited = f"; directions taken: {', '.join(taken)}" if taken else ""
-        return f"Mask({', '.join(counts)} weights zeroed{edited})"
-
-    def __and__(self, other: Mask) -> Mask:
-        """The mask that keeps what both keep, takes what either takes, and forgets what either forgets."""
-        found = self.by_layer
-        for layer, (keep, edit) in other.by_layer.items():
-            if layer not in found:
-                found[layer] = keep, edit
-                continue
-            own, of_own = found[layer]
-            if own.shape != keep.shape:
-                shapes = f"{tuple(own.shape)} and {tuple(keep.shape)}"
-                raise ValueError(f"masks of one classifier combine: of layer {layer} these have {shapes}")
-            found[layer] = own * keep.to(own), of_own & edit
-        layers = tuple(sorted(found))
-        keep, edits = zip(*map(found.get, layers))
-        return Mask(layers, keep, tuple(sorted({*self.forgets, *other.forgets})), edits)
-
-    @property
-    def num_zeroed(self) -> int:
-        """How many weights it switches off, kappa."""
-        return sum(int((keep == 0).sum()) for keep in self.keep)
-
-    def as_tensor(self) -> Tensor:
-        """The layer's shape (m, n) for one masked layer, flat in vertex order (vertices) for several."""
-        return self.keep[0] if len(self.keep) == 1 else torch.cat([keep.flatten() for keep in self.keep])
-
-    def vertices(self) -> Tensor:
-        """The vertices that it switches off, in the weight graph of its layers."""
-        return (torch.cat([keep.flatten() for keep in self.keep]) == 0).nonzero()[:, 0]
-
-    def includes(self, other: Mask) -> bool:
-        """Whether it switches off all that the other does, and takes what that takes."""
-        own = self.by_layer
-        return all(
-            layer in own and bool((own[layer][0] <= keep.to(own[layer][0])).all()) and own[layer][1].includes(edit)
-            for layer, (keep, edit) in other.by_layer.items()
-        )
-
-    def weights(self, model: nn.Module) -> dict[int, Tensor]:
-        """The weights of the masked layers of a model without one, by their indices, as they are under the mask."""
-        layers = weight_layers(model)
-        pairs = self.by_layer.items()
-        return {index: edit.taken_from(layers[index].weight.detach()) * keep for index, (keep, edit) in pairs}
-
-    def check(self, model: nn.Module) -> list[nn.Module]:
-        """The masked layers of a model. Raises ValueError where one has another shape or no weight to put a mask on."""
-        layers = weight_layers(model)
-        for index, keep in zip(self.layers, self.keep):
-            shape = shape_of(layers[index]) if index < len(layers) else "not there"
-            if shape != tuple(keep.shape):
-                raise ValueError(f"layer {index} is {shape}, its mask {tuple(keep.shape)}")
-            if "weight" not in layers[index]._parameters and weight_mask(layers[index]) is None:
-                raise ValueError(
-                    f"layer {index} has no plain weight, but what torch.nn.utils (prune, weight_norm, spectral_norm, "
-                    "parametrize) computes: make it one first, by prune.remove, remove_parametrizations or their like"
-                )
-        return [layers[index] for index in self.layers]
-
-    def apply(self, model: nn.Module, permanent: bool = False) -> None:
-        """Switches the weights off, or where it raises, leaves the model as it was.
-
-        The zeros stand beside the weights, for `remove` to take them off again: the state dict still holds the weights
-        from before, as `parametrizations.weight.original`, and with them the class. permanent: the zeros are written
-        into the weights, for those who must delete: the state dict holds nothing of them, and its keys are plain. (The
-        momentum of an optimizer from before would bring something back: take a new one.)
-        It takes the place of a mask that the model carries, which it must include.
-        Raises ValueError where it carries another one, a layer has another shape, or no weight of its own.
-        """
-        layers, carried = self.check(model), Mask.on(model)
-        if carried is not None and not self.includes(carried):
-            raise ValueError(f"the model carries {carried}: take it off first, or apply mask & Mask.on(model)")
-        if permanent:
-            names = Counter(map(id, dict(model.named_parameters(remove_duplicate=False)).values()))
-            if shared := [index for index, layer in zip(self.layers, layers) if names[id(original_weight(layer))] > 1]:
-                raise ValueError(
-                    f"layers {shared} share their weights with others: permanent zeros would be theirs, too"
-                )
-        with all_or_none(layers):
-            for layer, keep, edit in zip(layers, self.keep, self.edits):
-                take_off(layer)
-                keep, edit = keep.to(layer.weight), edit.to(layer.weight)
-                if permanent:
-                    layer.weight.data.copy_(edit.taken_from(layer.weight.data)).masked_fill_(keep == 0, 0)
-                else:
-                    put_on(layer, WeightMask(keep, edit, self.forgets))
-
-    def remove(self, model: nn.Module) -> None:
-        """Takes the mask off again: the weights are those from before, bit for bit, and in the same order.
-
-        If they were trained meanwhile, they are as trained. Raises ValueError where the model does not carry this mask.
-        """
-        layers = self.check(model)
-        for index, layer, keep, edit in zip(self.layers, layers, self.keep, self.edits):
-            found, own = weight_mask(layer), (keep, *edit)
-            if found is None or not all(map(torch.equal, found.buffers(), [part.to(found.keep) for part in own])):
-                raise ValueError(f"layer {index} carries {'no' if found is None else 'another'} mask: {self} is not on")
-        with all_or_none(layers):
-            for layer in layers:
-                take_off(layer)
-
-    @contextmanager
-    def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The masked model for as long as the context is open."""
-        self.apply(model)
-        try:
-            yield model
-        finally:
-            self.remove(model)
-
-    def saved(self) -> dict[str, list]:
-        """The mask as `save` writes it: `layers`, `keep`, a tensor of bool for each, `forgets`, and `edits`, pairs."""
-        keep, edits = [keep.bool().cpu() for keep in self.keep], [[part.cpu() for part in edit] for edit in self.edits]
-        return {"layers": list(self.layers), "keep": keep, "forgets": list(self.forgets), "edits": edits}
-
-    def save(self, path: Path | str) -> None:
-        files.save(Path(path), self.saved())
-
-    @staticmethod
-    def load(path: Path | str) -> Mask:
-        """Raises ArtifactError where the file is not a mask."""
-        saved = files.load(Path(path))
-        try:
-            layers, keep, forgets = (saved[key] for key in ("layers", "keep", "forgets"))
-            if not all(each.dtype == torch.bool for each in keep):
-                raise ValueError("keep must be of bool")
-            edits = tuple(LowRank(*edit) for edit in saved.get("edits", ()))  # a file from before has none
-            return Mask(tuple(layers), tuple(each.float() for each in keep), tuple(forgets), edits)
-        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise files.ArtifactError(f"{path}: is not a mask ({files.one_line(error)})") from None
-
-
-def weight_mask(layer: nn.Module) -> WeightMask | None:
-    """What is on the layer's weight, if it is a mask and nothing else."""
-    found = layer.parametrizations["weight"] if parametrize.is_parametrized(layer, "weight") else ()
-    return found[0] if len(found) == 1 and isinstance(found[0], WeightMask) else None
-
-
-def original_weight(layer: nn.Module) -> Tensor:
-    """The weight under a mask, or without one."""
-    return layer.weight if weight_mask(layer) is None else layer.parametrizations["weight"].original
-
-
-def put_on(layer: nn.Module, mask: WeightMask) -> None:
-    parametrize.register_parametrization(layer, "weight", mask)
-    type(layer).__getstate__ = refuse_pickling  # of a class that the layer has for itself
-
-
-def take_off(layer: nn.Module) -> None:
-    """Takes a mask off, where there is one."""
-    if weight_mask(layer) is None:
-        return
-    # PyTorch takes the weight off its class, which copies of the layer share: now this one has its own.
-    own = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
-    layer.__class__ = type(type(layer).__name__, type(layer).__bases__, own)
-    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-    # PyTorch puts the weight back behind the others; an optimizer's state goes by the order of parameters.
-    for name in [name for name in layer._parameters if name != "weight"]:
-        layer._parameters[name] = layer._parameters.pop(name)
-
-
-@contextmanager
-def all_or_none(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Gives layers back the masks and the weights that they had, where the context raises."""
-    before = [(layer, weight_mask(layer), original_weight(layer).detach().clone()) for layer in layers]
-    try:
-        yield
-    except BaseException:
-        for layer, mask, weight in before:
-            take_off(layer)
-            layer.weight.data.copy_(weight)
-            if mask is not None:
-                put_on(layer, mask)
-        raise
+        found = [part.relu() for part in features]
+        for conv in self.convs[2:]:
+            features = conv([AffineFeatures.of(part) for part in found], graph)
+            found = [part.relu() for part in features]
+        return found
 
 
 # What follows makes it fast.
 
-# Small graphs share what is done to their neurons; large ones, together, would leave the cache.
-VERTICES_AT_ONCE = 2**17  # of a batch of graphs that the GCN scores
+
+class AffineReLU(torch.autograd.Function):
+    """relu(x[r, c] M + source[c] + target[r]): the only work of the GCN that touches every vertex.
+
+    Graph by graph, so that its tensors stay in the cache; and without the copies of autograd's own formulas. Where
+    nothing of a graph is above 0, the gradient passes as if all were: a GCN without biases that died would stay dead.
+    """
+
+    @staticmethod
+    def forward(context: FunctionCtx, x: Tensor, matrix: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        output = x.new_empty(*x.shape[:3], matrix.shape[1])
+        for x_of, source_of, target_of, y in zip(x, source, target, output):
+            torch.add(source_of, target_of[:, None], out=y)
+            y.flatten(0, 1).addmm_(x_of.flatten(0, 1), matrix).relu_()
+        context.save_for_backward(x, matrix, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        x, matrix, output = context.saved_tensors
+        of_x = x.new_empty(x.shape) if context.needs_input_grad[0] else None
+        of_matrix = torch.zeros_like(matrix)
+        of_source, of_target = [], []
+        for index, (x_of, y) in enumerate(zip(x, output)):
+            of_y = torch.ops.aten.threshold_backward(gradient[index], y, 0) if y.any() else gradient[index]
+            flat = of_y.flatten(0, 1)
+            # A gradient x^T g is formed twice as fast as g^T x.
+            of_matrix.addmm_(x_of.flatten(0, 1).T, flat)
+            of_source.append(of_y.sum(0))
+            of_target.append(of_y.sum(1))
+            if of_x is not None:
+                torch.mm(flat, matrix.T, out=of_x[index].flatten(0, 1))
+        return of_x, of_matrix, torch.stack(of_source), torch.stack(of_target)
 
 
 def keep_freed_memory() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mimu import data
-from mimu.data import Amount, Count, GraphGenerator, NonNegative, Positive, Split
-from mimu.masking.order import forgetting_loss
-from mimu.masking.rankings import WEIGHED, contrast, mask_of, ranked, weighed
+from mimu.data import FORGETTING_TEMPERATURE, Amount, Count, GraphGenerator, NonNegative, Positive, Split
+from mimu.masking.order import forgetting_loss as forgetting_loss
+from mimu.masking.rankings import TERMS, ranked, saliency
 from mimu.model import MaskingGCN, WeightGraph
 from mimu.networks.architectures import cnn, in_channels, mlp, resnet
-from mimu.networks.hooked import HookedClassifier, is_finite
+from mimu.networks.hooked import HookedClassifier, is_finite, log_odds
 from mimu.runs.files import InputError
 
-LEAST_SPREAD = 1e-6  # standard deviation of scores; of a GCN that died they are all the same
+LEAST_SPREAD = 1e-6  # standard deviation of scores, which may be all the same
+GRADIENT_NORM = 1.0  # largest norm of a step's gradient of the GCN
 
 
 class TrainingError(InputError):
@@ -175,16 +176,9 @@ def log_uniform(span: tuple[Amount, Amount], num_vertices: int, generator: torch
     return round(low * (high / low) ** torch.rand((), generator=generator).item())
 
 
-def prior_divergence(logits: Tensor, weights: Tensor) -> Tensor:
-    """KL(Q || P) in nats (graphs), Q = softmax(logits) (graphs, vertices), P proportional to |w| + 1e-12 (vertices)."""
-    log_p = (weights.abs() + 1e-12).log().log_softmax(-1)
-    log_q = logits.log_softmax(-1)
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
-
-
 @dataclass(frozen=True)
 class GCNTrainerConfig:
-    """The masking GCN and its loss: the weight of each term, and the ranges from which a step draws."""
+    """The masking GCN and its loss, and the ranges from which a step draws."""
 
     pretrained: bool  # takes the tracked GCN as it is
     hidden: Count
@@ -192,152 +186,90 @@ class GCNTrainerConfig:
     message_passing: bool
     steps: Count
     learning_rate: Positive
-    gradient_norm: Positive
     group_size: Count
     samples: Count
-    contrast: Literal["damage", "mean"]
     temperature: Positive
-    gumbel: NonNegative
-    sufficiency: NonNegative
-    prior: NonNegative
     necessity_forget: NonNegative
     necessity_retain: NonNegative
     kappa: tuple[Amount, Amount]
-    partly_masked: tuple[Amount, Amount] | None
-    looks: Count
-    classes: Annotated[int, "at least 2"] | None
-    weighs: tuple[Positive, Positive] | None
-    warmup: Annotated[int, "at least 0"]
+    partly_masked: tuple[Amount, Amount]
+    snapshots: Count
 
     def network(self, num_features: int) -> MaskingGCN:
         """The GCN that reads so many features of a vertex, with weights as PyTorch draws them."""
-        return MaskingGCN(num_features, self.hidden, self.rounds, self.message_passing, self.weighs)
+        return MaskingGCN(num_features, self.hidden, self.rounds, self.message_passing)
 
     def __post_init__(self) -> None:
-        terms = ["sufficiency", "prior", "necessity_forget", "necessity_retain"]
-        if self.weighs and (self.sufficiency or self.prior):
-            raise ValueError("sufficiency and prior must be 0 of a GCN that weighs: it gives no logits")
-        # Sufficiency is asked of whole classifiers only.
-        needed = terms if self.partly_masked is None else terms[1:]
-        if not any(getattr(self, name) for name in needed):
-            raise ValueError(f"{' or '.join(needed)} must be above 0: every step needs a term")
+        if not self.necessity_forget and not self.necessity_retain:
+            raise ValueError("necessity_forget or necessity_retain must be above 0: every step needs a term")
         for name in ("kappa", "partly_masked"):
-            low, high = getattr(self, name) or (1, 1)
+            low, high = getattr(self, name)
             if low > high or isinstance(low, int) != isinstance(high, int):
                 raise ValueError(f"{name} must be [low, high], both numbers or both shares, not {[low, high]}")
 
 
 class GCNLoss:
-    """What is asked of a masking GCN on one classifier: of the masks that it makes from a graph of every class.
+    """What is asked of a masking GCN on one classifier: of the mask that it makes to forget a class.
 
-    - sufficiency: with the top-K weights of a class alone, its samples keep their label (cross entropy);
-    - prior: KL(Q || P) between softmax(logits) and the distribution proportional to |w|;
-    - necessity: without the kappa weights of largest contrast for class d, p(d) of its samples goes to 0, by
-      -log(1 - p(d)), and all others keep the original's prediction with class d removed (cross entropy).
+    Necessity: without the kappa weights of largest score for class d, p(d) of its samples goes to 0, by -log(1 - p(d))
+    at a temperature, and all others keep the original's prediction with class d removed (cross entropy), which weighs
+    `retain_weight`. Of both the saliency is the expansion for a single weight.
     """
 
-    def __init__(self, config: GCNTrainerConfig, graphs: GraphGenerator, top_k: Amount) -> None:
+    def __init__(self, config: GCNTrainerConfig, graphs: GraphGenerator, retain_weight: float) -> None:
         self.config = config
         self.graphs = graphs
         self.graph = graphs.graph
-        self.top_k = data.number_of_weights(top_k, self.graph.num_vertices)
-        self.weights = torch.cat([weight.flatten() for weight in graphs.weights()])
+        self.retain_weight = retain_weight
 
     def __call__(
-        self, gcn: MaskingGCN, zeroed: Tensor, generator: torch.Generator, forget_class: int | None = None
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """What masks of some classes, tried on the classifier without the vertices `zeroed`, come to.
-
-        Returns the weighted terms, the scores (tried, vertices) that made the masks, and the classes (tried).
-
-        forget_class: for which these are zeroed; it is among the classes whose masks are tried
-        """
+        self, gcn: MaskingGCN, zeroed: Tensor, forget_row: int, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The weighted terms, and the scores (vertices), on the classifier without the vertices `zeroed`."""
         config, graphs = self.config, self.graphs
-        mask = mask_of(graphs, zeroed)
         group = graphs.draw(config.group_size, generator)
-        tried = self._tried(forget_class, generator).to(group.device)
-        names = graphs.config.features
-        if gcn.weighs:
-            looks = ((label, graphs.look(group, [*names, *WEIGHED], mask, label)) for label in tried.tolist())
-            scores = torch.stack([weighed(gcn, look, label) for label, look in looks])
-        else:
-            look = graphs.look(group, names, mask)
-            importance = torch.cat([gcn(part, self.graph) for part in look.class_graphs()])  # (classes, vertices)
-            scores = contrast(importance, look.loss if config.contrast == "damage" else None)[tried]
+        names = [*TERMS, *graphs.config.features]
+        snapshot = graphs.snapshot(group, names, graphs.mask_of(zeroed), forget_row)
+        scores = saliency(snapshot, forget_row, self.retain_weight, gcn)
+        kappa = log_uniform(config.kappa, self.graph.num_vertices, generator)
+        removed = top_k_masks(scores[None], self.graph, graphs.config.scope, zeroed, kappa, config.temperature)
         samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator)
-        terms: dict[str, Tensor] = {}
-        if config.sufficiency and mask is None:
-            terms["sufficiency"] = config.sufficiency * self._sufficiency(importance, samples, generator)
-        if config.prior:
-            terms["prior"] = config.prior * prior_divergence(importance, self.weights).mean()
-        if config.necessity_forget or config.necessity_retain:
-            kappa = log_uniform(config.kappa, self.graph.num_vertices, generator)
-            removed = top_k_masks(scores, self.graph, graphs.config.scope, zeroed, kappa, config.temperature)
-            terms |= self._necessity(removed, tried, samples)
-        return terms, scores.detach(), tried
+        return self._necessity(removed, forget_row, samples), scores.detach()
 
-    def _tried(self, forget_class: int | None, generator: torch.Generator) -> Tensor:
-        """The classes whose masks a step tries: all, or some at random with the one to forget."""
-        if self.config.classes is None:
-            return torch.arange(self.graphs.num_classes)
-        order = torch.randperm(self.graphs.num_classes, generator=generator)
-        if forget_class is not None:
-            order = torch.cat([order[order == forget_class], order[order != forget_class]])
-        return order[: self.config.classes]
-
-    def look(
-        self, scores: Tensor, tried: Tensor, zeroed: Tensor, forget_class: int | None, generator: torch.Generator
-    ) -> tuple[Tensor, int]:
-        """What a classifier lacks after the next look of a request, by scores (tried, vertices), and for which class.
-
-        forget_class: of the request; None: a random one of those tried, whose first look it is
-        """
-        if forget_class is None:
-            forget_class = int(tried[torch.randint(len(tried), (), generator=generator)])
+    def following(self, scores: Tensor, zeroed: Tensor, generator: torch.Generator) -> Tensor:
+        """What a classifier lacks at the next snapshot of a request, by the scores (vertices) at the last one."""
         count = log_uniform(self.config.partly_masked, self.graph.num_vertices, generator)
-        following = ranked(scores[tried == forget_class][0], self.graph, self.graphs.config.scope, zeroed, count)
-        return torch.cat([zeroed, following]), forget_class
+        return torch.cat([zeroed, ranked(scores, self.graph, self.graphs.config.scope, zeroed, count)])
 
-    def _sufficiency(self, importance: Tensor, samples: Tensor, generator: torch.Generator) -> Tensor:
-        classifier, first = self.graphs.classifier, self.graph.layers
-        scores = importance / importance.std(1, keepdim=True).clamp_min(LEAST_SPREAD)
-        # The k largest of logits + Gumbel noise are a sample without replacement (Kool et al. 2019, arXiv:1903.06059).
-        noise = -torch.empty(scores.shape).exponential_(generator=generator).log()
-        keep = top_k_mask(scores + self.config.gumbel * noise.to(scores.device), self.top_k, self.config.temperature)
-        weights = masked_weights(classifier, self.graph, keep)
-        flat = samples.flatten()
-        _, logits = classifier.outputs(self.graphs.inputs[flat], first, weights, batch=samples.shape[1])
-        return F.cross_entropy(logits.flatten(0, 1), self.graphs.labels[flat])
-
-    def _necessity(self, removed: Tensor, tried: Tensor, samples: Tensor) -> dict[str, Tensor]:
-        """The terms of masks, one for every class that is tried."""
-        config, graphs, classifier, flat = self.config, self.graphs, self.graphs.classifier, samples.flatten()
-        weights = masked_weights(classifier, self.graph, 1 - removed)
-        _, logits = classifier.outputs(graphs.inputs[flat], self.graph.layers, weights)
-        log_p = logits.unflatten(1, samples.shape).log_softmax(-1)  # (masks, classes of the samples, samples, classes)
-
-        is_forget = torch.eye(len(samples), dtype=torch.bool, device=removed.device)[tried]  # (masks, classes)
-        # p(d) of the samples of d under the mask of d, (samples, masks)
-        p_forget = log_p[is_forget][..., tried].diagonal(dim1=0, dim2=2).exp()
-        forget = config.necessity_forget * forgetting_loss(p_forget)
-
-        predictions = graphs.predictions[flat].unflatten(0, samples.shape)  # (classes of the samples, samples, classes)
-        target = predictions.masked_fill(is_forget[:, None, None], float("-inf")).softmax(-1)
-        retain = -(target * log_p).sum(-1)[~is_forget].mean()
-        return {"necessity_forget": forget, "necessity_retain": config.necessity_retain * retain}
+    def _necessity(self, removed: Tensor, forget_row: int, samples: Tensor) -> dict[str, Tensor]:
+        """The terms of a mask (1, vertices) on samples (classes, n)."""
+        config, graphs, flat = self.config, self.graphs, samples.flatten()
+        forget_class = graphs.classes[forget_row]
+        weights = masked_weights(graphs.classifier, self.graph, 1 - removed)
+        _, logits = graphs.classifier.outputs(graphs.inputs[flat], self.graph.layers, weights)
+        is_forget = graphs.labels[flat] == forget_class
+        own = log_odds(logits[0][is_forget], graphs.labels[flat][is_forget]) / FORGETTING_TEMPERATURE
+        forget = FORGETTING_TEMPERATURE * F.softplus(own).mean()
+        without = torch.tensor([forget_class], device=flat.device)
+        target = graphs.predictions[flat][~is_forget].index_fill(1, without, float("-inf")).softmax(-1)
+        retain = F.cross_entropy(logits[0][~is_forget], target)
+        return {
+            "necessity_forget": config.necessity_forget * forget / self.retain_weight,
+            "necessity_retain": config.necessity_retain * retain,
+        }
 
 
 @dataclass(frozen=True)
 class GCNTrainer:
     """Trains one masking GCN on the graphs of one or several classifiers, which must have the same features.
 
-    After a step on a whole classifier follow `looks` on it as it is masked then for a random class, more and more, as
-    the looks of a request will find it.
+    It follows requests: after a step on a whole classifier come `snapshots` more on it as the GCN's own masks for a
+    random class leave it, more and more of it zeroed.
     """
 
     config: GCNTrainerConfig
     graphs: Sequence[GraphGenerator]
-    top_k: Amount
+    retain_weight: float
     seed: int
 
     def __post_init__(self) -> None:
@@ -345,33 +277,30 @@ class GCNTrainer:
             raise TrainingError("graphs.features and other_classes must be those of all classifiers")
 
     def train(self) -> MaskingGCN:
-        config, (first, *_) = self.config, self.graphs
+        config, first = self.config, self.graphs[0]
         with data.seeded_initialisation(self.seed):
             gcn = config.network(first.config.num_features).to(first.labels.device)
-        losses = [GCNLoss(config, of_classifier, self.top_k) for of_classifier in self.graphs]
+        losses = [GCNLoss(config, of_classifier, self.retain_weight) for of_classifier in self.graphs]
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-        generator = data.seeded("gcn", self.seed, self.top_k)
-        zeroed, forget_class, looks = first.nothing, None, 0
+        generator = data.seeded("gcn", self.seed)
         progress = tqdm(range(config.steps), "masking GCN", unit="step", leave=False, disable=None)
         for step in progress:
-            if not looks:
+            if step % (1 + config.snapshots) == 0:
                 loss_on = losses[int(torch.randint(len(losses), (), generator=generator))]
-            terms, *scored = loss_on(gcn, zeroed, generator, forget_class)
+                forget_row = int(torch.randint(loss_on.graphs.num_classes, (), generator=generator))
+                zeroed = first.nothing
+            terms, scores = loss_on(gcn, zeroed, forget_row, generator)
             optimizer.zero_grad()
             sum(terms.values()).backward()
-            nn.utils.clip_grad_norm_(gcn.parameters(), config.gradient_norm)
+            nn.utils.clip_grad_norm_(gcn.parameters(), GRADIENT_NORM)
             optimizer.step()
             schedule.step()
             # All of them in one copy: a GPU is waited for once a step.
             values = dict(zip(terms, torch.stack([value.detach() for value in terms.values()]).tolist()))
             check_finite(values, step, "gcn.learning_rate and the weight of the term")
             progress.set_postfix(values, refresh=False)
-            if config.partly_masked is not None and step + 1 >= config.warmup and looks < config.looks:
-                zeroed, forget_class = loss_on.look(*scored, zeroed, forget_class, generator)
-                looks += 1
-            else:
-                zeroed, forget_class, looks = first.nothing, None, 0
+            zeroed = loss_on.following(scores, zeroed, generator)
         check_weights(gcn, "masking GCN", "gcn.learning_rate")
         return gcn
 

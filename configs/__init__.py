@@ -91,8 +91,7 @@ class Config:
                     raise ValueError(f"{name} must be from 1 to {vertices - 1} (masked weights less one), not {kappa}")
         if max(self.top_ks) > vertices:
             raise ValueError(f"sweep.top_k must be from 1 to {vertices} (masked weights), not {max(self.top_ks)}")
-        spans = [self.gcn.kappa] + ([] if self.gcn.partly_masked is None else [self.gcn.partly_masked])
-        largest = sum(number_of_weights(high, vertices) for _, high in spans)
+        largest = sum(number_of_weights(high, vertices) for _, high in (self.gcn.kappa, self.gcn.partly_masked))
         if largest >= vertices:
             raise ValueError(f"gcn.kappa and partly_masked reach {largest} weights together, of {vertices} masked ones")
         self._check_hyperparameters()
@@ -126,7 +125,8 @@ class Config:
     def forget_digits(self) -> list[int]:
         """The labels of the classes to forget. Raises ValueError where one is not there."""
         names = self.source.class_names
-        labels = {str(name): label for each in (range(len(names)), names) for label, name in enumerate(each)}
+        labels = {str(label): label for label in range(len(names))}
+        labels |= {name: label for label, name in enumerate(names)}
         given = [str(each) for each in self.sweep.forget_digits]
         if odd := [each for each in given if each not in labels]:
             valid = f"from 0 to {len(names) - 1} or of {shown(names)}"

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mimu.audits.predictions import look_at
+from mimu.audits.predictions import predictions_of
 from mimu.audits.probes import probe_scores
-from mimu.configs import Config, load_config
+from mimu.configs import load_config
 from mimu.data import ImageData, load_image_data, some_of_every_class
 from mimu.masking.regression import ridge_recall
 from mimu.methods.erasing import Erasing, RidgeProbe, erased, nearest
@@ -34,10 +34,10 @@ def found_by(probe: RidgeProbe, features: Tensor, labels: Tensor, classes: int) 
     return recall, probe(features, labels).item()
 
 
-def judged(model: HookedClassifier, data: ImageData, label: int, config: Config, seed: int) -> Tensor:
+def judged(model: HookedClassifier, data: ImageData, label: int, seed: int) -> Tensor:
     """Percent of a class's test samples that a linear probe finds, and the retain score, (2)."""
-    test = look_at(model, data.test)
-    recalls, _ = probe_scores(look_at(model, data.train), test, label, config.audit, seed)
+    test = predictions_of(model, data.test)
+    recalls, _ = probe_scores(predictions_of(model, data.train), test, label, seed)
     return torch.tensor([recalls["linear"], 100 * test.correct[test.labels != label].mean()])
 
 
@@ -66,8 +66,8 @@ def measured(overrides: list[str]) -> Iterator[tuple[str, list[tuple[float, floa
             for bar in (None, figures[0][1]):
                 mask = erased(original, data.train, label, erasing, seed, bar=bar)
                 with mask.applied_to(original):
-                    left.append(judged(original, data, label, config, seed))
-            yield name, figures, torch.stack(left) - judged(retrained, data, label, config, seed)
+                    left.append(judged(original, data, label, seed))
+            yield name, figures, torch.stack(left) - judged(retrained, data, label, seed)
 
 
 def main(overrides: list[str]) -> None:

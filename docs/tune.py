@@ -21,7 +21,7 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from mimu.audits.predictions import Seen, jensen_shannon, look_at
+from mimu.audits.predictions import Predictions, jensen_shannon, predictions_of
 from mimu.audits.probes import probe_scores
 from mimu.configs import load_config
 from mimu.data import GraphGenerator, load_image_data, number_of_weights
@@ -67,26 +67,25 @@ class Tuning:
         ]
         retrained = [answer(request, "retrain").model for request in self.requests]
         self.retrained = [self.seen(model) for model in retrained]
-        self.audit = config.audit
         by_probe = settings.get("by_probe", False)
         self.found = [self.probed(each, model) for each, model in zip(self.requests, retrained)] if by_probe else None
         original = self.seen(classifier)
         scores = [self.scores(original, request.forget_class)[1] for request in self.requests]
         self.smallest_retain = sum(scores) / len(scores) - settings["largest_retain_loss"]
 
-    def seen(self, model: nn.Module) -> Seen:
+    def seen(self, model: nn.Module) -> Predictions:
         """What a classifier does with the held-out samples."""
-        return look_at(model, self.held_out)
+        return predictions_of(model, self.held_out)
 
-    def scores(self, seen: Seen, digit: int) -> tuple[float, float]:
+    def scores(self, seen: Predictions, digit: int) -> tuple[float, float]:
         """Forget and retain score, percent."""
         is_forget = seen.labels == digit
         return 100 * seen.correct[is_forget].mean().item(), 100 * seen.correct[~is_forget].mean().item()
 
     def probed(self, request: Request, model: nn.Module) -> float:
         """Percent of the class's held-out samples that the linear probe finds."""
-        train, digit = look_at(model, request.train), request.forget_class
-        return probe_scores(train, self.seen(model), digit, self.audit, request.seed)[0]["linear"]
+        train, digit = predictions_of(model, request.train), request.forget_class
+        return probe_scores(train, self.seen(model), digit, request.seed)[0]["linear"]
 
     def trial(self, method: str, values: Values) -> Trial:
         """Lets a method with these hyperparameters answer the requests; a candidate that diverges keeps nothing."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,10 @@ from torch import Tensor
 
 from mimu.data import GraphGenerator, Split, number_of_weights
 from mimu.masking.rankings import MaskingConfig, ranked
-from mimu.model import Mask
 from mimu.runs.files import InputError
 
 FEWEST = 1 / 16  # of the weights of a neuron that a layer gives in a step, where several compete by what is measured
-LOOKED_AT = 500  # samples of the forget class at once, where it may be that no more are needed
+COUNTED_AT_ONCE = 500  # samples of the forget class, where it may be that no more are needed
 UNNOTICED = 1e-3  # nats that the others may lose at no cost, there
 
 
@@ -43,12 +42,13 @@ class Zeroing(NamedTuple):
 class ZeroingOrder:
     """The order in which weights are zeroed to forget a class: the mask at kappa is its first kappa entries.
 
-    Weights stand in for one another, which scores given all at once cannot see. So a step zeroes `config.step` weights
-    (None: all of them), and the next one is ranked on graphs recorded anew on the classifier masked so far. Since each
-    ranking is drawn from few samples, a step follows the running mean m = momentum m + (1 - momentum) s of the scores
-    s, each divided by their standard deviation. A larger kappa goes on from the steps of a smaller one.
+    Iterative pruning: weights stand in for one another, which scores given all at once cannot see (Molchanov et al.
+    2017, arXiv:1611.06440). So a step zeroes `config.step` weights (None: all of them), and the next one is ranked on
+    the classifier masked so far. Since each ranking is drawn from few samples, a step follows the running mean
+    m = momentum m + (1 - momentum) s of the scores s, each divided by their standard deviation. A larger kappa goes on
+    from the steps of a smaller one.
 
-    forget_class: its place among the classes of the graphs
+    forget_row: the row of the class in the graphs
     ranking: from the number of the step and the vertices zeroed before it to scores (vertices), largest first to go
     zeroed: vertices that are zeroed already, the first entries of the order
     """
@@ -57,13 +57,13 @@ class ZeroingOrder:
         self,
         config: MaskingConfig,
         graphs: GraphGenerator,
-        forget_class: int,
+        forget_row: int,
         ranking: Callable[[int, Tensor], Tensor],
         zeroed: Tensor | None = None,
     ) -> None:
         self.config = config
         self.graphs = graphs
-        self.forget_class = forget_class
+        self.forget_row = forget_row
         self.ranking = ranking
         num_vertices = graphs.graph.num_vertices
         self.step = num_vertices if config.step is None else number_of_weights(config.step, num_vertices)
@@ -72,6 +72,26 @@ class ZeroingOrder:
         self._ends = [len(self._zeroed)]  # how many are zeroed before the first step and after each
         self._seconds: list[float] = []
         self._forgetting: Zeroing | None = None
+
+    def answer(
+        self,
+        asked: int | Literal["auto"],
+        forget: Split,
+        is_too_much: Callable[[Tensor], bool] = lambda zeroed: False,
+    ) -> Zeroing:
+        """The vertices to zero: so many, or with auto the fewest whole steps of them after which a class is forgotten.
+
+        It is when less than `config.target` percent of its training samples, `forget`, are classified correctly, or of
+        others like them where they are few (`_left`). At the largest kappa the search gives up, and where
+        `is_too_much`, which it asks after every step of the vertices zeroed so far.
+        With `config.patience` it goes on: of the steps after which the class is forgotten it takes that after which the
+        others' loss is least, when so many further ones of them have not lowered it. (Not with the scope measured.)
+        """
+        if asked != "auto":
+            return self.first(asked)
+        if self._forgetting is None:
+            self._forgetting = self._search(forget, is_too_much)
+        return self._forgetting
 
     def first(self, kappa: int) -> Zeroing:
         """The vertices to zero for this kappa: all of them where kappa is larger."""
@@ -88,7 +108,7 @@ class ZeroingOrder:
         took = (seconds for seconds, start in zip(self._seconds, self._ends) if start < kappa)
         return Zeroing(self._zeroed[:kappa], sum(took))
 
-    def looks(self) -> Iterator[Zeroing]:
+    def steps(self) -> Iterator[Zeroing]:
         """What is zeroed after each step, up to `config.max_kappa`; where all is at once, in hundredths of that."""
         graph, kappa = self.graphs.graph, self._ends[0]
         limit = number_of_weights(self.config.max_kappa, graph.num_vertices)
@@ -100,37 +120,26 @@ class ZeroingOrder:
             yield self.first(kappa)
 
     @torch.no_grad()
-    def until_forgotten(self, forget: Split, is_too_much: Callable[[Tensor], bool] = lambda zeroed: False) -> Zeroing:
-        """The vertices of kappa auto: the fewest whole steps after which the class is forgotten.
-
-        It is when less than `config.target` percent of its training samples, `forget`, are classified correctly, or of
-        others like them where they are few (`_left`). At the largest kappa the search gives up, and where
-        `is_too_much`, which it asks after every step of the vertices zeroed so far.
-        With `config.patience` it goes on: of the steps after which the class is forgotten it takes that after which the
-        others' loss is least, when so many further ones of them have not lowered it. (Not with the scope measured.)
-        """
-        if self._forgetting is None:
-            self._forgetting = self._search(forget, is_too_much)
-        return self._forgetting
-
     def _search(self, forget: Split, is_too_much: Callable[[Tensor], bool]) -> Zeroing:
-        graphs, label = self.graphs, int(forget.labels[0])
-        inputs, looking = graphs.classifier.prefix_activations(graphs.graph.layers, forget.images), 0.0
+        graphs = self.graphs
+        label = int(forget.labels[0])
+        inputs = graphs.classifier.prefix_activations(graphs.graph.layers, forget.images)
         patience = 0 if self._is_measured else self.config.patience  # the others have lost little to regain
+        found, counting = self.first(self._ends[0]), 0.0
         best, least, waited = None, math.inf, 0
-        for found in self.looks():
+        for found in self.steps():
             started = time.perf_counter()
-            mask, ends = Mask.zeroing(graphs.graph, found.vertices), is_too_much(found.vertices)
-            if self._left(mask, inputs, label, self.config.target) < self.config.target:
+            ends = is_too_much(found.vertices)
+            if self._left(found.vertices, inputs, label, self.config.target) < self.config.target:
                 loss = self._losses(found.vertices, graphs.by_class())[1].item() if patience else 0.0
                 best, least, waited = (found.vertices, loss, 0) if loss < least else (best, least, waited + 1)
-            looking += time.perf_counter() - started
+            counting += time.perf_counter() - started
             if ends or (best is not None and waited >= patience):
                 break
         if best is not None:
-            return Zeroing(best, found.seconds + looking, "")
-        percent = self._left(mask, inputs, label)
-        return Zeroing(found.vertices, found.seconds + looking, f"{percent:.1f} % of class {label} are left")
+            return Zeroing(best, found.seconds + counting, "")
+        percent = self._left(found.vertices, inputs, label)
+        return Zeroing(found.vertices, found.seconds + counting, f"{percent:.1f} % of class {label} are left")
 
     @property
     def _is_measured(self) -> bool:
@@ -165,14 +174,14 @@ class ZeroingOrder:
 
     def _losses(self, zeroed: Tensor, samples: Tensor) -> Tensor:
         """The terms of necessity on samples (classes, n): `forgetting_loss`, and the others' mean cross entropy (2)."""
-        graphs, own, rows = self.graphs, self.forget_class, samples.flatten()
-        with Mask.zeroing(graphs.graph, zeroed).applied_to(graphs.classifier):
-            logits = graphs.classifier(graphs.inputs[rows], graphs.graph.layers)
-        p = logits.unflatten(0, samples.shape)[own].softmax(1)[:, graphs.classes[own]]
-        losses = F.cross_entropy(logits, graphs.labels[rows], reduction="none").view(samples.shape).mean(1)
-        return torch.stack([forgetting_loss(p), (losses.sum() - losses[own]) / (len(losses) - 1)])
+        graphs, row, flat = self.graphs, self.forget_row, samples.flatten()
+        with graphs.graph.zeroing(zeroed).applied_to(graphs.classifier):
+            logits = graphs.classifier(graphs.inputs[flat], graphs.graph.layers)
+        p = logits.unflatten(0, samples.shape)[row].softmax(1)[:, graphs.classes[row]]
+        losses = F.cross_entropy(logits, graphs.labels[flat], reduction="none").view(samples.shape).mean(1)
+        return torch.stack([forgetting_loss(p), (losses.sum() - losses[row]) / (len(losses) - 1)])
 
-    def _left(self, mask: Mask, inputs: Tensor, label: int, enough: float = math.inf) -> float:
+    def _left(self, zeroed: Tensor, inputs: Tensor, label: int, enough: float = math.inf) -> float:
         """The percentage of a class that is classified correctly, as far as it takes to find enough.
 
         Samples that are too few to show less than `config.target` percent stand for others: of a normal distribution
@@ -182,8 +191,9 @@ class ZeroingOrder:
         inputs: of the first masked layer, for samples of the class
         """
         graphs, correct, found = self.graphs, 0, []
-        weights = {index: weight[None] for index, weight in mask.weights(graphs.classifier).items()}
-        for part in inputs.split(min(LOOKED_AT, graphs.classifier.samples_at_once)):
+        of_mask = graphs.graph.zeroing(zeroed).weights(graphs.classifier)
+        weights = {index: weight[None] for index, weight in of_mask.items()}
+        for part in inputs.split(min(COUNTED_AT_ONCE, graphs.classifier.samples_at_once)):
             found.append(graphs.classifier.outputs(part, graphs.graph.layers, weights)[1][0])
             correct += int((found[-1].argmax(1) == label).sum())
             if (left := 100 * correct / len(inputs)) >= enough:

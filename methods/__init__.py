@@ -5,4 +5,5 @@
 from mimu.methods import controls as controls
 from mimu.methods import fine_tuning as fine_tuning
 from mimu.methods import projections as projections
+from mimu.methods import published as published
 from mimu.methods import erasing as erasing

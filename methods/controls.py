@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from mimu.data import NonNegative
 from mimu.eval import Request, unlearning_method
 from mimu.masking.order import Zeroing
-from mimu.masking.rankings import SaliencyRanking, contrast
-from mimu.model import Mask, WeightGraph
+from mimu.model import WeightGraph
+from mimu.networks.masks import Mask
 
-further = partial(unlearning_method, in_default_run=False)
+further = partial(unlearning_method, runs_with="all")
 MOZER = "after Mozer and Smolensky 1988, NIPS"
 
 
 @unlearning_method("saliency", uses_kappa=True, touches="a mask")
-def saliency(request: Request, *, retain_weight: NonNegative, forgetting_weight: NonNegative) -> Zeroing:
-    """No GCN: in the same steps, the weights whose removal costs the class its margin and the others the least loss."""
-    ranking = SaliencyRanking(
-        request.config, request.graphs, request.forget_class, request.seed, retain_weight, forgetting_weight
-    )
-    return request.in_steps("saliency", ranking)
+def saliency(request: Request) -> Zeroing:
+    """No GCN: in the same steps, by the formula that the GCN adapts."""
+    return request.in_steps("saliency", replace(request.ranking, gcn=None))
 
 
 def largest(request: Request, count: int | None = None) -> Tensor:
@@ -40,13 +37,13 @@ def magnitude(request: Request) -> Mask:
 
 def removal_effect(request: Request) -> Tensor:
     """-w E_c[dL/dw], the first-order rise of the loss of each class c when a weight is removed, (classes, vertices)."""
-    return -request.graphs.look(request.graphs.by_class(), ["effect"]).feature("effect")
+    return -request.graphs.snapshot(request.graphs.by_class(), ["taylor"]).feature("taylor")
 
 
 @further("first_order", uses_kappa=True, paper=MOZER, touches="a mask", needs="forget set")
 def first_order(request: Request) -> Zeroing:
     """All at once, the weights whose removal raises the forget class's loss most to first order, by -w dL/dw."""
-    return request.in_steps("first_order", lambda *_: removal_effect(request)[request.forget_class], all_at_once=True)
+    return request.in_steps("first_order", lambda *_: removal_effect(request)[request.forget_row], all_at_once=True)
 
 
 @further("saliency_contrast", uses_kappa=True, paper=MOZER, touches="a mask")
@@ -54,7 +51,9 @@ def saliency_contrast(request: Request) -> Zeroing:
     """All at once, by the first-order saliency on the forget class less its mean over the retain classes."""
 
     def ranking(step: int, zeroed: Tensor) -> Tensor:
-        return contrast(removal_effect(request))[request.forget_class]
+        rise = removal_effect(request)
+        own = rise[request.forget_row]
+        return own - (rise.sum(0) - own) / (len(rise) - 1)
 
     return request.in_steps("saliency_contrast", ranking, all_at_once=True)
 

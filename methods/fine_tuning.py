@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from mimu.data import Count, NonNegative, Positive, Share, Split, mean_squared_gradient, seeded
 from mimu.eval import Request
 from mimu.methods.controls import further
-from mimu.model import Mask
-from mimu.networks.hooked import HookedClassifier, LayerRecord
+from mimu.networks.hooked import HookedClassifier
+from mimu.networks.masks import Mask
 from mimu.trainer import check_finite, forgetting_loss, learn, masked_weights, other_labels
 
 
@@ -113,10 +113,11 @@ def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tenso
     means = [0.0 for _ in layers]
     at_once = classifier.recorded_at_once(layers)
     for images, labels in zip(split.images.split(at_once), split.labels.split(at_once)):
+        record = classifier.record(images, labels, layers)
         share = len(labels) / len(split.labels)
-        records, _ = classifier.record(images, labels, layers)
-        for layer, record in enumerate(records):
-            means[layer] += share * mean_squared_gradient(LayerRecord(*(x[None] for x in record)))[0]
+        factor = (-record.log_odds).sigmoid().square()[None]  # (1 - p)^2, of the loss
+        for index, layer in enumerate(record.layers):
+            means[index] += share * mean_squared_gradient(layer.each(lambda x: x[None]), factor)[0]
     return means
 
 

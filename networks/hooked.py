@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,23 +13,41 @@ from torch import Tensor, fx, nn
 
 from mimu.networks.tracing import Trace, call, is_weight_layer
 
-LARGEST_ODDS = 1e6  # p / (1 - p) of a label: float32 hardly tells larger ones apart
 NUMBERS_AT_ONCE = 2**26  # of float32 in the tensors of a pass over samples, which then takes some 256 MB
 
 
 class LayerRecord(NamedTuple):
-    """What one layer did on a batch; the weight gradient of sample s is `loss_gradient[s] inputs[s]^T`.
+    """What one layer did on a batch.
 
-    Of a convolution every tensor has a last dimension more, its positions, over which that product sums.
+    The gradient of sample s's log-odds by the weight is `log_odds_gradient[s] inputs[s]^T`. Of a convolution every
+    tensor has a last dimension more, its positions, over which that product sums.
     """
 
     inputs: Tensor  # (samples, n), the input activation a; of a convolution what its kernels read, n numbers each
     outputs: Tensor  # (samples, m), the output activation h: after the ReLU, or the logits for the output layer
     active: Tensor  # (samples, m), 1 where the unit passes a signal on; a unit without ReLU always does
-    loss_gradient: Tensor  # (samples, m), gradient of the sample's cross entropy at the pre-activation, delta
-    margin_gradient: Tensor  # (samples, m), gradient of the label's logit minus the mean logit at the pre-activation
-    odds: Tensor  # (samples), p / (1 - p) of the label: that times -delta is the gradient of -log(1 - p)
-    kept_odds: Tensor  # (samples), what they are to stay: as they are, if none has said otherwise
+    log_odds_gradient: Tensor  # (samples, m), gradient of the label's log-odds at the pre-activation
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> LayerRecord:
+        """The same with every tensor changed."""
+        return LayerRecord(*map(change, self))
+
+    def times(self, factor: Tensor) -> LayerRecord:
+        """The same with every sample's gradient times a factor (samples)."""
+        gradient = self.log_odds_gradient
+        ending = (1,) * (gradient.ndim - factor.ndim)
+        return self._replace(log_odds_gradient=gradient * factor.view(factor.shape + ending))
+
+
+class Record(NamedTuple):
+    """What some layers did on a batch, and the log-odds log(p / (1 - p)) of the label of every sample.
+
+    All losses follow from the log-odds: -log p has the derivative p - 1 by them, -log(1 - p) has p.
+    """
+
+    layers: list[LayerRecord]
+    log_odds: Tensor  # (samples)
+    kept_log_odds: Tensor  # (samples), what they are to stay: as they are, if none has said otherwise
 
 
 class Watched(NamedTuple):
@@ -191,29 +209,25 @@ class HookedClassifier(nn.Module):
         layers: Sequence[int],
         first: Sequence[int] | None = None,
         left_out: Sequence[int] = (),
-    ) -> tuple[list[LayerRecord], Tensor]:
-        """What `layers` do on a batch: one forward pass, one backward pass each for the loss and for the margin.
+    ) -> Record:
+        """What `layers` do on a batch: one forward and one backward pass.
 
-        inputs: images, or with `first`, `prefix_activations` of these layers; labels: (samples)
-        left_out: classes that the samples of others are not told from: loss and odds are as if these were not there
-        Returns a record per layer and the cross entropy of each sample (samples), nats.
+        inputs: images, or with `first`, what `prefix_activations` says of these layers; labels: (samples)
+        left_out: as `log_odds` takes it
         """
         watched = self.watch(inputs, layers, first)
-        loss = losses(watched.logits, labels, left_out)
-        margin = watched.logits.gather(1, labels[:, None]).sum() - watched.logits.mean(1).sum()
-        loss_gradients = torch.autograd.grad(loss.sum(), watched.pre_activations, retain_graph=True)
-        margin_gradients = torch.autograd.grad(margin, watched.pre_activations)
-        records, own, of_labels = [], self.layers, odds(loss.detach())
-        for index, a, h, *gradients in zip(
-            layers, watched.inputs, watched.activations, loss_gradients, margin_gradients
-        ):
-            h, is_rectified = h.detach(), self.trace.activations[index][1]
+        found = log_odds(watched.logits, labels, left_out)
+        gradients = torch.autograd.grad(found.sum(), watched.pre_activations)
+        records, own = [], self.layers
+        for index, a, h, gradient in zip(layers, watched.inputs, watched.activations, gradients):
+            h = h.detach()
+            is_rectified = self.trace.activations[index][1]
             active = (h > 0).to(h.dtype) if is_rectified else torch.ones_like(h)
-            at_outputs = h, active, *gradients
             if a.ndim == 4:
-                a, at_outputs = patches(own[index], a), (each.flatten(2) for each in at_outputs)
-            records.append(LayerRecord(a, *at_outputs, of_labels, of_labels))
-        return records, loss.detach()
+                a = patches(own[index], a)
+                h, active, gradient = (each.flatten(2) for each in (h, active, gradient))
+            records.append(LayerRecord(a, h, active, gradient))
+        return Record(records, found.detach(), found.detach())
 
     @property
     def samples_at_once(self) -> int:
@@ -223,9 +237,8 @@ class HookedClassifier(nn.Module):
     def recorded_at_once(self, layers: Sequence[int]) -> int:
         """How many samples a pass takes that records layers, in NUMBERS_AT_ONCE."""
         numbers = self.trace.total
-        for index in layers:
-            m, *kernel = self.shapes[index]
-            numbers += (math.prod(kernel) + 4 * m) * (self.trace.positions(index) or 1)
+        for shape, positions in ((self.shapes[index], self.trace.positions(index)) for index in layers):
+            numbers += (math.prod(shape[1:]) + 3 * shape[0]) * (positions or 1)
         return max(1, NUMBERS_AT_ONCE // numbers)
 
     @contextmanager
@@ -241,18 +254,17 @@ class HookedClassifier(nn.Module):
                 parameter.requires_grad_(True)
 
 
-def losses(logits: Tensor, labels: Tensor, left_out: Sequence[int] = ()) -> Tensor:
-    """The cross entropy of each sample (samples), nats; as if classes left out were not there, but on their own."""
-    if left_out:
+def log_odds(logits: Tensor, labels: Tensor, left_out: Sequence[int] = ()) -> Tensor:
+    """log(p / (1 - p)) of every label, p the softmax of the logits (samples, classes), (samples).
+
+    left_out: classes without which the samples of others are seen, their softmax restricted to the rest
+    """
+    others = logits.scatter(1, labels[:, None], float("-inf"))
+    if len(left_out):
         is_left_out = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
         is_left_out[list(left_out)] = True
-        logits = logits.masked_fill(is_left_out & ~is_left_out[labels][:, None], float("-inf"))
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-def odds(loss: Tensor) -> Tensor:
-    """p / (1 - p) of the label, from the cross entropy -log p."""
-    return 1 / loss.expm1().clamp_min(1 / LARGEST_ODDS)
+        others = others.masked_fill(is_left_out & ~is_left_out[labels][:, None], float("-inf"))
+    return logits.gather(1, labels[:, None])[:, 0] - others.logsumexp(1)
 
 
 def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for option, about in (
         ("--plot-only", "draw the reports anew from the metrics of a run of the same config, and stop"),
         ("--dry-run", "say what is there already and what would be made, and stop"),
+        ("--pretrain", "train the GCN for checkpoints/pretrained/ on the classifiers of all variants, and stop"),
         ("--fresh", "remove first what earlier runs of the same config have left"),
     ):
         mode.add_argument(option, action="store_true", help=about)

@@ -13,7 +13,7 @@ from conftest import IN_FEATURES, NUM_CLASSES, graph_config, random_split, score
 from running import PROJECT
 
 from mimu import data
-from mimu.audits.predictions import look_at
+from mimu.audits.predictions import predictions_of
 from mimu.configs import load_config
 from mimu.data import Count, GraphGenerator, NonNegative, Positive, Split, seeded, some_of_every_class
 from mimu.eval import METHODS, EvalConfig, Method, Request, answer
@@ -282,14 +282,14 @@ def test_esc_takes_the_leading_directions_of_the_class_out_of_the_representation
     z = inputs_of_layers(classifier, request_to_forget.forget.images)[2]
     u = np.linalg.svd(z.T)[0][:, erased:]
     expected = torch.tensor(inputs_of_layers(classifier, x)[2] @ u @ u.T).float()
-    assert torch.allclose(look_at(model, request_to_forget.train).hidden[-1], expected, atol=1e-5)
+    assert torch.allclose(predictions_of(model, request_to_forget.train).hidden[-1], expected, atol=1e-5)
     assert torch.allclose(model(x), expected @ classifier.layers[2].weight.T, atol=1e-5)
 
 
 def test_pour_takes_the_direction_of_the_class_in_the_output_layer_out_of_the_representation(request_to_forget):
     classifier, x = request_to_forget.classifier, request_to_forget.train.images
-    seen = look_at(made_by("pour", request_to_forget), request_to_forget.train)
-    row, z = classifier.layers[2].weight[FORGET], look_at(classifier, request_to_forget.train).hidden[-1]
+    seen = predictions_of(made_by("pour", request_to_forget), request_to_forget.train)
+    row, z = classifier.layers[2].weight[FORGET], predictions_of(classifier, request_to_forget.train).hidden[-1]
     along = ((z @ row) / row.norm() ** 2)[:, None] * row
     assert torch.allclose(seen.hidden[-1], z - along, atol=1e-5) and along.abs().max() > 1
     assert torch.allclose(seen.logits, classifier(x) - along @ classifier.layers[2].weight.T, atol=1e-4)

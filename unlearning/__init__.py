@@ -1,4 +1,4 @@
-"""Classifiers and samples of the user's own, taken as they come, or refused in one line."""
+"""`unlearn`: classifiers and samples of the user's own, taken as they come, or refused in one line."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from mimu.data import Split
 from mimu.masking.rankings import TrainedGCN
-from mimu.model import Mask, MaskingGCN
+from mimu.model import MaskingGCN
+from mimu.networks.masks import Mask
 from mimu.runs.files import InputError
 from mimu.unlearning.custom_model import CustomModel, plain_torch
-from mimu.unlearning.forgetting import Forgetting, RetainScoreError, classes_of
+from mimu.unlearning.forgetting import Forgetting, classes_of
+from mimu.unlearning.forgetting import RetainScoreError as RetainScoreError
 from mimu.unlearning.samples import samples_of
-
-__all__ = ["RetainScoreError", "unlearn"]
 
 
 def unlearn(
@@ -51,8 +51,8 @@ def unlearn(
         several, None for all that can be masked, or auto: of the linear layers at the end the last but one if they are
         three or more, else the last. The answer says which
     seed: of the samples that are drawn
-    scorer: the GCN, or the saliency of eval.hyperparameters, with which the GCN was trained
-    erase: takes the classes from what the last layer is given, too (`methods.erasing`, with the settings of
+    scorer: the GCN, or the saliency that it adapts
+    erase: takes the classes from what the last layer is given, too (`masking.erasing`, with the settings of
         configs/methods.yaml), by one direction less in each layer before it that can be masked and their rows of the
         last layer: without a GCN, and with mask_layer auto or None
     max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any
@@ -69,14 +69,26 @@ def unlearn(
         inputs, labels = samples_of(inputs, labels, progress)
         if erase and mask_layer not in ("auto", None):
             raise InputError(f"mask_layer must be auto or None where classes are erased, not {mask_layer!r}")
-        own = CustomModel.of(model, inputs, None if erase else mask_layer, progress)
+        custom = CustomModel.of(model, inputs, None if erase else mask_layer, progress)
         carried = Mask.on(model)
-        train = Split(own.inputs, labels.to(own.inputs.device))
+        train = Split(custom.inputs, labels.to(custom.inputs.device))
         forgotten = carried.forgets if carried else ()
-        forget = classes_of(forget_class, train.labels, own.num_classes, forgotten)
-        trained = TrainedGCN.of(gcn, own.inputs.device, [own.classifier.shapes[index] for index in own.masked])
-        config = replace(trained.graphs, mask_layer=own.masked, scope="measured")
-        about = scorer, erase, forget, seed, max_fall, max_class_fall, progress
-        request = Forgetting(own, train, carried, trained, config, *about)
+        forget = classes_of(forget_class, train.labels, custom.num_classes, forgotten)
+        trained = TrainedGCN.of(gcn, custom.inputs.device, [custom.classifier.shapes[index] for index in custom.masked])
+        config = replace(trained.graphs, mask_layer=custom.masked, scope="measured")
+        request = Forgetting(
+            custom=custom,
+            train=train,
+            carried=carried,
+            trained=trained,
+            config=config,
+            scorer=scorer,
+            erase=erase,
+            forget=forget,
+            seed=seed,
+            max_fall=max_fall,
+            max_class_fall=max_class_fall,
+            progress=progress,
+        )
         request.of_model(request.start, {}).check(model)
         return request.answer()

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from mimu.model import HookedMNISTClassifier, Mask, WeightGraph, take_off, weight_mask
+from mimu.model import HookedMNISTClassifier, WeightGraph
 from mimu.networks.hooked import HookedClassifier, weight_layers
+from mimu.networks.masks import LayerMask, Mask, take_off, weight_mask
 from mimu.networks.tracing import POOLING, RESHAPING, UNCHANGED, Trace
 from mimu.runs.files import InputError, one_line
 from mimu.unlearning.samples import AT_ONCE, check_finite_rows
@@ -124,13 +125,17 @@ class CustomModel:
 
     def carried(self, mask: Mask | None, graph: WeightGraph) -> Mask:
         """What a mask on the model, if there is one, switches off in those of its layers that a graph has."""
-        keep = dict(zip(mask.layers, mask.keep)) if mask else {}
-        own = [keep.get(self.layers[layer], torch.ones(shape)) for layer, shape in zip(graph.layers, graph.shapes)]
-        return Mask(graph.layers, tuple(part.to(self.inputs.device, torch.float32) for part in own))
+        carried = mask.by_layer if mask else {}
+        found = {}
+        for layer, shape in zip(graph.layers, graph.shapes):
+            on_model = carried.get(self.layers[layer])
+            keep = torch.ones(shape) if on_model is None else on_model.keep
+            found[layer] = LayerMask.of(keep.to(self.inputs.device, torch.float32))
+        return Mask(found)
 
     def mask(self, mask: Mask) -> Mask:
         """A mask on its layers as one on the model."""
-        return replace(mask, layers=tuple(self.layers[layer] for layer in mask.layers))
+        return replace(mask, by_layer={self.layers[layer]: part for layer, part in mask.by_layer.items()})
 
 
 def chosen(mask_layer: Any, in_a_row: Sequence[int], able: Sequence[int]) -> tuple[int, ...]:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mimu.data import GraphConfig, GraphGenerator, Split, is_correct, number_of_weights
+from mimu.data import GraphConfig, GraphGenerator, Split, is_correct
 from mimu.masking.order import ZeroingOrder
-from mimu.masking.rankings import GCNRanking, SaliencyRanking, TrainedGCN
+from mimu.masking.rankings import Ranking, TrainedGCN
 from mimu.methods.erasing import Erasing, erased
-from mimu.model import VERTICES_AT_ONCE, Mask, WeightGraph
+from mimu.model import WeightGraph
+from mimu.networks.masks import Mask
 from mimu.runs.files import InputError
 from mimu.unlearning.custom_model import CustomModel
 
@@ -49,7 +50,7 @@ class Forgetting:
     max_fall, max_class_fall: points that the kept classes may lose, over all their samples and in any class
     """
 
-    own: CustomModel
+    custom: CustomModel
     train: Split
     carried: Mask | None
     trained: TrainedGCN
@@ -79,13 +80,13 @@ class Forgetting:
     @cached_property
     def start(self) -> Mask:
         """What the model's own mask zeroes in the layers that are masked, as a mask on the classifier."""
-        return self.own.carried(self.carried, WeightGraph.of(self.own.classifier, self.config.mask_layer))
+        return self.custom.carried(self.carried, WeightGraph.of(self.custom.classifier, self.config.mask_layer))
 
     @cached_property
     @torch.no_grad()
     def activations(self) -> Tensor:
         """What the first masked layer is given for all samples, (samples, n): no mask changes it."""
-        return self.own.classifier.prefix_activations(self.start.layers, self.train.images)
+        return self.custom.classifier.prefix_activations(self.start.layers, self.train.images)
 
     @property
     def memory(self) -> tuple[float, float]:
@@ -95,22 +96,20 @@ class Forgetting:
         """
         if self.erase:
             at_once = len(self.train.labels.unique()) * Erasing.configured().group_size
-            return 0.0, 4 * 2 * at_once * self.own.classifier.trace.total / 1e9
+            return 0.0, 4 * 2 * at_once * self.custom.classifier.trace.total / 1e9
         counts = self.train.labels.unique(return_counts=True)[1]
         classes, vertices = len(counts), sum(keep.numel() for keep in self.start.keep)
-        at_once = 1 if self.trained.gcn.weighs else min(classes, max(1, VERTICES_AT_ONCE // vertices))
-        of_one = self.config.num_features + 2 * self.trained.gcn.readout.in_features
         # Of all classes five means over samples, of which features are formed, and two features.
-        of_weights = vertices * (7 * classes + at_once * of_one)
+        of_vertex = 7 * classes + self.config.num_features + 2 * self.trained.gcn.readout.in_features
         one = self.train.images[:1]
-        of_one = one.numel() + self.own.classifier.prefix_activations(self.start.layers, one).numel()
+        of_one = one.numel() + self.custom.classifier.prefix_activations(self.start.layers, one).numel()
         of_samples = of_one * (len(self.train.labels) + classes * min(self.config.samples_per_class, int(counts.min())))
-        return 4 * of_weights / 1e9, 4 * of_samples / 1e9
+        return 4 * vertices * of_vertex / 1e9, 4 * of_samples / 1e9
 
     def of_model(self, mask: Mask, scores: Scores) -> Mask:
         """A mask on the classifier, with the scores under it, as one on the model, with what that carries."""
         gone = sorted(label for label in self.forget if scores.get(label, 0.0) < self.trained.masking.target)
-        mask = replace(self.own.mask(mask), forgets=tuple(gone))
+        mask = replace(self.custom.mask(mask), forgets=tuple(gone))
         return mask & self.carried if self.carried else mask
 
     def answer(self) -> Mask:
@@ -173,32 +172,28 @@ class Forgetting:
         samples = self.train[torch.isin(labels, labels.new_tensor([label, *kept]))]
         if self.erase:
             about = Erasing.configured(), self.seed, way[-1], self.progress
-            way.append(erased(self.own.classifier, samples, label, *about))
+            way.append(erased(self.custom.classifier, samples, label, *about))
             return ""
-        graphs = GraphGenerator(self.own.classifier, samples, self.config, self.seed)
-        place, masking = graphs.classes.index(label), self.trained.masking
-        if self.scorer == "saliency":
-            ranking = SaliencyRanking(masking, graphs, place, self.seed, self.trained.saliency)
-        else:
-            top_k = number_of_weights(self.trained.top_k, graphs.graph.num_vertices)
-            ranking = GCNRanking(masking, graphs, place, self.seed, self.trained.gcn, top_k)
-        order, begun = ZeroingOrder(masking, graphs, place, ranking, way[-1].vertices()), len(way)
+        graphs, masking = GraphGenerator(self.custom.classifier, samples, self.config, self.seed), self.trained.masking
+        row, gcn = graphs.row_of(label), self.trained.gcn if self.scorer == "gcn" else None
+        ranking = Ranking(masking, graphs, row, self.seed, gcn)
+        order, begun = ZeroingOrder(masking, graphs, row, ranking, way[-1].vertices()), len(way)
         is_off = None if self.progress else True
-        with tqdm(desc=f"class {label}", unit="look", delay=1, leave=False, disable=is_off) as bar:
+        with tqdm(desc=f"class {label}", unit="step", delay=1, leave=False, disable=is_off) as bar:
 
             def is_too_much(zeroed: Tensor) -> bool:
-                way.append(Mask.zeroing(graphs.graph, zeroed))
+                way.append(graphs.graph.zeroing(zeroed))
                 bar.update()
                 return (len(way) - begun) % 10 == 0 and not self.is_within(before, self.scores(way[-1]), kept, times=2)
 
-            found = order.until_forgotten(self.train.forget(label), is_too_much)
-        way.append(Mask.zeroing(graphs.graph, found.vertices))
+            found = order.answer("auto", self.train.forget(label), is_too_much)
+        way.append(graphs.graph.zeroing(found.vertices))
         return found.left
 
     @torch.no_grad()
     def scores(self, mask: Mask, chosen: Tensor | slice = slice(None)) -> Scores:
         """The scores of the masked classifier, on some of the samples."""
-        classifier, labels = self.own.classifier, self.train.labels[chosen]
+        classifier, labels = self.custom.classifier, self.train.labels[chosen]
         with mask.applied_to(classifier):
             found = is_correct(classifier(self.activations[chosen], mask.layers), labels)
         counts = labels.bincount().tolist()

@@ -1,0 +1,326 @@
+"""Masks: which weights of a classifier are switched off, and what is taken from them, apart from any classifier."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mimu.networks.hooked import shape_of, weight_layers
+from mimu.runs import files
+
+
+class LayerMask(NamedTuple):
+    """What a mask does to the weight W of one layer: (W - left right^T) * keep.
+
+    It switches weights off, and takes directions from what the layer reads; of rank 0, left and right have no column.
+    """
+
+    keep: Tensor  # 1 or 0, in the shape of W
+    left: Tensor  # (m, rank), W as a matrix (m, n)
+    right: Tensor  # (n, rank)
+
+    @staticmethod
+    def of(keep: Tensor) -> LayerMask:
+        """One that takes no direction."""
+        m, n = keep.flatten(1).shape
+        return LayerMask(keep, keep.new_zeros(m, 0), keep.new_zeros(n, 0))
+
+    @property
+    def rank(self) -> int:
+        """How many directions it takes."""
+        return self.left.shape[1]
+
+    @property
+    def num_zeroed(self) -> int:
+        """How many weights it switches off."""
+        return int((self.keep == 0).sum())
+
+    def to(self, like: Tensor) -> LayerMask:
+        """The same on the device and in the precision of a tensor."""
+        return LayerMask(*(part.to(like) for part in self))
+
+    def applied(self, weight: Tensor) -> Tensor:
+        """(W - left right^T) * keep, in the shape of W."""
+        if self.rank:
+            weight = weight - (self.left @ self.right.T).view_as(weight)
+        return weight * self.keep
+
+    def __and__(self, other: LayerMask) -> LayerMask:
+        """What both do, one after the other."""
+        other = other.to(self.keep)
+        left, right = torch.cat([self.left, other.left], 1), torch.cat([self.right, other.right], 1)
+        return LayerMask(self.keep * other.keep, left, right)
+
+    def includes(self, other: LayerMask) -> bool:
+        """Whether it switches off all that the other does, and takes each of its directions."""
+        other = other.to(self.keep)
+        own, of_other = torch.cat([self.left, self.right]).T, torch.cat([other.left, other.right]).T
+        takes_each = (own == of_other[:, None]).all(-1).any(1).all()
+        return bool((self.keep <= other.keep).all() and takes_each)
+
+    def equals(self, other: LayerMask) -> bool:
+        return all(map(torch.equal, self, other.to(self.keep)))
+
+    def check(self) -> None:
+        """Raises ValueError where the parts are not what they must be."""
+        keep = self.keep
+        if keep.ndim not in (2, 4) or not keep.numel() or not ((keep == 0) | (keep == 1)).all():
+            raise ValueError("a mask must have matrices of 0 and 1 alone")
+        m, n = keep.flatten(1).shape
+        fits = self.left.shape == (m, *self.left.shape[-1:]) and self.right.shape == (n, *self.left.shape[-1:])
+        if not fits or not (self.left.isfinite().all() and self.right.isfinite().all()):
+            shapes = [tuple(self.left.shape), tuple(self.right.shape)]
+            raise ValueError(f"edits must be pairs of matrices (m, rank), (n, rank) of finite numbers, not {shapes}")
+
+
+class WeightMask(nn.Module):
+    """The parametrization of a weight by what a `LayerMask` does to it."""
+
+    def __init__(self, mask: LayerMask, forgets: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        for name, part in mask._asdict().items():
+            self.register_buffer(name, part)
+        self.forgets = forgets
+
+    @property
+    def mask(self) -> LayerMask:
+        return LayerMask(self.keep, self.left, self.right)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.mask.applied(weight)
+
+
+def refuse_pickling(layer: nn.Module) -> None:
+    raise RuntimeError(
+        "a masked model is not saved whole: save model.state_dict(), and the mask by mask.save(path); or write its "
+        "zeros into the weights first, by mask.apply(model, permanent=True)"
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mask:
+    """What is done to some layers of a classifier, apart from any: weights switched off, directions taken.
+
+    by_layer: by the index among the weight layers of a model; forgets: the classes that it was made to forget
+    Raises ValueError where these are not what they must be.
+    """
+
+    by_layer: Mapping[int, LayerMask]
+    forgets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        numbers = [*self.by_layer, *self.forgets]
+        if not self.by_layer or not all(type(each) is int and 0 <= each < 2**31 for each in numbers):
+            has = f"layers {[*self.by_layer]}, classes {[*self.forgets]}"[:200]
+            raise ValueError(f"a mask must have layers by their indices, and classes by their labels, not {has}")
+        for mask in self.by_layer.values():
+            mask.check()
+
+    @staticmethod
+    def on(model: nn.Module) -> Mask | None:
+        """The mask that a model carries; None where it carries none."""
+        found, forgets = {}, set()
+        for index, layer in enumerate(weight_layers(model)):
+            if (on_weight := weight_mask(layer)) is not None:
+                found[index] = on_weight.mask
+                forgets.update(on_weight.forgets)
+        return Mask(found, tuple(sorted(forgets))) if found else None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The indices of the masked layers."""
+        return tuple(self.by_layer)
+
+    @property
+    def keep(self) -> tuple[Tensor, ...]:
+        """1 for every weight that is kept and 0 for every one that is switched off, of each masked layer."""
+        return tuple(mask.keep for mask in self.by_layer.values())
+
+    @property
+    def num_zeroed(self) -> int:
+        """How many weights it switches off, kappa."""
+        return sum(mask.num_zeroed for mask in self.by_layer.values())
+
+    def __repr__(self) -> str:
+        counts, taken = [], []
+        for layer, mask in self.by_layer.items():
+            counts.append(f"layer {layer}: {mask.num_zeroed} of {mask.keep.numel()}")
+            if mask.rank:
+                taken.append(f"layer {layer}: {mask.rank}")
+        edited = f"; directions taken: {', '.join(taken)}" if taken else ""
+        return f"Mask({', '.join(counts)} weights zeroed{edited})"
+
+    def __and__(self, other: Mask) -> Mask:
+        """The mask that keeps what both keep, takes what either takes, and forgets what either forgets."""
+        found = dict(self.by_layer)
+        for layer, mask in other.by_layer.items():
+            own = found.get(layer)
+            if own is not None and own.keep.shape != mask.keep.shape:
+                shapes = f"{tuple(own.keep.shape)} and {tuple(mask.keep.shape)}"
+                raise ValueError(f"masks of one classifier combine: of layer {layer} these have {shapes}")
+            found[layer] = mask if own is None else own & mask
+        forgets = {*self.forgets, *other.forgets}
+        return Mask(dict(sorted(found.items())), tuple(sorted(forgets)))
+
+    def as_tensor(self) -> Tensor:
+        """The layer's shape (m, n) for one masked layer, flat in vertex order (vertices) for several."""
+        return self.keep[0] if len(self.keep) == 1 else torch.cat([keep.flatten() for keep in self.keep])
+
+    def vertices(self) -> Tensor:
+        """The vertices that it switches off, in the weight graph of its layers."""
+        return (torch.cat([keep.flatten() for keep in self.keep]) == 0).nonzero()[:, 0]
+
+    def includes(self, other: Mask) -> bool:
+        """Whether it switches off all that the other does, and takes what that takes."""
+        for layer, mask in other.by_layer.items():
+            if layer not in self.by_layer or not self.by_layer[layer].includes(mask):
+                return False
+        return True
+
+    def weights(self, model: nn.Module) -> dict[int, Tensor]:
+        """The weights of the masked layers of a model without one, by their indices, as they are under the mask."""
+        layers = weight_layers(model)
+        return {index: mask.applied(layers[index].weight.detach()) for index, mask in self.by_layer.items()}
+
+    def check(self, model: nn.Module) -> list[nn.Module]:
+        """The masked layers of a model. Raises ValueError where one has another shape or no weight to put a mask on."""
+        layers = weight_layers(model)
+        for index, mask in self.by_layer.items():
+            shape = shape_of(layers[index]) if index < len(layers) else "not there"
+            if shape != tuple(mask.keep.shape):
+                raise ValueError(f"layer {index} is {shape}, its mask {tuple(mask.keep.shape)}")
+            if "weight" not in layers[index]._parameters and weight_mask(layers[index]) is None:
+                raise ValueError(
+                    f"layer {index} has no plain weight, but what torch.nn.utils (prune, weight_norm, spectral_norm, "
+                    "parametrize) computes: make it one first, by prune.remove, remove_parametrizations or their like"
+                )
+        return [layers[index] for index in self.by_layer]
+
+    def apply(self, model: nn.Module, permanent: bool = False) -> None:
+        """Switches the weights off, or where it raises, leaves the model as it was.
+
+        The zeros stand beside the weights, for `remove` to take them off again: the state dict still holds the weights
+        from before, as `parametrizations.weight.original`, and with them the class. permanent: the zeros are written
+        into the weights, for those who must delete: the state dict holds nothing of them, and its keys are plain. (The
+        momentum of an optimizer from before would bring something back: take a new one.)
+        It takes the place of a mask that the model carries, which it must include.
+        Raises ValueError where it carries another one, a layer has another shape, or no weight of its own.
+        """
+        layers, carried = self.check(model), Mask.on(model)
+        if carried is not None and not self.includes(carried):
+            raise ValueError(f"the model carries {carried}: take it off first, or apply mask & Mask.on(model)")
+        if permanent:
+            names = Counter(map(id, dict(model.named_parameters(remove_duplicate=False)).values()))
+            if shared := [index for index, layer in zip(self.layers, layers) if names[id(original_weight(layer))] > 1]:
+                raise ValueError(
+                    f"layers {shared} share their weights with others: permanent zeros would be theirs, too"
+                )
+        with all_or_none(layers):
+            for layer, mask in zip(layers, self.by_layer.values()):
+                take_off(layer)
+                mask = mask.to(layer.weight)
+                if permanent:
+                    layer.weight.data.copy_(mask.applied(layer.weight.data)).masked_fill_(mask.keep == 0, 0)
+                else:
+                    put_on(layer, WeightMask(mask, self.forgets))
+
+    def remove(self, model: nn.Module) -> None:
+        """Takes the mask off again: the weights are those from before, bit for bit, and in the same order.
+
+        If they were trained meanwhile, they are as trained. Raises ValueError where the model does not carry this mask.
+        """
+        layers = self.check(model)
+        for layer, (index, mask) in zip(layers, self.by_layer.items()):
+            found = weight_mask(layer)
+            if found is None or not found.mask.equals(mask):
+                raise ValueError(f"layer {index} carries {'no' if found is None else 'another'} mask: {self} is not on")
+        with all_or_none(layers):
+            for layer in layers:
+                take_off(layer)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The masked model for as long as the context is open."""
+        self.apply(model)
+        try:
+            yield model
+        finally:
+            self.remove(model)
+
+    def saved(self) -> dict[str, list]:
+        """The mask as `save` writes it: `layers`, `keep`, a tensor of bool for each, `forgets`, and `edits`, pairs."""
+        masks = self.by_layer.values()
+        keep = [mask.keep.bool().cpu() for mask in masks]
+        edits = [[mask.left.cpu(), mask.right.cpu()] for mask in masks]
+        return {"layers": list(self.layers), "keep": keep, "forgets": list(self.forgets), "edits": edits}
+
+    def save(self, path: Path | str) -> None:
+        files.save(Path(path), self.saved())
+
+    @staticmethod
+    def load(path: Path | str) -> Mask:
+        """Raises ArtifactError where the file is not a mask."""
+        saved = files.load(Path(path))
+        try:
+            layers, all_keep, forgets = (saved[key] for key in ("layers", "keep", "forgets"))
+            is_right = len(layers) == len(all_keep) == len({*layers})
+            if not is_right or not all(keep.dtype == torch.bool for keep in all_keep):
+                raise ValueError("there must be a tensor of bool for each of the layers")
+            found = {layer: LayerMask.of(keep.float()) for layer, keep in zip(layers, all_keep)}
+            for layer, (left, right) in zip(layers, saved.get("edits", ())):  # a file from before has none
+                found[layer] = found[layer]._replace(left=left, right=right)
+            return Mask(found, tuple(forgets))
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
+            raise files.ArtifactError(f"{path}: is not a mask ({files.one_line(error)})") from None
+
+
+def weight_mask(layer: nn.Module) -> WeightMask | None:
+    """What is on the layer's weight, if it is a mask and nothing else."""
+    found = layer.parametrizations["weight"] if parametrize.is_parametrized(layer, "weight") else ()
+    return found[0] if len(found) == 1 and isinstance(found[0], WeightMask) else None
+
+
+def original_weight(layer: nn.Module) -> Tensor:
+    """The weight under a mask, or without one."""
+    return layer.weight if weight_mask(layer) is None else layer.parametrizations["weight"].original
+
+
+def put_on(layer: nn.Module, mask: WeightMask) -> None:
+    parametrize.register_parametrization(layer, "weight", mask)
+    type(layer).__getstate__ = refuse_pickling  # of a class that the layer has for itself
+
+
+def take_off(layer: nn.Module) -> None:
+    """Takes a mask off, where there is one."""
+    if weight_mask(layer) is None:
+        return
+    # PyTorch takes the weight off its class, which copies of the layer share: now this one has its own.
+    own = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(type(layer).__name__, type(layer).__bases__, own)
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    # PyTorch puts the weight back behind the others; an optimizer's state goes by the order of parameters.
+    for name in [name for name in layer._parameters if name != "weight"]:
+        layer._parameters[name] = layer._parameters.pop(name)
+
+
+@contextmanager
+def all_or_none(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Gives layers back the masks and the weights that they had, where the context raises."""
+    before = [(layer, weight_mask(layer), original_weight(layer).detach().clone()) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, mask, weight in before:
+            take_off(layer)
+            layer.weight.data.copy_(weight)
+            if mask is not None:
+                put_on(layer, mask)
+        raise
