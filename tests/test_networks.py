@@ -22,7 +22,7 @@ from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import SaliencyRanking
 from mimu.methods.fine_tuning import fisher_information
 from mimu.methods.projections import moments
-from mimu.model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
+from mimu.model import HookedMNISTClassifier, LowRank, Mask, MaskingGCN, WeightGraph
 from mimu.networks.architectures import cnn, mlp, resnet
 from mimu.networks.hooked import HookedClassifier, shape_of, weight_layers
 from mimu.runs.settings import ConfigError
@@ -174,8 +174,8 @@ def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(na
         assert torch.allclose(gradient, of_edges, rtol=1e-9, atol=1e-10)
 
 
-def told_apart(classifier: HookedClassifier, x: Tensor, label: Tensor, left_out: int | None) -> Tensor:
-    """The log-probabilities of a sample's classes, without that which it is not told from."""
+def log_probabilities(classifier: HookedClassifier, x: Tensor, label: Tensor, left_out: int | None) -> Tensor:
+    """Of a sample's classes; of a sample of another, the softmax is restricted to all but the class left out."""
     kept = [each for each in range(NUM_CLASSES) if each != left_out or each == label]
     found = torch.full((NUM_CLASSES,), float("-inf"), dtype=x.dtype)
     return found.index_put((torch.tensor(kept),), classifier.network(x[None])[0, kept].log_softmax(0))
@@ -184,7 +184,7 @@ def told_apart(classifier: HookedClassifier, x: Tensor, label: Tensor, left_out:
 def single_gradients(
     classifier: HookedClassifier, x: Tensor, label: Tensor, of: str, layers: list[int], left_out: int | None = None
 ) -> list:
-    logits, log_p = classifier.network(x[None]), told_apart(classifier, x, label, left_out)[label]
+    logits, log_p = classifier.network(x[None]), log_probabilities(classifier, x, label, left_out)[label]
     values = {
         "loss": -log_p,
         "margin": logits[0, label] - logits.mean(),
@@ -219,34 +219,30 @@ def test_recorded_activations_stand_behind_normalisation_addition_and_relu():
     hidden = *classifier.network.hidden(images()), classifier.network(images())
     for record, expected, is_rectified in zip(records, hidden, (True, True, False, False)):
         h, active = expected.view_as(record.outputs), record.active
-        assert torch.allclose(record.outputs, h, atol=1e-12) and torch.equal(
-            active, (h > 0).double().clamp_min(1 - is_rectified)
-        )
+        assert torch.allclose(record.outputs, h, atol=1e-12)
+        assert torch.equal(active, (h > 0).double().clamp_min(1 - is_rectified))
     assert torch.allclose(records[3].inputs, hidden[2].flatten(1), atol=1e-12) and (records[2].outputs < 0).any()
 
 
 def read_by_kernels(x: Tensor) -> Tensor:
     """(samples, channels, 9, positions) of kernels 3 x 3 with a border of zeros."""
-    height, width, x = *x.shape[2:], F.pad(x, (1, 1, 1, 1))
-    return torch.stack([x[:, :, i : i + height, j : j + width] for i, j in product(range(3), range(3))], 2).flatten(3)
+    return F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4).movedim(-1, 2).flatten(3)
 
 
 def features_by_hand(
-    before: HookedClassifier,
-    classifier: HookedClassifier,
-    x: Tensor,
-    y: Tensor,
-    layers: tuple[int, ...],
-    out: int | None,
+    before: HookedClassifier, classifier: HookedClassifier, split: Split, layers: tuple[int, ...], out: int | None
 ) -> dict[str, Tensor]:
     """The features of a cnn, of samples of one class, by their definitions, (vertices)."""
-    t, p = (torch.stack([told_apart(m, *each, out)[each[1]].exp() for each in zip(x, y)]) for m in (before, classifier))
-    t, p = t.detach()[:, None, None], p.detach()[:, None, None]
+    x, pairs = split.images, list(zip(split.images, split.labels))
+    t, p = (
+        torch.stack([log_probabilities(model, *each, out)[each[1]].exp() for each in pairs]).detach()[:, None, None]
+        for model in (before, classifier)
+    )
     network, gradients = classifier.network, []
     given = read_by_kernels(x), read_by_kernels(network[:6](x)), network[:11](x)[..., None], network[:13](x)[..., None]
     gave = network[:5](x), network[:9](x), network[:13](x)[..., None], network(x)[..., None]
     for of in ("loss", "margin", "forgetting", "log_odds"):
-        single = [single_gradients(classifier, *each, of, layers, out) for each in zip(x, y)]
+        single = [single_gradients(classifier, *each, of, layers, out) for each in pairs]
         gradients.append([torch.stack(of_layer).flatten(2) for of_layer in zip(*single)])
     found: dict[str, list[Tensor]] = {name: [] for name in FEATURES}
     for layer, loss, margin, forgetting, log_odds in zip(layers, *gradients):
@@ -319,10 +315,11 @@ def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_s
         if mask:
             mask.apply(masked, permanent=True)
         for label, rows in enumerate(samples):
-            x, y = graphs.samples.images[rows], graphs.samples.labels[rows]
-            log_p = [told_apart(masked, *each, forget_class)[each[1]].item() for each in zip(x, y)]
+            split = graphs.samples[rows]
+            pairs = zip(split.images, split.labels)
+            log_p = [log_probabilities(masked, *each, forget_class)[each[1]].item() for each in pairs]
             assert look.loss[label].item() == pytest.approx(-sum(log_p) / len(log_p))
-            by_hand = features_by_hand(graphs.classifier, masked, x, y, graphs.graph.layers, forget_class)
+            by_hand = features_by_hand(graphs.classifier, masked, split, graphs.graph.layers, forget_class)
             for name, expected in by_hand.items():
                 assert torch.allclose(look.feature(name)[label], expected, rtol=1e-9, atol=1e-12), name
 
@@ -452,24 +449,31 @@ def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_ori
             assert name not in ("fine_tune", "scrub") or not any(same), "training follows the statistics"
 
 
-@pytest.mark.parametrize("is_on", [False, True])
+@pytest.mark.parametrize("rank, is_on", [(0, False), (0, True), (2, False), (2, True)])
 @pytest.mark.parametrize("name, layers", [("mlp", [1]), ("mlp", None), ("cnn", [1]), ("resnet", [0, 2, -1])])
-def test_a_mask_zeroes_exactly_kappa_weights_comes_off_bit_for_bit_and_can_be_permanent(name, layers, is_on, tmp_path):
+def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(name, layers, rank, is_on, tmp_path):
+    """It zeroes exactly kappa weights and takes `rank` directions."""
     classifier, x = classifier_of(name), images()
     graph = WeightGraph.of(classifier, layers)
     zeroed, before = torch.randperm(graph.num_vertices)[:25], copy.deepcopy(classifier.state_dict())
     mask, kept, logits = Mask.zeroing(graph, zeroed), Mask.keeping(graph, zeroed).as_tensor(), classifier(x)
     assert kept.sum() == 25 == mask.num_zeroed and torch.equal(kept + mask.as_tensor(), torch.ones_like(kept))
     assert mask.as_tensor().shape == (graph.shapes[0] if len(graph.layers) == 1 else (graph.num_vertices,))
+    edits, expected = [], []
+    for layer in graph.layers:
+        weight = classifier.layers[layer].weight.detach().flatten(1)
+        edits.append(LowRank(*(torch.randn(size, rank).double() for size in weight.shape)))
+        expected.append((weight - edits[-1].left @ edits[-1].right.T).flatten())
+    mask, expected = replace(mask, edits=tuple(edits)), torch.cat(expected).index_fill(0, zeroed, 0)
 
     def flat() -> Tensor:
         return torch.cat([classifier.layers[layer].weight.detach().flatten() for layer in graph.layers])
 
-    expected = flat().index_fill(0, zeroed, 0)
     mask.save(tmp_path / "mask.pt")
     with Mask.load(tmp_path / "mask.pt").applied_to(classifier):
         masked, on = classifier(x), Mask.on(classifier)
         assert on.includes(mask) and mask.includes(on) and on.layers == mask.layers == graph.layers
+        assert set(on.ranks) == {rank} and ("directions taken: layer" in repr(on)) == (rank > 0)
         assert torch.equal(flat(), expected)
     after = classifier.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[key], value) for key, value in before.items())
@@ -478,8 +482,8 @@ def test_a_mask_zeroes_exactly_kappa_weights_comes_off_bit_for_bit_and_can_be_pe
     if is_on:
         mask.apply(classifier)
     mask.apply(classifier, permanent=True)
-    assert torch.equal(classifier(x), masked) and torch.equal(flat(), expected)
-    assert list(classifier.state_dict()) == list(before), "nothing of the zeroed weights is left"
+    assert torch.equal(classifier(x), masked) and torch.equal(flat(), expected) and Mask.on(classifier) is None
+    assert list(classifier.state_dict()) == list(before), "nothing of the mask is left"
 
 
 class Folded(nn.Module):
