@@ -12,7 +12,7 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_CLASSES, random_split, scores, trained
+from conftest import NUM_CLASSES, mask_of, random_split, scores, trained
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.data import DataLoader, TensorDataset
@@ -163,7 +163,7 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 def masked(model: nn.Module) -> nn.Module:
-    Mask((0, 1), (torch.ones(8, 1, 3, 1), (torch.arange(192) > 9).float().view(8, 8, 3, 1))).apply(model)
+    mask_of({0: torch.ones(8, 1, 3, 1), 1: (torch.arange(192) > 9).float().view(8, 8, 3, 1)}).apply(model)
     return model
 
 
@@ -330,7 +330,7 @@ def test_what_the_others_lose_is_measured_and_too_much_of_it_is_an_error_with_th
     def lost(now: dict[int, float]) -> float:
         return (error.before[0] + error.before[2] - now[0] - now[2]) / 2
 
-    error, nothing = raised.value, Mask((0,), (torch.ones(16, 7),))
+    error, nothing = raised.value, mask_of({0: torch.ones(16, 7)})
     assert error.before == pytest.approx(by_class(nothing)) and error.after == pytest.approx(by_class(free))
     assert lost(by_class(error.mask)) <= 1 < lost(error.after)
     assert error.mask.num_zeroed < free.num_zeroed and free.includes(error.mask)
@@ -357,8 +357,8 @@ def test_several_classes_are_forgotten_together_or_in_a_row(steps, permanent):
 
 def test_masks_combine_take_the_place_of_what_they_include_and_come_off(model):
     before = state_of(model)
-    one = Mask((1,), (torch.ones(12, 16).triu(1),), (0,))
-    other = Mask((2,), (torch.ones(3, 12).triu(),), (2,))
+    one = mask_of({1: torch.ones(12, 16).triu(1)}, (0,))
+    other = mask_of({2: torch.ones(3, 12).triu()}, (2,))
     both = one & other & one
     assert both.layers == (1, 2) and both.forgets == (0, 2) and both.num_zeroed == one.num_zeroed + other.num_zeroed
     one.apply(model)
@@ -367,7 +367,7 @@ def test_masks_combine_take_the_place_of_what_they_include_and_come_off(model):
     with pytest.raises(ValueError, match="layer 2 carries no mask"):
         both.remove(model)
     with pytest.raises(ValueError, match="layer 1 carries another mask"):
-        Mask((1,), (torch.ones(12, 16),)).remove(model)
+        mask_of({1: torch.ones(12, 16)}).remove(model)
     assert torch.equal(Mask.on(model).as_tensor(), one.as_tensor()) and Mask.on(model).forgets == (0,)
     both.apply(model)
     assert torch.equal(Mask.on(model).as_tensor(), both.as_tensor())
@@ -377,7 +377,7 @@ def test_masks_combine_take_the_place_of_what_they_include_and_come_off(model):
     assert state_of(model) == before and Mask.on(model) is None
     torch.save(model, io.BytesIO())
     with pytest.raises(ValueError, match=r"of layer 1 these have \(12, 16\) and \(2, 2\)"):
-        one & Mask((1,), (torch.ones(2, 2),))
+        one & mask_of({1: torch.ones(2, 2)})
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -390,8 +390,8 @@ def test_masks_combine_take_the_place_of_what_they_include_and_come_off(model):
     ],
 )
 def test_a_mask_goes_on_and_comes_off_whole_or_not_at_all(model, does, owner, name, at, monkeypatch):
-    mask = Mask((0, 1, 2), (torch.zeros(16, 7), torch.zeros(12, 16), torch.zeros(3, 12)))
-    carried = mask if does == "remove" else Mask((1,), (torch.zeros(12, 16),))
+    mask = mask_of({0: torch.zeros(16, 7), 1: torch.zeros(12, 16), 2: torch.zeros(3, 12)})
+    carried = mask if does == "remove" else mask_of({1: torch.zeros(12, 16)})
     carried.apply(model)
     before, calls, works = state_of(model)[0], count(), getattr(owner, name)
 
@@ -415,7 +415,7 @@ def tied() -> nn.Module:
 
 
 def test_masks_of_copies_tied_weights_and_layers_with_more_than_weights(model):
-    mask = Mask((1,), (torch.ones(12, 16).tril(),))
+    mask = mask_of({1: torch.ones(12, 16).tril()})
     before = state_of(model)
     mask.apply(model)
     copied = copy.deepcopy(model)
@@ -430,7 +430,7 @@ def test_masks_of_copies_tied_weights_and_layers_with_more_than_weights(model):
     assert state_of(model) == before
     both = tied()
     both[0].weight = both[2].weight
-    mask = Mask((1,), (torch.ones(7, 7).tril(),))
+    mask = mask_of({1: torch.ones(7, 7).tril()})
     with pytest.raises(ValueError, match=r"layers \[1\] share their weights"):
         mask.apply(both, permanent=True)
     mask.apply(both)
@@ -448,16 +448,15 @@ ONES = torch.ones(2, 2)
 
 
 @pytest.mark.parametrize(
-    "layers, keep, classes",
+    "keep, classes",
     [
-        ((1, 1), (ONES, ONES), ()), ((True,), (ONES,), ()), ((-1,), (ONES,), ()), ((), (), ()), ((1,), (), ()),
-        ((1,), (ONES,), ("cat",)), ((1,), (ONES / 2,), ()), ((1,), (ONES * torch.nan,), ()),
-        ((1,), (torch.ones(4),), ()), ((1,), (torch.ones(0, 4),), ()),
+        ({True: ONES}, ()), ({-1: ONES}, ()), ({}, ()), ({1: ONES}, ("cat",)), ({1: ONES / 2}, ()),
+        ({1: ONES * torch.nan}, ()), ({1: torch.ones(4, 1, 1)}, ()), ({1: torch.ones(0, 4)}, ()),
     ],
 )  # fmt: skip
-def test_what_is_no_mask_is_refused(layers, keep, classes):
+def test_what_is_no_mask_is_refused(keep, classes):
     with pytest.raises(ValueError, match="a mask must have"):
-        Mask(layers, keep, classes)
+        mask_of(keep, classes)
 
 
 def refusal(model: nn.Module, inputs, labels, **arguments) -> str:
