@@ -86,7 +86,8 @@ def together(start: Mask | None, edits: Mapping[int, LayerMask]) -> Mask | None:
     """The mask that takes directions from layers, by their indices, beside what a mask to start with does."""
     if not edits:
         return start
-    return start & Mask(edits) if start else Mask(edits)
+    mask = Mask(dict(edits))
+    return start & mask if start else mask
 
 
 @torch.no_grad()
