@@ -46,8 +46,9 @@ from mimu.runs.work import Work, describe_machine, how_many, memory_of, peak_byt
 from mimu.tables import experiment
 from mimu.trainer import GCNTrainer, Trainer
 
-# The source files that a classifier, its graphs and its GCN depend on.
+# The source files that a classifier, its graphs and its GCN depend on, and those that metrics do.
 TRAINING_CODE = ("main.py", "model.py", "data.py", "trainer.py", "images/*.py", "networks/*.py", "masking/*.py")
+CODE = ("*.py", "methods/*.py", "audits/*.py", *TRAINING_CODE)
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ class Files:
         self.root = root
         self._seen: dict[Path, Any] = {}
         self._training_code = code_of(PACKAGE, TRAINING_CODE)
-        self._code = code_of(PACKAGE, ["*.py", "methods/*.py", "audits/*.py", *TRAINING_CODE])
+        self._code = code_of(PACKAGE, CODE)
         self._code.pop("reporter.py", None)  # no number depends on it
         self._checksums: dict[str, str] = {}
 

@@ -229,7 +229,7 @@ class VertexLinear(nn.Linear):
         return results
 
 
-LARGEST_CHANGE = 4.0  # of the logarithm of a factor
+LARGEST_CHANGE = 1.0  # of the logarithm of a factor: a short or unfortunate training stays near the formula
 
 
 class MaskingGCN(nn.Module):

@@ -203,7 +203,7 @@ def erased(
         loss.backward()
         optimizer.step()
         schedule.step()
-    done = {index: LayerMask(*(part.detach() for part in edit)) for index, edit in edits.items()}
+    done = {index: LayerMask(*map(torch.detach, edit)) for index, edit in edits.items()}
     return together(start, done)
 
 

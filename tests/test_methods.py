@@ -1,6 +1,5 @@
 """The methods beyond the published system against their definitions, on a small problem."""
 
-import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -384,33 +383,6 @@ def test_the_trivial_ways_take_the_logit_or_the_output_row_and_the_control_other
     assert (p[:, FORGET] == 0).all() and torch.allclose(p.sum(1), torch.ones(len(p)))
     one, other = (made_by(name, request) for name in ("retrain", "retrain_again"))
     assert not torch.equal(one.layers[0].weight, other.layers[0].weight)
-
-
-def test_the_configs_have_the_candidates_that_were_chosen():
-    rows = []
-    for name in ("tuning", "tuning_erasure"):
-        for line in (PROJECT / "docs" / f"{name}.md").read_text().splitlines()[4:]:
-            rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    chosen = {name: values for name, values, *_, mark in rows if mark == "chosen"}
-    files = [PROJECT / "configs" / name for name in ("config.yaml", "methods.yaml")]
-    first, second = (yaml.safe_load(file.read_text())["eval"]["hyperparameters"] for file in files)
-    tuned = {name: values for name, values in (first | second).items() if name != "published"}
-    assert set(chosen) - {"mimu", "saliency"} == set(tuned), "of those two it is a setting of eval"
-    for name, values in tuned.items():
-        written = {key: f"{value:g}" for key, value in values.items()}
-        assert dict(part.split() for part in chosen[name].split(", ")) == written
-
-
-def test_the_nearest_of_the_candidates_that_forget_and_keep_is_chosen(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(PROJECT / "docs"), *sys.path])
-    from tune import Trial, Tuning
-
-    tuning = Tuning.__new__(Tuning)
-    tuning.settings, tuning.smallest_retain = {"largest_forget_score": 1.0}, 95.0
-    far, near = Trial({}, 0.9, 95.1, 0.3), Trial({}, 0.1, 96.0, 0.2)
-    leaves, loses = Trial({}, 1.5, 97.0, 0.01), Trial({}, 0.0, 94.0, 0.01)
-    assert tuning.best([far, near, leaves, loses]) is near
-    assert tuning.best([leaves, loses]) is leaves  # half a point is missing, not a whole one
 
 
 DIVERGING = {"fine_tune": "learning_rate", "gradient_ascent": "learning_rate", "scrub": "learning_rate",
