@@ -15,7 +15,8 @@ from torch import nn
 from mimu.masking.regression import explained_variance, ridge_recall
 from mimu.methods.erasing import Erasing, erased, nearest, projections
 from mimu.methods.projections import residual
-from mimu.model import HookedMNISTClassifier, LowRank, Mask
+from mimu.model import HookedMNISTClassifier
+from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.files import InputError
 from mimu.unlearning import unlearn
 
@@ -82,26 +83,32 @@ TEST = random_split(100, seed=7)
 SHAPES = (4, 2, 1, 3), (3, 12)
 
 
-def low_rank(m: int, n: int, rank: int, seed: int = 0) -> LowRank:
-    generator = torch.Generator().manual_seed(seed)
-    return LowRank(torch.randn(m, rank, generator=generator), torch.randn(n, rank, generator=generator))
-
-
 def edited_mask(seed: int = 0) -> Mask:
     """A mask of a convolution and of a linear layer that zeroes some weights and takes one and two directions."""
-    keep = [(torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) > 0.2).float() for shape in SHAPES]
-    return Mask((0, 1), tuple(keep), (seed,), (low_rank(4, 6, 1, seed), low_rank(3, 12, 2, seed)))
+    generator, by_layer = torch.Generator().manual_seed(seed), {}
+    for layer, shape in enumerate(SHAPES):
+        keep = torch.rand(shape, generator=generator) > 0.2
+        left, right = (torch.randn(size, layer + 1, generator=generator) for size in keep.flatten(1).shape)
+        by_layer[layer] = LayerMask(keep.float(), left, right)
+    return Mask(by_layer, (seed,))
+
+
+def ranks(mask: Mask) -> list[int]:
+    """How many directions it takes from each layer."""
+    return [each.rank for each in mask.by_layer.values()]
 
 
 def test_edits_combine_and_only_what_includes_another_takes_its_place():
     network = nn.Sequential(nn.Conv2d(2, 4, (1, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
     one, other = edited_mask(0), edited_mask(1)
     both = one & other
-    assert both.ranks == (2, 4) and both.forgets == (0, 1)
+    assert ranks(both) == [2, 4] and both.forgets == (0, 1)
     assert both.includes(one) and both.includes(other) and not one.includes(both) and not one.includes(other)
-    for edit, of_one, of_other in zip(both.edits, one.edits, other.edits):
-        matrix = of_one.left @ of_one.right.T + of_other.left @ of_other.right.T
-        assert torch.allclose(edit.left @ edit.right.T, matrix, atol=1e-5)
+    for layer, mask in both.by_layer.items():
+        masks = one.by_layer[layer], other.by_layer[layer]
+        matrix = sum(each.left @ each.right.T for each in masks)
+        assert torch.allclose(mask.left @ mask.right.T, matrix, atol=1e-5)
+        assert torch.equal(mask.keep, masks[0].keep * masks[1].keep)
     other.apply(network)
     with pytest.raises(ValueError, match="take it off first, or apply mask &"):
         one.apply(network)
@@ -111,11 +118,11 @@ def test_edits_combine_and_only_what_includes_another_takes_its_place():
     both.remove(network)
 
 
-@pytest.mark.parametrize("edit", [low_rank(4, 5, 1), low_rank(4, 6, 1)._replace(right=torch.ones(6, 2)),
-                                  low_rank(4, 6, 1)._replace(left=torch.full((4, 1), torch.nan))])  # fmt: skip
-def test_what_is_no_edit_is_refused(edit):
+@pytest.mark.parametrize("changes", [{"right": torch.ones(5, 1)}, {"right": torch.ones(6, 2)},
+                                     {"left": torch.full((4, 1), torch.nan)}])  # fmt: skip
+def test_what_is_no_edit_is_refused(changes):
     with pytest.raises(ValueError, match="edits must be pairs of matrices"):
-        Mask((0,), (torch.ones(SHAPES[0]),), edits=(edit,))
+        Mask({0: edited_mask().by_layer[0]._replace(**changes)})
 
 
 def test_the_nearest_classes_come_in_their_order():
@@ -141,11 +148,11 @@ def test_projections_take_the_mean_of_the_class_from_every_layer_on_what_those_b
             means = torch.stack([x[train.labels == label].mean(0) for label in range(3)]).double()
             u = torch.nn.functional.normalize(residual(means, 1), dim=0).float()
             assert torch.allclose(edit.right[:, 0], u, atol=1e-5)
-            weight = edit.taken_from(layer.weight)
+            weight = edit.applied(layer.weight)
             assert torch.allclose(weight, layer.weight @ (torch.eye(len(u)) - torch.outer(u, u)), atol=1e-5)
             x = (x @ weight.T + layer.bias).relu()
         without_row = learned.layers[2].weight * torch.tensor([1.0, 0, 1])[:, None]
-        assert torch.allclose(edits[2].taken_from(learned.layers[2].weight), without_row, atol=1e-6)
+        assert torch.allclose(edits[2].applied(learned.layers[2].weight), without_row, atol=1e-6)
 
 
 def r_squared(features: torch.Tensor) -> float:
@@ -156,22 +163,23 @@ def r_squared(features: torch.Tensor) -> float:
 
 def test_a_class_goes_from_the_representation_as_far_as_the_bar_and_what_was_zeroed_stays(learned):
     train = random_split(200)
-    start = Mask((1,), ((torch.rand(12, 16, generator=torch.Generator().manual_seed(0)) > 0.05).float(),))
+    keep = (torch.rand(12, 16, generator=torch.Generator().manual_seed(0)) > 0.05).float()
+    start = Mask({1: LayerMask.of(keep)})
     projected, unconcerned, learned_to, at_the_bar = (
         erased(learned, train, 1, replace(SETTINGS, steps=steps, erase_weight=weight), 0, start, bar=bar)
         for steps, weight, bar in ((0, 1.0, None), (60, 0.0, None), (60, 3.0, None), (60, 3.0, 1.0))
     )
     left = []
     for mask in (projected, unconcerned, learned_to):
-        assert mask.includes(start) and mask.ranks == (1, 1, 1) and mask.num_zeroed == start.num_zeroed
-        assert torch.equal(mask.edits[2].left[:, 0], torch.tensor([0.0, 1, 0])), "no other row of the last layer"
+        assert mask.includes(start) and ranks(mask) == [1, 1, 1] and mask.num_zeroed == start.num_zeroed
+        assert torch.equal(mask.by_layer[2].left[:, 0], torch.tensor([0.0, 1, 0])), "no other row of the last layer"
         with mask.applied_to(learned), torch.no_grad():
             forget, retain = scores(learned, TEST, 1)
             left.append(r_squared(learned.features(TEST.images)))
     assert forget == 0 and retain > 95 and left[2] < min(r_squared(learned.features(TEST.images)), left[1]) - 0.1
     assert left[2] < r_squared(SETTINGS.untrained_features(TEST.images, 12, 0)) + 0.15
-    for edit, other in zip(unconcerned.edits, at_the_bar.edits):
-        assert torch.equal(edit.left, other.left) and torch.equal(edit.right, other.right), "there is nothing to erase"
+    for layer, mask in unconcerned.by_layer.items():
+        assert mask.equals(at_the_bar.by_layer[layer]), "there is nothing to erase"
 
 
 def test_models_of_the_users_own_are_erased_from_one_class_after_the_other(learned):
@@ -179,7 +187,7 @@ def test_models_of_the_users_own_are_erased_from_one_class_after_the_other(learn
     about = {"erase": True, "max_fall": None, "max_class_fall": None}
     before = copy.deepcopy(model.state_dict())
     first = unlearn(model, train.images, train.labels, 1, **about)
-    assert first.forgets == (1,) and first.ranks == (1, 1, 1) and first.num_zeroed == 0
+    assert first.forgets == (1,) and ranks(first) == [1, 1, 1] and first.num_zeroed == 0
     first.apply(model)
     second = unlearn(model, train.images, train.labels, 0, **about)
     assert second.includes(first) and second.forgets == (0, 1)

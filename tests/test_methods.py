@@ -1,6 +1,5 @@
 """The methods beyond the published system against their definitions, on a small problem."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +16,7 @@ from mimu.configs import load_config
 from mimu.data import Count, GraphGenerator, NonNegative, Positive, Split, seeded, some_of_every_class
 from mimu.eval import METHODS, EvalConfig, Method, Request, answer
 from mimu.masking.order import Zeroing, ZeroingOrder
-from mimu.masking.rankings import SaliencyRanking
+from mimu.masking.rankings import Ranking
 from mimu.methods import fine_tuning, projections
 from mimu.methods.controls import removal_effect
 from mimu.model import HookedMNISTClassifier, Mask
@@ -39,7 +38,6 @@ HYPERPARAMETERS = yaml.safe_load("""
   unsir: {noise_steps: 20, noise_rate: 0.1, noise_penalty: 0.01, batch_size: 16, noise_batches: 6, retain_share: 1.0,
     impair_rate: 0.03, repair_rate: 0.015}
   optimised_mask: {steps: 70, samples: 60, learning_rate: 0.1, forget_weight: 1.0, sparsity: 0.1}
-  saliency: {retain_weight: 5.0, forgetting_weight: 0.5}
   delete: {epochs: 20, batch_size: 16, learning_rate: 0.003}
   damp: {samples: 40, ridge: 0.01, row: 1.0}
   svd: {samples: 60, retain_alpha: 30.0, forget_alpha: 10.0}
@@ -53,11 +51,11 @@ def make_request(mask_layer=-2, asked: int | None = None) -> Request:
     train = random_split(60)
     trainer = Trainer(trainer_config((12, 8), 4), 0)
     classifier = trainer.train(train, NUM_CLASSES)
-    described = graph_config(mask_layer, features=("weight", "margin"), samples_per_class=40)
+    described = graph_config(mask_layer, features=("weight", "forgetting"), samples_per_class=40)
     graphs = GraphGenerator(classifier, train, described, 0)
     config = EvalConfig(
-        step=4, look_every=1, momentum=0.0, ranking="damage", group_size=20, draws=1, target=1.25, max_kappa=0.9,
-        patience=0, penalty_growth=1.0, methods=None, visualize=False, random_masks=3, hyperparameters={},
+        step=4, snapshot_every=1, momentum=0.0, group_size=20, retain_weight=5.0, target=1.25, max_kappa=0.9,
+        patience=0, penalty_growth=1.0, methods=None, visualize=False, hyperparameters={},
     )  # fmt: skip
     return Request(config, classifier, trainer, train, graphs, None, FORGET, 24, 0, asked)
 
@@ -82,12 +80,17 @@ def made_by(name: str, request: Request, **changes) -> torch.nn.Module:
 def test_every_method_says_what_it_is_and_has_its_hyperparameters_in_the_config():
     written = yaml.safe_load((PROJECT / "configs" / "methods.yaml").read_text())["eval"]["hyperparameters"]
     further = {name: each for name, each in METHODS.items() if each.unlearn.__module__.startswith("mimu.methods.")}
-    assert set(written) == set(HYPERPARAMETERS) == {name for name, each in further.items() if each.hyperparameters}
+    tunable = {name for name, each in further.items() if each.hyperparameters}
+    assert set(written) == tunable == {*HYPERPARAMETERS, "published"}
     for name, values in written.items():
         hints = further[name].hyperparameters
         assert list(values) == list(hints)
         assert values == {key: converted(value, hints[key]) for key, value in values.items()}
-    assert list(further)[:2] == [name for name in further if further[name].in_default_run] == ["saliency", "magnitude"]
+    assert (
+        list(further)[:2]
+        == [name for name in further if further[name].runs_with == "default"]
+        == ["saliency", "magnitude"]
+    )
     for name, method in METHODS.items():
         about = method.about()
         assert about["does"].endswith(".") and "\n" not in about["does"], name
@@ -303,52 +306,47 @@ def test_the_optimised_mask_is_a_mask_and_its_sparsity_counts(request_to_forget)
     assert 0 <= (sparse == 0).sum() < (dense == 0).sum() < whole.numel()
 
 
-@pytest.mark.parametrize("forgetting", [0.0, 2.0])
 @pytest.mark.parametrize("zeroed", [[], [3, 8, 21]])
-def test_the_saliency_by_hand(zeroed, forgetting):
+def test_the_saliency_by_hand(zeroed):
     request = make_request()
     graphs, zeroed = request.graphs, torch.tensor(zeroed, dtype=torch.long)
-    config = replace(request.config, penalty_growth=1.5)
-    found = SaliencyRanking(config, graphs, FORGET, request.seed, 5.0, forgetting)(2, zeroed)
-    samples = graphs.draw(request.config.group_size, seeded("request", 0, FORGET, 2, 0))
+    found = Ranking(request.config, graphs, FORGET, request.seed)(2, zeroed)
+    samples = graphs.draw(request.config.group_size, seeded("request", 0, FORGET, 2))
     classifier = request.classifier
-    classifier.layers[1].weight.data.view(-1)[zeroed] = 0
-    w = classifier.layers[1].weight.detach()
+    weight = classifier.layers[1].weight
+    weight.data.view(-1)[zeroed] = 0
+    w = weight.detach()
 
-    def of_samples(label: int, of: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
-        rows = samples[label]
-        single = (of(classifier(graphs.samples.images[row][None])[0], label) for row in rows)
-        return torch.stack([torch.autograd.grad(value, classifier.layers[1].weight)[0] for value in single])
+    def of_samples(label: int, others: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a class's log-odds among some classes were and are, (samples, 1, 1), and their gradients."""
+        images = graphs.samples.images[samples[label]]
+        logits = request.original(images).detach(), classifier(images)
+        before, now = (each[:, label] - each[:, others].logsumexp(1) for each in logits)
+        gradient = torch.stack([torch.autograd.grad(value, weight, retain_graph=True)[0] for value in now])
+        return before[:, None, None], now.detach()[:, None, None], gradient
 
-    def log_odds(logits: torch.Tensor, label: int) -> torch.Tensor:
-        """Of two classes, since the third is to be forgotten."""
-        return logits[label] - logits[2 - label]
-
-    fall, v = [], []
-    for label in (0, 2):
-        g, images = of_samples(label, log_odds), graphs.samples.images[samples[label]]
-        t, p = (log_odds(model(images).T, label).sigmoid().detach() for model in (request.classifier, classifier))
-        first, second = ((factor[:, None, None] * x).mean(0) for factor, x in ((p - t, g), (p * (1 - p), g**2)))
-        fall.append(w * first - w**2 * second / 2)
-        v.append((-p.log().mean() + 0.02).sqrt())
-    margin = of_samples(FORGET, lambda logits, label: logits[label] - logits.mean())
-    of_others = (v[0] * fall[0] + v[1] * fall[1]) / (v[0] + v[1])
-    p = classifier(graphs.samples.images[samples[FORGET]]).softmax(1)[:, FORGET]
-    forgotten = torch.autograd.grad(-(1 - p).log().mean(), classifier.layers[1].weight)[0]
-    expected = w * (margin.mean(0) + forgetting * forgotten) + 1.5**-2 * 5.0 * of_others
-    assert torch.allclose(found, expected.flatten(), rtol=1e-3, atol=1e-5)
+    falls, weights = [], []
+    for label in (0, 2):  # of two classes, since the third is to be forgotten
+        before, now, g = of_samples(label, [2 - label])
+        p, t = now.sigmoid(), before.sigmoid()
+        falls.append(w * ((p - t) * g).mean(0) - w**2 * (p * (1 - p) * g**2).mean(0) / 2)
+        weights.append((-p.log().mean() + 0.02).sqrt())
+    of_others = (weights[0] * falls[0] + weights[1] * falls[1]) / (weights[0] + weights[1])
+    _, now, g = of_samples(FORGET, [0, 2])
+    forgotten = w * ((now / data.FORGETTING_TEMPERATURE).sigmoid() * g).mean(0)
+    assert torch.allclose(found, (forgotten + 5.0 * of_others).flatten(), rtol=1e-3, atol=1e-5)
 
 
-def test_the_saliency_goes_in_steps_with_the_weights_that_it_is_given():
+def test_the_saliency_goes_in_steps_with_the_weight_that_it_is_given():
     found = []
-    for weight in (0.0, 2.0, 50.0):
+    for weight in (5.0, 500.0):
         request = make_request(None, asked=40)
-        ranking = SaliencyRanking(request.config, request.graphs, FORGET, request.seed, 5.0, weight)
-        by_hand = ZeroingOrder(request.config, request.graphs, FORGET, ranking).first(40).vertices
-        zeroing = METHODS["saliency"].unlearn(request, retain_weight=5.0, forgetting_weight=weight)
-        assert torch.equal(zeroing.vertices, by_hand)
+        request = replace(request, config=replace(request.config, retain_weight=weight))
+        ranking = Ranking(request.config, request.graphs, FORGET, request.seed)
+        by_hand = ZeroingOrder(request.config, request.graphs, FORGET, ranking).answer(40, request.forget).vertices
+        assert torch.equal(METHODS["saliency"].unlearn(request).vertices, by_hand)
         found.append(by_hand.tolist())
-    assert found[0] != found[2] != found[1]
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("name", ["first_order", "saliency_contrast"])
