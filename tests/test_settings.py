@@ -66,10 +66,10 @@ def read(bases: list[Path], *overrides: str) -> Config:
     return load_config(Config, bases, bases[0], overrides)
 
 
-def refused(path: Path, bases: list[Path], *overrides: str) -> str:
+def refused(path: Path, bases: list[Path], *overrides: str, renamed: dict[str, str] | None = None) -> str:
     """What is said of a config that cannot work: one line."""
     with pytest.raises(InputError) as error:
-        load_variants(Config, bases, path, overrides)
+        load_variants(Config, bases, path, overrides, renamed)
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
 
@@ -92,25 +92,42 @@ def test_layers_go_over_one_another(bases, tmp_path):
     assert load_config(Config, bases, mine(tmp_path, "# nothing\n")) == config
 
 
-def test_dotted_keys_of_a_file_and_of_a_variant_are_those_of_the_command_line(bases, tmp_path):
-    text = (
-        "training.steps: 7\ntraining.tables.sft.epochs: 2\nvariants:\n  a.b: {training.steps: 8}\n  c: {training: {}}\n"
-    )
-    configs = load_variants(Config, bases, mine(tmp_path, text), ["training.rate=2"])
-    plain = ["training.tables.sft.epochs=2", "training.rate=2"]
-    expected = {"a.b": read(bases, *plain, "training.steps=8"), "c": read(bases, *plain, "training.steps=7")}
-    assert configs == expected
-
-
-def test_a_variant_goes_over_its_file_and_an_override_over_both(bases, tmp_path):
-    text = "seed: 4\ntraining: {steps: 7}\nvariants:\n  as it is:\n  longer: {training: {steps: 8, rate: 3}}\n  1: {}\n"
-    path = mine(tmp_path, text)
-    configs = load_variants(Config, bases, path, ["training.rate=2"])
-    assert list(configs) == ["as it is", "longer", "1"]
-    found = [(config.seed, config.training.steps, config.training.rate) for config in configs.values()]
-    assert found == [(4, 7, 2.0), (4, 8, 2.0), (4, 7, 2.0)]
-    assert load_config(Config, bases, path, ["training.rate=2"]) == configs["as it is"]
+def test_a_variant_goes_over_its_file_and_an_override_over_both_with_dotted_keys_in_each(bases, tmp_path):
+    text = """
+seed: 4
+training.steps: 7
+training.tables.sft.epochs: 2
+variants:
+  as it is:
+  a.b: {training.steps: 8, training: {rate: 3}}
+  1: {}
+"""
+    path, over = mine(tmp_path, text), ["training.rate=2"]
+    plain = ["seed=4", "training.tables.sft.epochs=2", "training.rate=2"]
+    as_it_is, longer = read(bases, *plain, "training.steps=7"), read(bases, *plain, "training.steps=8")
+    assert load_variants(Config, bases, path, over) == {"as it is": as_it_is, "a.b": longer, "1": as_it_is}
+    assert load_config(Config, bases, path, over) == as_it_is
     assert load_variants(Config, bases, bases[0]) == {"": read(bases)}
+
+
+RENAMED = {"training.pace": "training.rate", "learning": "training", "training.tables.sft.look": "is gone: use rate"}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("training: {pace: 1}", "training.pace is now training.rate"),
+        ("learning: {rate: 1}", "learning is now training"),
+        ("learning.rate: 1", "learning is now training"),
+        ("variants: {a: {training.tables: {sft: {look: 1}}}}", "training.tables.sft.look is gone: use rate"),
+    ],
+)
+def test_a_setting_of_before_is_told_what_it_is_now(bases, tmp_path, text, message):
+    path = mine(tmp_path, text)
+    where = f"{path}, variant a" if "variants" in text else str(path)
+    assert refused(path, bases, renamed=RENAMED) == f"{where}: {message}"
+    with pytest.raises(InputError, match="^override training.pace=1: training.pace is now training.rate$"):
+        load_config(Config, bases, bases[0], ["training.pace=1"], RENAMED)
 
 
 BAD = [
@@ -132,9 +149,9 @@ BAD = [
     ("training.tables.sft.epochs=x", "training.tables.sft.epochs must be an integer or a finite number, not 'x'"),
     ("training.tables.sft.epochs=0", "training.tables.sft.epochs must be at least 1, not 0"),
     ("seed=9223372036854775808", f"at most {2**63 - 1}, not 9223372036854775808"),
-    ("seed=2020-99-99", "its value is not valid YAML"),
+    ("seed=2020-99-99", "is not valid YAML (month must be in 1..12)"),
     ("nonsense", "'nonsense': is not an override; write section.key=value"),
-    ("seed=[1", "'seed=[1': its value is not valid YAML"),
+    ("seed=[1", "override seed=[1: is not valid YAML (while parsing"),
 ]
 
 
@@ -175,8 +192,7 @@ def test_bad_files_are_named(bases, tmp_path, text, message):
 
 
 def test_a_file_that_is_not_there_is_named(bases, tmp_path):
-    nowhere = tmp_path / "nowhere.yaml"
-    assert refused(nowhere, bases) == f"{nowhere}: cannot be read (No such file or directory)"
+    assert refused(tmp_path / "no.yaml", bases) == f"{tmp_path}/no.yaml: cannot be read (No such file or directory)"
     assert refused(tmp_path, bases) == f"{tmp_path}: cannot be read (Is a directory)"
 
 
