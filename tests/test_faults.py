@@ -2,7 +2,6 @@
 
 import errno
 import gzip
-import hashlib
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ import pytest
 import torch
 from faults import MADE, SMALL, damaged, emptied, kill_runs, power, results
 from running import run_here, write_few
-from torchvision.datasets import MNIST
 
 from mimu import main
 from mimu.configs import CONFIG, load_variants
@@ -53,11 +51,11 @@ def test_a_kill_between_any_two_operations_on_files_is_made_good(here, monkeypat
     one = (*TINY, "eval.visualize=true", "sweep.kappa=[20]")
     left: dict[frozenset, dict[str, bytes]] = {}
 
-    def look() -> None:
+    def keep() -> None:
         found = contents(here)
         left.setdefault(frozenset((name, not name.endswith(PARTIAL) and each) for name, each in found.items()), found)
 
-    with power(monkeypatch, before=look) as supply:
+    with power(monkeypatch, before=keep) as supply:
         run_here(here, *one)
     expected, names = results(here), set(contents(here))
     assert supply.count > 80 and sum(any(name.endswith(PARTIAL) for name in each) for each in left.values()) > 15
@@ -129,14 +127,11 @@ def test_damaged_configs_are_one_line_or_a_config(tmp_path, capsys, monkeypatch)
     assert refused > 150
 
 
-def test_damaged_data_is_unpacked_again_or_refused(tmp_path, monkeypatch):
+def test_damaged_data_is_refused_where_it_is_read(tmp_path):
     raw, random, refused = write_few(tmp_path, 100), Random(0), 0
     for name in FILES:
         (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
     whole = {path: path.read_bytes() for path in raw.iterdir()}
-    resources = [(path.name, hashlib.md5(whole[path]).hexdigest()) for path in raw.glob("*.gz")]
-    monkeypatch.setattr(MNIST, "resources", resources)
-    monkeypatch.setattr(MNIST, "mirrors", ["file:///nowhere/"])
     expected = load_image_data("MNIST", tmp_path / "datasets")
     for turn in range(100):
         path = raw / (FILES[turn % 4] + (".gz" if turn % 3 == 0 else ""))
@@ -148,10 +143,8 @@ def test_damaged_data_is_unpacked_again_or_refused(tmp_path, monkeypatch):
         except DataError as error:
             assert path.suffix == ".gz" and path.name in str(error)
             refused += 1
-        if path.suffix == ".gz":
-            path.write_bytes(whole[path])
-    load_image_data("MNIST", tmp_path / "datasets")
-    assert 10 < refused < 34 and {path: path.read_bytes() for path in raw.iterdir()} == whole
+        path.write_bytes(whole[path])
+    assert 10 < refused <= 34
 
 
 def test_a_kill_at_a_random_time_is_made_good(kills):
