@@ -66,7 +66,7 @@ def test_the_whole_path_leaves_its_artifacts_and_clean_removes_them_alone(clone)
     own = {clone / "eval" / "masks" / "seed_of_mine.pt", clone / "reports" / "mine.png"}
     for path in own:
         run_files.write_text(path, "mine")
-    output = run(clone, *SMOKE, "sweep.kappa=[auto, 20]", "sweep.forget_digits=[3]")
+    output = run(clone, *SMOKE, "sweep.kappa=[auto, 20]", "sweep.forget_digits=[3]", "report.format=[pdf, svg]")
     for name in (*METHODS, "forget score", "retain score", "reports"):
         assert name in output
     results = metrics(clone).values()
@@ -76,13 +76,13 @@ def test_the_whole_path_leaves_its_artifacts_and_clean_removes_them_alone(clone)
         assert len(result["zeroed"]) == result["kappa"] and set(result["gave_up"]) <= {"mimu", "saliency"}
         assert result["num_graph_vertices"] == 16 * 32 and result["num_graph_edges"] == 16 * 32 * (16 + 32 - 2)
         assert all((clone / path).exists() for path in result["files"].values()) and len(result["files"]) == 4
-    curves = ["loss_forget_set.png", "score_forget_set.png", "loss_retain_set.png", "score_retain_set.png"]
-    for name in (*curves, "summary.png", "probability_on_forget_class.png", "summary.md"):
-        assert (clone / "reports" / name).exists()
+    drawn = ["loss_forget_set", "score_forget_set", "loss_retain_set", "score_retain_set"]
+    for name in (*drawn, "summary", "probability_on_forget_class"):
+        assert {path.suffix for path in (clone / "reports").glob(f"{name}.*")} - {".md"} == {".pdf", ".svg"}
+    assert (clone / "reports" / "summary.md").exists()
     made = ["checkpoints/classifier_seed_0_*", "checkpoints/gcn_seed_0_top_k_128_*", "datasets/Graphs/seed_0_*"]
-    made += ["eval/masks/seed_0*", "eval/Metrics and Plots/plots/*/*"]
+    made += ["eval/masks/seed_0*", "eval/Metrics and Plots/plots/*/*.svg"]
     assert [len(list(clone.glob(pattern))) for pattern in made] == [1, 1, 1, 2, 2 * 5]
-
     subprocess.run(["bash", str(clone / "clean.sh")], check=True, cwd="/")
     for path in own:
         assert path.read_text() == "mine"
@@ -239,7 +239,7 @@ def test_variants_run_side_by_side_on_shared_classifiers(here, capsys):
     table = (here / "reports" / "variants.md").read_text()
     assert table.splitlines()[2] in output and "–" not in table
     assert [line.split("|")[1].strip() for line in table.splitlines()[4:]] == ["as it is", "two steps", "wider"]
-    for made in ("variants.png", "variants.svg", "variants/two_steps/summary.md", "variants/two_steps/summary.pdf"):
+    for made in ("variants.png", "variants.pdf", "variants.svg", "variants/two_steps/summary.md"):
         assert (here / "reports" / made).exists()
     shutil.copy(PROJECT / "clean.sh", here)
     subprocess.run(["bash", str(here / "clean.sh")], check=True)
