@@ -38,7 +38,9 @@ def test_every_config_of_the_project_can_run(path):
 
 
 SECTIONS = {name: hint for name, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
-KEYS = [f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
+KEYS = []
+for name, section in SECTIONS.items():
+    KEYS += [f"{name}.{field.name}" for field in dataclasses.fields(section)]
 
 
 ANY = st.none() | st.integers() | st.floats() | st.sampled_from(["auto", "all", ""])

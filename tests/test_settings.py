@@ -227,7 +227,7 @@ def test_odd_values_are_one_short_line(bases, override):
     "hint, words, valid, wrong",
     [
         (int, "an integer", [-5, 10**9], [True, 1.0, "1", None, 10**9 + 1]),
-        (float, "a finite number", [0.5, 3, "1e-3", -1e300], ["nan", "a", True, 10**400, 2e9]),
+        (float, "a finite number", [0.5, 3, "1e-3", -1e300], ["nan", "-inf", True, 10**400, 2e9]),
         (Annotated[float, "above 0, at most 1"], "a finite number, above 0, at most 1", [1, 1e-9], [0, 1.1]),
         (Annotated[Count, "below 5"], "an integer, at least 1, below 5", [1, 4], [0, 5]),
         (Annotated[int, "at most 2000000000"], "an integer, at most 2000000000", [2 * 10**9], [2 * 10**9 + 1]),
