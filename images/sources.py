@@ -145,18 +145,29 @@ def image_folders(folder: Path) -> DataSet:
         raise ValueError(f"train/ and test/ must have the same classes, not {', '.join(sorted(odd))} in one alone")
     size = train[0][0].shape
 
-    def read(is_train: bool) -> tuple[Tensor, Tensor]:
-        part = train if is_train else test
+    def stacked(part: ImageFolder) -> tuple[Tensor, Tensor]:
         images = []
         for path, _ in tqdm(part.samples, "images", delay=1, leave=False, disable=None):
             images.append(pixels(path))
             if images[-1].shape != size:
                 raise ValueError(f"{path} is of {images[-1].shape}, but {train.samples[0][0]} is of {size}")
         # The last samples may be held out: they must not be of one class.
-        order = torch.randperm(len(images), generator=seeded("folders", is_train))
+        order = torch.randperm(len(images), generator=seeded("folders", part is train))
         return torch.from_numpy(np.stack(images))[order], torch.tensor(part.targets)[order]
 
-    return DataSet(size, tuple(train.classes), kept(folder, read))
+    @cache
+    def splits() -> dict[bool, tuple[Tensor, Tensor]]:
+        """By whether it is the training split; from the cache beside the folder, or for it."""
+        content = cached(folder)
+        if not content:
+            # The version before the images: what changes meanwhile must not pass for what was read.
+            content = {"version": version_of(folder), "checksum": checksum(folder.name, folder.parent)}
+            content["splits"] = {True: stacked(train), False: stacked(test)}
+            with suppress(ArtifactError):
+                save(folder.with_name(f"{folder.name}.cache.pt"), content)
+        return content["splits"]
+
+    return DataSet(size, tuple(train.classes), lambda is_train: splits()[is_train])
 
 
 def pixels(path: str) -> np.ndarray:
@@ -168,23 +179,6 @@ def pixels(path: str) -> np.ndarray:
             return np.asarray(image) if image.mode == "L" else np.moveaxis(np.asarray(image), 2, 0).copy()
     except Exception as error:  # any byte may be wrong, and what that raises is anything
         raise ValueError(f"{path} must be an image, grey or RGB of 8 bits: {error}") from None
-
-
-def kept(folder: Path, read: Callable[[bool], tuple[Tensor, Tensor]]) -> Callable[[bool], tuple[Tensor, Tensor]]:
-    """What reads a split as `read` does, but both from the cache beside the folder, where `read` is needed once."""
-
-    @cache
-    def splits() -> dict[bool, tuple[Tensor, Tensor]]:
-        content = cached(folder)
-        if not content:
-            # The version before the images: what changes meanwhile must not pass for what was read.
-            content = {"version": version_of(folder), "checksum": checksum(folder.name, folder.parent)}
-            content["splits"] = {True: read(True), False: read(False)}
-            with suppress(ArtifactError):
-                save(folder.with_name(f"{folder.name}.cache.pt"), content)
-        return content["splits"]
-
-    return lambda is_train: splits()[is_train]
 
 
 def cached(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from mimu.runs.files import PACKAGE, ROOT, ArtifactError, InputError, Log, one_line
@@ -23,13 +24,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     path = PACKAGE / "configs" / "config.yaml"
     about = "a YAML file with what it changes of configs/config.yaml, where every setting is explained"
     parser.add_argument("--config", type=Path, default=path, metavar="PATH", help=about)
-    mode = parser.add_mutually_exclusive_group()
-    about = "draw the reports anew from the metrics of a run of the same config, and stop"
-    mode.add_argument("--plot-only", action="store_true", help=about)
-    about = "say what is there already and what would be made, and stop"
-    mode.add_argument("--dry-run", action="store_true", help=about)
-    about = "remove first what earlier runs of the same config have left"
-    mode.add_argument("--fresh", action="store_true", help=about)
+    flag = partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
+    flag("--plot-only", help="draw the reports anew from the metrics of a run of the same config, and stop")
+    flag("--dry-run", help="say what is there already and what would be made, and stop")
+    flag("--fresh", help="remove first what earlier runs of the same config have left")
     parser.add_argument("--debug", action="store_true", help="show where in the code an error was raised")
     about = "a setting to change, its value read as YAML: seed=1, eval.step=50, gcn.prior=0.1"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=about)
