@@ -25,7 +25,7 @@ for folder in reports reports/{,variants/*/}top_k_[0-9]* reports/variants/*; do
     done
     rm -f "$folder"/{summary.md,variants.md,run.json,run.log,benchmark.json}
 done
-# torchvision unpacks these from the tracked .gz files.
+# What torchvision and earlier versions unpack from the tracked .gz files.
 for packed in datasets/MNIST/raw/*.gz; do rm -f "${packed%.gz}"; done
 
 for folder in "eval/Metrics and Plots"/{metrics,plots} "eval/Metrics and Plots" eval/masks eval \

@@ -12,6 +12,7 @@ import operator
 import reprlib
 import types
 import typing
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -122,8 +123,9 @@ def parsed_override(override: str) -> Layer:
 def built(kind: type[Kind], bases: Sequence[Path], layers: Sequence[Layer], renamed: Renamed | None) -> Kind:
     """The dataclass of all layers, the later ones over the earlier. Raises ConfigError."""
     values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
+    origins: ChainMap[str, str] = ChainMap()
     for origin, settings in layers:
+        origins = origins.new_child()
         values = laid_over(values, settings, kind, origin, origins, renamed or {})
     try:
         return constructed(kind, values)
@@ -137,19 +139,19 @@ def built(kind: type[Kind], bases: Sequence[Path], layers: Sequence[Layer], rena
 
 
 def laid_over(
-    below: Any, above: Any, hint: Any, origin: str, origins: dict[str, str], renamed: Renamed, key: str = ""
+    below: Any, above: Any, hint: Any, origin: str, origins: ChainMap[str, str], renamed: Renamed, key: str = ""
 ) -> Any:
     """A setting in its type; a mapping with what it changes of the one below it. Raises ConfigError.
 
     `eval.step: 15` is what `eval: {step: 15}` is.
 
-    origins: is told of every dotted key from which layer it comes
+    origins: is told of every dotted key from which layer it comes; its first mapping is of this one
     """
-    before = origins.get(key)
+    is_twice = key in origins.maps[0]
     origins[key] = origin
     is_section = dataclasses.is_dataclass(hint)
     if not is_section and typing.get_origin(hint) is not dict:
-        if before == origin:
+        if is_twice:
             raise ConfigError(f"{origin}: {key} stands twice")
         try:
             return converted(above, hint)

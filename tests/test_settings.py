@@ -1,6 +1,6 @@
 """Settings that work are read as they are written; those that cannot work are one clear line."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -80,7 +80,7 @@ def mine(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_layers_go_over_one_another(bases, tmp_path):
+def test_layers_go_over_one_another(bases, tmp_path, monkeypatch):
     config = read(bases)
     assert config.training.kappa == ("auto", 20, 0.5) and config.training.rate == 0.001
     assert type(config.training.momentum) is float and config.training.tables == {"sft": {"epochs": 3, "rate": 0.5}}
@@ -90,6 +90,8 @@ def test_layers_go_over_one_another(bases, tmp_path):
     assert over.training.tables == {"sft": {"epochs": 2, "rate": 1}, "scrub": {"a": 1}}
     assert over.training.rate == config.training.rate and over.device == config.device
     assert load_config(Config, bases, mine(tmp_path, "# nothing\n")) == config
+    monkeypatch.chdir(mine(tmp_path, BASE).rename(tmp_path / "config.yaml").parent)
+    assert load_config(Config, bases, Path("config.yaml"), ["seed=1", "seed=1"]) == replace(config, seed=1)
 
 
 def test_a_variant_goes_over_its_file_and_an_override_over_both_with_dotted_keys_in_each(bases, tmp_path):
