@@ -30,7 +30,7 @@ def same(a, b) -> bool:
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     return type(a) is type(b) and a == b
 
 
@@ -159,7 +159,12 @@ def test_an_artifact_is_there_where_it_is_whole_and_made_by_the_same_and_is_read
     assert ours.why_not() == "not there yet"
 
 
-def test_a_folder_in_the_place_of_a_file_is_named_and_not_replaced(tmp_path):
+def test_a_folder_that_cannot_be_written_to_and_one_in_the_place_of_a_file_are_named(tmp_path, monkeypatch):
+    with pytest.raises(ArtifactError, match="/proc/.lock: cannot be written"), locked(Path("/proc")):
+        pass
+    with power(monkeypatch, 1, FULL), pytest.raises(ArtifactError, match=".lock: cannot be written .No space left"):
+        locked(tmp_path).__enter__()
+    (tmp_path / ".lock").unlink()
     for name in ("file.pt", "file.json", ".lock"):
         path = tmp_path / name
         path.mkdir()
@@ -201,14 +206,6 @@ def test_where_the_system_has_no_locks_files_are_still_written(tmp_path):
     done = in_another_process(f"{code}{LOCKING}save(Path(sys.argv[1]) / 'a.json', {{'a': 1}})", tmp_path)
     assert done.returncode == 0, done.stderr
     assert files.load(tmp_path / "a.json") == {"a": 1}
-
-
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
-    with pytest.raises(ArtifactError, match="/proc/.lock: cannot be written"), locked(Path("/proc")):
-        pass
-    with power(monkeypatch, 1, FULL), pytest.raises(ArtifactError, match=".lock: cannot be written .No space left"):
-        with locked(tmp_path):
-            pass
 
 
 def test_names_and_errors_are_one_short_line():
