@@ -26,6 +26,7 @@ from mimu.trainer import GCNTrainerConfig, TrainerConfig
 
 CONFIG = Path(__file__).resolve().parent / "config.yaml"
 BASES = (CONFIG, CONFIG.with_name("methods.yaml"))
+RENAMED: dict[str, str] = {}  # key of before to the key of now, or to words such as "is gone: ..."
 Seed = Annotated[int, f"at least 0, at most {2**63 - 1}"]
 Asked = int | Literal["auto"]  # how many weights to zero; auto: as few as forget
 
@@ -198,9 +199,9 @@ def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[st
 
     Raises ConfigError.
     """
-    return settings.load_variants(Config, BASES, path, overrides)
+    return settings.load_variants(Config, BASES, path, overrides, RENAMED)
 
 
 def load_config(path: Path = CONFIG, overrides: Sequence[str] = ()) -> Config:
     """The config that all variants of a file share. Raises ConfigError."""
-    return settings.load_config(Config, BASES, path, overrides)
+    return settings.load_config(Config, BASES, path, overrides, RENAMED)
