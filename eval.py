@@ -202,11 +202,6 @@ class Method:
         """The names of the hyperparameters and their annotations."""
         return {name: each.annotation for name, each in self.parameters.items()}
 
-    @property
-    def required(self) -> set[str]:
-        """The names of the hyperparameters that have no default."""
-        return {name for name, each in self.parameters.items() if each.default is each.empty}
-
     def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of `unlearn`, for values of hyperparameters by name: dataclasses made of fields."""
         arguments = dict(values)

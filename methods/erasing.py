@@ -86,7 +86,8 @@ def together(start: Mask | None, edits: Mapping[int, LayerMask]) -> Mask | None:
     """The mask that takes directions from layers, by their indices, beside what a mask to start with does."""
     if not edits:
         return start
-    return start & Mask(edits) if start else Mask(edits)
+    mask = Mask(dict(edits))
+    return start & mask if start else mask
 
 
 @torch.no_grad()
@@ -202,7 +203,7 @@ def erased(
         loss.backward()
         optimizer.step()
         schedule.step()
-    done = {index: LayerMask(*(part.detach() for part in edit)) for index, edit in edits.items()}
+    done = {index: LayerMask(*map(torch.detach, edit)) for index, edit in edits.items()}
     return together(start, done)
 
 

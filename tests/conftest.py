@@ -9,7 +9,8 @@ from running import PROJECT, write_few
 from torch import Tensor, nn
 
 from mimu.data import FEATURES, GraphConfig, GraphGenerator, Split, seeded
-from mimu.model import HookedMNISTClassifier, Mask
+from mimu.model import HookedMNISTClassifier
+from mimu.networks.masks import LayerMask, Mask
 from mimu.trainer import TrainerConfig, learn
 
 HIDDEN, IN_FEATURES, NUM_CLASSES = (6, 5), 7, 3
@@ -51,8 +52,13 @@ def graph_generator(mask_layer=-2, dtype=torch.float32, bias=False, **changes) -
 
 def class_graphs(graphs: GraphGenerator, samples: Tensor, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
     """The graphs of all classes in one tensor, and their losses."""
-    look = graphs.look(samples, graphs.config.features, mask)
-    return torch.cat(list(look.class_graphs())), look.loss
+    snapshot = graphs.snapshot(samples, graphs.config.features, mask)
+    return torch.cat([snapshot.class_graph(row) for row in range(graphs.num_classes)]), snapshot.loss
+
+
+def mask_of(keep: dict[int, Tensor], forgets: tuple[int, ...] = ()) -> Mask:
+    """A mask of some layers that takes no direction."""
+    return Mask({layer: LayerMask.of(part) for layer, part in keep.items()}, forgets)
 
 
 @pytest.fixture
