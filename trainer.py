@@ -256,7 +256,7 @@ class GCNTrainer:
     """Trains one masking GCN on the graphs of one or several classifiers, which must have the same features.
 
     It follows requests: after a step on a whole classifier come `snapshots` more on it as the GCN's own masks for a
-    random class leave it, more and more of it zeroed.
+    random class leave it, more and more of it zeroed, half at most.
     """
 
     config: GCNTrainerConfig
@@ -276,10 +276,10 @@ class GCNTrainer:
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
         generator = data.seeded("gcn", self.seed)
+        loss_on, zeroed = losses[0], first.nothing
         progress = tqdm(range(config.steps), "masking GCN", unit="step", leave=False, disable=None)
         for step in progress:
-            is_over = step > 0 and 2 * len(zeroed) > loss_on.graph.num_vertices
-            if step % (1 + config.snapshots) == 0 or is_over:
+            if step % (1 + config.snapshots) == 0 or 2 * len(zeroed) > loss_on.graph.num_vertices:
                 loss_on = losses[int(torch.randint(len(losses), (), generator=generator))]
                 forget_row = int(torch.randint(loss_on.graphs.num_classes, (), generator=generator))
                 zeroed = first.nothing
