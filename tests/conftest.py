@@ -6,10 +6,11 @@ import pytest
 import torch
 from faults import draw_nothing
 from running import PROJECT, write_few
-from torch import Tensor, nn
+from torch import nn
 
 from mimu.data import FEATURES, GraphConfig, GraphGenerator, Split, seeded
-from mimu.model import HookedMNISTClassifier, Mask
+from mimu.masking.rankings import MaskingConfig, TrainedGCN
+from mimu.model import HookedMNISTClassifier, MaskingGCN
 from mimu.trainer import TrainerConfig, learn
 
 HIDDEN, IN_FEATURES, NUM_CLASSES = (6, 5), 7, 3
@@ -49,10 +50,22 @@ def graph_generator(mask_layer=-2, dtype=torch.float32, bias=False, **changes) -
     return GraphGenerator(classifier, split, graph_config(mask_layer, **changes), 0)
 
 
-def class_graphs(graphs: GraphGenerator, samples: Tensor, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
-    """The graphs of all classes in one tensor, and their losses."""
-    look = graphs.look(samples, graphs.config.features, mask)
-    return torch.cat(list(look.class_graphs())), look.loss
+def masking_config(**changes) -> MaskingConfig:
+    settings = {"step": 4, "snapshot_every": 1, "momentum": 0.0, "group_size": 8, "retain_weight": 5.0}
+    settings |= {"penalty_growth": 1.0, "target": 1.25, "max_kappa": 20, "patience": 0}
+    return MaskingConfig(**settings | changes)
+
+
+def untrained_gcn(num_features: int, rounds: int = 2) -> MaskingGCN:
+    torch.manual_seed(5)
+    return MaskingGCN(num_features, 8, rounds)
+
+
+@pytest.fixture
+def trained_gcn() -> TrainedGCN:
+    """A masking GCN before its training, as its checkpoint holds it."""
+    described = graph_config()
+    return TrainedGCN(untrained_gcn(described.num_features), described, masking_config())
 
 
 @pytest.fixture

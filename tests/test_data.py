@@ -1,5 +1,6 @@
-"""Splits, the sealed test split, per-sample gradients, and vertex features against autograd one sample at a time."""
+"""Data sets on the disk; vertex features and first-order updates against autograd, one sample at a time."""
 
+import copy
 import gzip
 import hashlib
 import os
@@ -14,24 +15,24 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import (
-    HIDDEN,
-    IN_FEATURES,
-    NUM_CLASSES,
-    class_graphs,
-    graph_config,
-    graph_generator,
-    random_classifier,
-    random_split,
-)
+from conftest import HIDDEN, IN_FEATURES, NUM_CLASSES, graph_config, graph_generator, random_split
 from PIL import Image
 from running import PROJECT, write_image
 from scipy.io import savemat
+from torch import Tensor
 
-from mimu.data import FEATURES, GraphGenerator, ImageData, load_image_data, seeded, some_of_every_class
+from mimu.data import (
+    FEATURES,
+    FORGETTING_TEMPERATURE,
+    GraphGenerator,
+    ImageData,
+    load_image_data,
+    seeded,
+    some_of_every_class,
+)
 from mimu.images.sources import FILES, DataError, checksum, data_set
-from mimu.model import HookedMNISTClassifier, Mask
-from mimu.networks.hooked import LayerRecord
+from mimu.model import HookedMNISTClassifier
+from mimu.networks.hooked import LayerRecord, log_odds
 from mimu.runs.files import save
 
 
@@ -392,7 +393,7 @@ def test_a_data_set_is_a_folder_among_the_data_sets_by_its_name(tmp_path, name):
 
 def test_seeds_depend_on_their_whole_key():
     draws = [torch.rand(3, generator=seeded(*key)).tolist() for key in (("a", 1), ("a", 1), ("a", 2), ("b", 1))]
-    assert draws[0] == draws[1] and len({tuple(draw) for draw in draws}) == 3
+    assert draws[0] == draws[1] and draws[0] != draws[2] != draws[3] != draws[0]
 
 
 @pytest.mark.parametrize("count, expected", [(6, 6), (50, 20)])
@@ -405,106 +406,181 @@ def test_some_of_every_class_are_different_samples_of_each_that_is_there(split, 
     assert not torch.equal(some_of_every_class(split.retain(1), count, "other").images, some.images)
 
 
-def standardised(x):
-    return (x - x.mean()) / x.std() if x.std() > 0 else torch.zeros_like(x)
+def test_draws_take_samples_of_their_class_without_repetition_and_no_more_than_there_are(split):
+    graphs = graph_generator(samples_per_class=1000)
+    for samples, count in ((graphs.draw(10, seeded("test")), 10), (graphs.by_class(), 20)):
+        assert torch.equal(graphs.labels[samples], torch.arange(NUM_CLASSES)[:, None].expand(-1, count))
+        assert all(len(set(group.tolist())) == count for group in samples)
+    with pytest.raises(ValueError, match="there must be samples of two classes at least, not of .1. alone"):
+        GraphGenerator(graphs.classifier, split.forget(1), graphs.config, 0)
 
 
-@pytest.mark.parametrize("masked", [[], [0, 3, 17]])
-def test_class_graphs_are_the_features_and_their_means_over_the_other_classes_standardised(masked):
-    graphs = graph_generator(-2, torch.float64)
-    samples = graphs.draw(5, seeded("test"))
-    mask = Mask.zeroing(graphs.graph, torch.tensor(masked)) if masked else None
-    x, loss = class_graphs(graphs, samples, mask)
-    look = graphs.look(samples, tuple(FEATURES), mask)
-    features = {name: look.feature(name) for name in FEATURES}
-    assert torch.equal(loss, look.loss)
-    assert x.shape == (NUM_CLASSES, 30, 21) and graphs.config.num_features == 21
-    for label in range(NUM_CLASSES):
-        others = [other for other in range(NUM_CLASSES) if other != label]
-        for column, name in enumerate(FEATURES):
-            assert torch.allclose(x[label, :, column], standardised(features[name][label]), atol=1e-9), name
-        for column, name in enumerate((name for name in FEATURES if name != "weight"), start=11):
-            of_others = standardised(features[name][others].mean(0))
-            assert torch.allclose(x[label, :, column], of_others, atol=1e-9), f"others: {name}"
-    some = graph_generator(-2, torch.float64, features=("weight", "margin"), other_classes=False)
-    assert some.config.num_features == 2 and torch.equal(class_graphs(some, samples, mask)[0], x[..., [2, 6]])
+def probability(model: HookedMNISTClassifier, x: Tensor, label: int, among: list[int]) -> Tensor:
+    """Of a label, by the softmax restricted to some classes."""
+    return model(x[None])[0, among].softmax(0)[among.index(label)]
 
 
-@pytest.mark.parametrize("at_once, sizes", [(1, [1, 1, 1]), (200, [2, 1])])
-@pytest.mark.parametrize("masked", [None, [0, 3, 17]])
-def test_class_graphs_are_the_same_however_many_are_formed_at_a_time(monkeypatch, masked, at_once, sizes):
-    graphs = graph_generator(None)
-    samples = graphs.draw(5, seeded("test"))
-    mask = None if masked is None else Mask.zeroing(graphs.graph, torch.tensor(masked))
-    look = graphs.look(samples, graphs.config.features, mask)
-    (expected,) = look.class_graphs()
-    monkeypatch.setattr("mimu.data.VERTICES_AT_ONCE", at_once)
-    parts = list(look.class_graphs())
-    assert [len(part) for part in parts] == sizes and torch.equal(torch.cat(parts), expected)
-    assert torch.equal(*look.class_graphs(1), expected[1:2])
+def sample_gradients(masked: HookedMNISTClassifier, values: list[Tensor]) -> Tensor:
+    """The gradients of values by the middle weight, (values, m, n)."""
+    weight = masked.layers[1].weight
+    return torch.stack([torch.autograd.grad(value, weight, retain_graph=True)[0] for value in values])
 
 
-def test_what_is_foreseen_of_two_classes_and_their_logits_is_what_another_pass_finds():
+def features_by_hand(
+    original: HookedMNISTClassifier, masked: HookedMNISTClassifier, images: Tensor, label: int, among: list[int]
+) -> dict[str, Tensor]:
+    """The features of the middle layer, of samples of one class, by their definitions, (vertices)."""
+    p = [probability(masked, x, label, among) for x in images]
+    keeps = [probability(original, x, label, among).detach() for x in images]
+    losses = [-each.log() for each in p]
+    log_odds = [(each / (1 - each)).log() for each in p]
+    tempered = [FORGETTING_TEMPERATURE * (1 + (each / FORGETTING_TEMPERATURE).exp()).log() for each in log_odds]
+    retained = [-t * each.log() - (1 - t) * (1 - each).log() for t, each in zip(keeps, p)]
+    loss, forgetting, retention = (sample_gradients(masked, each).mean(0) for each in (losses, tempered, retained))
+    variance = torch.stack([(each * (1 - each)).detach() for each in p])[:, None, None]
+    curvature = (variance * sample_gradients(masked, log_odds) ** 2).mean(0)
+    w0, w1 = (layer.weight.detach() for layer in masked.layers[:2])
+    a = (images @ w0.T).relu()
+    z = a @ w1.T
+    found = {
+        "input_activation": a.mean(0).expand_as(w1),
+        "output_activation": z.relu().mean(0)[:, None].expand_as(w1),
+        "weight": w1,
+        "gradient": loss,
+        "taylor": w1 * loss,
+        "forgetting": w1 * forgetting,
+        "retention": w1 * retention,
+        "curvature": w1.abs() * curvature.sqrt(),
+        "coactivation": w1.abs() * ((z > 0)[:, :, None] * a[:, None]).mean(0),
+    }
+    return {name: feature.flatten() for name, feature in found.items()}
+
+
+def masked_for_good(graphs: GraphGenerator, zeroed: list[int]) -> HookedMNISTClassifier:
+    model = copy.deepcopy(graphs.classifier)
+    graphs.graph.zeroing(torch.tensor(zeroed, dtype=torch.long)).apply(model, permanent=True)
+    return model
+
+
+EVERY = [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "zeroed, present, forget_class, others_among, own_among, count",
+    [
+        ([], [0, 1, 2, 3], None, [0, 1, 2, 3], None, 5),
+        ([0, 3, 17], [0, 1, 2, 3], None, [0, 1, 2, 3], None, 5),
+        ([], [0, 1, 2, 3], 1, [0, 2, 3], [0, 1, 2, 3], 1),
+        ([0, 3, 17], [0, 1, 3], 0, [1, 3], [0, 1, 2, 3], 5),
+        ([0, 3, 17], [0, 3], None, [0, 1, 2, 3], None, 1),
+        ([0, 3, 17], [0, 3], 3, [0, 3], [0, 3], 5),  # a single other class is seen among both
+    ],
+)
+def test_features_are_those_of_autograd_one_sample_at_a_time(
+    zeroed, present, forget_class, others_among, own_among, count
+):
+    torch.manual_seed(0)
+    classifier, split = HookedMNISTClassifier(HIDDEN, IN_FEATURES, 4).double(), random_split(20, 0, torch.float64, 4)
+    split = split[torch.isin(split.labels, torch.tensor(present))]
+    graphs = GraphGenerator(classifier, split, graph_config(), 0)
+    samples, mask = graphs.draw(count, seeded("test")), graphs.mask_of(torch.tensor(zeroed, dtype=torch.long))
+    row = None if forget_class is None else graphs.row_of(forget_class)
+    snapshot, masked = graphs.snapshot(samples, tuple(FEATURES), mask, row), masked_for_good(graphs, zeroed)
+    assert graphs.classes == present
+    for label, chosen in zip(present, samples):
+        images, among = graphs.samples.images[chosen], own_among if label == forget_class else others_among
+        p = torch.stack([probability(masked, x, label, among) for x in images])
+        log_odds, loss = snapshot.log_odds[graphs.row_of(label)], snapshot.loss[graphs.row_of(label)]
+        assert torch.allclose(log_odds, (p / (1 - p)).log(), atol=1e-9) and torch.allclose(loss, -p.log().mean())
+        by_hand = features_by_hand(classifier, masked, images, label, among)
+        assert by_hand.keys() == FEATURES.keys()
+        for name, expected in by_hand.items():
+            found = snapshot.feature(name)[graphs.row_of(label)]
+            assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12), name
+    if mask is None:
+        assert snapshot.feature("retention").abs().max() == 0, "nothing is lost yet"
+
+
+def test_log_odds_of_labels_that_are_left_out_or_all_but_certain():
+    logits = torch.tensor([[900.0, 0.0, 30.0], [-900.0, 1.0, 4.0], [1.0, 2.0, 4.0]], dtype=torch.float64)
+    found = log_odds(logits, torch.tensor([0, 0, 2]), [1])
+    assert torch.allclose(found, torch.tensor([870.0, -904.0, 3.0], dtype=torch.float64), atol=1e-12)
+    whole = log_odds(logits, torch.tensor([1, 2, 1]), [1])
+    p = logits.softmax(1)[2, 1]
+    assert whole[0] == -900 and whole[1] == 904 and torch.allclose(whole[2], (p / (1 - p)).log())
+
+
+@pytest.mark.parametrize("forget_row, others_among", [(None, EVERY), (2, [0, 1])])
+def test_a_first_order_update_is_linear_in_the_weights_that_it_zeroes(forget_row, others_among):
+    graphs, zeroed, further = graph_generator(-2, torch.float64), [3, 8], [0, 11, 25]
+    samples, masked = graphs.draw(4, seeded("test")), masked_for_good(graphs, zeroed)
+    before = graphs.snapshot(samples, tuple(FEATURES), graphs.mask_of(torch.tensor(zeroed)), forget_row)
+    update = before.first_order_update(torch.tensor(further))
+    weight = masked.layers[1].weight.detach().flatten()
+    expected = weight.index_fill(0, torch.tensor(further), 0.0)
+    assert torch.equal(update.weights[0].flatten(), expected) and torch.equal(before.weights[0].flatten(), weight)
+    for label, chosen in enumerate(samples):
+        among = EVERY if label == forget_row else others_among
+        p = [probability(masked, x, label, among) for x in graphs.samples.images[chosen]]
+        gradients = sample_gradients(masked, [(each / (1 - each)).log() for each in p]).flatten(1)
+        log_odds = before.log_odds[label] - gradients[:, further] @ weight[further]
+        assert torch.allclose(update.log_odds[label], log_odds, atol=1e-9)
+        fall = ((log_odds / FORGETTING_TEMPERATURE).sigmoid()[:, None] * gradients).mean(0) * expected
+        assert torch.allclose(update.feature("forgetting")[label], fall, atol=1e-9)
+    assert torch.equal(update.feature("input_activation"), before.feature("input_activation"))
+
+
+def test_a_first_order_update_of_two_classes_and_their_logits_is_what_another_pass_finds():
     torch.manual_seed(0)
     classifier = HookedMNISTClassifier(HIDDEN, IN_FEATURES, 2).double()
     graphs = GraphGenerator(classifier, random_split(dtype=torch.float64, num_classes=2), graph_config(-1), 0)
-    first, more = (Mask.zeroing(graphs.graph, torch.tensor(each)) for each in ([3], [3, 0, 1, 7, 9]))
+    first, more = (graphs.graph.zeroing(torch.tensor(each)) for each in ([3], [3, 0, 1, 7, 9]))
     samples, names = graphs.draw(8, seeded("test")), [name for name in FEATURES if name != "output_activation"]
-    for looked in (None, first):
-        look, expected = graphs.look(samples, names, looked), graphs.look(samples, names, more)
-        found = look.without(torch.tensor([3, 0, 1])).without(torch.tensor([7, 9]))
-        assert torch.allclose(found.loss, expected.loss) and not torch.allclose(found.loss, look.loss)
+    for mask, row in ((None, None), (first, 1)):
+        before, expected = graphs.snapshot(samples, names, mask, row), graphs.snapshot(samples, names, more, row)
+        found = before.first_order_update(torch.tensor([3, 0, 1])).first_order_update(torch.tensor([7, 9]))
+        assert torch.allclose(found.log_odds, expected.log_odds) and not torch.allclose(found.loss, before.loss)
         for name in names:
             assert torch.allclose(found.feature(name), expected.feature(name), atol=1e-12), name
 
 
-@pytest.mark.parametrize("missing, told", [(None, [0, 2]), (0, [1, 2])])
-def test_others_are_told_from_those_alone_that_stay_or_from_the_class_where_one_stays(missing, told):
-    split = random_split(dtype=torch.float64)
-    classifier = random_classifier(dtype=torch.float64)
-    graphs = GraphGenerator(classifier, split if missing is None else split.retain(missing), graph_config(-2), 0)
-    mask, place = Mask.zeroing(graphs.graph, torch.arange(0, 30, 4)), graphs.classes.index(1)
-    look = graphs.look(graphs.by_class(), ("retention",), mask, place)
-    of_others = graphs.labels == 2
-    images, weight = graphs.samples.images[of_others], classifier.layers[1].weight
-
-    def p(model: HookedMNISTClassifier) -> torch.Tensor:
-        return model(images)[:, told].softmax(1)[:, told.index(2)]
-
-    t = p(classifier).detach()
-    with mask.applied_to(classifier):
-        found, masked = p(classifier), classifier.layers[1].weight.detach()
-        loss = -(t * found.log() + (1 - t) * (1 - found).log()).mean()
-        (gradient,) = torch.autograd.grad(loss, classifier.layers[1].parametrizations.weight.original)
-    expected = masked * gradient
-    assert look.loss[-1].item() == pytest.approx(-found.log().mean().item())
-    assert torch.allclose(look.feature("retention")[-1].view_as(weight), expected, atol=1e-9)
+def standardised(x: Tensor) -> Tensor:
+    return (x - x.mean()) / x.std() if x.std() > 0 else torch.zeros_like(x)
 
 
-def test_all_layers_are_recorded_and_a_pass_with_nothing_masked_changes_nothing():
-    graphs = graph_generator(None)
-    logits = graphs.classifier(graphs.samples.images)
-    records, _ = graphs.records
-    assert torch.equal(records[-1].outputs, logits) and (logits < 0).any(), "the output layer has no ReLU"
-    assert records[-1].active.min() == 1 and set(records[0].active.unique().tolist()) == {0.0, 1.0}
-    recorded = graphs.recorded()
-    assert recorded["layers"] == [0, 1, 2] and torch.equal(recorded["labels"], graphs.labels)
-    assert [LayerRecord(**record) for record in recorded["records"]] == records
-    samples, nothing = graphs.draw(5, seeded("test")), Mask.zeroing(graphs.graph, graphs.nothing)
-    for unmasked, whole in zip(class_graphs(graphs, samples), class_graphs(graphs, samples, nothing)):
-        assert torch.allclose(unmasked, whole, atol=1e-4)
+def class_graph_by_hand(own: dict[str, Tensor], others: list[dict[str, Tensor]]) -> Tensor:
+    """Own features, then (but the weight) their means over the other classes, standardised, (vertices, features)."""
+    columns = [standardised(feature) for feature in own.values()]
+    for name in own:
+        if name != "weight":
+            columns.append(standardised(torch.stack([other[name] for other in others]).mean(0)))
+    return torch.stack(columns, 1)
 
 
-def test_get_data_is_the_graph_of_one_sample():
+def test_class_graphs_are_the_features_and_their_means_over_the_other_classes_standardised():
+    graphs, zeroed = graph_generator(-2, torch.float64), [0, 3, 17]
+    samples, mask = graphs.draw(5, seeded("test")), graphs.mask_of(torch.tensor(zeroed))
+    snapshot, masked, by_class = graphs.snapshot(samples, tuple(FEATURES), mask), masked_for_good(graphs, zeroed), []
+    for label, chosen in enumerate(samples):
+        images = graphs.samples.images[chosen]
+        by_class.append(features_by_hand(graphs.classifier, masked, images, label, EVERY))
+    for label, own in enumerate(by_class):
+        expected = class_graph_by_hand(own, by_class[:label] + by_class[label + 1 :])
+        x = snapshot.class_graph(label)
+        assert x.shape == (1, 30, 17) == (1, 30, graphs.config.num_features)
+        assert torch.allclose(x[0], expected, atol=1e-9)
+    some = graph_generator(-2, torch.float64, features=("weight", "taylor"), other_classes=False)
+    x = some.snapshot(samples, some.config.features, mask).class_graph(2)
+    assert some.config.num_features == 2 and torch.allclose(x[0], expected[:, [2, 4]], atol=1e-9)
+
+
+def test_get_data_is_the_graph_of_one_sample_beside_the_other_classes():
     graphs = graph_generator(-2, torch.float64)
-    sample = graphs.get_data(20)
-    look = graphs.look(torch.tensor([[20]]), tuple(FEATURES))
-    for column, name in enumerate(FEATURES):
-        assert torch.allclose(sample.x[:, column], standardised(look.feature(name)[0]), atol=1e-9), name
-    classes, _ = class_graphs(graphs, graphs.by_class())
-    assert torch.allclose(sample.x[:, 11:], classes[1, :, 11:], atol=1e-9), "the other classes are those of its class"
-    assert torch.equal(sample.edge_index, graphs.graph.edge_index())
-    assert sample.y.tolist() == [1] and sample.validate()
+    data, classifier, images = graphs.get_data(20), graphs.classifier, graphs.samples.images
+    own = features_by_hand(classifier, classifier, images[[20]], 1, EVERY)
+    others = [features_by_hand(classifier, classifier, images[graphs.labels == c], c, EVERY) for c in (0, 2)]
+    assert torch.allclose(data.x, class_graph_by_hand(own, others), atol=1e-9)
+    assert torch.equal(data.edge_index, graphs.graph.edge_index()) and data.y.tolist() == [1] and data.validate()
     with pytest.raises(IndexError, match="valid are 0 to 44"):
         graphs.get_data(45)
     edges = graphs.graph.num_edges
@@ -513,8 +589,17 @@ def test_get_data_is_the_graph_of_one_sample():
         graphs.get_data(0, max_edges=edges - 1)
 
 
-def test_draws_take_samples_of_their_class_without_repetition_and_no_more_than_there_are():
-    graphs = graph_generator(samples_per_class=1000)
-    for samples, count in ((graphs.draw(10, seeded("test")), 10), (graphs.by_class(), 20)):
-        assert torch.equal(graphs.labels[samples], torch.arange(NUM_CLASSES)[:, None].expand(-1, count))
-        assert all(len(set(group.tolist())) == count for group in samples)
+def test_all_layers_are_recorded_and_a_pass_with_nothing_masked_changes_nothing():
+    graphs = graph_generator(None)
+    logits = graphs.classifier(graphs.samples.images)
+    layers = graphs.record.layers
+    assert torch.equal(layers[-1].outputs, logits) and (logits < 0).any(), "the output layer has no ReLU"
+    assert layers[-1].active.min() == 1 and set(layers[0].active.unique().tolist()) == {0.0, 1.0}
+    recorded = graphs.recorded()
+    assert recorded["layers"] == [0, 1, 2] and torch.equal(recorded["labels"], graphs.labels)
+    assert torch.equal(recorded["log_odds"], log_odds(logits, graphs.labels))
+    assert [LayerRecord(**record) for record in recorded["records"]] == layers
+    samples, nothing = graphs.draw(5, seeded("test")), graphs.graph.zeroing(graphs.nothing)
+    kept, anew = (graphs.snapshot(samples, tuple(FEATURES), mask) for mask in (None, nothing))
+    for name in FEATURES:
+        assert torch.allclose(kept.feature(name), anew.feature(name), atol=1e-6), name
