@@ -3,11 +3,21 @@
 import copy
 import functools
 import json
-from dataclasses import replace
+import time
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import NUM_CLASSES, graph_config, random_classifier, random_split, scores, trainer_config
+from conftest import (
+    NUM_CLASSES,
+    graph_config,
+    masking_config,
+    random_classifier,
+    random_split,
+    scores,
+    trainer_config,
+    untrained_gcn,
+)
 from torch import nn
 
 from mimu.data import GraphGenerator, ImageData, Split
@@ -21,8 +31,11 @@ from mimu.eval import (
     random_vertices,
     unlearning_method,
 )
-from mimu.model import Mask, MaskingGCN, WeightGraph
+from mimu.masking.rankings import Ranking
+from mimu.methods import controls  # noqa: F401, registers the formula
+from mimu.model import WeightGraph
 from mimu.networks.hooked import weight_layers
+from mimu.networks.masks import Mask
 from mimu.runs.files import Artifact
 from mimu.trainer import Trainer, TrainingError
 
@@ -47,20 +60,17 @@ def problem():
 
 
 def eval_config(**changes) -> EvalConfig:
-    settings = {
-        "step": 4, "momentum": 0.7, "ranking": "damage", "group_size": 10, "draws": 1, "target": 0.1, "max_kappa": 29,
-        "patience": 0, "penalty_growth": 1.0, "look_every": 1, "methods": CORE, "visualize": False, "random_masks": 20,
-        "hyperparameters": {"sft": {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}},
-    }  # fmt: skip
+    settings = asdict(masking_config(momentum=0.7, group_size=10, target=0.1, max_kappa=29))
+    hyperparameters = {"sft": {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}}
+    settings |= {"methods": CORE, "visualize": False, "hyperparameters": hyperparameters}
     return EvalConfig(**settings | changes)
 
 
 def make_eval(folder, test=None, asked=KAPPA, mask_layer=-2, shared=None, audit=None, draw=None, **changes) -> Eval:
     train, trainer, classifier = copy.deepcopy(problem())
-    described = graph_config(mask_layer, features=("weight", "margin"), samples_per_class=20)
+    described = graph_config(mask_layer, features=("weight", "taylor"), samples_per_class=20)
     graphs = GraphGenerator(classifier, train, described, 0)
-    torch.manual_seed(0)
-    gcn = MaskingGCN(graphs.config.num_features, 8, 2)
+    gcn = untrained_gcn(graphs.config.num_features)
     request = Request(eval_config(**changes), classifier, trainer, train, graphs, gcn, FORGET, TOP_K, 0, asked)
     metrics, mask = (Artifact(folder / name, {"settings": {"asked": asked}}) for name in ("metrics.json", "mask.pt"))
     data = ImageData(train, test or random_split(13, seed=5))
@@ -130,7 +140,7 @@ def test_the_mask_is_that_of_the_zeroed_weights(tmp_path, mask_layer):
     ],
 )
 def test_zeroed_weights_are_counted_in_every_layer_and_the_output_row_apart(mask_layer, vertices, expected):
-    mask = Mask.zeroing(WeightGraph.of(random_classifier(), mask_layer), torch.tensor(vertices))
+    mask = WeightGraph.of(random_classifier(), mask_layer).zeroing(torch.tensor(vertices))
     assert count_by_layer(mask, 2, FORGET) == expected
 
 
@@ -237,33 +247,52 @@ def test_the_methods_are_what_they_say(tmp_path):
     assert all(torch.equal(one.weight, other.weight) for one, other in zip(few.layers, alone.layers))
 
 
+@pytest.mark.parametrize("mask_layer", [-2, None])
+@pytest.mark.parametrize("asked", ["auto", KAPPA])
+def test_mimu_with_a_gcn_before_its_training_zeroes_what_the_formula_does(tmp_path, mask_layer, asked):
+    scored = make_eval(tmp_path, asked=asked, mask_layer=mask_layer, target=50.0, methods=("mimu", "saliency"))
+    found = [scored._answer(name).mask.as_tensor() for name in scored.names]
+    assert torch.equal(found[0], found[1]) and (found[0] == 0).any()
+    orders = scored.request.orders
+    assert torch.equal(orders["mimu"].first(20).vertices, orders["saliency"].first(20).vertices)
+
+
 def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path, registry):
     calls = []
 
-    def by_margin(step, zeroed):
+    def by_curvature(step, zeroed):
         calls.append((step, len(zeroed)))
-        return margin
+        return curvature
 
     for name, at_once in (("in order", False), ("at once", True)):
         unlearning_method(name, uses_kappa=True)(
-            lambda request, name=name, at_once=at_once: request.in_steps(name, by_margin, at_once)
+            lambda request, name=name, at_once=at_once: request.in_steps(name, by_curvature, at_once)
         )
-    scored = make_eval(tmp_path, asked="auto", target=60.0, methods=("mimu", "in order", "at once", "random", "sft"))
+    names = ("mimu", "in order", "at once", "random", "sft")
+    scored = make_eval(tmp_path, asked="auto", target=50.0, methods=names)
     request = scored.request
-    margin = request.graphs.look(request.graphs.by_class(), ["margin"]).feature("margin")[FORGET]
-    results = scored.eval()
-
-    def is_forgotten(vertices):
-        with request.zeroing(vertices).applied_to(request.classifier) as model:
-            return scores(model, request.train, FORGET)[0] < 60
-
-    orders = request.orders["mimu"].first(29).vertices, *[margin.argsort(descending=True)] * 2
-    kappas = [next(k for k in range(s, 30, s) if is_forgotten(each[:k])) for each, s in zip(orders, (4, 4, 1))]
-    zeroed = dict(zip(["mimu", "in order", "at once"], kappas)) | {"random": kappas[0], "sft": None}
+    curvature = request.graphs.snapshot(request.graphs.by_class(), ["curvature"]).feature("curvature")[FORGET]
+    results, ranked, kappas = scored.eval(), curvature.argsort(descending=True), []
+    for order, step in ((request.orders["mimu"].first(29).vertices, 4), (ranked, 4), (ranked, 1)):
+        for kappa in range(step, 30, step):
+            with request.zeroing(order[:kappa]).applied_to(request.classifier) as model:
+                if scores(model, request.train, FORGET)[0] < 50:
+                    break
+        kappas.append(kappa)
+    zeroed = dict(zip(names, (*kappas, kappas[0], None)))
     assert results["num_zeroed"] == zeroed and len(set(kappas)) == 3
     assert results["kappa_choice"] == "auto"
     assert results["gave_up"] == dict.fromkeys(["mimu", "in order", "at once"], False)
     assert calls == [(k // 4, k) for k in range(0, kappas[1], 4)] + [(0, 0)]
+
+
+def test_the_search_for_kappa_is_not_in_the_seconds_of_methods_that_take_what_it_finds(tmp_path, monkeypatch):
+    ranking = Ranking.__call__
+    monkeypatch.setattr(Ranking, "__call__", lambda *given: time.sleep(0.1) or ranking(*given))
+    scored = make_eval(tmp_path, asked="auto", target=50.0, methods=("random", "mimu"))
+    seconds = scored.eval()["seconds"]
+    steps = len(scored._answer("mimu").mask.vertices()) // 4
+    assert steps > 0 and seconds["mimu"] >= 0.1 * steps and seconds["random"] < 0.1
 
 
 def test_what_does_not_depend_on_kappa_is_computed_once_and_steps_go_on(tmp_path, registry):
@@ -321,15 +350,16 @@ def test_every_answer_is_audited_beside_the_original_and_the_retrained_if_it_is_
 def test_hyperparameters_are_the_keywords_of_a_method_and_reach_it_where_it_runs(tmp_path, registry):
     given = []
 
-    @unlearning_method("tunable", in_default_run=False)
+    @unlearning_method("tunable", runs_with="all")
     def tunable(request, *, strength: float, rounds: int):
         given.append((strength, rounds))
         return request.classifier
 
+    METHODS["by name"] = replace(METHODS["tunable"], runs_with="name")
     assert METHODS["tunable"].hyperparameters == {"strength": float, "rounds": int}
-    default = eval_config(methods=None).method_names
-    assert set(CORE) <= set(default) and "tunable" not in default
-    assert eval_config(methods="all").method_names == tuple(METHODS)
+    default, every = (set(eval_config(methods=methods).method_names) for methods in (None, "all"))
+    assert set(CORE) <= default and every >= default | {"tunable"} and not {"tunable", "by name"} & default
+    assert "by name" not in every
     values = {"tunable": {"strength": 0.5, "rounds": 3}}
     make_eval(tmp_path, methods=("mimu", "tunable"), hyperparameters=values).eval_unlearning()
     assert given == [(0.5, 3)]
