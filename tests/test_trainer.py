@@ -31,19 +31,8 @@ from mimu.model import MaskingGCN, WeightGraph
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import Mask
 from mimu.runs.files import ArtifactError, InputError, save
-from mimu.trainer import (
-    GCNLoss,
-    GCNTrainer,
-    GCNTrainerConfig,
-    Trainer,
-    TrainingError,
-    UnlearningSFT,
-    UnlearningSFTConfig,
-    learn,
-    log_uniform,
-    top_k_mask,
-    top_k_masks,
-)
+from mimu.trainer import GCNLoss, GCNTrainer, GCNTrainerConfig, Trainer, TrainingError, UnlearningSFT
+from mimu.trainer import UnlearningSFTConfig as SFTConfig
 
 NECESSITY = ("necessity_forget", "necessity_retain")
 NOTHING = torch.empty(0, dtype=torch.long)
