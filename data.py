@@ -155,7 +155,8 @@ def load_image_data(
         raise DataError(f"dataset {name} in {root / name}: all pixels of the training split are alike")
     for split in splits:
         split.images.sub_(mean).div_(deviation)  # in place, or a large data set would stand in memory twice
-    return ImageData(*splits, source.class_names)
+    train, test = splits
+    return ImageData(train, test, source.class_names)
 
 
 def mean_product(of_target: Tensor, of_source: Tensor) -> Tensor:
@@ -416,7 +417,8 @@ class GraphGenerator:
         everything = torch.arange(len(self), device=self.labels.device)
         parts = [self._record(rows) for rows in everything.split(self.at_once)]
         layers = []
-        for of_layer in zip(*(part.layers for part in parts)):
+        for index in range(len(self.graph.layers)):
+            of_layer = [part.layers[index] for part in parts]
             layers.append(LayerRecord(*map(torch.cat, zip(*of_layer))))
         log_odds = torch.cat([part.log_odds for part in parts])
         return Record(layers, log_odds, log_odds)
@@ -474,18 +476,18 @@ class GraphGenerator:
         """What groups do, part after part of their samples; where nothing is new, what is kept."""
         if mask is None and self.are_kept and not left_out:
             log_odds = self.record.log_odds[samples]
-            layers = [LayerRecord(*(x[samples] for x in layer)) for layer in self.record.layers]
+            layers = [layer.each(lambda x: x[samples]) for layer in self.record.layers]
             yield Record(layers, log_odds, log_odds)
             return
         with nullcontext() if mask is None else mask.applied_to(self.classifier):
             for part in samples.split(max(1, self.at_once // len(samples)), 1):
                 rows = part.flatten()
-                record, kept = self._record(rows, left_out), None
+                record = self._record(rows, left_out)
+                kept = record.log_odds
                 if mask is not None:  # without one the log-odds are what is to be kept
-                    kept = hooked.log_odds(self.predictions[rows], self.labels[rows], left_out).view(part.shape)
-                layers = [LayerRecord(*(x.unflatten(0, part.shape) for x in layer)) for layer in record.layers]
-                found = record.log_odds.view(part.shape)
-                yield Record(layers, found, found if kept is None else kept)
+                    kept = hooked.log_odds(self.predictions[rows], self.labels[rows], left_out)
+                layers = [layer.each(lambda x: x.unflatten(0, part.shape)) for layer in record.layers]  # noqa: B023
+                yield Record(layers, record.log_odds.view(part.shape), kept.view(part.shape))
 
     def _record(self, rows: Tensor, left_out: Sequence[int] = ()) -> Record:
         layers = self.graph.layers

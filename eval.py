@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import json
 import math
 import time
@@ -200,11 +201,6 @@ class Method:
     def hyperparameters(self) -> dict[str, object]:
         """The names of the hyperparameters and their annotations."""
         return {name: each.annotation for name, each in self.parameters.items()}
-
-    @property
-    def required(self) -> set[str]:
-        """The names of the hyperparameters that have no default."""
-        return {name for name, each in self.parameters.items() if each.default is each.empty}
 
     def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of `unlearn`, for values of hyperparameters by name: dataclasses made of fields."""
@@ -415,10 +411,10 @@ class Eval:
         """Every method on training samples: for choices, as of a kappa to report, that the test split must not make."""
         samples, forget_class = self.request.graphs.samples, self.request.forget_class
         sets = {"forget": samples.forget(forget_class).loader(), "retain": samples.retain(forget_class).loader()}
-        return {
-            name: {part: self._scored(name, "training", loader, part == "forget") for part, loader in sets.items()}
-            for name in self.names
-        }
+        found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in self.names}
+        for name, (part, loader) in itertools.product(self.names, sets.items()):
+            found[name][part] = self._scored(name, "training", loader, part == "forget")
+        return found
 
     def eval_audits(self) -> dict[str, dict[str, Any]]:
         """What every method's classifier still knows of the class, and how far it is from the retrained one."""
@@ -490,7 +486,10 @@ class Eval:
         for vertices in choices.reshape(-1, choices.shape[-1]):
             with self.request.graphs.graph.keeping(vertices).applied_to(self.request.classifier) as model:
                 scored.append(self.inference(model, self.mnist_forget_set(), True, f"{name}, kept"))
-        return {metric: sum(metrics[metric] for metrics in scored) / len(scored) for metric in scored[0]}
+        means = {}
+        for metric in scored[0]:
+            means[metric] = sum(metrics[metric] for metrics in scored) / len(scored)
+        return means
 
     @torch.no_grad()
     def _class_probabilities(self, model: nn.Module) -> list[float]:

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -45,8 +46,9 @@ from mimu.runs.work import Work, describe_machine, how_many, memory_of, peak_byt
 from mimu.tables import experiment
 from mimu.trainer import GCNTrainer, Trainer
 
-# The source files that a classifier, its graphs and its GCN depend on.
+# The source files that a classifier, its graphs and its GCN depend on, and those that metrics do.
 TRAINING_CODE = ("main.py", "model.py", "data.py", "trainer.py", "images/*.py", "networks/*.py", "masking/*.py")
+CODE = ("*.py", "methods/*.py", "audits/*.py", *TRAINING_CODE)
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ class Training:
     @cached_property
     def sections(self) -> dict[str, dict[str, Any]]:
         """The sections of the config that files depend on, as JSON holds them."""
-        names = ("classifier", "graphs", "gcn", "audit")
-        return {name: asdict(getattr(self.config, name)) for name in names} | {"eval": self.config.eval.decisive()}
+        config = self.config
+        sections = {name: asdict(getattr(config, name)) for name in ("classifier", "graphs", "gcn", "audit")}
+        return sections | {"eval": config.eval.decisive()}
 
 
 class Stages:
@@ -86,9 +89,9 @@ class Stages:
         """The method, stage by stage, up to the metrics and the mask of every kappa; without a class, the training."""
         config = training.config
         torch.set_num_threads(config.threads or self._threads)
-        classes = config.forget_digits if forget_class is None else [forget_class]
-        files = [file for each in classes for file in self.files.experiments(training, each)]
-        is_done = all(file.is_there for file in files)
+        is_done = True
+        for each in config.forget_digits if forget_class is None else [forget_class]:
+            is_done = is_done and all(file.is_there for file in self.files.experiments(training, each))
         if not is_done and (self._last is None or self._last[0] != training):
             data = self.data(config)
             classifier = self.classifier(training, data)
@@ -223,7 +226,7 @@ class Files:
         self.root = root
         self._seen: dict[Path, Any] = {}
         self._training_code = code_of(PACKAGE, TRAINING_CODE)
-        self._code = code_of(PACKAGE, ["*.py", "methods/*.py", "audits/*.py", *TRAINING_CODE])
+        self._code = code_of(PACKAGE, CODE)
         self._code.pop("reporter.py", None)  # no number depends on it
         self._checksums: dict[str, str] = {}
 
@@ -266,8 +269,10 @@ class Files:
 
     def experiments(self, training: Training, forget_class: int) -> list[Artifact]:
         """The JSON and the mask of every kappa."""
-        kappas = training.config.kappas
-        return [file for asked in kappas for file in self.metrics_and_mask(training, forget_class, asked)]
+        found: list[Artifact] = []
+        for asked in training.config.kappas:
+            found += self.metrics_and_mask(training, forget_class, asked)
+        return found
 
     def _artifact(
         self, path: str, training: Training, sections: Sequence[str], of_experiment: dict[str, Any] | None = None
@@ -293,12 +298,11 @@ class Files:
 
 
 def trainings_of(configs: Mapping[str, Config]) -> list[Training]:
-    return [
-        Training(variant, config, seed, top_k)
-        for variant, config in configs.items()
-        for seed in config.seeds
-        for top_k in config.top_ks
-    ]
+    found = []
+    for variant, config in configs.items():
+        for seed, top_k in itertools.product(config.seeds, config.top_ks):
+            found.append(Training(variant, config, seed, top_k))
+    return found
 
 
 def tasks_in_order(configs: Mapping[str, Config], processes: int) -> list[tuple[Training, int | None]]:
@@ -330,7 +334,8 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
         progress = tqdm(work.processes.take(tasks), "the whole run", len(tasks), leave=False, disable=None)
         for training, forget_class in progress:
             stages.forget(training, forget_class)
-        shares = work.processes.gathered([work.seconds, stages.test_scores, peak_bytes()])
+        share = {"seconds": work.seconds, "scores": stages.test_scores, "peak": peak_bytes()}
+        shares = work.processes.gathered(share)
         if work.processes.rank == 0:
             end(stages, configs, shares)
 
@@ -338,7 +343,7 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
 def begin(stages: Stages, configs: Mapping[str, Config], is_fresh: bool) -> None:
     """What the first process does before all work: looks at what is there, and says it."""
     stages.work.log.note(f"{shlex.join(sys.argv)}: {describe_machine()}")
-    artifacts = [artifact for _, of_task in plan(stages.files, configs) for artifact in of_task]
+    artifacts = list(itertools.chain.from_iterable(files for _, files in plan(stages.files, configs)))
     if is_fresh or not all(artifact.is_there for artifact in artifacts):
         for config in configs.values():
             stages.data(config)  # all of it first, so that a missing or damaged file is told before any work
@@ -348,25 +353,29 @@ def begin(stages: Stages, configs: Mapping[str, Config], is_fresh: bool) -> None
     stages.work.log(how_many(artifacts))
 
 
-def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[Any]) -> None:
+def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str, Any]]) -> None:
     """What the first process does after all work: draws the reports, and says what the run took."""
     work, reports = stages.work, stages.work.root / "reports"
     with work.stage("reports"):
         closing = tables.report(finished(stages.files, configs), reports)
-    seconds, scores, peaks = zip(*shares)
-    total = time.perf_counter() - STARTED
+    seconds: Counter[str] = Counter()
+    scores: dict[str, float] = {}
+    for of_process in shares:
+        seconds.update(of_process["seconds"])
+        scores |= of_process["scores"]
+    total, peak = time.perf_counter() - STARTED, max(of_process["peak"] for of_process in shares)
     summary = {
-        "seconds": sum(map(Counter, seconds), Counter()) | {"reports": work.seconds["reports"]},
+        "seconds": seconds | {"reports": work.seconds["reports"]},
         "total_seconds": total,
-        "peak_bytes": max(peaks),
+        "peak_bytes": peak,
         "processes": len(shares),
         "machine": describe_machine(),
-        "classifier_test_scores": {name: score for of_process in scores for name, score in of_process.items()},
+        "classifier_test_scores": scores,
     }
     write_text(reports / "run.json", json.dumps(summary, indent=1))
     print("\n".join(f"\n{table}" for table in closing), end="\n\n")
     each = " a process" if len(shares) > 1 else ""
-    work.log(f"{total:.0f} s, {max(peaks) / 1e9:.1f} GB at most{each}. Curves and tables: {reports}")
+    work.log(f"{total:.0f} s, {peak / 1e9:.1f} GB at most{each}. Curves and tables: {reports}")
     print(f"Metrics and plots of each experiment, and masks: {work.root / 'eval'}")
 
 
@@ -375,16 +384,19 @@ def finished(files: Files, configs: Mapping[str, Config]) -> list[tables.Result]
 
     Of every training with all its forget classes; where there is none yet, of the first one the classes so far.
     """
-    of_trainings = []
+    complete, begun = [], []
     for training in trainings_of(configs):
-        made = [files.experiments(training, forget_class) for forget_class in training.config.forget_digits]
-        of_trainings.append((training, [each if all(file.is_there for file in each) else [] for each in made]))
-    chosen = [each for each in of_trainings if all(each[1])] or [each for each in of_trainings if any(each[1])][:1]
-    results = []
-    for training, made in chosen:
-        metrics = [file.path for of_class in made for file in of_class if file.path.suffix == ".json"]
-        results.append(tables.Result(training.variant, training.top_k, training.config.report, metrics))
-    return results
+        metrics, is_complete = [], True
+        for forget_class in training.config.forget_digits:
+            made = files.experiments(training, forget_class)
+            if all(file.is_there for file in made):
+                metrics += [file.path for file in made if file.path.suffix == ".json"]
+            else:
+                is_complete = False
+        if metrics:
+            result = tables.Result(training.variant, training.top_k, training.config.report, metrics)
+            (complete if is_complete else begun).append(result)
+    return complete or begun[:1]
 
 
 def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
@@ -454,18 +466,19 @@ def prepare(configs: Mapping[str, Config], one_process: str = "") -> None:
 
 def check_memory(config: Config) -> None:
     """Raises InputError where the tensors that a run cannot do without do not fit in the memory of its device."""
-    classes, features, gcn = len(config.source.class_names), config.graphs.num_features, config.gcn
-    weights = sum(map(math.prod, config.shapes))
-    vertices, hidden, later = classes * config.num_vertices, 0 if gcn.pretrained else gcn.hidden, gcn.rounds - 1
+    classes, vertices, gcn = len(config.source.class_names), config.num_vertices, config.gcn
     there = memory_of(config.torch_device()) / 1e9
-    for setting, numbers in (
-        ("classifier.hidden_sizes", 4 * weights),  # themselves, their gradients, and the two moments of Adam
-        ("graphs.mask_layer or features", 3 * vertices * features),  # one by one, together, and vertex by vertex
-        ("gcn.hidden or rounds", 8 * hidden * (features + later * hidden) + vertices * max(1, later) * hidden),
-    ):
-        if (needed := 4 * numbers / 1e9) > there:
+    needed = {
+        # Themselves, their gradients, and the two moments of Adam.
+        "classifier.hidden_sizes": 4 * sum(map(math.prod, config.shapes)),
+        # The means and the terms of every class, and the features of one, one by one and together.
+        "graphs.mask_layer or features": vertices * (7 * classes + 2 * config.graphs.num_features),
+        "gcn.hidden or rounds": 0 if gcn.pretrained else vertices * gcn.hidden * gcn.rounds,
+    }
+    for setting, numbers in needed.items():
+        if (gigabytes := 4 * numbers / 1e9) > there:
             raise InputError(
-                f"{setting}: needs at least {needed:.1f} GB of memory, and there are {there:.1f}: lower it"
+                f"{setting}: needs at least {gigabytes:.1f} GB of memory, and there are {there:.1f}: lower it"
             )
 
 

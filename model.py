@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mimu.networks.architectures import mlp
 from mimu.networks.hooked import HookedClassifier
-from mimu.networks.masks import Mask
+from mimu.networks.masks import LayerMask, Mask
 from mimu.networks.tracing import Ends
 
 
@@ -106,12 +106,15 @@ class WeightGraph:
     def zeroing(self, vertices: Tensor) -> Mask:
         """The mask that switches off the given vertices (kappa) and keeps all others."""
         keep = torch.ones(self.num_vertices, device=vertices.device).index_fill(0, vertices, 0)
-        return Mask(self.layers, tuple(self.split(keep)))
+        return self._mask(keep)
 
     def keeping(self, vertices: Tensor) -> Mask:
         """The mask that keeps the given vertices (K) and switches off all others."""
         keep = torch.zeros(self.num_vertices, device=vertices.device).index_fill(0, vertices, 1)
-        return Mask(self.layers, tuple(self.split(keep)))
+        return self._mask(keep)
+
+    def _mask(self, keep: Tensor) -> Mask:
+        return Mask({layer: LayerMask.of(part) for layer, part in zip(self.layers, self.split(keep))})
 
     def edge_index(self) -> Tensor:
         """Every directed edge, (2, edges), sorted. For export and tests: nothing in training or evaluation needs it."""
@@ -219,20 +222,22 @@ class VertexLinear(nn.Linear):
     def forward(self, features: list[AffineFeatures], graph: WeightGraph) -> list[AffineFeatures]:
         matrix, results = self.weight.T, []
         for part in features:
-            sums = (part.source_sums, part.target_sums)
-            nothing = (matrix.new_zeros(*of_neurons.shape[:2], self.out_features) for of_neurons in sums)
-            results.append(part.transformed(matrix, *nothing))
+            batch, m, n, _ = part.x.shape
+            of_source = matrix.new_zeros(batch, n, self.out_features)
+            of_target = matrix.new_zeros(batch, m, self.out_features)
+            results.append(part.transformed(matrix, of_source, of_target))
         return results
 
 
-LARGEST_CHANGE = 4.0  # of the logarithm of a factor
+LARGEST_CHANGE = 1.0  # of the logarithm of a factor: a short or unfortunate training stays near the formula
 
 
 class MaskingGCN(nn.Module):
     """Says how much the two terms of the saliency count at each weight: GraphSAGE rounds, then a linear read-out.
 
     Two positive factors for every weight, of what forgetting asks for and of what the others are to keep
-    (`masking.rankings.saliency`). All is without bias, and before its training every factor is 1.
+    (`masking.rankings.saliency`), whose logarithms have the mean 0 in a graph. All is without bias, and before its
+    training every factor is 1.
     Without `message_passing`, the control, they follow from the weight's own features alone.
     Shapes: vertex features (batch, vertices, features) to factors (batch, vertices, 2).
     """
@@ -244,12 +249,12 @@ class MaskingGCN(nn.Module):
         sizes = [num_features] + [hidden] * rounds
         self.convs = nn.ModuleList(conv(n, m) for n, m in zip(sizes, sizes[1:]))
         self.readout = nn.Linear(hidden, 2, bias=False)
-        self.log_factors = nn.Parameter(torch.zeros(2))  # what all weights have in common
         nn.init.zeros_(self.readout.weight)
 
     def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
         found = torch.cat([self.readout(part).flatten(1, 2) for part in self.hidden(x, graph)], 1)
-        return (self.log_factors + LARGEST_CHANGE * (found / LARGEST_CHANGE).tanh()).exp()
+        found = found - found.mean(1, keepdim=True)
+        return (LARGEST_CHANGE * (found / LARGEST_CHANGE).tanh()).exp()
 
     def hidden(self, x: Tensor, graph: WeightGraph) -> list[Tensor]:
         """What the rounds make of vertex features, of every masked layer (batch, m, n, hidden)."""

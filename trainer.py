@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mimu import data
-from mimu.data import Amount, Count, GraphGenerator, NonNegative, Positive, Split
-from mimu.masking.order import forgetting_loss
+from mimu.data import FORGETTING_TEMPERATURE, Amount, Count, GraphGenerator, NonNegative, Positive, Split
+from mimu.masking.order import forgetting_loss as forgetting_loss
 from mimu.masking.rankings import TERMS, ranked, saliency
 from mimu.model import MaskingGCN, WeightGraph
 from mimu.networks.architectures import cnn, in_channels, mlp, resnet
-from mimu.networks.hooked import HookedClassifier, is_finite
+from mimu.networks.hooked import HookedClassifier, is_finite, log_odds
 from mimu.runs.files import InputError
 
 LEAST_SPREAD = 1e-6  # standard deviation of scores, which may be all the same
@@ -211,8 +211,9 @@ class GCNTrainerConfig:
 class GCNLoss:
     """What is asked of a masking GCN on one classifier: of the mask that it makes to forget a class.
 
-    Necessity: without the kappa weights of largest score for class d, p(d) of its samples goes to 0, by -log(1 - p(d)),
-    and all others keep the original's prediction with class d removed (cross entropy).
+    Necessity: without the kappa weights of largest score for class d, p(d) of its samples goes to 0, by -log(1 - p(d))
+    at a temperature, and all others keep the original's prediction with class d removed (cross entropy), which weighs
+    `retain_weight`. Of both the saliency is the expansion for a single weight.
     """
 
     def __init__(self, config: GCNTrainerConfig, graphs: GraphGenerator, retain_weight: float) -> None:
@@ -246,14 +247,14 @@ class GCNLoss:
         forget_class = graphs.classes[forget_row]
         weights = masked_weights(graphs.classifier, self.graph, 1 - removed)
         _, logits = graphs.classifier.outputs(graphs.inputs[flat], self.graph.layers, weights)
-        log_p = logits[0].log_softmax(-1)
         is_forget = graphs.labels[flat] == forget_class
-        forget = forgetting_loss(log_p[is_forget, forget_class].exp())
+        own = log_odds(logits[0][is_forget], graphs.labels[flat][is_forget]) / FORGETTING_TEMPERATURE
+        forget = FORGETTING_TEMPERATURE * F.softplus(own).mean()
         without = torch.tensor([forget_class], device=flat.device)
         target = graphs.predictions[flat][~is_forget].index_fill(1, without, float("-inf")).softmax(-1)
-        retain = -(target * log_p[~is_forget]).sum(-1).mean()
+        retain = F.cross_entropy(logits[0][~is_forget], target)
         return {
-            "necessity_forget": config.necessity_forget * forget,
+            "necessity_forget": config.necessity_forget * forget / self.retain_weight,
             "necessity_retain": config.necessity_retain * retain,
         }
 

@@ -2,29 +2,92 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from mimu.audits.predictions import entropy_attack, jensen_shannon, look_at, loss_attack
-from mimu.audits.probes import AuditConfig, probe_scores, prototype_recall
-from mimu.audits.relearning import relearn
-from mimu.data import ImageData, seeded, some_of_every_class
+from mimu.audits.predictions import entropy_attack, jensen_shannon, loss_attack, predictions_of
+from mimu.audits.probes import probe_scores, prototype_recall
+from mimu.data import Count, ImageData, Split, seeded, some_of_every_class
 from mimu.networks.hooked import weight_layers
+from mimu.networks.masks import Mask
 
+BATCH_SIZE = 128  # of the forget class's training samples, from which it is relearned by SGD
+LEARNING_RATE = 0.0003
+LEARNING_RATE_FROM_FEW = 0.003  # where all samples are in each step
 AUDITS = (
-    "js_forget", "js_retain", "loss_attack", "entropy_attack", "probe_recall", "probe_retain",
-    "prototype_recall", "relearn_steps", "came_back", "relearn_scores", "relearn_from", "weights_changed",
-)  # fmt: skip
+    "js_forget",  # bits from the retrained classifier on the test split; null without one
+    "js_retain",
+    "loss_attack",  # of the forget class's training samples
+    "entropy_attack",
+    "probe_recall",  # by the name of the probe
+    "probe_retain",  # of the linear one
+    "prototype_recall",  # by the number of samples of every class, those of relearn_from
+    # Until the class's score is half of the original's, at most those of the config; null where the loss is infinite,
+    # so that there is nothing to learn from.
+    "relearn_steps",
+    "came_back",
+    "relearn_scores",  # before every step and after the last
+    "relearn_from",  # steps from so many samples of every class, by their number
+    "weights_changed",  # known of a diverged classifier, too, of which all else is null
+)
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Whether audits are made, and which."""
+
+    enabled: bool
+    # Beside the linear one, which always runs; `hidden` is the linear one at the layers before the last.
+    probes: tuple[Literal["two_layer", "neighbours", "hidden"], ...]
+    relearn_steps: Count  # at most
+    relearn_from: tuple[Count, ...]  # so few samples of every class, too
 
 
 def weights_changed(model: nn.Module, original: nn.Module) -> int:
     """How many weights differ from the original's."""
     pairs = zip(weight_layers(model), weight_layers(original))
     return sum(int((one.weight != other.weight).sum()) for one, other in pairs)
+
+
+def made_permanent(model: nn.Module) -> nn.Module:
+    """A copy in which the zeros of a mask are the weights themselves, free to change again."""
+    model = copy.deepcopy(model)
+    if mask := Mask.on(model):
+        mask.apply(model, permanent=True)
+    return model
+
+
+def relearn(
+    model: nn.Module, test: Split, goal: float, max_steps: int, rate: float, samples: Iterator[Split]
+) -> tuple[int | None, list[float]]:
+    """Relearn time, Golatkar et al. 2020, arXiv:1911.04933: SGD on the cross entropy, all weights free.
+
+    test: of the class, on which the score must reach the goal, percent; samples: a batch for every step
+    Returns the number of steps (`max_steps` where the class does not come back, None where the loss is not finite), and
+    the score before every step and after the last.
+    """
+    model = made_permanent(model).requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    scores: list[float] = []
+    for batch in samples:
+        scores.append(100 * predictions_of(model, test).correct.mean().item())
+        if scores[-1] >= goal or len(scores) > max_steps:
+            break
+        loss = F.cross_entropy(model(batch.images), batch.labels)
+        if not loss.isfinite():
+            return None, scores
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return len(scores) - 1, scores
 
 
 @dataclass
@@ -42,42 +105,36 @@ class Audit:
     retrained: nn.Module | None
 
     def __post_init__(self) -> None:
-        before = look_at(self.original, self.data.test)
+        before = predictions_of(self.original, self.data.test)
         self.goal = 50 * before.correct[before.labels == self.forget_class].mean().item()
-        self.reference = None if self.retrained is None else look_at(self.retrained, self.data.test)
+        self.reference = None if self.retrained is None else predictions_of(self.retrained, self.data.test)
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
-        """The audits of one classifier; all but `weights_changed` are null where it has diverged.
-
-        js_forget, js_retain: bits from the retrained classifier on the test split; null without one
-        loss_attack, entropy_attack: of the forget class's training samples
-        probe_recall: by the name of the probe; probe_retain: of the linear one
-        prototype_recall: by the numbers of samples of every class in relearn_from
-        relearn_steps: until the class's score is half of the original's, or those of the config where it does not come
-            back, which came_back says; null where the loss is infinite, so that there is nothing to learn from
-        relearn_scores: before every step and after the last
-        relearn_from: steps from so many samples of every class, by their number
-        """
-        config, data, label = self.config, self.data, self.forget_class
-        train, test = look_at(model, data.train), look_at(model, data.test)
+        """All AUDITS of one classifier; where it has diverged, null but for `weights_changed`."""
+        label, seed, data = self.forget_class, self.seed, self.data
+        train = predictions_of(model, data.train)
+        test = predictions_of(model, data.test)
         changed = weights_changed(model, self.original)
         if train.has_diverged or test.has_diverged:
             return dict.fromkeys(AUDITS) | {"weights_changed": changed}
-        is_member, is_forget = train.labels == label, test.labels == label
-        from_retrained = {
-            name: self.reference and jensen_shannon(test.logits[part], self.reference.logits[part])
-            for name, part in (("js_forget", is_forget), ("js_retain", ~is_forget))
-        }
-        probe_recall, probe_retain = probe_scores(train, test, label, config, self.seed)
-        again = partial(relearn, model, data.test.forget(label), self.goal, config.relearn_steps)
-        of_class = data.train.forget(label).batches(config.relearn_batch_size, seeded("relearn", self.seed))
-        steps, scores = again(config.relearn_rate, of_class)
-        relearn_from, recovered = {}, {}
-        for count in config.relearn_from:
-            recovered[str(count)] = prototype_recall(train, test, label, count, self.seed)
-            samples = some_of_every_class(data.train, count, "relearn from", self.seed)
-            relearn_from[str(count)], _ = again(config.relearn_from_rate, repeat(samples))
-        return from_retrained | {
+        is_member = train.labels == label
+        is_forget = test.labels == label
+
+        def from_retrained(chosen: Tensor) -> float | None:
+            return self.reference and jensen_shannon(test.logits[chosen], self.reference.logits[chosen])
+
+        probe_recall, probe_retain = probe_scores(train, test, label, seed, self.config.probes)
+        again = partial(relearn, model, data.test.forget(label), self.goal, self.config.relearn_steps)
+        of_class = data.train.forget(label).batches(BATCH_SIZE, seeded("relearn", seed))
+        steps, scores = again(LEARNING_RATE, of_class)
+        recovered, steps_from_few = {}, {}
+        for count in self.config.relearn_from:
+            recovered[str(count)] = prototype_recall(train, test, label, count, seed)
+            few = some_of_every_class(data.train, count, "relearn from", seed)
+            steps_from_few[str(count)], _ = again(LEARNING_RATE_FROM_FEW, repeat(few))
+        return {
+            "js_forget": from_retrained(is_forget),
+            "js_retain": from_retrained(~is_forget),
             "loss_attack": loss_attack(train.loss[is_member], test.loss[is_forget]),
             "entropy_attack": entropy_attack(train.logits[~is_member], test.logits, train.logits[is_member]),
             "probe_recall": probe_recall,
@@ -86,6 +143,6 @@ class Audit:
             "relearn_steps": steps,
             "came_back": scores[-1] >= self.goal,
             "relearn_scores": scores,
-            "relearn_from": relearn_from,
+            "relearn_from": steps_from_few,
             "weights_changed": changed,
         }

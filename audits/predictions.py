@@ -14,7 +14,7 @@ from mimu.networks.hooked import linear_layers
 
 
 @dataclass(frozen=True)
-class Seen:
+class Predictions:
     """What a classifier does with a split, on the CPU.
 
     logits: (samples, classes); labels: (samples)
@@ -42,7 +42,7 @@ class Seen:
 
 
 @torch.no_grad()
-def look_at(model: nn.Module, split: Split) -> Seen:
+def predictions_of(model: nn.Module, split: Split) -> Predictions:
     """Runs a classifier of one or several linear layers on a split."""
     # A classifier of one layer represents the images by themselves.
     hidden = {layer: [] for layer in linear_layers(model)[1:] or linear_layers(model)}
@@ -52,7 +52,8 @@ def look_at(model: nn.Module, split: Split) -> Seen:
     finally:
         for hook in hooks:
             hook.remove()
-    return Seen(logits.cpu(), tuple(torch.cat(inputs).cpu() for inputs in hidden.values()), split.labels.cpu())
+    recorded = tuple(torch.cat(inputs).cpu() for inputs in hidden.values())
+    return Predictions(logits.cpu(), recorded, split.labels.cpu())
 
 
 def jensen_shannon(logits: Tensor, others: Tensor) -> float:
@@ -60,7 +61,8 @@ def jensen_shannon(logits: Tensor, others: Tensor) -> float:
 
     Lin 1991, Divergence measures based on the Shannon entropy. Both are logits (samples, classes).
     """
-    p, q = logits.double().softmax(1), others.double().softmax(1)
+    p = logits.double().softmax(1)
+    q = others.double().softmax(1)
     middle = (p + q) / 2
     terms = [torch.xlogy(x, x) - torch.xlogy(x, middle) for x in (p, q)]
     return (sum(term.sum(1) for term in terms).mean() / (2 * math.log(2))).item()
@@ -96,7 +98,8 @@ def entropy_attack(retain: Tensor, test: Tensor, forget: Tensor) -> float:
     is_member = torch.cat([torch.ones_like(members), torch.zeros_like(others)])
     weight = is_member * len(x) / (2 * len(members)) + (1 - is_member) * len(x) / (2 * len(others))
     inputs = torch.stack([x, torch.ones_like(x)], 1)
-    solution, penalty = x.new_zeros(2), x.new_tensor([1.0, 0.0])  # of the slope, as scikit-learn has it
+    solution = x.new_zeros(2)
+    penalty = x.new_tensor([1.0, 0.0])  # of the slope, as scikit-learn has it
     for _ in range(30):  # Newton's method, far more steps than it takes
         p = (inputs @ solution).sigmoid()
         gradient = inputs.T @ (weight * (p - is_member)) + penalty * solution

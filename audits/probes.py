@@ -1,56 +1,34 @@
 """What a probe reads in a representation, whatever the classifier's own output layer makes of it.
 
-A probe goes from features (samples, n) and labels (samples) of the training split, features of others (others, n), the
-settings and a seed to the predicted classes (others). Alain and Bengio 2016, arXiv:1610.01644.
+A probe goes from features (samples, n) and labels (samples) of the training split, features of others (others, n) and a
+seed to the predicted classes (others). Alain and Bengio 2016, arXiv:1610.01644.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimu.audits.predictions import Seen
-from mimu.data import Count, NonNegative, Positive, Split, seeded, seeded_initialisation
+from mimu.audits.predictions import Predictions
+from mimu.data import Split, seeded, seeded_initialisation
 from mimu.masking.regression import standardised
 from mimu.model import HookedMNISTClassifier
 from mimu.trainer import learn
 
-
-@dataclass(frozen=True)
-class AuditConfig:
-    """Whether audits are made, and the settings of the probes and of the relearning.
-
-    probes: those beside the linear one, which always runs; `hidden` is the linear one at the layers before the last
-    relearn_from: from how few samples of every class the class is relearned, too
-    """
-
-    enabled: bool
-    probes: tuple[Literal["two_layer", "neighbours", "hidden"], ...]
-    probe_penalty: NonNegative
-    probe_steps: Count
-    probe_epochs: Count
-    probe_batch_size: Count
-    probe_rate: Positive
-    probe_units: Count
-    probe_neighbours: Count
-    probe_neighbours_of: Count
-    relearn_steps: Count
-    relearn_batch_size: Count
-    relearn_rate: Positive
-    relearn_from: tuple[Count, ...]
-    relearn_from_rate: Positive
-
-    def __post_init__(self) -> None:
-        count, among = self.probe_neighbours, self.probe_neighbours_of
-        if count > among:
-            raise ValueError(f"probe_neighbours must be at most probe_neighbours_of, {among}, not {count}")
+PENALTY = 0.0001  # of the linear probe's squared coefficients
+STEPS = 300  # of L-BFGS, at most
+UNITS = 64  # in the hidden layer of the perceptron
+EPOCHS = 5
+BATCH_SIZE = 1024
+LEARNING_RATE = 0.01  # Adam
+NEIGHBOURS = 20  # whose majority decides
+NEIGHBOURS_OF = 10_000  # among so many training samples
 
 
-def linear(train: Tensor, labels: Tensor, test: Tensor, config: AuditConfig, seed: int) -> Tensor:
+def linear(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
     """Softmax regression, trained to convergence by L-BFGS."""
     x, x_test = standardised(train, test)
     # In the directions of the principal components, each of variance 1, few steps do.
@@ -58,14 +36,12 @@ def linear(train: Tensor, labels: Tensor, test: Tensor, config: AuditConfig, see
     whiten = (vectors / (values.clamp_min(0) + 1e-6).sqrt()).float()
     x, x_test = (F.pad(each @ whiten, (0, 1), value=1.0) for each in (x, x_test))
     solution = torch.zeros(x.shape[1], int(labels.max()) + 1, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [solution], max_iter=config.probe_steps, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
-    )
+    optimizer = torch.optim.LBFGS([solution], max_iter=STEPS, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         # A ridge on the coefficients of the whitened features, the offset left out.
-        loss = F.cross_entropy(x @ solution, labels) + config.probe_penalty * solution[:-1].square().sum()
+        loss = F.cross_entropy(x @ solution, labels) + PENALTY * solution[:-1].square().sum()
         loss.backward()
         return loss
 
@@ -73,56 +49,56 @@ def linear(train: Tensor, labels: Tensor, test: Tensor, config: AuditConfig, see
     return (x_test @ solution.detach()).argmax(1)
 
 
-def two_layer(train: Tensor, labels: Tensor, test: Tensor, config: AuditConfig, seed: int) -> Tensor:
+def two_layer(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
     """A perceptron with one hidden layer, trained by Adam for a few epochs."""
     x, x_test = standardised(train, test)
     with seeded_initialisation(seed):
-        probe = HookedMNISTClassifier((config.probe_units,), x.shape[1], int(labels.max()) + 1, bias=True)
-    optimizer, generator = torch.optim.Adam(probe.parameters(), config.probe_rate), seeded("probe", seed)
-    epochs, size = config.probe_epochs, config.probe_batch_size
-    learn(probe, Split(x, labels), epochs, size, optimizer, generator, setting="audit.probe_rate")
+        probe = HookedMNISTClassifier((UNITS,), x.shape[1], int(labels.max()) + 1, bias=True)
+    optimizer = torch.optim.Adam(probe.parameters(), LEARNING_RATE)
+    learn(probe, Split(x, labels), EPOCHS, BATCH_SIZE, optimizer, seeded("probe", seed), setting="audit.probes")
     with torch.no_grad():
         return probe(x_test).argmax(1)
 
 
-def neighbours(train: Tensor, labels: Tensor, test: Tensor, config: AuditConfig, seed: int) -> Tensor:
+def neighbours(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
     """The most frequent class among the nearest of some random training samples, by the Euclidean distance."""
-    order = torch.randperm(len(labels), generator=seeded("neighbours", seed))[: config.probe_neighbours_of]
+    order = torch.randperm(len(labels), generator=seeded("neighbours", seed))[:NEIGHBOURS_OF]
     x, x_test = standardised(train[order], test)
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a b: |a|^2 is the same for all neighbours of a.
     distances = torch.addmm(x.square().sum(1), x_test, x.T, alpha=-2)
-    nearest = distances.topk(min(config.probe_neighbours, len(x)), largest=False).indices
+    nearest = distances.topk(min(NEIGHBOURS, len(x)), largest=False).indices
     return F.one_hot(labels[order][nearest]).sum(1).argmax(1)
 
 
-def prototype_recall(train: Seen, test: Seen, forget_class: int, count: int, seed: int) -> float:
+def prototype_recall(train: Predictions, test: Predictions, forget_class: int, count: int, seed: int) -> float:
     """Percent of the forget class's test samples that are nearest to its mean: what a thief with few samples gets back.
 
     The mean is that of the representations of `count` random training samples, as those of the other classes are, by
     the Euclidean distance: no training (Mensink et al. 2013, IEEE TPAMI 35(11); prototypes in few-shot learning).
     """
     order = torch.randperm(len(train.labels), generator=seeded("prototypes", seed))
-    labels, means = train.labels[order], []
+    labels = train.labels[order]
+    means = []
     for label in range(int(labels.max()) + 1):
         means.append(train.hidden[-1][order[labels == label][:count]].mean(0))
-    own = test.hidden[-1][test.labels == forget_class]
-    return 100 * (torch.cdist(own, torch.stack(means)).argmin(1) == forget_class).double().mean().item()
+    of_class = test.hidden[-1][test.labels == forget_class]
+    return 100 * (torch.cdist(of_class, torch.stack(means)).argmin(1) == forget_class).double().mean().item()
 
 
 def probe_scores(
-    train: Seen, test: Seen, forget_class: int, config: AuditConfig, seed: int
+    train: Predictions, test: Predictions, forget_class: int, seed: int, probes: Sequence[str] = ()
 ) -> tuple[dict[str, float], float]:
     """Percent of the forget class's test samples that each probe finds, and of the others that `linear` has right.
 
-    `linear` comes first, then those of the config; `hidden` gives `hidden_0`, `hidden_1` ..., one for every layer.
+    `linear` comes first, then those given; `hidden` gives `hidden_0`, `hidden_1` ..., one for every layer.
     """
     is_forget = test.labels == forget_class
-    is_right = linear(train.hidden[-1], train.labels, test.hidden[-1], config, seed) == test.labels
+    is_right = linear(train.hidden[-1], train.labels, test.hidden[-1], seed) == test.labels
     found = {"linear": is_right[is_forget]}
-    for name in config.probes:
+    for name in probes:
         probe = {"two_layer": two_layer, "neighbours": neighbours, "hidden": linear}[name]
         for layer in range(len(train.hidden) - 1) if name == "hidden" else [-1]:
-            classes = probe(train.hidden[layer], train.labels, test.hidden[layer][is_forget], config, seed)
+            classes = probe(train.hidden[layer], train.labels, test.hidden[layer][is_forget], seed)
             found[name if layer < 0 else f"{name}_{layer}"] = classes == forget_class
     recalls = {name: 100 * of_probe.double().mean().item() for name, of_probe in found.items()}
     return recalls, 100 * is_right[~is_forget].double().mean().item()

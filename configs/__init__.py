@@ -103,9 +103,11 @@ class Config:
             if name not in METHODS:
                 raise ValueError(f"eval.hyperparameters.{name} is not a method: valid are {', '.join(METHODS)}")
         for name in self.eval.method_names:
-            key, values, method = f"eval.hyperparameters.{name}", given.get(name, {}), METHODS[name]
+            key, method = f"eval.hyperparameters.{name}", METHODS[name]
+            values = given.get(name, {})
             hints = method.hyperparameters
-            if not method.required <= set(values) <= set(hints):
+            needed = {each for each, parameter in method.parameters.items() if parameter.default is parameter.empty}
+            if not needed <= set(values) <= set(hints):
                 must, has = (", ".join(names) or "none" for names in (hints, values))
                 raise ValueError(f"{key} must have values of {must}, not of {has}")
             for each, value in values.items():
@@ -123,7 +125,8 @@ class Config:
     def forget_digits(self) -> list[int]:
         """The labels of the classes to forget. Raises ValueError where one is not there."""
         names = self.source.class_names
-        labels = {str(name): label for each in (range(len(names)), names) for label, name in enumerate(each)}
+        labels = {str(label): label for label in range(len(names))}
+        labels |= {name: label for label, name in enumerate(names)}
         given = [str(each) for each in self.sweep.forget_digits]
         if odd := [each for each in given if each not in labels]:
             valid = f"from 0 to {len(names) - 1} or of {shown(names)}"

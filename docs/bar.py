@@ -1,29 +1,27 @@
 """How well the bar of an erasure is known beforehand, for thirty classes, and what knowing it would bring.
 
-Run it with `uv run docs/bar.py`; it writes docs/bar.md. The truth, a classifier retrained without the class, is trained
-here alone.
+Run it with `uv run docs/bar.py`; it writes docs/bar.md; with overrides of the config it prints the tables alone. The
+truth, a classifier retrained without the class, is trained here alone.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
+from build import ROOT, write_block
 from torch import Tensor
 
-from mimu.audits.predictions import look_at
+from mimu.audits.predictions import predictions_of
 from mimu.audits.probes import probe_scores
-from mimu.configs import Config, load_config
+from mimu.configs import load_config
 from mimu.data import ImageData, load_image_data, some_of_every_class
 from mimu.masking.regression import ridge_recall
 from mimu.methods.erasing import Erasing, RidgeProbe, erased, nearest
 from mimu.networks.hooked import HookedClassifier
 from mimu.reporter import markdown_table
 from mimu.trainer import Trainer
-
-ROOT = Path(__file__).resolve().parents[1]
 
 SEEDS = (0, 1, 2)
 
@@ -34,18 +32,19 @@ def found_by(probe: RidgeProbe, features: Tensor, labels: Tensor, classes: int) 
     return recall, probe(features, labels).item()
 
 
-def judged(model: HookedClassifier, data: ImageData, label: int, config: Config, seed: int) -> Tensor:
+def judged(model: HookedClassifier, data: ImageData, label: int, seed: int) -> Tensor:
     """Percent of a class's test samples that a linear probe finds, and the retain score, (2)."""
-    test = look_at(model, data.test)
-    recalls, _ = probe_scores(look_at(model, data.train), test, label, config.audit, seed)
+    test = predictions_of(model, data.test)
+    recalls, _ = probe_scores(predictions_of(model, data.train), test, label, seed)
     return torch.tensor([recalls["linear"], 100 * test.correct[test.labels != label].mean()])
 
 
-def measured(overrides: list[str]) -> Iterator[tuple[str, list[tuple[float, float]], Tensor]]:
-    """Of every seed and class: the retrained classifier's, the pixels', untrained features', and the original's.
+def measured(overrides: list[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of every seed and class: what a regression finds in four representations, and what erasing leaves.
 
-    And what erasing leaves (`judged`, against the retrained classifier), with the bar of untrained features, and with
-    that of the retrained classifier, (2, 2).
+    The first, recall and R^2 (4, 2), of the retrained classifier, the pixels, untrained features, and the original; the
+    second, `judged` against the retrained classifier (2, 2), with the bar of untrained features, and with that of the
+    retrained classifier.
     """
     config, erasing = load_config(overrides=overrides), Erasing.configured()
     data = load_image_data(config.dataset, ROOT / "datasets", "cpu")
@@ -57,47 +56,62 @@ def measured(overrides: list[str]) -> Iterator[tuple[str, list[tuple[float, floa
             trainer = Trainer(config.classifier, seed + 1_000_000, config.source.size)
             retrained = trainer.train(data.train.retain(label), classes)
             with torch.no_grad():
-                after, before = (model.features(samples.images) for model in (retrained, original))
+                before, after = original.features(samples.images), retrained.features(samples.images)
             probe = RidgeProbe(nearest(before, samples.labels, label, erasing.rivals), erasing.ridge)
             untrained = erasing.untrained_features(samples.images, before.shape[1], seed)
-            of = (after, samples.images.flatten(1), untrained, before)
-            name = f"{seed}, {data.class_names[label]}"
-            figures, left = [found_by(probe, each, samples.labels, classes) for each in of], []
-            for bar in (None, figures[0][1]):
+            features = [after, samples.images.flatten(1), untrained, before]
+            found = [found_by(probe, each, samples.labels, classes) for each in features]
+            _, of_retrained = found[0]
+            left = []
+            for bar in (None, of_retrained):
                 mask = erased(original, data.train, label, erasing, seed, bar=bar)
                 with mask.applied_to(original):
-                    left.append(judged(original, data, label, config, seed))
-            yield name, figures, torch.stack(left) - judged(retrained, data, label, config, seed)
+                    left.append(judged(original, data, label, seed))
+            name = f"{seed}, {data.class_names[label]}"
+            of_erasing = torch.stack(left) - judged(retrained, data, label, seed)
+            yield name, torch.tensor(found, dtype=torch.double), of_erasing
 
 
-def main(overrides: list[str]) -> None:
+def shown(values: Tensor, spec: str) -> list[str]:
+    return [f"{value:{spec}}" for value in values.tolist()]
+
+
+def tables_of(measured: Iterator[tuple[str, Tensor, Tensor]]) -> str:
     rows, found, left = [], [], []
-    for name, figures, of_masks in measured(overrides):
-        rows.append([name, *(f"{recall:.1f}" for recall, _ in figures), *(f"{r2:.2f}" for _, r2 in figures)])
+    for name, figures, of_masks in measured:
+        rows.append([name] + shown(figures[:, 0], ".1f") + shown(figures[:, 1], ".2f"))
         found.append(figures)
         left.append(of_masks)
-    figures = torch.tensor(found, dtype=torch.double)  # (seeds and classes, 4, 2)
+    figures = torch.stack(found)  # (seeds and classes, 4, 2)
     # What the classifier that another seed retrained would say: no estimate can be expected to come nearer.
     another = figures[:, 0].roll(len(figures) // len(SEEDS), 0)
     errors = torch.cat([another[:, None], figures[:, 1:]], 1) - figures[:, :1]
     for name, values in (("mean error", errors.mean(0)), ("mean absolute error", errors.abs().mean(0))):
-        rows.append([name, *(f"{v:+.1f}" for v in values[:, 0]), *(f"{v:+.3f}" for v in values[:, 1])])
+        rows.append([name] + shown(values[:, 0], "+.1f") + shown(values[:, 1], "+.3f"))
     of = ("retrained", "pixels", "untrained", "original")
-    header = ["seed, class", *(f"recall, %, {each}" for each in of), *(f"R^2, {each}" for each in of)]
-    said = f"`{' '.join(['uv run docs/bar.py', *map(repr, overrides)])}`"
-    title = f"# What a regression finds of a class that was never trained on, and what estimates it: {said}"
-    note = "The errors under `retrained` are those of the classifier that another seed retrained."
+    header = ["seed, class"] + [f"recall, %, {each}" for each in of] + [f"R^2, {each}" for each in of]
+
     masks = torch.stack(left)  # (seeds and classes, 2, 2)
-    (excess, gap), spread = masks.mean(0).T, masks[..., 0].std(0)
-    erasures = [
-        [name, f"{excess[of]:+.1f}", f"{spread[of]:.1f}", f"{gap[of]:+.2f}"]
-        for of, name in enumerate(("of untrained features", "of the retrained classifier"))
-    ]
-    what = "What erasing leaves with either bar: the linear probe and the retain score against retraining, test split."
+    means, spreads = masks.mean(0), masks.std(0)
+    erasures = []
+    for bar, name in enumerate(("of untrained features", "of the retrained classifier")):
+        excess, gap = means[bar].tolist()
+        erasures.append([name, f"{excess:+.1f}", f"{spreads[bar, 0]:.1f}", f"{gap:+.2f}"])
     of_erasures = ["bar", "probe, points", "standard deviation over classes", "retain score, points"]
-    tables = markdown_table(header, rows, texts=1), what, markdown_table(of_erasures, erasures, texts=1)
-    (ROOT / "docs" / "bar.md").write_text("\n\n".join([title, note, *tables]) + "\n")
-    print("\n".join(" ".join(row) for row in [*rows[-2:], *erasures]))
+    parts = [
+        "The errors under `retrained` are those of the classifier that another seed retrained.",
+        markdown_table(header, rows),
+        "What erasing leaves with either bar: the linear probe and the retain score against retraining, test split.",
+        markdown_table(of_erasures, erasures),
+    ]
+    return "\n\n".join(parts)
+
+
+def main(overrides: list[str]) -> None:
+    tables = tables_of(measured(overrides))
+    print(tables)
+    if not overrides:
+        write_block("bar", tables)
 
 
 if __name__ == "__main__":

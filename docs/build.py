@@ -1,69 +1,214 @@
-"""Measures what the pages show, and writes it between their marks: `<!-- name -->` and `<!-- /name -->`.
+"""Measures what the pages show, and writes it between their marks: `<!-- name: digest -->` and `<!-- /name -->`.
 
-`uv run docs/build.py` measures everything, in more than an hour and with Fashion-MNIST; with names, as in
-`uv run docs/build.py ablation performance`, it measures those. Every measurement removes first what runs have made.
+The digest is of all that decides the figures: the settings, the code, and the pretrained GCN where one is taken.
+`uv run docs/build.py` measures every block that is stale, whose digest is not today's, one after the other; stopped, it
+goes on from there. All of them take hours, Fashion-MNIST and CIFAR-10; the first two train the tracked GCNs anew, in
+their places. With names, as in `uv run docs/build.py ablation few`, it measures those in any case. With `--stale` it
+measures nothing, and says which blocks are stale; its exit status is 1 where one is.
 """
 
 from __future__ import annotations
 
+import argparse
+import ast
+import hashlib
+import inspect
 import json
+import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
+import yaml
 from matplotlib import pyplot as plt
 
-from mimu.reporter import RETAIN_GAP, markdown_table, method_styles
+from mimu.configs import Config, load_variants
+from mimu.main import CODE, TRAINING_CODE
+from mimu.masking.rankings import pretrained_for
+from mimu.reporter import FORGET_SCORE, RETAIN_GAP, RETAIN_SCORE, SECONDS, markdown_table, method_styles
+from mimu.runs.command_line import parse_arguments
+from mimu.runs.files import PACKAGE, digest, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-
 REPORTS, DOCS = ROOT / "reports", ROOT / "docs"
-PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
-ON_TWO = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+ON_TWO = "torchrun --nproc-per-node 2 main.py"
+SHORT = ("method", FORGET_SCORE.name, RETAIN_SCORE.name, RETAIN_GAP.name, SECONDS.name)  # columns
 LOOKS = {"one look": 1, "looks at every fourth step": 3, "looks at every step": 12}  # variants of configs/few.yaml
-THREE_CLASSIFIERS = "sweep.seeds=[0, 1, 2]"
 
 
-def write_block(name: str, content: str) -> None:
-    """Writes to the page that has the marks. Raises ValueError where not exactly one has them."""
-    block = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
-    found = [page for page in PAGES if block.search(page.read_text())]
+class Measurement(NamedTuple):
+    """What a block shows, and what decides its figures.
+
+    content: runs the commands, and returns the text; None where they write the block themselves
+    commands: as one types them after `uv run`; of one with --fresh, which reuses nothing, the block says what it took
+    settings: commands of main.py, or candidates of docs/tune.py, whose settings decide; none named: those of `commands`
+    code: which files of the project decide, beside the scripts of the commands
+    """
+
+    content: Callable[[Sequence[str]], str | None]
+    commands: Sequence[str]
+    settings: Sequence[str] = ()
+    code: Sequence[str] = CODE
+
+    def sources(self) -> dict[str, str]:
+        """File to the digest of its code, as this process first read it, for all files that figures may depend on."""
+        found = {}
+        scripts = [word for word in " ".join(self.commands).split() if word.endswith(".py")]
+        for pattern in [*self.code, *scripts]:
+            for path in ROOT.glob(pattern):
+                found[path.relative_to(ROOT).as_posix()] = code_digest(path)
+        found.pop("reporter.py", None)  # no number depends on it
+        return found
+
+
+class Block(NamedTuple):
+    """Where a block stands, the digest of what made it, its content, and all of it with its marks."""
+
+    page: Path
+    made_by: str
+    content: str
+    marked: str
+
+
+def block(name: str) -> Block:
+    """Finds a block by its marks. Raises ValueError where they do not stand once, on one page."""
+    marks = re.compile(rf"<!-- {re.escape(name)}: (\w+) -->\n(.*?)<!-- /{re.escape(name)} -->", re.DOTALL)
+    found = []
+    for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
+        found += [Block(page, match[1], match[2], match[0]) for match in marks.finditer(page.read_text())]
     if len(found) != 1:
-        raise ValueError(f"block {name!r} must stand on one page, not on {len(found)}")
-    text = block.sub(lambda match: f"{match[1]}{content.strip()}\n{match[2]}", found[0].read_text())
-    found[0].write_text(text)
+        raise ValueError(f"block {name}: its marks with a digest must stand once on the pages, not {len(found)} times")
+    return found[0]
 
 
-def python(*arguments: str) -> float:
-    """Runs Python in the project, and returns the seconds that it took."""
+def write_block(name: str, content: str, made_by: str | None = None) -> None:
+    """Writes what was measured, and the digest of what made it: today's where none is given."""
+    written = block(name)
+    marked = f"<!-- {name}: {made_by or today(name)} -->\n{content.strip()}\n<!-- /{name} -->"
+    write_text(written.page, written.page.read_text().replace(written.marked, marked))
+
+
+def today(name: str) -> str:
+    """The digest of all that decides the figures of a block."""
+    measured, settings = MEASUREMENTS[name], []
+    for each in measured.settings or measured.commands:
+        if each.startswith("docs/tuning"):
+            settings.append(all_of_tuning(Path(each).stem))
+        elif "main.py" in each:
+            settings.append(settings_of(each))
+    function = without_words(inspect.getsource(measured.content))
+    return digest([measured.commands, settings, function, measured.sources()])[:8]
+
+
+def is_stale(name: str) -> bool:
+    """Whether something else decided the figures of a block than what decides them today."""
+    return block(name).made_by != today(name)
+
+
+def measure(name: str) -> None:
+    """Runs what a block needs, and writes it."""
+    made_by = today(name)  # before, so that what is changed meanwhile leaves the block stale
+    content = MEASUREMENTS[name].content(MEASUREMENTS[name].commands)
+    if content is not None:
+        write_block(name, content, made_by)
+
+
+def settings_of(command: str) -> dict[str, Any]:
+    """The settings of a command of main.py that figures depend on, by the names of its variants.
+
+    Data sets that overrides name are left out, since they need not be there.
+    """
+    parsed, found = arguments_of(command), {}
+    overrides = [each for each in parsed.overrides if not each.startswith("dataset=")]
+    for name, config in load_variants(ROOT / parsed.config, overrides).items():
+        settings = asdict(config) | {"eval": config.eval.decisive()}
+        del settings["report"]
+        if not config.audit.enabled:
+            del settings["audit"]
+        if config.gcn.pretrained:
+            settings["pretrained"] = hashlib.sha256(tracked_gcn(config).read_bytes()).hexdigest()
+        found[name] = settings
+    return found
+
+
+def tuning_settings(name: str) -> dict[str, Any]:
+    """What docs/<name>.yaml says, the rest as in the file that it is `like`."""
+    own = yaml.safe_load((DOCS / f"{name}.yaml").read_text())
+    if "like" not in own:
+        return own
+    base = tuning_settings(f"tuning_{own.pop('like')}")
+    return base | own | {"candidates": base["candidates"] | own.get("candidates", {})}
+
+
+def all_of_tuning(name: str) -> list[Any]:
+    """The settings of a tuning, and of the config all but the hyperparameters that it tries, which it is to choose."""
+    tuning = tuning_settings(name)
+    methods = ", ".join(sorted({"mimu", *tuning["candidates"]}))
+    overrides = ["gcn.pretrained=true", "audit.enabled=true", f"eval.methods=[{methods}]"]
+    config = settings_of(shlex.join(["main.py", *overrides, *tuning.get("overrides", [])]))[""]
+    for method, rounds in tuning["candidates"].items():
+        for grid in rounds:
+            for hyperparameter in grid:
+                config["eval"]["hyperparameters"][method].pop(hyperparameter, None)
+    return [tuning, config]
+
+
+def arguments_of(command: str) -> argparse.Namespace:
+    """The options and overrides of a command of main.py."""
+    return parse_arguments(shlex.split(command.partition("main.py")[2]))
+
+
+def tracked_gcn(config: Config) -> Path:
+    return ROOT / pretrained_for(config.masked_shapes).relative_to(PACKAGE)
+
+
+@cache
+def code_digest(path: Path) -> str:
+    return digest(without_words(path.read_text()))
+
+
+class WithoutDocstrings(ast.NodeTransformer):
+    """Takes what stands for itself and does nothing out of code."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) else node
+
+
+def without_words(code: str) -> str:
+    """Code without docstrings, comments and line breaks of its own."""
+    return ast.unparse(WithoutDocstrings().visit(ast.parse(code)))  # unlike ast.dump the same in Python 3.11 and 3.13
+
+
+def python(command: str) -> float:
+    """Runs a command in the project, and returns the seconds that it took."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
+    words = shlex.split(command.replace("torchrun", "-m torch.distributed.run", 1))
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
     return time.perf_counter() - started
 
 
-def run(config: str, *overrides: str, on_two: bool = False, is_clean: bool = True) -> str:
-    """Runs a config, by one process or by two; returns what to say of it: the command, the seconds and the memory."""
-    if is_clean:
-        subprocess.run(["bash", "clean.sh"], cwd=ROOT, check=True)
-    path = f"configs/{config}.yaml"
-    python(*(ON_TWO if on_two else ()), "main.py", "--config", path, *overrides)
-    figures = json.loads((REPORTS / "run.json").read_text())
-    start = "torchrun --nproc-per-node 2 main.py" if on_two else "main.py"
-    command = " ".join([start, "--config", path, *(f"'{each}'" for each in overrides)])
-    memory = f"{figures['peak_bytes'] / 1e9:.1f} GB{' a process' if on_two else ''}"
-    return f"`uv run {command}`, {figures['total_seconds']:.0f} s, {memory}"
+def figures() -> dict[str, Any]:
+    """What the last run took."""
+    return json.loads((REPORTS / "run.json").read_text())
 
 
-def experiments() -> Iterator[dict[str, Any]]:
-    """The JSON of every experiment that is there."""
-    for path in (ROOT / "eval" / "Metrics and Plots" / "metrics").glob("*.json"):
-        yield json.loads(path.read_text())
+def run(command: str) -> str:
+    """Runs main.py, and returns what to say of it: the command, and of a fresh run the seconds and the memory."""
+    python(command)
+    said = f"`uv run {command.replace(' --fresh', '')}`"
+    if "--fresh" not in command:
+        return said
+    memory = f"{figures()['peak_bytes'] / 1e9:.1f} GB{' a process' if ON_TWO in command else ''}"
+    return f"{said}, {figures()['total_seconds']:.0f} s, {memory}"
 
 
 def take_pictures(**names: str) -> None:
@@ -80,97 +225,31 @@ def section(heading: str) -> list[str]:
     return rest.partition("\n## ")[0].strip().split("\n\n")
 
 
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
 def cells(table: str) -> list[list[str]]:
     """The header and the rows of a table."""
-    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
-    return [header, *rows]
+    lines = table.strip().splitlines()
+    return [cells_of(line) for line in lines[:1] + lines[2:]]
 
 
-def rows_of(table: str, *methods: str) -> str:
+def rows_of(table: str, methods: Sequence[str]) -> str:
     """The table with the rows of these methods alone."""
     header, *rows = cells(table)
     return markdown_table(header, [row for row in rows if row[0] in methods])
 
 
-def columns_of(table: str, *columns: str) -> str:
+def columns_of(table: str, columns: Sequence[str]) -> str:
     """The table with these columns alone."""
     header, *rows = cells(table)
-    indices = [header.index(column) for column in columns]
-    return markdown_table(columns, [[row[index] for index in indices] for row in rows])
+    places = [header.index(column) for column in columns]
 
+    def chosen(row: list[str]) -> list[str]:
+        return [row[place] for place in places]
 
-def all_digits() -> dict[str, str]:
-    """The table of the README, and the tables of its page."""
-    said = run("all_digits")
-    take_pictures(summary="summary_all_digits")
-    about, methods, *worst = section("Every method, kappa = auto")
-    _, efficacy = section("Mask efficacy, K = 2048")
-    (kappas,) = section("Every kappa")
-    about = f"Ten digits, three classifiers (mean ± standard deviation over them), test split. {about} {said}"
-    gcn = fmean(experiment["seconds"]["gcn"] for experiment in experiments())
-    gap = "retain score against retrain, points"
-    first = columns_of(methods, "method", "forget score, %", "retain score, %", gap, "seconds a request")
-    page = [
-        f"{about}.",
-        methods,
-        *worst,
-        "Mask efficacy: only K = 2048 weights of the layer kept, scores on the class.",
-        efficacy,
-        "Every kappa:",
-        rows_of(kappas, "mimu", "saliency"),
-    ]
-    return {
-        "headline": f"{about}; training the GCN takes {gcn:.0f} s of it for each classifier.\n\n{first}",
-        "all_digits": "\n\n".join(page),
-    }
-
-
-def default() -> dict[str, str]:
-    run("config")
-    take_pictures(score_forget_set="score_forget_set", score_retain_set="score_retain_set")
-    figures = json.loads((REPORTS / "run.json").read_text())
-    (score,) = figures["classifier_test_scores"].values()
-    rows = [
-        ["`uv run main.py`, wall time, s", f"{figures['total_seconds']:.0f}"],
-        ["the same again, nothing left to do, s", f"{python('main.py'):.1f}"],
-        ["`uv run main.py`, peak memory, GB", f"{figures['peak_bytes'] / 1e9:.1f}"],
-        ["its classifier, test score over ten digits, %", f"{score:.2f}"],
-        ["`uv run pytest`, wall time, s", f"{python('-m', 'pytest', '-q'):.0f}"],
-        ["`uv run pytest -m faults`, wall time, s", f"{python('-m', 'pytest', '-q', '-m', 'faults'):.0f}"],
-    ]
-    return {"default": markdown_table(["what", "measured"], rows)}
-
-
-def published() -> dict[str, str]:
-    run("published")
-    (kappas,) = section("Every kappa")
-    table = columns_of(rows_of(kappas, "mimu"), "kappa", "forget score, %", "retain score, %")
-    return {"published": table}
-
-
-def full_model() -> dict[str, str]:
-    said = run("full_model")
-    about, methods, _, layers = section("Every method, kappa = auto")
-    return {"full_model": "\n\n".join([f"Digit 9, test split. {about} {said}.", methods, layers])}
-
-
-def cifar10() -> dict[str, str]:
-    said = run("cifar10", "dataset=cifar10-images", on_two=True)
-    methods, gap = section("Every method, kappa = auto")[1], "retain score against retrain, points"
-    table = columns_of(methods, "method", "forget score, %", "retain score, %", gap, "seconds a request")
-    return {"cifar10": f"{table}\n\n{said}."}
-
-
-def variants(config: str, has_picture: bool = True) -> Callable[[], dict[str, str]]:
-    """The tables of the variants of a config, and their picture."""
-
-    def measure() -> dict[str, str]:
-        said = run(config, on_two=True)
-        if has_picture:
-            take_pictures(variants=config)
-        return {config: f"{variant_tables()}\n\n{said}."}
-
-    return measure
+    return markdown_table(columns, map(chosen, rows))
 
 
 def variant_tables() -> str:
@@ -178,71 +257,159 @@ def variant_tables() -> str:
     return (REPORTS / "variants.md").read_text().partition("\n\n")[2].strip()
 
 
-def baselines() -> dict[str, str]:
+def by_script(commands: Sequence[str]) -> None:
+    """A script writes its block itself."""
+    python(commands[0])
+
+
+def pretrained(commands: Sequence[str]) -> str:
+    """What training a pretrained GCN takes; it takes the place of the tracked one."""
+    subprocess.run(["bash", "clean.sh"], cwd=ROOT, check=True)
+    seconds = python(commands[0])
+    config = next(iter(load_variants(ROOT / commands[0].split()[1]).values()))
+    return f"It takes {seconds:.0f} s and {tracked_gcn(config).stat().st_size / 1000:.0f} KB."
+
+
+def two_processes(commands: Sequence[str]) -> str:
+    return f"On the same two cores: {run(commands[0])}."
+
+
+def about_all_digits(commands: Sequence[str]) -> str:
+    said = run(commands[0])
+    about = section("Every method, kappa = auto")[0]
+    return f"Ten digits, three classifiers (mean ± standard deviation over them), test split. {about} {said}"
+
+
+def headline(commands: Sequence[str]) -> str:
+    """The table of the README."""
+    about = about_all_digits(commands)
+    take_pictures(summary="summary_all_digits")
+    gcn = [seconds for stage, seconds in figures()["seconds"].items() if stage.startswith("masking GCN")]
+    table = columns_of(section("Every method, kappa = auto")[1], SHORT)
+    return f"{about}; training the GCN takes {fmean(gcn):.0f} s of it for each classifier.\n\n{table}"
+
+
+def all_digits(commands: Sequence[str]) -> str:
+    parts = [f"{about_all_digits(commands)}.", *section("Every method, kappa = auto")[1:]]
+    parts += ["Mask efficacy: only K = 2048 weights of the layer kept, scores on the class."]
+    parts += [section("Mask efficacy, K = 2048")[1]]
+    parts += ["Every kappa:", rows_of(section("Every kappa")[0], ["mimu", "saliency"])]
+    return "\n\n".join(parts)
+
+
+def default(commands: Sequence[str]) -> str:
+    fresh, again, tests, faults = commands
+    run(fresh)
+    take_pictures(score_forget_set="score_forget_set", score_retain_set="score_retain_set")
+    took = figures()
+    rows = [
+        ["`uv run main.py`, wall time, s", f"{took['total_seconds']:.0f}"],
+        ["the same again, nothing left to do, s", f"{python(again):.1f}"],
+        ["`uv run main.py`, peak memory, GB", f"{took['peak_bytes'] / 1e9:.1f}"],
+        ["its classifier, test score over ten digits, %", f"{fmean(took['classifier_test_scores'].values()):.2f}"],
+        ["`uv run pytest`, wall time, s", f"{python(tests):.0f}"],
+        ["`uv run pytest -m faults`, wall time, s", f"{python(faults):.0f}"],
+    ]
+    return markdown_table(["what", "measured"], rows)
+
+
+def benchmark(commands: Sequence[str]) -> str:
+    done = subprocess.run([sys.executable, commands[0]], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout
+
+
+def full_model(commands: Sequence[str]) -> str:
+    said = run(commands[0])
+    about, methods, _, layers = section("Every method, kappa = auto")
+    return "\n\n".join([f"Digit 9, test split. {about} {said}.", methods, layers])
+
+
+def baselines(commands: Sequence[str]) -> str:
     """Every method beside retraining, on three classifiers; and what one classifier takes, in one process."""
-    one, three = run("baselines"), run("baselines", THREE_CLASSIFIERS, on_two=True)
-    take_pictures(audits="audits", masks="masks", trade_off="trade_off")
+    one, three = map(run, commands)
     parts = [f"One classifier: {one}. Here, three, by two processes with one thread each: {three}."]
+    take_pictures(audits="audits", masks="masks", trade_off="trade_off")
     for heading in ("Distance to retraining", "Audits", "Cost", "The methods"):
         parts += [f"### {heading}", *section(heading)]
-    return {"baselines": "\n\n".join(parts)}
+    return "\n\n".join(parts)
 
 
-def erasure() -> dict[str, str]:
+def published(commands: Sequence[str]) -> str:
+    run(commands[0])
+    columns = ["kappa", FORGET_SCORE.name, RETAIN_SCORE.name]
+    return columns_of(rows_of(section("Every kappa")[0], ["mimu"]), columns)
+
+
+def variants(commands: Sequence[str]) -> str:
+    """The tables of the variants of a config."""
+    said = run(commands[0])
+    return f"{variant_tables()}\n\n{said}."
+
+
+def variants_and_picture(commands: Sequence[str]) -> str:
+    content = variants(commands)
+    take_pictures(variants=arguments_of(commands[0]).config.stem)
+    return content
+
+
+def few(commands: Sequence[str]) -> str:
+    """What few looks and few samples cost."""
+    content = variants(commands)
+    draw_few(variant_tables())
+    return content
+
+
+def cifar10(commands: Sequence[str]) -> str:
+    said = run(commands[0])
+    return f"{columns_of(section('Every method, kappa = auto')[1], SHORT)}\n\n{said}."
+
+
+def erasure(commands: Sequence[str]) -> str:
     """What methods leave in the representation, on three classifiers; and what one classifier takes."""
-    one = run("erasure", on_two=True)
-    more = run("erasure", THREE_CLASSIFIERS, on_two=True, is_clean=False)  # what is there of the first is reused
+    one, three = map(run, commands)
     take_pictures(frontier="frontier")
-    first, second = variant_tables().split("\n\n")
+    scores, representations = variant_tables().split("\n\n")
     parts = [
         "Ten digits, three classifiers (mean ± standard deviation over them), test split; kappa is chosen for each "
         "request on the training split.",
-        first,
+        scores,
         "What is left in the representation: recall of the class by each probe against that of the same probe on the "
         "retrained classifier, points; and the steps of relearning from 1, 10 and 100 samples of every class, at most "
         "100.",
-        second,
-        f"One classifier: {one}. The two others after it: {more}.",
+        representations,
+        f"One classifier: {one}. Here, three: {three}.",
     ]
-    return {"erasure": "\n\n".join(parts)}
-
-
-def few() -> dict[str, str]:
-    """What few looks and few samples cost."""
-    blocks = {}
-    for name, overrides in (("few_fashion", ("dataset=FashionMNIST", "sweep.seeds=[0]")), ("few", ())):
-        said = run("few", *overrides, on_two=True)
-        blocks[name] = f"{variant_tables()}\n\n{said}."
-    draw_few(variant_tables())
-    return blocks
+    return "\n\n".join(parts)
 
 
 def draw_few(table: str) -> None:
     """Draws the retain score over the time of a request, by its looks, and over the samples that it has."""
-    found = {
-        name: [float((cell.split() or "–")[0].replace("–", "nan")) for cell in row] for name, *row in cells(table)[1:]
-    }
+    header, *rows = cells(table)
+    found = {row[0]: row for row in rows}
 
-    def of(variants: Iterable[str], method: str, column: int) -> list[float]:
-        return [found[each if method == "mimu" else f"{each}: {method}"][column] for each in variants]
+    def figure_of(variant: str, method: str, column: str) -> float:
+        row = found[variant if method == "mimu" else f"{variant}: {method}"]
+        mean = row[header.index(column)].partition(" ")[0]
+        return math.nan if mean in ("", "–") else float(mean)
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained", sharey=True)
     methods = "mimu", "saliency", "optimised_mask", "damp", "output_row"
     styles = method_styles(methods)
-    numbers = {n: f"{n} sample{'s' * (n > 1)}" for n in (1, 2, 5, 10, 50, 1000)}
     for method in ("mimu", "saliency"):
-        milliseconds, gaps = [1000 * each for each in of(LOOKS, method, 5)], of(LOOKS, method, 2)
+        milliseconds = [1000 * figure_of(variant, method, SECONDS.name) for variant in LOOKS]
+        gaps = [figure_of(variant, method, RETAIN_GAP.name) for variant in LOOKS]
         left.plot(milliseconds, gaps, label=method, **styles[method])
         for x, y, looks in zip(milliseconds, gaps, LOOKS.values()):
             place = {"xytext": (0, -8), "va": "top"} if looks == 1 else {"xytext": (0, 8), "va": "bottom"}
             left.annotate(str(looks), (x, y), **place, textcoords="offset points", fontsize=8, ha="center")
+    numbers = {n: f"{n} sample{'s' * (n > 1)}" for n in (1, 2, 5, 10, 50, 1000)}
     for method in methods:
-        style = styles[method]
-        gaps, left_of = of(numbers.values(), method, 2), of(numbers.values(), method, 0)
-        right.plot([*numbers], gaps, **style | {"marker": ""})
-        for n, gap, forget in zip(numbers, gaps, left_of):
-            filled = {"fillstyle": "none" if forget > 1 else "full", "label": method if n == 1000 else None}
-            right.plot(n, gap, **style | {"linestyle": "none"} | filled)
+        gaps = [figure_of(variant, method, RETAIN_GAP.name) for variant in numbers.values()]
+        right.plot(list(numbers), gaps, **styles[method] | {"marker": ""})
+        for (n, variant), gap in zip(numbers.items(), gaps):
+            fill = "none" if figure_of(variant, method, FORGET_SCORE.name) > 1 else "full"
+            label = method if n == max(numbers) else None
+            right.plot(n, gap, **styles[method] | {"linestyle": "none", "fillstyle": fill, "label": label})
     left.set(xlim=(0, None), xlabel="a request, ms (numbers: its looks)", ylabel=RETAIN_GAP.name, ylim=(-0.8, 0.3))
     right.set(xscale="log", xlabel="samples of every class (hollow: over 1 % left)")
     right.xaxis.set_major_formatter("{x:g}")
@@ -253,49 +420,77 @@ def draw_few(table: str) -> None:
     figure.savefig(DOCS / "few.png", dpi=150)
 
 
-def pretrain(config: str, file: str) -> Callable[[], dict[str, str]]:
-    """What training a pretrained GCN takes; it takes the place of the tracked one."""
+PRETRAIN, KERNELS = "configs/pretrain.yaml", "configs/pretrain_kernels.yaml"
+ALL_DIGITS, FEW = "--config configs/all_digits.yaml", "--config configs/few.yaml"
+BASELINES, ERASURE = "--config configs/baselines.yaml", "--config configs/erasure.yaml"
+THREE, FASHION = "'sweep.seeds=[0, 1, 2]'", "'dataset=FashionMNIST' 'sweep.seeds=[0]'"
+BY_PRETRAINED = "main.py gcn.pretrained=true"
+ERASING = "main.py audit.enabled=true 'eval.methods=[mimu, erase]'"
+UNLEARN_CODE = [*CODE, "unlearning/*.py"]
 
-    def measure() -> dict[str, str]:
-        subprocess.run(["bash", "clean.sh"], cwd=ROOT, check=True)
-        seconds = python("docs/pretrain.py", f"configs/{config}.yaml")
-        kilobytes = (ROOT / "checkpoints" / "pretrained" / file).stat().st_size / 1000
-        return {config: f"It takes {seconds:.0f} s and {kilobytes:.0f} KB."}
-
-    return measure
-
-
-def two_processes() -> dict[str, str]:
-    """The sweep that `all_digits` measures with one process, by two."""
-    return {"two_processes": f"On the same two cores: {run('all_digits', on_two=True)}."}
-
-
-def benchmark() -> dict[str, str]:
-    done = subprocess.run([sys.executable, "tests/benchmark.py"], cwd=ROOT, check=True, capture_output=True, text=True)
-    return {"benchmark": done.stdout}
-
-
-MEASUREMENTS: dict[str, Callable[[], dict[str, str]]] = {
-    "pretrain": pretrain("pretrain", "gcn.pt"),
-    "pretrain_kernels": pretrain("pretrain_kernels", "kernels.pt"),
-    "cnn": variants("cnn", has_picture=False),
-    "cifar10": cifar10,
-    "transfer": variants("transfer"),
-    "transfer_fashion": variants("transfer_fashion"),
-    "ablation": variants("ablation"),
-    "baselines": baselines,
-    "full_model": full_model,
-    "full_model_ablation": variants("full_model_ablation"),
-    "erasure": erasure,
-    "few": few,
-    "published": published,
-    "all_digits": all_digits,
-    "two_processes": two_processes,
-    "default": default,
-    "benchmark": benchmark,
+# In this order: pretraining decides the figures of the others, and later blocks reuse what earlier ones have run.
+MEASUREMENTS = {
+    "pretrain": Measurement(
+        pretrained, [f"docs/pretrain.py {PRETRAIN}"], [f"main.py --config {PRETRAIN}"], TRAINING_CODE
+    ),
+    "pretrain_kernels": Measurement(
+        pretrained, [f"docs/pretrain.py {KERNELS}"], [f"main.py --config {KERNELS}"], TRAINING_CODE
+    ),
+    "default": Measurement(default, ["main.py --fresh", "main.py", "-m pytest -q", "-m pytest -q -m faults"]),
+    "benchmark": Measurement(benchmark, ["tests/benchmark.py"], ["main.py", BY_PRETRAINED]),
+    "two_processes": Measurement(two_processes, [f"{ON_TWO} --fresh {ALL_DIGITS}"]),
+    "headline": Measurement(headline, [f"main.py --fresh {ALL_DIGITS}"]),
+    "all_digits": Measurement(all_digits, [f"main.py {ALL_DIGITS}"]),
+    "full_model": Measurement(full_model, ["main.py --fresh --config configs/full_model.yaml"]),
+    "full_model_ablation": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/full_model_ablation.yaml"]),
+    "published": Measurement(published, ["main.py --config configs/published.yaml"]),
+    "few_fashion": Measurement(variants, [f"{ON_TWO} {FEW} {FASHION}"]),
+    "few": Measurement(few, [f"{ON_TWO} {FEW}"]),
+    "ablation": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/ablation.yaml"]),
+    "transfer": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/transfer.yaml"]),
+    "transfer_fashion": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/transfer_fashion.yaml"]),
+    "baselines": Measurement(baselines, [f"main.py --fresh {BASELINES}", f"{ON_TWO} --fresh {BASELINES} {THREE}"]),
+    "erasure": Measurement(erasure, [f"{ON_TWO} --fresh {ERASURE}", f"{ON_TWO} {ERASURE} {THREE}"]),
+    "cnn": Measurement(variants, [f"{ON_TWO} --config configs/cnn.yaml"]),
+    "cifar10": Measurement(cifar10, [f"{ON_TWO} --config configs/cifar10.yaml 'dataset=cifar10-images'"]),
+    "own_layers": Measurement(by_script, ["docs/own.py by_layer"], [BY_PRETRAINED], UNLEARN_CODE),
+    "own_several": Measurement(by_script, ["docs/own.py several"], [BY_PRETRAINED], UNLEARN_CODE),
+    "own_networks": Measurement(by_script, ["docs/own.py networks"], [BY_PRETRAINED], UNLEARN_CODE),
+    "bar": Measurement(by_script, ["docs/bar.py"], [ERASING]),
+    "tuning": Measurement(by_script, ["docs/tune.py"], ["docs/tuning.yaml"]),
+    "tuning_erasure": Measurement(by_script, ["docs/tune.py erasure"], ["docs/tuning_erasure.yaml"]),
+    "tuning_cnn": Measurement(by_script, ["docs/tune.py cnn"], ["docs/tuning_cnn.yaml"]),
+    "tuning_resnet": Measurement(by_script, ["docs/tune.py resnet"], ["docs/tuning_resnet.yaml"]),
+    "tuning_cifar10": Measurement(by_script, ["docs/tune.py cifar10"], ["docs/tuning_cifar10.yaml"]),
 }
+for each in MEASUREMENTS.values():
+    each.sources()  # reads the code now, as scripts that import this file run it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1 where blocks are stale, or could not be measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("blocks", nargs="*", help=", ".join(MEASUREMENTS))
+    parser.add_argument("--stale", action="store_true", help="measure nothing, and say which blocks are stale")
+    given = parser.parse_args(arguments)
+    if odd := sorted(set(given.blocks).difference(MEASUREMENTS)):
+        parser.error(f"{odd[0]} is no block: valid are {', '.join(MEASUREMENTS)}")
+    if given.stale:
+        found = [name for name in given.blocks or MEASUREMENTS if is_stale(name)]
+        for name in found:
+            print(f"{block(name).page.relative_to(ROOT)}: {name}")
+        return 1 if found else 0
+    failed = []
+    for name in given.blocks or MEASUREMENTS:
+        if name in given.blocks or is_stale(name):
+            print(f"measuring {name}", flush=True)
+            try:
+                measure(name)
+            except subprocess.CalledProcessError as error:
+                failed.append(f"{name}: {error}")
+    print("\n".join(failed), end="\n" if failed else "")
+    return 1 if failed else 0
+
 
 if __name__ == "__main__":
-    for measurement in sys.argv[1:] or MEASUREMENTS:
-        for name, content in MEASUREMENTS[measurement]().items():
-            write_block(name, content)
+    sys.exit(main())

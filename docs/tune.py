@@ -1,4 +1,4 @@
-"""Tries candidates for the hyperparameters of every method on held-out training samples, and writes docs/tuning.md.
+"""Tries candidates for the hyperparameters of every method on held-out training samples, for docs/tuning.md.
 
 Run it with `uv run docs/tune.py`, or with the names of some methods, the others staying as they are written:
 `uv run docs/tune.py sft scrub`. What it chooses stands in configs/config.yaml (sft) and configs/methods.yaml. A first
@@ -13,15 +13,14 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from build import DOCS, ROOT, block, cells, tuning_settings, write_block
 from torch import nn
 from tqdm import tqdm
 
-from mimu.audits.predictions import Seen, jensen_shannon, look_at
+from mimu.audits.predictions import Predictions, jensen_shannon, predictions_of
 from mimu.audits.probes import probe_scores
 from mimu.configs import load_config
 from mimu.data import GraphGenerator, load_image_data, number_of_weights
@@ -29,9 +28,6 @@ from mimu.eval import Request, answer
 from mimu.masking.rankings import TrainedGCN, pretrained_for
 from mimu.reporter import markdown_table
 from mimu.trainer import Trainer, TrainingError
-
-DOCS = Path(__file__).resolve().parent
-ROOT = DOCS.parent
 
 Values = dict[str, int | float]  # of the hyperparameters of a method
 
@@ -67,26 +63,25 @@ class Tuning:
         ]
         retrained = [answer(request, "retrain").model for request in self.requests]
         self.retrained = [self.seen(model) for model in retrained]
-        self.audit = config.audit
         by_probe = settings.get("by_probe", False)
         self.found = [self.probed(each, model) for each, model in zip(self.requests, retrained)] if by_probe else None
         original = self.seen(classifier)
         scores = [self.scores(original, request.forget_class)[1] for request in self.requests]
         self.smallest_retain = sum(scores) / len(scores) - settings["largest_retain_loss"]
 
-    def seen(self, model: nn.Module) -> Seen:
+    def seen(self, model: nn.Module) -> Predictions:
         """What a classifier does with the held-out samples."""
-        return look_at(model, self.held_out)
+        return predictions_of(model, self.held_out)
 
-    def scores(self, seen: Seen, digit: int) -> tuple[float, float]:
+    def scores(self, seen: Predictions, digit: int) -> tuple[float, float]:
         """Forget and retain score, percent."""
         is_forget = seen.labels == digit
         return 100 * seen.correct[is_forget].mean().item(), 100 * seen.correct[~is_forget].mean().item()
 
     def probed(self, request: Request, model: nn.Module) -> float:
         """Percent of the class's held-out samples that the linear probe finds."""
-        train, digit = look_at(model, request.train), request.forget_class
-        return probe_scores(train, self.seen(model), digit, self.audit, request.seed)[0]["linear"]
+        train, digit = predictions_of(model, request.train), request.forget_class
+        return probe_scores(train, self.seen(model), digit, request.seed)[0]["linear"]
 
     def trial(self, method: str, values: Values) -> Trial:
         """Lets a method with these hyperparameters answer the requests; a candidate that diverges keeps nothing."""
@@ -120,15 +115,6 @@ class Tuning:
         return min(trials, key=rank)
 
 
-def settings_of(name: str) -> dict[str, Any]:
-    """What docs/<name>.yaml says, the rest as in the file that it is `like`."""
-    own = yaml.safe_load((DOCS / f"{name}.yaml").read_text())
-    if "like" not in own:
-        return own
-    base = settings_of(f"tuning_{own.pop('like')}")
-    return base | own | {"candidates": base["candidates"] | own.get("candidates", {})}
-
-
 def candidates(rounds: list[dict[str, list[int | float]]]) -> Iterator[Values]:
     """Every combination of the values of each grid."""
     for grid in rounds:
@@ -142,26 +128,24 @@ def row(method: str, trial: Trial, mark: str) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    named = [f"tuning_{name}" for name in arguments[:1] if (DOCS / f"tuning_{name}.yaml").exists()]
-    name, methods = (named or ["tuning"])[0], arguments[len(named) :]
-    settings, page = settings_of(name), DOCS / f"{name}.md"
-    lines = page.read_text().splitlines()[4:] if page.exists() else []
-    written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    tuning = Tuning(settings)
-    rows = []
+    is_named = bool(arguments) and (DOCS / f"tuning_{arguments[0]}.yaml").exists()
+    name = f"tuning_{arguments[0]}" if is_named else "tuning"
+    methods = arguments[1:] if is_named else arguments
+    settings, before = tuning_settings(name), block(name)
+    tuning, rows = Tuning(settings), []
     for method, rounds in settings["candidates"].items():
         if methods and method not in methods:
-            rows += [cells for cells in written if cells[0] == method]
+            rows += [written for written in cells(before.content)[1:] if written[0] == method]
             continue
         trials = [tuning.trial(method, values) for values in tqdm(list(candidates(rounds)), method, leave=False)]
         best = tuning.best(trials)
-        rows += [row(method, trial, "chosen" if trial is best else "") for trial in trials]
-        print("\n".join(" ".join(each) for each in rows[-len(trials) :]), flush=True)
+        tried = [row(method, trial, "chosen" if trial is best else "") for trial in trials]
+        print("\n".join(map(" ".join, tried)), flush=True)
+        rows += tried
     distance = f"distance to retraining, {'points' if tuning.found else 'bits'}"
     header = ["method", "hyperparameters", "forget score, %", "retain score, %", distance, ""]
-    command = " ".join(["uv run docs/tune.py", *(each.removeprefix("tuning_") for each in named)])
-    title = f"# Every candidate of docs/{name}.yaml, as `{command}` tried it"
-    page.write_text(f"{title}\n\n{markdown_table(header, rows, texts=2)}\n")
+    table = markdown_table(header, rows, texts=2)
+    write_block(name, table, before.made_by if methods else None)  # some rows are no newer than they were
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from mimu.masking.regression import explained_variance, standardised
 from mimu.methods.controls import further
 from mimu.methods.projections import residual
 from mimu.networks.hooked import HookedClassifier
-from mimu.networks.masks import LowRank, Mask
+from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.files import InputError
 from mimu.trainer import check_finite
 
@@ -77,19 +77,23 @@ def nearest(features: Tensor, labels: Tensor, label: int, count: int) -> list[in
     return classes[distances.argsort()[: 1 + count]].tolist()
 
 
-def edited(classifier: HookedClassifier, edits: Mapping[int, LowRank], start: Mask | None) -> Mask | None:
+def taking(weight: Tensor, left: Tensor, right: Tensor) -> LayerMask:
+    """What takes directions from a layer and switches nothing off."""
+    return LayerMask(torch.ones_like(weight), left, right)
+
+
+def together(start: Mask | None, edits: Mapping[int, LayerMask]) -> Mask | None:
     """The mask that takes directions from layers, by their indices, beside what a mask to start with does."""
     if not edits:
         return start
-    keep = [torch.ones(classifier.shapes[index]).to(edit.left) for index, edit in edits.items()]
-    mask = Mask(tuple(edits), tuple(keep), edits=tuple(edits.values()))
+    mask = Mask(dict(edits))
     return start & mask if start else mask
 
 
 @torch.no_grad()
 def projections(
     classifier: HookedClassifier, samples: Split, label: int, start: Mask | None = None
-) -> dict[int, LowRank]:
+) -> dict[int, LayerMask]:
     """What of each layer reads the class: W u u^T, u what of the class's mean input the other classes' do not span.
 
     After Hatami et al. 2026, arXiv:2604.15166; here layer after layer, each on what those before it give without
@@ -105,23 +109,24 @@ def projections(
         )
     classes = samples.labels.unique()
     place = classes.tolist().index(label)
-    found: dict[int, LowRank] = {}
+    found: dict[int, LayerMask] = {}
     activations = samples.images  # which the network can begin with, and before which layers
     first = None
     for index in trace.maskable:
-        mask = edited(classifier, found, start)
+        mask = together(start, found)
         with mask.applied_to(classifier) if mask else nullcontext():
-            weight = classifier.layers[index].weight.flatten(1)
+            layer = classifier.layers[index]
+            weight = layer.weight.flatten(1)
             if index == last:
                 is_row = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
-                found[index] = LowRank(is_row, weight[label][:, None].clone())
+                found[index] = taking(layer.weight, is_row, weight[label][:, None].clone())
             else:
                 activations = classifier.prefix_activations([index], activations, first)
                 first = [index]
                 x = classifier.mean_inputs(index, activations, first)
                 means = torch.stack([x[samples.labels == each].mean(0, dtype=torch.double) for each in classes])
                 u = F.normalize(residual(means, place), dim=0).to(x)[:, None]
-                found[index] = LowRank(weight @ u, u)
+                found[index] = taking(layer.weight, weight @ u, u)
     return found
 
 
@@ -185,7 +190,7 @@ def erased(
     about = {"desc": f"class {label}", "unit": "step", "delay": 1, "leave": False}
     for step in tqdm(range(config.steps), **about, disable=None if progress else True):
         chosen = samples[drawn(samples.labels, config.group_size, generator)]
-        weights = edited(classifier, edits, start).weights(classifier)
+        weights = together(start, edits).weights(classifier)
         under_mask = {layer: weight[None] for layer, weight in weights.items()}
         # Of the one mask there is.
         (features,), (logits,) = classifier.outputs(chosen.images, weights=under_mask)
@@ -198,8 +203,8 @@ def erased(
         loss.backward()
         optimizer.step()
         schedule.step()
-    done = {index: LowRank(edit.left.detach(), edit.right.detach()) for index, edit in edits.items()}
-    return edited(classifier, done, start)
+    done = {index: LayerMask(*map(torch.detach, edit)) for index, edit in edits.items()}
+    return together(start, done)
 
 
 @further("erase", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,36 @@ from torch import Tensor, nn
 from mimu.data import Count, NonNegative, Positive, Share, Split, mean_squared_gradient, seeded
 from mimu.eval import Request
 from mimu.methods.controls import further
-from mimu.networks.hooked import HookedClassifier, LayerRecord
+from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import Mask
 from mimu.trainer import check_finite, forgetting_loss, learn, masked_weights, other_labels
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How long and how fast a classifier is trained further."""
+
+    epochs: Count
+    batch_size: Count
+    learning_rate: Positive
+
+    def train(
+        self,
+        classifier: nn.Module,
+        samples: Split,
+        generator: torch.Generator,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        trainable: list[Tensor] | None = None,
+    ) -> nn.Module:
+        """Trains a classifier in place, as `learn` does, by SGD with momentum if by nothing else, and returns it."""
+        optimizer = optimizer or torch.optim.SGD(classifier.parameters(), self.learning_rate, momentum=0.9)
+        return learn(classifier, samples, self.epochs, self.batch_size, optimizer, generator, loss, trainable)
+
+
+def draws(request: Request, name: str) -> torch.Generator:
+    """The random draws of a method."""
+    return seeded(name, request.seed, request.forget_class)
 
 
 def joined(*splits: Split) -> Split:
@@ -27,8 +55,14 @@ def random_part(split: Split, share: Share, generator: torch.Generator) -> Split
 
 def with_random_labels(request: Request) -> Split:
     """The forget class's training samples, each labelled as a random other class."""
-    forget, generator = request.forget, seeded("random labels", request.seed, request.forget_class)
+    forget, generator = request.forget, draws(request, "random labels")
     return Split(forget.images, other_labels(forget.labels, request.graphs.num_classes, generator))
+
+
+@torch.no_grad()
+def targets(teacher: nn.Module, images: Tensor) -> Tensor:
+    """The logits of a classifier that is not trained."""
+    return teacher(images)
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
@@ -36,40 +70,33 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True)
 
 
-def sgd(classifier: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(classifier.parameters(), learning_rate, momentum=0.9)
-
-
 @further("fine_tune", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="retain set")
-def fine_tune(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
+def fine_tune(request: Request, *, config: FineTuning) -> nn.Module:
     """Fine-tuning on the retain set alone (SGD with momentum): the class fades as it is no longer seen."""
-    classifier, generator = request.classifier, seeded("fine_tune", request.seed, request.forget_class)
-    return learn(classifier, request.retain, epochs, batch_size, sgd(classifier, learning_rate), generator)
+    return config.train(request.classifier, request.retain, draws(request, "fine_tune"))
 
 
 @further("random_labels", paper="Graves et al. 2021, arXiv:2010.10981")
-def random_labels(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
+def random_labels(request: Request, *, config: FineTuning) -> nn.Module:
     """Fine-tuning of the whole network (SGD with momentum) on the retain set and the relabelled forget set together."""
-    classifier, generator = request.classifier, seeded("random_labels", request.seed, request.forget_class)
     samples = joined(request.retain, with_random_labels(request))
-    return learn(classifier, samples, epochs, batch_size, sgd(classifier, learning_rate), generator)
+    return config.train(request.classifier, samples, draws(request, "random_labels"))
 
 
 @further("gradient_ascent", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="forget set")
-def gradient_ascent(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
+def gradient_ascent(request: Request, *, config: FineTuning) -> nn.Module:
     """Negative gradient: ascent of the cross entropy on the forget set (SGD)."""
-    classifier, generator = request.classifier, seeded("gradient_ascent", request.seed, request.forget_class)
-    optimizer = torch.optim.SGD(classifier.parameters(), learning_rate, maximize=True)
-    return learn(classifier, request.forget, epochs, batch_size, optimizer, generator)
+    classifier = request.classifier
+    ascent = torch.optim.SGD(classifier.parameters(), config.learning_rate, maximize=True)
+    return config.train(classifier, request.forget, draws(request, "gradient_ascent"), optimizer=ascent)
 
 
 @further("neg_grad_plus", paper="Kurmanji et al. 2023, arXiv:2302.09880")
-def neg_grad_plus(
-    request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive, retain_weight: Share
-) -> nn.Module:
+def neg_grad_plus(request: Request, *, config: FineTuning, retain_weight: Share) -> nn.Module:
     """NegGrad+: descent on the retain set and ascent on the forget set in one loss, a L_retain - (1 - a) L_forget."""
-    classifier, generator = request.classifier, seeded("neg_grad_plus", request.seed, request.forget_class)
-    forget = request.forget.batches(batch_size, generator)
+    classifier = request.classifier
+    generator = draws(request, "neg_grad_plus")
+    forget = request.forget.batches(config.batch_size, generator)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         batch = next(forget)
@@ -77,19 +104,20 @@ def neg_grad_plus(
         on_forget = F.cross_entropy(classifier(batch.images), batch.labels)
         return retain_weight * on_retain - (1 - retain_weight) * on_forget
 
-    return learn(classifier, request.retain, epochs, batch_size, sgd(classifier, learning_rate), generator, loss)
+    return config.train(classifier, request.retain, generator, loss)
 
 
 def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tensor]:
     """The diagonal Fisher information E[(dL/dw)^2] of every weight, as of the matrix of its layer, (m, n) each."""
     layers = range(len(classifier.layers))
-    means, at_once = [0.0 for _ in layers], classifier.recorded_at_once(layers)
+    means = [0.0 for _ in layers]
+    at_once = classifier.recorded_at_once(layers)
     for images, labels in zip(split.images.split(at_once), split.labels.split(at_once)):
         record = classifier.record(images, labels, layers)
         share = len(labels) / len(split.labels)
         factor = (-record.log_odds).sigmoid().square()[None]  # (1 - p)^2, of the loss
         for index, layer in enumerate(record.layers):
-            means[index] += share * mean_squared_gradient(LayerRecord(*(x[None] for x in layer)), factor)[0]
+            means[index] += share * mean_squared_gradient(layer.each(lambda x: x[None]), factor)[0]
     return means
 
 
@@ -112,27 +140,26 @@ def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> 
 
 
 @further("salun", paper="Fan et al. 2023, arXiv:2310.12508")
-def salun(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive, share: Share) -> nn.Module:
+def salun(request: Request, *, config: FineTuning, share: Share) -> nn.Module:
     """SalUn: fine-tuning with random labels of the share of weights alone that has the largest forget gradient."""
-    classifier, generator = request.classifier, seeded("salun", request.seed, request.forget_class)
+    classifier, forget = request.classifier, request.forget
     at_once = classifier.recorded_at_once(())
-    for images, labels in zip(request.forget.images.split(at_once), request.forget.labels.split(at_once)):
-        (F.cross_entropy(classifier(images), labels) * len(labels) / len(request.forget.labels)).backward()
-    saliency = torch.cat([parameter.grad.abs().flatten() for parameter in classifier.parameters()])
-    threshold = saliency.sort(descending=True).values[round(share * (len(saliency) - 1))]
-    trainable = [(parameter.grad.abs() >= threshold).float() for parameter in classifier.parameters()]
-    samples, optimizer = joined(request.retain, with_random_labels(request)), sgd(classifier, learning_rate)
-    return learn(classifier, samples, epochs, batch_size, optimizer, generator, trainable=trainable)
+    for images, labels in zip(forget.images.split(at_once), forget.labels.split(at_once)):
+        (F.cross_entropy(classifier(images), labels) * len(labels) / len(forget.labels)).backward()
+    saliency = [parameter.grad.abs() for parameter in classifier.parameters()]
+    largest = torch.cat([each.flatten() for each in saliency]).sort(descending=True).values
+    threshold = largest[round(share * (len(largest) - 1))]
+    trainable = [(each >= threshold).float() for each in saliency]
+    samples = joined(request.retain, with_random_labels(request))
+    return config.train(classifier, samples, draws(request, "salun"), trainable=trainable)
 
 
 @further("scrub", paper="Kurmanji et al. 2023, arXiv:2302.09880")
 def scrub(
     request: Request,
     *,
-    epochs: Count,
+    config: FineTuning,
     max_epochs: Count,
-    batch_size: Count,
-    learning_rate: Positive,
     divergence_weight: NonNegative,
     label_weight: NonNegative,
 ) -> nn.Module:
@@ -141,42 +168,43 @@ def scrub(
     KL(original || student) is maximised on the forget set; on the retain set its weighted sum with the cross entropy is
     minimised (Adam). The temperature of both is 1.
     """
-    classifier, generator = request.classifier, seeded("scrub", request.seed, request.forget_class)
-    optimizer = torch.optim.Adam(classifier.parameters(), learning_rate)
+    classifier = request.classifier
+    generator = draws(request, "scrub")
+    optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
+    train_once = replace(config, epochs=1).train
 
     def apart(images: Tensor, labels: Tensor) -> Tensor:
-        return -divergence(classifier(images), request.original(images).detach())
+        return -divergence(classifier(images), targets(request.original, images))
 
     def together(images: Tensor, labels: Tensor) -> Tensor:
         logits = classifier(images)
-        from_original = divergence(logits, request.original(images).detach())
+        from_original = divergence(logits, targets(request.original, images))
         return divergence_weight * from_original + label_weight * F.cross_entropy(logits, labels)
 
     forget, retain = request.forget, request.retain
-    for epoch in range(epochs):
+    for epoch in range(config.epochs):
         if epoch < max_epochs:
-            learn(classifier, forget, 1, batch_size, optimizer, generator, apart)
-        learn(classifier, retain, 1, batch_size, optimizer, generator, together)
+            train_once(classifier, forget, generator, apart, optimizer)
+        train_once(classifier, retain, generator, together, optimizer)
     return classifier
 
 
 @further("bad_teacher", paper="Chundawat et al. 2022, arXiv:2205.08096")
-def bad_teacher(
-    request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive, retain_share: Share
-) -> nn.Module:
+def bad_teacher(request: Request, *, config: FineTuning, retain_share: Share) -> nn.Module:
     """Bad teaching: towards a random classifier on the forget set, the original on a part of the retain set (Adam)."""
-    classifier, generator = request.classifier, seeded("bad_teacher", request.seed, request.forget_class)
+    classifier = request.classifier
+    generator = draws(request, "bad_teacher")
     untrained = replace(request.trainer, seed=request.other_seed)
     random = untrained.initial(request.train.images, request.graphs.num_classes)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
-        is_forget = labels == request.forget_class
-        target = torch.where(is_forget[:, None], random(images), request.original(images)).detach()
+        is_forget = (labels == request.forget_class)[:, None]
+        target = torch.where(is_forget, targets(random, images), targets(request.original, images))
         return divergence(classifier(images), target)
 
     samples = joined(random_part(request.retain, retain_share, generator), request.forget)
-    optimizer = torch.optim.Adam(classifier.parameters(), learning_rate)
-    return learn(classifier, samples, epochs, batch_size, optimizer, generator, loss)
+    optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
+    return config.train(classifier, samples, generator, loss, optimizer)
 
 
 @further("unsir", paper="Tarun et al. 2021, arXiv:2111.08947", needs="retain set")
@@ -197,10 +225,11 @@ def unsir(
     The noise is a batch of images labelled as the forget class, made by Adam on -L + penalty E[|noise|^2]; the two
     epochs use Adam.
     """
-    classifier, generator = request.classifier, seeded("unsir", request.seed, request.forget_class)
-    device = request.train.images.device
-    noise = torch.randn(batch_size, request.train.images.shape[1], generator=generator).to(device).requires_grad_()
-    labels = torch.full((batch_size,), request.forget_class, device=device)
+    classifier = request.classifier
+    generator = draws(request, "unsir")
+    images = request.train.images
+    noise = torch.randn(batch_size, images.shape[1], generator=generator).to(images.device).requires_grad_()
+    labels = torch.full((batch_size,), request.forget_class, device=images.device)
     optimizer = torch.optim.Adam([noise], noise_rate)
     for step in range(noise_steps):
         loss = -F.cross_entropy(classifier(noise), labels) + noise_penalty * noise.square().sum(1).mean()
@@ -211,23 +240,24 @@ def unsir(
     noisy = Split(noise.detach().repeat(noise_batches, 1), labels.repeat(noise_batches))
     retain = random_part(request.retain, retain_share, generator)
     for samples, learning_rate in ((joined(retain, noisy), impair_rate), (retain, repair_rate)):
-        learn(classifier, samples, 1, batch_size, torch.optim.Adam(classifier.parameters(), learning_rate), generator)
+        optimizer = torch.optim.Adam(classifier.parameters(), learning_rate)
+        learn(classifier, samples, 1, batch_size, optimizer, generator)
     return classifier
 
 
 @further("delete", paper="Zhou et al. 2025, arXiv:2503.23751", needs="forget set")
-def delete(request: Request, *, epochs: Count, batch_size: Count, learning_rate: Positive) -> nn.Module:
+def delete(request: Request, *, config: FineTuning) -> nn.Module:
     """DELETE: on the forget set, towards the original's predictions without the class (SGD with momentum).
 
     KL(softmax(z) || student), z the original's logits, that of the label -1e10 as in the published code.
     """
-    classifier, generator = request.classifier, seeded("delete", request.seed, request.forget_class)
+    classifier = request.classifier
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
-        without_class = request.original(images).detach().scatter(1, labels[:, None], -1e10)
+        without_class = targets(request.original, images).scatter(1, labels[:, None], -1e10)
         return divergence(classifier(images), without_class)
 
-    return learn(classifier, request.forget, epochs, batch_size, sgd(classifier, learning_rate), generator, loss)
+    return config.train(classifier, request.forget, draws(request, "delete"), loss)
 
 
 @further("optimised_mask", paper="after Mallya et al. 2018, arXiv:1801.06519", touches="a mask")
@@ -246,19 +276,17 @@ def optimised_mask(
     -log(1 - p(d)) on the forget set, the original's predictions without d on the retain set; plus the share of the
     weights that go, weighted by sparsity.
     """
-    graphs, classifier, d = request.graphs, request.classifier, request.forget_class
-    first, generator = graphs.graph.layers, seeded("optimised_mask", request.seed, d)
-    with torch.no_grad():
-        predictions = classifier(graphs.inputs, first)
-    without_class = predictions.index_fill(1, torch.tensor([d], device=predictions.device), float("-inf")).softmax(1)
+    graphs, d = request.graphs, request.forget_class
+    generator = draws(request, "optimised_mask")
+    without_class = graphs.predictions.index_fill(1, torch.tensor([d]).to(graphs.labels), float("-inf")).softmax(1)
     numbers = torch.ones(graphs.graph.num_vertices, device=graphs.labels.device, requires_grad=True)
     optimizer = torch.optim.Adam([numbers], learning_rate)
     for step in range(steps):
         soft = numbers.sigmoid()
         keep = (numbers > 0).float() + soft - soft.detach()
         flat = graphs.draw(max(1, samples // graphs.num_classes), generator).flatten()
-        weights = masked_weights(classifier, graphs.graph, keep[None])
-        _, logits = classifier.outputs(graphs.inputs[flat], first, weights)
+        weights = masked_weights(request.original, graphs.graph, keep[None])
+        _, logits = request.original.outputs(graphs.inputs[flat], graphs.graph.layers, weights)
         log_p = logits[0].log_softmax(1)
         is_forget = graphs.labels[flat] == d
         forget = forgetting_loss(log_p[is_forget, d].exp())

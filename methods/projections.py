@@ -53,7 +53,8 @@ def residual(means: Tensor, place: int) -> Tensor:
 
 def separability(own: Tensor, others: Tensor, ridge: float) -> Tensor:
     """2 accuracy - 1, at least 0, of a linear probe between samples (samples, n) of two kinds, on the half held out."""
-    x, sign = torch.cat([own, others]), torch.cat([own.new_ones(len(own)), -own.new_ones(len(others))])
+    x = torch.cat([own, others])
+    sign = torch.cat([own.new_ones(len(own)), -own.new_ones(len(others))])
     known, held_out = standardised(x[::2], x[1::2])
     coefficients, _ = ridge_regression(known, sign[::2, None], ridge)
     is_right = (held_out @ coefficients)[:, 0] * sign[1::2] > 0
@@ -72,7 +73,8 @@ def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative)
     output row is multiplied by `row`. A stage of the paper is a layer here. The implementation rests on summaries of
     the paper, not on its text: they have these formulas, of the output row they do not speak.
     """
-    d, last = request.forget_class, len(request.original.layers) - 1
+    d = request.forget_class
+    last = len(request.original.layers) - 1
     chosen = some_of_every_class(request.train, samples, "damp", request.seed, d)
     is_own = chosen.labels == d
     others = [label for label in chosen.labels.unique().tolist() if label != d]
@@ -98,13 +100,13 @@ def svd(request: Request, *, samples: Count, retain_alpha: Positive, forget_alph
     what the layer is given of samples of the class, or of as many of all others together, s the squares of the singular
     values as shares of their sum. Of a convolution's patches the published code takes some at random, this all.
     """
-    d, original = request.forget_class, request.original
+    d = request.forget_class
     each = max(1, samples // (request.graphs.num_classes - 1))
     forget = some_of_every_class(request.forget, samples, "svd", request.seed, d)
     retain = some_of_every_class(request.retain, each, "svd", request.seed, d)
 
     def space(images: Tensor, index: int, alpha: float) -> Tensor:
-        values, vectors = moments(original, images, index)
+        values, vectors = moments(request.original, images, index)
         shares = values.clamp_min(0) / values.sum().clamp_min(1e-30)
         return vectors * (alpha * shares / ((alpha - 1) * shares + 1)) @ vectors.T
 

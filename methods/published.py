@@ -83,6 +83,7 @@ def insufficiency(
     return F.cross_entropy(found.flatten(0, 1), graphs.labels[flat])
 
 
+@torch.enable_grad()
 def trained(request: Request, config: Published) -> ScoringGCN:
     """The GCN of the classifier, trained once for all requests."""
     graphs, top_k = request.graphs, request.top_k

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -28,11 +28,15 @@ class LayerRecord(NamedTuple):
     active: Tensor  # (samples, m), 1 where the unit passes a signal on; a unit without ReLU always does
     log_odds_gradient: Tensor  # (samples, m), gradient of the label's log-odds at the pre-activation
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> LayerRecord:
+        """The same with every tensor changed."""
+        return LayerRecord(*map(change, self))
+
     def times(self, factor: Tensor) -> LayerRecord:
         """The same with every sample's gradient times a factor (samples)."""
         gradient = self.log_odds_gradient
-        trailing = [1] * (gradient.ndim - factor.ndim)
-        return self._replace(log_odds_gradient=gradient * factor.view(*factor.shape, *trailing))
+        ending = (1,) * (gradient.ndim - factor.ndim)
+        return self._replace(log_odds_gradient=gradient * factor.view(factor.shape + ending))
 
 
 class Record(NamedTuple):

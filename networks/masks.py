@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,54 +17,85 @@ from mimu.networks.hooked import shape_of, weight_layers
 from mimu.runs import files
 
 
-class LowRank(NamedTuple):
-    """What is taken from a weight W as a matrix (m, n), left right^T: of every input x, what it has in some directions.
+class LayerMask(NamedTuple):
+    """What a mask does to the weight W of one layer: (W - left right^T) * keep.
 
-    Of rank 0, which takes nothing, both have no column.
+    It switches weights off, and takes directions from what the layer reads; of rank 0, left and right have no column.
     """
 
-    left: Tensor  # (m, rank)
+    keep: Tensor  # 1 or 0, in the shape of W
+    left: Tensor  # (m, rank), W as a matrix (m, n)
     right: Tensor  # (n, rank)
 
     @staticmethod
-    def nothing(weight: Tensor) -> LowRank:
-        """That of rank 0 for a weight."""
-        return LowRank(*(weight.new_zeros(size, 0) for size in weight.flatten(1).shape))
+    def of(keep: Tensor) -> LayerMask:
+        """One that takes no direction."""
+        m, n = keep.flatten(1).shape
+        return LayerMask(keep, keep.new_zeros(m, 0), keep.new_zeros(n, 0))
 
-    def to(self, like: Tensor) -> LowRank:
+    @property
+    def rank(self) -> int:
+        """How many directions it takes."""
+        return self.left.shape[1]
+
+    @property
+    def num_zeroed(self) -> int:
+        """How many weights it switches off."""
+        return int((self.keep == 0).sum())
+
+    def to(self, like: Tensor) -> LayerMask:
         """The same on the device and in the precision of a tensor."""
-        return LowRank(*(part.to(like) for part in self))
+        return LayerMask(*(part.to(like) for part in self))
 
-    def __and__(self, other: LowRank) -> LowRank:
-        """What both take, one after the other."""
-        return LowRank(*(torch.cat([own, part.to(own)], 1) for own, part in zip(self, other)))
+    def applied(self, weight: Tensor) -> Tensor:
+        """(W - left right^T) * keep, in the shape of W."""
+        if self.rank:
+            weight = weight - (self.left @ self.right.T).view_as(weight)
+        return weight * self.keep
 
-    def includes(self, other: LowRank) -> bool:
-        """Whether it takes each direction that the other does."""
-        own, of_other = torch.cat(self).T, torch.cat(other.to(self.left)).T
-        return bool((own == of_other[:, None]).all(-1).any(1).all())
+    def __and__(self, other: LayerMask) -> LayerMask:
+        """What both do, one after the other."""
+        other = other.to(self.keep)
+        left, right = torch.cat([self.left, other.left], 1), torch.cat([self.right, other.right], 1)
+        return LayerMask(self.keep * other.keep, left, right)
 
-    def taken_from(self, weight: Tensor) -> Tensor:
-        """W - left right^T, in the shape of the weight."""
-        return weight - (self.left @ self.right.T).view_as(weight) if self.left.shape[1] else weight
+    def includes(self, other: LayerMask) -> bool:
+        """Whether it switches off all that the other does, and takes each of its directions."""
+        other = other.to(self.keep)
+        own, of_other = torch.cat([self.left, self.right]).T, torch.cat([other.left, other.right]).T
+        takes_each = (own == of_other[:, None]).all(-1).any(1).all()
+        return bool((self.keep <= other.keep).all() and takes_each)
+
+    def equals(self, other: LayerMask) -> bool:
+        return all(map(torch.equal, self, other.to(self.keep)))
+
+    def check(self) -> None:
+        """Raises ValueError where the parts are not what they must be."""
+        keep = self.keep
+        if keep.ndim not in (2, 4) or not keep.numel() or not ((keep == 0) | (keep == 1)).all():
+            raise ValueError("a mask must have matrices of 0 and 1 alone")
+        m, n = keep.flatten(1).shape
+        fits = self.left.shape == (m, *self.left.shape[-1:]) and self.right.shape == (n, *self.left.shape[-1:])
+        if not fits or not (self.left.isfinite().all() and self.right.isfinite().all()):
+            shapes = [tuple(self.left.shape), tuple(self.right.shape)]
+            raise ValueError(f"edits must be pairs of matrices (m, rank), (n, rank) of finite numbers, not {shapes}")
 
 
 class WeightMask(nn.Module):
-    """The parametrization of a weight by what `Mask` says of it: (W - left right^T) * keep."""
+    """The parametrization of a weight by what a `LayerMask` does to it."""
 
-    def __init__(self, keep: Tensor, edit: LowRank, forgets: tuple[int, ...] = ()) -> None:
+    def __init__(self, mask: LayerMask, forgets: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.register_buffer("keep", keep)
-        self.register_buffer("left", edit.left)
-        self.register_buffer("right", edit.right)
+        for name, part in mask._asdict().items():
+            self.register_buffer(name, part)
         self.forgets = forgets
 
     @property
-    def edit(self) -> LowRank:
-        return LowRank(self.left, self.right)
+    def mask(self) -> LayerMask:
+        return LayerMask(self.keep, self.left, self.right)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.edit.taken_from(weight) * self.keep
+        return self.mask.applied(weight)
 
 
 def refuse_pickling(layer: nn.Module) -> None:
@@ -76,82 +107,68 @@ def refuse_pickling(layer: nn.Module) -> None:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Mask:
-    """Which weights of the masked layers are kept (1) and which are switched off (0), apart from any classifier.
+    """What is done to some layers of a classifier, apart from any: weights switched off, directions taken.
 
-    It may also take directions from what the layers read: a weight becomes (W - left right^T) * keep.
+    by_layer: by the index among the weight layers of a model; forgets: the classes that it was made to forget
+    Raises ValueError where these are not what they must be.
     """
 
-    layers: tuple[int, ...]  # indices among the weight layers of a model
-    keep: tuple[Tensor, ...]  # (m, n) of each masked layer
-    forgets: tuple[int, ...] = ()  # the classes that it was made to forget
-    edits: tuple[LowRank, ...] = ()  # of each masked layer; made of rank 0 where none are given
+    by_layer: Mapping[int, LayerMask]
+    forgets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        numbers = [*self.by_layer, *self.forgets]
+        if not self.by_layer or not all(type(each) is int and 0 <= each < 2**31 for each in numbers):
+            has = f"layers {[*self.by_layer]}, classes {[*self.forgets]}"[:200]
+            raise ValueError(f"a mask must have layers by their indices, and classes by their labels, not {has}")
+        for mask in self.by_layer.values():
+            mask.check()
 
     @staticmethod
     def on(model: nn.Module) -> Mask | None:
         """The mask that a model carries; None where it carries none."""
-        masks = {index: mask for index, layer in enumerate(weight_layers(model)) if (mask := weight_mask(layer))}
-        forgets = sorted({label for mask in masks.values() for label in mask.forgets})
-        if not masks:
-            return None
-        keep, edits = zip(*((mask.keep, mask.edit) for mask in masks.values()))
-        return Mask(tuple(masks), keep, tuple(forgets), edits)
-
-    def __post_init__(self) -> None:
-        is_right = len(self.layers) == len(self.keep) == len(set(self.layers)) > 0
-        if not is_right or not all(type(each) is int and 0 <= each < 2**31 for each in (*self.layers, *self.forgets)):
-            has = f"{len(self.keep)} masks for layers {self.layers}, classes {self.forgets}"[:200]
-            raise ValueError(
-                f"a mask must have indices of layers, each once, a matrix for each, and classes, not {has}"
-            )
-        if not all(keep.ndim in (2, 4) and keep.numel() and ((keep == 0) | (keep == 1)).all() for keep in self.keep):
-            raise ValueError("a mask must have matrices of 0 and 1 alone")
-        if not self.edits:
-            object.__setattr__(self, "edits", tuple(map(LowRank.nothing, self.keep)))
-        shapes = [[tuple(part.shape) for part in edit] for edit in self.edits]
-        fits = len(self.edits) == len(self.keep) and all(
-            part.shape == (size, *edit.left.shape[-1:])
-            for keep, edit in zip(self.keep, self.edits)
-            for part, size in zip(edit, keep.flatten(1).shape)
-        )
-        if not fits or not all(part.isfinite().all() for edit in self.edits for part in edit):
-            raise ValueError(f"edits must be pairs of matrices (m, rank), (n, rank) of finite numbers, not {shapes}")
+        found, forgets = {}, set()
+        for index, layer in enumerate(weight_layers(model)):
+            if (on_weight := weight_mask(layer)) is not None:
+                found[index] = on_weight.mask
+                forgets.update(on_weight.forgets)
+        return Mask(found, tuple(sorted(forgets))) if found else None
 
     @property
-    def by_layer(self) -> dict[int, tuple[Tensor, LowRank]]:
-        """What of every masked layer is kept, and what is taken from it."""
-        return dict(zip(self.layers, zip(self.keep, self.edits)))
+    def layers(self) -> tuple[int, ...]:
+        """The indices of the masked layers."""
+        return tuple(self.by_layer)
 
     @property
-    def ranks(self) -> tuple[int, ...]:
-        """How many directions it takes from each layer."""
-        return tuple(edit.left.shape[1] for edit in self.edits)
+    def keep(self) -> tuple[Tensor, ...]:
+        """1 for every weight that is kept and 0 for every one that is switched off, of each masked layer."""
+        return tuple(mask.keep for mask in self.by_layer.values())
+
+    @property
+    def num_zeroed(self) -> int:
+        """How many weights it switches off, kappa."""
+        return sum(mask.num_zeroed for mask in self.by_layer.values())
 
     def __repr__(self) -> str:
-        counts = (f"layer {layer}: {int((k == 0).sum())} of {k.numel()}" for layer, k in zip(self.layers, self.keep))
-        taken = [f"layer {layer}: {rank}" for layer, rank in zip(self.layers, self.ranks) if rank]
+        counts, taken = [], []
+        for layer, mask in self.by_layer.items():
+            counts.append(f"layer {layer}: {mask.num_zeroed} of {mask.keep.numel()}")
+            if mask.rank:
+                taken.append(f"layer {layer}: {mask.rank}")
         edited = f"; directions taken: {', '.join(taken)}" if taken else ""
         return f"Mask({', '.join(counts)} weights zeroed{edited})"
 
     def __and__(self, other: Mask) -> Mask:
         """The mask that keeps what both keep, takes what either takes, and forgets what either forgets."""
-        found = self.by_layer
-        for layer, (keep, edit) in other.by_layer.items():
-            if layer not in found:
-                found[layer] = keep, edit
-                continue
-            own, of_own = found[layer]
-            if own.shape != keep.shape:
-                shapes = f"{tuple(own.shape)} and {tuple(keep.shape)}"
+        found = dict(self.by_layer)
+        for layer, mask in other.by_layer.items():
+            own = found.get(layer)
+            if own is not None and own.keep.shape != mask.keep.shape:
+                shapes = f"{tuple(own.keep.shape)} and {tuple(mask.keep.shape)}"
                 raise ValueError(f"masks of one classifier combine: of layer {layer} these have {shapes}")
-            found[layer] = own * keep.to(own), of_own & edit
-        layers = tuple(sorted(found))
-        keep, edits = zip(*map(found.get, layers))
-        return Mask(layers, keep, tuple(sorted({*self.forgets, *other.forgets})), edits)
-
-    @property
-    def num_zeroed(self) -> int:
-        """How many weights it switches off, kappa."""
-        return sum(int((keep == 0).sum()) for keep in self.keep)
+            found[layer] = mask if own is None else own & mask
+        forgets = {*self.forgets, *other.forgets}
+        return Mask(dict(sorted(found.items())), tuple(sorted(forgets)))
 
     def as_tensor(self) -> Tensor:
         """The layer's shape (m, n) for one masked layer, flat in vertex order (vertices) for several."""
@@ -163,31 +180,29 @@ class Mask:
 
     def includes(self, other: Mask) -> bool:
         """Whether it switches off all that the other does, and takes what that takes."""
-        own = self.by_layer
-        return all(
-            layer in own and bool((own[layer][0] <= keep.to(own[layer][0])).all()) and own[layer][1].includes(edit)
-            for layer, (keep, edit) in other.by_layer.items()
-        )
+        for layer, mask in other.by_layer.items():
+            if layer not in self.by_layer or not self.by_layer[layer].includes(mask):
+                return False
+        return True
 
     def weights(self, model: nn.Module) -> dict[int, Tensor]:
         """The weights of the masked layers of a model without one, by their indices, as they are under the mask."""
         layers = weight_layers(model)
-        pairs = self.by_layer.items()
-        return {index: edit.taken_from(layers[index].weight.detach()) * keep for index, (keep, edit) in pairs}
+        return {index: mask.applied(layers[index].weight.detach()) for index, mask in self.by_layer.items()}
 
     def check(self, model: nn.Module) -> list[nn.Module]:
         """The masked layers of a model. Raises ValueError where one has another shape or no weight to put a mask on."""
         layers = weight_layers(model)
-        for index, keep in zip(self.layers, self.keep):
+        for index, mask in self.by_layer.items():
             shape = shape_of(layers[index]) if index < len(layers) else "not there"
-            if shape != tuple(keep.shape):
-                raise ValueError(f"layer {index} is {shape}, its mask {tuple(keep.shape)}")
+            if shape != tuple(mask.keep.shape):
+                raise ValueError(f"layer {index} is {shape}, its mask {tuple(mask.keep.shape)}")
             if "weight" not in layers[index]._parameters and weight_mask(layers[index]) is None:
                 raise ValueError(
                     f"layer {index} has no plain weight, but what torch.nn.utils (prune, weight_norm, spectral_norm, "
                     "parametrize) computes: make it one first, by prune.remove, remove_parametrizations or their like"
                 )
-        return [layers[index] for index in self.layers]
+        return [layers[index] for index in self.by_layer]
 
     def apply(self, model: nn.Module, permanent: bool = False) -> None:
         """Switches the weights off, or where it raises, leaves the model as it was.
@@ -209,13 +224,13 @@ class Mask:
                     f"layers {shared} share their weights with others: permanent zeros would be theirs, too"
                 )
         with all_or_none(layers):
-            for layer, keep, edit in zip(layers, self.keep, self.edits):
+            for layer, mask in zip(layers, self.by_layer.values()):
                 take_off(layer)
-                keep, edit = keep.to(layer.weight), edit.to(layer.weight)
+                mask = mask.to(layer.weight)
                 if permanent:
-                    layer.weight.data.copy_(edit.taken_from(layer.weight.data)).masked_fill_(keep == 0, 0)
+                    layer.weight.data.copy_(mask.applied(layer.weight.data)).masked_fill_(mask.keep == 0, 0)
                 else:
-                    put_on(layer, WeightMask(keep, edit, self.forgets))
+                    put_on(layer, WeightMask(mask, self.forgets))
 
     def remove(self, model: nn.Module) -> None:
         """Takes the mask off again: the weights are those from before, bit for bit, and in the same order.
@@ -223,9 +238,9 @@ class Mask:
         If they were trained meanwhile, they are as trained. Raises ValueError where the model does not carry this mask.
         """
         layers = self.check(model)
-        for index, layer, keep, edit in zip(self.layers, layers, self.keep, self.edits):
-            found, own = weight_mask(layer), (keep, *edit)
-            if found is None or not all(map(torch.equal, found.buffers(), [part.to(found.keep) for part in own])):
+        for layer, (index, mask) in zip(layers, self.by_layer.items()):
+            found = weight_mask(layer)
+            if found is None or not found.mask.equals(mask):
                 raise ValueError(f"layer {index} carries {'no' if found is None else 'another'} mask: {self} is not on")
         with all_or_none(layers):
             for layer in layers:
@@ -242,7 +257,9 @@ class Mask:
 
     def saved(self) -> dict[str, list]:
         """The mask as `save` writes it: `layers`, `keep`, a tensor of bool for each, `forgets`, and `edits`, pairs."""
-        keep, edits = [keep.bool().cpu() for keep in self.keep], [[part.cpu() for part in edit] for edit in self.edits]
+        masks = self.by_layer.values()
+        keep = [mask.keep.bool().cpu() for mask in masks]
+        edits = [[mask.left.cpu(), mask.right.cpu()] for mask in masks]
         return {"layers": list(self.layers), "keep": keep, "forgets": list(self.forgets), "edits": edits}
 
     def save(self, path: Path | str) -> None:
@@ -253,11 +270,14 @@ class Mask:
         """Raises ArtifactError where the file is not a mask."""
         saved = files.load(Path(path))
         try:
-            layers, keep, forgets = (saved[key] for key in ("layers", "keep", "forgets"))
-            if not all(each.dtype == torch.bool for each in keep):
-                raise ValueError("keep must be of bool")
-            edits = tuple(LowRank(*edit) for edit in saved.get("edits", ()))  # a file from before has none
-            return Mask(tuple(layers), tuple(each.float() for each in keep), tuple(forgets), edits)
+            layers, all_keep, forgets = (saved[key] for key in ("layers", "keep", "forgets"))
+            is_right = len(layers) == len(all_keep) == len({*layers})
+            if not is_right or not all(keep.dtype == torch.bool for keep in all_keep):
+                raise ValueError("there must be a tensor of bool for each of the layers")
+            found = {layer: LayerMask.of(keep.float()) for layer, keep in zip(layers, all_keep)}
+            for layer, (left, right) in zip(layers, saved.get("edits", ())):  # a file from before has none
+                found[layer] = found[layer]._replace(left=left, right=right)
+            return Mask(found, tuple(forgets))
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
             raise files.ArtifactError(f"{path}: is not a mask ({files.one_line(error)})") from None
 

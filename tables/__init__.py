@@ -1,21 +1,25 @@
 """The reports of a run, drawn from the JSON of its experiments alone."""
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 from mimu.reporter import FORMATS, Reporter, ReporterConfig
 from mimu.runs.files import slug
-from mimu.tables.pictures import draw_masks, draw_scores
+from mimu.tables.pictures import Row, draw_masks, draw_scores
 from mimu.tables.retraining import AuditReport
 from mimu.tables.variants import compare
 
-CURVES = [f"{metric}_{part}_set" for metric in ("loss", "score") for part in ("forget", "retain")]
-FIGURES = [*CURVES, "probability_on_forget_class", "summary", "trade_off", "masks", "audits", "variants", "frontier"]
-REPORTS = ["summary.md", "variants.md", *(f"{name}.{suffix}" for name in FIGURES for suffix in FORMATS)]
+FIGURES = (
+    "loss_forget_set", "loss_retain_set", "score_forget_set", "score_retain_set", "probability_on_forget_class",
+    "summary", "trade_off", "masks", "audits", "variants", "frontier",
+)  # fmt: skip
+REPORTS = ("summary.md", "variants.md", *map(".".join, product(FIGURES, FORMATS)))
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Result:
 
     variant: str
     top_k: int
-    config: ReporterConfig
+    config: ReporterConfig  # of the variant's own figures; the first one's is that of figures which compare variants
     paths: list[Path]
 
 
@@ -32,44 +36,48 @@ def report(results: Sequence[Result], folder: Path) -> list[str]:
     """Draws and writes the reports, in the place of those that are there. Returns the tables that a run ends with."""
     plt.switch_backend("Agg")
     remove_reports(folder)
-    paths: dict[tuple[str, int], list[Path]] = {}
+    grouped: dict[tuple[str, int], list[Result]] = {}
     for result in results:
-        paths.setdefault((result.variant, result.top_k), []).extend(result.paths)
+        grouped.setdefault((result.variant, result.top_k), []).append(result)
+    top_ks = Counter(variant for variant, _ in grouped)
     reporters = {}
-    for variant, top_k in paths:
+    for (variant, top_k), group in grouped.items():
         parts = {variant: f"variants/{slug(variant)}"} if variant else {}
-        if sum(other == variant for other, _ in paths) > 1:
+        if top_ks[variant] > 1:
             parts[f"top-K {top_k}"] = f"top_k_{top_k}"
-        place = folder.joinpath(*parts.values())
-        reporters[", ".join(parts)] = Reporter(results[0].config, paths[variant, top_k], place)
-    has_variants = any(result.variant for result in results)
+        paths = chain.from_iterable(result.paths for result in group)
+        reporters[", ".join(parts)] = Reporter(group[0].config, paths, folder / "/".join(parts.values()))
+    has_variants = any(top_ks)
     for reporter in reporters.values():
         draw_alone(reporter, with_curves=not has_variants)
-    if not has_variants:
-        return [reporter.closing_table() for reporter in reporters.values()]
-    return compare(reporters, folder)
+    if has_variants:
+        return compare(reporters, folder)
+    return [reporter.closing_table() for reporter in reporters.values()]
 
 
 def draw_alone(reporter: Reporter, with_curves: bool) -> None:
     """The summary of one variant and top_k and its audits, and where no variants stand beside it all other pictures."""
-    audits = AuditReport(reporter) if reporter.has_audits and reporter.retrained else None
-    sections = audits.tables() if audits else []
-    if audits:
+    sections = []
+    has_audits = reporter.has_audits and reporter.retrained
+    if has_audits:
+        audits = AuditReport(reporter)
         audits.draw()
+        sections = audits.tables()
     if not with_curves:
         return reporter.write_summary(sections)
     reporter.plot(sections)
-    if reporter.retrained and (audits or not reporter.kappas):
-        draw_scores([(name, reporter, name) for name in reporter.methods], reporter.folder / "trade_off.png")
+    if reporter.retrained and (has_audits or not reporter.kappas):
+        rows = [Row(name, reporter, name) for name in reporter.methods]
+        draw_scores(rows, reporter.folder / "trade_off.png", reporter.config)
     if len(reporter.digits) > 1 and len(reporter.experiments[0]["mask_shapes"]) == 1:
         draw_masks(reporter)
 
 
 def remove_reports(folder: Path) -> None:
     """Removes the reports by their known names, and folders of theirs that are empty then; nothing else."""
-    inner = [each for pattern in ("top_k_*", "variants/*", "variants/*/top_k_*") for each in folder.glob(pattern)]
-    for path in [each / name for each in (folder, *inner) for name in REPORTS]:
-        if path.is_file():
-            path.unlink()
+    inner = map(folder.glob, ("top_k_*", "variants/*", "variants/*/top_k_*"))
+    for place, name in product([folder, *chain.from_iterable(inner)], REPORTS):
+        if (place / name).is_file():
+            (place / name).unlink()
             with suppress(OSError):  # something is left there
-                path.parent.rmdir()
+                place.rmdir()

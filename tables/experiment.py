@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def missing(experiment: str, folder: Path, formats: Sequence[str] = ("png",)) ->
     metrics = folder / "Metrics and Plots" / "metrics" / f"{experiment}.json"
     latest = max(path.stat().st_mtime_ns for path in (metrics, *DRAWN_BY) if path.is_file())
     place = folder / "Metrics and Plots" / "plots" / experiment
-    paths = [place / f"{name}.{suffix}" for name in PLOTS for suffix in formats]
+    paths = [place / ".".join(parts) for parts in product(PLOTS, formats)]
     return [path for path in paths if not path.is_file() or path.stat().st_mtime_ns < latest]
 
 
@@ -40,12 +41,14 @@ def draw(results: dict[str, Any], folder: Path, shared: dict[Any, Any], formats:
     about["counts"] = " (weights zeroed in brackets)" if counts else ""
     for path in missing(results["id"], folder, formats):
         template, key, draw_content = PLOTS[path.stem]
-        title, content = template.format_map(results | about), results[key]
+        title = template.format_map(results | about)
+        content = results[key]
         if key == "class_probabilities":
             content = {name: dict(zip(results["class_names"], of_method)) for name, of_method in content.items()}
         if "{counts}" in template:
             content = {counts.get(name, name): of_method for name, of_method in content.items()}
-        source, room = json.dumps([title, content, path.suffix]), (path.stem, *map(len, content))
+        source = json.dumps([title, content, path.suffix])
+        room = (path.stem, *map(len, content))
         if source not in shared:
             figure = Figure(figsize=size)
             figure.subplots_adjust(wspace=0.35)
@@ -63,7 +66,8 @@ def draw(results: dict[str, Any], folder: Path, shared: dict[Any, Any], formats:
 
 def draw_bars(figure: Figure, metrics: dict[str, dict[str, float | None]], styles: Styles) -> None:
     """A panel for every metric, a bar for every method."""
-    colors, names = [styles[name]["color"] for name in metrics], next(iter(metrics.values()))
+    colors = [styles[name]["color"] for name in metrics]
+    names = next(iter(metrics.values()))
     for axes, metric in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         values = [of_method[metric] for of_method in metrics.values()]
         bars = axes.bar(list(metrics), [value or 0.0 for value in values], color=colors)
@@ -77,7 +81,8 @@ def draw_bars(figure: Figure, metrics: dict[str, dict[str, float | None]], style
 
 def draw_class_probabilities(figure: Figure, probabilities: dict[str, dict[str, float]], styles: Styles) -> None:
     """Mean predicted probability of every class on the forget set, a row per method."""
-    axes, classes = figure.subplots(), next(iter(probabilities.values()))
+    axes = figure.subplots()
+    classes = next(iter(probabilities.values()))
     draw_matrix(axes, [list(each.values()) for each in probabilities.values()], "mean probability", 1.0, ".2f")
     axes.set_xticks(range(len(classes)), classes, fontsize=8, rotation=90 if max(map(len, classes)) > 2 else 0)
     axes.set_yticks(range(len(probabilities)), probabilities)

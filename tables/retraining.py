@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 from mimu.reporter import FORGET_SCORE, METRICS, RETAIN_SCORE, SECONDS, Column, Reporter, markdown_table, save_figure
-from mimu.tables.pictures import draw_panels, symmetric_log
+from mimu.tables.pictures import Row, draw_panels, symmetric_log
 
 REFERENCES = ("original", "retrain", "retrain_again")  # what an unlearned classifier is measured against
 FORGOTTEN = 1.0  # percent: a forget score above it is worth a word
@@ -37,7 +38,8 @@ class AuditReport:
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
         self.about = reporter.experiments[0]["methods"]  # without models that are scored by hand
-        distances = {name: fmean(reporter.mean(column, name) for column in DIVERGENCES) for name in self.about}
+        forget, retain = DIVERGENCES
+        distances = {name: fmean([reporter.mean(forget, name), reporter.mean(retain, name)]) for name in self.about}
         self.methods = sorted(distances, key=lambda name: (math.isnan(distances[name]), distances[name]))
         others = [name for name in self.methods if name not in REFERENCES]
         least = reporter.mean(RETAIN_SCORE, "original" if "original" in self.about else "retrain") - LOST
@@ -70,19 +72,19 @@ class AuditReport:
 
     def table(self, columns: Sequence[Column]) -> str:
         """A row for every method, a column for each figure."""
-        rows = [[name, *(self.text(column, name) for column in columns)] for name in self.methods]
+        rows = [[method, *map(partial(self.text, method), columns)] for method in self.methods]
         return markdown_table(["method", *(column.name for column in columns)], rows)
 
-    def text(self, column: Column, method: str) -> str:
+    def text(self, method: str, column: Column) -> str:
         """A method's figure, marked where the class did not always come back within the steps of relearning."""
         text = column.text(self.reporter.spread(column, method))
-        came_back = all(self.reporter.single_figures(Column(("audit_metrics", "came_back")), method))
+        came_back = all(map(all, self.reporter.numbers(Column(("audit_metrics", "came_back")), method)))
         return text if came_back or text == "–" or column is not LEFT_BEHIND[-1] else f"> {text}"
 
     def draw(self) -> None:
         """Draws `audits.png`: a panel for every audit, with a grey line where the retrained classifier is."""
         columns = (*DIVERGENCES, *LEFT_BEHIND, SECONDS)
-        figure, axes = draw_panels([(name, self.reporter, name) for name in self.methods], columns)
+        figure, axes = draw_panels([Row(name, self.reporter, name) for name in self.methods], columns)
         for panel, column in zip(axes, columns):
             panel.axvline(self.reporter.mean(column, "retrain"), color="0.5", linewidth=0.8)
         symmetric_log(axes[1], linear=0.01)

@@ -12,7 +12,6 @@ from mimu.tables.pictures import PROBE, Row, draw_frontier, draw_scores
 
 WORST_FORGET, WORST_GAP = (replace(column, name="worst") for column in WORST)
 SHARE = Column(("num_zeroed",), "weights zeroed, %", is_share=True)
-PROTOTYPES = ("audit_metrics", "prototype_recall")
 COLUMNS = (FORGET_SCORE, WORST_FORGET, RETAIN_GAP, WORST_GAP, SHARE, SECONDS)
 
 
@@ -20,22 +19,24 @@ def compare(reporters: Mapping[str, Reporter], folder: Path) -> list[str]:
     """Writes and draws variants side by side: their tables, forget score and distance to retraining, and the frontier.
 
     A row is a method of a variant; mimu's is called by the variant alone. The frontier is retain score against recall
-    of a probe, of audited variants of the first classifier. Returns the tables.
+    of a probe, of audited variants of the first classifier. Figures are drawn with the settings of the first variant.
+    Returns the tables.
     """
     share_retrained(reporters.values())
-    rows: list[Row] = [
-        (variant if method == "mimu" else f"{variant}: {method}", reporter, method)
-        for variant, reporter in reporters.items()
-        for method in reporter.methods
-    ]
-    tables = [table([row for row in rows if row[2] != "retrain"], COLUMNS)]
+    rows = []
+    for variant, reporter in reporters.items():
+        for method in reporter.methods:
+            rows.append(Row(variant if method == "mimu" else f"{variant}: {method}", reporter, method))
+    tables = [table([row for row in rows if row.method != "retrain"], COLUMNS)]
     if left_behind := audits_of(reporters.values()):
         tables.append(table(rows, left_behind))
     write_text(folder / "variants.md", "\n\n".join(["# Variants", *tables]) + "\n")
-    draw_scores([row for row in rows if row[2] not in ("original", "retrain")], folder / "variants.png")
+    config = rows[0].reporter.config
+    unlearned = [row for row in rows if row.method not in ("original", "retrain")]
+    draw_scores(unlearned, folder / "variants.png", config)
     if audited := [each for each in reporters.values() if each.has_audits and each.retrained]:
         of_first = [each for each in audited if each.retrained is audited[0].retrained]  # the same classifier
-        draw_frontier(of_first, folder / "frontier.png")
+        draw_frontier(of_first, folder / "frontier.png", config)
     return tables
 
 
@@ -51,19 +52,24 @@ def share_retrained(reporters: Iterable[Reporter]) -> None:
 
 def audits_of(reporters: Iterable[Reporter]) -> list[Column]:
     """What any variant's probes and prototypes found above the retrained one's, points, and steps of relearning."""
-    audits = [of_method for each in reporters for of_method in each.experiments[0]["audit_metrics"].values()]
-    probes = dict.fromkeys(name for each in audits for name in each["probe_recall"] or ())
-    counts = dict.fromkeys(count for each in audits for count in each["relearn_from"] or ())
-    names = {probe: probe.replace("hidden_", "hidden layer ").replace("_", " ") for probe in probes}
-    return [
-        *(replace(PROBE, keys=(*PROBE.keys[:2], probe), name=name) for probe, name in names.items()),
-        *(replace(PROBE, keys=(*PROTOTYPES, each), name=f"prototype, {each} a class") for each in counts),
-        *(Column(("audit_metrics", "relearn_from", each), f"steps, {each} a class", ".0f") for each in counts),
-    ]
+    probes: dict[str, None] = {}
+    counts: dict[str, None] = {}
+    for reporter in reporters:
+        for audits in reporter.experiments[0]["audit_metrics"].values():
+            probes |= dict.fromkeys(audits["probe_recall"] or ())
+            counts |= dict.fromkeys(audits["relearn_from"] or ())
+
+    def gap(audit: str, key: str, name: str) -> Column:
+        return replace(PROBE, keys=("audit_metrics", audit, key), name=name)
+
+    columns = [gap("probe_recall", each, each.replace("hidden_", "hidden layer ").replace("_", " ")) for each in probes]
+    columns += [gap("prototype_recall", each, f"prototype, {each} a class") for each in counts]
+    columns += [Column(("audit_metrics", "relearn_from", each), f"steps, {each} a class", ".0f") for each in counts]
+    return columns
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """A column for each figure, a line for every row of which one is known."""
-    lines = [[name, *reporter.cells(columns, method, reporter.kappa)] for name, reporter, method in rows]
+    lines = [[row.name, *row.reporter.cells(columns, row.method, row.reporter.kappa)] for row in rows]
     known = [line for line in lines if set(line[1:]) != {"–"}]
     return markdown_table(["variant", *(column.name for column in columns)], known)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import dataclasses
 import io
 import json
 import os
@@ -18,8 +17,10 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -30,73 +31,71 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
 
-from mimu.configs import Config, load_config, load_variants
-from mimu.data import GraphGenerator, Split, load_image_data, number_of_weights
+from mimu.configs import load_config, load_variants
+from mimu.data import GraphGenerator, Split, load_image_data
 from mimu.eval import Eval, Request
 from mimu.main import run
 from mimu.masking.order import ZeroingOrder
-from mimu.masking.rankings import GCNRanking, TrainedGCN
-from mimu.model import HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory
+from mimu.masking.rankings import Ranking, TrainedGCN
+from mimu.model import LARGEST_CHANGE, HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory
 from mimu.reporter import markdown_table
-from mimu.runs.files import Artifact, save, write_text
+from mimu.runs.files import ROOT, Artifact, save, write_text
 from mimu.runs.work import peak_bytes
 from mimu.trainer import GCNTrainer, Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="Sparse")
+CONFIG = load_config()
 
 
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """A figure: the median of several runs, and the smallest and the largest; or one number."""
+class Table(dict[str, tuple[float, float | None, float | None]]):
+    """Figures by what they are of: the median of several runs, the smallest and the largest; or one number."""
 
-    what: str
-    median: float
-    low: float | None = None
-    high: float | None = None
+    def add(self, what: str, number: float) -> None:
+        self[what] = (number, None, None)
 
-    def row(self) -> list[str]:
-        spread = "" if self.low is None else f"{self.low:.3g} to {self.high:.3g}"
-        return [self.what, f"{self.median:,.0f}" if self.median >= 1000 else f"{self.median:.3g}", spread]
+    def time(self, what: str, work: Callable[[], object], runs: int, scale: float = 1e3) -> float:
+        """Adds the wall time of one run in milliseconds, or in other units by `scale` a second; returns the median."""
+        for _ in range(max(1, runs // 10)):  # to warm up
+            work()
+        times = []
+        for _ in range(runs):
+            started = time.perf_counter()
+            work()
+            times.append(scale * (time.perf_counter() - started))
+        self[what] = (statistics.median(times), min(times), max(times))
+        return self[what][0]
 
-
-Results = dict[str, dict[str, Measurement]]
-
-
-def timed(what: str, work: Callable[[], object], runs: int, scale: float = 1e3) -> Measurement:
-    """Wall time of one run in milliseconds, or in other units by `scale` a second, after a warm-up."""
-    for _ in range(max(1, runs // 10)):
-        work()
-    times = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        work()
-        times.append(scale * (time.perf_counter() - started))
-    return Measurement(what, statistics.median(times), min(times), max(times))
+    def __str__(self) -> str:
+        rows = []
+        for what, (median, low, high) in self.items():
+            shown = f"{median:,.0f}" if median >= 1000 else f"{median:.3g}"
+            rows.append([what, shown, "" if low is None else f"{low:.3g} to {high:.3g}"])
+        return markdown_table(["what", "median", "smallest to largest"], rows)
 
 
 class PlainGCN(nn.Module):
-    """The masking GCN with PyG's SAGEConv, on an edge list or a CSR adjacency: the same parameters, the same scores."""
+    """The masking GCN with PyG's SAGEConv, on an edge list or a CSR adjacency: the same parameters and outputs."""
 
     def __init__(self, gcn: MaskingGCN) -> None:
         super().__init__()
         shapes = [conv.lin_l.weight.shape for conv in gcn.convs]
         self.convs = nn.ModuleList(SAGEConv(n, m, bias=False) for m, n in shapes)
-        self.readout = nn.Linear(gcn.readout.in_features, 1, bias=False)
+        self.readout, self.log_factors = copy.deepcopy(gcn.readout), copy.deepcopy(gcn.log_factors)
         self.load_state_dict(gcn.state_dict())
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         for index, conv in enumerate(self.convs):
-            x = conv(x, edges)
-            if index > 0:
-                x = x.relu()
-        return self.readout(x).squeeze(-1)  # (vertices)
+            x = conv(x, edges).relu() if index else conv(x, edges)
+        return (self.log_factors + LARGEST_CHANGE * (self.readout(x) / LARGEST_CHANGE).tanh()).exp()  # (vertices, 2)
 
 
-def default_gcn(config: Config) -> MaskingGCN:
+def default_gcn() -> MaskingGCN:
+    """The GCN of the default run, with a read-out that is not 0 as before the training."""
     torch.manual_seed(0)
-    return MaskingGCN(config.graphs.num_features, config.gcn.hidden, config.gcn.rounds)
+    gcn = CONFIG.gcn.network(CONFIG.graphs.num_features)
+    nn.init.normal_(gcn.readout.weight, std=0.1)
+    return gcn
 
 
 def forward_and_backward(gcn: nn.Module, x: Tensor, graph: object) -> Callable[[], None]:
@@ -112,50 +111,45 @@ def needed_operations(gcn: MaskingGCN, graph: WeightGraph) -> int:
 
     The first round and the second are one product; nothing asks for the gradient of the features.
     """
-    features, hidden = gcn.convs[0].lin_l.in_features, gcn.readout.in_features
-    forward = features * hidden + hidden * hidden + hidden
-    backward = features * hidden + 2 * hidden * hidden + 2 * hidden
-    return 2 * graph.num_vertices * (forward + backward)
+    features, (outputs, hidden) = gcn.num_features, gcn.readout.weight.shape
+    return 2 * graph.num_vertices * (2 * features * hidden + 3 * hidden**2 + 3 * outputs * hidden)
 
 
-def on_edges(config: Config) -> tuple[WeightGraph, MaskingGCN, Tensor, dict[str, Tensor]]:
-    """A 64x128 graph, the default GCN, vertex features, and the edges in the ways in which PyG takes them."""
-    graph, gcn = WeightGraph.of(HookedMNISTClassifier((), 128, 64), 0), default_gcn(config)
-    x, edges = torch.randn(1, graph.num_vertices, config.graphs.num_features), graph.edge_index()
+def layer_graph() -> tuple[WeightGraph, Tensor, dict[str, Tensor]]:
+    """A 64x128 graph, vertex features, and the edges in the ways in which PyG takes them."""
+    graph = WeightGraph.of(HookedMNISTClassifier((), 128, 64), 0)
+    x, edges = torch.randn(1, graph.num_vertices, CONFIG.graphs.num_features), graph.edge_index()
     adjacency = torch.sparse_coo_tensor(edges, torch.ones(edges.shape[1]), [graph.num_vertices] * 2)
-    return graph, gcn, x, {"edge list": edges, "CSR sparse product": adjacency.to_sparse_csr()}
+    return graph, x, {"edge list": edges, "CSR sparse product": adjacency.to_sparse_csr()}
 
 
-def pyg_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
+def pyg_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
     """PyG's SAGEConv with memory managed as PyTorch comes: the default GCN, forward and backward on a 64x128 graph."""
-    _, gcn, x, ways = on_edges(config)
+    _, x, ways = layer_graph()
     for name, edges in ways.items():
-        yield timed(f"{name}, ms", forward_and_backward(PlainGCN(gcn), x[0], edges), 3 if quick else 9)
+        table.time(f"{name}, ms", forward_and_backward(PlainGCN(default_gcn()), x[0], edges), 3 if quick else 9)
 
 
-def gcn_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
+def gcn_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
     """The same with the closed form beside it, in a process that keeps its freed memory, as a run does."""
-    graph, gcn, x, ways = on_edges(config)
-    slow = list(pyg_part(config, quick, results))
-    closed = timed("closed form, ms", forward_and_backward(gcn, x, graph), 100 if quick else 300)
-    a, b = torch.randn(2, 2048, 2048).unbind()
-    product = timed("product of two 2048x2048 matrices, ms", lambda: a @ b, 5 if quick else 20)
-    rate, reached = 2 * 2048**3 / product.median / 1e6, needed_operations(gcn, graph) / closed.median / 1e6
-    yield from (*slow, closed)
-    for name, measured in zip(ways, slow):
-        as_it_comes = results["pyg"][measured.what].median
-        yield Measurement(f"{name} as PyTorch comes / closed form", as_it_comes / closed.median)
-        yield Measurement(f"{name} / closed form", measured.median / closed.median)
+    pyg_part(table, quick, before)
+    gcn, (graph, x, ways) = default_gcn(), layer_graph()
+    closed = table.time("closed form, ms", forward_and_backward(gcn, x, graph), 100 if quick else 300)
+    for name in ways:
+        table.add(f"{name} as PyTorch comes / closed form", before["pyg"][f"{name}, ms"][0] / closed)
+        table.add(f"{name} / closed form", table[f"{name}, ms"][0] / closed)
     with torch.no_grad():
-        outputs = {name: PlainGCN(gcn)(x[0], edges) for name, edges in ways.items()}
-        expected = outputs.pop("edge list")
-        outputs["closed form"] = gcn(x, graph)[0]
+        outputs = {name: PlainGCN(gcn)(x[0], edges) for name, edges in ways.items()} | {"closed form": gcn(x, graph)[0]}
+    expected = outputs.pop("edge list")
     for name, output in outputs.items():
         difference = (output - expected).abs().max().item()
-        yield Measurement(f"{name}, largest difference of outputs to the edge list", difference)
-    yield Measurement("rate of large matrix products, GFLOP/s", rate)
-    yield Measurement("rate of the closed form, GFLOP/s", reached)
-    yield Measurement("share of the rate of large products, %", 100 * reached / rate)
+        table.add(f"{name}, largest difference of outputs to the edge list", difference)
+    a, b = torch.randn(2, 2048, 2048).unbind()
+    rate = 2 * 2048**3 / Table().time("product of two matrices, ms", lambda: a @ b, 5 if quick else 20) / 1e6
+    reached = needed_operations(gcn, graph) / closed / 1e6
+    table.add("rate of large matrix products, GFLOP/s", rate)
+    table.add("rate of the closed form, GFLOP/s", reached)
+    table.add("share of the rate of large products, %", 100 * reached / rate)
 
 
 def one_sample_at_a_time(classifier: HookedMNISTClassifier, samples: Split, layer: int) -> list[Data]:
@@ -177,89 +171,81 @@ def one_sample_at_a_time(classifier: HookedMNISTClassifier, samples: Split, laye
     return graphs
 
 
-def graphs_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
+def graphs_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
     """Activation graphs of the 64x128 layer: one sample at a time against all samples in one batch."""
-    train = load_image_data(config.dataset, ROOT / "datasets").train
+    train = load_image_data(CONFIG.dataset, ROOT / "datasets").train
     torch.manual_seed(0)
-    classifier = HookedMNISTClassifier(config.classifier.hidden_sizes)
-    count = 100 if quick else 500
+    classifier = HookedMNISTClassifier(CONFIG.classifier.hidden_sizes)
+    graphs = GraphGenerator(classifier, train, CONFIG.graphs, seed=0)
+    layer, count = graphs.graph.layers[0], 100 if quick else 500
     some = Split(train.images[:count], train.labels[:count])
-    graphs = GraphGenerator(classifier, train, config.graphs, seed=0)
-    layer = graphs.graph.layers[0]
-    runs = (3, 5) if quick else (5, 20)
-    one_by_one = "one sample at a time, ms a sample"
-    slow = timed(one_by_one, lambda: one_sample_at_a_time(classifier, some, layer), runs[0], 1e3 / count)
+
+    def one_by_one() -> list[Data]:
+        return one_sample_at_a_time(classifier, some, layer)
+
+    def in_one_batch() -> object:
+        return GraphGenerator(classifier, train, CONFIG.graphs, 0).record
+
+    slow = table.time("one sample at a time, ms a sample", one_by_one, 3 if quick else 5, 1e3 / count)
     in_one = f"{len(graphs):,} samples in one batch, ms a sample"
-    fast = timed(
-        in_one, lambda: GraphGenerator(classifier, train, config.graphs, 0).records, runs[1], 1e3 / len(graphs)
-    )
+    fast = table.time(in_one, in_one_batch, 5 if quick else 20, 1e3 / len(graphs))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graphs.pt"
         save(path, graphs.recorded())
         recorded = path.stat().st_size / len(graphs)
-        torch.save(torch.stack([graph.x for graph in one_sample_at_a_time(classifier, some, layer)]), path)
+        torch.save(torch.stack([graph.x for graph in one_by_one()]), path)
         of_vertices = path.stat().st_size / count
-    yield from (slow, fast)
-    yield Measurement("one sample at a time / in one batch", slow.median / fast.median)
-    yield Measurement("samples a second, one at a time", 1e3 / slow.median)
-    yield Measurement("samples a second, in one batch", 1e3 / fast.median)
-    yield Measurement("bytes a sample, four features of every vertex", of_vertices)
-    yield Measurement("bytes a sample, what the batch recorded", recorded)
-    yield Measurement("features of every vertex / recorded", of_vertices / recorded)
+    table.add("one sample at a time / in one batch", slow / fast)
+    table.add("samples a second, one at a time", 1e3 / slow)
+    table.add("samples a second, in one batch", 1e3 / fast)
+    table.add("bytes a sample, four features of every vertex", of_vertices)
+    table.add("bytes a sample, what the batch recorded", recorded)
+    table.add("features of every vertex / recorded", of_vertices / recorded)
 
 
-def growth_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
+def growth_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
     """The closed form with all layers masked, on classifiers of 784-128-64-10 scaled up and down."""
-    per_vertex = {}
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here, where the system allows it (Linux)
-    held = peak_bytes() / 1e9
-    yield Measurement("GB that the process holds before, with all that it has imported", held)
+    held, per_vertex = peak_bytes() / 1e9, {}
+    table.add("GB that the process holds before, with all that it has imported", held)
     for scale in (0.27, 0.5, 1, 2, 3.5, 6):
-        sizes = [round(scale * size) for size in (784, 128, 64)] + [10]
-        graph = WeightGraph.of(HookedMNISTClassifier(sizes[1:3], sizes[0]), None)
-        x = torch.randn(1, graph.num_vertices, config.graphs.num_features)
-        runs = max(3, (2 if quick else 10) * 10**5 // graph.num_vertices)
-        name = f"{'-'.join(map(str, sizes))}, {graph.num_vertices:,} weights"
-        measured = timed(f"{name}, ms", forward_and_backward(default_gcn(config), x, graph), min(runs, 100))
-        per_vertex[graph.num_vertices] = 1e6 * measured.median / graph.num_vertices
-        yield measured
-        yield Measurement(f"{name}, ns a vertex", per_vertex[graph.num_vertices])
-        yield Measurement(f"{name}, GB more at most", peak_bytes() / 1e9 - held)
-    (from_100k, *_, to_4m) = [taken for size, taken in sorted(per_vertex.items()) if size > 100_000]
-    yield Measurement("time a vertex, 4 million weights / 100 thousand", to_4m / from_100k)
+        inputs, first, second = (round(scale * size) for size in (784, 128, 64))
+        graph = WeightGraph.of(HookedMNISTClassifier((first, second), inputs), None)
+        x = torch.randn(1, graph.num_vertices, CONFIG.graphs.num_features)
+        runs = max(3, min(100, (2 if quick else 10) * 10**5 // graph.num_vertices))
+        name = f"{inputs}-{first}-{second}-10, {graph.num_vertices:,} weights"
+        taken = table.time(f"{name}, ms", forward_and_backward(default_gcn(), x, graph), runs)
+        per_vertex[scale] = 1e6 * taken / graph.num_vertices
+        table.add(f"{name}, ns a vertex", per_vertex[scale])
+        table.add(f"{name}, GB more at most", peak_bytes() / 1e9 - held)
+    table.add("time a vertex, 4 million weights / 100 thousand", per_vertex[6] / per_vertex[1])
 
 
-def stages_part(config: Config, quick: bool, results: Results) -> Iterator[Measurement]:
+def stages_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
     """A training step of the GCN, a request, an evaluation; and the stages of the default run."""
-    data = load_image_data(config.dataset, ROOT / "datasets")
-    trainer = Trainer(config.classifier, 0)
+    data, trainer = load_image_data(CONFIG.dataset, ROOT / "datasets"), Trainer(CONFIG.classifier, 0)
     classifier = trainer.train(data.train, 10)
-    graphs = GraphGenerator(classifier, data.train, config.graphs, seed=0)
-    top_k = number_of_weights(config.sweep.top_k[0], graphs.graph.num_vertices)
-    few = GCNTrainer(dataclasses.replace(config.gcn, steps=20, warmup=2), [graphs], top_k, 0)
-    yield timed("training step of the GCN, ms", few.train, 3 if quick else 10, 1e3 / 20)
+    graphs = GraphGenerator(classifier, data.train, CONFIG.graphs, seed=0)
+    few = GCNTrainer(replace(CONFIG.gcn, steps=20), [graphs], CONFIG.eval.retain_weight, 0)
+    table.time("training step of the GCN, ms", few.train, 3 if quick else 10, 1e3 / 20)
     gcn, asks = TrainedGCN.load().gcn, load_config(overrides=["gcn.pretrained=true", "eval.group_size=100"])
-    graphs = GraphGenerator(classifier, data.train, asks.graphs, seed=0)
-    digits = iter(range(10**6))
+    graphs, digits = GraphGenerator(classifier, data.train, asks.graphs, seed=0), cycle(range(10))
 
     def request_to_mask() -> None:
-        digit = next(digits) % 10
-        order = ZeroingOrder(asks.eval, graphs, digit, GCNRanking(asks.eval, graphs, digit, 0, gcn, top_k))
-        order.until_forgotten(data.train.forget(digit))
+        digit = next(digits)
+        order = ZeroingOrder(asks.eval, graphs, digit, Ranking(asks.eval, graphs, digit, 0, gcn))
+        order.answer("auto", data.train.forget(digit))
 
-    yield timed("request, pretrained GCN to mask, kappa auto, ten digits in turn, ms", request_to_mask, 10)
-    mimu_alone = dataclasses.replace(asks.eval, methods=("mimu",))
-    request = Request(mimu_alone, classifier, trainer, data.train, graphs, gcn, 9, top_k, 0, asked=200)
+    table.time("request, pretrained GCN to mask, kappa auto, ten digits in turn, ms", request_to_mask, 10)
+    mimu_alone = replace(asks.eval, methods=("mimu",))
+    request = Request(mimu_alone, classifier, trainer, data.train, graphs, gcn, 9, top_k=2048, seed=0, asked=200)
     request.in_steps("mimu", request.ranking)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         metrics, mask = Artifact(folder / "metrics.json", {}), Artifact(folder / "mask.pt", {})
-        yield timed(
-            "evaluation of a mask: all metrics, JSON, ms",
-            lambda: Eval(request, data, metrics, mask, {"seconds": {}}, {}).eval(),
-            5 if quick else 20,
-        )
+        evaluation = Eval(request, data, metrics, mask, {"seconds": {}}, {})
+        table.time("evaluation of a mask: all metrics, JSON, ms", evaluation.eval, 5 if quick else 20)
         less = ["gcn.steps=40", "sweep.kappa=[auto, 300]"] if quick else []
         (folder / "datasets").mkdir()
         (folder / "datasets" / "MNIST").symlink_to(ROOT / "datasets" / "MNIST")
@@ -269,19 +255,12 @@ def stages_part(config: Config, quick: bool, results: Results) -> Iterator[Measu
         total = time.perf_counter() - started
         summary = json.loads((folder / "reports" / "run.json").read_text())
     command = " ".join(["main.py", *less])
-    for stage, seconds in summary["seconds"].items():
-        yield Measurement(f"`{command}`, {stage}, s", seconds)
-    yield Measurement(f"`{command}`, all but the imports, s", total)
+    for stage, seconds in (summary["seconds"] | {"all but the imports": total}).items():
+        table.add(f"`{command}`, {stage}, s", seconds)
 
 
 # In this order: before growth, whose memory is measured, nothing may have left memory that is kept.
-PARTS: dict[str, Callable[[Config, bool, Results], Iterator[Measurement]]] = {
-    "pyg": pyg_part,
-    "growth": growth_part,
-    "gcn": gcn_part,
-    "graphs": graphs_part,
-    "stages": stages_part,
-}
+PARTS = {"pyg": pyg_part, "growth": growth_part, "gcn": gcn_part, "graphs": graphs_part, "stages": stages_part}
 
 
 def processor() -> str:
@@ -304,18 +283,16 @@ def main() -> None:
     head: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     head |= {"python": platform.python_version(), "packages": versions, "quick": arguments.quick}
     print(f"{head['processor']}, {head['cores']} cores, {head['threads']} threads; Python {head['python']}, {packages}")
-    results: Results = {}
-    for name in [name for name in PARTS if name in arguments.only or (name == "pyg" and "gcn" in arguments.only)]:
+    tables: dict[str, Table] = {}
+    for name, part in PARTS.items():
+        if name not in arguments.only and not (name == "pyg" and "gcn" in arguments.only):
+            continue
         if name != "pyg":
             keep_freed_memory()
-        results[name] = {each.what: each for each in PARTS[name](load_config(), arguments.quick, results)}
-        print(f"\n{PARTS[name].__doc__}\n")
-        rows = map(Measurement.row, results[name].values())
-        print(markdown_table(["what", "median", "smallest to largest"], rows), flush=True)
-    measured = {
-        name: {each.what: dataclasses.astuple(each)[1:] for each in part.values()} for name, part in results.items()
-    }
-    write_text(ROOT / "reports" / "benchmark.json", json.dumps(head | measured, indent=1))
+        tables[name] = Table()
+        part(tables[name], arguments.quick, tables)
+        print(f"\n{part.__doc__}\n\n{tables[name]}", flush=True)
+    write_text(ROOT / "reports" / "benchmark.json", json.dumps(head | tables, indent=1))
 
 
 if __name__ == "__main__":

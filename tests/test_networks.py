@@ -16,15 +16,16 @@ from torch.nn.utils import parametrize
 from torch_geometric.nn import SAGEConv
 
 from mimu.configs import load_config
-from mimu.data import FEATURES, GraphGenerator, Split, seeded
+from mimu.data import FEATURES, FORGETTING_TEMPERATURE, GraphGenerator, Split, seeded
 from mimu.eval import METHODS, Request, answer
 from mimu.masking.order import ZeroingOrder
-from mimu.masking.rankings import SaliencyRanking
+from mimu.masking.rankings import Ranking
 from mimu.methods.fine_tuning import fisher_information
 from mimu.methods.projections import moments
-from mimu.model import HookedMNISTClassifier, Mask, MaskingGCN, WeightGraph
+from mimu.model import LARGEST_CHANGE, HookedMNISTClassifier, MaskingGCN, WeightGraph
 from mimu.networks.architectures import cnn, mlp, resnet
 from mimu.networks.hooked import HookedClassifier, shape_of, weight_layers
+from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.settings import ConfigError
 from mimu.trainer import GCNTrainer, Trainer, masked_weights
 
@@ -160,13 +161,16 @@ def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(na
     gcn = MaskingGCN(4, 6, rounds).double()
     convs = nn.ModuleList(SAGEConv(n, 6, bias=False) for n in (4, 6, 6)[:rounds]).double()
     convs.load_state_dict(gcn.convs.state_dict())
+    nn.init.normal_(gcn.readout.weight)
     features = torch.randn(2, 4, len(ends), dtype=torch.float64, requires_grad=True)
-    weighting, x = torch.randn(2, len(ends), dtype=torch.float64), features.mT  # not contiguous
+    weighting, x = torch.randn(2, len(ends), 2, dtype=torch.float64), features.mT  # not contiguous
     y = x
     for index, conv in enumerate(convs):
         y = conv(y, graph.edge_index())
         y = y if index == 0 < rounds - 1 else y.relu()
-    output, expected = gcn(x, graph), (y @ gcn.readout.weight.T)[..., 0]
+    logarithms = y @ gcn.readout.weight.T
+    logarithms = logarithms - logarithms.mean(1, keepdim=True)
+    output, expected = gcn(x, graph), (LARGEST_CHANGE * (logarithms / LARGEST_CHANGE).tanh()).exp()
     assert torch.allclose(output, expected, rtol=0, atol=1e-10)
     by_edges = torch.autograd.grad((expected * weighting).sum(), [features, *convs.parameters(), gcn.readout.weight])
     gradients = torch.autograd.grad((output * weighting).sum(), [features, *gcn.parameters()])
@@ -174,24 +178,20 @@ def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(na
         assert torch.allclose(gradient, of_edges, rtol=1e-9, atol=1e-10)
 
 
-def told_apart(classifier: HookedClassifier, x: Tensor, label: Tensor, left_out: int | None) -> Tensor:
-    """The log-probabilities of a sample's classes, without that which it is not told from."""
-    kept = [each for each in range(NUM_CLASSES) if each != left_out or each == label]
-    found = torch.full((NUM_CLASSES,), float("-inf"), dtype=x.dtype)
-    return found.index_put((torch.tensor(kept),), classifier.network(x[None])[0, kept].log_softmax(0))
+def log_odds(classifier: HookedClassifier, x: Tensor, label: Tensor, left_out: int | None = None) -> Tensor:
+    """Of a sample's label; of a sample of another class, the softmax is restricted to all but the class left out."""
+    kept = [each for each in range(NUM_CLASSES) if each != left_out or left_out == label]
+    p = classifier.network(x[None])[0, kept].softmax(0)[kept.index(int(label))]
+    return (p / (1 - p)).log()
 
 
 def single_gradients(
-    classifier: HookedClassifier, x: Tensor, label: Tensor, of: str, layers: list[int], left_out: int | None = None
-) -> list:
-    logits, log_p = classifier.network(x[None]), told_apart(classifier, x, label, left_out)[label]
-    values = {
-        "loss": -log_p,
-        "margin": logits[0, label] - logits.mean(),
-        "forgetting": -(1 - log_p.exp()).log(),
-        "log_odds": log_p - (1 - log_p.exp()).log(),
-    }
-    return list(torch.autograd.grad(values[of], [classifier.layers[layer].weight for layer in layers]))
+    classifier: HookedClassifier, split: Split, layers: list[int], left_out: int | None = None
+) -> list[Tensor]:
+    """The gradients of every sample's log-odds by the weights of layers, (samples, *shape) of each."""
+    weights = [classifier.layers[layer].weight for layer in layers]
+    values = [log_odds(classifier, *each, left_out) for each in zip(split.images, split.labels)]
+    return [torch.stack(of_layer) for of_layer in zip(*(torch.autograd.grad(value, weights) for value in values))]
 
 
 @pytest.mark.parametrize("begins", [None, [1, 2]], ids=str)
@@ -200,72 +200,65 @@ def test_recorded_gradients_of_kernels_are_those_of_autograd_one_sample_at_a_tim
     classifier, split = classifier_of(name), labelled(2)
     layers = list(range(COUNTS[name])) if begins is None else [2, 1]
     inputs = split.images if begins is None else classifier.prefix_activations(begins, split.images)
-    records, loss = classifier.record(inputs, split.labels, layers, begins)
-    assert torch.allclose(loss, F.cross_entropy(classifier.network(split.images), split.labels, reduction="none"))
-    for index, (x, label) in enumerate(zip(split.images, split.labels)):
-        for of in ("loss", "margin"):
-            for record, expected in zip(records, single_gradients(classifier, x, label, of, layers), strict=True):
-                delta, a = getattr(record, f"{of}_gradient")[index], record.inputs[index]
-                gradient = delta @ a.T if a.ndim == 2 else delta[:, None] * a
-                assert torch.allclose(gradient.view_as(expected), expected, rtol=0, atol=1e-12)
-    for layer, squares in enumerate(fisher_information(classifier, split)):
-        single = [single_gradients(classifier, *each, "loss", [layer])[0] for each in zip(split.images, split.labels)]
-        assert torch.allclose(squares, torch.stack(single).square().mean(0).flatten(1), rtol=1e-9, atol=1e-12)
+    record = classifier.record(inputs, split.labels, layers, begins)
+    expected = torch.stack([log_odds(classifier, *each) for each in zip(split.images, split.labels)])
+    assert torch.allclose(record.log_odds, expected) and torch.equal(record.kept_log_odds, record.log_odds)
+    for layer, single in zip(record.layers, single_gradients(classifier, split, layers), strict=True):
+        delta, a = layer.log_odds_gradient, layer.inputs
+        gradients = delta @ a.mT if a.ndim == 3 else delta[:, :, None] * a[:, None]
+        assert torch.allclose(gradients.view_as(single), single, rtol=0, atol=1e-12)
+    p = expected.sigmoid()
+    every = range(COUNTS[name])
+    for squares, single in zip(fisher_information(classifier, split), single_gradients(classifier, split, every)):
+        expected = ((1 - p).square() @ single.flatten(1).square() / len(p)).view_as(squares)
+        assert torch.allclose(squares, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_recorded_activations_stand_behind_normalisation_addition_and_relu():
     classifier = classifier_of("varied")
-    records, _ = classifier.record(images(), torch.zeros(6).long(), [0, 1, 2, 3])
+    records = classifier.record(images(), torch.zeros(6).long(), [0, 1, 2, 3]).layers
     hidden = *classifier.network.hidden(images()), classifier.network(images())
     for record, expected, is_rectified in zip(records, hidden, (True, True, False, False)):
         h, active = expected.view_as(record.outputs), record.active
-        assert torch.allclose(record.outputs, h, atol=1e-12) and torch.equal(
-            active, (h > 0).double().clamp_min(1 - is_rectified)
-        )
+        assert torch.allclose(record.outputs, h, atol=1e-12)
+        assert torch.equal(active, (h > 0).double().clamp_min(1 - is_rectified))
     assert torch.allclose(records[3].inputs, hidden[2].flatten(1), atol=1e-12) and (records[2].outputs < 0).any()
 
 
 def read_by_kernels(x: Tensor) -> Tensor:
     """(samples, channels, 9, positions) of kernels 3 x 3 with a border of zeros."""
-    height, width, x = *x.shape[2:], F.pad(x, (1, 1, 1, 1))
-    return torch.stack([x[:, :, i : i + height, j : j + width] for i, j in product(range(3), range(3))], 2).flatten(3)
+    return F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4).movedim(-1, 2).flatten(3)
 
 
 def features_by_hand(
-    before: HookedClassifier,
-    classifier: HookedClassifier,
-    x: Tensor,
-    y: Tensor,
-    layers: tuple[int, ...],
-    out: int | None,
+    before: HookedClassifier, classifier: HookedClassifier, split: Split, layers: tuple[int, ...], out: int | None
 ) -> dict[str, Tensor]:
     """The features of a cnn, of samples of one class, by their definitions, (vertices)."""
-    t, p = (torch.stack([told_apart(m, *each, out)[each[1]].exp() for each in zip(x, y)]) for m in (before, classifier))
-    t, p = t.detach()[:, None, None], p.detach()[:, None, None]
-    network, gradients = classifier.network, []
+    x, network = split.images, classifier.network
+    pairs = list(zip(split.images, split.labels))
+    kept, odds = (torch.stack([log_odds(model, *each, out) for each in pairs]) for model in (before, classifier))
+    t, p, softened = (each.sigmoid()[:, None, None] for each in (kept, odds, odds / FORGETTING_TEMPERATURE))
     given = read_by_kernels(x), read_by_kernels(network[:6](x)), network[:11](x)[..., None], network[:13](x)[..., None]
     gave = network[:5](x), network[:9](x), network[:13](x)[..., None], network(x)[..., None]
-    for of in ("loss", "margin", "forgetting", "log_odds"):
-        single = [single_gradients(classifier, *each, of, layers, out) for each in zip(x, y)]
-        gradients.append([torch.stack(of_layer).flatten(2) for of_layer in zip(*single)])
     found: dict[str, list[Tensor]] = {name: [] for name in FEATURES}
-    for layer, loss, margin, forgetting, log_odds in zip(layers, *gradients):
-        w, a, h = classifier.layers[layer].weight.detach().flatten(1), given[layer], gave[layer].flatten(2)
-        a = a.flatten(1, 2) if layer < 2 else a
+    for layer, gradient in zip(layers, single_gradients(classifier, split, layers, out)):
+        w, a, h = classifier.layers[layer].weight.flatten(1), given[layer], gave[layer].flatten(2)
+        a, gradient = a.flatten(1, 2) if layer < 2 else a, gradient.flatten(2)
         active = (h > 0).double() if layer < 3 else torch.ones_like(h)
+        loss = ((p - 1) * gradient).mean(0)
         of_layer = (
-            a.mean((0, 2)).expand_as(w), h.mean((0, 2))[:, None].expand_as(w), w, loss.mean(0), w * loss.mean(0),
-            w.abs() * loss.square().mean(0).sqrt(), w * margin.mean(0), w * forgetting.mean(0),
-            w * ((p - t) * log_odds).mean(0), w.abs() * (p * (1 - p) * log_odds**2).mean(0).sqrt(),
+            a.mean((0, 2)).expand_as(w), h.mean((0, 2))[:, None].expand_as(w), w, loss, w * loss,
+            w * (softened * gradient).mean(0), w * ((p - t) * gradient).mean(0),
+            w.abs() * (p * (1 - p) * gradient**2).mean(0).sqrt(),
             w.abs() * (active[:, :, None] * a[:, None]).mean((0, 3)),
         )  # fmt: skip
-        for name, feature in zip(FEATURES, of_layer):
-            found[name].append(feature.flatten())
+        for name, feature in zip(FEATURES, of_layer, strict=True):
+            found[name].append(feature.detach().flatten())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @pytest.mark.parametrize("mask_layer", [-2, -1, [-2, -1]])
-def test_what_is_foreseen_is_right_to_first_order_in_what_is_removed(mask_layer):
+def test_an_update_is_right_to_first_order_in_what_is_removed(mask_layer):
     classifier = classifier_of("cnn")
     vertices = torch.arange(WeightGraph.of(classifier, mask_layer).num_vertices)
     first, further, errors = vertices[::7], vertices[(vertices % 7 > 0) & (vertices % 3 == 0)], []
@@ -275,24 +268,26 @@ def test_what_is_foreseen_is_right_to_first_order_in_what_is_removed(mask_layer)
             for index, part in zip(graph.layers, graph.split(vertices)):
                 classifier.layers[index].weight[torch.isin(part, further)] = size
         graphs = GraphGenerator(classifier, labelled(), graph_config(mask_layer), 0)
-        looked, ahead = (Mask.zeroing(graph, each) for each in (first, torch.cat([first, further])))
         samples = graphs.draw(4, seeded("test"))
-        before, after = (graphs.look(samples, (), mask) for mask in (looked, ahead))
-        errors.append((before.without(further).loss - after.loss).abs().max())
-        assert errors[-1] < 0.02 * (after.loss - before.loss).abs().max()
+        before = graphs.snapshot(samples, (), graph.zeroing(first))
+        after = graphs.snapshot(samples, (), graph.zeroing(torch.cat([first, further])))
+        errors.append((before.first_order_update(further).log_odds - after.log_odds).abs().max())
+        assert errors[-1] < 0.02 * (after.log_odds - before.log_odds).abs().max()
     assert errors[1] < 0.02 * errors[0]
 
 
-@pytest.mark.parametrize("mask_layer, is_foreseen", [(0, False), ([1, -1], False), ([-2, -1], True)])
-def test_requests_for_kernels_look_before_every_step(mask_layer, is_foreseen):
+@pytest.mark.parametrize("mask_layer, is_updated", [(0, False), ([1, -1], False), ([-2, -1], True)])
+def test_requests_for_kernels_take_a_snapshot_before_every_step(mask_layer, is_updated):
     graphs = GraphGenerator(classifier_of("cnn"), labelled(), graph_config(mask_layer), 0)
-    configs = (replace(load_config().eval, step=9, look_every=every) for every in (1, None))
-    rankings = (SaliencyRanking(config, graphs, 1, 0, 5.0) for config in configs)
-    zeroed = [ZeroingOrder(each.config, graphs, 1, each).first(45).vertices for each in rankings]
-    assert torch.equal(*zeroed) == (not is_foreseen)
-    if not is_foreseen:
-        with pytest.raises(ValueError, match="have kernels: what they read is not kept, look again"):
-            graphs.look(graphs.by_class(), ("margin",)).without(torch.tensor([0]))
+    zeroed = []
+    for every in (1, None):
+        config = replace(load_config().eval, step=9, snapshot_every=every)
+        order = ZeroingOrder(config, graphs, 1, Ranking(config, graphs, 1, 0))
+        zeroed.append(order.answer(45, graphs.samples).vertices)
+    assert torch.equal(*zeroed) == (not is_updated)
+    if not is_updated:
+        with pytest.raises(ValueError, match="have kernels: what they read is not kept, take a new snapshot"):
+            graphs.snapshot(graphs.by_class(), ("forgetting",)).first_order_update(torch.tensor([0]))
 
 
 @pytest.mark.parametrize("numbers, parts", [(2**26, [12]), (2**26, [9, 3]), (1, [3] * 4)])
@@ -310,21 +305,21 @@ def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_s
     assert bool(graphs.recorded()["records"]) == is_linear and (graphs.at_once == 1) == (numbers == 1)
     graphs.at_once = {2: 9}.get(len(parts), graphs.at_once)
     samples, zeroed = graphs.draw(4, seeded("test")), torch.arange(0, graphs.graph.num_vertices, 7)
-    for mask in (None, Mask.zeroing(graphs.graph, zeroed)):
+    for mask in (None, graphs.graph.zeroing(zeroed)):
         passes.clear()
-        look = graphs.look(samples, tuple(FEATURES), mask, forget_class)
+        snapshot = graphs.snapshot(samples, tuple(FEATURES), mask, forget_class)
         is_kept = mask is None and is_linear and forget_class is None
         assert passes == ([] if is_kept else parts), "what linear layers did is kept"
         masked = copy.deepcopy(graphs.classifier)
         if mask:
             mask.apply(masked, permanent=True)
         for label, rows in enumerate(samples):
-            x, y = graphs.samples.images[rows], graphs.samples.labels[rows]
-            log_p = [told_apart(masked, *each, forget_class)[each[1]].item() for each in zip(x, y)]
-            assert look.loss[label].item() == pytest.approx(-sum(log_p) / len(log_p))
-            by_hand = features_by_hand(graphs.classifier, masked, x, y, graphs.graph.layers, forget_class)
+            split = graphs.samples[rows]
+            odds = torch.stack([log_odds(masked, *each, forget_class) for each in zip(split.images, split.labels)])
+            assert torch.allclose(snapshot.log_odds[label], odds)
+            by_hand = features_by_hand(graphs.classifier, masked, split, graphs.graph.layers, forget_class)
             for name, expected in by_hand.items():
-                assert torch.allclose(look.feature(name)[label], expected, rtol=1e-9, atol=1e-12), name
+                assert torch.allclose(snapshot.feature(name)[label], expected, rtol=1e-9, atol=1e-12), name
 
 
 @pytest.mark.parametrize("by_mask", [False, True])
@@ -332,7 +327,7 @@ def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_s
 def test_many_masks_at_once_are_one_after_another_and_so_are_their_gradients(name, layers, by_mask):
     classifier, x = classifier_of(name), images(9)
     graph = WeightGraph.of(classifier, layers)
-    masks = [Mask.zeroing(graph, torch.randperm(graph.num_vertices)[: graph.num_vertices // 3]) for _ in range(3)]
+    masks = [graph.zeroing(torch.randperm(graph.num_vertices)[: graph.num_vertices // 3]) for _ in range(3)]
     keep = torch.stack([torch.cat([part.flatten() for part in mask.keep]) for mask in masks]).double().requires_grad_()
     weights = masked_weights(classifier, graph, keep)
     inputs = classifier.prefix_activations(layers, x)
@@ -404,7 +399,7 @@ def test_what_a_layer_is_given_makes_its_output_and_its_moments(name, at_once, m
 
 
 CHANGES = (
-    "gcn.kappa=[3, 20]", "gcn.partly_masked=[3, 20]", "gcn.hidden=4", "gcn.steps=6", "gcn.warmup=2", "eval.step=3",
+    "gcn.kappa=[3, 20]", "gcn.partly_masked=[3, 20]", "gcn.hidden=4", "gcn.steps=6", "eval.step=3",
     "graphs.samples_per_class=8", "sweep.kappa=[9]", "eval.max_kappa=20",
     "classifier.channels=[3, 4]", "classifier.hidden_sizes=[5]", "classifier.batch_size=8", "classifier.epochs=2",
     "classifier.batch_norm=true", "graphs.mask_layer=null",
@@ -423,7 +418,7 @@ def tiny_request(architecture: str, mask_layer: tuple[int, ...] | None) -> Reque
     before = copy.deepcopy(classifier.state_dict())
     described = replace(config.graphs, mask_layer=mask_layer)
     graphs = GraphGenerator(classifier, split, described, 0)
-    gcn = GCNTrainer(config.gcn, [graphs], 20, 0).train()
+    gcn = GCNTrainer(config.gcn, [graphs], 5.0, 0).train()
     assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
     own = {
         name: {key: min(value, TINY.get(key, value)) for key, value in of_method.items()}
@@ -452,24 +447,34 @@ def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_ori
             assert name not in ("fine_tune", "scrub") or not any(same), "training follows the statistics"
 
 
-@pytest.mark.parametrize("is_on", [False, True])
+@pytest.mark.parametrize("rank, is_on", [(0, False), (0, True), (2, False), (2, True)])
 @pytest.mark.parametrize("name, layers", [("mlp", [1]), ("mlp", None), ("cnn", [1]), ("resnet", [0, 2, -1])])
-def test_a_mask_zeroes_exactly_kappa_weights_comes_off_bit_for_bit_and_can_be_permanent(name, layers, is_on, tmp_path):
+def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(name, layers, rank, is_on, tmp_path):
+    """It zeroes exactly kappa weights and takes `rank` directions."""
     classifier, x = classifier_of(name), images()
     graph = WeightGraph.of(classifier, layers)
     zeroed, before = torch.randperm(graph.num_vertices)[:25], copy.deepcopy(classifier.state_dict())
-    mask, kept, logits = Mask.zeroing(graph, zeroed), Mask.keeping(graph, zeroed).as_tensor(), classifier(x)
+    mask, kept, logits = graph.zeroing(zeroed), graph.keeping(zeroed).as_tensor(), classifier(x)
     assert kept.sum() == 25 == mask.num_zeroed and torch.equal(kept + mask.as_tensor(), torch.ones_like(kept))
     assert mask.as_tensor().shape == (graph.shapes[0] if len(graph.layers) == 1 else (graph.num_vertices,))
+    by_layer, expected = {}, []
+    for layer, keep in zip(graph.layers, mask.keep):
+        weight = classifier.layers[layer].weight.detach()
+        left, right = (torch.randn(size, rank).double() for size in weight.flatten(1).shape)
+        by_layer[layer] = LayerMask(keep, left, right)
+        expected.append((weight - (left @ right.T).view_as(weight)).flatten())
+    mask, expected = Mask(by_layer), torch.cat(expected).index_fill(0, zeroed, 0)
 
     def flat() -> Tensor:
         return torch.cat([classifier.layers[layer].weight.detach().flatten() for layer in graph.layers])
 
-    expected = flat().index_fill(0, zeroed, 0)
     mask.save(tmp_path / "mask.pt")
     with Mask.load(tmp_path / "mask.pt").applied_to(classifier):
         masked, on = classifier(x), Mask.on(classifier)
         assert on.includes(mask) and mask.includes(on) and on.layers == mask.layers == graph.layers
+        assert {each.rank for each in on.by_layer.values()} == {rank} and ("directions taken: layer" in repr(on)) == (
+            rank > 0
+        )
         assert torch.equal(flat(), expected)
     after = classifier.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[key], value) for key, value in before.items())
@@ -478,8 +483,8 @@ def test_a_mask_zeroes_exactly_kappa_weights_comes_off_bit_for_bit_and_can_be_pe
     if is_on:
         mask.apply(classifier)
     mask.apply(classifier, permanent=True)
-    assert torch.equal(classifier(x), masked) and torch.equal(flat(), expected)
-    assert list(classifier.state_dict()) == list(before), "nothing of the zeroed weights is left"
+    assert torch.equal(classifier(x), masked) and torch.equal(flat(), expected) and Mask.on(classifier) is None
+    assert list(classifier.state_dict()) == list(before), "nothing of the mask is left"
 
 
 class Folded(nn.Module):

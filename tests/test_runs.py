@@ -106,7 +106,7 @@ def test_a_change_makes_anew_what_depends_on_it_and_nothing_else(here, monkeypat
         *((setting, names[1:]) for setting in ("graphs.samples_per_class=99", "samples=50")),
         *((setting, names) for setting in ("classifier.epochs=2", "threads=2", "seed=1", "held_out=10")),
         # What is drawn, of a method that does not run, of audits that are not made:
-        *((setting, []) for setting in ("report.dpi=51", "eval.visualize=true", "audit.probe_steps=2")),
+        *((setting, []) for setting in ("report.dpi=51", "eval.visualize=true", "audit.relearn_steps=2")),
         ("eval.hyperparameters.scrub.epochs=2", []),
     ):
         assert there(here, setting) == finished | dict.fromkeys(made, 0), setting

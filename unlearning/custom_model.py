@@ -1,4 +1,4 @@
-"""The last linear layers of a model of the user's own, as the classifier that masks are made for."""
+"""A custom model, of the user: its last linear layers, or all of it, as the classifier that masks are made for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -16,21 +18,22 @@ from tqdm import tqdm
 
 from mimu.model import HookedMNISTClassifier, WeightGraph
 from mimu.networks.hooked import HookedClassifier, weight_layers
-from mimu.networks.masks import Mask, take_off, weight_mask
+from mimu.networks.masks import LayerMask, Mask, take_off, weight_mask
 from mimu.networks.tracing import POOLING, RESHAPING, UNCHANGED, Trace
 from mimu.runs.files import InputError, one_line
 from mimu.unlearning.samples import AT_ONCE, check_finite_rows
 
-TRIED, TRACED = 64, 2  # samples on which a model is looked at, and on which it is run node by node
+TRIED = 64  # samples on which it is seen what the layers of a model do
+TRACED = 2  # samples on which a model is run node by node
 
 
 class Call(NamedTuple):
-    """A module without parts, as a model calls it, and of a linear layer, what it was given and gave."""
+    """A module without parts, as a model calls it; of a linear layer, what it was given and what it gave."""
 
     name: str
     module: nn.Module
-    given: Tensor | None
-    gave: Tensor | None
+    given: Tensor | None = None
+    gave: Tensor | None = None
 
 
 @contextmanager
@@ -49,10 +52,11 @@ def copy_of(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode, to run and hook: so nothing that a model does to itself is done to the original."""
     model = getattr(model, "_orig_mod", model)  # of one that torch.compile has wrapped: compiled code runs no hooks
     # What is computed from parameters, as by torch.nn.utils.prune, PyTorch does not copy by itself.
-    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    attributes = chain.from_iterable(vars(module).values() for module in model.modules())
+    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
     try:
-        copied = copy.deepcopy(model, {id(each): each.detach().clone() for each in tensors if not each.is_leaf})
-    except Exception as error:  # of a model of the user's own
+        copied = copy.deepcopy(model, {id(each): each.detach().clone() for each in computed})
+    except Exception as error:  # of a custom model, any
         raise InputError(f"model: cannot be copied ({one_line(error)})") from error
     for module in copied.modules():
         module._compiled_call_impl = None
@@ -66,7 +70,7 @@ class CustomModel:
     """What of a model masks are made on: the linear layers in a row that it ends in; all, where others are asked for.
 
     classifier: a copy in float32, masked where the model is, of the layers in a row, or of the whole model, traced
-    layers: which of the weight layers of the model its own are; masked: which of its own are to be masked
+    layers: the indices of its layers among the weight layers of the model; masked: which of its layers are to be masked
     inputs: what it is given for all samples, (samples, n) float32, or (samples, ...) as the model takes them
     num_classes: how many logits it gives
     """
@@ -84,54 +88,58 @@ class CustomModel:
         """Takes a model as it is, and looks at what its layers do on a few samples.
 
         inputs: (samples, ...), as the model takes them but for device and type, which are made those of the model.
-        Warns where other layers than those in a row would be masked, but for a model that cannot be traced.
+        Warns where all layers are to be masked, and a model that cannot be traced has others than those in a row.
         Raises InputError where it gives no logits, is not finite, or a layer of mask_layer cannot be masked.
         """
         check_model(model)
         model = copy_of(model)
         inputs = inputs.to(next(model.parameters()).device)
-        every = {module: index for index, module in enumerate(weight_layers(model))}
+        index_of = {module: index for index, module in enumerate(weight_layers(model))}
         with torch.no_grad():
-            spread = torch.linspace(0, len(inputs) - 1, min(TRIED, len(inputs))).long()
-            calls, logits, inputs = calls_of(model, inputs, spread)
+            few = torch.linspace(0, len(inputs) - 1, min(TRIED, len(inputs))).long()
+            calls, logits, inputs = calls_of(model, inputs, few)
             check_finite_rows(logits, "logits", ", though inputs and weights are")
-            whole, why = traced(model, inputs[spread[:TRACED]], logits[:TRACED])
+            whole, why_not = traced(model, inputs[few[:TRACED]], logits[:TRACED])
             try:
-                chain = last_in_a_row(calls, logits)
+                row = last_in_a_row(calls, logits)
             except InputError:
                 if whole is None or not gives_logits(whole.trace, whole.trace.output):
                     raise
-                chain = []
-            in_a_row = [every[call.module] for call in chain]
+                row = []
+            in_a_row = [index_of[call.module] for call in row]
             able = in_a_row if whole is None else whole.trace.maskable
             masked = chosen(mask_layer, in_a_row, able)
             if not masked:
-                names = {every[module]: repr(name) for name, module in model.named_modules() if module in every}
-                must = ", ".join(f"{index} ({names[index]})" for index in sorted(able))
-                which = f"the linear layers in a row that the model ends in ({why})" if why else "each once"
+                names = {module: name for name, module in model.named_modules()}
+                must = ", ".join(f"{index} ({names[module]!r})" for module, index in index_of.items() if index in able)
+                which = f"the linear layers in a row that the model ends in ({why_not})" if why_not else "each once"
                 raise InputError(f"mask_layer must be auto, None, or some of {must}, {which}; not {mask_layer!r}")
-            if why and isinstance(mask_layer, str | None) and masked != chosen(mask_layer, in_a_row, [*every.values()]):
-                warnings.warn(f"mask_layer {mask_layer}: of layers {[*masked]} alone, as {why}", stacklevel=3)
+            if why_not and mask_layer is None and len(masked) < len(index_of):
+                warnings.warn(f"mask_layer None: of layers {list(masked)} alone, as {why_not}", stacklevel=3)
             if not set(masked) <= set(in_a_row):
                 given = inputs.float() if inputs.is_floating_point() else inputs
-                return CustomModel(whole, tuple(every.values()), masked, given, logits.shape[1])
-            if torch.equal(chain[0].given, inputs[spread].flatten(1)):
+                return CustomModel(whole, tuple(index_of.values()), masked, given, logits.shape[1])
+            if torch.equal(row[0].given, inputs[few].flatten(1)):
                 given = inputs.flatten(1).float()
             else:
-                given = given_to(chain[0].module, model, inputs, progress)
-                check_finite_rows(given, f"what layer {chain[0].name!r} is given for inputs")
-            positions = tuple(sorted(map(in_a_row.index, masked)))
-            return CustomModel(copied_layers(chain), tuple(in_a_row), positions, given, logits.shape[1])
+                given = prefix_activations(model, row[0].module, inputs, progress)
+                check_finite_rows(given, f"what layer {row[0].name!r} is given for inputs")
+            places = tuple(sorted(in_a_row.index(index) for index in masked))
+            return CustomModel(copied_layers(row), tuple(in_a_row), places, given, logits.shape[1])
 
     def carried(self, mask: Mask | None, graph: WeightGraph) -> Mask:
         """What a mask on the model, if there is one, switches off in those of its layers that a graph has."""
-        keep = dict(zip(mask.layers, mask.keep)) if mask else {}
-        own = [keep.get(self.layers[layer], torch.ones(shape)) for layer, shape in zip(graph.layers, graph.shapes)]
-        return Mask(graph.layers, tuple(part.to(self.inputs.device, torch.float32) for part in own))
+        carried = mask.by_layer if mask else {}
+        found = {}
+        for layer, shape in zip(graph.layers, graph.shapes):
+            on_model = carried.get(self.layers[layer])
+            keep = torch.ones(shape) if on_model is None else on_model.keep
+            found[layer] = LayerMask.of(keep.to(self.inputs.device, torch.float32))
+        return Mask(found)
 
     def mask(self, mask: Mask) -> Mask:
         """A mask on its layers as one on the model."""
-        return replace(mask, layers=tuple(self.layers[layer] for layer in mask.layers))
+        return replace(mask, by_layer={self.layers[layer]: part for layer, part in mask.by_layer.items()})
 
 
 def chosen(mask_layer: Any, in_a_row: Sequence[int], able: Sequence[int]) -> tuple[int, ...]:
@@ -145,11 +153,11 @@ def chosen(mask_layer: Any, in_a_row: Sequence[int], able: Sequence[int]) -> tup
     if mask_layer is None:
         return tuple(sorted(able))
     if isinstance(mask_layer, str) and mask_layer == "auto":
-        return ((in_a_row[-2] if len(in_a_row) > 2 else (in_a_row or able)[-1]),)
-    asked = list(mask_layer) if isinstance(mask_layer, tuple | list) else [mask_layer]
-    by_index = {place: index for index in able for place in (index, index - max(able) - 1)}
-    found = {by_index[index] for index in asked if type(index) is int and index in by_index}
-    return tuple(sorted(found)) if len(found) == len(asked) else ()
+        return (in_a_row[-2],) if len(in_a_row) > 2 else ((in_a_row or able)[-1],)
+    asked = mask_layer if isinstance(mask_layer, tuple | list) else [mask_layer]
+    end = max(able, default=-1) + 1
+    found = {index + end if index < 0 else index for index in asked if type(index) is int}  # a bool is no index
+    return tuple(sorted(found)) if len(found) == len(asked) and found <= set(able) else ()
 
 
 def check_model(model: nn.Module) -> None:
@@ -167,7 +175,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def traced(model: nn.Module, example: Tensor, logits: Tensor) -> tuple[HookedClassifier | None, str]:
-    """A copy of a whole model in float32, and "", or None, and why there is none.
+    """A copy of a whole model in float32, and ""; or None, and why there is none.
 
     example: some inputs; logits: what the model gives for them
     """
@@ -181,7 +189,7 @@ def traced(model: nn.Module, example: Tensor, logits: Tensor) -> tuple[HookedCla
         classifier = HookedClassifier(model, example)
         classifier.record(example, example.new_zeros(len(example), dtype=torch.int64), classifier.trace.maskable)
         return (classifier, "") if is_close(classifier(example), logits) else (None, "in float32 it gives other logits")
-    except Exception as error:  # of a model of the user's own
+    except Exception as error:  # of a custom model, any
         return None, f"it cannot be run node by node: {one_line(error)}"
 
 
@@ -194,8 +202,8 @@ def gives_logits(trace: Trace, node: fx.Node) -> bool:
 
 def is_close(found: Tensor, logits: Tensor) -> bool:
     """Whether the logits of a copy in float32 are those of the model, but for its precision."""
-    close = (1e-3, 1e-4) if logits.dtype in (torch.float32, torch.float64) else (5e-2, 5e-2)
-    return torch.allclose(found, logits.float(), *close)
+    is_precise = logits.dtype in (torch.float32, torch.float64)
+    return torch.allclose(found, logits.float(), rtol=1e-3 if is_precise else 5e-2, atol=1e-4 if is_precise else 5e-2)
 
 
 def calls_of(model: nn.Module, inputs: Tensor, chosen: Tensor) -> tuple[list[Call], Tensor, Tensor]:
@@ -205,24 +213,24 @@ def calls_of(model: nn.Module, inputs: Tensor, chosen: Tensor) -> tuple[list[Cal
     """
     calls: list[Call] = []
 
-    def call(name: str, module: nn.Module, given: tuple, named: dict, gave: Tensor) -> None:
-        pair = (given_by(given, named).clone(), gave.clone()) if isinstance(module, nn.Linear) else (None, None)
-        calls.append(Call(name, module, *pair))
+    def note(name: str, module: nn.Module, arguments: tuple, named: dict, gave: Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            calls.append(Call(name, module, given_by(arguments, named).clone(), gave.clone()))
+        else:
+            calls.append(Call(name, module))
 
     types = dict.fromkeys([inputs.dtype, *(each.dtype for each in model.parameters() if each.is_floating_point())])
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            if any(module.children()) and not isinstance(module, nn.Linear):
-                continue
-            hook = module.register_forward_hook(lambda *given, name=name: call(name, *given), with_kwargs=True)
-            hooks.callback(hook.remove)
+            if isinstance(module, nn.Linear) or not any(module.children()):
+                hooks.callback(module.register_forward_hook(partial(note, name), with_kwargs=True).remove)
         failed = None
         for dtype in types:
             calls.clear()
             try:
                 logits = model(inputs[chosen].to(dtype))
                 break
-            except Exception as error:  # of a model of the user's own
+            except Exception as error:  # of a custom model, any
                 failed = failed or error
         else:
             about = f"inputs of shape {tuple(inputs[chosen].shape)} and {inputs.dtype}"
@@ -250,38 +258,36 @@ def last_in_a_row(calls: list[Call], logits: Tensor) -> list[Call]:
             f"model must end in a linear layer that gives the logits, but ends in {ends}: give it without, for "
             "instance without a softmax (a layer of torch.nn.Linear that is not called does not count)"
         )
-    if times[linear[-1].module] > 1:
-        raise InputError(
-            f"layer {linear[-1].name!r} is called {times[linear[-1].module]} times: masks need one that is once"
-        )
-    chain = [linear[-1]]
-    for call in reversed(linear[:-1]):
-        if times[call.module] > 1 or not torch.equal(call.gave.relu(), chain[0].given):
+    *before, last = linear
+    if times[last.module] > 1:
+        raise InputError(f"layer {last.name!r} is called {times[last.module]} times: masks need one that is once")
+    row = [last]
+    for call in reversed(before):
+        if times[call.module] > 1 or not torch.equal(call.gave.relu(), row[0].given):
             break
-        chain.insert(0, call)
-    if not is_close(copied_layers(chain)(chain[0].given.float()), logits):
-        names = ", ".join(repr(call.name) for call in chain)
+        row.insert(0, call)
+    if not is_close(copied_layers(row)(row[0].given.float()), logits):
+        names = ", ".join(repr(call.name) for call in row)
         raise InputError(f"layers {names} do more than linear layers do: their copy gives other logits")
-    return chain
+    return row
 
 
-def given_to(layer: nn.Module, model: nn.Module, inputs: Tensor, progress: bool) -> Tensor:
+def prefix_activations(model: nn.Module, layer: nn.Module, inputs: Tensor, progress: bool) -> Tensor:
     """What a layer of a model is given for all inputs, (samples, n) float32."""
     given: list[Tensor] = []
-    layer.register_forward_pre_hook(lambda _, *arguments: given.append(given_by(*arguments).float()), with_kwargs=True)
+    layer.register_forward_pre_hook(
+        lambda _, args, named: given.append(given_by(args, named).float()), with_kwargs=True
+    )
     for batch in tqdm(inputs.split(AT_ONCE), "samples", delay=1, leave=False, disable=None if progress else True):
         model(batch)
     return torch.cat(given)
 
 
-def copied_layers(chain: list[Call]) -> HookedMNISTClassifier:
+def copied_layers(row: list[Call]) -> HookedMNISTClassifier:
     """The layers in float32, with the weights that they have under what is put on them."""
-    sizes = [chain[0].given.shape[1], *(call.gave.shape[1] for call in chain)]
-    classifier = HookedMNISTClassifier(sizes[1:-1], sizes[0], sizes[-1], bias=True).to(chain[0].given.device)
-    for layer, call in zip(classifier.layers, chain):
+    sizes = [row[0].given.shape[1], *(call.gave.shape[1] for call in row)]
+    classifier = HookedMNISTClassifier(sizes[1:-1], sizes[0], sizes[-1], bias=True).to(row[0].given.device)
+    for layer, call in zip(classifier.layers, row):
         layer.weight.copy_(call.module.weight)
-        if call.module.bias is None:
-            layer.bias = None
-        else:
-            layer.bias.copy_(call.module.bias)
+        layer.bias = None if call.module.bias is None else nn.Parameter(call.module.bias.float())
     return classifier

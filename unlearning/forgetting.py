@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -119,83 +120,94 @@ class Forgetting:
         that is not classified in the first place has nothing to lose, and is not to come back either.
         Raises RetainScoreError. Warns where a class is left at the largest kappa.
         """
-        of_weights, of_samples = self.memory
-        if of_weights + of_samples > MEMORY:
-            fewer = "fewer samples" if of_samples > of_weights else "another mask_layer, of fewer weights,"
-            takes = f"the request takes about {of_weights + of_samples:.0f} GB of memory"
-            warnings.warn(f"{takes}: {fewer} would take less", stacklevel=3)
-        way, left, target = [self.start], "", self.trained.masking.target
-        before = self.scores(way[0])
+        target = self.trained.masking.target
+        self.warn_of_memory()
+        before = self.scores(self.start)
         lost = self.forget | {label for label, score in before.items() if score < target}
         kept = [label for label in before if label not in lost]
-        if not kept:
-            must = f"there must be classes to keep beside {sorted(self.forget)} that the model classifies"
-            raise InputError(f"{must}: are the inputs as in its training, and the labels in its order?")
-        known = [label for label in before if label not in self.forgotten]
-        if (right := sum(before[label] for label in known) / len(known)) < TRUSTED:
-            about = "are the inputs as in its training, and the labels in its order?"
-            warnings.warn(
-                f"the model classifies {right:.1f} % of the samples correctly as it is: {about}", stacklevel=3
-            )
-        for label in sorted(self.forget - set(self.forgotten)):
-            if before[label] < target:
-                warnings.warn(f"class {label} is not classified in the first place: there is no mask", stacklevel=3)
-        # Where one goes another may come back, which then goes again.
-        for again in range(2 * len(lost), -1, -1):
-            now = self.scores(way[-1])
+        self.check_scores(before, kept)
+        way, now, left = [self.start], before, ""
+        for _ in range(2 * len(lost)):  # where one goes another may come back, which then goes again
             label = max(lost & set(now), key=now.__getitem__, default=None)
-            if not again or left or label is None or now[label] < target or not self.is_within(before, now, kept, 2):
+            if left or label is None or now[label] < target or not self.is_within(before, now, kept, times=2):
                 break
             left = self.forget_one(label, before, kept, way)
+            now = self.scores(way[-1])
         if not self.is_within(before, now, kept):
-            mask = next(mask for mask in reversed(way) if self.is_within(before, self.scores(mask), kept))
-            (mean, worst), under = self.falls(before, now, kept), self.scores(mask)
-            left = ", ".join(f"{under[each]:.1f} % of class {each}" for each in sorted(lost & set(under)))
-            raise RetainScoreError(
-                f"the classes to keep lose {mean:.1f} points (max_fall {self.max_fall}), one of them {worst:.1f} "
-                f"(max_class_fall {self.max_class_fall}); the mask of this error, of {mask.num_zeroed} zeroed weights, "
-                f"keeps to that and leaves {left}. mask_layer=-1, or another, may do better",
-                before, now, self.of_model(mask, under),
-            )  # fmt: skip
+            raise self.too_much(before, now, kept, way)
         still = [f"{now[each]:.1f} % of class {each} are left" for each in sorted(lost) if now.get(each, 0.0) >= target]
         if still or left:
             said = ", ".join(still) or left
             warnings.warn(f"{said} after {way[-1].num_zeroed} zeroed weights", stacklevel=3)
         return self.of_model(way[-1], now)
 
+    def warn_of_memory(self) -> None:
+        of_weights, of_samples = self.memory
+        if of_weights + of_samples > MEMORY:
+            fewer = "fewer samples" if of_samples > of_weights else "another mask_layer, of fewer weights,"
+            takes = f"the request takes about {of_weights + of_samples:.0f} GB of memory"
+            warnings.warn(f"{takes}: {fewer} would take less", stacklevel=4)
+
+    def check_scores(self, before: Scores, kept: list[int]) -> None:
+        """Raises InputError where no class is to be kept. Warns where model and samples hardly belong together."""
+        about = "are the inputs as in its training, and the labels in its order?"
+        if not kept:
+            must = f"there must be classes to keep beside {sorted(self.forget)} that the model classifies"
+            raise InputError(f"{must}: {about}")
+        right = fmean(score for label, score in before.items() if label not in self.forgotten)
+        if right < TRUSTED:
+            does = f"the model classifies {right:.1f} % of the samples correctly as it is"
+            warnings.warn(f"{does}: {about}", stacklevel=4)
+        for label in sorted(self.forget - set(self.forgotten)):
+            if before[label] < self.trained.masking.target:
+                warnings.warn(f"class {label} is not classified in the first place: there is no mask", stacklevel=4)
+
+    def too_much(self, before: Scores, now: Scores, kept: list[int], way: list[Mask]) -> RetainScoreError:
+        """The error where the kept classes lose more than they may, with the last mask that keeps to the bounds."""
+        mask = next(mask for mask in reversed(way) if self.is_within(before, self.scores(mask), kept))
+        mean, worst = self.falls(before, now, kept)
+        under = self.scores(mask)
+        left = ", ".join(f"{under[label]:.1f} % of class {label}" for label in sorted(set(under) - set(kept)))
+        message = (
+            f"the classes to keep lose {mean:.1f} points (max_fall {self.max_fall}), one of them {worst:.1f} "
+            f"(max_class_fall {self.max_class_fall}); the mask of this error, of {mask.num_zeroed} zeroed weights, "
+            f"keeps to that and leaves {left}. mask_layer=-1, or another, may do better"
+        )
+        return RetainScoreError(message, before, now, self.of_model(mask, under))
+
     def forget_one(self, label: int, before: Scores, kept: list[int], way: list[Mask]) -> str:
         """Adds masks to the way until a class is forgotten, or the kept ones have lost twice what they may.
 
         Returns what is to be said where it is neither.
         """
-        labels = self.train.labels
+        labels, classifier = self.train.labels, self.custom.classifier
         samples = self.train[torch.isin(labels, labels.new_tensor([label, *kept]))]
         if self.erase:
-            about = Erasing.configured(), self.seed, way[-1], self.progress
-            way.append(erased(self.custom.classifier, samples, label, *about))
+            config = Erasing.configured()
+            way.append(erased(classifier, samples, label, config, self.seed, start=way[-1], progress=self.progress))
             return ""
-        graphs, masking = GraphGenerator(self.custom.classifier, samples, self.config, self.seed), self.trained.masking
-        row, gcn = graphs.row_of(label), self.trained.gcn if self.scorer == "gcn" else None
-        ranking = Ranking(masking, graphs, row, self.seed, gcn)
-        order, begun = ZeroingOrder(masking, graphs, row, ranking, way[-1].vertices()), len(way)
+        graphs, config = GraphGenerator(classifier, samples, self.config, self.seed), self.trained.masking
+        forget_row = graphs.row_of(label)
+        ranking = Ranking(config, graphs, forget_row, self.seed, self.trained.gcn if self.scorer == "gcn" else None)
+        order = ZeroingOrder(config, graphs, forget_row, ranking, zeroed=way[-1].vertices())
         is_off = None if self.progress else True
         with tqdm(desc=f"class {label}", unit="step", delay=1, leave=False, disable=is_off) as bar:
 
             def is_too_much(zeroed: Tensor) -> bool:
                 way.append(graphs.graph.zeroing(zeroed))
                 bar.update()
-                return (len(way) - begun) % 10 == 0 and not self.is_within(before, self.scores(way[-1]), kept, times=2)
+                return bar.n % 10 == 0 and not self.is_within(before, self.scores(way[-1]), kept, times=2)
 
             found = order.answer("auto", self.train.forget(label), is_too_much)
         way.append(graphs.graph.zeroing(found.vertices))
         return found.left
 
     @torch.no_grad()
-    def scores(self, mask: Mask, chosen: Tensor | slice = slice(None)) -> Scores:
-        """The scores of the masked classifier, on some of the samples."""
-        classifier, labels = self.custom.classifier, self.train.labels[chosen]
+    def scores(self, mask: Mask) -> Scores:
+        """The scores of the masked classifier on the samples."""
+        classifier, labels = self.custom.classifier, self.train.labels
         with mask.applied_to(classifier):
-            found = is_correct(classifier(self.activations[chosen], mask.layers), labels)
+            found = is_correct(classifier(self.activations, mask.layers), labels)
         counts = labels.bincount().tolist()
         correct = labels[found].bincount(minlength=len(counts)).tolist()
         return {label: 100 * correct[label] / count for label, count in enumerate(counts) if count}
@@ -209,8 +221,9 @@ class Forgetting:
 
     def is_within(self, before: Scores, now: Scores, kept: list[int], times: float = 1) -> bool:
         """Whether the kept classes lose no more than they may, or so many times that."""
-        bounds = self.max_fall, self.max_class_fall
-        return all(b is None or fall <= times * b for fall, b in zip(self.falls(before, now, kept), bounds))
+        mean, worst = self.falls(before, now, kept)
+        is_mean_within = self.max_fall is None or mean <= times * self.max_fall
+        return is_mean_within and (self.max_class_fall is None or worst <= times * self.max_class_fall)
 
 
 def classes_of(forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]) -> set[int]:
@@ -220,9 +233,9 @@ def classes_of(forget_class: Any, labels: Tensor, num_classes: int, forgotten: S
         must = f"a class, from 0 to {num_classes - 1}, or several"
         raise InputError(f"forget_class must be {must}, not {forget_class!r}")
     forget = set(given.tolist())
-    low, high, has = int(labels.min()), int(labels.max()), set(labels.unique().tolist())
-    if not forget or not 0 <= min(low, *forget) <= max(high, *forget) < num_classes:
-        found = f"{low} to {high} and {sorted(forget)}"
+    has = set(labels.unique().tolist())
+    if not forget or not has | forget <= set(range(num_classes)):
+        found = f"{min(has)} to {max(has)} and {sorted(forget)}"
         raise InputError(f"labels and forget_class must be from 0 to {num_classes - 1}, not {found}")
     if missing := set(range(num_classes)) - has - set(forgotten):
         but = f", but for those that the mask on the model forgets: {sorted(forgotten)}" if forgotten else ""

@@ -25,9 +25,8 @@ def tensor_of(value: Any, name: str) -> Tensor:
         try:
             tensor = torch.as_tensor(np.stack([np.asarray(each) for each in value]))
         except Exception as error:  # of an iterable of anything
-            raise InputError(
-                f"{name} must be a tensor, an array or a list, not {type(value).__name__} ({one_line(error)})"
-            ) from None
+            found = f"{type(value).__name__} ({one_line(error)})"
+            raise InputError(f"{name} must be a tensor, an array or a list, not {found}") from None
     if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise InputError(f"{name} must be real numbers in a dense tensor, not {tensor.dtype}, {tensor.layout}")
     return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
@@ -41,9 +40,12 @@ def samples_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[Tensor,
     if labels is None:
         try:
             loader = inputs if isinstance(inputs, DataLoader) else DataLoader(inputs, AT_ONCE)
-            bar = tqdm(loader, "samples", delay=1, leave=False, disable=None if progress else True)
-            inputs, labels = (torch.cat(list(map(torch.atleast_1d, part))) for part in zip(*bar, strict=True))
-        except Exception as error:  # of a data set of the user's own
+            batches, classes = [], []
+            for batch, of_batch in tqdm(loader, "samples", delay=1, leave=False, disable=None if progress else True):
+                batches.append(torch.atleast_1d(batch))
+                classes.append(torch.atleast_1d(of_batch))
+            inputs, labels = torch.cat(batches), torch.cat(classes)
+        except Exception as error:  # of a custom data set, any
             must = "where labels are not given, inputs must be a DataLoader or a data set of pairs (input, label)"
             raise InputError(f"{must}, not {type(inputs).__name__} ({one_line(error)})") from error
     inputs, labels = tensor_of(inputs, "inputs"), tensor_of(labels, "labels")

@@ -1,0 +1,274 @@
+"""The pages: which of their blocks are stale and are measured, and the tuning of hyperparameters."""
+
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from conftest import TRACKED, copy_to
+from running import PROJECT, of_copy
+
+SCRIPTS = ("build", "tune", "bar", "own")
+PRETRAIN = {"pretrain", "pretrain_kernels"}
+OWN = {"own_layers", "own_several", "own_networks"}
+TUNING = {"tuning", "tuning_erasure", "tuning_cnn", "tuning_resnet", "tuning_cifar10"}
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch) -> Path:
+    """A copy of the project with its pages, whose scripts are what `import build` and `import tune` find."""
+    folder = copy_to(tmp_path / "mimu", *TRACKED, "docs/*.py", "docs/*.md", "docs/*.yaml", "tests/benchmark.py")
+    monkeypatch.syspath_prepend(str(folder / "docs"))
+    for script in SCRIPTS:
+        monkeypatch.delitem(sys.modules, script, raising=False)
+    yield folder
+    for script in SCRIPTS:
+        sys.modules.pop(script, None)
+
+
+@pytest.fixture(scope="module")
+def project() -> ModuleType:
+    """docs/build.py where it stands; it reads settings once, for tests that change only code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(PROJECT / "docs"))
+        build = importlib.import_module("build")
+    build.settings_of = cache(build.settings_of)
+    return build
+
+
+@pytest.fixture(scope="module")
+def before(project) -> dict[str, str]:
+    """The digests of the project as it is."""
+    return {name: project.today(name) for name in project.MEASUREMENTS}
+
+
+def other_body(code: str) -> str:
+    return code.replace("    return ", "    return 0 or ", 1)
+
+
+def other_words(code: str) -> str:
+    """With other docstrings, and with comments in the functions."""
+    code = re.sub(r'(\ndef .*:\n    """)', r"\1Reworded. ", code)
+    return code.replace('"""', '"""Reworded. ', 1).replace("\n    return ", "\n    # A comment.\n    return ")
+
+
+def with_line(line: str) -> Callable[[str], str]:
+    return lambda text: f"{text}\n{line}\n"
+
+
+def other_figure(code: str) -> str:
+    return code.replace("    draw_few(variant_tables())\n", "", 1)
+
+
+OF_CNN = {"tuning_cnn", "tuning_resnet", "tuning_cifar10"}
+ONLY, ALL_BUT = set.intersection, set.difference
+CHANGES = {
+    "a function of a method": ("methods/fine_tuning.py", other_body, ALL_BUT, PRETRAIN),
+    "a function of the training": ("trainer.py", other_body, ALL_BUT, set()),
+    "a function for custom models": ("unlearning/forgetting.py", other_body, ONLY, OWN),
+    "a function of a script": ("docs/own.py", other_body, ONLY, OWN),
+    "the script of tunings": ("docs/tune.py", other_body, ONLY, TUNING),
+    "the script of a page": ("docs/bar.py", other_body, ONLY, {"bar"}),
+    "the script of pretraining": ("docs/pretrain.py", with_line("SEED = 1"), ONLY, PRETRAIN),
+    "the benchmark": ("tests/benchmark.py", other_body, ONLY, {"benchmark"}),
+    "the function that measures": ("docs/build.py", other_figure, ONLY, {"few"}),
+    "a setting": ("configs/few.yaml", with_line("threads: 3"), ONLY, {"few", "few_fashion"}),
+    "candidates": ("docs/tuning_cnn.yaml", with_line("of_mine: 1"), ONLY, OF_CNN),
+}
+NO_CHANGES = {
+    "masking/order.py": other_words,
+    "docs/own.py": other_words,
+    "docs/build.py": other_words,
+    "reporter.py": other_body,
+    "tables/variants.py": other_body,
+    "configs/few.yaml": lambda text: text.replace("visualize: false", "visualize: true") + "\nreport: {dpi: 90}\n",
+    "docs/few.md": with_line("More."),
+}
+
+
+def edit(folder: Path, path: str, edited: Callable[[str], str]) -> None:
+    text = (folder / path).read_text()
+    assert edited(text) != text
+    (folder / path).write_text(edited(text))
+
+
+def changed(before: dict[str, str], settings_of: Callable | None = None) -> set[str]:
+    """The blocks whose digest is another one by the copy; with `settings_of`, whose settings are known."""
+    build = importlib.import_module("build")
+    build.settings_of = settings_of or build.settings_of
+    assert list(build.MEASUREMENTS) == list(before)
+    return {name for name in before if build.today(name) != before[name]}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_decides_the_figures_of_a_block_makes_it_stale_and_no_other(pages, before, project, change):
+    path, edited, which, names = CHANGES[change]
+    edit(pages, path, edited)
+    assert changed(before, project.settings_of if path.endswith(".py") else None) == which(set(before), names)
+
+
+def test_words_plots_and_pages_make_no_block_stale(pages, before):
+    for path, edited in NO_CHANGES.items():
+        edit(pages, path, edited)
+    assert changed(before) == set()
+
+
+@pytest.mark.parametrize(
+    "gcn, taken_by, not_by",
+    [
+        ("gcn.pt", {"transfer", "few", "benchmark", "tuning", "own_layers", "cifar10"}, {"all_digits", *PRETRAIN}),
+        ("kernels.pt", {"cnn", "tuning_resnet"}, {"transfer", "few", "own_networks", "tuning_cnn", *PRETRAIN}),
+    ],
+)
+def test_another_tracked_gcn_makes_what_takes_it_stale(pages, before, gcn, taken_by, not_by):
+    path = pages / "checkpoints" / "pretrained" / gcn
+    path.write_bytes(path.read_bytes() + b"0")
+    stale = changed(before)
+    assert taken_by <= stale and not not_by & stale, stale
+
+
+def test_stale_blocks_are_named_with_their_pages(pages):
+    build = importlib.import_module("build")
+    for name in build.MEASUREMENTS:
+        build.write_block(name, build.block(name).content)
+    assert build.main(["--stale"]) == 0
+    edit(pages, "configs/methods.yaml", lambda text: text.replace("row: 0.0 ", "row: 0.5 "))
+    command = [sys.executable, "docs/build.py", "--stale"]
+    done = subprocess.run(command, cwd=pages, env=of_copy(pages), capture_output=True, text=True)
+    with_damp = [
+        "docs/erasure.md: erasure",
+        "docs/few.md: few",
+        "docs/few.md: few_fashion",
+        "docs/methods.md: baselines",
+    ]
+    assert (done.returncode, sorted(done.stdout.splitlines())) == (1, with_damp), done.stderr
+
+
+def test_every_block_of_the_pages_is_measured_and_has_a_digest(before):
+    marked = []
+    for page in (PROJECT / "README.md", *PROJECT.glob("docs/*.md")):
+        text = page.read_text()
+        marked += re.findall(r"<!-- (\w+): (?:0|[0-9a-f]{8}) -->\n.*?<!-- /\1 -->", text, re.DOTALL)
+        assert text.count("<!--") == 2 * len(re.findall(r"<!-- /\w+ -->", text))
+    assert sorted(marked) == sorted(before)
+
+
+def test_a_block_says_what_a_fresh_run_took_and_shows_the_rows_and_columns_that_it_is_about(pages, monkeypatch):
+    build = importlib.import_module("build")
+    monkeypatch.setattr(build, "python", lambda command: 0.0)
+    (pages / "reports").mkdir()
+    (pages / "reports" / "run.json").write_text('{"total_seconds": 61.7, "peak_bytes": 1500000000}')
+    assert build.run("main.py --config some.yaml seed=1") == "`uv run main.py --config some.yaml seed=1`"
+    assert build.run("main.py --fresh seed=1") == "`uv run main.py seed=1`, 62 s, 1.5 GB"
+    shown = "`uv run torchrun --nproc-per-node 2 main.py`, 62 s, 1.5 GB a process"
+    assert build.run(f"{build.ON_TWO} --fresh") == shown
+    table = "| method | a | b |\n| --- | -: | -: |\n| mimu | 1 | 2 |\n| sft | 3 | 4 |"
+    assert build.cells(table) == [["method", "a", "b"], ["mimu", "1", "2"], ["sft", "3", "4"]]
+    shown = build.columns_of(build.rows_of(table, ["sft"]), ["b", "method"])
+    assert build.cells(shown) == [["b", "method"], ["4", "sft"]]
+
+
+MEASURED = []
+
+
+def measured(commands: Sequence[str]) -> str:
+    MEASURED.extend(commands)
+    return f"| figure |\n{commands[0]}\n"
+
+
+def broken(commands: Sequence[str]) -> str:
+    MEASURED.extend(commands)
+    raise subprocess.CalledProcessError(2, commands)
+
+
+def test_what_is_stale_is_measured_piece_by_piece_and_what_is_named_in_any_case(pages, monkeypatch, capsys):
+    build = importlib.import_module("build")
+    of = {"few": measured, "ablation": broken, "published": measured}
+    measurements = {name: build.Measurement(content, [name]) for name, content in of.items()}
+    monkeypatch.setattr(build, "MEASUREMENTS", measurements)
+    before = build.block("ablation"), (pages / "docs" / "few.md").read_text()
+    for arguments, expected, status in (
+        ([], ["few", "ablation", "published"], 1),
+        ([], ["ablation"], 1),
+        (["published"], ["published"], 0),
+        (["--stale"], [], 1),
+    ):
+        MEASURED.clear()
+        assert (build.main(arguments), MEASURED) == (status, expected)
+    assert "ablation: " in capsys.readouterr().out and build.block("ablation") == before[0]
+    few = build.block("few")
+    assert few.content == "| figure |\nfew\n" and few.made_by == build.today("few")
+    assert (pages / "docs" / "few.md").read_text().partition("<!-- few: ")[0] == before[1].partition("<!-- few: ")[0]
+    with pytest.raises(SystemExit):
+        build.main(["few", "of_mine"])
+    edit(pages, "docs/few.md", lambda text: text.replace("<!-- few: ", "<!-- other: "))
+    with pytest.raises(ValueError, match="block few: .* must stand once on the pages, not 0 times"):
+        build.write_block("few", "")
+
+
+class Tried:
+    """A tuning that tries nothing: the last candidate of each method is the best."""
+
+    found = None
+
+    def __init__(self, settings: dict) -> None:
+        self.settings = settings
+
+    def trial(self, method: str, values: dict):
+        return importlib.import_module("tune").Trial(values, 0.25, 99.0, 0.125)
+
+    def best(self, trials: list):
+        return trials[-1]
+
+
+def test_a_tuning_of_some_methods_leaves_the_rows_and_the_digest_of_the_others(pages, monkeypatch):
+    build, tune = map(importlib.import_module, ("build", "tune"))
+    monkeypatch.setattr(tune, "Tuning", Tried)
+    rows = build.cells(build.block("tuning").content)
+    tune.main(["sft"])
+    after = build.block("tuning")
+    assert after.made_by == "0"
+    assert [row for row in build.cells(after.content) if row[0] != "sft"] == [row for row in rows if row[0] != "sft"]
+    tried = [row[2:] for row in build.cells(after.content) if row[0] == "sft"]
+    assert tried == [["0.25", "99.00", "0.1250", ""]] * 11 + [["0.25", "99.00", "0.1250", "chosen"]]
+    tune.main(["erasure"])
+    erasure = build.block("tuning_erasure")
+    assert erasure.made_by == build.today("tuning_erasure") and build.block("tuning") == after
+    assert {tuple(row[2:5]) for row in build.cells(erasure.content)[1:]} == {("0.25", "99.00", "0.1250")}
+
+
+def test_the_nearest_of_the_candidates_that_forget_and_keep_is_chosen(pages):
+    tune = importlib.import_module("tune")
+    tuning = tune.Tuning.__new__(tune.Tuning)
+    tuning.settings = {"largest_forget_score": 1.0}
+    tuning.smallest_retain = 95.0
+    far = tune.Trial({}, forget=0.9, retain=95.1, distance=0.3)
+    near = tune.Trial({}, forget=0.1, retain=96.0, distance=0.2)
+    leaves = tune.Trial({}, forget=1.5, retain=97.0, distance=0.01)
+    loses = tune.Trial({}, forget=0.0, retain=94.0, distance=0.01)
+    assert tuning.best([far, near, leaves, loses]) is near
+    assert tuning.best([leaves, loses]) is leaves  # half a point is missing, not a whole one
+
+
+def test_the_configs_have_the_candidates_that_were_chosen(pages):
+    build = importlib.import_module("build")
+    chosen = {}
+    for name in ("tuning", "tuning_erasure"):
+        for method, values, *_, mark in build.cells(build.block(name).content):
+            if mark == "chosen":
+                chosen[method] = values
+    configured = {}
+    for name in ("config", "methods"):
+        settings = yaml.safe_load((PROJECT / "configs" / f"{name}.yaml").read_text())
+        configured |= settings["eval"]["hyperparameters"]
+    assert set(chosen) - {"mimu"} == set(configured)
+    for name, values in configured.items():
+        assert dict(part.split() for part in chosen[name].split(", ")) == {
+            key: f"{value:g}" for key, value in values.items() if key != "forgetting_weight"
+        }
