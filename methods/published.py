@@ -90,7 +90,6 @@ def trained(request: Request, config: Published) -> ScoringGCN:
     with seeded_initialisation(request.seed):
         gcn = ScoringGCN(len(FEATURES), config.hidden, config.rounds).to(graphs.labels.device)
 
-    @torch.enable_grad()  # a request, in the midst of which it may be trained, needs none
     def train() -> dict[str, dict[str, Tensor]]:
         weights = torch.cat([weight.flatten() for weight in graphs.weights()])
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)

@@ -5,23 +5,15 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NUM_CLASSES, graph_config, masking_config, random_split, trainer_config
+from conftest import graph_config, small_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimu.data import GraphGenerator, seeded
-from mimu.eval import METHODS, EvalConfig, Request, answer
-from mimu.methods.published import (
-    FEATURES,
-    Published,
-    ScoringGCN,
-    importance,
-    insufficiency,
-    mean_importance,
-    prior_divergence,
-    set_difference,
-)
-from mimu.trainer import Trainer, TrainingError
+from mimu.data import seeded
+from mimu.eval import METHODS, Request, answer
+from mimu.methods import published
+from mimu.methods.published import FEATURES, Published, ScoringGCN, importance, mean_importance, set_difference
+from mimu.trainer import TrainingError
 
 FORGET, TOP_K = 1, 8
 CONFIG = Published(
@@ -33,12 +25,7 @@ finite = st.floats(-50, 50, width=32)
 
 @pytest.fixture
 def request_to_forget() -> Request:
-    train, trainer = random_split(40), Trainer(trainer_config((6, 5), 5), 0)
-    classifier = trainer.train(train, NUM_CLASSES)
-    graphs = GraphGenerator(classifier, train, graph_config(features=("weight",)), 0)
-    settings = {"methods": ("mimu", "published"), "visualize": False, "hyperparameters": {"published": asdict(CONFIG)}}
-    config = EvalConfig(**asdict(masking_config(max_kappa=29)), **settings)
-    return Request(config, classifier, trainer, train, graphs, None, FORGET, TOP_K, 0, 9)
+    return small_request(methods=("mimu", "published"), hyperparameters={"published": asdict(CONFIG)})
 
 
 @settings(deadline=None, max_examples=50)
@@ -47,7 +34,7 @@ def test_the_prior_term_is_a_divergence(pairs):
     logits, weights = torch.tensor(pairs, dtype=torch.float64).T
     p = (weights.abs() + 1e-12) / (weights.abs() + 1e-12).sum()
     expected = F.kl_div(p.log(), logits.log_softmax(0), reduction="sum", log_target=True)
-    assert torch.allclose(prior_divergence(logits[None], weights), expected[None], rtol=1e-6, atol=1e-9)
+    assert torch.allclose(published.prior_divergence(logits[None], weights), expected[None], rtol=1e-6, atol=1e-9)
 
 
 def test_the_set_difference_ranks_by_brute_force():
@@ -70,9 +57,10 @@ def test_both_terms_reach_the_gcn_and_sufficiency_is_of_the_kept_weights(request
         snapshot = graphs.snapshot(torch.tensor([[sample]]), FEATURES)
         of_graph = replace(snapshot, config=graph_config(features=FEATURES, other_classes=False)).class_graph(0)
         assert torch.allclose(logits[row], gcn(of_graph, graphs.graph)[0], atol=1e-5)
-    term = insufficiency(logits, graphs, CONFIG, TOP_K, seeded("noise"))
-    weights = [parameter for name, parameter in gcn.named_parameters() if name != "log_factors"]
-    for value in (term, prior_divergence(logits, torch.cat([w.flatten() for w in graphs.weights()])).mean()):
+    term = published.insufficiency(logits, graphs, CONFIG, TOP_K, seeded("noise"))
+    weights = list(gcn.parameters())
+    prior = published.prior_divergence(logits, graphs.weights()[0].flatten()).mean()
+    for value in (term, prior):
         for gradient in torch.autograd.grad(value, weights, retain_graph=True):
             assert gradient.isfinite().all() and gradient.any()
     generator, losses = seeded("noise"), []
