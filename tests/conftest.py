@@ -1,5 +1,8 @@
+import functools
 import shutil
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,11 @@ from running import PROJECT, write_few
 from torch import Tensor, nn
 
 from mimu.data import FEATURES, GraphConfig, GraphGenerator, Split, seeded
-from mimu.model import HookedMNISTClassifier
+from mimu.eval import EvalConfig, Request
+from mimu.masking.rankings import MaskingConfig, TrainedGCN
+from mimu.model import HookedMNISTClassifier, MaskingGCN
 from mimu.networks.masks import LayerMask, Mask
-from mimu.trainer import TrainerConfig, learn
+from mimu.trainer import Trainer, TrainerConfig, learn
 
 HIDDEN, IN_FEATURES, NUM_CLASSES = (6, 5), 7, 3
 torch.set_num_threads(1)  # the tensors of tests are small: threads only wait for one another
@@ -50,10 +55,40 @@ def graph_generator(mask_layer=-2, dtype=torch.float32, bias=False, **changes) -
     return GraphGenerator(classifier, split, graph_config(mask_layer, **changes), 0)
 
 
-def class_graphs(graphs: GraphGenerator, samples: Tensor, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
-    """The graphs of all classes in one tensor, and their losses."""
-    snapshot = graphs.snapshot(samples, graphs.config.features, mask)
-    return torch.cat([snapshot.class_graph(row) for row in range(graphs.num_classes)]), snapshot.loss
+def masking_config(**changes) -> MaskingConfig:
+    settings = {"step": 4, "snapshot_every": 1, "momentum": 0.0, "group_size": 8, "retain_weight": 5.0}
+    settings |= {"penalty_growth": 1.0, "target": 1.25, "max_kappa": 20, "patience": 0}
+    return MaskingConfig(**settings | changes)
+
+
+def untrained_gcn(num_features: int, rounds: int = 2) -> MaskingGCN:
+    torch.manual_seed(5)
+    return MaskingGCN(num_features, 8, rounds)
+
+
+@functools.cache
+def trained_problem() -> tuple[Split, Trainer, HookedMNISTClassifier]:
+    train, trainer = random_split(40), Trainer(trainer_config((6, 5), 10), 0)
+    return train, trainer, trainer.train(train, NUM_CLASSES)
+
+
+def small_request(asked: int | str | None = 9, mask_layer=-2, **changes) -> Request:
+    """To forget class 1 of three, with a masking GCN before its training; changes: of `eval`."""
+    train, trainer, classifier = deepcopy(trained_problem())
+    described = graph_config(mask_layer, features=("weight", "taylor"), samples_per_class=20)
+    graphs = GraphGenerator(classifier, train, described, 0)
+    settings = asdict(masking_config(momentum=0.7, group_size=10, target=0.1, max_kappa=29))
+    hyperparameters = {"sft": {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}}
+    settings |= {"methods": ("mimu",), "visualize": False, "hyperparameters": hyperparameters}
+    config, gcn = EvalConfig(**settings | changes), untrained_gcn(described.num_features)
+    return Request(config, classifier, trainer, train, graphs, gcn, forget_class=1, top_k=8, seed=0, asked=asked)
+
+
+@pytest.fixture
+def trained_gcn() -> TrainedGCN:
+    """A masking GCN before its training, as its checkpoint holds it."""
+    described = graph_config()
+    return TrainedGCN(untrained_gcn(described.num_features), described, masking_config())
 
 
 def mask_of(keep: dict[int, Tensor], forgets: tuple[int, ...] = ()) -> Mask:

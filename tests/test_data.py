@@ -1,5 +1,6 @@
-"""Splits, the sealed test split, per-sample gradients, and vertex features against autograd one sample at a time."""
+"""Data sets on the disk; vertex features and first-order updates against autograd, one sample at a time."""
 
+import copy
 import gzip
 import hashlib
 import os
@@ -14,25 +15,24 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import (
-    HIDDEN,
-    IN_FEATURES,
-    NUM_CLASSES,
-    class_graphs,
-    graph_config,
-    graph_generator,
-    random_classifier,
-    random_split,
-)
+from conftest import HIDDEN, IN_FEATURES, NUM_CLASSES, graph_config, graph_generator, random_split
 from PIL import Image
 from running import PROJECT, write_image
 from scipy.io import savemat
+from torch import Tensor
+from torch.autograd import grad
 
 from mimu.data import FEATURES, GraphGenerator, ImageData, load_image_data, seeded, some_of_every_class
+from mimu.data import FORGETTING_TEMPERATURE as T
 from mimu.images.sources import FILES, DataError, checksum, data_set
-from mimu.model import HookedMNISTClassifier, Mask
-from mimu.networks.hooked import LayerRecord
+from mimu.model import HookedMNISTClassifier
+from mimu.networks.hooked import LayerRecord, log_odds
 from mimu.runs.files import save
+
+IMAGES, LABELS = torch.arange(30 * 784).view(30, 28, 28) % 251, torch.arange(30) % 10
+SIXTY = np.arange(60) % 10  # labels
+CLASSES = ("cat", "dog", "eel")
+GREY = np.arange(20, dtype=np.uint8).reshape(5, 4)
 
 
 def test_mnist_is_the_original():
@@ -40,12 +40,6 @@ def test_mnist_is_the_original():
     assert images.train.images.shape == (60000, 784) and images.test.images.shape == (10000, 784)
     assert torch.bincount(images.test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert images.class_names == tuple("0123456789")
-    with pytest.raises(DataError, match="must be MNIST, FashionMNIST, KMNIST.*, or another folder .*, not 'CIFAR100'"):
-        load_image_data("CIFAR100")
-
-
-IMAGES, LABELS = torch.arange(30 * 784).view(30, 28, 28) % 251, torch.arange(30) % 10
-SIXTY = np.arange(60) % 10  # labels
 
 
 def write_data_set(root: Path, name="KMNIST", images=IMAGES, labels=LABELS, test_labels=LABELS[:10]) -> Path:
@@ -61,46 +55,74 @@ def write_data_set(root: Path, name="KMNIST", images=IMAGES, labels=LABELS, test
     return raw
 
 
-@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST"])
 @pytest.mark.parametrize("held_out", [0, 10])
-def test_a_data_set_is_standardised_by_its_training_split(tmp_path, name, held_out):
-    write_data_set(tmp_path, name)
-    own, pixels = load_image_data(name, tmp_path, held_out=held_out), IMAGES.flatten(1).double()
-    count = 30 - held_out
+@pytest.mark.parametrize("name, folder", [("MNIST", "raw"), ("FashionMNIST", "raw"), ("KMNIST", "raw"), ("mine", ".")])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_files_in_the_format_of_mnist_are_standardised_by_the_training_split(
+    tmp_path, name, folder, held_out, is_packed
+):
+    """Those of ones own may have any size and number of classes, and stand where they like."""
+    images, labels = (IMAGES[:, :5, :4], LABELS % 3) if name == "mine" else (IMAGES, LABELS)
+    raw = write_data_set(tmp_path, name, images, labels, labels[:10])
+    for path in raw.iterdir():
+        target = path.rename(raw.parent / folder / path.name)
+        if is_packed:
+            target.with_name(f"{path.name}.gz").write_bytes(gzip.compress(target.read_bytes()))
+            target.unlink()
+    before, source, pixels = checksum(name, tmp_path), data_set(name, tmp_path), images.flatten(1).double()
+    assert source.size == images.shape[1:] and len(source.class_names) == labels.max() + 1
+    own = load_image_data(name, tmp_path, held_out=held_out)
     train, test = (pixels[:20], pixels[20:]) if held_out else (pixels, pixels[:10])
-    for found, expected in ((own.train, train), (own.test, test)):
+    for found, expected, rows in ((own.train, train, labels), (own.test, test, labels[20:] if held_out else labels)):
         standardised = (expected - train.mean()) / train.std()
         assert torch.allclose(found.images, standardised.float(), atol=1e-5)
-    assert torch.equal(own.train.labels, LABELS[:count]) and torch.equal(own.test.labels, torch.arange(10))
+        assert torch.equal(found.labels, rows[: len(expected)])
+    assert checksum(name, tmp_path) == before != "", "unpacked or not"
+    with pytest.raises(DataError, match="held_out must be below 30 and leave every class on both sides, not 28"):
+        load_image_data(name, tmp_path, held_out=28)
+
+
+CUT = {FILES[0]: 7, FILES[1]: 0, FILES[2]: -1}  # where
 
 
 @pytest.mark.parametrize(
-    "name, changes, message",
+    "name, changes, cut, message",
     [
+        ("KMNIST", {"labels": LABELS.clamp(max=8)}, "", "the training split must .* from 0 to 9, .* 6, 0. labels"),
         (
             "KMNIST",
-            {"labels": LABELS.clamp(max=8)},
-            "the training split must be .* every class from 0 to 9, .* 6, 0. labels",
+            {"test_labels": LABELS[:9]},
+            "",
+            "the test split must be .* every class from 0 to 9, .* 1, 0. labels",
         ),
-        ("KMNIST", {"test_labels": LABELS[:9]}, "the test split must be .* every class from 0 to 9, .* 1, 0. labels"),
-        ("KMNIST", {"labels": LABELS + 1}, r"every class from 0 to 9, .* \[0, 3, .* 3, 3\] labels"),
-        ("KMNIST", {"images": IMAGES[:, :20]}, r"must be images of \(28, 28\) pixels .* not \(30, 20, 28\) and \[3, 3"),
-        ("KMNIST", {"images": IMAGES[:20]}, r"must be images of \(28, 28\) pixels .* not \(20, 28, 28\) and \[3, 3"),
-        ("mine", {"labels": LABELS * 0, "test_labels": LABELS[:10] * 0}, r"two classes at least, .*, not .'0',."),
-        ("mine", {"labels": LABELS.clamp(min=1)}, r"every class from 0 to 9, not \(30, 28, 28\) and \[0, 6"),
-        ("mine", {"images": IMAGES[:29]}, r"must be images of .28, 28. pixels .*, not \(29, 28, 28\) and \[3"),
+        ("KMNIST", {"labels": LABELS + 1}, "", r"every class from 0 to 9, .* \[0, 3, .* 3, 3\] labels"),
         (
-            "mine",
-            {"test_labels": LABELS[:10] % 9},
-            "the test split must be images of .28, 28. pixels and every class from 0",
+            "KMNIST",
+            {"images": IMAGES[:, :20]},
+            "",
+            r"must be images of \(28, 28\) pixels .* not \(30, 20, 28\) and \[3",
         ),
-        ("mine", {"test_labels": torch.arange(11)}, "the test split must .* from 0 to 9, .* 1, 1. labels"),
+        (
+            "KMNIST",
+            {"images": IMAGES[:20]},
+            "",
+            r"must be images of \(28, 28\) pixels .* not \(20, 28, 28\) and \[3, 3",
+        ),
+        ("mine", {"labels": LABELS * 0, "test_labels": LABELS[:10] * 0}, "", r"two classes at least, .*, not .'0',."),
+        ("mine", {"labels": LABELS.clamp(min=1)}, "", r"every class from 0 to 9, not \(30, 28, 28\) and \[0, 6"),
+        ("mine", {"test_labels": torch.arange(11)}, "", "the test split must .* from 0 to 9, .* 1, 1. labels"),
+        ("mine", {}, FILES[0], "buffer size"),
+        ("mine", {}, FILES[1], "empty"),
+        ("mine", {}, FILES[2], "shape .* is invalid"),
     ],
 )
-def test_files_in_the_format_of_mnist_that_cannot_work_are_refused(tmp_path, name, changes, message):
-    write_data_set(tmp_path, name, **changes)
-    with pytest.raises(DataError, match=f"^dataset {name} in .*{name}.*: cannot be used .*{message}"):
+def test_files_in_the_format_of_mnist_that_cannot_work_are_refused(tmp_path, name, changes, cut, message):
+    raw = write_data_set(tmp_path, name, **changes)
+    if cut:
+        (raw / cut).write_bytes((raw / cut).read_bytes()[: CUT[cut]])
+    with pytest.raises(DataError, match=f"^dataset {name} in .*{name}.*: cannot be used .*{message}") as error:
         load_image_data(name, tmp_path)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_what_is_damaged_is_not_read_where_it_is_packed_beside_it_or_is_named(tmp_path, monkeypatch):
@@ -109,75 +131,49 @@ def test_what_is_damaged_is_not_read_where_it_is_packed_beside_it_or_is_named(tm
     assert unpacked and checksum("FashionMNIST", tmp_path) == ""
     for file in FILES:
         (raw / f"{file}.gz").write_bytes(gzip.compress((raw / file).read_bytes()))
-    assert checksum("KMNIST", tmp_path) == unpacked, "as they end a packed file"
     md5 = [(f"{file}.gz", hashlib.md5((raw / f"{file}.gz").read_bytes()).hexdigest()) for file in FILES]
     monkeypatch.setattr(torchvision.datasets.KMNIST, "resources", md5)
     monkeypatch.setattr(torchvision.datasets.KMNIST, "mirrors", ["file:///nowhere/"])
     images, labels = raw / FILES[0], raw / FILES[1]
     whole = images.read_bytes()
     images.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert checksum("KMNIST", tmp_path) == unpacked, "it is not what is read"
-    assert torch.equal(data_set("KMNIST", tmp_path).read(True)[0], IMAGES)
+    assert checksum("KMNIST", tmp_path) == unpacked, "of what is packed: the other is not what is read"
     labels.unlink()
-    assert torch.equal(load_image_data("KMNIST", tmp_path).train.labels, LABELS)
-    images.write_bytes(b"nothing")
-    (raw / f"{FILES[0]}.gz").unlink()
-    with pytest.raises(DataError, match="dataset KMNIST in .*: cannot be used"):
-        load_image_data("KMNIST", tmp_path)
-    images.unlink()
-    with pytest.raises(DataError, match=f"dataset KMNIST in .*: cannot be .* .Error downloading {FILES[0]}.gz"):
-        load_image_data("KMNIST", tmp_path)
+    assert torch.equal(load_image_data("KMNIST", tmp_path).train.labels, LABELS) and images.read_bytes() == whole
+    for spoil, message in (
+        (lambda: images.write_bytes(b"nothing"), ""),
+        (images.unlink, f"Error downloading {FILES[0]}"),
+    ):
+        (raw / f"{FILES[0]}.gz").unlink(missing_ok=True)
+        spoil()
+        with pytest.raises(DataError, match=f"dataset KMNIST in .*: cannot be used .*{message}"):
+            load_image_data("KMNIST", tmp_path)
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
-@pytest.mark.parametrize("folder", ["raw", "."])
-def test_files_in_the_format_of_mnist_may_have_any_size_and_number_of_classes(tmp_path, folder, is_packed):
-    images, labels = IMAGES[:, :5, :4], torch.arange(30) % 3
-    raw = write_data_set(tmp_path, "mine", images, labels, labels[:10])
-    for path in raw.iterdir():
-        target = raw.parent / folder / path.name
-        path.rename(target)
-        if is_packed:
-            target.with_name(f"{path.name}.gz").write_bytes(gzip.compress(target.read_bytes()))
-            target.unlink()
-    before, source = checksum("mine", tmp_path), data_set("mine", tmp_path)
-    assert source.size == (5, 4) and source.class_names == ("0", "1", "2")
-    own, pixels = load_image_data("mine", tmp_path), images.flatten(1).double()
-    for found, count in ((own.train, 30), (own.test, 10)):
-        expected = (pixels[:count] - pixels.mean()) / pixels.std()
-        assert torch.allclose(found.images, expected.float(), atol=1e-5) and torch.equal(found.labels, labels[:count])
-    assert checksum("mine", tmp_path) == before != "", "unpacked or not"
-    with pytest.raises(DataError, match="held_out must be below 30 and leave every class on both sides, not 28"):
-        load_image_data("mine", tmp_path, held_out=28)
-
-
-def write_cifar10(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
+def write_cifar10(folder: Path, images: np.ndarray) -> None:
     """Five batches and one of test, each of its images in rows: all of red, of green, of blue."""
     (folder / "cifar-10-batches-py").mkdir(parents=True)
-    batches = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
-    content = {
-        name: {"data": some.reshape(10, 3072), "labels": labels[:10].tolist()}
-        for name, some in zip(batches, np.split(images, 6))
-    }
-    for name, batch in (content | {"batches.meta": {"label_names": list("0123456789")}}).items():
+    content = {"batches.meta": {"label_names": list("0123456789")}}
+    for number, some in enumerate(np.split(images, 6), 1):
+        name = f"data_batch_{number}" if number < 6 else "test_batch"
+        content[name] = {"data": some.reshape(10, 3072), "labels": SIXTY[:10].tolist()}
+    for name, batch in content.items():
         (folder / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(batch))
 
 
-def write_svhn(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
+def write_svhn(folder: Path, images: np.ndarray) -> None:
     """A file of each split, its samples along the last axis, and zeros under the label 10."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, some in (("train", slice(50)), ("test", slice(50, 60))):
-        of_part = {"X": images[some].transpose(2, 3, 1, 0), "y": np.where(labels == 0, 10, labels)[some, None]}
+        of_part = {"X": images[some].transpose(2, 3, 1, 0), "y": np.where(SIXTY == 0, 10, SIXTY)[some, None]}
         savemat(folder / f"{part}_32x32.mat", of_part)
 
 
 @pytest.mark.parametrize("name, write, third", [("CIFAR10", write_cifar10, "cat"), ("SVHN", write_svhn, "3")])
-def test_the_originals_in_colour_are_read_channel_by_channel_and_downloaded_where_they_are_missing(
-    tmp_path, monkeypatch, name, write, third
-):
+def test_the_originals_in_colour_are_read_by_channel_and_downloaded(tmp_path, monkeypatch, name, write, third):
     images = np.random.default_rng(0).integers(0, 256, (60, 3, 32, 32), np.uint8)
     downloads, original = [], getattr(torchvision.datasets, name)
-    monkeypatch.setattr(original, "download", lambda self: downloads.append(write(tmp_path / name, images, SIXTY)))
+    monkeypatch.setattr(original, "download", lambda self: downloads.append(write(tmp_path / name, images)))
     monkeypatch.setattr(original, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
     for _ in range(2):
@@ -196,13 +192,10 @@ def test_the_originals_in_colour_are_read_channel_by_channel_and_downloaded_wher
             data_set(name, tmp_path)
 
 
-CLASSES = ("cat", "dog", "eel")
-
-
-def write_images(root: Path, shape: tuple[int, ...] = (5, 4), per_class: int = 4) -> dict[str, np.ndarray]:
+def write_images(root: Path, shape: tuple[int, ...] = (5, 4)) -> dict[str, np.ndarray]:
     """Images of three classes, in folders; returns them by their path in the data set, in colour channels first."""
     numbers, images = np.random.default_rng(0), {}
-    for part, label, index in product(("train", "test"), CLASSES, range(per_class)):
+    for part, label, index in product(("train", "test"), CLASSES, range(4)):
         path, image = f"{part}/{label}/{index}.png", numbers.integers(0, 256, shape, np.uint8)
         images[path] = image.transpose(2, 0, 1) if len(shape) == 3 else image
         write_image(root / "pets" / path, image)
@@ -215,8 +208,6 @@ def test_images_in_folders_are_a_data_set_of_the_classes_that_their_folders_name
     (tmp_path / "pets" / "train" / "cat" / ".hidden").write_text("no image")
     source, own = data_set("pets", tmp_path), load_image_data("pets", tmp_path)
     assert source.size == size and own.class_names == source.class_names == CLASSES
-    mean, deviation = own.train.images.mean(), own.train.images.std()
-    assert abs(mean) < 1e-5 and abs(deviation - 1) < 1e-5
     train = np.stack([image for path, image in images.items() if path.startswith("train")]).astype(float)
     for part, split in (("train", own.train), ("test", own.test)):
         pixels = split.images.double() * train.std(ddof=1) + train.mean()
@@ -225,23 +216,6 @@ def test_images_in_folders_are_a_data_set_of_the_classes_that_their_folders_name
         assert found == {(path.split("/")[1], tuple(image.ravel().tolist())) for path, image in of_part.items()}
     held_out = load_image_data("pets", tmp_path, held_out=6)
     assert held_out.train.labels.unique().tolist() == held_out.test.labels.unique().tolist() == [0, 1, 2]
-
-
-def test_what_says_which_images_they_are_covers_all_that_is_read(tmp_path):
-    images = write_images(tmp_path)
-    pets, before = tmp_path / "pets", checksum("pets", tmp_path)
-    (pets / "train" / "cat" / ".hidden").write_text("a remark")
-    shutil.copytree(pets, tmp_path / "elsewhere" / "pets")
-    assert checksum("pets", tmp_path) == checksum("pets", tmp_path / "elsewhere") == before
-    path = pets / "test" / "eel" / "3.png"
-    changed = images["test/eel/3.png"].copy()
-    changed[0, 0] ^= 1
-    Image.fromarray(changed).save(path)
-    one_pixel = checksum("pets", tmp_path)
-    path.rename(pets / "test" / "dog" / "4.png")
-    moved = checksum("pets", tmp_path)
-    (pets / "test" / "dog" / "4.png").unlink()
-    assert len({before, one_pixel, moved, checksum("pets", tmp_path)}) == 4
 
 
 def same(one: ImageData, other: ImageData) -> bool:
@@ -255,32 +229,34 @@ def refuse(*arguments: object) -> None:
 
 def test_a_folder_is_read_once_and_then_from_the_cache_beside_it_until_a_file_changes(tmp_path, monkeypatch):
     images, datasets = write_images(tmp_path / "datasets"), tmp_path / "datasets"
-    pets, cache, identity = datasets / "pets", datasets / "pets.cache.pt", checksum("pets", datasets)
+    pets, cache, identities = datasets / "pets", datasets / "pets.cache.pt", [checksum("pets", datasets)]
     first, source = load_image_data("pets", datasets), data_set("pets", datasets)
-    assert cache.is_file()
     with monkeypatch.context() as patched:
         patched.setattr("mimu.images.sources.pixels", refuse)
         patched.setattr("mimu.images.sources.crc", refuse)
         assert [len(source.read(is_train)[1]) for is_train in (True, False)] == [12, 12]
-        assert checksum("pets", datasets) == identity
+        assert [checksum("pets", datasets)] == identities
     assert same(load_image_data("pets", datasets), first)
     path, other = pets / "train" / "cat" / "0.png", pets / "train" / "dog" / "0.png"
     time = other.stat().st_mtime_ns
     for change in (
-        lambda: (other.write_bytes(other.read_bytes() + b"more"), os.utime(other, ns=(time, time))),
         lambda: os.utime(path, ns=(0, path.stat().st_mtime_ns + 1)),
+        lambda: (path.with_name(".hidden")).write_text("a remark"),
+        lambda: (other.write_bytes(other.read_bytes() + b"more"), os.utime(other, ns=(time, time))),
         lambda: path.rename(path.with_name("9.png")),
         lambda: Image.fromarray(images["train/eel/1.png"]).save(path),
         lambda: (pets / "test" / "eel" / "3.png").unlink(),
     ):
         before = cache.read_bytes()
         change()
-        copy = tmp_path / f"copy of {len(list(tmp_path.iterdir()))}"
-        shutil.copytree(pets, copy / "pets")
+        copied = tmp_path / f"copy of {len(list(tmp_path.iterdir()))}"
+        shutil.copytree(pets, copied / "pets")
         for _ in range(2):
-            assert checksum("pets", datasets) == checksum("pets", copy)
-            assert same(load_image_data("pets", datasets), load_image_data("pets", copy))
+            assert checksum("pets", datasets) == checksum("pets", copied)
+            assert same(load_image_data("pets", datasets), load_image_data("pets", copied))
         assert cache.read_bytes() != before
+        identities.append(checksum("pets", datasets))
+    assert len(set(identities[:3])) == 1 and len(set(identities)) == 5, "what is read says which images they are"
     shutil.copy(PROJECT / "clean.sh", tmp_path)
     subprocess.run(["bash", str(tmp_path / "clean.sh")], check=True)
     assert [path.name for path in datasets.iterdir()] == ["pets"]
@@ -305,77 +281,46 @@ def test_a_cache_that_is_damaged_or_foreign_is_made_anew_and_one_that_cannot_be_
     assert cache.is_dir() or cache.read_bytes() == whole
 
 
-def replaced(path: Path, image: np.ndarray | bytes) -> None:
-    path.unlink()
-    path.write_bytes(image) if isinstance(image, bytes) else Image.fromarray(image).save(path)
+def renamed(pets: Path, name: str) -> None:
+    for part in ("train", "test"):
+        (pets / part / "cat").rename(pets / part / name)
 
 
-GREY = np.arange(20, dtype=np.uint8).reshape(5, 4)
-BAD_FOLDERS = {
-    "empty": (shutil.rmtree, "it must hold images in train/<class>/ and test/<class>/, or the four files of MNIST"),
-    "no test": (lambda pets: shutil.rmtree(pets / "test"), "it must hold images in train/<class>/ and test/<class>/"),
-    "no class": (lambda pets: [shutil.rmtree(pets / "train" / name) for name in CLASSES], "class folder in .*train"),
-    "only in train": (lambda pets: shutil.rmtree(pets / "test" / "dog"), "have the same classes, not dog in one alone"),
-    "only in test": (lambda pets: shutil.rmtree(pets / "train" / "eel"), "have the same classes, not eel in one alone"),
-    "one class": (
-        lambda pets: [shutil.rmtree(pets / part / name) for part in ("train", "test") for name in CLASSES[1:]],
-        r"two classes at least, .*, not .'cat',.",
-    ),
-    "name": (
-        lambda pets: [(pets / part / "cat").rename(pets / part / "$x$") for part in ("train", "test")],
-        r"named without \$, . and line breaks, not .'\$x\$'",
-    ),
-    "no image": (
-        lambda pets: [path.unlink() for path in (pets / "test" / "dog").iterdir()], "no valid file for the classes dog"
-    ),
-    "damaged": (lambda pets: replaced(pets / "test" / "dog" / "1.png", b"\x89PNG"), "test/dog/1.png must be an image"),
-    "truncated": (
-        lambda pets: replaced(pets / "test" / "dog" / "1.png", (pets / "test" / "dog" / "1.png").read_bytes()[:-30]),
-        "test/dog/1.png must be an image",
-    ),
-    "size": (
-        lambda pets: replaced(pets / "train" / "dog" / "1.png", GREY.T),
-        r"train/dog/1.png is of .4, 5., but .*train/cat/0.png is of .5, 4.",
-    ),
-    "colour": (
-        lambda pets: replaced(pets / "test" / "dog" / "1.png", np.stack([GREY] * 3, 2)),
-        r"test/dog/1.png is of .3, 5, 4., but .*train/cat/0.png is of .5, 4.",
-    ),
-    "mode": (
-        lambda pets: replaced(pets / "test" / "dog" / "1.png", np.stack([GREY] * 4, 2)),
-        "test/dog/1.png must be an image, grey or RGB of 8 bits: its mode is RGBA",
-    ),
-    "alike": (
-        lambda pets: [replaced(path, 0 * GREY) for path in pets.glob("train/*/*")], "all pixels of the training split"
-    ),
-}  # fmt: skip
+def replaced(file: str, image: np.ndarray) -> object:
+    """What writes an image in the place of those that a pattern names."""
+    return lambda pets: [Image.fromarray(image).save(path) for path in pets.glob(file)]
 
 
-@pytest.mark.parametrize("case", BAD_FOLDERS)
-def test_bad_folders_are_one_line_that_says_what_is_wrong(tmp_path, case):
+def without(folders: str) -> object:
+    return lambda pets: [shutil.rmtree(path) for path in pets.glob(folders)]
+
+
+BAD_FOLDERS = [
+    (shutil.rmtree, "it must hold images in train/<class>/ and test/<class>/, or the four files of MNIST"),
+    (without("test"), "it must hold images in train/<class>/ and test/<class>/"),
+    (without("train/*"), "class folder in .*train"),
+    (without("test/dog"), "have the same classes, not dog in one alone"),
+    (without("train/eel"), "have the same classes, not eel in one alone"),
+    (without("*/[!c]*"), r"two classes at least, .*, not .'cat',."),
+    (lambda pets: renamed(pets, "$x$"), r"named without \$, . and line breaks, not .'\$x\$'"),
+    (lambda pets: [path.unlink() for path in pets.glob("test/dog/*")], "no valid file for the classes dog"),
+    (lambda pets: (pets / "test/dog/1.png").write_bytes(b"\x89PNG"), "test/dog/1.png must be an image"),
+    (lambda pets: os.truncate(pets / "test/dog/1.png", 50), "test/dog/1.png must be an image"),
+    (replaced("train/dog/1.png", GREY.T), r"train/dog/1.png is of .4, 5., but .*train/cat/0.png is of .5, 4."),
+    (replaced("test/dog/1.png", np.stack([GREY] * 3, 2)), r"test/dog/1.png is of .3, 5, 4., but .* is of .5, 4."),
+    (replaced("test/dog/1.png", np.stack([GREY] * 4, 2)), "1.png must be an image, grey or RGB .*: its mode is RGBA"),
+    (replaced("train/*/*.png", 0 * GREY), "all pixels of the training split"),
+]
+
+
+@pytest.mark.parametrize("spoil, message", BAD_FOLDERS, ids=[message for _, message in BAD_FOLDERS])
+def test_bad_folders_are_one_line_that_says_what_is_wrong(tmp_path, spoil, message):
     write_images(tmp_path)
-    spoil, message = BAD_FOLDERS[case]
     spoil(tmp_path / "pets")
     (tmp_path / "pets").mkdir(exist_ok=True)
     with pytest.raises(DataError, match=f"^dataset pets in {tmp_path}/pets: .*{message}") as error:
         load_image_data("pets", tmp_path)
     assert len(str(error.value).splitlines()) == 1
-
-
-def test_bad_files_in_the_format_of_mnist_are_one_line(tmp_path):
-    raw = write_data_set(tmp_path, "mine")
-    for file, damage, message in (
-        (FILES[2], lambda content: content[:-1], "shape .* is invalid"),
-        (FILES[1], lambda content: b"", f"{FILES[1]} is damaged"),
-        (FILES[0], lambda content: content[:7], f"{FILES[0]} is damaged"),
-    ):
-        (raw / file).write_bytes(damage((raw / file).read_bytes()))
-        with pytest.raises(DataError, match=f"^dataset mine in .*: cannot be used .*{message}") as error:
-            load_image_data("mine", tmp_path)
-        assert len(str(error.value).splitlines()) == 1
-    (raw / FILES[3]).unlink()
-    with pytest.raises(DataError, match="^dataset mine in "):
-        load_image_data("mine", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "pets/train", "../outside", "/", "x" * 300, "a\0b", "Graphs", "other"])
@@ -389,11 +334,6 @@ def test_a_data_set_is_a_folder_among_the_data_sets_by_its_name(tmp_path, name):
         load_image_data(name, tmp_path / "datasets")
 
 
-def test_seeds_depend_on_their_whole_key():
-    draws = [torch.rand(3, generator=seeded(*key)).tolist() for key in (("a", 1), ("a", 1), ("a", 2), ("b", 1))]
-    assert draws[0] == draws[1] and len({tuple(draw) for draw in draws}) == 3
-
-
 @pytest.mark.parametrize("count, expected", [(6, 6), (50, 20)])
 def test_some_of_every_class_are_different_samples_of_each_that_is_there(split, count, expected):
     some = some_of_every_class(split.retain(1), count, "test")
@@ -401,119 +341,179 @@ def test_some_of_every_class_are_different_samples_of_each_that_is_there(split, 
     label_of = {tuple(image): label for image, label in zip(split.images.tolist(), split.labels.tolist())}
     rows = [tuple(image) for image in some.images.tolist()]
     assert [label_of[row] for row in rows] == some.labels.tolist() and len(set(rows)) == len(rows)
-    assert not torch.equal(some_of_every_class(split.retain(1), count, "other").images, some.images)
+    for key in (("test",), ("other",), ("test", 1)):
+        is_same = torch.equal(some_of_every_class(split.retain(1), count, *key).images, some.images)
+        assert is_same == (key == ("test",)), "draws depend on their whole key"
 
 
-def standardised(x):
-    return (x - x.mean()) / x.std() if x.std() > 0 else torch.zeros_like(x)
-
-
-@pytest.mark.parametrize("masked", [[], [0, 3, 17]])
-def test_class_graphs_are_the_features_and_their_means_over_the_other_classes_standardised(masked):
-    graphs = graph_generator(-2, torch.float64)
-    samples = graphs.draw(5, seeded("test"))
-    mask = Mask.zeroing(graphs.graph, torch.tensor(masked)) if masked else None
-    x, loss = class_graphs(graphs, samples, mask)
-    look = graphs.look(samples, tuple(FEATURES), mask)
-    features = {name: look.feature(name) for name in FEATURES}
-    assert torch.equal(loss, look.loss)
-    assert x.shape == (NUM_CLASSES, 30, 21) and graphs.config.num_features == 21
-    for label in range(NUM_CLASSES):
-        others = [other for other in range(NUM_CLASSES) if other != label]
-        for column, name in enumerate(FEATURES):
-            assert torch.allclose(x[label, :, column], standardised(features[name][label]), atol=1e-9), name
-        for column, name in enumerate((name for name in FEATURES if name != "weight"), start=11):
-            of_others = standardised(features[name][others].mean(0))
-            assert torch.allclose(x[label, :, column], of_others, atol=1e-9), f"others: {name}"
-    some = graph_generator(-2, torch.float64, features=("weight", "margin"), other_classes=False)
-    assert some.config.num_features == 2 and torch.equal(class_graphs(some, samples, mask)[0], x[..., [2, 6]])
-
-
-@pytest.mark.parametrize("at_once, sizes", [(1, [1, 1, 1]), (200, [2, 1])])
-@pytest.mark.parametrize("masked", [None, [0, 3, 17]])
-def test_class_graphs_are_the_same_however_many_are_formed_at_a_time(monkeypatch, masked, at_once, sizes):
-    graphs = graph_generator(None)
-    samples = graphs.draw(5, seeded("test"))
-    mask = None if masked is None else Mask.zeroing(graphs.graph, torch.tensor(masked))
-    look = graphs.look(samples, graphs.config.features, mask)
-    (expected,) = look.class_graphs()
-    monkeypatch.setattr("mimu.data.VERTICES_AT_ONCE", at_once)
-    parts = list(look.class_graphs())
-    assert [len(part) for part in parts] == sizes and torch.equal(torch.cat(parts), expected)
-    assert torch.equal(*look.class_graphs(1), expected[1:2])
-
-
-def test_what_is_foreseen_of_two_classes_and_their_logits_is_what_another_pass_finds():
-    torch.manual_seed(0)
-    classifier = HookedMNISTClassifier(HIDDEN, IN_FEATURES, 2).double()
-    graphs = GraphGenerator(classifier, random_split(dtype=torch.float64, num_classes=2), graph_config(-1), 0)
-    first, more = (Mask.zeroing(graphs.graph, torch.tensor(each)) for each in ([3], [3, 0, 1, 7, 9]))
-    samples, names = graphs.draw(8, seeded("test")), [name for name in FEATURES if name != "output_activation"]
-    for looked in (None, first):
-        look, expected = graphs.look(samples, names, looked), graphs.look(samples, names, more)
-        found = look.without(torch.tensor([3, 0, 1])).without(torch.tensor([7, 9]))
-        assert torch.allclose(found.loss, expected.loss) and not torch.allclose(found.loss, look.loss)
-        for name in names:
-            assert torch.allclose(found.feature(name), expected.feature(name), atol=1e-12), name
-
-
-@pytest.mark.parametrize("missing, told", [(None, [0, 2]), (0, [1, 2])])
-def test_others_are_told_from_those_alone_that_stay_or_from_the_class_where_one_stays(missing, told):
-    split = random_split(dtype=torch.float64)
-    classifier = random_classifier(dtype=torch.float64)
-    graphs = GraphGenerator(classifier, split if missing is None else split.retain(missing), graph_config(-2), 0)
-    mask, place = Mask.zeroing(graphs.graph, torch.arange(0, 30, 4)), graphs.classes.index(1)
-    look = graphs.look(graphs.by_class(), ("retention",), mask, place)
-    of_others = graphs.labels == 2
-    images, weight = graphs.samples.images[of_others], classifier.layers[1].weight
-
-    def p(model: HookedMNISTClassifier) -> torch.Tensor:
-        return model(images)[:, told].softmax(1)[:, told.index(2)]
-
-    t = p(classifier).detach()
-    with mask.applied_to(classifier):
-        found, masked = p(classifier), classifier.layers[1].weight.detach()
-        loss = -(t * found.log() + (1 - t) * (1 - found).log()).mean()
-        (gradient,) = torch.autograd.grad(loss, classifier.layers[1].parametrizations.weight.original)
-    expected = masked * gradient
-    assert look.loss[-1].item() == pytest.approx(-found.log().mean().item())
-    assert torch.allclose(look.feature("retention")[-1].view_as(weight), expected, atol=1e-9)
-
-
-def test_all_layers_are_recorded_and_a_pass_with_nothing_masked_changes_nothing():
-    graphs = graph_generator(None)
-    logits = graphs.classifier(graphs.samples.images)
-    records, _ = graphs.records
-    assert torch.equal(records[-1].outputs, logits) and (logits < 0).any(), "the output layer has no ReLU"
-    assert records[-1].active.min() == 1 and set(records[0].active.unique().tolist()) == {0.0, 1.0}
-    recorded = graphs.recorded()
-    assert recorded["layers"] == [0, 1, 2] and torch.equal(recorded["labels"], graphs.labels)
-    assert [LayerRecord(**record) for record in recorded["records"]] == records
-    samples, nothing = graphs.draw(5, seeded("test")), Mask.zeroing(graphs.graph, graphs.nothing)
-    for unmasked, whole in zip(class_graphs(graphs, samples), class_graphs(graphs, samples, nothing)):
-        assert torch.allclose(unmasked, whole, atol=1e-4)
-
-
-def test_get_data_is_the_graph_of_one_sample():
-    graphs = graph_generator(-2, torch.float64)
-    sample = graphs.get_data(20)
-    look = graphs.look(torch.tensor([[20]]), tuple(FEATURES))
-    for column, name in enumerate(FEATURES):
-        assert torch.allclose(sample.x[:, column], standardised(look.feature(name)[0]), atol=1e-9), name
-    classes, _ = class_graphs(graphs, graphs.by_class())
-    assert torch.allclose(sample.x[:, 11:], classes[1, :, 11:], atol=1e-9), "the other classes are those of its class"
-    assert torch.equal(sample.edge_index, graphs.graph.edge_index())
-    assert sample.y.tolist() == [1] and sample.validate()
-    with pytest.raises(IndexError, match="valid are 0 to 44"):
-        graphs.get_data(45)
-    edges = graphs.graph.num_edges
-    assert graphs.get_data(0, max_edges=edges).edge_index.shape == (2, edges)
-    with pytest.raises(ValueError, match=rf"max_edges must be at least {edges:,} \(.* GB\), not {edges - 1:,}"):
-        graphs.get_data(0, max_edges=edges - 1)
-
-
-def test_draws_take_samples_of_their_class_without_repetition_and_no_more_than_there_are():
+def test_draws_take_samples_of_their_class_without_repetition_and_no_more_than_there_are(split):
     graphs = graph_generator(samples_per_class=1000)
     for samples, count in ((graphs.draw(10, seeded("test")), 10), (graphs.by_class(), 20)):
         assert torch.equal(graphs.labels[samples], torch.arange(NUM_CLASSES)[:, None].expand(-1, count))
         assert all(len(set(group.tolist())) == count for group in samples)
+    with pytest.raises(ValueError, match="there must be samples of two classes at least, not of .1. alone"):
+        GraphGenerator(graphs.classifier, split.forget(1), graphs.config, 0)
+
+
+class Group:
+    """Samples of one class on the masked classifier, one at a time by autograd; of the middle weight, (vertices)."""
+
+    def __init__(self, graphs: GraphGenerator, zeroed: list[int], samples: Tensor, among: list[int]) -> None:
+        self.masked, label = copy.deepcopy(graphs.classifier), graphs.labels[samples[0]]
+        graphs.graph.zeroing(torch.tensor(zeroed, dtype=torch.long)).apply(self.masked, permanent=True)
+        self.images = graphs.samples.images[samples]
+
+        def probabilities(model: HookedMNISTClassifier) -> list[Tensor]:
+            """Of the label, by the softmax restricted to some classes."""
+            return [model(x[None])[0, among].softmax(0)[among.index(label)] for x in self.images]
+
+        self.p, self.t = probabilities(self.masked), [t.detach() for t in probabilities(graphs.classifier)]
+        self.log_odds = [(p / (1 - p)).log() for p in self.p]
+
+    def gradients(self, values: list[Tensor]) -> Tensor:
+        weight = self.masked.layers[1].weight
+        return torch.stack([grad(value, weight, retain_graph=True)[0].flatten() for value in values])
+
+    def features(self) -> dict[str, Tensor]:
+        loss = self.gradients([-p.log() for p in self.p]).mean(0)
+        forgetting = self.gradients([T * (1 + (each / T).exp()).log() for each in self.log_odds]).mean(0)
+        kept = [-t * p.log() - (1 - t) * (1 - p).log() for t, p in zip(self.t, self.p)]
+        variance = torch.stack([(p * (1 - p)).detach() for p in self.p])[:, None]
+        curvature = (variance * self.gradients(self.log_odds) ** 2).mean(0)
+        w0, w = (layer.weight.detach() for layer in self.masked.layers[:2])
+        a = (self.images @ w0.T).relu()
+        z, w = a @ w.T, w.flatten()
+        return {
+            "input_activation": a.mean(0).repeat(z.shape[1]),
+            "output_activation": z.relu().mean(0).repeat_interleave(a.shape[1]),
+            "weight": w,
+            "gradient": loss,
+            "taylor": w * loss,
+            "forgetting": w * forgetting,
+            "retention": w * self.gradients(kept).mean(0),
+            "curvature": w.abs() * curvature.sqrt(),
+            "coactivation": w.abs() * ((z > 0)[:, :, None] * a[:, None]).mean(0).flatten(),
+        }
+
+
+EVERY = [0, 1, 2, 3]
+
+
+def graphs_of(present: list[int]) -> GraphGenerator:
+    """Of a classifier of four classes, of some of which there are samples."""
+    torch.manual_seed(0)
+    split = random_split(dtype=torch.float64, num_classes=4)
+    split = split[torch.isin(split.labels, torch.tensor(present))]
+    return GraphGenerator(HookedMNISTClassifier(HIDDEN, IN_FEATURES, 4).double(), split, graph_config(), 0)
+
+
+@pytest.mark.parametrize(
+    "zeroed, present, forget_row, others_among, own_among, count",
+    [
+        ([], EVERY, None, EVERY, None, 5),
+        ([0, 3, 17], EVERY, None, EVERY, None, 5),
+        ([], EVERY, 1, [0, 2, 3], EVERY, 1),
+        ([0, 3, 17], [0, 1, 3], 0, [1, 3], EVERY, 5),
+        ([0, 3, 17], [0, 3], None, EVERY, None, 1),
+        ([0, 3, 17], [0, 3], 1, [0, 3], [0, 3], 5),  # a single other class is seen among both
+    ],
+)
+def test_features_are_those_of_autograd_one_sample_at_a_time(
+    zeroed, present, forget_row, others_among, own_among, count
+):
+    graphs = graphs_of(present)
+    samples, mask = graphs.draw(count, seeded("test")), graphs.mask_of(torch.tensor(zeroed, dtype=torch.long))
+    snapshot = graphs.snapshot(samples, tuple(FEATURES), mask, forget_row)
+    assert graphs.classes == present
+    for row, chosen in enumerate(samples):
+        group = Group(graphs, zeroed, chosen, own_among if row == forget_row else others_among)
+        assert torch.allclose(snapshot.log_odds[row], torch.stack(group.log_odds), atol=1e-9)
+        assert torch.allclose(snapshot.loss[row], -torch.stack(group.p).log().mean(), atol=1e-9)
+        by_hand = group.features()
+        assert by_hand.keys() == FEATURES.keys()
+        for name, expected in by_hand.items():
+            assert torch.allclose(snapshot.feature(name)[row], expected, rtol=1e-9, atol=1e-12), name
+    assert mask is not None or snapshot.feature("retention").abs().max() == 0, "nothing is lost yet"
+
+
+def test_log_odds_of_labels_that_are_left_out_or_all_but_certain():
+    logits = torch.tensor([[900.0, 0.0, 30.0], [-900.0, 1.0, 4.0], [1.0, 2.0, 4.0]], dtype=torch.float64)
+    found = log_odds(logits, torch.tensor([0, 0, 2]), [1])
+    assert torch.allclose(found, torch.tensor([870.0, -904.0, 3.0], dtype=torch.float64), atol=1e-12)
+    p = logits.softmax(1)[2, 1]
+    whole = log_odds(logits, torch.tensor([1, 2, 1]), [1])
+    assert whole[:2].tolist() == [-900, 904] and torch.allclose(whole[2], (p / (1 - p)).log())
+
+
+@pytest.mark.parametrize("forget_row, others_among", [(None, EVERY), (2, [0, 1, 3])])
+def test_a_first_order_update_is_linear_in_the_weights_that_it_zeroes(forget_row, others_among):
+    graphs, zeroed, further = graphs_of(EVERY), [3, 8], [0, 11, 25]
+    samples, mask = graphs.draw(4, seeded("test")), graphs.graph.zeroing(torch.tensor(zeroed))
+    before = graphs.snapshot(samples, tuple(FEATURES), mask, forget_row)
+    update = before.first_order_update(torch.tensor([0, 11])).first_order_update(torch.tensor([25]))
+    for row, chosen in enumerate(samples):
+        group = Group(graphs, zeroed, chosen, EVERY if row == forget_row else others_among)
+        g, weight = group.gradients(group.log_odds), group.masked.layers[1].weight.detach().flatten()
+        w = weight.index_fill(0, torch.tensor(further), 0.0)
+        assert torch.equal(update.weights[0].flatten(), w) and torch.equal(before.weights[0].flatten(), weight)
+        found = torch.stack(group.log_odds) - g[:, further] @ weight[further]
+        assert torch.allclose(update.log_odds[row], found, atol=1e-9)
+        p, t, g = found.sigmoid()[:, None], torch.stack(group.t)[:, None], g.detach()
+        expected = {
+            "input_activation": before.feature("input_activation")[row],
+            "taylor": w * ((p - 1) * g).mean(0),
+            "forgetting": w * ((found / T).sigmoid()[:, None] * g).mean(0),
+            "retention": w * ((p - t) * g).mean(0),
+            "curvature": w.abs() * (p * (1 - p) * g**2).mean(0).sqrt(),
+        }
+        for name, feature in expected.items():
+            assert torch.allclose(update.feature(name)[row], feature, atol=1e-9), name
+
+
+def class_graph_by_hand(own: dict[str, Tensor], others: list[dict[str, Tensor]]) -> Tensor:
+    """Own features, then (but the weight) their means over the other classes, standardised, (vertices, features)."""
+    of_others = {name: torch.stack([other[name] for other in others]).mean(0) for name in own if name != "weight"}
+    x = torch.stack([*own.values(), *of_others.values()], 1)
+    return (x - x.mean(0)) / x.std(0).clamp_min(1e-12)
+
+
+def test_class_graphs_are_the_features_and_their_means_over_the_other_classes_standardised():
+    graphs, zeroed, by_class = graph_generator(-2, torch.float64), [0, 3, 17], []
+    samples, mask = graphs.draw(5, seeded("test")), graphs.mask_of(torch.tensor(zeroed))
+    snapshot = graphs.snapshot(samples, tuple(FEATURES), mask)
+    for chosen in samples:
+        by_class.append(Group(graphs, zeroed, chosen, [0, 1, 2]).features())
+    for row, own in enumerate(by_class):
+        expected = class_graph_by_hand(own, by_class[:row] + by_class[row + 1 :])
+        assert expected.shape == (30, 17) == (30, graphs.config.num_features)
+        assert torch.allclose(snapshot.class_graph(row), expected[None], atol=1e-9)
+    some = graph_generator(-2, torch.float64, features=("weight", "taylor"), other_classes=False)
+    x = some.snapshot(samples, some.config.features, mask).class_graph(2)
+    assert some.config.num_features == 2 and torch.allclose(x[0], expected[:, [2, 4]], atol=1e-9)
+
+
+def test_get_data_is_the_graph_of_one_sample_beside_the_other_classes():
+    graphs = graph_generator(-2, torch.float64)
+    own, *others = (Group(graphs, [], each, [0, 1, 2]) for each in (torch.tensor([20]), *graphs.by_class()[[0, 2]]))
+    data, edges = graphs.get_data(20, graphs.graph.num_edges), graphs.graph.num_edges
+    expected = class_graph_by_hand(own.features(), [each.features() for each in others])
+    assert torch.allclose(data.x, expected, atol=1e-9) and data.y.tolist() == [1] and data.validate()
+    assert torch.equal(data.edge_index, graphs.graph.edge_index()) and data.edge_index.shape == (2, edges)
+    with pytest.raises(IndexError, match="valid are 0 to 44"):
+        graphs.get_data(45)
+    with pytest.raises(ValueError, match=rf"max_edges must be at least {edges:,} \(.* GB\), not {edges - 1:,}"):
+        graphs.get_data(0, max_edges=edges - 1)
+
+
+def test_all_layers_are_recorded_and_a_pass_with_nothing_masked_changes_nothing():
+    graphs = graph_generator(None)
+    logits, layers, recorded = graphs.classifier(graphs.samples.images), graphs.record.layers, graphs.recorded()
+    assert torch.equal(layers[-1].outputs, logits) and (logits < 0).any(), "the output layer has no ReLU"
+    assert layers[-1].active.min() == 1 and set(layers[0].active.unique().tolist()) == {0.0, 1.0}
+    assert recorded["layers"] == [0, 1, 2] and torch.equal(recorded["labels"], graphs.labels)
+    assert torch.equal(recorded["log_odds"], log_odds(logits, graphs.labels))
+    assert [LayerRecord(**record) for record in recorded["records"]] == layers
+    samples, nothing = graphs.draw(5, seeded("test")), graphs.graph.zeroing(graphs.nothing)
+    kept, anew = (graphs.snapshot(samples, tuple(FEATURES), mask) for mask in (None, nothing))
+    for name in FEATURES:
+        assert torch.allclose(kept.feature(name), anew.feature(name), atol=1e-6), name

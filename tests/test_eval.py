@@ -1,30 +1,23 @@
 """Metrics against sums by hand, methods that cannot see the test split, the JSON and the registry."""
 
-import copy
-import functools
 import json
+import time
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import NUM_CLASSES, graph_config, random_classifier, random_split, scores, trainer_config
+from conftest import NUM_CLASSES, random_classifier, random_split, scores, small_request, trained_problem
 from torch import nn
 
-from mimu.data import GraphGenerator, ImageData, Split
-from mimu.eval import (
-    METHODS,
-    Eval,
-    EvalConfig,
-    Request,
-    count_by_layer,
-    random_choices,
-    random_vertices,
-    unlearning_method,
-)
-from mimu.model import Mask, MaskingGCN, WeightGraph
+from mimu.data import ImageData, Split
+from mimu.eval import METHODS, Eval, count_by_layer, random_choices, random_vertices, unlearning_method
+from mimu.masking.rankings import Ranking
+from mimu.methods import controls  # noqa: F401, registers the formula
+from mimu.model import WeightGraph
 from mimu.networks.hooked import weight_layers
+from mimu.networks.masks import Mask
 from mimu.runs.files import Artifact
-from mimu.trainer import Trainer, TrainingError
+from mimu.trainer import TrainingError
 
 FORGET, KAPPA, TOP_K = 1, 9, 8
 TEST = random_split(200, seed=7)
@@ -40,32 +33,11 @@ def registry():
     METHODS.update(before)
 
 
-@functools.cache
-def problem():
-    train, trainer = random_split(40), Trainer(trainer_config((6, 5), 10), 0)
-    return train, trainer, trainer.train(train, NUM_CLASSES)
-
-
-def eval_config(**changes) -> EvalConfig:
-    settings = {
-        "step": 4, "momentum": 0.7, "ranking": "damage", "group_size": 10, "draws": 1, "target": 0.1, "max_kappa": 29,
-        "patience": 0, "penalty_growth": 1.0, "look_every": 1, "methods": CORE, "visualize": False, "random_masks": 20,
-        "hyperparameters": {"sft": {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}},
-    }  # fmt: skip
-    return EvalConfig(**settings | changes)
-
-
-def make_eval(folder, test=None, asked=KAPPA, mask_layer=-2, shared=None, audit=None, draw=None, **changes) -> Eval:
-    train, trainer, classifier = copy.deepcopy(problem())
-    described = graph_config(mask_layer, features=("weight", "margin"), samples_per_class=20)
-    graphs = GraphGenerator(classifier, train, described, 0)
-    torch.manual_seed(0)
-    gcn = MaskingGCN(graphs.config.num_features, 8, 2)
-    request = Request(eval_config(**changes), classifier, trainer, train, graphs, gcn, FORGET, TOP_K, 0, asked)
+def make_eval(folder, test=None, asked=KAPPA, mask_layer=-2, audit=None, draw=None, methods=CORE, **changes) -> Eval:
+    request = small_request(asked, mask_layer, methods=methods, **changes)
     metrics, mask = (Artifact(folder / name, {"settings": {"asked": asked}}) for name in ("metrics.json", "mask.pt"))
-    data = ImageData(train, test or random_split(13, seed=5))
-    shared = {} if shared is None else shared
-    return Eval(request, data, metrics, mask, {"id": "metrics", "seconds": {"gcn": 1.5}}, shared, audit, draw)
+    data = ImageData(request.train, test or random_split(13, seed=5))
+    return Eval(request, data, metrics, mask, {"id": "metrics", "seconds": {"gcn": 1.5}}, {}, audit, draw)
 
 
 def weights_of(model) -> list[torch.Tensor]:
@@ -79,26 +51,18 @@ def answers(scored: Eval) -> dict[str, list[torch.Tensor]]:
 def test_metrics_are_sums_over_the_test_samples_divided_by_their_number(tmp_path):
     scored = make_eval(tmp_path)
     model, test = scored.request.classifier, scored.data.test
-    for loader, is_forget, classes in (
-        (scored.mnist_forget_set(), True, {1}),
-        (scored.mnist_retain_set(), False, {0, 2}),
-    ):
-        samples = Split(*loader.dataset.tensors)
-        expected = [image for image, label in zip(test.images.tolist(), test.labels.tolist()) if label in classes]
-        assert samples.images.tolist() == expected and set(samples.labels.tolist()) == classes
-        assert [len(batch) for batch, _ in samples.loader(7)] == [7] * (len(expected) // 7) + [len(expected) % 7]
-        losses, correct, probability = [], [], []
-        for image, label in zip(samples.images, samples.labels):
-            p = model(image[None]).double().softmax(1)[0]
-            losses.append(-p[label].log().item())
-            correct.append(float(p.argmax() == label))
-            probability.append(p[FORGET].item())
+    for loader, is_forget in ((scored.mnist_forget_set(), True), (scored.mnist_retain_set(), False)):
+        samples, chosen = Split(*loader.dataset.tensors), (test.labels == FORGET) == is_forget
+        assert torch.equal(samples.images, test.images[chosen]) and torch.equal(samples.labels, test.labels[chosen])
+        assert [len(batch) for batch, _ in samples.loader(7)][-1] == len(samples.labels) % 7 > 0
+        p = torch.stack([model(image[None]).double().softmax(1)[0] for image in samples.images])
+        correct = [float(of_sample.argmax() == label) for of_sample, label in zip(p, samples.labels)]
         dropout = nn.Sequential(nn.Dropout(0.9), model).train()  # scored in evaluation mode
         metrics = scored.inference(dropout, samples.loader(7), is_forget, "by hand")
-        assert metrics["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-        assert metrics["score"] == pytest.approx(100 * sum(correct) / len(correct))
-        by_hand = pytest.approx(sum(probability) / len(probability), rel=1e-5)
-        assert metrics.get("probability") == (by_hand if is_forget else None)
+        loss = -p.log().gather(1, samples.labels[:, None]).mean().item()
+        by_hand = {"loss": loss, "score": 100 * sum(correct) / len(correct)}
+        by_hand |= {"probability": p[:, FORGET].mean().item()} if is_forget else {}
+        assert metrics == pytest.approx(by_hand, rel=1e-5)
     model.layers[0].weight.data.fill_(torch.nan)
     assert scored.inference(model, test.forget(0).loader(), False, "broken")["score"] == 0, "no number is no answer"
     with pytest.raises(ValueError, match="none: there is no sample to score"):
@@ -108,15 +72,12 @@ def test_metrics_are_sums_over_the_test_samples_divided_by_their_number(tmp_path
 @pytest.mark.parametrize("mask_layer", [-2, None])
 def test_the_mask_is_that_of_the_zeroed_weights(tmp_path, mask_layer):
     scored = make_eval(tmp_path, mask_layer=mask_layer)
-    results, mask = scored.eval(), scored.get_model_mask()
+    results, mask, graph = scored.eval(), scored.get_model_mask(), scored.request.graphs.graph
     assert mask.shape == ((5, 6) if mask_layer == -2 else (42 + 30 + 15,))
     assert (mask.flatten() == 0).nonzero()[:, 0].tolist() == sorted(results["zeroed"])
     assert len(results["zeroed"]) == KAPPA == results["kappa"] == results["num_zeroed"]["mimu"]
-    scored._answer("mimu").mask.save(tmp_path / "again" / "mask.pt")
-    for path in ("mask.pt", "again/mask.pt"):
-        loaded = Mask.load(tmp_path / path)
-        assert torch.equal(loaded.as_tensor(), mask) and loaded.layers == scored.request.graphs.graph.layers
-    histograms, graph = results["weight_histograms"], scored.request.graphs.graph
+    loaded, histograms = Mask.load(tmp_path / "mask.pt"), results["weight_histograms"]
+    assert torch.equal(loaded.as_tensor(), mask) and loaded.layers == graph.layers
     assert [sum(of_layer["all"]) for of_layer in histograms] == graph.sizes
     assert [sum(of_layer["zeroed"]) for of_layer in histograms] == [(x == 0).sum() for x in graph.split(mask.flatten())]
 
@@ -130,7 +91,7 @@ def test_the_mask_is_that_of_the_zeroed_weights(tmp_path, mask_layer):
     ],
 )
 def test_zeroed_weights_are_counted_in_every_layer_and_the_output_row_apart(mask_layer, vertices, expected):
-    mask = Mask.zeroing(WeightGraph.of(random_classifier(), mask_layer), torch.tensor(vertices))
+    mask = WeightGraph.of(random_classifier(), mask_layer).zeroing(torch.tensor(vertices))
     assert count_by_layer(mask, 2, FORGET) == expected
 
 
@@ -201,7 +162,7 @@ def filled(model, value):
         (
             lambda request: filled(request.classifier, torch.nan),
             TrainingError,
-            f"method broken, class {FORGET}: a weight of the classifier is not a finite number",
+            "method broken, class 1: a weight",
         ),
         (lambda request: filled(request.original, 0), ValueError, "'broken' changed the original's network.1.weight"),
         (lambda request: request.zeroing(torch.arange(request.kappa)), ValueError, "register it with uses_kappa=True"),
@@ -220,7 +181,7 @@ def test_the_methods_are_what_they_say(tmp_path):
     request.classifier.layers[0].weight.data.zero_()  # a copy
     weights = answers(scored)
     original = weights["original"]
-    assert all(torch.equal(w, layer.weight) for w, layer in zip(original, problem()[2].layers))
+    assert all(torch.equal(w, layer.weight) for w, layer in zip(original, trained_problem()[2].layers))
     for name in ("mimu", "random"):
         assert torch.equal(weights[name][0], original[0]) and torch.equal(weights[name][2], original[2])
         changed = weights[name][1] != original[1]
@@ -231,39 +192,58 @@ def test_the_methods_are_what_they_say(tmp_path):
     for other in (replace(request, seed=1), replace(request, forget_class=2)):
         assert not torch.equal(random_vertices(other, KAPPA), few)
     assert torch.equal(weights["sft"][0], original[0]) and not torch.equal(weights["sft"][1], original[1])
-    alone = Trainer(trainer_config((6, 5), 10), 0).train(request.train.retain(FORGET), NUM_CLASSES)
+    alone = request.trainer.train(request.train.retain(FORGET), NUM_CLASSES)
     assert all(torch.equal(w, layer.weight) for w, layer in zip(weights["retrain"], alone.layers))
     few = replace(request, train=request.train[:20], trained_on=request.train).retrained(0)
     assert all(torch.equal(one.weight, other.weight) for one, other in zip(few.layers, alone.layers))
 
 
+@pytest.mark.parametrize("mask_layer", [-2, None])
+@pytest.mark.parametrize("asked", ["auto", KAPPA])
+def test_mimu_with_a_gcn_before_its_training_zeroes_what_the_formula_does(tmp_path, mask_layer, asked):
+    scored = make_eval(tmp_path, asked=asked, mask_layer=mask_layer, target=50.0, methods=("mimu", "saliency"))
+    found = [scored._answer(name).mask.as_tensor() for name in scored.names]
+    assert torch.equal(found[0], found[1]) and (found[0] == 0).any()
+    orders = scored.request.orders
+    assert torch.equal(orders["mimu"].first(20).vertices, orders["saliency"].first(20).vertices)
+
+
 def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path, registry):
     calls = []
 
-    def by_margin(step, zeroed):
+    def by_curvature(step, zeroed):
         calls.append((step, len(zeroed)))
-        return margin
+        return curvature
 
     for name, at_once in (("in order", False), ("at once", True)):
         unlearning_method(name, uses_kappa=True)(
-            lambda request, name=name, at_once=at_once: request.in_steps(name, by_margin, at_once)
+            lambda request, name=name, at_once=at_once: request.in_steps(name, by_curvature, at_once)
         )
-    scored = make_eval(tmp_path, asked="auto", target=60.0, methods=("mimu", "in order", "at once", "random", "sft"))
+    names = ("mimu", "in order", "at once", "random", "sft")
+    scored = make_eval(tmp_path, asked="auto", target=50.0, methods=names)
     request = scored.request
-    margin = request.graphs.look(request.graphs.by_class(), ["margin"]).feature("margin")[FORGET]
-    results = scored.eval()
-
-    def is_forgotten(vertices):
-        with request.zeroing(vertices).applied_to(request.classifier) as model:
-            return scores(model, request.train, FORGET)[0] < 60
-
-    orders = request.orders["mimu"].first(29).vertices, *[margin.argsort(descending=True)] * 2
-    kappas = [next(k for k in range(s, 30, s) if is_forgotten(each[:k])) for each, s in zip(orders, (4, 4, 1))]
-    zeroed = dict(zip(["mimu", "in order", "at once"], kappas)) | {"random": kappas[0], "sft": None}
+    curvature = request.graphs.snapshot(request.graphs.by_class(), ["curvature"]).feature("curvature")[FORGET]
+    results, ranked, kappas = scored.eval(), curvature.argsort(descending=True), []
+    for order, step in ((request.orders["mimu"].first(29).vertices, 4), (ranked, 4), (ranked, 1)):
+        for kappa in range(step, 30, step):
+            with request.zeroing(order[:kappa]).applied_to(request.classifier) as model:
+                if scores(model, request.train, FORGET)[0] < 50:
+                    break
+        kappas.append(kappa)
+    zeroed = dict(zip(names, (*kappas, kappas[0], None)))
     assert results["num_zeroed"] == zeroed and len(set(kappas)) == 3
     assert results["kappa_choice"] == "auto"
     assert results["gave_up"] == dict.fromkeys(["mimu", "in order", "at once"], False)
     assert calls == [(k // 4, k) for k in range(0, kappas[1], 4)] + [(0, 0)]
+
+
+def test_the_search_for_kappa_is_not_in_the_seconds_of_methods_that_take_what_it_finds(tmp_path, monkeypatch):
+    ranking = Ranking.__call__
+    monkeypatch.setattr(Ranking, "__call__", lambda *given: time.sleep(0.1) or ranking(*given))
+    scored = make_eval(tmp_path, asked="auto", target=50.0, methods=("random", "mimu"))
+    seconds = scored.eval()["seconds"]
+    steps = len(scored._answer("mimu").mask.vertices()) // 4
+    assert steps > 0 and seconds["mimu"] >= 0.1 * steps and seconds["random"] < 0.1
 
 
 def test_what_does_not_depend_on_kappa_is_computed_once_and_steps_go_on(tmp_path, registry):
@@ -321,22 +301,24 @@ def test_every_answer_is_audited_beside_the_original_and_the_retrained_if_it_is_
 def test_hyperparameters_are_the_keywords_of_a_method_and_reach_it_where_it_runs(tmp_path, registry):
     given = []
 
-    @unlearning_method("tunable", in_default_run=False)
+    @unlearning_method("tunable", runs_with="all")
     def tunable(request, *, strength: float, rounds: int):
         given.append((strength, rounds))
         return request.classifier
 
+    METHODS["by name"] = replace(METHODS["tunable"], runs_with="name")
     assert METHODS["tunable"].hyperparameters == {"strength": float, "rounds": int}
-    default = eval_config(methods=None).method_names
-    assert set(CORE) <= set(default) and "tunable" not in default
-    assert eval_config(methods="all").method_names == tuple(METHODS)
+    default, every = (set(small_request(methods=each).config.method_names) for each in (None, "all"))
+    assert set(CORE) <= default and every >= default | {"tunable"} and not {"tunable", "by name"} & default
+    assert "by name" not in every
     values = {"tunable": {"strength": 0.5, "rounds": 3}}
     make_eval(tmp_path, methods=("mimu", "tunable"), hyperparameters=values).eval_unlearning()
     assert given == [(0.5, 3)]
 
 
 def test_metrics_depend_on_what_runs_and_its_hyperparameters():
-    usual, sft = eval_config(), eval_config().hyperparameters["sft"]
+    usual = small_request(methods=CORE).config
+    sft = usual.hyperparameters["sft"]
     assert replace(usual, hyperparameters={"sft": sft, "scrub": {"epochs": 3}}).decisive() == usual.decisive()
     assert replace(usual, hyperparameters={"sft": sft | {"epochs": 2}}).decisive() != usual.decisive()
     assert replace(usual, methods=("mimu", *CORE[2:])).decisive() != usual.decisive()

@@ -26,7 +26,7 @@ from mimu.configs import CONFIG, load_variants
 from mimu.data import GraphGenerator, load_image_data
 from mimu.images.sources import DataError
 from mimu.masking.order import ZeroingOrder
-from mimu.masking.rankings import GCNRanking, TrainedGCN
+from mimu.masking.rankings import Ranking, TrainedGCN
 from mimu.model import HookedMNISTClassifier
 from mimu.runs import files as run_files
 from mimu.runs.files import Artifact, InputError
@@ -274,7 +274,7 @@ def test_the_pretrained_gcn_is_taken_as_it_is(here):
     trained, graphs = TrainedGCN.load(), graphs_of(config, here, classifier)
     assert config.graphs.features == trained.graphs.features
     assert config.graphs.other_classes == trained.graphs.other_classes
-    ranking = GCNRanking(config.eval, graphs, 3, 0, trained.gcn, 128)
+    ranking = Ranking(config.eval, graphs, 3, 0, trained.gcn, 128)
     assert result["zeroed"] == ZeroingOrder(config.eval, graphs, 3, ranking).first(20).vertices.tolist()
 
 

@@ -1,9 +1,8 @@
-"""The top-k sampler, the terms of the loss, gradients through the masked classifier, and the order of zeroing."""
+"""Scores of weights, the loss and the training of the GCN, and the order of zeroing until a class is forgotten."""
 
 import copy
-import dataclasses
-import itertools
-import re
+from dataclasses import asdict, replace
+from itertools import accumulate, pairwise, product
 
 import numpy as np
 import pytest
@@ -11,70 +10,60 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     NUM_CLASSES,
-    class_graphs,
     graph_config,
     graph_generator,
+    masking_config,
     random_classifier,
     random_split,
-    scores,
     trainer_config,
+    untrained_gcn,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
+from torch import Tensor
+from torch.autograd import grad
+from torch.nn.utils import parametrize
 
+from mimu import trainer
+from mimu.data import FORGETTING_TEMPERATURE as T
 from mimu.data import GraphGenerator, Split, seeded
 from mimu.masking.order import ZeroingOrder
-from mimu.masking.rankings import GCNRanking, MaskingConfig, TrainedGCN, contrast, ranked, set_difference
-from mimu.model import Mask, MaskingGCN, WeightGraph
+from mimu.masking.rankings import TERMS, Ranking, TrainedGCN, ranked, saliency
+from mimu.model import MaskingGCN, WeightGraph
 from mimu.networks.hooked import HookedClassifier
-from mimu.runs.files import ArtifactError, save
-from mimu.trainer import (
-    GCNLoss,
-    GCNTrainer,
-    GCNTrainerConfig,
-    Trainer,
-    TrainingError,
-    UnlearningSFT,
-    UnlearningSFTConfig,
-    learn,
-    log_uniform,
-    prior_divergence,
-    top_k_mask,
-    top_k_masks,
-)
+from mimu.networks.masks import Mask
+from mimu.runs.files import ArtifactError, InputError, save
+from mimu.trainer import GCNLoss, GCNTrainer, GCNTrainerConfig, Trainer, TrainingError, UnlearningSFT
 
-TERMS = ("sufficiency", "prior", "necessity_forget", "necessity_retain")
-NOTHING = torch.empty(0, dtype=torch.long)
-finite = st.floats(-50, 50, width=32)
+NECESSITY = ("necessity_forget", "necessity_retain")
+RETAIN_WEIGHT = 5.0
 scopes = st.sampled_from(["global", "layerwise"])
 
 
 def gcn_config(**changes) -> GCNTrainerConfig:
     small = {
         "pretrained": False, "hidden": 8, "rounds": 2, "message_passing": True, "steps": 20, "learning_rate": 0.01,
-        "gradient_norm": 1.0, "group_size": 8, "samples": 30, "contrast": "damage", "temperature": 0.25, "gumbel": 1.0,
-        "sufficiency": 0.2, "prior": 0.0, "necessity_forget": 1.0, "necessity_retain": 1.0, "kappa": (3, 10),
-        "partly_masked": (2, 8), "looks": 1, "classes": None, "weighs": None, "warmup": 4,
+        "group_size": 8, "samples": 30, "temperature": 0.25, "necessity_forget": 1.0, "necessity_retain": 1.0,
+        "kappa": (3, 10), "partly_masked": (2, 8), "snapshots": 1,
     }  # fmt: skip
     return GCNTrainerConfig(**small | changes)
 
 
-def masking_config(**changes) -> MaskingConfig:
-    small = {"step": 4, "momentum": 0.0, "ranking": "damage", "group_size": 8, "draws": 1, "target": 1.25}
-    return MaskingConfig(**small | {"max_kappa": 20, "patience": 0, "penalty_growth": 1.0, "look_every": 1} | changes)
+def adapted_gcn(graphs: GraphGenerator, rounds: int = 2) -> MaskingGCN:
+    """One whose factors are no longer 1."""
+    gcn = untrained_gcn(graphs.config.num_features, rounds)
+    gcn.readout.weight.data.normal_(generator=seeded("readout"))
+    return gcn
 
 
-def small_gcn(graphs, rounds=2) -> MaskingGCN:
-    torch.manual_seed(5)
-    return MaskingGCN(graphs.config.num_features, 8, rounds)
-
-
-def zeroing_order(graphs, forget_class=0, gcn=None, top_k=6, **changes) -> ZeroingOrder:
+def zeroing_order(graphs, forget_row=0, gcn=None, zeroed=None, **changes) -> ZeroingOrder:
     config = masking_config(**changes)
-    return ZeroingOrder(
-        config, graphs, forget_class, GCNRanking(config, graphs, forget_class, 0, gcn or small_gcn(graphs), top_k)
-    )
+    return ZeroingOrder(config, graphs, forget_row, Ranking(config, graphs, forget_row, 0, gcn), zeroed)
+
+
+def vertices_of(numbers) -> Tensor:
+    return torch.tensor(list(numbers), dtype=torch.long)
 
 
 LAYERS = WeightGraph.of(random_classifier(), None)
@@ -82,8 +71,8 @@ LAYERS = WeightGraph.of(random_classifier(), None)
 
 def competing(scope, graph=LAYERS) -> list[range]:
     """The vertices that compete with one another: all of them, or those of every layer."""
-    ends = itertools.accumulate(graph.sizes if scope == "layerwise" else [graph.num_vertices], initial=0)
-    return [range(*pair) for pair in itertools.pairwise(ends)]
+    ends = accumulate(graph.sizes if scope == "layerwise" else [graph.num_vertices], initial=0)
+    return [range(start, end) for start, end in pairwise(ends)]
 
 
 def largest_free(scores, vertices, gone, count) -> list[int]:
@@ -97,7 +86,7 @@ def test_the_next_to_go_are_of_the_largest_scores_and_layerwise_of_every_layer_i
     generator, zeroed = torch.Generator().manual_seed(seed), []
     for count in steps:
         scores = torch.randn(LAYERS.num_vertices, generator=generator)
-        new = ranked(scores, LAYERS, scope, torch.tensor(zeroed, dtype=torch.long), count).tolist()
+        new = ranked(scores, LAYERS, scope, vertices_of(zeroed), count).tolist()
         assert len(new) == min(count, LAYERS.num_vertices - len(zeroed))
         for part in competing(scope):
             own = [v for v in new if v in part]
@@ -114,7 +103,7 @@ def test_masks_are_the_top_k_of_what_is_free_in_all_layers_or_in_every_layer(see
     size, generator = LAYERS.num_vertices, torch.Generator().manual_seed(seed)
     scores = torch.randn(2, size, dtype=torch.float64, generator=generator).requires_grad_()
     zeroed, weighting = list(range(size - gone, size)), torch.randn(size, generator=generator)
-    masks = top_k_masks(scores, LAYERS, scope, torch.tensor(zeroed, dtype=torch.long), k, 0.5)
+    masks = trainer.top_k_masks(scores, LAYERS, scope, vertices_of(zeroed), k, 0.5)
     assert set(masks.unique().tolist()) <= {0.0, 1.0}
     for row, mask in zip(scores, masks):
         ones, soft = set(zeroed), 0.0
@@ -126,165 +115,122 @@ def test_masks_are_the_top_k_of_what_is_free_in_all_layers_or_in_every_layer(see
                 around = ((standard - standard[chosen[-1]].detach()) / 0.5).sigmoid() * weighting
                 soft = soft + around[[v for v in part if v not in zeroed]].sum()
         assert set(mask.nonzero()[:, 0].tolist()) == ones
-        gradients = [torch.autograd.grad(y, scores, retain_graph=True)[0] for y in (soft, (mask * weighting).sum())]
-        assert torch.allclose(*gradients, atol=1e-12)
-    assert (top_k_mask(torch.zeros(2, size), k, 0.5).sum(-1) == k).all(), "of ties, too"
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.tuples(finite, finite), min_size=2, max_size=20))
-def test_the_prior_term_is_a_divergence(pairs):
-    logits, weights = torch.tensor(pairs, dtype=torch.float64).T
-    divergence = prior_divergence(logits[None], weights)
-    p = (weights.abs() + 1e-12) / (weights.abs() + 1e-12).sum()
-    expected = F.kl_div(p.log(), logits.log_softmax(0), reduction="sum", log_target=True)
-    assert torch.allclose(divergence, expected[None], rtol=1e-6, atol=1e-9)
-
-
-def test_the_contrast_by_hand():
-    importance, damage = torch.randn(4, 9, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.0, 2.0], dtype=torch.float64)
-    for d in range(4):
-        others = [c for c in range(4) if c != d]
-        plain = importance[d] - importance[others].mean(0)
-        assert torch.allclose(contrast(importance)[d], plain, atol=1e-12)
-        v = (damage[others] + 0.02) ** 0.5
-        weighted = importance[d] - sum(v_c / v.sum() * importance[c] for c, v_c in zip(others, v))
-        assert torch.allclose(contrast(importance, damage)[d], weighted, atol=1e-12)
-
-
-def test_the_set_difference_ranks_by_brute_force():
-    importance = torch.randn(4, 30)
-    top = [set(row.topk(8).indices.tolist()) for row in importance]
-    order = set_difference(importance, 8).argsort(1, descending=True)
-    for d in range(4):
-        only_here = top[d] - set().union(*(top[c] for c in range(4) if c != d))
-        first = sorted(only_here, key=lambda v: -importance[d, v])
-        rest = sorted(set(range(30)) - only_here, key=lambda v: -contrast(importance)[d, v])
-        assert order[d].tolist() == first + rest
+        (expected,) = grad(soft, scores, retain_graph=True)
+        (found,) = grad((mask * weighting).sum(), scores, retain_graph=True)
+        assert torch.allclose(found, expected, atol=1e-12)
+    assert (trainer.top_k_mask(torch.zeros(2, size), k, 0.5).sum(-1) == k).all(), "of ties, too"
 
 
 @pytest.mark.parametrize("mask_layer", [-2, None])
-@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("zeroed", [[], [1, 4, 9]])
+def test_the_gcn_weighs_the_terms_of_the_formula_and_is_the_formula_before_its_training(mask_layer, zeroed):
+    graphs, row = graph_generator(mask_layer), 2
+    mask = graphs.mask_of(vertices_of(zeroed))
+    snapshot = graphs.snapshot(graphs.by_class(), (*TERMS, *graphs.config.features), mask, row)
+    forgetting, retention, curvature = (snapshot.feature(name) for name in TERMS)
+    v = [(snapshot.loss[label] + 0.02).item() ** 0.5 for label in (0, 1)]
+    fall = sum(v[label] * (retention[label] - curvature[label] ** 2 / 2) for label in (0, 1)) / sum(v)
+    formula = saliency(snapshot, row, RETAIN_WEIGHT)
+    assert torch.allclose(formula, forgetting[row] + RETAIN_WEIGHT * fall, rtol=1e-5, atol=1e-7)
+    assert torch.equal(saliency(snapshot, row, RETAIN_WEIGHT, untrained_gcn(graphs.config.num_features)), formula)
+    gcn = adapted_gcn(graphs)
+    a, b = gcn(snapshot.class_graph(row), graphs.graph)[0].T
+    expected = a * forgetting[row] + RETAIN_WEIGHT * b * fall
+    assert torch.allclose(saliency(snapshot, row, RETAIN_WEIGHT, gcn), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_others_weigh_less_only_where_the_class_stalls_and_is_not_forgotten(monkeypatch):
+    graphs, penalty = graph_generator(), 1.0
+    snapshot = graphs.snapshot(graphs.by_class(), TERMS, None, 0)
+    ranking = Ranking(masking_config(penalty_growth=2.0, target=10.0), graphs, 0, 0)
+    # What is left of the class, -log(1 - p), at one step after the other; where it stalls, it has not halved.
+    for left, stalls in ((4, False), (1.9, False), (1.5, True), (1.6, True), (0.05, False), (0.09, False), (0.2, True)):
+        of_step = replace(snapshot, log_odds=torch.full_like(snapshot.log_odds, np.log(np.expm1(left))))
+        monkeypatch.setattr(Ranking, "_taken", lambda *_, of_step=of_step: of_step)
+        penalty /= 2 if stalls else 1
+        expected = saliency(of_step, 0, penalty * RETAIN_WEIGHT)
+        assert torch.allclose(ranking(0, vertices_of([])), expected, rtol=1e-5, atol=1e-7), left
+    assert penalty == 1 / 8
+
+
+@pytest.mark.parametrize("mask_layer", [-2, None])
+@pytest.mark.parametrize("term", NECESSITY)
 def test_every_term_reaches_every_parameter_of_the_gcn_also_alone(term, mask_layer):
     graphs = graph_generator(mask_layer)
-    alone = {name: float(name == term) for name in TERMS}
-    gcn = small_gcn(graphs, rounds=3)
-    terms, *_ = GCNLoss(gcn_config(partly_masked=None, **alone), graphs, 6)(gcn, NOTHING, seeded("test"))
-    terms[term].backward()
-    for name, parameter in gcn.named_parameters():
-        assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+    alone = {name: float(name == term) for name in NECESSITY}
+    loss = GCNLoss(gcn_config(**alone), graphs, RETAIN_WEIGHT)
+    gcn = untrained_gcn(graphs.config.num_features, rounds=3)
+    optimizer = torch.optim.SGD(gcn.parameters(), 0.1)
+    for reached in ({"readout.weight"}, set(dict(gcn.named_parameters()))):
+        optimizer.zero_grad(set_to_none=False)
+        terms, _ = loss(gcn, vertices_of([]), 1, seeded("test"))
+        terms[term].backward()
+        gradients = {name: parameter.grad for name, parameter in gcn.named_parameters()}
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+        assert {name for name, gradient in gradients.items() if gradient.any()} == reached
+        optimizer.step()  # takes the readout away from zero
     assert all(parameter.grad is None for parameter in graphs.classifier.parameters())
 
 
-def test_training_follows_the_gradient_of_the_weighted_sum_of_the_terms(monkeypatch):
-    graphs, gradients = graph_generator(), []
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: gradients.extend(
-        parameter.grad.clone() for parameter in parameters
-    ))  # fmt: skip
-    weights = {"sufficiency": 0.3, "prior": 0.2, "necessity_forget": 2.0, "necessity_retain": 0.5}
-    gcn = GCNTrainer(gcn_config(steps=1, learning_rate=1e-9, **weights), [graphs], 6, 0).train()
-    generator = seeded("gcn", 0, 6)
-    torch.randint(1, (), generator=generator)  # which classifier
-    terms, *_ = GCNLoss(gcn_config(**dict.fromkeys(TERMS, 1.0)), graphs, 6)(gcn, NOTHING, generator)
-    loss = sum(weights[name] * terms[name] for name in TERMS)
-    expected = torch.autograd.grad(loss, list(gcn.parameters()))
-    assert all(torch.allclose(g, e, rtol=1e-3, atol=1e-6) for g, e in zip(gradients, expected, strict=True))
-
-
-def test_the_loss_works_on_the_masked_classifier():
-    graphs, zeroed = graph_generator(None, scope="layerwise"), torch.tensor([1, 4, 9, 20])
+@pytest.mark.parametrize("mask_layer, scope", [(-2, "global"), (-1, "global"), ([0, 2], "global"), (None, "layerwise")])
+@pytest.mark.parametrize("zeroed", [[], [1, 4, 9]])
+def test_the_loss_is_that_of_the_classifier_under_the_mask_of_the_scores(mask_layer, scope, zeroed):
+    graphs, row, gone = graph_generator(mask_layer, scope=scope), 1, vertices_of(zeroed)
+    graph, gcn = graphs.graph, adapted_gcn(graphs)
+    config = gcn_config(necessity_forget=2.0, necessity_retain=0.5)
+    terms, found = GCNLoss(config, graphs, RETAIN_WEIGHT)(gcn, gone, row, seeded("test"))
     generator = seeded("test")
-    gcn, loss = small_gcn(graphs), GCNLoss(gcn_config(prior=0.5), graphs, 6)
-    terms, scores, _ = loss(gcn, zeroed, seeded("test"))
-    x, damage = class_graphs(graphs, graphs.draw(8, generator), Mask.zeroing(graphs.graph, zeroed))
-    importance = gcn(x, graphs.graph)
-    assert torch.allclose(scores, contrast(importance, damage), atol=1e-5)
-    assert not torch.allclose(scores, contrast(importance), atol=1e-5)
-    assert "sufficiency" not in terms, "the top-K weights are those of the whole classifier"
-    weights = torch.cat([layer.weight.flatten() for layer in graphs.classifier.layers])
-    prior = 0.5 * prior_divergence(importance, weights).mean()
-    samples, kappa = graphs.draw(10, generator), log_uniform((3, 10), 87, generator)
-    removed = top_k_masks(scores, graphs.graph, "layerwise", zeroed, kappa, 0.25)
-    expected = {"prior": prior} | loss._necessity(removed, torch.arange(NUM_CLASSES), samples)
-    assert torch.stack(list(terms.values())).tolist() == pytest.approx([expected[name].item() for name in terms])
-    spans = [log_uniform((3, 10), 30, generator) for _ in range(500)]
-    assert set(spans) == set(range(3, 11)) and spans.count(3) > spans.count(9)
-
-
-def test_the_sufficiency_term_by_hand():
-    graphs = graph_generator()
-    loss = GCNLoss(gcn_config(gumbel=0.7), graphs, 6)
-    importance = torch.randn(NUM_CLASSES, 30)
-    samples = graphs.draw(10, seeded("test"))
-    term = loss._sufficiency(importance, samples, seeded("noise"))
-    gumbel = -torch.empty(importance.shape).exponential_(generator=seeded("noise")).log()
-    losses = []
-    for c in range(NUM_CLASSES):
-        kept = (importance[c] / importance[c].std() + 0.7 * gumbel[c]).topk(6).indices
-        with Mask.keeping(graphs.graph, kept).applied_to(graphs.classifier):
-            logits = graphs.classifier(graphs.samples.images[samples[c]])
-        losses.append(F.cross_entropy(logits, torch.full((10,), c)))
-    assert torch.allclose(term, torch.stack(losses).mean(), rtol=1e-4)
-
-
-@pytest.mark.parametrize("tried", [[0, 1, 2], [2, 0]])
-@pytest.mark.parametrize("mask_layer", [-2, -1, [0, 2], None])
-def test_the_terms_of_necessity_by_hand(mask_layer, tried):
-    graphs = graph_generator(mask_layer)
-    removed = (torch.rand(len(tried), graphs.graph.num_vertices, generator=seeded("masks")) < 0.3).float()
-    samples = graphs.draw(10, seeded("test"))
-    loss, of_classes = GCNLoss(gcn_config(), graphs, 6), torch.tensor(tried)
-    terms = loss._necessity(removed, of_classes, samples)
+    names = (*TERMS, *graphs.config.features)
+    snapshot = graphs.snapshot(graphs.draw(8, generator), names, graphs.mask_of(gone), row)
+    assert torch.equal(found, saliency(snapshot, row, RETAIN_WEIGHT, gcn).detach())
+    kappa, removed = trainer.log_uniform((3, 10), graph.num_vertices, generator), list(zeroed)
+    for part in competing(scope, graph):
+        share = max(1, round(kappa * len(part) / graph.num_vertices))
+        removed += largest_free(found.tolist(), part, zeroed, share)
+    samples, original = graphs.draw(10, generator), graphs.classifier(graphs.samples.images)
+    with graph.zeroing(torch.tensor(removed)).applied_to(graphs.classifier):
+        masked = graphs.classifier(graphs.samples.images).softmax(1)
     forget, retain = [], []
-    original = graphs.classifier(graphs.samples.images)
-    for d, mask in zip(tried, removed):
-        with Mask.zeroing(graphs.graph, mask.nonzero()[:, 0]).applied_to(graphs.classifier):
-            masked = graphs.classifier(graphs.samples.images).softmax(1)
-        forget += [-(1 - masked[sample, d]).log() for sample in samples[d]]
-        for sample in torch.cat([samples[label] for label in range(NUM_CLASSES) if label != d]):
-            target = original[sample].index_fill(0, torch.tensor([d]), -torch.inf).softmax(0)
-            retain.append(-(target * masked[sample].log()).sum())
-    for name, expected in (("necessity_forget", forget), ("necessity_retain", retain)):
-        assert torch.allclose(terms[name], torch.stack(expected).mean(), rtol=1e-4), name
-    assert set(terms) == set(TERMS[2:])
+    for p in masked[samples[row], row].double():
+        forget.append(T * (1 + (p / (1 - p)) ** (1 / T)).log().float())
+    for sample in samples[[0, 2]].flatten():
+        target = original[sample].index_fill(0, torch.tensor([row]), -torch.inf).softmax(0)
+        retain.append(-(target * masked[sample].log()).sum())
+    assert set(terms) == set(NECESSITY)
+    for name, weight, expected in (
+        ("necessity_forget", 2.0 / RETAIN_WEIGHT, forget),
+        ("necessity_retain", 0.5, retain),
+    ):
+        assert torch.allclose(terms[name], weight * torch.stack(expected).mean(), rtol=1e-4), name
+    drawn = [trainer.log_uniform((3, 10), 30, generator) for _ in range(500)]
+    assert set(drawn) == set(range(3, 11)) and drawn.count(3) > drawn.count(9)
 
 
-def test_one_gcn_learns_from_several_classifiers_and_after_each_step_on_a_whole_one_from_looks(monkeypatch):
-    graphs = [graph_generator(), graph_generator(mask_layer=-1), graph_generator(bias=True)]
-    seen, tried, call, try_some = [], [], GCNLoss.__call__, GCNLoss._tried
+def test_one_gcn_learns_along_requests_on_several_classifiers(monkeypatch):
+    graphs, seen, call = [graph_generator(), graph_generator(None, scope="layerwise")], [], GCNLoss.__call__
 
-    def spy(self, gcn, zeroed, generator, forget_class=None):
-        terms, scores, of = call(self, gcn, zeroed, generator, forget_class)
-        by_class = dict(zip(of.tolist(), scores.tolist()))
-        seen.append((graphs.index(self.graphs), zeroed.tolist(), forget_class, by_class))
-        return terms, scores, of
+    def spy(self, gcn, zeroed, forget_row, generator):
+        terms, scores = call(self, gcn, zeroed, forget_row, generator)
+        seen.append((self.graphs, forget_row, zeroed, scores))
+        return terms, scores
 
     monkeypatch.setattr(GCNLoss, "__call__", spy)
-    monkeypatch.setattr(GCNLoss, "_tried", lambda *given: tried.append(try_some(*given)) or tried[-1])
-    for steps, partly_masked, looks, classes in ((30, (0.1, 0.3), 1, None), (16, (0.1, 0.3), 2, 2), (6, None, 1, None)):
-        about = {"partly_masked": partly_masked, "looks": looks, "classes": classes}
-        GCNTrainer(gcn_config(steps=steps, kappa=(0.1, 0.3), **about), graphs, 0.25, 0).train()
-    assert {index for index, *_ in seen} == {0, 1, 2}
-    whole = [False] * 4
-    expected = whole + [True, False] * 13 + whole + [True, True, False] * 4 + [False] * 6
-    assert [len(zeroed) > 0 for _, zeroed, *_ in seen] == expected
-    for (before, had, forgot, of_classes), (index, zeroed, forget_class, _) in zip(seen, seen[1:]):
-        if not zeroed:
-            assert forget_class is None
+    config = gcn_config(steps=60, kappa=(0.1, 0.3), partly_masked=(0.1, 0.3), snapshots=2)
+    GCNTrainer(config, graphs, RETAIN_WEIGHT, 0).train()
+    assert {graphs.index(each) for each, *_ in seen} == {0, 1} and {row for _, row, *_ in seen} == {0, 1, 2}
+    for step, (of_classifier, row, zeroed, _) in enumerate(seen):
+        graphs_before, row_before, had, scores = seen[step - 1]
+        if step % 3 == 0:
+            assert len(zeroed) == 0, "a whole classifier"
             continue
-        assert index == before, "a mask is for the classifier that it was made for"
-        assert zeroed[: len(had)] == had and (forgot is None or forget_class == forgot), "a request goes on"
-        new = zeroed[len(had) :]
-        assert 2 <= len(new) <= 4 if index == 1 else 3 <= len(new) <= 9, "of 15 and of 30 weights"
-        vertices = range(graphs[index].graph.num_vertices)
-        assert new == largest_free(of_classes[forget_class], vertices, had, len(new))
-    tried = [tuple(some.tolist()) for some in tried]
-    of_two = list(zip(seen[30:46], tried[30:46]))
-    assert all(len(set(some)) == 2 and (each[2] is None or each[2] == some[0]) for each, some in of_two)
-    assert tried[0] == tried[-1] == (0, 1, 2) and {some for _, some in of_two} > {(0, 1), (1, 0)}
+        assert of_classifier is graphs_before and row == row_before, "a request goes on"
+        graph, count = of_classifier.graph, len(zeroed) - len(had)
+        assert 0.1 <= round(count / graph.num_vertices, 2) <= 0.3
+        new = ranked(scores, graph, of_classifier.config.scope, had, count)
+        assert torch.equal(zeroed, torch.cat([had, new]))
     for other in (graph_generator(other_classes=False), graph_generator(features=("weight",))):
         with pytest.raises(TrainingError, match="must be those of all classifiers"):
-            GCNTrainer(gcn_config(), [graphs[0], other], 6, 0)
+            GCNTrainer(config, [graphs[0], other], RETAIN_WEIGHT, 0)
 
 
 def test_learning_is_descent_on_batches_where_weights_may_change(classifier, split):
@@ -293,14 +239,14 @@ def test_learning_is_descent_on_batches_where_weights_may_change(classifier, spl
     by_hand = random_classifier()
     order = torch.randperm(60, generator=seeded("test"))
     for batch, rate in zip(order.split(40), (0.1, 0.05)):
-        gradients = torch.autograd.grad(3 * by_hand(split.images[batch]).square().sum(), list(by_hand.parameters()))
+        gradients = grad(3 * by_hand(split.images[batch]).square().sum(), list(by_hand.parameters()))
         for weight, gradient, mask in zip(by_hand.parameters(), gradients, trainable):
             weight.data -= rate * gradient * mask
     optimizer = torch.optim.SGD(classifier.parameters(), 0.1)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 2)
-    loss = lambda images, labels: 3 * classifier(images).square().sum()  # noqa: E731
     optimizer.register_step_post_hook(lambda *_: schedule.step())
-    learn(classifier, split, 1, 40, optimizer, seeded("test"), loss, trainable)
+    loss = lambda images, labels: 3 * classifier(images).square().sum()  # noqa: E731
+    trainer.learn(classifier, split, 1, 40, optimizer, seeded("test"), loss, trainable)
     for weight, expected, old, mask in zip(classifier.parameters(), by_hand.parameters(), before, trainable):
         assert torch.allclose(weight, expected, atol=1e-5)
         assert torch.equal(weight[mask == 0], old[mask == 0]) and not torch.equal(weight, old)
@@ -314,270 +260,227 @@ def test_a_training_that_diverges_stops_with_the_step_and_what_to_look_at(split,
     with pytest.raises(TrainingError, match="loss is (nan|inf) at step 0: .* see classifier.learning_rate"):
         Trainer(trainer_config((6, 5), 1, len(images)), 0).train(broken, NUM_CLASSES)
     with pytest.raises(TrainingError, match="loss is (nan|inf) at step 0: .*diverged, see eval.hyperparameters"):
-        UnlearningSFT(UnlearningSFTConfig(1, len(images), 0.1), 0).unlearn(classifier, broken, (1,))
-
-
-@pytest.mark.parametrize("term", TERMS)
-def test_a_term_of_the_gcn_that_is_no_number_stops_with_its_name_and_the_step(term):
-    trainer = GCNTrainer(gcn_config(**{term: torch.inf}), [graph_generator()], 6, 0)
-    with pytest.raises(TrainingError, match=f"{term} is inf at step 0: training diverged, see gcn.learning_rate and"):
-        trainer.train()
-
-
-def test_a_gcn_that_died_comes_back(monkeypatch):
-    graphs, died = graph_generator(), []
-    made = GCNTrainerConfig.network
-
-    def dead(config, num_features):
-        gcn = made(config, num_features)
-        for weight in (gcn.convs[-1].lin_l.weight, gcn.convs[-1].lin_r.weight):
-            weight.data.abs_().neg_()  # of what is at least 0, behind the ReLU before
-        x, _ = class_graphs(graphs, graphs.by_class())
-        died.append(gcn(x, graphs.graph).abs().max().item())
-        return gcn
-
-    monkeypatch.setattr(GCNTrainerConfig, "network", dead)
-    gcn = GCNTrainer(gcn_config(rounds=3, steps=60, learning_rate=0.03), [graphs], 6, 0).train()
-    assert died == [0] and gcn(class_graphs(graphs, graphs.by_class())[0], graphs.graph).std() > 1e-3
+        UnlearningSFT(trainer.UnlearningSFTConfig(1, len(images), 0.1), 0).unlearn(classifier, broken, (1,))
+    for term in NECESSITY:
+        diverges = GCNTrainer(gcn_config(**{term: torch.inf}), [graph_generator()], RETAIN_WEIGHT, 0)
+        with pytest.raises(TrainingError, match=f"{term} is inf at step 0: training diverged, see gcn.learning_rate"):
+            diverges.train()
 
 
 def test_training_is_the_same_with_the_same_seed_alone(split):
-    graphs = graph_generator()
-    config = trainer_config((6, 5), 2)
-    trained = []
+    graphs, trained = graph_generator(), []
     for seed in (0, 0, 1):
         torch.manual_seed(len(trained))
-        models = Trainer(config, seed).train(split, NUM_CLASSES), GCNTrainer(gcn_config(), [graphs], 6, seed).train()
-        trained.append([weight for model in models for weight in model.parameters()])
+        classifier = Trainer(trainer_config((6, 5), 2), seed).train(split, NUM_CLASSES)
+        gcn = GCNTrainer(gcn_config(), [graphs], RETAIN_WEIGHT, seed).train()
+        trained.append([*classifier.parameters(), *gcn.parameters()])
     first, again, other = trained
     assert all(torch.equal(one, two) for one, two in zip(first, again))
     assert not any(torch.equal(one, two) for one, two in zip(first, other))
 
 
 @pytest.fixture(scope="module")
-def forgetting():
-    """A small problem, and a GCN that was trained on it."""
+def problem() -> tuple[Split, GraphGenerator]:
     split = random_split(60)
     classifier = Trainer(trainer_config((16, 12), 20, 32), 0).train(split, NUM_CLASSES)
-    graphs = GraphGenerator(classifier, split, graph_config(), 0)
-    ranges = {"kappa": (10, 64), "partly_masked": (5, 48)}
-    config = gcn_config(steps=100, learning_rate=0.03, samples=60, sufficiency=0.0, **ranges)
-    return split, graphs, GCNTrainer(config, [graphs], 48, 0).train()
+    return split, GraphGenerator(classifier, split, graph_config(), 0)
 
 
-def scores_at(graphs, split, order, kappa) -> tuple[float, float]:
-    """Forget and retain score of the classifier under the mask at kappa."""
-    with Mask.zeroing(graphs.graph, order.first(kappa).vertices).applied_to(graphs.classifier):
-        return scores(graphs.classifier, split, order.ranking.forget_class)
+def test_training_lowers_both_terms_of_the_loss():
+    graphs, config = graph_generator(None), gcn_config(steps=200, learning_rate=0.03, samples=180, kappa=(5, 10))
+    loss, means = GCNLoss(config, graphs, 1.0), []
+    for gcn in (config.network(graphs.config.num_features), GCNTrainer(config, [graphs], 1.0, 0).train()):
+        draws = product(range(NUM_CLASSES), range(10))
+        terms = [loss(gcn, vertices_of([]), row, seeded(draw))[0] for row, draw in draws]
+        means.append({name: sum(of_draw[name].item() for of_draw in terms) / len(terms) for name in NECESSITY})
+    before, after = means
+    assert all(after[name] < before[name] - 0.01 for name in NECESSITY)
 
 
-@pytest.mark.parametrize("step, target, max_kappa", [(5, 1.7, 100), (5, 20.0, 100), (None, 20.0, 150)])
-def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(forgetting, step, target, max_kappa):
-    split, graphs, trained = forgetting
-    stride = step or max_kappa // 100
-    for forget_class in range(NUM_CLASSES):
-        changes = {"step": step, "group_size": 15, "target": target, "max_kappa": max_kappa}
-        order = zeroing_order(graphs, forget_class, trained, 48, **changes)
-        found = order.until_forgotten(split.forget(forget_class))
-        kappas = range(stride, max_kappa, stride)
-        kappa = next(kappa for kappa in kappas if scores_at(graphs, split, order, kappa)[0] < target)
-        assert len(found.vertices) == kappa and found.left == ""
-        assert scores_at(graphs, split, order, kappa)[1] > 90, "but not after a GCN that has not been trained"
-        again = order.first(kappa)
-        assert torch.equal(found.vertices, again.vertices) and found.seconds > again.seconds > 0
-        if step is None:
-            assert torch.equal(found.vertices, order.ranking(0, NOTHING).argsort(descending=True)[:kappa])
-    assert not torch.nn.utils.parametrize.is_parametrized(graphs.classifier.layers[1])
+def masked_logits(graphs: GraphGenerator, samples: Split, vertices: Tensor) -> Tensor:
+    with graphs.graph.zeroing(vertices).applied_to(graphs.classifier), torch.no_grad():
+        return graphs.classifier(samples.images).double()
 
 
-@pytest.mark.parametrize("target", [1.0, 4.0])
-def test_of_few_samples_auto_asks_what_a_normal_distribution_of_their_margins_leaves(forgetting, target):
-    _, graphs, trained = forgetting
-    few, counts = random_split(24, seed=3).forget(1), []
-    for samples in (few, few[:1]):
-        order = zeroing_order(graphs, 1, trained, 48, step=3, group_size=15, target=target, max_kappa=150)
-        found = order.until_forgotten(samples)
-        for kappa in range(3, 150, 3):
-            mask = Mask.zeroing(graphs.graph, order.first(kappa).vertices)
-            with mask.applied_to(graphs.classifier), torch.no_grad():
-                logits = graphs.classifier(samples.images).double().numpy()
-            margins = logits[:, 1] - np.delete(logits, 1, 1).max(1)
-            left = 0.0 if len(margins) == 1 else norm.sf(0, margins.mean(), margins.std(ddof=1))
-            if margins.max() < 0 and left < target / 100:
-                break
-        assert len(found.vertices) == kappa and found.left == ""
-        counts.append(kappa)
-    assert counts[1] < counts[0] < 147, "one sample says nothing of others"
+def left_of(graphs: GraphGenerator, samples: Split, vertices: Tensor, target: float) -> float:
+    """The percentage of a class under a mask; of few samples not less than a normal distribution of margins leaves."""
+    logits, label = masked_logits(graphs, samples, vertices).numpy(), int(samples.labels[0])
+    left, margins = 100 * (logits.argmax(1) == label).mean(), logits[:, label] - np.delete(logits, label, 1).max(1)
+    if 1 < len(margins) < 100 / target and margins.std() > 0:
+        left = max(left, 100 * norm.sf(0, margins.mean(), margins.std(ddof=1)))
+    return left
+
+
+@pytest.mark.parametrize(
+    "step, target, samples", [(5, 1.7, 60), (5, 20.0, 60), (None, 20.0, 60), (3, 1.0, 24), (3, 4.0, 24), (3, 4.0, 1)]
+)
+@pytest.mark.parametrize("forget_row", range(NUM_CLASSES))
+def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(problem, step, target, samples, forget_row):
+    (split, graphs), stride = problem, step or 1
+    forget, retain = split.forget(forget_row)[:samples], split.retain(forget_row)
+    order = zeroing_order(graphs, forget_row, step=step, group_size=15, target=target, max_kappa=150)
+    found, kappas = order.answer("auto", forget), range(stride, 150, stride)
+    kappa = next(k for k in kappas if left_of(graphs, forget, order.first(k).vertices, target) < target)
+    assert len(found.vertices) == kappa and found.left == ""
+    again = order.answer(kappa, forget)
+    assert torch.equal(found.vertices, again.vertices) and found.seconds > again.seconds > 0 and again.left is None
+    assert order.answer("auto", forget) is found, "it is searched for once"
+    correct = masked_logits(graphs, retain, found.vertices).argmax(1) == retain.labels
+    assert step is None or correct.double().mean() > 0.9
+    if step is None:
+        assert torch.equal(found.vertices, order.ranking(0, vertices_of([])).argsort(descending=True)[:kappa])
+    assert not parametrize.is_parametrized(graphs.classifier.layers[1])
+
+
+def as_classified(graphs: GraphGenerator, label: int) -> Split:
+    """The samples that a classifier takes for a class."""
+    images = graphs.samples.images
+    return Split(images, graphs.classifier(images).argmax(1)).forget(label)
 
 
 @pytest.mark.parametrize("patience", [1, 3, 99])
 def test_auto_with_patience_takes_the_step_after_which_the_others_lose_least(patience):
     graphs = graph_generator()
-    everything = Split(graphs.samples.images, graphs.classifier(graphs.samples.images).argmax(1))
     order = zeroing_order(graphs, step=1, target=101, patience=patience)
     best, waited = None, 0
     for kappa in range(1, 21):
         zeroed, waited = order.first(kappa).vertices, waited + 1
-        with Mask.zeroing(graphs.graph, zeroed).applied_to(graphs.classifier):
-            logits = graphs.classifier(graphs.samples.images)
+        logits = masked_logits(graphs, graphs.samples, zeroed)
         loss = F.cross_entropy(logits[graphs.labels != 0], graphs.labels[graphs.labels != 0]).item()
         best, waited = ((loss, kappa), 0) if best is None or loss < best[0] else (best, waited)
         if waited >= patience:
             break
-    assert len(order.until_forgotten(everything.forget(0)).vertices) == best[1]
-
-
-def test_a_gcn_that_weighs_begins_as_the_formula_and_learns_what_each_weight_stands():
-    graphs, zeroed = graph_generator(None), torch.tensor([1, 4, 9])
-    mask = Mask.zeroing(graphs.graph, zeroed)
-    gcn = MaskingGCN(graphs.config.num_features, 8, 2, weighs=(2.0, 3.0))
-    drawn = [graphs.draw(8, seeded("request", 0, 2, 5, draw)) for draw in range(2)]
-    own, others = 0, 0
-    for samples in drawn:
-        look = graphs.look(samples, ("retention", "curvature", "forgetting"), mask, 2)
-        fall, v = look.feature("retention") - look.feature("curvature") ** 2 / 2, (look.loss + 0.02).sqrt()
-        own += look.feature("forgetting")[2] / 2
-        others += (v[0] * fall[0] + v[1] * fall[1]) / (v[0] + v[1]) / 2
-    ranking = GCNRanking(masking_config(draws=2), graphs, 2, 0, gcn, 6)
-    assert torch.allclose(ranking(5, zeroed), 2 * own + 3 * others, rtol=1e-4, atol=1e-6)
-    insists = GCNRanking(masking_config(draws=2, penalty_growth=1.5), graphs, 2, 0, gcn, 6)
-    assert torch.allclose(insists(5, zeroed), 2 * own + 1.5**-5 * 3 * others, rtol=1e-4, atol=1e-6)
-    assert torch.equal(ranking.most_needed(), ranking(0, NOTHING).topk(6).indices)
-    before = gcn(class_graphs(graphs, drawn[0])[0], graphs.graph)
-    assert before.shape == (NUM_CLASSES, 87, 2) and torch.allclose(before, torch.tensor([2.0, 3.0]).expand_as(before))
-    config = gcn_config(weighs=(2.0, 3.0), sufficiency=0.0, classes=2, looks=3, steps=12)
-    learned = GCNTrainer(config, [graphs], 6, 0).train()(class_graphs(graphs, drawn[0])[0], graphs.graph)
-    assert (learned > 0).all() and (learned.std(1) > 1e-3).all(), "not the same for all weights"
-    with pytest.raises(ValueError, match="sufficiency and prior must be 0 of a GCN that weighs"):
-        gcn_config(weighs=(1.0, 1.0))
+    assert len(order.answer("auto", as_classified(graphs, 0)).vertices) == best[1]
 
 
 @pytest.mark.parametrize(
-    "target, kappa, left",
+    "gone, target, stops_at, kappa, is_forgotten",
     [
-        (101, 4, "^$"),
-        (1e-9, 20, r"\d+\.\d % of class 0 are left"),
+        (0, 101, 99, 4, True), (0, 1e-9, 99, 20, False), (0, 1e-9, 8, 8, False), (5, 1e-9, 99, 25, False),
+        (28, 1e-9, 99, 30, False), (30, 101, 99, 30, False),
     ],
-)
-def test_auto_stops_where_the_class_is_forgotten_or_gives_up(target, kappa, left):
+)  # fmt: skip
+def test_auto_stops_where_it_forgets_where_it_is_too_much_or_gives_up(gone, target, stops_at, kappa, is_forgotten):
     graphs = graph_generator()
-    everything = Split(graphs.samples.images, graphs.classifier(graphs.samples.images).argmax(1))
-    found = zeroing_order(graphs, target=target).until_forgotten(everything)
-    assert len(found.vertices) == kappa and re.match(left, found.left)
+    forget = as_classified(graphs, 0)
+    order = zeroing_order(graphs, zeroed=torch.arange(gone), target=target)
+    found = order.answer("auto", forget, lambda zeroed: len(zeroed) >= stops_at)
+    assert found.vertices[:gone].tolist() == list(range(gone)) and len(found.vertices) == kappa
+    percent = left_of(graphs, forget, found.vertices, target)
+    assert found.left == ("" if is_forgotten else f"{percent:.1f} % of class 0 are left")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"step": 4 / 30, "draws": 3},
-        {"momentum": 0.6, "ranking": "mean"},
-        {"ranking": "set_difference"},
-        {"ranking": "set_difference", "step": None},
-    ],
-)
-def test_a_step_takes_the_largest_mean_scores_on_graphs_of_the_masked_classifier(changes):
-    graphs, config = graph_generator(), masking_config(**changes)
-    order = zeroing_order(graphs, forget_class=2, **changes)
-    first, zeroed, mean = order.first(6).vertices.tolist(), [], 0
-    for step in range(3 if config.step else 1):
-        mask = Mask.zeroing(graphs.graph, torch.tensor(zeroed)) if zeroed else None
-        groups = [graphs.draw(8, seeded("request", 0, 2, step, draw)) for draw in range(config.draws)]
-        drawn, losses = zip(*(class_graphs(graphs, group, mask) for group in groups))
-        importance = sum(order.ranking.gcn(x, graphs.graph) for x in drawn) / config.draws
+@pytest.mark.parametrize("mask_layer, scope", [(-2, "global"), (None, "layerwise")])
+@pytest.mark.parametrize("is_adapted, changes", [(False, {}), (True, {"step": 0.1}), (True, {"momentum": 0.6})])
+def test_a_step_takes_the_largest_mean_scores_on_the_classifier_masked_so_far(mask_layer, scope, is_adapted, changes):
+    graphs, config, row = graph_generator(mask_layer, scope=scope), masking_config(**changes), 2
+    gcn, names = adapted_gcn(graphs) if is_adapted else None, (*TERMS, *graphs.config.features)
+    size, zeroed, mean = graphs.graph.num_vertices, vertices_of([]), None
+    order, stride = zeroing_order(graphs, row, gcn, **changes), round(0.1 * size) if "step" in changes else 4
+    for step in range(3):
+        samples = graphs.draw(8, seeded("request", 0, row, step))
+        scores = saliency(
+            graphs.snapshot(samples, names, graphs.mask_of(zeroed), row), row, RETAIN_WEIGHT, gcn
+        ).detach()
         if step == 0:
-            assert torch.equal(order.ranking.most_needed(), importance[2].topk(6).indices)
-        of_step = contrast(importance, sum(losses) / config.draws if config.ranking == "damage" else None)[2]
-        if config.ranking == "set_difference":
-            of_step = set_difference(importance, 6)[2]
-        of_step = of_step / of_step.std()
-        mean = config.momentum * mean + (1 - config.momentum) * of_step if step else of_step
-        zeroed += largest_free(mean.tolist(), range(30), zeroed, 4 if config.step else 30)
-    assert first == zeroed[:6] and order.first(12).vertices.tolist() == zeroed[:12]
-    assert sorted(order.first(99).vertices.tolist()) == list(range(30)), "no more is zeroed than there is"
-    seconds = [order.first(kappa).seconds for kappa in (4, 5, 8, 12, 99)]
-    assert seconds == sorted(seconds) and len(set(seconds)) == (4 if config.step else 1), "of all steps up to there"
+            assert torch.equal(Ranking(config, graphs, row, 0, gcn).most_needed(6), scores.topk(6).indices)
+        scores = scores / scores.std()
+        mean = scores if mean is None else config.momentum * mean + (1 - config.momentum) * scores
+        zeroed = torch.cat([zeroed, ranked(mean, graphs.graph, scope, zeroed, stride)])
+    assert torch.equal(order.first(2 * stride + 1).vertices, zeroed[: 2 * stride + 1])
+    assert torch.equal(order.first(3 * stride).vertices, zeroed)
+    assert sorted(order.first(999).vertices.tolist()) == list(range(size)), "no more is zeroed than there is"
+    seconds = [order.first(kappa).seconds for kappa in (stride, stride + 1, 2 * stride, 3 * stride, 999)]
+    assert seconds == sorted(seconds) and len(set(seconds)) == 4, "of all steps up to there"
+    with pytest.raises(InputError, match="scores of weights are not finite: look at the inputs, the weights and"):
+        ZeroingOrder(config, graphs, 2, lambda *_: torch.full((size,), torch.nan)).first(1)
 
 
-@pytest.mark.parametrize("look_every, looks", [(None, [0]), (1, [0, 4, 8, 12, 16]), (2, [0, 8, 16])])
-def test_between_two_looks_the_classifier_is_run_on_no_sample_and_what_zeros_do_is_foreseen(
-    monkeypatch, look_every, looks
-):
+@pytest.mark.parametrize("every, taken", [(None, [0]), (1, [0, 4, 8, 12, 16]), (2, [0, 8, 16])])
+def test_between_two_snapshots_no_sample_is_run_and_first_order_updates_say_what_zeros_do(monkeypatch, every, taken):
     graphs, passes, record = graph_generator(), [], HookedClassifier.record
-    graphs.recorded()
 
     def recorded(classifier, *given):
-        passes.append(Mask.on(classifier).num_zeroed)
+        mask = Mask.on(classifier)
+        passes.append(mask.num_zeroed if mask else 0)
         return record(classifier, *given)
 
     monkeypatch.setattr(HookedClassifier, "record", recorded)
-    order = zeroing_order(graphs, forget_class=2, look_every=look_every)
-    zeroed = order.first(20).vertices
-    assert passes == looks[1:], "at first what is recorded serves"
-    samples = graphs.draw(8, seeded("request", 0, 2, looks[-1] // 4, 0))
-    mask = Mask.zeroing(graphs.graph, zeroed[: looks[-1]]) if looks[-1] else None
-    look = graphs.look(samples, graphs.config.features, mask).without(zeroed[looks[-1] : 16])
-    expected = contrast(order.ranking.gcn(torch.cat(list(look.class_graphs())), graphs.graph), look.loss)[2]
-    assert zeroed[16:].tolist() == largest_free(expected.tolist(), range(30), zeroed[:16].tolist(), 4)
+    zeroed = zeroing_order(graphs, 2, snapshot_every=every).first(20).vertices
+    assert passes == taken
+    last = taken[-1]
+    samples, mask = graphs.draw(8, seeded("request", 0, 2, last // 4)), graphs.mask_of(zeroed[:last])
+    snapshot = graphs.snapshot(samples, TERMS, mask, 2).first_order_update(zeroed[last:16])
+    expected = largest_free(saliency(snapshot, 2, RETAIN_WEIGHT).tolist(), range(30), zeroed[:16].tolist(), 4)
+    assert zeroed[16:].tolist() == expected
 
 
-def test_layerwise_orders_and_partial_masks_take_their_share_of_every_layer():
-    graphs = graph_generator(None, scope="layerwise")
-    partly = GCNLoss(gcn_config(partly_masked=(50, 50)), graphs, 6)
-    of_classes = torch.randn(NUM_CLASSES, graphs.graph.num_vertices, generator=seeded("scores"))
-    looked, _ = partly.look(of_classes, torch.arange(NUM_CLASSES), NOTHING, None, seeded("test"))
-    for zeroed in (zeroing_order(graphs).first(50).vertices, looked):
-        for layer in competing("layerwise", graphs.graph):
-            assert abs(len(set(layer) & set(zeroed.tolist())) - 50 * len(layer) / graphs.graph.num_vertices) <= 1
+def test_measured_steps_zero_what_the_class_loses_most_by_for_what_the_others_lose():
+    graphs, row, zeroed = graph_generator([0, 1], scope="measured"), 2, []
+    order, few = zeroing_order(graphs, row, step=6, group_size=10), graphs.samples[graphs.by_class()[:, :10].flatten()]
+    is_forget = few.labels == row
+
+    def losses(zeroed: list[int]) -> tuple[float, float]:
+        logits = masked_logits(graphs, few, vertices_of(zeroed))
+        kept = F.cross_entropy(logits[~is_forget], few.labels[~is_forget])
+        return -(1 - logits.softmax(1)[is_forget, row]).log().mean().item(), kept.item()
+
+    for step in range(9):
+        of_vertices, before, tried = order.ranking(step, vertices_of(zeroed)).tolist(), losses(zeroed), []
+        for layer, share in ((range(42), 4), (range(42, 72), 2)):  # of 6, in proportion to their sizes
+            new = largest_free(of_vertices, layer, zeroed, share)
+            forget, retain = (now - then for now, then in zip(losses(zeroed + new), before))
+            tried.append(((forget < 0, -forget / max(retain, 1e-3) if forget < 0 else -retain), new))
+        zeroed += max(tried)[1]
+        assert order.first(len(zeroed)).vertices.tolist() == zeroed
 
 
-def saved(path, graphs, gcn, **changes) -> None:
-    saliency = {"saliency": {"retain_weight": 70.0, "forgetting_weight": 0.0}}
-    config = {
-        "graphs": dataclasses.asdict(graphs.config),
-        "eval": dataclasses.asdict(masking_config(step=0.1)) | {"visualize": False, "hyperparameters": saliency},
-        "gcn": {"hidden": 8, "rounds": 2, "message_passing": True, "weighs": None, "steps": 3},
-    }
-    save(path, {"state_dict": gcn.state_dict(), "config": config, "seed": 0, "top_k": 0.25} | changes)
-
-
-def test_a_trained_gcn_comes_back_with_its_features_and_settings_and_another_file_is_named(tmp_path):
-    graphs, path = graph_generator(), tmp_path / "gcn.pt"
-    gcn, described = small_gcn(graphs), graphs.config
-    with pytest.raises(ArtifactError, match="gcn.pt: cannot be read"):
-        TrainedGCN.load(path)
-    saved(path, graphs, gcn)
-    loaded = TrainedGCN.load(path)
-    x, _ = class_graphs(graphs, graphs.draw(5, seeded("test")))
-    assert torch.equal(loaded.gcn(x, graphs.graph), gcn(x, graphs.graph))
-    assert loaded.graphs == described and loaded.masking == masking_config(step=0.1)
-    assert loaded.top_k == 0.25 and loaded.saliency == 70
-    loaded.check(described)
-    for other, number in (({"features": ("weight",)}, 17), ({"other_classes": False}, 17), ({}, 18)):
-        reads = dataclasses.replace(loaded, gcn=MaskingGCN(number, 8, 2))
-        with pytest.raises(ArtifactError, match="graphs.features, other_classes, .* must be .* not"):
-            reads.check(dataclasses.replace(described, **other))
+def test_a_trained_gcn_comes_back_with_its_features_and_settings_and_another_file_is_named(tmp_path, trained_gcn):
+    path, gcn, described, masking = tmp_path / "gcn.pt", trained_gcn.gcn, trained_gcn.graphs, trained_gcn.masking
     broken = copy.deepcopy(gcn)
     broken.readout.weight.data[0] = torch.nan
-    for made, changes, message in (
-        (MaskingGCN(17, 7, 2), {}, ".*size mismatch"),
-        (broken, {}, ".*a weight is not a finite number"),
-        (gcn, {"config": {}}, ""),
+    config = {
+        "graphs": asdict(described),
+        "eval": asdict(masking) | {"visualize": False},
+        "gcn": {"hidden": 8, "rounds": 2, "message_passing": True, "steps": 3},
+    }
+    with pytest.raises(ArtifactError, match="gcn.pt: cannot be read"):
+        TrainedGCN.load(path)
+    for made, of_file, message in (
+        (MaskingGCN(17, 7, 2), config, ".*size mismatch"),
+        (broken, config, ".*a weight is not a finite number"),
+        (gcn, {}, ""),
+        (gcn, config, None),
     ):
-        saved(path, graphs, made, **changes)
-        with pytest.raises(ArtifactError, match=f"gcn.pt: is not the checkpoint of a masking GCN {message}"):
-            TrainedGCN.load(path)
+        save(path, {"state_dict": made.state_dict(), "config": of_file, "seed": 0})
+        if message is not None:
+            with pytest.raises(ArtifactError, match=f"gcn.pt: is not the checkpoint of a masking GCN {message}"):
+                TrainedGCN.load(path)
+    loaded = TrainedGCN.load(path)
+    assert all(torch.equal(loaded.gcn.state_dict()[name], weight) for name, weight in gcn.state_dict().items())
+    assert loaded.graphs == described and loaded.masking == masking
+    loaded.check(described)
+    for other, number in (({"features": ("weight",)}, 17), ({"other_classes": False}, 17), ({}, 18)):
+        with pytest.raises(ArtifactError, match="graphs.features, other_classes, .* must be .* not"):
+            replace(loaded, gcn=MaskingGCN(number, 8, 2)).check(replace(described, **other))
+    taken = TrainedGCN.of(trained_gcn, torch.device("cpu"))
+    assert taken.graphs == described and taken.gcn is not gcn
+    for wrong, message in ((replace(trained_gcn, gcn=broken), "not a finite number"), (3, "not 3")):
+        with pytest.raises(InputError, match=message):
+            TrainedGCN.of(wrong, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("forget_class", range(NUM_CLASSES))
-def test_learning_random_labels_changes_the_masked_layer_only_and_forgets(forgetting, monkeypatch, forget_class):
-    split, graphs, _ = forgetting
+def test_learning_random_labels_changes_the_masked_layer_only_and_forgets(problem, monkeypatch, forget_class):
+    split, graphs = problem
     classifier, forget, labels = copy.deepcopy(graphs.classifier), split.forget(forget_class), []
     cross_entropy = F.cross_entropy
     monkeypatch.setattr(
         F, "cross_entropy", lambda logits, y, **_: labels.extend(y.tolist()) or cross_entropy(logits, y)
     )
-    UnlearningSFT(UnlearningSFTConfig(epochs=10, batch_size=10, learning_rate=0.1), 0).unlearn(classifier, forget, (1,))
+    UnlearningSFT(trainer.UnlearningSFTConfig(epochs=10, batch_size=10, learning_rate=0.1), 0).unlearn(
+        classifier, forget, (1,)
+    )
     assert len(labels) == 10 * 60 and set(labels) == {0, 1, 2} - {forget_class}
     assert (classifier(forget.images).argmax(1) == forget_class).float().mean() < 0.5
     pairs = zip(classifier.layers, graphs.classifier.layers)
