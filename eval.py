@@ -62,10 +62,6 @@ class EvalConfig(MaskingConfig):
         return asdict(self) | {"methods": self.method_names, "visualize": None, "hyperparameters": hyperparameters}
 
 
-def made_anew(name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return make()
-
-
 @dataclass(frozen=True)
 class Request:
     """One request to forget a class, and all that a method may use to answer it: of the data the training split only.
@@ -77,8 +73,6 @@ class Request:
     orders: in which weights are zeroed, by the name of the method; kept from one kappa to the next
     kept: what methods keep from one request to the next on the same classifier, by names of theirs
     trained_on: what the original was trained on, where a request has fewer samples; for retraining alone
-    checkpoint: gives what a method makes once for a classifier, by a name and the settings that it depends on, from
-        the file of an earlier run or from the function that makes it
     """
 
     config: EvalConfig
@@ -94,7 +88,6 @@ class Request:
     orders: dict[str, ZeroingOrder] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     trained_on: Split | None = None
-    checkpoint: Callable[[str, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]] = made_anew
 
     @property
     def classifier(self) -> HookedClassifier:
@@ -328,11 +321,6 @@ def count_by_layer(mask: Mask, output_layer: int, forget_class: int) -> dict[str
     return counts
 
 
-def valid_json(value: Any) -> Any:
-    """The value as JSON holds it, with None for every number that it cannot hold (infinite, not a number)."""
-    return json.loads(json.dumps(value), parse_constant=lambda name: None)
-
-
 @dataclass
 class Eval:
     """Scores every method on one request with the five metrics, and writes them as JSON.
@@ -462,7 +450,8 @@ class Eval:
         seconds = {name: each.seconds for name, each in answers.items()}
         results["seconds"] = self.about["seconds"] | seconds | {"experiment": time.perf_counter() - started}
         self.mask.save(masks["mimu"].saved())
-        self.metrics.save(valid_json(results))
+        valid = json.loads(json.dumps(results), parse_constant=lambda name: None)  # JSON has no infinity
+        self.metrics.save(valid)
         if self.draw is not None:
             self.draw_visualization()
         return results

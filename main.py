@@ -17,12 +17,11 @@ import argparse
 import hashlib
 import itertools
 import json
-import math
 import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -42,7 +41,7 @@ from mimu.masking.rankings import TrainedGCN, pretrained_for
 from mimu.model import MaskingGCN, keep_freed_memory
 from mimu.networks.hooked import HookedClassifier
 from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, code_of, digest, locked, save, slug, write_text
-from mimu.runs.work import Work, describe_machine, how_many, memory_of, peak_bytes
+from mimu.runs.work import Work, describe_machine, how_many, peak_bytes
 from mimu.tables import experiment
 from mimu.trainer import GCNTrainer, Trainer
 
@@ -120,7 +119,7 @@ class Stages:
             self.work.log(f"{name}: {score:.2f} % of {config.split} classified correctly")
             return checkpoint_of(classifier, training) | {"test_score": score}
 
-        checkpoint = self.work.made(self.files.classifier(training), name, train)
+        checkpoint = self.work.made(self.files.of_training(training)["classifier"], name, train)
         self.test_scores[training.name] = checkpoint["test_score"]
         classifier = trainer.initial(data.train.images, num_classes)
         classifier.load_state_dict(checkpoint["state_dict"])
@@ -128,7 +127,7 @@ class Stages:
 
     def graphs(self, training: Training, classifier: HookedClassifier, data: ImageData) -> GraphGenerator:
         """The activation graphs: recorded anew where they are read, since that takes less than reading the file."""
-        config, artifact = training.config, self.files.graphs(training)
+        config, artifact = training.config, self.files.of_training(training)["graphs"]
         train = data.train
         if config.samples is not None:
             train = some_of_every_class(train, config.samples, "samples", training.seed)
@@ -148,16 +147,10 @@ class Stages:
             return checkpoint_of(gcn, training) | {"seconds": time.perf_counter() - started}
 
         name = f"masking GCN, {training.name}"
-        checkpoint = self.work.made(self.files.gcn(training), name, train)
+        checkpoint = self.work.made(self.files.of_training(training)["gcn"], name, train)
         gcn = config.network(graphs.config.num_features)
         gcn.load_state_dict(checkpoint["state_dict"])
         return gcn.to(graphs.labels.device), checkpoint["seconds"]
-
-    def of_method(
-        self, training: Training, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """What a method makes once for a classifier, from its file where it is there."""
-        return self.work.made(self.files.of_method(training, name, settings), f"{name}, {training.name}", make)
 
     def requests(self, training: Training, forget_class: int) -> None:
         """Every experiment on one forget class that is not there, and the plots that are not."""
@@ -187,7 +180,6 @@ class Stages:
                 orders=orders,
                 kept=self._kept,
                 trained_on=data.train,
-                checkpoint=partial(self.of_method, training),
             )
             paths = self.files.of_training(training) | {"mask": mask}
             about = {
@@ -230,24 +222,16 @@ class Files:
         self._code.pop("reporter.py", None)  # no number depends on it
         self._checksums: dict[str, str] = {}
 
-    def classifier(self, training: Training) -> Artifact:
-        return self._artifact(f"checkpoints/classifier_seed_{training.seed}.pt", training, ["classifier"])
-
-    def graphs(self, training: Training) -> Artifact:
-        return self._artifact(f"datasets/Graphs/seed_{training.seed}.pt", training, ["classifier", "graphs"])
-
-    def gcn(self, training: Training) -> Artifact:
-        return self._artifact(f"checkpoints/gcn_seed_{training.seed}.pt", training, ["classifier", "graphs", "gcn"])
-
-    def of_method(self, training: Training, name: str, settings: dict[str, Any]) -> Artifact:
-        """What a method makes once for a classifier."""
-        path = f"checkpoints/{name}_seed_{training.seed}.pt"
-        return self._artifact(path, training, ["classifier", "graphs"], {"method": settings})
-
     def of_training(self, training: Training) -> dict[str, Artifact]:
         """The files that a training makes, by what is in them."""
-        made = {"classifier": self.classifier(training), "graphs": self.graphs(training)}
-        return made if training.config.gcn.pretrained else made | {"gcn": self.gcn(training)}
+        end = f"seed_{training.seed}.pt"
+        made = {
+            "classifier": self._artifact(f"checkpoints/classifier_{end}", training, ["classifier"]),
+            "graphs": self._artifact(f"datasets/Graphs/{end}", training, ["classifier", "graphs"]),
+        }
+        if not training.config.gcn.pretrained:
+            made["gcn"] = self._artifact(f"checkpoints/gcn_{end}", training, ["classifier", "graphs", "gcn"])
+        return made
 
     def metrics_and_mask(self, training: Training, forget_class: int, asked: Asked) -> tuple[Artifact, Artifact]:
         """The JSON of an experiment, whose name is the experiment's id, and its mask."""
@@ -308,12 +292,13 @@ def trainings_of(configs: Mapping[str, Config]) -> list[Training]:
 def tasks_in_order(configs: Mapping[str, Config], processes: int) -> list[tuple[Training, int | None]]:
     """What a process does at a time: a training alone, or with the experiments on one forget class.
 
-    Trainings come early enough for the other processes to have requests to work on meanwhile.
+    Of several processes each trains something, before requests that all of them would wait to be trained for.
     """
     trainings = trainings_of(configs)
-    tasks: list[tuple[Training, int | None]] = [(training, None) for training in trainings[: processes - 1]]
-    for index, training in enumerate(trainings):
-        tasks += [(ahead, None) for ahead in trainings[index + processes - 1 : index + processes]]
+    tasks: list[tuple[Training, int | None]] = []
+    if processes > 1:
+        tasks += [(training, None) for training in trainings]
+    for training in trainings:
         tasks += [(training, forget_class) for forget_class in training.config.forget_digits]
     return tasks
 
@@ -325,7 +310,6 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
 
     is_fresh: removes first what is there of the same configs
     """
-    prepare(configs)
     work = Work(root)
     with locked(root) if work.processes.rank == 0 else nullcontext():
         stages = Stages(work, Files(root))
@@ -386,16 +370,12 @@ def finished(files: Files, configs: Mapping[str, Config]) -> list[tables.Result]
     """
     complete, begun = [], []
     for training in trainings_of(configs):
-        metrics, is_complete = [], True
-        for forget_class in training.config.forget_digits:
-            made = files.experiments(training, forget_class)
-            if all(file.is_there for file in made):
-                metrics += [file.path for file in made if file.path.suffix == ".json"]
-            else:
-                is_complete = False
+        experiments = [files.experiments(training, forget_class) for forget_class in training.config.forget_digits]
+        whole = [made for made in experiments if all(file.is_there for file in made)]
+        metrics = [file.path for file in itertools.chain.from_iterable(whole) if file.path.suffix == ".json"]
         if metrics:
             result = tables.Result(training.variant, training.top_k, training.config.report, metrics)
-            (complete if is_complete else begun).append(result)
+            (complete if len(whole) == len(experiments) else begun).append(result)
     return complete or begun[:1]
 
 
@@ -404,7 +384,6 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 
     It takes the place of the tracked one for the layers that the first config masks.
     """
-    prepare(configs, one_process="--pretrain")
     config = next(iter(configs.values()))
     with locked(root):
         work = Work(root)
@@ -431,7 +410,6 @@ def plan(files: Files, configs: Mapping[str, Config]) -> Iterator[tuple[str, lis
 
 def dry_run(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     """Says what a run would make and what it would reuse; writes nothing."""
-    prepare(configs, one_process="--dry-run")
     for name, artifacts in plan(Files(root), configs):
         print(f"{name}: {how_many(artifacts)}")
 
@@ -441,7 +419,6 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 
     Raises DataError where nothing is finished.
     """
-    prepare(configs, one_process="--plot-only")
     files = Files(root)
     with locked(root):
         results = finished(files, configs)
@@ -452,38 +429,11 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     print(f"\nCurves and tables: {root / 'reports'}")
 
 
-def prepare(configs: Mapping[str, Config], one_process: str = "") -> None:
-    """Sets up the memory, and checks what is not in the configs alone.
-
-    one_process: the option that runs in one process only
-    """
-    if one_process and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(f"{one_process} runs in one process: start it without torchrun")
-    keep_freed_memory()
-    for config in configs.values():
-        check_memory(config)
-
-
-def check_memory(config: Config) -> None:
-    """Raises InputError where the tensors that a run cannot do without do not fit in the memory of its device."""
-    classes, vertices, gcn = len(config.source.class_names), config.num_vertices, config.gcn
-    there = memory_of(config.torch_device()) / 1e9
-    needed = {
-        # Themselves, their gradients, and the two moments of Adam.
-        "classifier.hidden_sizes": 4 * sum(map(math.prod, config.shapes)),
-        # The means and the terms of every class, and the features of one, one by one and together.
-        "graphs.mask_layer or features": vertices * (7 * classes + 2 * config.graphs.num_features),
-        "gcn.hidden or rounds": 0 if gcn.pretrained else vertices * gcn.hidden * gcn.rounds,
-    }
-    for setting, numbers in needed.items():
-        if (gigabytes := 4 * numbers / 1e9) > there:
-            raise InputError(
-                f"{setting}: needs at least {gigabytes:.1f} GB of memory, and there are {there:.1f}: lower it"
-            )
-
-
 def start(parsed: argparse.Namespace) -> None:
     """Does what the command line asks for."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (parsed.dry_run or parsed.plot_only or parsed.pretrain):
+        raise InputError("--dry-run, --plot-only and --pretrain run in one process: start it without torchrun")
+    keep_freed_memory()
     configs = load_variants(parsed.config, parsed.overrides)
     if parsed.dry_run:
         dry_run(configs)

@@ -27,35 +27,22 @@ from mimu.trainer import GCNTrainerConfig, TrainerConfig
 CONFIG = Path(__file__).resolve().parent / "config.yaml"
 BASES = (CONFIG, CONFIG.with_name("methods.yaml"))
 # Key of before to the key of now, or to words.
-PUBLISHED = "is gone: the published objective has its settings in eval.hyperparameters.published"
-CONSTANT = "is gone: it is a constant of"
 RENAMED: dict[str, str] = {
-    "gcn.contrast": PUBLISHED,
-    "gcn.gumbel": PUBLISHED,
-    "gcn.sufficiency": PUBLISHED,
-    "gcn.prior": PUBLISHED,
     "gcn.looks": "gcn.snapshots",
+    "eval.look_every": "eval.snapshot_every",
     "gcn.weighs": "is gone: every GCN weighs, from eval.retain_weight on",
     "gcn.warmup": "is gone: trainings follow requests from their first step on",
     "gcn.classes": "is gone: a step tries the mask of one class",
-    "gcn.gradient_norm": f"{CONSTANT} trainer.py",
-    "eval.look_every": "eval.snapshot_every",
-    "eval.ranking": PUBLISHED,
-    "eval.draws": PUBLISHED,
-    "eval.random_masks": f"{CONSTANT} eval.py",
+    "gcn.gradient_norm": "is gone: it is a constant of trainer.py",
+    "eval.random_masks": "is gone: it is a constant of eval.py",
     "eval.hyperparameters.saliency": "is gone: the saliency has eval.retain_weight",
-    "audit.probe_penalty": f"{CONSTANT} audits/probes.py",
-    "audit.probe_steps": f"{CONSTANT} audits/probes.py",
-    "audit.probe_epochs": f"{CONSTANT} audits/probes.py",
-    "audit.probe_batch_size": f"{CONSTANT} audits/probes.py",
-    "audit.probe_rate": f"{CONSTANT} audits/probes.py",
-    "audit.probe_units": f"{CONSTANT} audits/probes.py",
-    "audit.probe_neighbours": f"{CONSTANT} audits/probes.py",
-    "audit.probe_neighbours_of": f"{CONSTANT} audits/probes.py",
-    "audit.relearn_batch_size": f"{CONSTANT} audits/__init__.py",
-    "audit.relearn_rate": f"{CONSTANT} audits/__init__.py",
-    "audit.relearn_from_rate": f"{CONSTANT} audits/__init__.py",
 }
+for name in ("gcn.contrast", "gcn.gumbel", "gcn.sufficiency", "gcn.prior", "eval.ranking", "eval.draws"):
+    RENAMED[name] = "is gone: the published objective has its settings in eval.hyperparameters.published"
+for name in ("penalty", "steps", "epochs", "batch_size", "rate", "units", "neighbours", "neighbours_of"):
+    RENAMED[f"audit.probe_{name}"] = "is gone: it is a constant of audits/probes.py"
+for name in ("batch_size", "rate", "from_rate"):
+    RENAMED[f"audit.relearn_{name}"] = "is gone: it is a constant of audits/__init__.py"
 Seed = Annotated[int, f"at least 0, at most {2**63 - 1}"]
 Asked = int | Literal["auto"]  # how many weights to zero; auto: as few as forget
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 import platform
 import sys
@@ -118,15 +117,6 @@ def describe_machine() -> str:
     """What the last digits of the numbers depend on."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return f"{platform.node()}, {platform.machine()}, {torch.get_num_threads()} threads, {versions}"
-
-
-def memory_of(device: torch.device) -> float:
-    """The bytes of memory that a device has; infinite where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    with suppress(AttributeError, OSError, ValueError):  # Windows and others have no such names
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
 
 
 def peak_bytes() -> int:
