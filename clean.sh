@@ -13,8 +13,6 @@ if command -v flock >/dev/null; then
 fi
 # What killed runs have left half written.
 find checkpoints datasets eval reports -name '*.mimu-partial' -type f -delete 2>/dev/null || true
-# What folders of images are read from when they are read again.
-find datasets -maxdepth 1 -name '*.cache.pt' -type f -delete 2>/dev/null || true
 rm -f checkpoints/{classifier,gcn}_seed_[0-9]*.pt datasets/Graphs/seed_[0-9]*.pt eval/masks/seed_[0-9]*_digit_*.pt
 rm -f "eval/Metrics and Plots/metrics"/seed_[0-9]*_digit_*.json
 rm -rf "eval/Metrics and Plots/plots"/seed_[0-9]*_digit_*

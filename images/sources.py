@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import cache, partial
+from contextlib import contextmanager
+from functools import partial
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from mimu.runs.files import ROOT, ArtifactError, InputError, code_of, digest, load, naming, one_line, save
+from mimu.runs.files import ROOT, InputError, digest, naming, one_line
 
 DATASET_ROOT = ROOT / "datasets"
 # What torchvision downloads, and the names of the classes.
@@ -155,19 +154,7 @@ def image_folders(folder: Path) -> DataSet:
         order = torch.randperm(len(images), generator=seeded("folders", part is train))
         return torch.from_numpy(np.stack(images))[order], torch.tensor(part.targets)[order]
 
-    @cache
-    def splits() -> dict[bool, tuple[Tensor, Tensor]]:
-        """By whether it is the training split; from the cache beside the folder, or for it."""
-        content = cached(folder)
-        if not content:
-            # The version before the images: what changes meanwhile must not pass for what was read.
-            content = {"version": version_of(folder), "checksum": checksum(folder.name, folder.parent)}
-            content["splits"] = {True: stacked(train), False: stacked(test)}
-            with suppress(ArtifactError):
-                save(folder.with_name(f"{folder.name}.cache.pt"), content)
-        return content["splits"]
-
-    return DataSet(size, tuple(train.classes), lambda is_train: splits()[is_train])
+    return DataSet(size, tuple(train.classes), lambda is_train: stacked(train if is_train else test))
 
 
 def pixels(path: str) -> np.ndarray:
@@ -179,25 +166,6 @@ def pixels(path: str) -> np.ndarray:
             return np.asarray(image) if image.mode == "L" else np.moveaxis(np.asarray(image), 2, 0).copy()
     except Exception as error:  # any byte may be wrong, and what that raises is anything
         raise ValueError(f"{path} must be an image, grey or RGB of 8 bits: {error}") from None
-
-
-def cached(folder: Path) -> dict[str, Any]:
-    """What the cache beside a folder holds; nothing where there is none, or none of the folder as it is now."""
-    with suppress(ArtifactError):
-        content = load(folder.with_name(f"{folder.name}.cache.pt"))
-        if content.get("version") == version_of(folder):
-            return content
-    return {}
-
-
-def version_of(folder: Path) -> str:
-    """A digest of the path, size and time of change of all files in a folder, which are not read, and of this code."""
-    states = {}
-    for path in glob("**", root_dir=folder, recursive=True):
-        with suppress(OSError):  # a link to nowhere
-            status = os.stat(folder / path)
-            states[path] = [status.st_size, status.st_mtime_ns]
-    return digest([states, code_of(Path(__file__).parent, ["*.py"])])
 
 
 def as_read(path: Path) -> Path:
@@ -215,8 +183,6 @@ def crc(path: Path) -> bytes:
 def checksum(name: str, root: Path = DATASET_ROOT) -> str:
     """A digest of the CRC-32 of every file of a data set: what says which data set it is. Empty where none is there."""
     folder = root / name
-    if content := cached(folder):
-        return content["checksum"]
     crcs = {}
     for path in glob("**", root_dir=folder, recursive=True):
         is_read = (folder / path).is_file() and as_read(folder / path) == folder / path

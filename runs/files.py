@@ -24,7 +24,6 @@ PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE if (PACKAGE / "pyproject.toml").exists() else Path.cwd()
 PARTIAL = ".mimu-partial"  # how files end that are not whole yet
 CHECKSUM_SIZE = 64
-BY_OTHERS = "made by other settings, code or data"
 
 
 class InputError(ValueError):
@@ -152,28 +151,20 @@ class Artifact:
         """The content. Raises ArtifactError where it is not there, damaged, or made by something else."""
         content = load(self.path)
         if content.get("made_by") != self.made_by:
-            raise ArtifactError(f"{self.path}: was {BY_OTHERS}")
+            raise ArtifactError(f"{self.path}: was made by other settings, code or data")
         return content
-
-    def why_not(self) -> str:
-        """Why it is not there as it would be made, in words; "" where it is."""
-        try:
-            status = self.path.stat()
-            version = (self.made_by, status.st_ino, status.st_size, status.st_mtime_ns)
-            if self.seen.get(self.path) != version:
-                if load(self.path).get("made_by") != self.made_by:
-                    return BY_OTHERS
-                self.seen[self.path] = version
-            return ""
-        except FileNotFoundError:
-            return "not there yet"
-        except (OSError, ArtifactError):
-            return "damaged or unreadable"
 
     @property
     def is_there(self) -> bool:
         """Whether it is there, whole, and as it would be made."""
-        return not self.why_not()
+        with suppress(OSError, ArtifactError):
+            status = self.path.stat()
+            version = (self.made_by, status.st_ino, status.st_size, status.st_mtime_ns)
+            if self.seen.get(self.path) != version:
+                self.load()
+                self.seen[self.path] = version
+            return True
+        return False
 
 
 @contextmanager
