@@ -18,11 +18,12 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -40,8 +41,8 @@ from mimu.images.sources import DataError, checksum
 from mimu.masking.rankings import TrainedGCN, pretrained_for
 from mimu.model import MaskingGCN, keep_freed_memory
 from mimu.networks.hooked import HookedClassifier
-from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, code_of, digest, locked, save, slug, write_text
-from mimu.runs.work import Work, describe_machine, how_many, peak_bytes
+from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, Log, code_of, digest, locked, save, slug, write_text
+from mimu.runs.work import Processes, how_many, peak_bytes
 from mimu.tables import experiment
 from mimu.trainer import GCNTrainer, Trainer
 
@@ -65,46 +66,78 @@ class Training:
         return f"{self.variant}, seed {self.seed}" if self.variant else f"seed {self.seed}"
 
     @cached_property
-    def sections(self) -> dict[str, dict[str, Any]]:
-        """The sections of the config that files depend on, as JSON holds them."""
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What decides what is in its files, by what they are of, as JSON holds it."""
         config = self.config
-        sections = {name: asdict(getattr(config, name)) for name in ("classifier", "graphs", "gcn", "audit")}
-        return sections | {"eval": config.eval.decisive()}
+        of_classifier = {name: getattr(config, name) for name in ("threads", "dataset", "held_out")}
+        of_classifier |= {"seed": self.seed, "device": config.torch_device().type}
+        of_classifier |= {"classifier": asdict(config.classifier)}
+        of_graphs = of_classifier | {"graphs": asdict(config.graphs), "samples": config.samples}
+        of_gcn = of_graphs | {"gcn": asdict(config.gcn), "retain_weight": config.eval.retain_weight}
+        if config.gcn.pretrained:
+            of_gcn["pretrained"] = hashlib.sha256(pretrained_for(config.masked_shapes).read_bytes()).hexdigest()
+        audit = asdict(config.audit) if config.audit.enabled else None
+        of_experiments = {"eval": config.eval.decisive(), "audit": audit, "variant": self.variant, "top_k": self.top_k}
+        return {"classifier": of_classifier, "graphs": of_graphs, "gcn": of_gcn, "experiments": of_gcn | of_experiments}
 
 
 class Stages:
     """The stages of one process of a run; what a stage makes is taken from its file where it is there."""
 
-    def __init__(self, work: Work, files: Files) -> None:
-        self.work = work
-        self.files = files
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.files = Files(root)
+        self.processes = Processes()
+        prefix = f"process {self.processes.rank}: " if self.processes.count > 1 else ""
+        self.log = Log(root / "reports" / "run.log", prefix)
+        self.seconds: Counter[str] = Counter()  # of every stage so far, by its name
         self.test_scores: dict[str, float] = {}
         self._data: dict[tuple[str, str, int], ImageData] = {}
         self._last: tuple[Training, GraphGenerator, MaskingGCN, float] | None = None
         self._kept: dict[str, Any] = {}  # by the methods, of the last classifier
         self._threads = torch.get_num_threads()
 
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measures a stage, and says when it is done."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.seconds[name] += seconds
+        self.log(f"{name}: {seconds:.1f} s")
+
+    def made(self, artifact: Artifact, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The content of a file: as it is there, or made and written by the first process that asks for it."""
+
+        def make_it() -> None:
+            if not artifact.is_there:
+                with self.stage(name):
+                    artifact.save(make())
+
+        self.processes.once(artifact.path.name, make_it)
+        return artifact.load()
+
     def forget(self, training: Training, forget_class: int | None) -> None:
         """The method, stage by stage, up to the metrics and the mask of every kappa; without a class, the training."""
         config = training.config
         torch.set_num_threads(config.threads or self._threads)
-        is_done = True
-        for each in config.forget_digits if forget_class is None else [forget_class]:
-            is_done = is_done and all(file.is_there for file in self.files.experiments(training, each))
+        forget_classes = config.forget_digits if forget_class is None else [forget_class]
+        is_done = all(file.is_there for file in self.files.experiments(training, forget_classes))
         if not is_done and (self._last is None or self._last[0] != training):
             data = self.data(config)
             classifier = self.classifier(training, data)
             graphs = self.graphs(training, classifier, data)
             self._last, self._kept = (training, graphs, *self.gcn(training, graphs)), {}
         if forget_class is not None:
-            self.requests(training, forget_class)
+            with self.stage(f"class {forget_class}, {training.name}"):
+                self.requests(training, forget_class)
 
     def data(self, config: Config) -> ImageData:
         """Images and labels in memory, read once."""
         key = (config.dataset, config.device, config.held_out)
         if key not in self._data:
-            with self.work.stage(f"data, {config.dataset}"):
-                root, device = self.work.root / "datasets", config.torch_device()
+            with self.stage(f"data, {config.dataset}"):
+                root, device = self.root / "datasets", config.torch_device()
                 self._data[key] = load_image_data(config.dataset, root, device, config.held_out)
         return self._data[key]
 
@@ -116,10 +149,10 @@ class Stages:
             classifier = trainer.train(data.train, num_classes)
             correct = is_correct(classifier(data.test.images), data.test.labels)
             score = 100 * correct.sum().item() / len(correct)
-            self.work.log(f"{name}: {score:.2f} % of {config.split} classified correctly")
+            self.log(f"{name}: {score:.2f} % of {config.split} classified correctly")
             return checkpoint_of(classifier, training) | {"test_score": score}
 
-        checkpoint = self.work.made(self.files.of_training(training)["classifier"], name, train)
+        checkpoint = self.made(self.files.of_training(training)["classifier"], name, train)
         self.test_scores[training.name] = checkpoint["test_score"]
         classifier = trainer.initial(data.train.images, num_classes)
         classifier.load_state_dict(checkpoint["state_dict"])
@@ -132,7 +165,7 @@ class Stages:
         if config.samples is not None:
             train = some_of_every_class(train, config.samples, "samples", training.seed)
         graphs = GraphGenerator(classifier, train, config.graphs, training.seed)
-        self.work.processes.once(artifact.path.name, lambda: artifact.is_there or artifact.save(graphs.recorded()))
+        self.processes.once(artifact.path.name, lambda: artifact.is_there or artifact.save(graphs.recorded()))
         return graphs
 
     def gcn(self, training: Training, graphs: GraphGenerator) -> tuple[MaskingGCN, float]:
@@ -147,15 +180,15 @@ class Stages:
             return checkpoint_of(gcn, training) | {"seconds": time.perf_counter() - started}
 
         name = f"masking GCN, {training.name}"
-        checkpoint = self.work.made(self.files.of_training(training)["gcn"], name, train)
+        checkpoint = self.made(self.files.of_training(training)["gcn"], name, train)
         gcn = config.network(graphs.config.num_features)
         gcn.load_state_dict(checkpoint["state_dict"])
         return gcn.to(graphs.labels.device), checkpoint["seconds"]
 
     def requests(self, training: Training, forget_class: int) -> None:
         """Every experiment on one forget class that is not there, and the plots that are not."""
-        config, folder = training.config, self.work.root / "eval"
-        shared, orders, made, started = {}, {}, 0, time.perf_counter()
+        config, folder = training.config, self.root / "eval"
+        shared, orders = {}, {}
         drawn = partial(experiment.draw, folder=folder, shared=shared, formats=config.report.format)
         draw = drawn if config.eval.visualize else None
         for asked in tqdm(config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None):
@@ -191,15 +224,11 @@ class Stages:
                 "classifier": config.architecture,
                 "mask_layer": config.graphs.mask_layer,
                 "config": asdict(config),
-                "files": {name: file.path.relative_to(self.work.root).as_posix() for name, file in paths.items()},
+                "files": {name: file.path.relative_to(self.root).as_posix() for name, file in paths.items()},
                 "seconds": {"gcn": gcn_seconds},
             }
             audit = partial(Audit, config.audit, data, forget_class, training.seed)
             Eval(request, data, metrics, mask, about, shared, audit if config.audit.enabled else None, draw).eval()
-            made += 1
-        seconds = time.perf_counter() - started
-        self.work.seconds[f"requests, {training.name}"] += seconds
-        self.work.log(f"class {forget_class}, {training.name}: {seconds:.1f} s, {made} of {len(config.kappas)} made")
 
 
 def checkpoint_of(model: torch.nn.Module, training: Training) -> dict[str, Any]:
@@ -225,12 +254,12 @@ class Files:
     def of_training(self, training: Training) -> dict[str, Artifact]:
         """The files that a training makes, by what is in them."""
         end = f"seed_{training.seed}.pt"
-        made = {
-            "classifier": self._artifact(f"checkpoints/classifier_{end}", training, ["classifier"]),
-            "graphs": self._artifact(f"datasets/Graphs/{end}", training, ["classifier", "graphs"]),
-        }
+        paths = {"classifier": f"checkpoints/classifier_{end}", "graphs": f"datasets/Graphs/{end}"}
         if not training.config.gcn.pretrained:
-            made["gcn"] = self._artifact(f"checkpoints/gcn_{end}", training, ["classifier", "graphs", "gcn"])
+            paths["gcn"] = f"checkpoints/gcn_{end}"
+        made = {}
+        for name, path in paths.items():
+            made[name] = self._artifact(path, training, training.settings[name], self._training_code)
         return made
 
     def metrics_and_mask(self, training: Training, forget_class: int, asked: Asked) -> tuple[Artifact, Artifact]:
@@ -240,44 +269,22 @@ class Files:
         name = f"seed_{training.seed}_digit_{forget_class}_layer_{masked[:60]}_top_k_{training.top_k}"
         name += "_kappa_auto" if asked == "auto" else f"_kappa_{asked}_fixed"
         name += f"_{slug(training.variant)[:60]}" if training.variant else ""
-        decisive = {
-            "eval": training.sections["eval"],
-            "audit": training.sections["audit"] if training.config.audit.enabled else None,
-            "variant": training.variant,
-            "forget_digit": forget_class,
-            "top_k": training.top_k,
-            "kappa": asked,
-        }
+        settings = training.settings["experiments"] | {"forget_digit": forget_class, "kappa": asked}
         paths = f"eval/Metrics and Plots/metrics/{name}.json", f"eval/masks/{name}.pt"
-        return tuple(self._artifact(path, training, ["classifier", "graphs", "gcn"], decisive) for path in paths)
+        return tuple(self._artifact(path, training, settings, self._code) for path in paths)
 
-    def experiments(self, training: Training, forget_class: int) -> list[Artifact]:
-        """The JSON and the mask of every kappa."""
+    def experiments(self, training: Training, forget_classes: Sequence[int]) -> list[Artifact]:
+        """The JSON and the mask of every class and kappa."""
         found: list[Artifact] = []
-        for asked in training.config.kappas:
+        for forget_class, asked in itertools.product(forget_classes, training.config.kappas):
             found += self.metrics_and_mask(training, forget_class, asked)
         return found
 
-    def _artifact(
-        self, path: str, training: Training, sections: Sequence[str], of_experiment: dict[str, Any] | None = None
-    ) -> Artifact:
-        """A file that depends on sections of the config, and where it is of an experiment, on more."""
-        config = training.config
-        settings = {name: getattr(config, name) for name in ("threads", "dataset", "held_out")}
-        settings |= {"seed": training.seed, "device": config.torch_device().type}
-        settings |= {section: training.sections[section] for section in sections}
-        if "graphs" in sections:
-            settings["samples"] = config.samples
-        if "gcn" in sections:
-            tracked = pretrained_for(config.masked_shapes)
-            settings["pretrained"] = config.gcn.pretrained and hashlib.sha256(tracked.read_bytes()).hexdigest()
-            settings["retain_weight"] = config.eval.retain_weight
-        settings |= of_experiment or {}
-        if not self._checksums.get(config.dataset):
-            self._checksums[config.dataset] = checksum(config.dataset, self.root / "datasets")
-        code = self._training_code if of_experiment is None else self._code
-        of_settings, where = digest(settings), self.root / path
-        made_by = digest([of_settings, code, self._checksums[config.dataset], torch.__version__])
+    def _artifact(self, path: str, training: Training, settings: dict[str, Any], code: dict[str, str]) -> Artifact:
+        dataset, of_settings, where = training.config.dataset, digest(settings), self.root / path
+        if not self._checksums.get(dataset):
+            self._checksums[dataset] = checksum(dataset, self.root / "datasets")
+        made_by = digest([of_settings, code, self._checksums[dataset], torch.__version__])
         return Artifact(where.with_stem(f"{where.stem}_{of_settings[:8]}"), made_by, self._seen)
 
 
@@ -310,73 +317,71 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
 
     is_fresh: removes first what is there of the same configs
     """
-    work = Work(root)
-    with locked(root) if work.processes.rank == 0 else nullcontext():
-        stages = Stages(work, Files(root))
-        work.processes.first(partial(begin, stages, configs, is_fresh))
-        tasks = tasks_in_order(configs, work.processes.count)
-        progress = tqdm(work.processes.take(tasks), "the whole run", len(tasks), leave=False, disable=None)
+    stages = Stages(root)
+    processes = stages.processes
+    with locked(root) if processes.rank == 0 else nullcontext():
+        processes.first(partial(begin, stages, configs, is_fresh))
+        tasks = tasks_in_order(configs, processes.count)
+        progress = tqdm(processes.take(tasks), "the whole run", len(tasks), leave=False, disable=None)
         for training, forget_class in progress:
             stages.forget(training, forget_class)
-        share = {"seconds": work.seconds, "scores": stages.test_scores, "peak": peak_bytes()}
-        shares = work.processes.gathered(share)
-        if work.processes.rank == 0:
+        share = {"seconds": stages.seconds, "scores": stages.test_scores, "peak": peak_bytes()}
+        shares = processes.gathered(share)
+        if processes.rank == 0:
             end(stages, configs, shares)
 
 
 def begin(stages: Stages, configs: Mapping[str, Config], is_fresh: bool) -> None:
     """What the first process does before all work: looks at what is there, and says it."""
-    stages.work.log.note(f"{shlex.join(sys.argv)}: {describe_machine()}")
-    artifacts = list(itertools.chain.from_iterable(files for _, files in plan(stages.files, configs)))
+    stages.log.note(shlex.join(sys.argv))
+    artifacts = list(itertools.chain.from_iterable(plan(stages.files, configs).values()))
     if is_fresh or not all(artifact.is_there for artifact in artifacts):
         for config in configs.values():
             stages.data(config)  # all of it first, so that a missing or damaged file is told before any work
     if is_fresh:
         for artifact in artifacts:
             artifact.path.unlink(missing_ok=True)
-    stages.work.log(how_many(artifacts))
+    stages.log(how_many(artifacts))
 
 
 def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str, Any]]) -> None:
     """What the first process does after all work: draws the reports, and says what the run took."""
-    work, reports = stages.work, stages.work.root / "reports"
-    with work.stage("reports"):
+    reports = stages.root / "reports"
+    with stages.stage("reports"):
         closing = tables.report(finished(stages.files, configs), reports)
     seconds: Counter[str] = Counter()
     scores: dict[str, float] = {}
     for of_process in shares:
         seconds.update(of_process["seconds"])
         scores |= of_process["scores"]
+    # What the last digits of the numbers depend on.
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    machine = f"{platform.node()}, {platform.machine()}, {torch.get_num_threads()} threads, {versions}"
     total, peak = time.perf_counter() - STARTED, max(of_process["peak"] for of_process in shares)
     summary = {
-        "seconds": seconds | {"reports": work.seconds["reports"]},
+        "seconds": seconds | {"reports": stages.seconds["reports"]},
         "total_seconds": total,
         "peak_bytes": peak,
         "processes": len(shares),
-        "machine": describe_machine(),
+        "machine": machine,
         "classifier_test_scores": scores,
     }
     write_text(reports / "run.json", json.dumps(summary, indent=1))
     print("\n".join(f"\n{table}" for table in closing), end="\n\n")
     each = " a process" if len(shares) > 1 else ""
-    work.log(f"{total:.0f} s, {peak / 1e9:.1f} GB at most{each}. Curves and tables: {reports}")
-    print(f"Metrics and plots of each experiment, and masks: {work.root / 'eval'}")
+    stages.log(f"{total:.0f} s, {peak / 1e9:.1f} GB at most{each}. Curves and tables: {reports}")
+    print(f"Metrics and plots of each experiment, and masks: {stages.root / 'eval'}")
 
 
 def finished(files: Files, configs: Mapping[str, Config]) -> list[tables.Result]:
-    """The JSON of finished experiments, as far as reports may average them.
-
-    Of every training with all its forget classes; where there is none yet, of the first one the classes so far.
-    """
-    complete, begun = [], []
+    """The JSON of every training whose experiments are all there."""
+    results = []
     for training in trainings_of(configs):
-        experiments = [files.experiments(training, forget_class) for forget_class in training.config.forget_digits]
-        whole = [made for made in experiments if all(file.is_there for file in made)]
-        metrics = [file.path for file in itertools.chain.from_iterable(whole) if file.path.suffix == ".json"]
-        if metrics:
-            result = tables.Result(training.variant, training.top_k, training.config.report, metrics)
-            (complete if len(whole) == len(experiments) else begun).append(result)
-    return complete or begun[:1]
+        made = files.experiments(training, training.config.forget_digits)
+        if all(file.is_there for file in made):
+            metrics = [file.path for file in made if file.path.suffix == ".json"]
+            results.append(tables.Result(training.variant, training.top_k, training.config.report, metrics))
+    return results
 
 
 def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
@@ -386,31 +391,30 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     """
     config = next(iter(configs.values()))
     with locked(root):
-        work = Work(root)
-        stages, graphs = Stages(work, Files(root)), []
+        stages, graphs = Stages(root), []
         for training in trainings_of(configs):
             torch.set_num_threads(training.config.threads or torch.get_num_threads())
             data = stages.data(training.config)
             graphs.append(stages.graphs(training, stages.classifier(training, data), data))
-        with work.stage(f"masking GCN, {len(graphs)} classifiers"):
+        with stages.stage(f"masking GCN, {len(graphs)} classifiers"):
             gcn = GCNTrainer(config.gcn, graphs, config.eval.retain_weight, config.seed).train()
         path = root / pretrained_for(config.masked_shapes).relative_to(PACKAGE)
         save(path, {"config": asdict(config), "seed": config.seed, "state_dict": gcn.state_dict()})
-        work.log(f"{path}: {path.stat().st_size / 1000:.0f} KB")
+        stages.log(f"{path}: {path.stat().st_size / 1000:.0f} KB")
 
 
-def plan(files: Files, configs: Mapping[str, Config]) -> Iterator[tuple[str, list[Artifact]]]:
-    """All files that a run makes, and how messages call what they are of."""
+def plan(files: Files, configs: Mapping[str, Config]) -> dict[str, list[Artifact]]:
+    """All files that a run makes, by how messages call the training that they are of."""
+    made = {}
     for training in trainings_of(configs):
-        yield f"training, {training.name}, top-K {training.top_k}", list(files.of_training(training).values())
-        for forget_class in training.config.forget_digits:
-            name = f"class {forget_class}, {training.name}, top-K {training.top_k}"
-            yield name, files.experiments(training, forget_class)
+        experiments = files.experiments(training, training.config.forget_digits)
+        made[f"{training.name}, top-K {training.top_k}"] = [*files.of_training(training).values(), *experiments]
+    return made
 
 
 def dry_run(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     """Says what a run would make and what it would reuse; writes nothing."""
-    for name, artifacts in plan(Files(root), configs):
+    for name, artifacts in plan(Files(root), configs).items():
         print(f"{name}: {how_many(artifacts)}")
 
 

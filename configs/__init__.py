@@ -218,6 +218,6 @@ def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[st
     return settings.load_variants(Config, BASES, path, overrides, RENAMED)
 
 
-def load_config(path: Path = CONFIG, overrides: Sequence[str] = ()) -> Config:
-    """The config that all variants of a file share. Raises ConfigError."""
-    return settings.load_config(Config, BASES, path, overrides, RENAMED)
+def load_config(overrides: Sequence[str] = ()) -> Config:
+    """The config of the default run with what overrides change. Raises ConfigError."""
+    return load_variants(overrides=overrides)[""]

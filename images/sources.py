@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -174,18 +173,11 @@ def as_read(path: Path) -> Path:
     return packed if packed.exists() else path
 
 
-def crc(path: Path) -> bytes:
-    """CRC-32 of what a file holds, of a packed one without unpacking it: every gzip file ends with it and a size."""
-    content = path.read_bytes()
-    return content[-8:-4] if path.suffix == ".gz" else zlib.crc32(content).to_bytes(4, "little")
-
-
 def checksum(name: str, root: Path = DATASET_ROOT) -> str:
-    """A digest of the CRC-32 of every file of a data set: what says which data set it is. Empty where none is there."""
-    folder = root / name
-    crcs = {}
+    """A digest of every file of a data set: what says which data set it is. Empty where none is there."""
+    folder, hashes = root / name, {}
     for path in glob("**", root_dir=folder, recursive=True):
         is_read = (folder / path).is_file() and as_read(folder / path) == folder / path
         if is_read and not path.endswith(".tar.gz"):  # which is unpacked beside it, or yet to be
-            crcs[path.removesuffix(".gz")] = crc(folder / path).hex()
-    return digest(crcs) if crcs else ""
+            hashes[path] = hashlib.sha256((folder / path).read_bytes()).hexdigest()
+    return digest(hashes) if hashes else ""

@@ -12,7 +12,6 @@ import operator
 import reprlib
 import types
 import typing
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -36,28 +35,23 @@ class ConfigError(InputError):
     """A setting that cannot work; the message names the file, the key and what would be valid."""
 
 
-def load_config(
-    kind: type[Kind], bases: Sequence[Path], path: Path, overrides: Sequence[str] = (), renamed: Renamed | None = None
-) -> Kind:
-    """Reads the bases in their order, over them what `path` changes (but for its variants), over that the overrides.
-
-    path may be one of the bases. Raises ConfigError, which for a key of `renamed` says what it is now.
-    """
-    layers, _ = read_layers(bases, path)
-    return built(kind, bases, [*layers, *map(parsed_override, overrides)], renamed)
-
-
 def load_variants(
     kind: type[Kind], bases: Sequence[Path], path: Path, overrides: Sequence[str] = (), renamed: Renamed | None = None
 ) -> dict[str, Kind]:
     """The configs that a file describes: one for each of its variants by name, or where it has none, one named "".
 
-    A variant changes what `load_config` reads of the file. Raises ConfigError.
+    Reads the bases in their order, over them what `path` changes, over that what a variant changes, and the overrides.
+
+    path may be one of the bases. Raises ConfigError, which for a key of `renamed` says what it is now.
     """
-    layers, variants = read_layers(bases, path)
+    layers = {base: (base.name, read_yaml(base)) for base in bases}
+    if path not in layers:
+        layers[path] = (str(path), read_yaml(path))
+    _, settings = layers[path]
     over = [parsed_override(override) for override in overrides]
-    if variants is None:
-        return {"": built(kind, bases, [*layers, *over], renamed)}
+    if not isinstance(settings, dict) or "variants" not in settings:
+        return {"": built(kind, bases, [*layers.values(), *over], renamed)}
+    variants = settings.pop("variants")
     if not isinstance(variants, dict) or not variants:
         raise ConfigError(f"{path}: variants must map names to what each changes, not {shown(variants)}")
     for name in variants:
@@ -68,18 +62,8 @@ def load_variants(
     configs = {}
     for name, changes in variants.items():
         of_variant = (f"{path}, variant {name}", {} if changes is None else changes)
-        configs[name] = built(kind, bases, [*layers, of_variant, *over], renamed)
+        configs[name] = built(kind, bases, [*layers.values(), of_variant, *over], renamed)
     return configs
-
-
-def read_layers(bases: Sequence[Path], path: Path) -> tuple[list[Layer], Any]:
-    """The settings of the bases and of `path`, and the variants of `path`. Raises ConfigError."""
-    layers = {base: (base.name, read_yaml(base)) for base in bases}
-    if path not in layers:
-        layers[path] = (str(path), read_yaml(path))
-    settings = layers[path][1]
-    variants = settings.pop("variants", None) if isinstance(settings, dict) else None
-    return list(layers.values()), variants
 
 
 class Loader(yaml.SafeLoader):
@@ -123,9 +107,8 @@ def parsed_override(override: str) -> Layer:
 def built(kind: type[Kind], bases: Sequence[Path], layers: Sequence[Layer], renamed: Renamed | None) -> Kind:
     """The dataclass of all layers, the later ones over the earlier. Raises ConfigError."""
     values: dict[str, Any] = {}
-    origins: ChainMap[str, str] = ChainMap()
+    origins: dict[str, str] = {}
     for origin, settings in layers:
-        origins = origins.new_child()
         values = laid_over(values, settings, kind, origin, origins, renamed or {})
     try:
         return constructed(kind, values)
@@ -139,20 +122,17 @@ def built(kind: type[Kind], bases: Sequence[Path], layers: Sequence[Layer], rena
 
 
 def laid_over(
-    below: Any, above: Any, hint: Any, origin: str, origins: ChainMap[str, str], renamed: Renamed, key: str = ""
+    below: Any, above: Any, hint: Any, origin: str, origins: dict[str, str], renamed: Renamed, key: str = ""
 ) -> Any:
     """A setting in its type; a mapping with what it changes of the one below it. Raises ConfigError.
 
     `eval.step: 15` is what `eval: {step: 15}` is.
 
-    origins: is told of every dotted key from which layer it comes; its first mapping is of this one
+    origins: is told of every dotted key from which layer it comes
     """
-    is_twice = key in origins.maps[0]
     origins[key] = origin
     is_section = dataclasses.is_dataclass(hint)
     if not is_section and typing.get_origin(hint) is not dict:
-        if is_twice:
-            raise ConfigError(f"{origin}: {key} stands twice")
         try:
             return converted(above, hint)
         except TypeError:
@@ -181,15 +161,13 @@ def laid_over(
 
 
 def constructed(kind: type[Kind], values: dict[str, Any], prefix: str = "") -> Kind:
-    """A section of its values. Raises ValueError where one is missing or the section refuses one."""
+    """A section of its values. Raises ValueError where the section refuses one."""
     arguments = {}
     for name, hint in hints_of(kind).items():
         if dataclasses.is_dataclass(hint):
-            arguments[name] = constructed(hint, values.get(name, {}), f"{prefix}{name}.")
-        elif name in values:
-            arguments[name] = values[name]
+            arguments[name] = constructed(hint, values[name], f"{prefix}{name}.")
         else:
-            raise ValueError(f"{prefix}{name} is missing: it must be {description(hint)}")
+            arguments[name] = values[name]
     try:
         return kind(**arguments)
     except ValueError as error:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from mimu.runs.files import Artifact, Log
+from mimu.runs.files import Artifact
 
 
 class Processes:
@@ -32,9 +28,7 @@ class Processes:
         self._store: dist.Store = dist.HashStore()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             forever = datetime.timedelta(days=365)  # torchrun ends the others when one has failed
-            store, self.rank, self.count = next(dist.rendezvous("env://", timeout=forever))
-            # All begins anew when torchrun starts all processes again.
-            self._store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            self._store, self.rank, self.count = next(dist.rendezvous("env://", timeout=forever))
             self._store.set_timeout(forever)
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -69,51 +63,9 @@ class Processes:
         return [value] + [json.loads(self._store.get(f"value of {rank}")) for rank in range(1, self.count)]
 
 
-class Work:
-    """What the stages of one process share.
-
-    seconds: of every stage so far, by its name
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.processes = Processes()
-        prefix = f"process {self.processes.rank}: " if self.processes.count > 1 else ""
-        self.log = Log(root / "reports" / "run.log", prefix)
-        self.seconds: Counter[str] = Counter()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measures a stage, and says when it is done."""
-        started = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - started
-        self.seconds[name] += seconds
-        self.log(f"{name}: {seconds:.1f} s")
-
-    def made(self, artifact: Artifact, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The content of a file: as it is there, or made and written by the first process that asks for it."""
-
-        def make_it() -> None:
-            if artifact.is_there:
-                self.log(f"{name}: reused")
-            else:
-                with self.stage(name):
-                    artifact.save(make())
-
-        self.processes.once(artifact.path.name, make_it)
-        return artifact.load()
-
-
 def how_many(artifacts: Sequence[Artifact]) -> str:
     """How many of the files are there as they would be made, in words."""
     return f"{sum(each.is_there for each in artifacts)} of {len(artifacts)} files are there"
-
-
-def describe_machine() -> str:
-    """What the last digits of the numbers depend on."""
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{platform.node()}, {platform.machine()}, {torch.get_num_threads()} threads, {versions}"
 
 
 def peak_bytes() -> int:
