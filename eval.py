@@ -9,9 +9,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -156,8 +156,8 @@ class Method:
     """A way to forget, and what tables say of it.
 
     unlearn: what answers a request. Its keyword-only parameters are hyperparameters, and where one is annotated with a
-        dataclass, the fields of that; `eval.hyperparameters.<name>` has the values of those without a default. The
-        first paragraph of its docstring says in the tables what it does.
+        dataclass, the fields of that; `eval.hyperparameters.<name>` has their values. The first paragraph of its
+        docstring says in the tables what it does.
     uses_kappa: whether the answer depends on `request.kappa`; if not, it is computed once for all kappas
     most_needed: gives the K = `request.top_k` vertices that the class needs, for the mask efficacy; or (choices, K),
         whose metrics are averaged; None where the method cannot say
@@ -176,32 +176,25 @@ class Method:
     runs_with: Literal["default", "all", "name"] = "default"
 
     @property
-    def keywords(self) -> dict[str, inspect.Parameter]:
-        """The keyword-only parameters, by name."""
+    def keywords(self) -> dict[str, Any]:
+        """The keyword-only parameters and their annotations."""
         parameters = inspect.signature(self.unlearn, eval_str=True).parameters
-        return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+        return {name: each.annotation for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
 
     @property
-    def parameters(self) -> dict[str, inspect.Parameter]:
-        """The hyperparameters, by name: the keyword-only parameters, and in the place of a dataclass its fields."""
-        found: dict[str, inspect.Parameter] = {}
-        for name, each in self.keywords.items():
-            kind = each.annotation
-            found |= inspect.signature(kind, eval_str=True).parameters if is_dataclass(kind) else {name: each}
-        return found
-
-    @property
-    def hyperparameters(self) -> dict[str, object]:
+    def hyperparameters(self) -> dict[str, Any]:
         """The names of the hyperparameters and their annotations."""
-        return {name: each.annotation for name, each in self.parameters.items()}
+        found: dict[str, Any] = {}
+        for name, hint in self.keywords.items():
+            found |= get_type_hints(hint, include_extras=True) if is_dataclass(hint) else {name: hint}
+        return found
 
     def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of `unlearn`, for values of hyperparameters by name: dataclasses made of fields."""
         arguments = dict(values)
-        for name, each in self.keywords.items():
-            if is_dataclass(kind := each.annotation):
-                fields = inspect.signature(kind).parameters
-                arguments[name] = kind(**{field: arguments.pop(field) for field in fields if field in arguments})
+        for name, hint in self.keywords.items():
+            if is_dataclass(hint):
+                arguments[name] = hint(**{each.name: arguments.pop(each.name) for each in fields(hint)})
         return arguments
 
     def about(self) -> dict[str, Any]:

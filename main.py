@@ -264,9 +264,7 @@ class Files:
 
     def metrics_and_mask(self, training: Training, forget_class: int, asked: Asked) -> tuple[Artifact, Artifact]:
         """The JSON of an experiment, whose name is the experiment's id, and its mask."""
-        layers = training.config.graphs.mask_layer
-        masked = "all" if layers is None else "_".join(map(str, [layers] if isinstance(layers, int) else layers))
-        name = f"seed_{training.seed}_digit_{forget_class}_layer_{masked[:60]}_top_k_{training.top_k}"
+        name = f"seed_{training.seed}_digit_{forget_class}_top_k_{training.top_k}"
         name += "_kappa_auto" if asked == "auto" else f"_kappa_{asked}_fixed"
         name += f"_{slug(training.variant)[:60]}" if training.variant else ""
         settings = training.settings["experiments"] | {"forget_digit": forget_class, "kappa": asked}

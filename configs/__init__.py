@@ -120,11 +120,9 @@ class Config:
             if name not in METHODS:
                 raise ValueError(f"eval.hyperparameters.{name} is not a method: valid are {', '.join(METHODS)}")
         for name in self.eval.method_names:
-            key, method = f"eval.hyperparameters.{name}", METHODS[name]
+            key, hints = f"eval.hyperparameters.{name}", METHODS[name].hyperparameters
             values = given.get(name, {})
-            hints = method.hyperparameters
-            needed = {each for each, parameter in method.parameters.items() if parameter.default is parameter.empty}
-            if not needed <= set(values) <= set(hints):
+            if set(values) != set(hints):
                 must, has = (", ".join(names) or "none" for names in (hints, values))
                 raise ValueError(f"{key} must have values of {must}, not of {has}")
             for each, value in values.items():

@@ -26,15 +26,21 @@ def assert_holds(read: dict, changes: dict) -> None:
             assert (list(read[key]) if isinstance(read[key], tuple) else read[key]) == value
 
 
+def over(below: object, above: object) -> object:
+    """What stands in one mapping, with what another changes of it."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: over(below.get(key), value) for key, value in above.items()}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_of_the_project_can_run(path):
     changes = yaml.safe_load(path.read_text())
     variants = changes.pop("variants", {"": {}})
     configs = load_variants(path)
     assert list(configs) == list(variants)
-    assert_holds(dataclasses.asdict(load_config(path)), changes)
     for name, config in configs.items():
-        assert_holds(dataclasses.asdict(config), variants[name] or {})
+        assert_holds(dataclasses.asdict(config), over(changes, variants[name] or {}))
 
 
 SECTIONS = {name: hint for name, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
@@ -60,7 +66,7 @@ def test_amounts_are_numbers_of_weights_and_auto_comes_last():
     config = load_config(overrides=["sweep.kappa=[auto, 900, 0.1]", "sweep.top_k=[0.25, 2048, 7, 1.0e-9]", "seed=4"])
     assert config.kappas == [819, 900, "auto"] and config.top_ks == [2048, 7, 1] and config.seeds == (4,)
     assert config.num_vertices == 8192 and config.torch_device().type in ("cpu", "cuda")
-    assert config.graphs.num_features == 15
+    assert config.graphs.num_features == 13
 
 
 BAD = [
@@ -71,21 +77,16 @@ BAD = [
     ("sweep.kappa=[5, 5]", "sweep.kappa must name at least one value, and each once"),
     ("sweep.forget_digits=[nine]", "sweep.forget_digits must be from 0 to 9 or of ('0', '1', '2', '3', "),
     ("sweep.forget_digits=[-1]", "sweep.forget_digits must be a list, each an integer, at least 0, or text, not [-1]"),
-    ("gcn.weighs=[0, 7]", "gcn.weighs must be "),
+    ("gcn.weighs=[0, 7]", "gcn.weighs is gone: every GCN weighs, from eval.retain_weight on"),
+    ("audit.probe_rate=1", "audit.probe_rate is gone: it is a constant of audits/probes.py"),
     ("dataset=CIFAR100", "dataset must be MNIST, FashionMNIST, KMNIST, "),
-    ("dataset=../datasets/MNIST", "dataset must be MNIST, FashionMNIST, KMNIST, "),
-    ("sweep.seeds=[]", "sweep.seeds must name at least one value, and each once"),
     ("graphs.mask_layer=3", "graphs.mask_layer must be null, or one or several of -3 to 2, each once, not 3"),
-    ("graphs.mask_layer=[-2, 1]", "must be null, or one or several of -3 to 2, each once, not (-2, 1)"),
     ("graphs.features=[wait]", "graphs.features must be some of input_activation, "),
     ("graphs.features=[weight, weight]", "each once, not ['weight', 'weight']"),
     ("gcn.kappa=[100, 50]", "gcn.kappa must be [low, high], both numbers or both shares, not [100, 50]"),
-    ("gcn.partly_masked=[1, 0.5]", "gcn.partly_masked must be [low, high], both numbers or both shares, not [1, 0.5]"),
-    ("gcn.kappa=[100, 8000]", "gcn.kappa and partly_masked reach 9475 weights together, of 8192 masked ones"),
-    ("gcn={necessity_forget: 0, necessity_retain: 0}", "gcn.prior or necessity_forget or necessity_retain must be ab"),
-    ("gcn={sufficiency: 0, necessity_forget: 0, necessity_retain: 0, partly_masked: null}", "gcn.sufficiency or prior"),
+    ("gcn.kappa=[100, 8190]", "gcn.kappa and partly_masked reach 8220 weights together, of 8192 masked ones"),
+    ("gcn={necessity_forget: 0, necessity_retain: 0}", "gcn.necessity_forget or necessity_retain must be above 0"),
     ("eval.methods=[mimu, magic]", "eval.methods must name mimu and others of original, mimu, random"),
-    ("eval.methods=[original]", "eval.methods must name mimu and others of original, mimu, random"),
     ("eval.hyperparameters.tfs.epochs=2", "eval.hyperparameters.tfs is not a method: valid are original, mimu"),
     ("eval.hyperparameters.sft.epoch=2", "eval.hyperparameters.sft must have values of epochs, batch_size, learning"),
     ("eval.hyperparameters.sft.epochs=1.5", "eval.hyperparameters.sft.epochs must be an integer, at least 1, not 1.5"),

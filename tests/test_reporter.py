@@ -12,7 +12,7 @@ import pytest
 
 from mimu import reporter as module
 from mimu.reporter import FORGET, FORGET_LOSS, FORGET_SCORE, RETAIN, RETAIN_GAP, WORST, Column, Reporter, method_styles
-from mimu.runs.settings import ConfigError, load_config
+from mimu.runs.settings import ConfigError, load_variants
 
 CONFIG = module.ReporterConfig(dpi=25, format=("png",))
 KAPPAS = (10, 20, 40)
@@ -309,4 +309,4 @@ def test_resolution_and_formats_have_a_range(tmp_path, setting):
     path = tmp_path / "config.yaml"
     path.write_text("dpi: 50\nformat: [png]")
     with pytest.raises(ConfigError, match=REFUSED[setting]):
-        load_config(module.ReporterConfig, [path], path, [setting])
+        load_variants(module.ReporterConfig, [path], path, [setting])

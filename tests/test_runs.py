@@ -179,7 +179,7 @@ def test_all_layers_can_be_masked_and_several_top_k_and_seeds_are_reported(here)
     weights = [checkpoint(here, f"classifier_seed_{seed}") for seed in (0, 1)]
     assert [each["seed"] for each in weights] == [0, 1]
     assert not torch.equal(*(each["state_dict"]["network.1.weight"] for each in weights))
-    assert len(list(here.glob("checkpoints/gcn_*.pt"))) == 4
+    assert len(list(here.glob("checkpoints/gcn_*.pt"))) == 2
 
 
 VARIANTS = """
@@ -366,7 +366,7 @@ def test_images_in_colour_are_forgotten_by_the_name_of_their_class(here, monkeyp
         noise[label * 2 : label * 2 + 2] += 120
         write_image(here / "datasets" / "pets" / part / ("cat", "dog", "eel")[label] / f"{index}.png", noise)
     own = ("dataset=pets", "sweep.forget_digits=[dog]", "sweep.kappa=[auto]", "classifier={epochs: 20, batch_size: 32}")
-    made = (*own, "classifier.bias=true", "held_out=50", "eval.methods=[original, mimu]")
+    made = (*own, "classifier.bias=true", "held_out=50", "eval.methods=[original, mimu]", "eval.max_kappa=0.9")
     run_here(here, *made)
     (result,) = metrics(here).values()
     assert result["class_names"] == ["cat", "dog", "eel"] and result["forget_digit"] == 1
