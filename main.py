@@ -1,7 +1,4 @@
-"""The command line, and the stages of a run in their order.
-
-Data, classifier, activation graphs, masking GCN, requests to forget, reports: `Stages.forget` goes through them.
-"""
+"""The stages of a run in their order: data, classifier, activation graphs, masking GCN, requests, reports."""
 
 from __future__ import annotations
 
@@ -294,20 +291,6 @@ def trainings_of(configs: Mapping[str, Config]) -> list[Training]:
     return found
 
 
-def tasks_in_order(configs: Mapping[str, Config], processes: int) -> list[tuple[Training, int | None]]:
-    """What a process does at a time: a training alone, or with the experiments on one forget class.
-
-    Of several processes each trains something, before requests that all of them would wait to be trained for.
-    """
-    trainings = trainings_of(configs)
-    tasks: list[tuple[Training, int | None]] = []
-    if processes > 1:
-        tasks += [(training, None) for training in trainings]
-    for training in trainings:
-        tasks += [(training, forget_class) for forget_class in training.config.forget_digits]
-    return tasks
-
-
 def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False) -> None:
     """Runs the experiments of every config by its name, "" for the only one, and leaves their files under `root`.
 
@@ -319,7 +302,12 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
     processes = stages.processes
     with locked(root) if processes.rank == 0 else nullcontext():
         processes.first(partial(begin, stages, configs, is_fresh))
-        tasks = tasks_in_order(configs, processes.count)
+        # What a process does at a time: a training alone, or with the experiments on one forget class.
+        tasks: list[tuple[Training, int | None]] = []
+        if processes.count > 1:  # each trains something, before requests that all of them would wait to be trained for
+            tasks += [(training, None) for training in trainings_of(configs)]
+        for training in trainings_of(configs):
+            tasks += [(training, forget_class) for forget_class in training.config.forget_digits]
         progress = tqdm(processes.take(tasks), "the whole run", len(tasks), leave=False, disable=None)
         for training, forget_class in progress:
             stages.forget(training, forget_class)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import builtins
-import multiprocessing
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +12,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import pytest
 from matplotlib.figure import Figure
-from running import metrics, run_here
+from running import metrics
 
 from mimu.runs import files
 
-SMALL = ("sweep.kappa=[auto, 20]", "gcn.steps=2", "gcn.warmup=0", "eval.methods=[original, mimu, retrain]")
+SMALL = ("sweep.kappa=[auto, 20]", "gcn.steps=2", "eval.methods=[original, mimu, retrain]")
 MADE = ("checkpoints", "datasets/Graphs", "eval", "reports")  # the folders that a run makes where there is only data
 
 
@@ -126,40 +123,3 @@ def results(folder: Path) -> dict[str, dict]:
     for path in (*folder.rglob("*.pt"), *folder.glob("eval/*/metrics/*.json")):
         files.load(path)
     return metrics(folder)
-
-
-def ended(folder: Path, within: float = 600) -> int | None:
-    """The status of a run, in a process of its own that has all imports already; None: it was killed (SIGKILL)."""
-    run = multiprocessing.get_context("fork").Process(target=run_here, args=(folder, *SMALL))
-    run.start()
-    run.join(within)
-    if (status := run.exitcode) is None:
-        run.kill()
-        run.join()
-    return status
-
-
-def kill_runs(folder: Path, number: int) -> dict[str, int]:
-    """How many runs were killed, how many sequences of killed ones were finished by an undisturbed one, and how many of
-    these have the metrics of a run that was never killed."""
-    import torchvision  # noqa: F401  # here, so that every run has it already
-
-    draw_nothing(pytest.MonkeyPatch())
-    random, started = Random(0), time.perf_counter()
-    if ended(folder) != 0:
-        raise RuntimeError("the undisturbed run failed")
-    took, expected = time.perf_counter() - started, results(folder)
-    emptied(folder)
-    kills = finished = equal = 0
-    while kills < number:
-        status = ended(folder, random.uniform(0, took))
-        if status is None:
-            kills += 1
-            # Now and then the sequence ends with a run that is left alone.
-            if random.random() < 0.9 and kills < number:
-                continue
-            status = ended(folder)
-        finished += 1
-        equal += status == 0 and results(folder) == expected
-        emptied(folder)
-    return {"kills": kills, "finished": finished, "equal": equal}

@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 from running import PROJECT
 
-from mimu.runs.files import Artifact, ArtifactError, Log
-from mimu.runs.work import Processes, how_many
+from mimu.runs.files import ArtifactError, Log
+from mimu.runs.work import Processes
 
 
 @pytest.fixture
@@ -65,16 +65,6 @@ def test_what_fails_in_one_process_ends_all(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "failing.py")]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and done.stderr.count("ArtifactError: disk full") == 1
-
-
-def test_how_many_files_are_there_and_why_the_others_are_not(tmp_path):
-    artifacts = [Artifact(tmp_path / f"{number}.json", "ours") for number in range(6)]
-    for artifact, made_by in zip(artifacts, ("ours", "ours", "others", "ours")):
-        Artifact(artifact.path, made_by).save({})
-    assert how_many(artifacts[:2]) == "2 of 2 files are there"
-    artifacts[3].path.write_bytes(b"{")
-    why = "1 made by other settings, code or data, 1 damaged or unreadable, 2 not there yet"
-    assert how_many(artifacts) == f"2 of 6 files are there: {why}"
 
 
 def test_a_log_says_all_with_the_time_and_is_named_where_it_cannot_be_written(tmp_path, capsys):
