@@ -161,7 +161,8 @@ class Method:
     uses_kappa: whether the answer depends on `request.kappa`; if not, it is computed once for all kappas
     most_needed: gives the K = `request.top_k` vertices that the class needs, for the mask efficacy; or (choices, K),
         whose metrics are averaged; None where the method cannot say
-    paper, touches, needs: the source, what the method changes, and which training samples it needs
+    paper, needs: the source, and which training samples the method needs
+    touches: nothing, a mask, the output, the representation, one layer, or all weights
     runs_with: where it runs: with the default run, whose config names no methods; with `all`; or by its name alone
     """
 
@@ -169,9 +170,7 @@ class Method:
     uses_kappa: bool = False
     most_needed: Callable[[Request], Tensor] | None = None
     paper: str = ""
-    touches: Literal["nothing", "a mask", "the output", "the representation", "one layer", "all weights"] = (
-        "all weights"
-    )
+    touches: str = "all weights"
     needs: Literal["nothing", "forget set", "retain set", "both sets"] = "both sets"
     runs_with: Literal["default", "all", "name"] = "default"
 

@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import shlex
 import sys
 from collections import Counter
@@ -88,7 +87,6 @@ class Stages:
         prefix = f"process {self.processes.rank}: " if self.processes.count > 1 else ""
         self.log = Log(root / "reports" / "run.log", prefix)
         self.seconds: Counter[str] = Counter()  # of every stage so far, by its name
-        self.test_scores: dict[str, float] = {}
         self._data: dict[tuple[str, str, int], ImageData] = {}
         self._last: tuple[Training, GraphGenerator, MaskingGCN, float] | None = None
         self._kept: dict[str, Any] = {}  # by the methods, of the last classifier
@@ -145,12 +143,10 @@ class Stages:
         def train() -> dict[str, Any]:
             classifier = trainer.train(data.train, num_classes)
             correct = is_correct(classifier(data.test.images), data.test.labels)
-            score = 100 * correct.sum().item() / len(correct)
-            self.log(f"{name}: {score:.2f} % of {config.split} classified correctly")
-            return checkpoint_of(classifier, training) | {"test_score": score}
+            self.log(f"{name}: {100 * correct.double().mean():.2f} % of {config.split} classified correctly")
+            return checkpoint_of(classifier, training)
 
         checkpoint = self.made(self.files.of_training(training)["classifier"], name, train)
-        self.test_scores[training.name] = checkpoint["test_score"]
         classifier = trainer.initial(data.train.images, num_classes)
         classifier.load_state_dict(checkpoint["state_dict"])
         return classifier
@@ -311,8 +307,7 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
         progress = tqdm(processes.take(tasks), "the whole run", len(tasks), leave=False, disable=None)
         for training, forget_class in progress:
             stages.forget(training, forget_class)
-        share = {"seconds": stages.seconds, "scores": stages.test_scores, "peak": peak_bytes()}
-        shares = processes.gathered(share)
+        shares = processes.gathered({"seconds": stages.seconds, "peak": peak_bytes()})
         if processes.rank == 0:
             end(stages, configs, shares)
 
@@ -336,22 +331,11 @@ def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str
     with stages.stage("reports"):
         closing = tables.report(finished(stages.files, configs), reports)
     seconds: Counter[str] = Counter()
-    scores: dict[str, float] = {}
     for of_process in shares:
         seconds.update(of_process["seconds"])
-        scores |= of_process["scores"]
-    # What the last digits of the numbers depend on.
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    machine = f"{platform.node()}, {platform.machine()}, {torch.get_num_threads()} threads, {versions}"
     total, peak = time.perf_counter() - STARTED, max(of_process["peak"] for of_process in shares)
-    summary = {
-        "seconds": seconds | {"reports": stages.seconds["reports"]},
-        "total_seconds": total,
-        "peak_bytes": peak,
-        "processes": len(shares),
-        "machine": machine,
-        "classifier_test_scores": scores,
-    }
+    seconds["reports"] = stages.seconds["reports"]
+    summary = {"seconds": seconds, "total_seconds": total, "peak_bytes": peak, "processes": len(shares)}
     write_text(reports / "run.json", json.dumps(summary, indent=1))
     print("\n".join(f"\n{table}" for table in closing), end="\n\n")
     each = " a process" if len(shares) > 1 else ""

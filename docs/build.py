@@ -305,7 +305,6 @@ def default(commands: Sequence[str]) -> str:
         ["`uv run main.py`, wall time, s", f"{took['total_seconds']:.0f}"],
         ["the same again, nothing left to do, s", f"{python(again):.1f}"],
         ["`uv run main.py`, peak memory, GB", f"{took['peak_bytes'] / 1e9:.1f}"],
-        ["its classifier, test score over ten digits, %", f"{fmean(took['classifier_test_scores'].values()):.2f}"],
         ["`uv run pytest`, wall time, s", f"{python(tests):.0f}"],
         ["`uv run pytest -m faults`, wall time, s", f"{python(faults):.0f}"],
     ]

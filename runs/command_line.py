@@ -30,7 +30,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     flag("--pretrain", help="train the GCN for checkpoints/pretrained/ on the classifiers of all variants, and stop")
     flag("--fresh", help="remove first what earlier runs of the same config have left")
     parser.add_argument("--debug", action="store_true", help="show where in the code an error was raised")
-    about = "a setting to change, its value read as YAML: seed=1, eval.step=50, gcn.prior=0.1"
+    about = "a setting to change, its value read as YAML: seed=1, eval.step=50, gcn.rounds=2"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=about)
     return parser.parse_intermixed_args(arguments)
 

@@ -54,11 +54,10 @@ def load_variants(
     variants = settings.pop("variants")
     if not isinstance(variants, dict) or not variants:
         raise ConfigError(f"{path}: variants must map names to what each changes, not {shown(variants)}")
-    for name in variants:
-        if not name.isprintable() or len(name) > 100 or "$" in name or not slug(name):
-            raise ConfigError(f"{path}: the name of a variant must be up to 100 characters without $, not {name!a}")
-    if len(set(map(slug, variants))) < len(variants):
-        raise ConfigError(f"{path}: variants must differ in the letters and digits of their names: {list(variants)}")
+    slugs = set(map(slug, variants)) - {""}
+    if len(slugs) < len(variants) or not "".join(variants).isprintable() or "$" in "".join(variants):
+        must = "differ in the letters and digits of their names, without $ and line breaks"
+        raise ConfigError(f"{path}: variants must {must}, not {shown(list(variants))!a}")
     configs = {}
     for name, changes in variants.items():
         of_variant = (f"{path}, variant {name}", {} if changes is None else changes)

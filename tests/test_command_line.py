@@ -17,12 +17,11 @@ from mimu.runs.files import InputError
 
 def test_what_start_is_given_and_returns(tmp_path):
     given = []
-    overrides = ["seed=1", "--config", "mine.yaml", "gcn.steps=3"]
-    assert run_command(given.append, [*overrides, "--fresh"], tmp_path) == 0
+    assert run_command(given.append, ["seed=1", "--config", "mine.yaml", "gcn.steps=3", "--fresh"], tmp_path) == 0
     assert run_command(given.append, [], tmp_path) == 0
     assert (given[0].config, given[0].overrides) == (Path("mine.yaml"), ["seed=1", "gcn.steps=3"]) and given[0].fresh
     assert given[1].config == PROJECT / "configs" / "config.yaml" and given[1].overrides == []
-    assert not (given[1].plot_only or given[1].dry_run or given[1].fresh or given[1].debug)
+    assert not any(vars(given[1])[name] for name in ("plot_only", "dry_run", "pretrain", "fresh", "debug"))
     assert list(tmp_path.iterdir()) == []
 
 

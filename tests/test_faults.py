@@ -3,10 +3,9 @@
 import errno
 import os
 from pathlib import Path
-from random import Random
 
 import pytest
-from faults import MADE, SMALL, damaged, emptied, power, results
+from faults import MADE, SMALL, emptied, power, results
 from running import run_here
 
 from mimu.runs.files import PARTIAL, ArtifactError
@@ -64,18 +63,3 @@ def test_a_disk_that_fills_up_at_any_operation_is_one_error(here, monkeypatch):
         if supply.count <= cut:
             break
     assert failed > 10 and results(here) == expected
-
-
-def test_a_damaged_file_of_a_run_is_never_used(here):
-    """Whatever is damaged is refused, and the metrics of the next run are those of an undisturbed one."""
-    run_here(here, *TINY)
-    expected, random = results(here), Random(0)
-    whole = {name: content for name, content in contents(here).items() if name.endswith((".pt", ".json"))}
-    for _ in range(20):
-        some = random.sample(sorted(whole), 5)
-        for name in some[:3]:
-            (here / name).write_bytes(damaged(whole[name], random))
-        for name in some[3:]:  # so that the damaged files are needed
-            (here / name).unlink()
-        run_here(here, *TINY)
-        assert results(here) == expected, some
