@@ -57,7 +57,7 @@ def load_variants(
     slugs = set(map(slug, variants)) - {""}
     if len(slugs) < len(variants) or not "".join(variants).isprintable() or "$" in "".join(variants):
         must = "differ in the letters and digits of their names, without $ and line breaks"
-        raise ConfigError(f"{path}: variants must {must}, not {shown(list(variants))!a}")
+        raise ConfigError(f"{path}: variants must {must}, not {shown(list(variants))}")
     configs = {}
     for name, changes in variants.items():
         of_variant = (f"{path}, variant {name}", {} if changes is None else changes)
