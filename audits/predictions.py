@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimu.data import Split, is_correct
-from mimu.networks.hooked import linear_layers
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,9 @@ class Predictions:
 @torch.no_grad()
 def predictions_of(model: nn.Module, split: Split) -> Predictions:
     """Runs a classifier of one or several linear layers on a split."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     # A classifier of one layer represents the images by themselves.
-    hidden = {layer: [] for layer in linear_layers(model)[1:] or linear_layers(model)}
+    hidden: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers[1:] or layers}
     hooks = [layer.register_forward_pre_hook(lambda layer, inputs: hidden[layer].append(inputs[0])) for layer in hidden]
     try:
         logits = torch.cat([model(images) for images in split.images.split(10_000)])

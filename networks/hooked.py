@@ -50,20 +50,6 @@ class Record(NamedTuple):
     kept_log_odds: Tensor  # (samples), what they are to stay: as they are, if none has said otherwise
 
 
-class Watched(NamedTuple):
-    """What a network does on a batch, with the autograd graph from the pre-activations of the watched layers on."""
-
-    inputs: list[Tensor]  # of the layers, (samples, n), or (samples, channels, height, width)
-    pre_activations: list[Tensor]  # (samples, m), or (samples, m, height, width)
-    activations: list[Tensor]  # the same shapes, behind normalisation, addition and ReLU
-    logits: Tensor  # (samples, classes)
-
-
-def linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers of a model, in the order in which they were added to it."""
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
-
-
 def weight_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that masks can be put on, linear ones and convolutions, in the order in which they were added."""
     return [module for module in model.modules() if is_weight_layer(module)]
@@ -178,30 +164,6 @@ class HookedClassifier(nn.Module):
         return mean_patches(layer, x) if isinstance(layer, nn.Conv2d) else x
 
     @torch.enable_grad()
-    def watch(self, inputs: Tensor, layers: Sequence[int], first: Sequence[int] | None = None) -> Watched:
-        """What `layers` do on a batch; its autograd graph starts at their pre-activations, where no other is before."""
-        trace = self.trace
-        calls = [trace.calls[index] for index in layers]
-        activations = [trace.activations[index][0] for index in layers]
-        given: dict[fx.Node, Tensor] = {}
-
-        def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
-            value = call(node, callee, arguments, named)
-            if node in calls:
-                given[node] = arguments[0].detach()
-                value = value if value.requires_grad else value.detach().requires_grad_()
-            return value
-
-        with self._constant():
-            values = trace.run(self.network, inputs.detach(), first, compute, [*calls, *activations])
-        return Watched(
-            inputs=[given[node] for node in calls],
-            pre_activations=[values[node] for node in calls],
-            activations=[values[node] for node in activations],
-            logits=values[trace.output],
-        )
-
-    @torch.enable_grad()
     def record(
         self,
         inputs: Tensor,
@@ -210,21 +172,35 @@ class HookedClassifier(nn.Module):
         first: Sequence[int] | None = None,
         left_out: Sequence[int] = (),
     ) -> Record:
-        """What `layers` do on a batch: one forward and one backward pass.
+        """What `layers` do on a batch: a forward pass, and a backward one as far as their pre-activations.
 
         inputs: images, or with `first`, what `prefix_activations` says of these layers; labels: (samples)
         left_out: as `log_odds` takes it
         """
-        watched = self.watch(inputs, layers, first)
-        found = log_odds(watched.logits, labels, left_out)
-        gradients = torch.autograd.grad(found.sum(), watched.pre_activations)
-        records, own = [], self.layers
-        for index, a, h, gradient in zip(layers, watched.inputs, watched.activations, gradients):
-            h = h.detach()
-            is_rectified = self.trace.activations[index][1]
+        trace, modules = self.trace, self.layers
+        calls = [trace.calls[index] for index in layers]
+        given: dict[fx.Node, Tensor] = {}
+
+        def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
+            value = call(node, callee, arguments, named)
+            if node in calls:
+                given[node] = arguments[0].detach()
+                # The autograd graph begins at the first of them.
+                value = value if value.requires_grad else value.detach().requires_grad_()
+            return value
+
+        with self._constant():
+            watched = [*calls, *(trace.activations[index][0] for index in layers)]
+            values = trace.run(self.network, inputs.detach(), first, compute, watched)
+        found = log_odds(values[trace.output], labels, left_out)
+        gradients = torch.autograd.grad(found.sum(), [values[node] for node in calls])
+        records = []
+        for index, node, gradient in zip(layers, calls, gradients):
+            activation, is_rectified = trace.activations[index]
+            a, h = given[node], values[activation].detach()
             active = (h > 0).to(h.dtype) if is_rectified else torch.ones_like(h)
             if a.ndim == 4:
-                a = patches(own[index], a)
+                a = patches(modules[index], a)
                 h, active, gradient = (each.flatten(2) for each in (h, active, gradient))
             records.append(LayerRecord(a, h, active, gradient))
         return Record(records, found.detach(), found.detach())
@@ -246,8 +222,7 @@ class HookedClassifier(nn.Module):
         """Keeps its weights out of the autograd graph."""
         free = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
-            for parameter in free:
-                parameter.requires_grad_(False)
+            self.requires_grad_(False)
             yield
         finally:
             for parameter in free:
