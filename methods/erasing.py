@@ -6,8 +6,6 @@ features of the images do that were never trained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +21,7 @@ from mimu.eval import Request
 from mimu.masking.order import forgetting_loss
 from mimu.masking.regression import explained_variance, standardised
 from mimu.methods.controls import further
-from mimu.methods.projections import residual
+from mimu.methods.projections import class_direction
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.files import InputError
@@ -77,17 +75,9 @@ def nearest(features: Tensor, labels: Tensor, label: int, count: int) -> list[in
     return classes[distances.argsort()[: 1 + count]].tolist()
 
 
-def taking(weight: Tensor, left: Tensor, right: Tensor) -> LayerMask:
-    """What takes directions from a layer and switches nothing off."""
-    return LayerMask(torch.ones_like(weight), left, right)
-
-
-def together(start: Mask | None, edits: Mapping[int, LayerMask]) -> Mask | None:
+def together(start: Mask | None, edits: dict[int, LayerMask]) -> Mask:
     """The mask that takes directions from layers, by their indices, beside what a mask to start with does."""
-    if not edits:
-        return start
-    mask = Mask(dict(edits))
-    return start & mask if start else mask
+    return start & Mask(edits) if start else Mask(dict(edits))
 
 
 @torch.no_grad()
@@ -107,26 +97,21 @@ def projections(
             "a class is erased from what the last layer is given: that must give the logits, and stand behind a layer "
             "that can be masked"
         )
-    classes = samples.labels.unique()
-    place = classes.tolist().index(label)
-    found: dict[int, LayerMask] = {}
+    found = {index: LayerMask.of(torch.ones_like(classifier.layers[index].weight)) for index in trace.maskable}
     activations = samples.images  # which the network can begin with, and before which layers
     first = None
-    for index in trace.maskable:
-        mask = together(start, found)
-        with mask.applied_to(classifier) if mask else nullcontext():
-            layer = classifier.layers[index]
-            weight = layer.weight.flatten(1)
+    for index, edit in found.items():
+        with together(start, found).applied_to(classifier):
+            weight = classifier.layers[index].weight.flatten(1)
             if index == last:
                 is_row = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
-                found[index] = taking(layer.weight, is_row, weight[label][:, None].clone())
+                found[index] = edit._replace(left=is_row, right=weight[label][:, None].clone())
             else:
                 activations = classifier.prefix_activations([index], activations, first)
                 first = [index]
                 x = classifier.mean_inputs(index, activations, first)
-                means = torch.stack([x[samples.labels == each].mean(0, dtype=torch.double) for each in classes])
-                u = F.normalize(residual(means, place), dim=0).to(x)[:, None]
-                found[index] = taking(layer.weight, weight @ u, u)
+                u = class_direction(x, samples.labels, label).to(x)[:, None]
+                found[index] = edit._replace(left=weight @ u, right=u)
     return found
 
 

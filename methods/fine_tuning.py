@@ -54,15 +54,10 @@ def random_part(split: Split, share: Share, generator: torch.Generator) -> Split
 
 
 def with_random_labels(request: Request) -> Split:
-    """The forget class's training samples, each labelled as a random other class."""
+    """The training samples, those of the forget class labelled as a random other class each."""
     forget, generator = request.forget, draws(request, "random labels")
-    return Split(forget.images, other_labels(forget.labels, request.graphs.num_classes, generator))
-
-
-@torch.no_grad()
-def targets(teacher: nn.Module, images: Tensor) -> Tensor:
-    """The logits of a classifier that is not trained."""
-    return teacher(images)
+    labels = other_labels(forget.labels, request.graphs.num_classes, generator)
+    return joined(request.retain, Split(forget.images, labels))
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
@@ -79,8 +74,7 @@ def fine_tune(request: Request, *, config: FineTuning) -> nn.Module:
 @further("random_labels", paper="Graves et al. 2021, arXiv:2010.10981")
 def random_labels(request: Request, *, config: FineTuning) -> nn.Module:
     """Fine-tuning of the whole network (SGD with momentum) on the retain set and the relabelled forget set together."""
-    samples = joined(request.retain, with_random_labels(request))
-    return config.train(request.classifier, samples, draws(request, "random_labels"))
+    return config.train(request.classifier, with_random_labels(request), draws(request, "random_labels"))
 
 
 @further("gradient_ascent", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="forget set")
@@ -150,7 +144,7 @@ def salun(request: Request, *, config: FineTuning, share: Share) -> nn.Module:
     largest = torch.cat([each.flatten() for each in saliency]).sort(descending=True).values
     threshold = largest[round(share * (len(largest) - 1))]
     trainable = [(each >= threshold).float() for each in saliency]
-    samples = joined(request.retain, with_random_labels(request))
+    samples = with_random_labels(request)
     return config.train(classifier, samples, draws(request, "salun"), trainable=trainable)
 
 
@@ -174,11 +168,11 @@ def scrub(
     train_once = replace(config, epochs=1).train
 
     def apart(images: Tensor, labels: Tensor) -> Tensor:
-        return -divergence(classifier(images), targets(request.original, images))
+        return -divergence(classifier(images), request.original(images).detach())
 
     def together(images: Tensor, labels: Tensor) -> Tensor:
         logits = classifier(images)
-        from_original = divergence(logits, targets(request.original, images))
+        from_original = divergence(logits, request.original(images).detach())
         return divergence_weight * from_original + label_weight * F.cross_entropy(logits, labels)
 
     forget, retain = request.forget, request.retain
@@ -199,8 +193,8 @@ def bad_teacher(request: Request, *, config: FineTuning, retain_share: Share) ->
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         is_forget = (labels == request.forget_class)[:, None]
-        target = torch.where(is_forget, targets(random, images), targets(request.original, images))
-        return divergence(classifier(images), target)
+        target = torch.where(is_forget, random(images), request.original(images))
+        return divergence(classifier(images), target.detach())
 
     samples = joined(random_part(request.retain, retain_share, generator), request.forget)
     optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
@@ -254,7 +248,7 @@ def delete(request: Request, *, config: FineTuning) -> nn.Module:
     classifier = request.classifier
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
-        without_class = targets(request.original, images).scatter(1, labels[:, None], -1e10)
+        without_class = request.original(images).detach().scatter(1, labels[:, None], -1e10)
         return divergence(classifier(images), without_class)
 
     return config.train(classifier, request.forget, draws(request, "delete"), loss)
