@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +25,14 @@ class FineTuning:
     batch_size: Count
     learning_rate: Positive
 
-    def train(
-        self,
-        classifier: nn.Module,
-        samples: Split,
-        generator: torch.Generator,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        trainable: list[Tensor] | None = None,
-    ) -> nn.Module:
-        """Trains a classifier in place, as `learn` does, by SGD with momentum if by nothing else, and returns it."""
-        optimizer = optimizer or torch.optim.SGD(classifier.parameters(), self.learning_rate, momentum=0.9)
-        return learn(classifier, samples, self.epochs, self.batch_size, optimizer, generator, loss, trainable)
+    def train(self, classifier: nn.Module, samples: Split, generator: torch.Generator, **given: Any) -> nn.Module:
+        """Trains a classifier in place, by SGD with momentum if no optimizer is given, and returns it.
+
+        given: further arguments of `learn`
+        """
+        sgd = torch.optim.SGD(classifier.parameters(), self.learning_rate, momentum=0.9)
+        given = {"optimizer": sgd, "generator": generator} | given
+        return learn(classifier, samples, self.epochs, self.batch_size, **given)
 
 
 def draws(request: Request, name: str) -> torch.Generator:
@@ -98,7 +94,7 @@ def neg_grad_plus(request: Request, *, config: FineTuning, retain_weight: Share)
         on_forget = F.cross_entropy(classifier(batch.images), batch.labels)
         return retain_weight * on_retain - (1 - retain_weight) * on_forget
 
-    return config.train(classifier, request.retain, generator, loss)
+    return config.train(classifier, request.retain, generator, loss=loss)
 
 
 def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tensor]:
@@ -178,8 +174,8 @@ def scrub(
     forget, retain = request.forget, request.retain
     for epoch in range(config.epochs):
         if epoch < max_epochs:
-            train_once(classifier, forget, generator, apart, optimizer)
-        train_once(classifier, retain, generator, together, optimizer)
+            train_once(classifier, forget, generator, loss=apart, optimizer=optimizer)
+        train_once(classifier, retain, generator, loss=together, optimizer=optimizer)
     return classifier
 
 
@@ -198,7 +194,7 @@ def bad_teacher(request: Request, *, config: FineTuning, retain_share: Share) ->
 
     samples = joined(random_part(request.retain, retain_share, generator), request.forget)
     optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
-    return config.train(classifier, samples, generator, loss, optimizer)
+    return config.train(classifier, samples, generator, loss=loss, optimizer=optimizer)
 
 
 @further("unsir", paper="Tarun et al. 2021, arXiv:2111.08947", needs="retain set")
@@ -251,7 +247,7 @@ def delete(request: Request, *, config: FineTuning) -> nn.Module:
         without_class = request.original(images).detach().scatter(1, labels[:, None], -1e10)
         return divergence(classifier(images), without_class)
 
-    return config.train(classifier, request.forget, draws(request, "delete"), loss)
+    return config.train(classifier, request.forget, draws(request, "delete"), loss=loss)
 
 
 @further("optimised_mask", paper="after Mallya et al. 2018, arXiv:1801.06519", touches="a mask")

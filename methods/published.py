@@ -79,7 +79,7 @@ def insufficiency(
     weights = masked_weights(graphs.classifier, graphs.graph, keep)
     samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator)
     flat, layers = samples.flatten(), graphs.graph.layers
-    _, found = graphs.classifier.outputs(graphs.inputs[flat], layers, weights, batch=samples.shape[1])
+    _, found = graphs.classifier.outputs(graphs.inputs[flat], layers, weights)
     return F.cross_entropy(found.flatten(0, 1), graphs.labels[flat])
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from mimu.networks.tracing import Trace, call, is_weight_layer
 
+Layers = Sequence[int]  # by their indices among the weight layers
 NUMBERS_AT_ONCE = 2**26  # of float32 in the tensors of a pass over samples, which then takes some 256 MB
 
 
@@ -92,24 +93,20 @@ class HookedClassifier(nn.Module):
         """The shape of every weight, in the order of the layers: (out, in), or that of kernels."""
         return [shape_of(layer) for layer in self.layers]
 
-    def forward(self, images: Tensor, first: Sequence[int] | None = None) -> Tensor:
+    def forward(self, images: Tensor, first: Layers | None = None) -> Tensor:
         """Logits (batch, classes); with `first`, `images` are `prefix_activations` of these layers."""
         if torch.is_grad_enabled():
             return self.outputs(images, first)[1]
         return torch.cat([self.outputs(part, first)[1] for part in images.split(self.samples_at_once)])
 
     def outputs(
-        self,
-        inputs: Tensor,
-        first: Sequence[int] | None = None,
-        weights: Mapping[int, Tensor] | None = None,
-        batch: int | None = None,
+        self, inputs: Tensor, first: Layers | None = None, weights: Mapping[int, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """The representation, which the last layer is given, (..., batch, n), and the logits (..., batch, classes).
 
         inputs: images, or with `first`, `prefix_activations` of these layers
-        weights: by layer, those of many masks, (masks, ...) each, in the place of its own
-        batch: how many inputs are for each mask, one after the other; None: all for every one
+        weights: by layer, those of masks, (masks, ...) each, in the place of its own; as many inputs follow one another
+            for each mask
         """
 
         def run(inputs: Tensor, weights: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
@@ -126,25 +123,24 @@ class HookedClassifier(nn.Module):
 
         if not weights:
             return run(inputs, {})
+        masks = len(next(iter(weights.values())))
         with self._constant():
-            if len(next(iter(weights.values()))) == 1:
+            if masks == 1:
                 features, logits = run(inputs, {index: weight[0] for index, weight in weights.items()})
                 return features[None], logits[None]
-            if batch is None:
-                return torch.func.vmap(run, (None, 0))(inputs, weights)
-            return torch.func.vmap(run)(inputs.unflatten(0, (-1, batch)), weights)
+            return torch.func.vmap(run)(inputs.unflatten(0, (masks, -1)), weights)
 
-    def features(self, inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
+    def features(self, inputs: Tensor, first: Layers | None = None) -> Tensor:
         """The representation alone, (batch, n)."""
         return self.outputs(inputs, first)[0]
 
     @torch.no_grad()
-    def value_of(self, node: fx.Node, inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
+    def value_of(self, node: fx.Node, inputs: Tensor, first: Layers | None = None) -> Tensor:
         """What a node of the trace gives, for images (batch, ...), or with `first`, for `prefix_activations` of it."""
         parts = inputs.split(self.samples_at_once)
         return torch.cat([self.trace.run(self.network, part, first, None, [node], node)[node] for part in parts])
 
-    def prefix_activations(self, layers: Sequence[int], inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
+    def prefix_activations(self, layers: Layers, inputs: Tensor, first: Layers | None = None) -> Tensor:
         """What stands for images (batch, ...) where the network can begin before the layers."""
         return self.value_of(self.trace.start_of(layers), inputs, first)
 
@@ -157,7 +153,7 @@ class HookedClassifier(nn.Module):
             x = self.trace.run(self.network, part, watched=[node], end=node)[node]
             yield patches(layer, x).mT if isinstance(layer, nn.Conv2d) else x[:, None]
 
-    def mean_inputs(self, index: int, inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
+    def mean_inputs(self, index: int, inputs: Tensor, first: Layers | None = None) -> Tensor:
         """What one layer is given by samples, its mean over positions (samples, n)."""
         layer = self.layers[index]
         x = self.value_of(self.trace.input_of(index), inputs, first)
@@ -165,12 +161,7 @@ class HookedClassifier(nn.Module):
 
     @torch.enable_grad()
     def record(
-        self,
-        inputs: Tensor,
-        labels: Tensor,
-        layers: Sequence[int],
-        first: Sequence[int] | None = None,
-        left_out: Sequence[int] = (),
+        self, inputs: Tensor, labels: Tensor, layers: Layers, first: Layers | None = None, left_out: Sequence[int] = ()
     ) -> Record:
         """What `layers` do on a batch: a forward pass, and a backward one as far as their pre-activations.
 
@@ -210,7 +201,7 @@ class HookedClassifier(nn.Module):
         """How many samples a pass takes that needs no gradients."""
         return max(1, NUMBERS_AT_ONCE // self.trace.largest)
 
-    def recorded_at_once(self, layers: Sequence[int]) -> int:
+    def recorded_at_once(self, layers: Layers) -> int:
         """How many samples a pass takes that records layers, in NUMBERS_AT_ONCE."""
         numbers = self.trace.total
         for shape, positions in ((self.shapes[index], self.trace.positions(index)) for index in layers):
