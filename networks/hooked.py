@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -58,9 +57,7 @@ def weight_layers(model: nn.Module) -> list[nn.Module]:
 
 def shape_of(layer: nn.Module) -> tuple[int, ...]:
     """The shape of a layer's weight: (m, n), or of a convolution (m, channels, height, width)."""
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    return layer.out_channels, layer.in_channels, *layer.kernel_size
+    return tuple(layer.weight.shape)
 
 
 def is_finite(model: nn.Module) -> bool:
@@ -204,8 +201,9 @@ class HookedClassifier(nn.Module):
     def recorded_at_once(self, layers: Layers) -> int:
         """How many samples a pass takes that records layers, in NUMBERS_AT_ONCE."""
         numbers = self.trace.total
-        for shape, positions in ((self.shapes[index], self.trace.positions(index)) for index in layers):
-            numbers += (math.prod(shape[1:]) + 3 * shape[0]) * (positions or 1)
+        for index in layers:
+            m, n = self.layers[index].weight.flatten(1).shape
+            numbers += (n + 3 * m) * self.trace.positions(index)
         return max(1, NUMBERS_AT_ONCE // numbers)
 
     @contextmanager

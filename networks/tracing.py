@@ -152,10 +152,9 @@ class Trace:
         """The node of what a layer is given."""
         return self.calls[layer].all_input_nodes[0]
 
-    def positions(self, layer: int) -> int | None:
-        """At how many positions the kernels of a convolution stand; None of a linear layer."""
-        shape = self._shapes[self.calls[layer]]
-        return prod(shape[2:]) if len(shape) == 4 else None
+    def positions(self, layer: int) -> int:
+        """At how many positions the kernels of a convolution stand; 1 of a linear layer."""
+        return prod(self._shapes[self.calls[layer]][2:])
 
     def _activation(self, call: fx.Node) -> tuple[fx.Node, bool]:
         """The node of a layer's output activation, behind normalisation and addition, and whether it is rectified."""
