@@ -19,11 +19,13 @@ rm -f checkpoints/{classifier,gcn}_seed_[0-9]*.pt datasets/Graphs/seed_[0-9]*.pt
 rm -f "eval/Metrics and Plots/metrics"/seed_[0-9]*_digit_*.json
 rm -rf "eval/Metrics and Plots/plots"/seed_[0-9]*_digit_*
 for folder in reports reports/{,variants/*/}top_k_[0-9]* reports/variants/*; do
-    rm -f "$folder"/{loss,score}_{forget,retain}_set.png "$folder"/probability_on_forget_class.png
-    rm -f "$folder"/{audits,frontier,masks,trade_off}.png
-    rm -f "$folder"/{summary.png,summary.md,variants.png,variants.md,run.json,run.log,benchmark.json}
+    for format in png pdf svg; do
+        rm -f "$folder"/{{loss,score}_{forget,retain}_set,probability_on_forget_class,summary}."$format"
+        rm -f "$folder"/{audits,frontier,masks,trade_off,variants}."$format"
+    done
+    rm -f "$folder"/{summary.md,variants.md,run.json,run.log,benchmark.json}
 done
-# torchvision unpacks these from the tracked .gz files.
+# What torchvision and earlier versions unpack from the tracked .gz files.
 for packed in datasets/MNIST/raw/*.gz; do rm -f "${packed%.gz}"; done
 
 for folder in "eval/Metrics and Plots"/{metrics,plots} "eval/Metrics and Plots" eval/masks eval \

@@ -261,8 +261,7 @@ class GraphConfig:
     """What the activation graphs are made of."""
 
     mask_layer: int | tuple[int, ...] | None  # an index, several, or None for all layers
-    # All masked weights compete, every layer gives the same share of its own, or the layer that is measured to be best.
-    scope: Literal["global", "layerwise", "measured"]
+    scope: Literal["global", "measured"]  # all masked weights compete, or a step is of the layer measured to be best
     features: tuple[str, ...]  # names of FEATURES
     other_classes: bool  # adds to each feature (but the weight) its mean over the other classes
     samples_per_class: Count

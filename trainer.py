@@ -144,21 +144,13 @@ def top_k_mask(logits: Tensor, k: int, temperature: float) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-def top_k_masks(scores: Tensor, graph: WeightGraph, scope: str, zeroed: Tensor, k: int, temperature: float) -> Tensor:
-    """`top_k_mask` of scores (masks, vertices) in standard deviations, without the vertices `zeroed`, which are 1, too.
-
-    With the scope layerwise, of every layer by itself, each with its share of k.
-    """
-    sizes = graph.sizes if scope == "layerwise" else [graph.num_vertices]
-    is_zeroed = torch.zeros(graph.num_vertices, dtype=torch.bool, device=scores.device).index_fill(0, zeroed, True)
-    masks = []
-    for part, gone in zip(scores.split(sizes, 1), is_zeroed.split(sizes)):
-        share = min(max(1, round(k * len(gone) / graph.num_vertices)), int((~gone).sum()))
-        if share > 0:
-            part = part / part.std(1, keepdim=True).clamp_min(LEAST_SPREAD)
-            part = top_k_mask(part.masked_fill(gone, float("-inf")), share, temperature)
-        masks.append(part)
-    return torch.cat(masks, 1).index_fill(1, zeroed, 1.0)
+def kappa_mask(scores: Tensor, zeroed: Tensor, kappa: int, temperature: float) -> Tensor:
+    """`top_k_mask` of scores (vertices) in standard deviations, 1 for the weights to zero: `zeroed`, and kappa more."""
+    is_zeroed = torch.zeros_like(scores, dtype=torch.bool).index_fill(0, zeroed, True)
+    left = int((~is_zeroed).sum())
+    scores = scores / scores.std().clamp_min(LEAST_SPREAD)
+    further = top_k_mask(scores.masked_fill(is_zeroed, float("-inf")), max(1, min(kappa, left)), temperature)
+    return further.index_fill(0, zeroed, 1.0)
 
 
 def masked_weights(classifier: HookedClassifier, graph: WeightGraph, keep: Tensor) -> dict[int, Tensor]:
@@ -232,20 +224,20 @@ class GCNLoss:
         snapshot = graphs.snapshot(group, names, graphs.mask_of(zeroed), forget_row)
         scores = saliency(snapshot, forget_row, self.retain_weight, gcn)
         kappa = log_uniform(config.kappa, self.graph.num_vertices, generator)
-        removed = top_k_masks(scores[None], self.graph, graphs.config.scope, zeroed, kappa, config.temperature)
+        removed = kappa_mask(scores, zeroed, kappa, config.temperature)
         samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator)
         return self._necessity(removed, forget_row, samples), scores.detach()
 
     def following(self, scores: Tensor, zeroed: Tensor, generator: torch.Generator) -> Tensor:
         """What a classifier lacks at the next snapshot of a request, by the scores (vertices) at the last one."""
         count = log_uniform(self.config.partly_masked, self.graph.num_vertices, generator)
-        return torch.cat([zeroed, ranked(scores, self.graph, self.graphs.config.scope, zeroed, count)])
+        return torch.cat([zeroed, ranked(scores, zeroed, count)])
 
     def _necessity(self, removed: Tensor, forget_row: int, samples: Tensor) -> dict[str, Tensor]:
-        """The terms of a mask (1, vertices) on samples (classes, n)."""
+        """The terms of a mask (vertices) on samples (classes, n)."""
         config, graphs, flat = self.config, self.graphs, samples.flatten()
         forget_class = graphs.classes[forget_row]
-        weights = masked_weights(graphs.classifier, self.graph, 1 - removed)
+        weights = masked_weights(graphs.classifier, self.graph, 1 - removed[None])
         _, logits = graphs.classifier.outputs(graphs.inputs[flat], self.graph.layers, weights)
         is_forget = graphs.labels[flat] == forget_class
         own = log_odds(logits[0][is_forget], graphs.labels[flat][is_forget]) / FORGETTING_TEMPERATURE
@@ -264,7 +256,7 @@ class GCNTrainer:
     """Trains one masking GCN on the graphs of one or several classifiers, which must have the same features.
 
     It follows requests: after a step on a whole classifier come `snapshots` more on it as the GCN's own masks for a
-    random class leave it, more and more of it zeroed.
+    random class leave it, more and more of it zeroed, half at most.
     """
 
     config: GCNTrainerConfig
@@ -284,9 +276,10 @@ class GCNTrainer:
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
         generator = data.seeded("gcn", self.seed)
+        loss_on, zeroed = losses[0], first.nothing
         progress = tqdm(range(config.steps), "masking GCN", unit="step", leave=False, disable=None)
         for step in progress:
-            if step % (1 + config.snapshots) == 0:
+            if step % (1 + config.snapshots) == 0 or 2 * len(zeroed) > loss_on.graph.num_vertices:
                 loss_on = losses[int(torch.randint(len(losses), (), generator=generator))]
                 forget_row = int(torch.randint(loss_on.graphs.num_classes, (), generator=generator))
                 zeroed = first.nothing

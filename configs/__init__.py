@@ -26,6 +26,36 @@ from mimu.trainer import GCNTrainerConfig, TrainerConfig
 
 CONFIG = Path(__file__).resolve().parent / "config.yaml"
 BASES = (CONFIG, CONFIG.with_name("methods.yaml"))
+# Key of before to the key of now, or to words.
+PUBLISHED = "is gone: the published objective has its settings in eval.hyperparameters.published"
+CONSTANT = "is gone: it is a constant of"
+RENAMED: dict[str, str] = {
+    "gcn.contrast": PUBLISHED,
+    "gcn.gumbel": PUBLISHED,
+    "gcn.sufficiency": PUBLISHED,
+    "gcn.prior": PUBLISHED,
+    "gcn.looks": "gcn.snapshots",
+    "gcn.weighs": "is gone: every GCN weighs, from eval.retain_weight on",
+    "gcn.warmup": "is gone: trainings follow requests from their first step on",
+    "gcn.classes": "is gone: a step tries the mask of one class",
+    "gcn.gradient_norm": f"{CONSTANT} trainer.py",
+    "eval.look_every": "eval.snapshot_every",
+    "eval.ranking": PUBLISHED,
+    "eval.draws": PUBLISHED,
+    "eval.random_masks": f"{CONSTANT} eval.py",
+    "eval.hyperparameters.saliency": "is gone: the saliency has eval.retain_weight",
+    "audit.probe_penalty": f"{CONSTANT} audits/probes.py",
+    "audit.probe_steps": f"{CONSTANT} audits/probes.py",
+    "audit.probe_epochs": f"{CONSTANT} audits/probes.py",
+    "audit.probe_batch_size": f"{CONSTANT} audits/probes.py",
+    "audit.probe_rate": f"{CONSTANT} audits/probes.py",
+    "audit.probe_units": f"{CONSTANT} audits/probes.py",
+    "audit.probe_neighbours": f"{CONSTANT} audits/probes.py",
+    "audit.probe_neighbours_of": f"{CONSTANT} audits/probes.py",
+    "audit.relearn_batch_size": f"{CONSTANT} audits/__init__.py",
+    "audit.relearn_rate": f"{CONSTANT} audits/__init__.py",
+    "audit.relearn_from_rate": f"{CONSTANT} audits/__init__.py",
+}
 Seed = Annotated[int, f"at least 0, at most {2**63 - 1}"]
 Asked = int | Literal["auto"]  # how many weights to zero; auto: as few as forget
 
@@ -198,9 +228,9 @@ def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[st
 
     Raises ConfigError.
     """
-    return settings.load_variants(Config, BASES, path, overrides)
+    return settings.load_variants(Config, BASES, path, overrides, RENAMED)
 
 
 def load_config(path: Path = CONFIG, overrides: Sequence[str] = ()) -> Config:
     """The config that all variants of a file share. Raises ConfigError."""
-    return settings.load_config(Config, BASES, path, overrides)
+    return settings.load_config(Config, BASES, path, overrides, RENAMED)

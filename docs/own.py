@@ -9,9 +9,9 @@ import copy
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,11 @@ import torchvision
 from build import write_block
 from torch import Tensor, nn
 
+from mimu import Mask, RetainScoreError, unlearn
 from mimu.configs import load_config
-from mimu.data import ImageData, Split, load_image_data
-from mimu.model import Mask
+from mimu.data import Split, load_image_data
 from mimu.reporter import markdown_table
 from mimu.trainer import Trainer
-from mimu.unlearning import RetainScoreError, unlearn
 
 SHAPES = {
     "784-128-64-10": ((128, 64), False),
@@ -45,81 +44,91 @@ def trainer(shape: str) -> Trainer:
 
 
 @torch.no_grad()
-def scores(model: nn.Module, split: Split, classes: Sequence[int], shape: tuple[int, ...] = (784,)) -> list[float]:
-    """Percent of each class's samples that are classified correctly, and of the samples of all others."""
+def is_correct(model: nn.Module, split: Split) -> Tensor:
+    """Which samples are classified correctly, (samples)."""
     model.eval()
-    found = torch.cat([model(images.view(-1, *shape)).argmax(1) for images in split.images.split(1000)]) == split.labels
-    others = torch.isin(split.labels, torch.tensor(classes), invert=True)
-    return [100 * found[each].float().mean().item() for each in [*(split.labels == c for c in classes), others]]
+    return torch.cat([model(images).argmax(1) for images in split.images.split(1000)]) == split.labels
 
 
-def asked(request: Callable[[], Mask]) -> tuple[Mask, str, float]:
-    """The mask of a request, or the one of its error; what it said; and its seconds."""
-    started, said = time.perf_counter(), ""
+def score(correct: Tensor, chosen: Tensor) -> float:
+    """Percent of the chosen samples."""
+    return 100 * correct[chosen].float().mean().item()
+
+
+def answer(model: nn.Module, train: Split, forget_class: int | Sequence[int], **asked: Any) -> tuple[Mask, str]:
+    """The mask of a request, or the one of its error; and "error", "left" where it warned, or ""."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            mask = request()
+            mask = unlearn(model, train.images, train.labels, forget_class, **asked)
         except RetainScoreError as error:
-            mask, said = error.mask, "error"
-    return mask, said or ("left" if warned else ""), time.perf_counter() - started
+            return error.mask, "error"
+    return mask, "left" if warned else ""
 
 
-def by_layer(data: ImageData) -> Iterator[tuple[str, str]]:
+def measured(model: nn.Module, train: Split, test: Split, digit: int, **asked: Any) -> dict[str, Any]:
+    """What one request makes of a model: scores on the test split in percent, their changes in points, and the rest."""
+    started = time.perf_counter()
+    mask, said = answer(model, train, digit, **asked)
+    seconds, before = time.perf_counter() - started, is_correct(model, test)
+    with mask.applied_to(model):
+        after = is_correct(model, test)
+    is_other, changes = test.labels != digit, []
+    for chosen in [is_other, *(test.labels == each for each in range(10) if each != digit)]:
+        changes.append(score(after, chosen) - score(before, chosen))
+    found = {"before": score(before, is_other), "forget": score(after, ~is_other), "others": changes[0]}
+    found |= {"any other": min(changes[1:]), "zeroed": mask.num_zeroed, "seconds": seconds}
+    return found | {"said": f"{said} ({digit})" if said else ""}
+
+
+def cells(model: nn.Module, train: Split, test: Split, **asked: Any) -> dict[str, str]:
+    """Of the requests for DIGITS: the figure of the worst, or of each of them."""
+    found = [measured(model, train, test, digit, **asked) for digit in DIGITS]
+    return {
+        "others before, %": f"{max(each['before'] for each in found):.1f}",
+        "forget, worst": f"{max(each['forget'] for each in found):.2f}",
+        "others, points, each class": " ".join(f"{each['others']:+.2f}" for each in found),
+        "any other class, worst": f"{min(each['any other'] for each in found):+.1f}",
+        "weights zeroed": " ".join(str(each["zeroed"]) for each in found),
+        "seconds": f"{max(each['seconds'] for each in found):.0f}",
+        "said": ", ".join(each["said"] for each in found if each["said"]),
+    }
+
+
+def by_layer() -> Iterator[dict[str, str]]:
     """Every single layer, the last two, and all."""
-    rows = []
+    data = load_image_data("MNIST")
     for shape in SHAPES:
         model = trainer(shape).train(data.train, 10)
         count = len(model.layers)
-        chosen: list = [*range(count), *([(count - 2, count - 1)] if count > 2 else []), None]
-        for layers in chosen:
-            figures, said = [], []
-            for digit in DIGITS:
-                mask, word, seconds = asked(partial(unlearn, model, *samples(data.train), digit, mask_layer=layers))
-                before = [scores(model, data.test, [c])[0] for c in range(10)]
-                _, retain_before = scores(model, data.test, [digit])
-                with mask.applied_to(model):
-                    after = [scores(model, data.test, [c])[0] for c in range(10)]
-                    forget, retain = scores(model, data.test, [digit])
-                fall = max(b - a for c, (b, a) in enumerate(zip(before, after)) if c != digit)
-                figures.append((forget, retain - retain_before, -fall, mask.num_zeroed, seconds))
-                said += [f"{word} ({digit})"] if word else []
-            forget, retain, worst, zeroed, seconds = zip(*figures)
-            cells = f"{max(forget):.2f}", " ".join(f"{each:+.2f}" for each in retain), f"{min(worst):+.1f}"
-            name = "all" if layers is None else str(layers)
-            more = " ".join(map(str, zeroed)), f"{max(seconds):.0f}", ", ".join(said)
-            rows.append([shape, name, *cells, *more])
-            print(*rows[-1], flush=True)
-    header = ["classifier", "mask_layer", "forget, worst", "others, points, each digit", "any other class, worst"]
-    header += ["weights zeroed", "seconds", "said"]
-    yield "own_layers", markdown_table(header, rows, texts=2)
+        last_two = [(count - 2, count - 1)] if count > 2 else []
+        for layers in [*range(count), *last_two, None]:
+            found = cells(model, data.train, data.test, mask_layer=layers)
+            del found["others before, %"]
+            yield {"classifier": shape, "mask_layer": "all" if layers is None else str(layers)} | found
 
 
-def several(data: ImageData) -> Iterator[tuple[str, str]]:
+def several() -> Iterator[dict[str, str]]:
     """Classes together, and one after the other, beside a classifier retrained without all of them."""
-    rows = []
+    data = load_image_data("MNIST")
     for shape in (name for name in SHAPES if name.count("-") > 2):
-        original = trainer(shape).train(data.train, 10)
-        retrained: dict[frozenset, float] = {}
+        original, retrained = trainer(shape).train(data.train, 10), {}
         for classes in TOGETHER:
-            if frozenset(classes) not in retrained:
+            is_other = torch.isin(data.test.labels, torch.tensor(classes), invert=True)
+            key = frozenset(classes)
+            if key not in retrained:
                 kept = torch.isin(data.train.labels, torch.tensor(classes), invert=True)
-                retrained[frozenset(classes)] = scores(trainer(shape).train(data.train[kept], 10), data.test, classes)[
-                    -1
-                ]
-            cells = []
-            for way in ("together", "in a row", "in a row, permanent"):
+                retrained[key] = score(is_correct(trainer(shape).train(data.train[kept], 10), data.test), is_other)
+            row = {"classifier": shape, "classes": " ".join(map(str, classes))}
+            for way in ("together", "in a row", "permanent"):
                 model = copy.deepcopy(original)
                 for step in [classes] if way == "together" else classes:
-                    mask, word, _ = asked(partial(unlearn, model, *samples(data.train), step))
-                    mask.apply(model, permanent="permanent" in way)
-                *forget, retain = scores(model, data.test, classes)
-                cells += [f"{max(forget):.2f}", f"{retain - retrained[frozenset(classes)]:+.2f}{word}"]
-            rows.append([shape, " ".join(map(str, classes)), *cells])
-            print(*rows[-1], flush=True)
-    header = ["classifier", "classes"]
-    header += [f"{way}{of}" for way in ("together", "in a row", "permanent") for of in (": forget, worst", ": others")]
-    yield "own_several", markdown_table(header, rows, texts=2)
+                    mask, said = answer(model, data.train, step)
+                    mask.apply(model, permanent=way == "permanent")
+                after = is_correct(model, data.test)
+                row[f"{way}: forget, worst"] = f"{max(score(after, data.test.labels == each) for each in classes):.2f}"
+                row[f"{way}: others"] = f"{score(after, is_other) - retrained[key]:+.2f}{said}"
+            yield row
 
 
 class Convolutional(nn.Module):
@@ -163,48 +172,39 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([body.eval()(batch) for batch in images.split(500)])
 
 
-def networks(_: ImageData) -> Iterator[tuple[str, str]]:
+def trained_network(name: str, few: Split, train: Split) -> nn.Module:
+    """On all of the training samples; of the ResNet-18 the head alone, on a few."""
+    torch.manual_seed(SEED)
+    if name == "ResNet-18":
+        model = resnet()
+        return fit(model, model.fc, features(model, few.images), few.labels, 20)
+    model = Convolutional()
+    return fit(model, model, train.images, train.labels, 2)
+
+
+def networks() -> Iterator[dict[str, str]]:
     """Networks whose last linear layers are what is masked; requests on 1,000 images of every class."""
-    rows = []
     for name in ("MNIST", "FashionMNIST"):
         data = load_image_data(name)
-        few = torch.cat([(data.train.labels == label).nonzero()[:1000, 0] for label in range(10)])
+        train, test = (Split(part.images.view(-1, 1, 28, 28), part.labels) for part in (data.train, data.test))
+        few = train[torch.cat([(train.labels == label).nonzero()[:1000, 0] for label in range(10)])]
         for network in ("two convolutions", "ResNet-18"):
-            torch.manual_seed(SEED)
-            train, test = data.train[few], data.test if network != "ResNet-18" else data.test[:2000]
-            images = train.images.view(-1, 1, 28, 28)
-            if network == "ResNet-18":
-                model = resnet()
-                fit(model, model.fc, features(model, images), train.labels, 20)
-            else:
-                model = Convolutional()
-                fit(model, model, data.train.images.view(-1, 1, 28, 28), data.train.labels, 2)
-            for layers, bounds in (("auto", {}), ("auto", {"max_class_fall": None})):
-                figures, said = [], []
-                for label in DIGITS:
-                    request = partial(unlearn, model, images, train.labels, label, mask_layer=layers, **bounds)
-                    mask, word, seconds = asked(request)
-                    _, before = scores(model, test, [label], (1, 28, 28))
-                    with mask.applied_to(model):
-                        forget, retain = scores(model, test, [label], (1, 28, 28))
-                    figures.append((forget, retain - before, before, seconds))
-                    said += [f"{word} ({label})"] if word else []
-                forget, retain, before, seconds = zip(*figures)
-                cells = f"{max(before):.1f}", f"{max(forget):.2f}", " ".join(f"{each:+.2f}" for each in retain)
-                asked_for = f"{layers}{', no max_class_fall' if bounds else ''}"
-                rows.append([name, network, asked_for, *cells, f"{max(seconds):.0f}", ", ".join(said)])
-                print(*rows[-1], flush=True)
-    header = ["data set", "network", "mask_layer", "others before, %", "forget, worst", "others, points, each class"]
-    yield "own_networks", markdown_table([*header, "seconds", "said"], rows, texts=3)
+            model = trained_network(network, few, train)
+            scored_on = test[:2000] if network == "ResNet-18" else test
+            for asked_for, bounds in (("auto", {}), ("auto, no max_class_fall", {"max_class_fall": None})):
+                found = cells(model, few, scored_on, **bounds)
+                del found["any other class, worst"], found["weights zeroed"]
+                yield {"data set": name, "network": network, "mask_layer": asked_for} | found
 
 
-def samples(split: Split) -> tuple[Tensor, Tensor]:
-    return split.images, split.labels
-
+TABLES = {"by_layer": (by_layer, "own_layers", 2), "several": (several, "own_several", 2),
+          "networks": (networks, "own_networks", 3)}  # fmt: skip
 
 if __name__ == "__main__":
-    measures = {measure.__name__: measure for measure in (by_layer, several, networks)}
-    mnist = load_image_data("MNIST")
-    for name in sys.argv[1:] or measures:
-        for block, table in measures[name](mnist):
-            write_block(block, table)
+    for name in sys.argv[1:] or TABLES:
+        measure, block, texts = TABLES[name]
+        rows = []
+        for row in measure():
+            print(*row.values(), flush=True)
+            rows.append(row)
+        write_block(block, markdown_table(rows[0], [row.values() for row in rows], texts=texts))

@@ -12,7 +12,7 @@ from functools import cache, partial
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ DATASETS = {
     "CIFAR10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     "SVHN": tuple("0123456789"),
 }
-FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
 def seeded(*key: object) -> torch.Generator:
@@ -58,19 +58,19 @@ class DataSet(NamedTuple):
 
 def data_set(name: str, root: Path = DATASET_ROOT) -> DataSet:
     """A data set by its name, one of DATASETS or a folder under `root`. Raises DataError where it cannot be one."""
-    folder, raw = root / name, root / name / "raw"
+    folder = root / name
+    if name == "SVHN" and not find_spec("scipy"):
+        raise DataError(f"dataset SVHN in {folder}: its files are read by scipy, install it (uv pip install scipy)")
     if name in ("CIFAR10", "SVHN"):
-        if name == "SVHN" and not find_spec("scipy"):
-            raise DataError(f"dataset SVHN in {folder}: its files are read by scipy, install it (uv pip install scipy)")
-        return DataSet((3, 32, 32), DATASETS[name], partial(read_cifar10 if name == "CIFAR10" else read_svhn, folder))
+        return DataSet((3, 32, 32), DATASETS[name], partial(read_in_colour, folder, name))
     if name in DATASETS:
-        return DataSet((28, 28), DATASETS[name], partial(read_idx, name, raw))
+        return DataSet((28, 28), DATASETS[name], partial(read_idx, folder / "raw", name))
     there = {path.name for path in root.glob("*") if path.is_dir()}.difference(DATASETS, ["Graphs"])
     if name not in there:
         valid = ", ".join([*DATASETS, *sorted(there)])
         raise DataError(f"dataset must be {valid}, or another folder in {root}, not {name!r}")
     with reading(name, folder):
-        files = [*raw.glob("*-ubyte*"), *folder.glob("*-ubyte*")]
+        files = [*folder.glob("raw/*-ubyte*"), *folder.glob("*-ubyte*")]
         found = idx_files(files[0].parent) if files else image_folders(folder)
         names = found.class_names
         if len(names) < 2 or not "".join(names).isprintable() or set("$|") & set("".join(names)):
@@ -83,89 +83,97 @@ def reading(name: str, folder: Path) -> Iterator[None]:
     """Turns what missing and damaged files raise into a DataError that names the data set."""
     try:
         yield
-    except (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError, EOFError, zlib.error) as error:
+    except (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError) as error:
         raise DataError(f"dataset {name} in {folder}: cannot be used ({one_line(error)})") from None
 
 
 def idx_files(folder: Path) -> DataSet:
     """A data set in the format of MNIST, its files packed by gzip or not."""
-    with opened(folder / FILES[0]) as images, opened(folder / FILES[1]) as labels:
-        _, _, height, width = np.frombuffer(images.read(16), ">i4").tolist()
-        class_names = tuple(map(str, range(1 + max(labels.read()[8:]))))
-    return DataSet((height, width), class_names, partial(read_idx, "", folder))
+    _, height, width = idx(folder / FILES[0]).shape
+    class_names = tuple(map(str, range(1 + int(idx(folder / FILES[1]).max()))))
+    return DataSet((height, width), class_names, partial(read_idx, folder, ""))
 
 
-def opened(path: Path) -> IO[bytes]:
-    with naming(path, "read"):
-        return gzip.open(packed(path)) if packed(path).exists() else path.open("rb")
-
-
-def read_idx(name: str, folder: Path, is_train: bool) -> tuple[Tensor, Tensor]:
-    """Reads a split in the format of MNIST; downloads what of DATASETS is not there, and unpacks what is packed."""
-    # Imported here, so that a bad setting is told without waiting for it.
-    from torchvision import datasets
-
+def read_idx(folder: Path, name: str, is_train: bool) -> tuple[Tensor, Tensor]:
+    """Reads a split in the format of MNIST; downloads what of DATASETS is not there."""
     paths = [folder / file for file in FILES]
-    if name in DATASETS and not all(path.exists() or packed(path).exists() for path in paths):
+    if name in DATASETS and not all(as_read(path).exists() for path in paths):
+        from torchvision import datasets  # takes seconds, which a bad setting need not wait for
+
         getattr(datasets, name)(folder.parents[1], download=True)
     images, labels = paths[:2] if is_train else paths[2:]
-    for path in (images, labels):
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path.name} is not a regular file")
-        if packed(path).exists() and not (path.exists() and crc(path) == crc(packed(path))):
-            with suppress(OSError, EOFError, zlib.error):
-                datasets.utils.extract_archive(packed(path), folder)
-            if not path.exists() or crc(path) != crc(packed(path)):
-                raise ValueError(f"{packed(path).name} is damaged, or {path.name} cannot be written")
-    return datasets.mnist.read_image_file(images), datasets.mnist.read_label_file(labels)
+    return idx(images), idx(labels).long()
 
 
-def read_cifar10(folder: Path, is_train: bool) -> tuple[Tensor, Tensor]:
-    """Reads a split of CIFAR10, which it downloads where a file of it is missing."""
-    from torchvision.datasets import CIFAR10
+def idx(path: Path) -> Tensor:
+    """The numbers (uint8) in a file of MNIST's format, which may be packed by gzip."""
+    source = as_read(path)
+    with naming(source, "read"):
+        content = source.read_bytes()
+    try:
+        content = content if source == path else gzip.decompress(content)
+        start = 4 + 4 * content[3]  # after three bytes, the number of dimensions, and the size of each in four bytes
+        sizes = np.frombuffer(content[4:start], ">i4").tolist()
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(sizes)
+    except Exception as error:  # any byte may be wrong, and what that raises is anything
+        raise ValueError(f"{source.name} is damaged: {one_line(error)}") from None
 
-    files = [folder / CIFAR10.base_folder / file for file, _ in (*CIFAR10.train_list, *CIFAR10.test_list)]
-    split = CIFAR10(folder, is_train, download=not all(file.exists() for file in files))
-    return torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)
 
+def read_in_colour(folder: Path, name: str, is_train: bool) -> tuple[Tensor, Tensor]:
+    """Reads a split of CIFAR10 or SVHN, which it downloads where a file of it is missing or damaged."""
+    from torchvision import datasets
 
-def read_svhn(folder: Path, is_train: bool) -> tuple[Tensor, Tensor]:
-    """Reads a split of SVHN, which it downloads where it is missing."""
-    from torchvision.datasets import SVHN
-
-    part = "train" if is_train else "test"
-    split = SVHN(folder, part, download=not (folder / SVHN.split_list[part][1]).exists())
+    part = is_train if name == "CIFAR10" else "train" if is_train else "test"
+    try:
+        split = getattr(datasets, name)(folder, part)
+    except (RuntimeError, OSError):
+        split = getattr(datasets, name)(folder, part, download=True)
+    if name == "CIFAR10":
+        return torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)
     return torch.from_numpy(split.data), torch.from_numpy(split.labels)
 
 
 def image_folders(folder: Path) -> DataSet:
     """A data set of images in train/<class>/ and test/<class>/, all of one size, and all grey or all in colour."""
-    if not all((folder / part).is_dir() for part in ("train", "test")):
+    if not ((folder / "train").is_dir() and (folder / "test").is_dir()):
         raise ValueError("it must hold images in train/<class>/ and test/<class>/, or the four files of MNIST's format")
     from torchvision.datasets import ImageFolder
 
-    train, test = (ImageFolder(folder / part, loader=pixels) for part in ("train", "test"))
+    train = ImageFolder(folder / "train", loader=pixels)
+    test = ImageFolder(folder / "test", loader=pixels)
     if odd := set(train.classes) ^ set(test.classes):
         raise ValueError(f"train/ and test/ must have the same classes, not {', '.join(sorted(odd))} in one alone")
     size = train[0][0].shape
 
-    def read(is_train: bool) -> tuple[Tensor, Tensor]:
-        part = train if is_train else test
-        images = [pixels(path) for path, _ in tqdm(part.samples, "images", delay=1, leave=False, disable=None)]
-        for (path, _), image in zip(part.samples, images):
-            if image.shape != size:
-                raise ValueError(f"{path} is of {image.shape}, but {train.samples[0][0]} is of {size}")
+    def stacked(part: ImageFolder) -> tuple[Tensor, Tensor]:
+        images = []
+        for path, _ in tqdm(part.samples, "images", delay=1, leave=False, disable=None):
+            images.append(pixels(path))
+            if images[-1].shape != size:
+                raise ValueError(f"{path} is of {images[-1].shape}, but {train.samples[0][0]} is of {size}")
         # The last samples may be held out: they must not be of one class.
-        order = torch.randperm(len(images), generator=seeded("folders", is_train))
+        order = torch.randperm(len(images), generator=seeded("folders", part is train))
         return torch.from_numpy(np.stack(images))[order], torch.tensor(part.targets)[order]
 
-    return DataSet(size, tuple(train.classes), kept(folder, read))
+    @cache
+    def splits() -> dict[bool, tuple[Tensor, Tensor]]:
+        """By whether it is the training split; from the cache beside the folder, or for it."""
+        content = cached(folder)
+        if not content:
+            # The version before the images: what changes meanwhile must not pass for what was read.
+            content = {"version": version_of(folder), "checksum": checksum(folder.name, folder.parent)}
+            content["splits"] = {True: stacked(train), False: stacked(test)}
+            with suppress(ArtifactError):
+                save(folder.with_name(f"{folder.name}.cache.pt"), content)
+        return content["splits"]
+
+    return DataSet(size, tuple(train.classes), lambda is_train: splits()[is_train])
 
 
 def pixels(path: str) -> np.ndarray:
     """An image (height, width), or in colour (3, height, width), uint8. Raises ValueError where it is none of these."""
     try:
-        with naming(Path(path), "read"), Image.open(path) as image:
+        with Image.open(path) as image:
             if image.mode not in ("L", "RGB"):
                 raise ValueError(f"its mode is {image.mode}")
             return np.asarray(image) if image.mode == "L" else np.moveaxis(np.asarray(image), 2, 0).copy()
@@ -173,49 +181,29 @@ def pixels(path: str) -> np.ndarray:
         raise ValueError(f"{path} must be an image, grey or RGB of 8 bits: {error}") from None
 
 
-def kept(folder: Path, read: Callable[[bool], tuple[Tensor, Tensor]]) -> Callable[[bool], tuple[Tensor, Tensor]]:
-    """What reads a split as `read` does, but both from the cache beside the folder, where `read` is needed once."""
-
-    @cache
-    def splits() -> dict[bool, tuple[Tensor, Tensor]]:
-        if content := cached(folder):
-            return content["splits"]
-        version = version_of(folder)  # before the images: what changes meanwhile must not pass for what was read
-        splits = {is_train: read(is_train) for is_train in (True, False)}
-        content = {"version": version, "checksum": checksum(folder.name, folder.parent), "splits": splits}
-        with suppress(ArtifactError):
-            save(cache_path(folder), content)
-        return splits
-
-    return lambda is_train: splits()[is_train]
-
-
 def cached(folder: Path) -> dict[str, Any]:
     """What the cache beside a folder holds; nothing where there is none, or none of the folder as it is now."""
     with suppress(ArtifactError):
-        content = load(cache_path(folder))
+        content = load(folder.with_name(f"{folder.name}.cache.pt"))
         if content.get("version") == version_of(folder):
             return content
     return {}
 
 
-def cache_path(folder: Path) -> Path:
-    return folder.parent / f"{folder.name}.cache.pt"
-
-
 def version_of(folder: Path) -> str:
     """A digest of the path, size and time of change of all files in a folder, which are not read, and of this code."""
-    paths = [os.path.join(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names]
     states = {}
-    for path in paths:
+    for path in glob("**", root_dir=folder, recursive=True):
         with suppress(OSError):  # a link to nowhere
-            status = os.stat(path)
-            states[path.removeprefix(str(folder))] = status.st_size, status.st_mtime_ns
+            status = os.stat(folder / path)
+            states[path] = [status.st_size, status.st_mtime_ns]
     return digest([states, code_of(Path(__file__).parent, ["*.py"])])
 
 
-def packed(path: Path) -> Path:
-    return path.with_name(f"{path.name}.gz")
+def as_read(path: Path) -> Path:
+    """The file that is read in the place of another: the one packed by gzip beside it, if there is one, else itself."""
+    packed = path.with_name(f"{path.name}.gz")
+    return packed if packed.exists() else path
 
 
 def crc(path: Path) -> bytes:
@@ -229,7 +217,9 @@ def checksum(name: str, root: Path = DATASET_ROOT) -> str:
     folder = root / name
     if content := cached(folder):
         return content["checksum"]
-    found = {path for path in glob("**", root_dir=folder, recursive=True) if (folder / path).is_file()}
-    found = {path for path in found if not path.endswith(".tar.gz")}  # unpacked beside it, or yet to be
-    crcs = {path.removesuffix(".gz"): crc(folder / path).hex() for path in found if f"{path}.gz" not in found}
+    crcs = {}
+    for path in glob("**", root_dir=folder, recursive=True):
+        is_read = (folder / path).is_file() and as_read(folder / path) == folder / path
+        if is_read and not path.endswith(".tar.gz"):  # which is unpacked beside it, or yet to be
+            crcs[path.removesuffix(".gz")] = crc(folder / path).hex()
     return digest(crcs) if crcs else ""

@@ -150,7 +150,7 @@ class ZeroingOrder:
         """The vertices that one step zeroes."""
         if self._is_measured:
             return self._cheapest(scores.index_fill(0, self._zeroed, float("-inf")))
-        return ranked(scores, self.graphs.graph, self.graphs.config.scope, self._zeroed, self.step)
+        return ranked(scores, self._zeroed, self.step)
 
     @torch.no_grad()
     def _cheapest(self, scores: Tensor) -> Tensor:

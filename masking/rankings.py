@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mimu import data
 from mimu.data import Amount, Count, GraphConfig, GraphGenerator, Positive, Snapshot
-from mimu.model import MaskingGCN, WeightGraph
+from mimu.model import MaskingGCN
 from mimu.networks.hooked import is_finite
 from mimu.runs.files import PACKAGE, ArtifactError, InputError, load, one_line
 
@@ -59,16 +59,8 @@ def saliency(snapshot: Snapshot, forget_row: int, retain_weight: float, gcn: Mas
     return forget + retain_weight * retain
 
 
-def ranked(scores: Tensor, graph: WeightGraph, scope: str, zeroed: Tensor, count: int) -> Tensor:
-    """The vertices to zero next, (count): those of the largest scores (vertices) that are not among `zeroed`.
-
-    With the scope layerwise, those of the first places within their layer: counted together with `zeroed`, every layer
-    gives the same share.
-    """
-    if scope == "layerwise":
-        layers = scores.index_fill(0, zeroed, float("inf")).split(graph.sizes)
-        places = [part.argsort(descending=True, stable=True).argsort().to(part) + 0.5 for part in layers]
-        scores = torch.cat([-place / len(place) for place in places])
+def ranked(scores: Tensor, zeroed: Tensor, count: int) -> Tensor:
+    """The vertices to zero next, (count): those of the largest scores (vertices) that are not among `zeroed`."""
     count = min(count, len(scores) - len(zeroed))
     return scores.index_fill(0, zeroed, float("-inf")).topk(count).indices
 

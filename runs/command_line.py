@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
-from mimu.runs.files import PACKAGE, ROOT, ArtifactError, InputError, one_line
-from mimu.runs.log import Log
+from mimu.runs.files import PACKAGE, ROOT, ArtifactError, InputError, Log, one_line
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -26,23 +24,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     path = PACKAGE / "configs" / "config.yaml"
     about = "a YAML file with what it changes of configs/config.yaml, where every setting is explained"
     parser.add_argument("--config", type=Path, default=path, metavar="PATH", help=about)
-    mode = parser.add_mutually_exclusive_group()
-    for option, about in (
-        ("--plot-only", "draw the reports anew from the metrics of a run of the same config, and stop"),
-        ("--dry-run", "say what is there already and what would be made, and stop"),
-        ("--pretrain", "train the GCN for checkpoints/pretrained/ on the classifiers of all variants, and stop"),
-        ("--fresh", "remove first what earlier runs of the same config have left"),
-    ):
-        mode.add_argument(option, action="store_true", help=about)
+    flag = partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
+    flag("--plot-only", help="draw the reports anew from the metrics of a run of the same config, and stop")
+    flag("--dry-run", help="say what is there already and what would be made, and stop")
+    flag("--pretrain", help="train the GCN for checkpoints/pretrained/ on the classifiers of all variants, and stop")
+    flag("--fresh", help="remove first what earlier runs of the same config have left")
     parser.add_argument("--debug", action="store_true", help="show where in the code an error was raised")
     about = "a setting to change, its value read as YAML: seed=1, eval.step=50, gcn.prior=0.1"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=about)
     return parser.parse_intermixed_args(arguments)
-
-
-def stop(number: int, frame: FrameType | None) -> None:
-    """Ends the run as Ctrl-C does."""
-    raise KeyboardInterrupt(number)
 
 
 def run_command(
@@ -51,16 +41,13 @@ def run_command(
     """Calls `start` with the parsed arguments, and returns the exit status.
 
     0: all is done; 2: something that the user can mend, such as a setting, a file, a full disk; 1: any other error;
-    130 and 143: stopped by Ctrl-C and by SIGTERM. What nobody expected leaves its traceback in `reports/run.log`.
+    130: stopped by Ctrl-C. What nobody expected leaves its traceback in `reports/run.log`.
     """
-    # Where the shell has closed them, Python has none.
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # where the shell has closed them, Python has none
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a sign that a terminal cannot show is no reason to end
     parsed = parse_arguments(arguments)
-    before = signal.getsignal(signal.SIGTERM)
-    if os.environ.get("WORLD_SIZE", "1") == "1":  # torchrun ends its processes itself, also while they wait
-        signal.signal(signal.SIGTERM, stop)
     note = ""
     try:
         start(parsed)
@@ -69,8 +56,8 @@ def run_command(
     except BrokenPipeError:  # of `main.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt as stopped:
-        status = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+    except KeyboardInterrupt:
+        status = 130
         again = "the same command without --fresh" if parsed.fresh else "the same command"
         note = line = f"stopped: all that is finished stays, and {again} goes on from there"
     except Exception as error:
@@ -82,14 +69,12 @@ def run_command(
         elif isinstance(error, OSError):
             line = f"error: {error.filename or 'a file'}: {error.strerror or one_line(error)}"
         else:
+            status = 1
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(where.filename).name}, line {where.lineno}"
             more = "--debug shows where" if parsed.dry_run else "the traceback is in reports/run.log"
-            status = 1
             line = f"error: {type(error).__name__}: {one_line(error)} ({place}); {more}"
             note = "".join(traceback.format_exception(error))
-    finally:
-        signal.signal(signal.SIGTERM, before)
     with suppress(OSError):  # nobody reads it
         print(line, file=sys.stderr)
     if note and not parsed.dry_run:  # which writes nothing

@@ -1,4 +1,4 @@
-"""Files that are written whole and know what made them, and the lock on the folder that they stand in."""
+"""Files that are written whole and know what made them, the lock on their folder, and the log of a run."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from tqdm import tqdm
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Where runs find data sets and leave their files: the clone, but of an installed package the current folder.
@@ -49,14 +46,9 @@ def slug(name: str) -> str:
 
 
 @contextmanager
-def naming(path: Path, what: str = "written", or_stream: bool = False) -> Iterator[None]:
-    """Turns an OSError into an ArtifactError that names the file and says what cannot be done with it.
-
-    So it does with what is no regular file, such as a FIFO, which would be waited for, but for one of `or_stream`.
-    """
+def naming(path: Path, what: str = "written") -> Iterator[None]:
+    """Turns an OSError into an ArtifactError that names the file and says what cannot be done with it."""
     try:
-        if not or_stream and path.exists() and not path.is_file():
-            raise OSError("it is not a regular file")
         yield
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be {what} ({error.strerror or error})") from error
@@ -100,16 +92,15 @@ def save(path: Path, content: dict[str, Any]) -> None:
     """Writes a dictionary whole: to a `.json` file as JSON, else as PyTorch writes a checkpoint, with a checksum."""
     with written_whole(path) as file:
         if path.suffix == ".json":
-            content = content | {"checksum": digest(content)}
-            file.write(json.dumps(content, indent=1, allow_nan=False).encode())
-        else:
-            import torch  # takes seconds, which the command line need not wait for
+            file.write(json.dumps(content | {"checksum": digest(content)}, indent=1, allow_nan=False).encode())
+            return
+        import torch  # takes seconds, which the command line need not wait for
 
-            # Readers of a zip archive skip the comment at its end; the field before it is the length of the comment.
-            torch.save(content, file)
-            file.seek(-2, io.SEEK_END)
-            file.write(CHECKSUM_SIZE.to_bytes(2, "little"))
-            file.write(hashlib.sha256(file.getvalue()).hexdigest().encode())
+        torch.save(content, file)
+        # Into the comment that ends a zip archive, after its length. The CRC in it leaves out where the tensors are.
+        file.seek(-2, io.SEEK_END)
+        file.write(CHECKSUM_SIZE.to_bytes(2, "little"))
+        file.write(hashlib.sha256(file.getvalue()).hexdigest().encode())
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -121,23 +112,26 @@ def load(path: Path) -> dict[str, Any]:
             loaded = json.loads(content)
             if loaded.pop("checksum", None) != digest(loaded):
                 raise ValueError("it was changed after it was written")
-        else:
-            import torch
+            return loaded
+        import torch
 
-            if content[-CHECKSUM_SIZE:] != hashlib.sha256(content[:-CHECKSUM_SIZE]).hexdigest().encode():
-                raise ValueError("it does not match its checksum")
-            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if content[-CHECKSUM_SIZE:] != hashlib.sha256(content[:-CHECKSUM_SIZE]).hexdigest().encode():
+            raise ValueError("it does not match its checksum")
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(loaded, dict):
             raise ValueError(f"it holds a {type(loaded).__name__}")
+        return loaded
     except Exception as error:  # any byte may be wrong, and what that raises is anything
         raise ArtifactError(f"{path}: is damaged or something else ({one_line(error)})") from None
-    return loaded
 
 
 def code_of(root: Path, patterns: Iterable[str]) -> dict[str, str]:
     """File to the hash of its bytes, for all files under `root` that match a pattern such as `audits/*.py`."""
-    paths = {path.relative_to(root).as_posix(): path for pattern in patterns for path in root.glob(pattern)}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in sorted(paths.items())}
+    hashes = {}
+    for pattern in patterns:
+        for path in root.glob(pattern):
+            hashes[path.relative_to(root).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return hashes
 
 
 @dataclass(frozen=True)
@@ -162,22 +156,19 @@ class Artifact:
         return content
 
     def why_not(self) -> str:
-        """Why it is not there as it would be made, in words; "" where it is.
-
-        Raises ArtifactError where something stands in its place that is not a file.
-        """
-        with naming(self.path, "read"):
-            if not self.path.exists():
-                return "not there yet"
+        """Why it is not there as it would be made, in words; "" where it is."""
+        try:
             status = self.path.stat()
-        version = (self.made_by, status.st_ino, status.st_size, status.st_mtime_ns)
-        if self.seen.get(self.path) != version:
-            try:
-                self.load()
-            except ArtifactError as error:
-                return BY_OTHERS if str(error).endswith(BY_OTHERS) else "damaged or unreadable"
-            self.seen[self.path] = version
-        return ""
+            version = (self.made_by, status.st_ino, status.st_size, status.st_mtime_ns)
+            if self.seen.get(self.path) != version:
+                if load(self.path).get("made_by") != self.made_by:
+                    return BY_OTHERS
+                self.seen[self.path] = version
+            return ""
+        except FileNotFoundError:
+            return "not there yet"
+        except (OSError, ArtifactError):
+            return "damaged or unreadable"
 
     @property
     def is_there(self) -> bool:
@@ -192,12 +183,13 @@ def locked(root: Path) -> Iterator[None]:
     Where the system has no such locks (Windows), nothing is held.
     Raises ArtifactError where another run holds it, and says which, or where the folder cannot be written to.
     """
-    with naming(root / ".lock"):
-        file = open(root / ".lock", "a+", encoding="utf-8", errors="backslashreplace")
-    with file:
+    with ExitStack() as held:
         with naming(root / ".lock"):
+            file = held.enter_context(open(root / ".lock", "a+", encoding="utf-8", errors="backslashreplace"))
             try:
-                if fcntl:
+                with suppress(ImportError):  # of Windows
+                    import fcntl
+
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
@@ -206,12 +198,29 @@ def locked(root: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}: {shlex.join(sys.argv)}\n")
             file.flush()
-        remove_partial(root)
+        for folder in ("checkpoints", "datasets", "eval", "reports"):
+            for path in (root / folder).rglob(f"*{PARTIAL}"):  # half written, by a run that was killed
+                path.unlink(missing_ok=True)
         yield
 
 
-def remove_partial(root: Path) -> None:
-    """Removes what a killed run has left half written beside its files."""
-    for folder in ("checkpoints", "datasets", "eval", "reports"):
-        for path in (root / folder).rglob(f"*{PARTIAL}"):
-            path.unlink(missing_ok=True)
+@dataclass(frozen=True)
+class Log:
+    """Says messages on the terminal and in a file. The prefix tells which process it is, where there are several."""
+
+    path: Path
+    prefix: str = ""
+
+    def __call__(self, message: str) -> None:
+        """Says it on both. Raises ArtifactError where the file cannot be written."""
+        with suppress(OSError):  # nobody reads the terminal any more: `main.py | head`
+            tqdm.write(f"{self.prefix}{message}")
+            sys.stdout.flush()
+        self.note(message)
+
+    def note(self, message: str) -> None:
+        """Says it in the file alone, with the time. Raises ArtifactError where that cannot be written."""
+        with naming(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.prefix}{message}\n")

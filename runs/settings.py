@@ -13,7 +13,7 @@ import reprlib
 import types
 import typing
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -21,31 +21,34 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 
-from mimu.runs.files import ArtifactError, InputError, naming, one_line, slug
+from mimu.runs.files import InputError, naming, one_line, slug
 
 Kind = TypeVar("Kind")
 Layer = tuple[str, Any]  # how messages call where settings come from, and the settings
+Renamed = Mapping[str, str]  # dotted key of before to the key of now, or to words such as "is gone: ..."
 BOUNDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 LIMIT = 1_000_000_000  # of numbers whose range has no upper bound
-hints_of = cache(partial(typing.get_type_hints, include_extras=True))
 WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "null"}
+hints_of = cache(partial(typing.get_type_hints, include_extras=True))
 
 
 class ConfigError(InputError):
     """A setting that cannot work; the message names the file, the key and what would be valid."""
 
 
-def load_config(kind: type[Kind], bases: Sequence[Path], path: Path, overrides: Sequence[str] = ()) -> Kind:
+def load_config(
+    kind: type[Kind], bases: Sequence[Path], path: Path, overrides: Sequence[str] = (), renamed: Renamed | None = None
+) -> Kind:
     """Reads the bases in their order, over them what `path` changes (but for its variants), over that the overrides.
 
-    path may be one of the bases. Raises ConfigError.
+    path may be one of the bases. Raises ConfigError, which for a key of `renamed` says what it is now.
     """
     layers, _ = read_layers(bases, path)
-    return built(kind, bases, [*layers, *map(parsed_override, overrides)])
+    return built(kind, bases, [*layers, *map(parsed_override, overrides)], renamed)
 
 
 def load_variants(
-    kind: type[Kind], bases: Sequence[Path], path: Path, overrides: Sequence[str] = ()
+    kind: type[Kind], bases: Sequence[Path], path: Path, overrides: Sequence[str] = (), renamed: Renamed | None = None
 ) -> dict[str, Kind]:
     """The configs that a file describes: one for each of its variants by name, or where it has none, one named "".
 
@@ -54,7 +57,7 @@ def load_variants(
     layers, variants = read_layers(bases, path)
     over = [parsed_override(override) for override in overrides]
     if variants is None:
-        return {"": built(kind, bases, [*layers, *over])}
+        return {"": built(kind, bases, [*layers, *over], renamed)}
     if not isinstance(variants, dict) or not variants:
         raise ConfigError(f"{path}: variants must map names to what each changes, not {shown(variants)}")
     for name in variants:
@@ -62,10 +65,11 @@ def load_variants(
             raise ConfigError(f"{path}: the name of a variant must be up to 100 characters without $, not {name!a}")
     if len(set(map(slug, variants))) < len(variants):
         raise ConfigError(f"{path}: variants must differ in the letters and digits of their names: {list(variants)}")
-    return {
-        name: built(kind, bases, [*layers, (f"{path}, variant {name}", {} if changes is None else changes), *over])
-        for name, changes in variants.items()
-    }
+    configs = {}
+    for name, changes in variants.items():
+        of_variant = (f"{path}, variant {name}", {} if changes is None else changes)
+        configs[name] = built(kind, bases, [*layers, of_variant, *over], renamed)
+    return configs
 
 
 def read_layers(bases: Sequence[Path], path: Path) -> tuple[list[Layer], Any]:
@@ -83,7 +87,7 @@ class Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         found = set()
-        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+        for key, _ in node.value:
             if key.value in found:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
             found.add(key.value)
@@ -92,14 +96,18 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def parsed(text: str | bytes, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader)
+    except Exception as error:  # PyYAML lets Python's own through where a date, a number or a nesting is odd
+        raise ConfigError(f"{origin}: is not valid YAML ({one_line(error)})") from None
+
+
 def read_yaml(path: Path) -> Any:
     """What stands in a YAML file, nothing as an empty mapping. Raises InputError."""
-    with naming(path, "read", or_stream=True):  # such as the output of another program
+    with naming(path, "read"):
         content = path.read_bytes()
-    try:
-        settings = yaml.load(content, Loader)
-    except Exception as error:  # PyYAML lets Python's own through where a date, a number or a nesting is odd
-        raise ConfigError(f"{path}: is not valid YAML ({one_line(error)})") from None
+    settings = parsed(content, str(path))
     return {} if settings is None else settings
 
 
@@ -108,39 +116,41 @@ def parsed_override(override: str) -> Layer:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: is not an override; write section.key=value")
-    try:
-        settings: Any = yaml.load(text, Loader)
-    except Exception:
-        raise ConfigError(f"{override!r}: its value is not valid YAML") from None
-    return f"override {' '.join(override.split())}", {key: settings}
+    origin = f"override {' '.join(override.split())}"
+    return origin, {key: parsed(text, origin)}
 
 
-def built(kind: type[Kind], bases: Sequence[Path], layers: Sequence[Layer]) -> Kind:
+def built(kind: type[Kind], bases: Sequence[Path], layers: Sequence[Layer], renamed: Renamed | None) -> Kind:
     """The dataclass of all layers, the later ones over the earlier. Raises ConfigError."""
     values: dict[str, Any] = {}
     origins: ChainMap[str, str] = ChainMap()
     for origin, settings in layers:
         origins = origins.new_child()
-        values = laid_over(values, settings, kind, origin, origins)
-    origins[""] = bases[0].name
-    # What a base sets may be impossible only with what was changed beside it.
-    names = [base.name for base in bases]
-    if over := ", ".join(dict.fromkeys(origin for origin, _ in layers if origin not in names)):
-        origins = {key: f"{over}, over {origin}" if origin in names else origin for key, origin in origins.items()}
-    return constructed(kind, values, origins)
+        values = laid_over(values, settings, kind, origin, origins, renamed or {})
+    try:
+        return constructed(kind, values)
+    except ValueError as error:
+        names = [base.name for base in bases]
+        origin = origins.get(str(error).split()[0].rstrip(":,"), names[0])
+        changes = dict.fromkeys(change for change, _ in layers if change not in names)
+        if changes and origin in names:  # what a base sets may be impossible only with what was changed beside it
+            origin = f"{', '.join(changes)}, over {origin}"
+        raise ConfigError(f"{origin}: {error}") from None
 
 
-def laid_over(below: Any, above: Any, hint: Any, origin: str, origins: ChainMap[str, str], key: str = "") -> Any:
+def laid_over(
+    below: Any, above: Any, hint: Any, origin: str, origins: ChainMap[str, str], renamed: Renamed, key: str = ""
+) -> Any:
     """A setting in its type; a mapping with what it changes of the one below it. Raises ConfigError.
 
     `eval.step: 15` is what `eval: {step: 15}` is.
 
     origins: is told of every dotted key from which layer it comes; its first mapping is of this one
     """
-    is_section, is_table = dataclasses.is_dataclass(hint), typing.get_origin(hint) is dict
     is_twice = key in origins.maps[0]
     origins[key] = origin
-    if not (is_section or is_table):
+    is_section = dataclasses.is_dataclass(hint)
+    if not is_section and typing.get_origin(hint) is not dict:
         if is_twice:
             raise ConfigError(f"{origin}: {key} stands twice")
         try:
@@ -155,42 +165,43 @@ def laid_over(below: Any, above: Any, hint: Any, origin: str, origins: ChainMap[
     over = dict(below)
     for dotted, value in above.items():
         name, dot, rest = dotted.partition(".")
+        inner = f"{prefix}{name}"
+        if now := renamed.get(inner):
+            raise ConfigError(f"{origin}: {inner} {now if ' ' in now else f'is now {now}'}")
         if is_section and name not in hints:
             near = [f"{prefix}{each}" for each in difflib.get_close_matches(name, hints, n=1)]
             near = [each for each in origins if each and f".{each}".endswith(f".{name}")][:5] or near
             meant = f"; did you mean {' or '.join(near)}?" if near else "."
-            given = " ".join(f"{prefix}{name}".split())
+            given = " ".join(inner.split())
             raise ConfigError(f"{origin}: {given} is not a setting{meant} Valid here: {', '.join(hints)}")
-        inner = hints[name] if is_section else typing.get_args(hint)[1]
+        of_inner = hints[name] if is_section else typing.get_args(hint)[1]
         value = {rest: value} if dot else value
-        over[name] = laid_over(over.get(name, {}), value, inner, origin, origins, f"{prefix}{name}")
+        over[name] = laid_over(over.get(name, {}), value, of_inner, origin, origins, renamed, inner)
     return over
 
 
-def constructed(kind: type[Kind], values: dict[str, Any], origins: dict[str, str], prefix: str = "") -> Kind:
-    """A section of its values. Raises ConfigError where one is missing or the section refuses one."""
+def constructed(kind: type[Kind], values: dict[str, Any], prefix: str = "") -> Kind:
+    """A section of its values. Raises ValueError where one is missing or the section refuses one."""
     arguments = {}
     for name, hint in hints_of(kind).items():
         if dataclasses.is_dataclass(hint):
-            arguments[name] = constructed(hint, values.get(name, {}), origins, f"{prefix}{name}.")
+            arguments[name] = constructed(hint, values.get(name, {}), f"{prefix}{name}.")
         elif name in values:
             arguments[name] = values[name]
         else:
-            raise ConfigError(f"{origins['']}: {prefix}{name} is missing: it must be {description(hint)}")
+            raise ValueError(f"{prefix}{name} is missing: it must be {description(hint)}")
     try:
         return kind(**arguments)
-    except ArtifactError:
-        raise
     except ValueError as error:
-        key = f"{prefix}{str(error).split()[0].rstrip(':,')}"
-        raise ConfigError(f"{origins.get(key, origins[''])}: {prefix}{error}") from None
+        raise ValueError(f"{prefix}{error}") from None
 
 
 def converted(value: Any, hint: Any) -> Any:
     """The value in the type of the hint. Raises TypeError where it is of another, or outside of the hint's range."""
     ranges = hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
     hint = hint.__origin__ if ranges else hint
-    kind, options = typing.get_origin(hint), typing.get_args(hint)
+    kind = typing.get_origin(hint)
+    options = typing.get_args(hint)
     if kind in (types.UnionType, typing.Union):
         for option in options:
             with suppress(TypeError):
@@ -201,26 +212,29 @@ def converted(value: Any, hint: Any) -> Any:
             return tuple(map(converted, value, hints))
     elif kind is typing.Literal and value in options:
         return value
-    elif hint is float and type(value) in (int, float, str):  # YAML reads 1e-3, without a point, as text
+    if hint is float and type(value) in (int, str):  # YAML reads 1e-3, without a point, as text
         with suppress(ValueError, OverflowError):
-            if math.isfinite(number := float(value)) and is_within(number, ranges):
-                return number
-    elif type(value) is hint and (hint is not int or is_within(value, ranges)):
+            value = float(value)
+    if type(value) is hint and (hint not in (int, float) or is_within(value, ", ".join(ranges))):
         return value
     raise TypeError
 
 
-def is_within(number: int | float, ranges: Sequence[str]) -> bool:
-    """Whether a number satisfies every clause ("at least 1", "above 0, below 1") of its ranges."""
-    clauses = [clause.rsplit(" ", 1) for clause in ", ".join(ranges).split(", ") if clause]
-    if not {"at most", "below"} & {words for words, _ in clauses}:
-        clauses.append(["at most", str(LIMIT)])
-    return all(BOUNDS[words](number, type(number)(bound)) for words, bound in clauses)
+def is_within(number: int | float, words: str) -> bool:
+    """Whether a number is finite and satisfies every clause of a range: "at least 1", "above 0, below 1"."""
+    clauses = [clause.rsplit(" ", 1) for clause in bounded(words).split(", ") if clause]
+    return number > -math.inf and all(BOUNDS[bound](number, type(number)(limit)) for bound, limit in clauses)
+
+
+def bounded(words: str) -> str:
+    """A range with an upper bound."""
+    return words if "at most" in words or "below" in words else f"{words}, at most {LIMIT}"
 
 
 def description(hint: Any) -> str:
     """The type and the range of a setting in words."""
-    kind, options = typing.get_origin(hint), typing.get_args(hint)
+    kind = typing.get_origin(hint)
+    options = typing.get_args(hint)
     if kind is Annotated:
         return ", ".join([description(hint.__origin__), *hint.__metadata__])
     if kind in (types.UnionType, typing.Union):
@@ -236,9 +250,8 @@ def description(hint: Any) -> str:
 def refusal(value: Any, hint: Any) -> str:
     """What a setting must be, and what it is instead."""
     words = description(hint)
-    if isinstance(value, int | float) and value > LIMIT and not ("at most" in words or "below" in words):
-        words += f", at most {LIMIT}"
-    return f"{words}, not {shown(value)}"
+    is_large = isinstance(value, int | float) and value > LIMIT
+    return f"{bounded(words) if is_large else words}, not {shown(value)}"
 
 
 def shown(value: Any) -> str:

@@ -1,7 +1,9 @@
-"""One process of a run at work: what it says, what its stages take, and files that are made once."""
+"""The processes of a run, this one alone or all that torchrun has started, and what the stages of each share."""
 
 from __future__ import annotations
 
+import datetime
+import json
 import math
 import os
 import platform
@@ -14,10 +16,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from mimu.runs.files import Artifact
-from mimu.runs.log import Log
-from mimu.runs.processes import Processes
+from mimu.runs.files import Artifact, Log
+
+
+class Processes:
+    """What the processes of a run tell one another, through the store of torch.distributed.
+
+    They share the folder of the artifacts, and no tensor: gloo and nccl are not needed. Each takes the next GPU.
+    """
+
+    def __init__(self) -> None:
+        self.rank = 0
+        self.count = 1
+        self._store: dist.Store = dist.HashStore()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            forever = datetime.timedelta(days=365)  # torchrun ends the others when one has failed
+            store, self.rank, self.count = next(dist.rendezvous("env://", timeout=forever))
+            # All begins anew when torchrun starts all processes again.
+            self._store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            self._store.set_timeout(forever)
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+    def take(self, tasks: Sequence[Any]) -> Iterator[Any]:
+        """The next task that no process has taken, until there is none; once a run."""
+        while (taken := self._store.add("tasks taken", 1)) <= len(tasks):
+            yield tasks[taken - 1]
+
+    def first(self, begin: Callable[[], None]) -> None:
+        """Calls it in the first process, once a run; the others wait until it has returned."""
+        if self.rank == 0:
+            begin()
+            self._store.set("begun", "")
+        self._store.get("begun")
+
+    def once(self, name: str, make: Callable[[], None]) -> None:
+        """Calls it in the process that asks first by this name; the others wait until it has returned.
+
+        Where it raises they wait for ever, and torchrun ends them.
+        """
+        if self._store.add(f"asked for {name}", 1) == 1:
+            make()
+            self._store.set(f"{name} is made", "")
+        self._store.get(f"{name} is made")
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values (as JSON holds them) of all processes in order, once a run, at the first one; else nothing."""
+        if self.rank > 0:
+            self._store.set(f"value of {self.rank}", json.dumps(value))
+            return []
+        return [value] + [json.loads(self._store.get(f"value of {rank}")) for rank in range(1, self.count)]
 
 
 class Work:
@@ -48,9 +98,9 @@ class Work:
         def make_it() -> None:
             if artifact.is_there:
                 self.log(f"{name}: reused")
-                return
-            with self.stage(name):
-                artifact.save(make())
+            else:
+                with self.stage(name):
+                    artifact.save(make())
 
         self.processes.once(artifact.path.name, make_it)
         return artifact.load()
@@ -60,15 +110,14 @@ def how_many(artifacts: Sequence[Artifact]) -> str:
     """How many of the files are there as they would be made, and why the others are not, in words."""
     reasons = Counter(each.why_not() for each in artifacts)
     there = f"{reasons.pop('', 0)} of {len(artifacts)} files are there"
-    return f"{there}: {', '.join(f'{count} {why}' for why, count in reasons.items())}" if reasons else there
+    why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    return f"{there}: {why}" if why else there
 
 
 def describe_machine() -> str:
     """What the last digits of the numbers depend on."""
-    return (
-        f"{platform.node()}, {platform.machine()}, {torch.get_num_threads()} threads, Python "
-        f"{platform.python_version()}, torch {torch.__version__}"
-    )
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{platform.node()}, {platform.machine()}, {torch.get_num_threads()} threads, {versions}"
 
 
 def memory_of(device: torch.device) -> float:
@@ -82,9 +131,9 @@ def memory_of(device: torch.device) -> float:
 
 def peak_bytes() -> int:
     """The most memory that this process has held; 0 where the system does not say."""
-    try:
+    with suppress(ImportError):  # of Windows
         import resource
-    except ImportError:  # Windows
-        return 0
-    # Kilobytes on Linux, bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+        # Kilobytes on Linux, bytes on macOS.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0

@@ -37,7 +37,7 @@ from mimu.eval import Eval, Request
 from mimu.main import run
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import Ranking, TrainedGCN
-from mimu.model import LARGEST_CHANGE, HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory
+from mimu.model import HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory
 from mimu.reporter import markdown_table
 from mimu.runs.files import ROOT, Artifact, save, write_text
 from mimu.runs.work import peak_bytes
@@ -74,20 +74,20 @@ class Table(dict[str, tuple[float, float | None, float | None]]):
         return markdown_table(["what", "median", "smallest to largest"], rows)
 
 
-class PlainGCN(nn.Module):
+class PlainGCN(MaskingGCN):
     """The masking GCN with PyG's SAGEConv, on an edge list or a CSR adjacency: the same parameters and outputs."""
 
     def __init__(self, gcn: MaskingGCN) -> None:
-        super().__init__()
+        super().__init__(gcn.num_features, gcn.readout.in_features, len(gcn.convs))
         shapes = [conv.lin_l.weight.shape for conv in gcn.convs]
         self.convs = nn.ModuleList(SAGEConv(n, m, bias=False) for m, n in shapes)
-        self.readout, self.log_factors = copy.deepcopy(gcn.readout), copy.deepcopy(gcn.log_factors)
         self.load_state_dict(gcn.state_dict())
 
-    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+    def hidden(self, x: Tensor, edges: Tensor) -> list[Tensor]:
+        x = x[0]
         for index, conv in enumerate(self.convs):
             x = conv(x, edges).relu() if index else conv(x, edges)
-        return (self.log_factors + LARGEST_CHANGE * (self.readout(x) / LARGEST_CHANGE).tanh()).exp()  # (vertices, 2)
+        return [x[None, None]]  # (1, 1, vertices, hidden)
 
 
 def default_gcn() -> MaskingGCN:
@@ -127,7 +127,7 @@ def pyg_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
     """PyG's SAGEConv with memory managed as PyTorch comes: the default GCN, forward and backward on a 64x128 graph."""
     _, x, ways = layer_graph()
     for name, edges in ways.items():
-        table.time(f"{name}, ms", forward_and_backward(PlainGCN(default_gcn()), x[0], edges), 3 if quick else 9)
+        table.time(f"{name}, ms", forward_and_backward(PlainGCN(default_gcn()), x, edges), 3 if quick else 9)
 
 
 def gcn_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
@@ -139,7 +139,7 @@ def gcn_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
         table.add(f"{name} as PyTorch comes / closed form", before["pyg"][f"{name}, ms"][0] / closed)
         table.add(f"{name} / closed form", table[f"{name}, ms"][0] / closed)
     with torch.no_grad():
-        outputs = {name: PlainGCN(gcn)(x[0], edges) for name, edges in ways.items()} | {"closed form": gcn(x, graph)[0]}
+        outputs = {name: PlainGCN(gcn)(x, edges) for name, edges in ways.items()} | {"closed form": gcn(x, graph)}
     expected = outputs.pop("edge list")
     for name, output in outputs.items():
         difference = (output - expected).abs().max().item()

@@ -42,6 +42,15 @@ class Power:
             raise self.error
         self.before()
 
+    def watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function as an operation."""
+
+        def operation(*arguments: Any, **options: Any) -> Any:
+            self.use()
+            return function(*arguments, **options)
+
+        return operation
+
 
 class Watched:
     """A file open for writing, every write of which is an operation; a write that is cut leaves half of it."""
@@ -53,12 +62,9 @@ class Watched:
         half = len(content) // 2
         try:
             self._power.use()
-        except OSError:
+        finally:
             self._file.write(content[:half])
             self._file.flush()
-            raise
-        self._file.write(content[:half])
-        self._file.flush()
         self._power.before()
         return half + self._file.write(content[half:])
 
@@ -77,27 +83,17 @@ def power(
     monkeypatch: Any, cut_before: int = 0, error: OSError | None = None, before: Callable[[], object] = lambda: None
 ) -> Iterator[Power]:
     """Every operation on files is counted while the context is open; with an error, it fails from one of them on."""
-    supply = Power(cut_before, error, before)
-
-    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-        def operation(*arguments: Any, **options: Any) -> Any:
-            supply.use()
-            return function(*arguments, **options)
-
-        return operation
-
-    real_open = builtins.open
+    supply, real_open = Power(cut_before, error, before), builtins.open
 
     def open_watched(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        if not set(mode) & set("wxa+"):
-            return real_open(file, mode, *arguments, **options)
-        supply.use()
-        return Watched(real_open(file, mode, *arguments, **options), supply)
+        if set(mode) & set("wxa+"):
+            return Watched(supply.watched(real_open)(file, mode, *arguments, **options), supply)
+        return real_open(file, mode, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "open", open_watched)
         for name in ("replace", "fsync", "mkdir", "rmdir", "unlink"):
-            patch.setattr(os, name, watched(getattr(os, name)))
+            patch.setattr(os, name, supply.watched(getattr(os, name)))
         yield supply
 
 
@@ -106,18 +102,10 @@ def damaged(content: bytes, random: Random) -> bytes:
     position = random.randrange(len(content))
     end = min(len(content), position + random.choice([1, 2, 8, 100, len(content)]))
     some = bytes(random.randrange(256) for _ in range(end - position))
-    return random.choice(
-        [
-            content[:position] + bytes([content[position] ^ 1 << random.randrange(8)]) + content[position + 1 :],
-            content[:position] + some + content[end:],
-            content[:position] + bytes(end - position) + content[end:],
-            content[:position],
-            content[:position] + content[end:],
-            content[:position] + content[position:end] + content[position:],
-            b"",
-            content[::-1],
-        ]
-    )
+    head, middle, tail = content[:position], content[position:end], content[end:]
+    flipped = head + bytes([content[position] ^ 1 << random.randrange(8)]) + content[position + 1 :]
+    others = [flipped, head + some + tail, head + bytes(end - position) + tail, head, head + tail]
+    return random.choice([*others, head + middle + middle + tail, b"", content[::-1]])
 
 
 def draw_nothing(monkeypatch: Any) -> None:

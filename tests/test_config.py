@@ -18,13 +18,12 @@ from mimu.runs.settings import ConfigError
 CONFIGS = sorted(path for path in CONFIG.parent.glob("*.yaml") if path.name != "methods.yaml")
 
 
-def assert_holds(read, changes: dict) -> None:
+def assert_holds(read: dict, changes: dict) -> None:
     for key, value in changes.items():
-        part = read[key] if isinstance(read, dict) else getattr(read, key)
         if isinstance(value, dict):
-            assert_holds(part, value)
+            assert_holds(read[key], value)
         else:
-            assert (list(part) if isinstance(part, tuple) else part) == value
+            assert (list(read[key]) if isinstance(read[key], tuple) else read[key]) == value
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -33,22 +32,22 @@ def test_every_config_of_the_project_can_run(path):
     variants = changes.pop("variants", {"": {}})
     configs = load_variants(path)
     assert list(configs) == list(variants)
-    assert_holds(load_config(path), changes)
+    assert_holds(dataclasses.asdict(load_config(path)), changes)
     for name, config in configs.items():
-        assert_holds(config, variants[name] or {})
+        assert_holds(dataclasses.asdict(config), variants[name] or {})
 
 
 SECTIONS = {name: hint for name, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
-KEYS = [f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
+KEYS = []
+for name, section in SECTIONS.items():
+    KEYS += [f"{name}.{field.name}" for field in dataclasses.fields(section)]
+
+
+ANY = st.none() | st.integers() | st.floats() | st.sampled_from(["auto", "all", ""])
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    st.sampled_from(KEYS),
-    st.recursive(
-        st.none() | st.integers() | st.floats() | st.sampled_from(["auto", "all", ""]), st.lists, max_leaves=3
-    ),
-)
+@given(st.sampled_from(KEYS), st.recursive(ANY, st.lists, max_leaves=3))
 def test_any_setting_makes_a_config_or_is_one_line(key, value):
     override = f"{key}={yaml.safe_dump(value, default_flow_style=True)}"
     try:
@@ -72,13 +71,10 @@ BAD = [
     ("sweep.kappa=[5, 5]", "sweep.kappa must name at least one value, and each once"),
     ("sweep.forget_digits=[nine]", "sweep.forget_digits must be from 0 to 9 or of ('0', '1', '2', '3', "),
     ("sweep.forget_digits=[-1]", "sweep.forget_digits must be a list, each an integer, at least 0, or text, not [-1]"),
-    ("sweep.forget_digits=[[1]]", "sweep.forget_digits must be a list, each an integer, at least 0, or text, not "),
     ("gcn.weighs=[0, 7]", "gcn.weighs must be "),
-    ("held_out=-1", "held_out must be an integer, at least 0, not -1"),
     ("dataset=CIFAR100", "dataset must be MNIST, FashionMNIST, KMNIST, "),
     ("dataset=../datasets/MNIST", "dataset must be MNIST, FashionMNIST, KMNIST, "),
     ("sweep.seeds=[]", "sweep.seeds must name at least one value, and each once"),
-    ("sweep.forget_digits=[10]", "sweep.forget_digits must be from 0 to 9 or of ('0', '1', '2', '3', "),
     ("graphs.mask_layer=3", "graphs.mask_layer must be null, or one or several of -3 to 2, each once, not 3"),
     ("graphs.mask_layer=[-2, 1]", "must be null, or one or several of -3 to 2, each once, not (-2, 1)"),
     ("graphs.features=[wait]", "graphs.features must be some of input_activation, "),
@@ -106,7 +102,7 @@ def test_what_cannot_work_is_one_line_that_names_the_key_and_what_is_valid(overr
 
 def own_data(folder: Path, names: Sequence[str], test_names: Sequence[str]) -> None:
     """Folders with one image of each class."""
-    for path in (*(f"train/{name}" for name in names), *(f"test/{name}" for name in test_names)):
+    for path in [f"train/{name}" for name in names] + [f"test/{name}" for name in test_names]:
         write_image(folder / "mine" / path / "0.png", np.zeros((6, 8), np.uint8))
 
 

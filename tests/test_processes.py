@@ -1,17 +1,17 @@
 """Processes share what is to do, make what is shared once, and fail together."""
 
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from running import PROJECT
 
-from mimu.runs.files import Artifact, ArtifactError
-from mimu.runs.log import Log
-from mimu.runs.processes import Processes
-from mimu.runs.work import how_many
+from mimu.runs.files import Artifact, ArtifactError, Log
+from mimu.runs.work import Processes, how_many
 
 
 @pytest.fixture
@@ -25,19 +25,6 @@ def three(monkeypatch) -> list[Processes]:
     for each in processes:
         each._store.set_timeout(timedelta(seconds=20))
     return processes
-
-
-def at_once(processes: list[Processes], work: Callable[[Processes], object]) -> list[object]:
-    """What each returns or raises."""
-
-    def result(each: Processes) -> object:
-        try:
-            return work(each)
-        except Exception as error:
-            return error
-
-    with ThreadPoolExecutor(len(processes)) as threads:
-        return list(threads.map(result, processes))
 
 
 def test_every_task_is_taken_once_after_the_beginning_and_all_is_gathered_in_order(three):
@@ -54,23 +41,30 @@ def test_every_task_is_taken_once_after_the_beginning_and_all_is_gathered_in_ord
             time.sleep(0.001)
         return processes.gathered({"rank": processes.rank, "taken": taken})
 
-    gathered, *others = at_once(three, work)
+    with ThreadPoolExecutor(3) as threads:
+        gathered, *others = threads.map(work, three)
     assert others == [[], []] and [share["rank"] for share in gathered] == [0, 1, 2]
-    assert sorted(task for share in gathered for task in share["taken"]) == list(range(30))
+    assert sorted(sum((share["taken"] for share in gathered), [])) == list(range(30))
     assert done[0] == "begun" and done.count("begun") == done.count("shared") == 1
     assert done.count("after") == done.count("later") == 3 and done.index("shared") < done.index("later")
 
 
-@pytest.mark.parametrize("name", ["first", "once"])
-def test_what_fails_in_one_process_fails_in_all(three, name):
-    def fail() -> None:
-        time.sleep(0.1)
-        raise ArtifactError("disk full")
+FAILING = """
+import time
+from mimu.runs.files import ArtifactError
+from mimu.runs.work import Processes
+def make():
+    time.sleep(0.5)
+    raise ArtifactError("disk full")
+Processes().once("classifier.pt", make)
+"""
 
-    begin = {"first": lambda each: each.first(fail), "once": lambda each: each.once("classifier.pt", fail)}[name]
-    results = at_once(three, begin)
-    assert sorted(type(result).__name__ for result in results) == ["ArtifactError", "RuntimeError", "RuntimeError"]
-    assert sum("has failed in another process: disk full" in str(result) for result in results) == 2
+
+def test_what_fails_in_one_process_ends_all(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "failing.py")]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and done.stderr.count("ArtifactError: disk full") == 1
 
 
 def test_how_many_files_are_there_and_why_the_others_are_not(tmp_path):

@@ -26,7 +26,7 @@ from mimu.configs import CONFIG, load_variants
 from mimu.data import GraphGenerator, load_image_data
 from mimu.images.sources import DataError
 from mimu.masking.order import ZeroingOrder
-from mimu.masking.rankings import GCNRanking, TrainedGCN
+from mimu.masking.rankings import Ranking, TrainedGCN
 from mimu.model import HookedMNISTClassifier
 from mimu.runs import files as run_files
 from mimu.runs.files import Artifact, InputError
@@ -58,7 +58,7 @@ def there(folder: Path, *overrides: str) -> dict[str, int]:
 
 def files_of(folder: Path, settings: Sequence[str]) -> list[Artifact]:
     """What a run of the smoke config makes."""
-    return [file for _, of_task in main.plan(main.Files(folder), smoke(*settings)) for file in of_task]
+    return sum((of_task for _, of_task in main.plan(main.Files(folder), smoke(*settings))), [])
 
 
 def test_the_whole_path_leaves_its_artifacts_and_clean_removes_them_alone(clone):
@@ -66,7 +66,7 @@ def test_the_whole_path_leaves_its_artifacts_and_clean_removes_them_alone(clone)
     own = {clone / "eval" / "masks" / "seed_of_mine.pt", clone / "reports" / "mine.png"}
     for path in own:
         run_files.write_text(path, "mine")
-    output = run(clone, *SMOKE, "sweep.kappa=[auto, 20]", "sweep.forget_digits=[3]")
+    output = run(clone, *SMOKE, "sweep.kappa=[auto, 20]", "sweep.forget_digits=[3]", "report.format=[pdf, svg]")
     for name in (*METHODS, "forget score", "retain score", "reports"):
         assert name in output
     results = metrics(clone).values()
@@ -76,14 +76,13 @@ def test_the_whole_path_leaves_its_artifacts_and_clean_removes_them_alone(clone)
         assert len(result["zeroed"]) == result["kappa"] and set(result["gave_up"]) <= {"mimu", "saliency"}
         assert result["num_graph_vertices"] == 16 * 32 and result["num_graph_edges"] == 16 * 32 * (16 + 32 - 2)
         assert all((clone / path).exists() for path in result["files"].values()) and len(result["files"]) == 4
-    written = files(clone)
-    curves = [f"{metric}_{part}_set" for metric in ("loss", "score") for part in ("forget", "retain")]
-    names = (*curves, "summary", "probability_on_forget_class")
-    assert {f"reports/{name}.png" for name in names} | {"reports/summary.md"} <= written.keys()
-    made = ("checkpoints/classifier_seed_0_", "checkpoints/gcn_seed_0_top_k_128_", "datasets/Graphs/seed_0_")
-    folders = ("eval/masks/seed_0", "eval/Metrics and Plots/plots")
-    assert [sum(path.startswith(each) for path in written) for each in (*made, *folders)] == [1, 1, 1, 2, 2 * 5]
-
+    drawn = ["loss_forget_set", "score_forget_set", "loss_retain_set", "score_retain_set"]
+    for name in (*drawn, "summary", "probability_on_forget_class"):
+        assert {path.suffix for path in (clone / "reports").glob(f"{name}.*")} - {".md"} == {".pdf", ".svg"}
+    assert (clone / "reports" / "summary.md").exists()
+    made = ["checkpoints/classifier_seed_0_*", "checkpoints/gcn_seed_0_top_k_128_*", "datasets/Graphs/seed_0_*"]
+    made += ["eval/masks/seed_0*", "eval/Metrics and Plots/plots/*/*.svg"]
+    assert [len(list(clone.glob(pattern))) for pattern in made] == [1, 1, 1, 2, 2 * 5]
     subprocess.run(["bash", str(clone / "clean.sh")], check=True, cwd="/")
     for path in own:
         assert path.read_text() == "mine"
@@ -97,35 +96,29 @@ def test_a_change_makes_anew_what_depends_on_it_and_nothing_else(here, monkeypat
     run_here(here, *TINY)
     finished = {"classifier": 1, "graphs": 1, "gcn": 1, "experiments": 2}
     assert there(here) == finished
-    for setting, made in (
-        ("gcn.steps=13", names[2:]),
-        ("sweep.top_k=[64]", names[2:]),
-        ("eval.step=16", names[3:]),
-        ("eval.target=0.2", names[3:]),
-        ("audit.enabled=true", names[3:]),
-        *((setting, names[1:]) for setting in ("graphs.samples_per_class=99", "samples=50")),
-        *((setting, names) for setting in ("classifier.epochs=2", "threads=2", "seed=1", "held_out=10")),
+    of_settings = {
         # What is drawn, of a method that does not run, of audits that are not made:
-        *((setting, []) for setting in ("report.dpi=51", "eval.visualize=true", "audit.relearn_steps=2")),
-        ("eval.hyperparameters.scrub.epochs=2", []),
-    ):
-        assert there(here, setting) == finished | dict.fromkeys(made, 0), setting
+        4: ["report.dpi=51", "eval.visualize=true", "audit.relearn_steps=2", "eval.hyperparameters.scrub.epochs=2"],
+        3: ["eval.step=16", "eval.target=0.2", "audit.enabled=true", "sweep.top_k=[64]"],
+        2: ["gcn.steps=13", "eval.retain_weight=51"],
+        1: ["graphs.samples_per_class=99", "samples=50"],
+        0: ["classifier.epochs=2", "threads=2", "seed=1", "held_out=10"],
+    }
+    for first, settings in of_settings.items():
+        for setting in settings:
+            assert there(here, setting) == finished | dict.fromkeys(names[first:], 0), setting
     assert there(here, "sweep.kappa=[20, 30]")["experiments"] == 2
 
     sources = copy_to(here / "sources", *TRACKED)
     monkeypatch.setattr(main, "PACKAGE", sources)
-    for file, made in (
-        *(
-            (file, names)
-            for file in ("main.py", "model.py", "data.py", "trainer.py", "images/sources.py", "masking/regression.py")
-        ),
-        *((file, names[3:]) for file in ("eval.py", "methods/controls.py", "of_my_own.py")),
-        *((file, []) for file in ("reporter.py", "tables/variants.py", "runs/files.py")),
-    ):
-        source = (sources / file).read_text() if (sources / file).exists() else ""
-        (sources / file).write_text(f"{source}# a remark\n")
-        assert there(here) == finished | dict.fromkeys(made, 0), file
-        (sources / file).write_text(source) if source else (sources / file).unlink()
+    of_all = ["main.py", "model.py", "data.py", "trainer.py", "images/sources.py", "masking/regression.py"]
+    of_none = ["reporter.py", "tables/variants.py", "runs/files.py"]
+    for first, changed in {0: of_all, 3: ["eval.py", "methods/controls.py", "of_my_own.py"], 4: of_none}.items():
+        for file in changed:
+            source = (sources / file).read_text() if (sources / file).exists() else ""
+            (sources / file).write_text(f"{source}# a remark\n")
+            assert there(here) == finished | dict.fromkeys(names[first:], 0), file
+            (sources / file).write_text(source) if source else (sources / file).unlink()
     monkeypatch.setattr(main, "checksum", lambda *arguments: "other")
     assert there(here) == dict.fromkeys(names, 0)
 
@@ -143,8 +136,8 @@ def test_a_finished_run_computes_nothing_again_and_what_is_missing_damaged_or_ch
     run_here(here, *TINY, "eval.visualize=true")
     output, after = capsys.readouterr().out, files(here)
     assert "5 of 5 files are there" in output and "classifier, " not in output
-    of_run = {"reports/run.json", "reports/run.log", ".lock"}
-    made = {name for name in after if after[name] != before.get(name)} - of_run
+    made = {name for name in after if after[name] != before.get(name)}
+    made -= {"reports/run.json", "reports/run.log", ".lock"}
     assert len(made) == 5 and all("/plots/" in name for name in made) and before.keys() == after.keys() - made
     log = (here / "reports" / "run.log").read_text()
     assert all(line[:4].isdigit() for line in log.splitlines()) and "5 of 5 files are there" in log
@@ -152,9 +145,8 @@ def test_a_finished_run_computes_nothing_again_and_what_is_missing_damaged_or_ch
     (path,) = (here / "eval").glob("*/metrics/*.json")
     changed = json.loads(path.read_text())
     changed["unlearning_metrics"]["mimu"]["score"] = 12.5
-    damages = lambda: path.write_text(json.dumps(changed)), path.unlink, lambda: path.write_bytes(b"{")
-    of_others = [partial(run_files.save, path, {"made_by": each, "config": []}) for each in ({}, None, 3, "other")]
-    for damage in (*damages, *of_others):
+    damages = [partial(path.write_text, json.dumps(changed)), path.unlink, partial(path.write_bytes, b"{")]
+    for damage in damages + [partial(run_files.save, path, {"made_by": each}) for each in ({}, None, 3, "other")]:
         damage()
         with pytest.raises(DataError, match="nothing of this config is finished: run it first"):
             main.plot(smoke(*TINY), here)
@@ -171,16 +163,12 @@ def test_a_finished_run_computes_nothing_again_and_what_is_missing_damaged_or_ch
     assert "0 of 5 files are there" in capsys.readouterr().out
 
 
-def test_a_rerun_reads_a_file_once_and_one_that_others_have_damaged_meanwhile_again(here, monkeypatch):
+def test_a_rerun_reads_a_file_once(here, monkeypatch):
     run_here(here, *TINY)
     reads, load = Counter(), run_files.load
     monkeypatch.setattr(run_files, "load", lambda path: reads.update([path]) or load(path))
     run_here(here, *TINY)
     assert reads == dict.fromkeys([file.path for file in files_of(here, TINY)], 1) and len(reads) == 5
-    made = files_of(here, TINY)
-    assert all(file.is_there for file in made)
-    made[-1].path.write_bytes(made[-1].path.read_bytes()[:-1])
-    assert [file.is_there for file in made] == [True] * 4 + [False]
 
 
 def test_settings_are_turned_into_json_once_for_a_training(here, monkeypatch):
@@ -193,29 +181,25 @@ def test_settings_are_turned_into_json_once_for_a_training(here, monkeypatch):
         assert 0 < len(calls) <= 3 * 6
 
 
-@pytest.mark.parametrize(
-    "settings, least, names",
-    [
-        # 16 bytes of every weight while the classifier is trained
-        (
-            ["classifier.hidden_sizes=[2000, 1000]", "graphs.mask_layer=-1"],
-            16 * (784 * 2000 + 2000 * 1000 + 1000 * 10),
-            "classifier.hidden_sizes",
-        ),
-        # 10 graphs of 15 features, each three times, in 4 bytes
-        (["graphs.mask_layer=null"], 12 * 10 * 15 * (784 * 32 + 32 * 16 + 16 * 10), "graphs.mask_layer or features"),
-        # 16 bytes of every weight of the GCN, and what the second round gives for 10 graphs
-        (["gcn.hidden=500"], 16 * 2 * 500 * (15 + 500) + 4 * 10 * 512 * 500, "gcn.hidden or rounds"),
-    ],
-)
-def test_what_cannot_fit_in_memory_is_refused_before_any_work(here, monkeypatch, settings, least, names):
+LARGE = {  # settings, and the bytes that they need
+    # 16 of every weight while the classifier is trained
+    "classifier.hidden_sizes": (["classifier.hidden_sizes=[2000, 1000]", "graphs.mask_layer=-1"], 16 * 3578000),
+    # 10 graphs of 15 features, each three times, in 4 bytes
+    "graphs.mask_layer or features": (["graphs.mask_layer=null"], 12 * 10 * 15 * (784 * 32 + 32 * 16 + 16 * 10)),
+    # 16 of every weight of the GCN, and what the second round gives for 10 graphs
+    "gcn.hidden or rounds": (["gcn.hidden=500"], 16 * 2 * 500 * (15 + 500) + 4 * 10 * 512 * 500),
+}
+
+
+@pytest.mark.parametrize("names", LARGE)
+def test_what_cannot_fit_in_memory_is_refused_before_any_work(here, monkeypatch, names):
+    settings, least = LARGE[names]
     configs = smoke(*settings)
     monkeypatch.setattr(main, "memory_of", lambda device: least)
     main.prepare(configs)
     monkeypatch.setattr(main, "memory_of", lambda device: 0.9 * least)
-    expected = (
-        f"{names}: needs at least {least / 1e9:.1f} GB of memory, and there are {0.9 * least / 1e9:.1f}: lower it"
-    )
+    needed, given = f"{least / 1e9:.1f} GB", f"{0.9 * least / 1e9:.1f}"
+    expected = f"{names}: needs at least {needed} of memory, and there are {given}: lower it"
     for start in (main.run, main.dry_run):
         with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
             start(configs, here)
@@ -246,7 +230,7 @@ variants:
 
 
 def test_variants_run_side_by_side_on_shared_classifiers(here, capsys):
-    main.run(load_variants(with_smoke(here, VARIANTS)), here)
+    main.run(load_variants(with_smoke(here, VARIANTS), ["report.format=[png, pdf, svg]"]), here)
     output = capsys.readouterr().out
     assert output.count("% of the test split classified correctly") == 2, "two of the three share one"
     results = metrics(here)
@@ -255,8 +239,8 @@ def test_variants_run_side_by_side_on_shared_classifiers(here, capsys):
     table = (here / "reports" / "variants.md").read_text()
     assert table.splitlines()[2] in output and "–" not in table
     assert [line.split("|")[1].strip() for line in table.splitlines()[4:]] == ["as it is", "two steps", "wider"]
-    assert (here / "reports" / "variants.png").exists()
-    assert (here / "reports" / "variants" / "two_steps" / "summary.md").exists()
+    for made in ("variants.png", "variants.pdf", "variants.svg", "variants/two_steps/summary.md"):
+        assert (here / "reports" / made).exists()
     shutil.copy(PROJECT / "clean.sh", here)
     subprocess.run(["bash", str(here / "clean.sh")], check=True)
     assert {path.name for path in here.iterdir()} == {"datasets", "mine.yaml", "clean.sh"}
@@ -281,18 +265,16 @@ def test_a_pretrained_gcn_is_made_from_all_variants(here, monkeypatch):
 
 
 def test_the_pretrained_gcn_is_taken_as_it_is(here):
-    settings = (*TINY, "gcn.pretrained=true")
-    run_here(here, *settings)
+    run_here(here, *TINY, "gcn.pretrained=true")
     assert not list((here / "checkpoints").glob("gcn_*"))
     (result,) = metrics(here).values()
     classifier = HookedMNISTClassifier((32, 16))
     classifier.load_state_dict(checkpoint(here, "classifier_seed_0")["state_dict"])
     config = smoke("gcn.pretrained=true", "graphs={features: [weight], other_classes: false}")[""]
-    trained = TrainedGCN.load()
-    reads = trained.graphs.features, trained.graphs.other_classes
-    assert (config.graphs.features, config.graphs.other_classes) == reads
-    graphs = graphs_of(config, here, classifier)
-    ranking = GCNRanking(config.eval, graphs, 3, 0, trained.gcn, 128)
+    trained, graphs = TrainedGCN.load(), graphs_of(config, here, classifier)
+    assert config.graphs.features == trained.graphs.features
+    assert config.graphs.other_classes == trained.graphs.other_classes
+    ranking = Ranking(config.eval, graphs, 3, 0, trained.gcn, 128)
     assert result["zeroed"] == ZeroingOrder(config.eval, graphs, 3, ranking).first(20).vertices.tolist()
 
 
@@ -326,11 +308,9 @@ def test_a_run_is_every_training_and_all_requests_after_it(processes):
     configs = load_variants(PROJECT / "configs" / "ablation.yaml", ["sweep.forget_digits=[1, 7]"])
     tasks, ahead = main.tasks_in_order(configs, processes), 0
     trainings = [training for training, forget_class in tasks if forget_class is None]
-    assert [(each.variant, each.seed) for each in trainings] == [
-        (variant, seed) for variant, config in configs.items() for seed in config.seeds
-    ]
+    assert [(each.variant, each.seed) for each in trainings] == list(product(configs, (0, 1, 2)))
     requests = [task for task in tasks if task[1] is not None]
-    assert requests == [(training, digit) for training in trainings for digit in (1, 7)]
+    assert requests == list(product(trainings, (1, 7)))
     for _, forget_class in tasks:
         ahead += 1 if forget_class is None else -0.5
         assert 0 <= ahead <= processes

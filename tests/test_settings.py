@@ -1,6 +1,6 @@
 """Settings that work are read as they are written; those that cannot work are one clear line."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -66,10 +66,10 @@ def read(bases: list[Path], *overrides: str) -> Config:
     return load_config(Config, bases, bases[0], overrides)
 
 
-def refused(path: Path, bases: list[Path], *overrides: str) -> str:
+def refused(path: Path, bases: list[Path], *overrides: str, renamed: dict[str, str] | None = None) -> str:
     """What is said of a config that cannot work: one line."""
     with pytest.raises(InputError) as error:
-        load_variants(Config, bases, path, overrides)
+        load_variants(Config, bases, path, overrides, renamed)
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
 
@@ -80,7 +80,7 @@ def mine(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_layers_go_over_one_another(bases, tmp_path):
+def test_layers_go_over_one_another(bases, tmp_path, monkeypatch):
     config = read(bases)
     assert config.training.kappa == ("auto", 20, 0.5) and config.training.rate == 0.001
     assert type(config.training.momentum) is float and config.training.tables == {"sft": {"epochs": 3, "rate": 0.5}}
@@ -90,27 +90,46 @@ def test_layers_go_over_one_another(bases, tmp_path):
     assert over.training.tables == {"sft": {"epochs": 2, "rate": 1}, "scrub": {"a": 1}}
     assert over.training.rate == config.training.rate and over.device == config.device
     assert load_config(Config, bases, mine(tmp_path, "# nothing\n")) == config
+    monkeypatch.chdir(mine(tmp_path, BASE).rename(tmp_path / "config.yaml").parent)
+    assert load_config(Config, bases, Path("config.yaml"), ["seed=1", "seed=1"]) == replace(config, seed=1)
 
 
-def test_dotted_keys_of_a_file_and_of_a_variant_are_those_of_the_command_line(bases, tmp_path):
-    text = (
-        "training.steps: 7\ntraining.tables.sft.epochs: 2\nvariants:\n  a.b: {training.steps: 8}\n  c: {training: {}}\n"
-    )
-    configs = load_variants(Config, bases, mine(tmp_path, text), ["training.rate=2"])
-    plain = ["training.tables.sft.epochs=2", "training.rate=2"]
-    expected = {"a.b": read(bases, *plain, "training.steps=8"), "c": read(bases, *plain, "training.steps=7")}
-    assert configs == expected
-
-
-def test_a_variant_goes_over_its_file_and_an_override_over_both(bases, tmp_path):
-    text = "seed: 4\ntraining: {steps: 7}\nvariants:\n  as it is:\n  longer: {training: {steps: 8, rate: 3}}\n  1: {}\n"
-    path = mine(tmp_path, text)
-    configs = load_variants(Config, bases, path, ["training.rate=2"])
-    assert list(configs) == ["as it is", "longer", "1"]
-    found = [(config.seed, config.training.steps, config.training.rate) for config in configs.values()]
-    assert found == [(4, 7, 2.0), (4, 8, 2.0), (4, 7, 2.0)]
-    assert load_config(Config, bases, path, ["training.rate=2"]) == configs["as it is"]
+def test_a_variant_goes_over_its_file_and_an_override_over_both_with_dotted_keys_in_each(bases, tmp_path):
+    text = """
+seed: 4
+training.steps: 7
+training.tables.sft.epochs: 2
+variants:
+  as it is:
+  a.b: {training.steps: 8, training: {rate: 3}}
+  1: {}
+"""
+    path, over = mine(tmp_path, text), ["training.rate=2"]
+    plain = ["seed=4", "training.tables.sft.epochs=2", "training.rate=2"]
+    as_it_is, longer = read(bases, *plain, "training.steps=7"), read(bases, *plain, "training.steps=8")
+    assert load_variants(Config, bases, path, over) == {"as it is": as_it_is, "a.b": longer, "1": as_it_is}
+    assert load_config(Config, bases, path, over) == as_it_is
     assert load_variants(Config, bases, bases[0]) == {"": read(bases)}
+
+
+RENAMED = {"training.pace": "training.rate", "learning": "training", "training.tables.sft.look": "is gone: use rate"}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("training: {pace: 1}", "training.pace is now training.rate"),
+        ("learning: {rate: 1}", "learning is now training"),
+        ("learning.rate: 1", "learning is now training"),
+        ("variants: {a: {training.tables: {sft: {look: 1}}}}", "training.tables.sft.look is gone: use rate"),
+    ],
+)
+def test_a_setting_of_before_is_told_what_it_is_now(bases, tmp_path, text, message):
+    path = mine(tmp_path, text)
+    where = f"{path}, variant a" if "variants" in text else str(path)
+    assert refused(path, bases, renamed=RENAMED) == f"{where}: {message}"
+    with pytest.raises(InputError, match="^override training.pace=1: training.pace is now training.rate$"):
+        load_config(Config, bases, bases[0], ["training.pace=1"], RENAMED)
 
 
 BAD = [
@@ -118,10 +137,8 @@ BAD = [
     ("training.stesp=3", "training.stesp is not a setting; did you mean training.steps? Valid here: steps, rate"),
     ("steps=3", "steps is not a setting; did you mean training.steps? Valid here: seed, device"),
     ("rate=3", "rate is not a setting; did you mean training.rate or training.tables.sft.rate? Valid here: seed"),
-    ("training.seed=3", "training.seed is not a setting; did you mean seed? Valid here: steps, rate"),
     ("training.steps.x=3", "training.steps must be an integer, at least 1, not {'x': 3}"),
     ("training.=3", "training. is not a setting. Valid here: steps, rate"),
-    ("training.steps=true", "training.steps must be an integer, at least 1, not True"),
     ("training.steps=1000000001", "training.steps must be an integer, at least 1, at most 1000000000, not 1000000001"),
     ("training=3", "training must be a mapping with keys of steps, rate"),
     ("training.rate=.inf", "training.rate must be a finite number, above 0, at most 1000000000, not inf"),
@@ -132,9 +149,9 @@ BAD = [
     ("training.tables.sft.epochs=x", "training.tables.sft.epochs must be an integer or a finite number, not 'x'"),
     ("training.tables.sft.epochs=0", "training.tables.sft.epochs must be at least 1, not 0"),
     ("seed=9223372036854775808", f"at most {2**63 - 1}, not 9223372036854775808"),
-    ("seed=2020-99-99", "its value is not valid YAML"),
+    ("seed=2020-99-99", "is not valid YAML (month must be in 1..12)"),
     ("nonsense", "'nonsense': is not an override; write section.key=value"),
-    ("seed=[1", "'seed=[1': its value is not valid YAML"),
+    ("seed=[1", "override seed=[1: is not valid YAML (while parsing"),
 ]
 
 
@@ -154,17 +171,15 @@ def test_bad_settings_name_the_override_the_key_and_what_is_valid(bases, overrid
         ("training: {steps: 3}\nseed: 1\ntraining: {steps: 4}", "is not valid YAML (training stands twice in"),
         ("training: {steps: 3}\ntraining.steps: 4", "training.steps stands twice"),
         ("training.tables: {sft.epochs: 1, sft: {epochs: 2}}", "training.tables.sft.epochs stands twice"),
-        ("{1: 2, 0x1: 3}", "1 is not a setting"),
         ("variants: 3", "variants must map names to what each changes, not 3"),
         ("variants: {}", "variants must map names to what each changes, not {}"),
+        ("variants: {'.': {}}", "the name of a variant must be up to 100 characters without $, not '.'"),
         ("variants: {a b: {}, A-B: {}}", "variants must differ in the letters and digits of their names: ['a b', 'A-B"),
         ("variants: {" + "a" * 101 + ": {}}", "the name of a variant must be up to 100 characters without $, not 'aaa"),
         ("variants: {a $b$: {}}", "the name of a variant must be up to 100 characters without $, not 'a $b$'"),
         ('variants: {"a\\ud800": {}}', "must be up to 100 characters without $, not 'a\\ud800'"),
-        ("variants: {'.': {}}", "the name of a variant must be up to 100 characters without $, not '.'"),
         ("variants: {a: 0}", "variant a: the settings must be a mapping with keys of seed, device, threads, training"),
         ("variants: {a: {training: {stepz: 3}}}", "variant a: training.stepz is not a setting; did you mean"),
-        ("variants: {a: {training: {steps: 0}}}", "variant a: training.steps must be an integer, at least 1, not 0"),
         ("variants: {a: {variants: {}}}", "variant a: variants is not a setting. Valid here: seed"),
     ],
 )
@@ -175,8 +190,7 @@ def test_bad_files_are_named(bases, tmp_path, text, message):
 
 
 def test_a_file_that_is_not_there_is_named(bases, tmp_path):
-    nowhere = tmp_path / "nowhere.yaml"
-    assert refused(nowhere, bases) == f"{nowhere}: cannot be read (No such file or directory)"
+    assert refused(tmp_path / "no.yaml", bases) == f"{tmp_path}/no.yaml: cannot be read (No such file or directory)"
     assert refused(tmp_path, bases) == f"{tmp_path}: cannot be read (Is a directory)"
 
 
@@ -215,7 +229,7 @@ def test_odd_values_are_one_short_line(bases, override):
     "hint, words, valid, wrong",
     [
         (int, "an integer", [-5, 10**9], [True, 1.0, "1", None, 10**9 + 1]),
-        (float, "a finite number", [0.5, 3, "1e-3", -1e300], ["nan", "a", True, 10**400, 2e9]),
+        (float, "a finite number", [0.5, 3, "1e-3", -1e300], ["nan", "-inf", True, 10**400, 2e9]),
         (Annotated[float, "above 0, at most 1"], "a finite number, above 0, at most 1", [1, 1e-9], [0, 1.1]),
         (Annotated[Count, "below 5"], "an integer, at least 1, below 5", [1, 4], [0, 5]),
         (Annotated[int, "at most 2000000000"], "an integer, at most 2000000000", [2 * 10**9], [2 * 10**9 + 1]),

@@ -187,7 +187,7 @@ def test_models_are_taken_as_they_are(make, change, mask_layer, layers):
     model = trained(make(), TRAIN).train() if make else change(copy.deepcopy(learned(convolved)))
     before, carried = state_of(model), Mask.on(model)
     retain_before = scores(copy.deepcopy(model).float().eval(), TEST, 1)[1]
-    mask = request(model, gcn=patient_gcn(step=8), mask_layer=mask_layer)
+    mask = request(model, gcn=patient_gcn(step=2), mask_layer=mask_layer)
     assert state_of(model) == before
     assert tuple(sorted(mask.layers)) == layers and (carried is None or mask.includes(carried))
     assert forgets(model, mask, retain_before)

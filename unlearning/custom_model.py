@@ -275,12 +275,10 @@ def last_in_a_row(calls: list[Call], logits: Tensor) -> list[Call]:
 def prefix_activations(model: nn.Module, layer: nn.Module, inputs: Tensor, progress: bool) -> Tensor:
     """What a layer of a model is given for all inputs, (samples, n) float32."""
     given: list[Tensor] = []
-    layer.register_forward_pre_hook(
-        lambda _, args, named: given.append(given_by(args, named).float()), with_kwargs=True
-    )
+    layer.register_forward_pre_hook(lambda _, args, named: given.append(given_by(args, named)), with_kwargs=True)
     for batch in tqdm(inputs.split(AT_ONCE), "samples", delay=1, leave=False, disable=None if progress else True):
         model(batch)
-    return torch.cat(given)
+    return torch.cat(given).float()
 
 
 def copied_layers(row: list[Call]) -> HookedMNISTClassifier:
