@@ -183,10 +183,13 @@ def test_one_gcn_learns_along_requests_on_several_classifiers(monkeypatch):
     def spy(self, gcn, zeroed, forget_row, generator):
         terms, scores = call(self, gcn, zeroed, forget_row, generator)
         seen.append((self.graphs, forget_row, zeroed, scores))
+        gradients = [parameter.grad for parameter in gcn.parameters() if parameter.grad is not None]  # of the last step
+        assert torch.cat([torch.zeros(1), *(g.flatten() for g in gradients)]).norm() < 1.001, "it is clipped"
         return terms, scores
 
     monkeypatch.setattr(GCNLoss, "__call__", spy)
-    config = gcn_config(steps=60, kappa=(0.1, 0.3), partly_masked=(0.1, 0.3), snapshots=2)
+    amounts = {"kappa": (0.1, 0.3), "partly_masked": (0.1, 0.3), "snapshots": 2}
+    config = gcn_config(steps=60, necessity_retain=1000.0, **amounts)
     GCNTrainer(config, graphs, RETAIN_WEIGHT, 0).train()
     assert {graphs.index(each) for each, *_ in seen} == {0, 1} and {row for _, row, *_ in seen} == {0, 1, 2}
     for step, (of_classifier, row, zeroed, _) in enumerate(seen):
