@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REPORTS, DOCS = ROOT / "reports", ROOT / "docs"
 ON_TWO = "torchrun --nproc-per-node 2 main.py"
 SHORT = ("method", FORGET_SCORE.name, RETAIN_SCORE.name, RETAIN_GAP.name, SECONDS.name)  # columns
-LOOKS = {"one look": 1, "looks at every fourth step": 3, "looks at every step": 12}  # variants of configs/few.yaml
+SAMPLES = {1: "1 sample", 5: "5 samples", 10: "10 samples", 50: "50 samples"}  # variants of configs/few.yaml
 
 
 class Measurement(NamedTuple):
@@ -264,9 +264,8 @@ def by_script(commands: Sequence[str]) -> None:
 
 def pretrained(commands: Sequence[str]) -> str:
     """What training a pretrained GCN takes; it takes the place of the tracked one."""
-    subprocess.run(["bash", "clean.sh"], cwd=ROOT, check=True)
     seconds = python(commands[0])
-    config = next(iter(load_variants(ROOT / commands[0].split()[1]).values()))
+    config = next(iter(load_variants(ROOT / arguments_of(commands[0]).config).values()))
     return f"It takes {seconds:.0f} s and {tracked_gcn(config).stat().st_size / 1000:.0f} KB."
 
 
@@ -318,12 +317,6 @@ def benchmark(commands: Sequence[str]) -> str:
     return done.stdout
 
 
-def full_model(commands: Sequence[str]) -> str:
-    said = run(commands[0])
-    about, methods, _, layers = section("Every method, kappa = auto")
-    return "\n\n".join([f"Digit 9, test split. {about} {said}.", methods, layers])
-
-
 def baselines(commands: Sequence[str]) -> str:
     """Every method beside retraining, on three classifiers; and what one classifier takes, in one process."""
     one, three = map(run, commands)
@@ -336,8 +329,8 @@ def baselines(commands: Sequence[str]) -> str:
 
 def published(commands: Sequence[str]) -> str:
     run(commands[0])
-    columns = ["kappa", FORGET_SCORE.name, RETAIN_SCORE.name]
-    return columns_of(rows_of(section("Every kappa")[0], ["mimu"]), columns)
+    columns = ["method", "kappa", FORGET_SCORE.name, RETAIN_SCORE.name]
+    return columns_of(rows_of(section("Every kappa")[0], ["mimu", "published"]), columns)
 
 
 def variants(commands: Sequence[str]) -> str:
@@ -353,7 +346,7 @@ def variants_and_picture(commands: Sequence[str]) -> str:
 
 
 def few(commands: Sequence[str]) -> str:
-    """What few looks and few samples cost."""
+    """What few snapshots and few samples cost."""
     content = variants(commands)
     draw_few(variant_tables())
     return content
@@ -383,7 +376,7 @@ def erasure(commands: Sequence[str]) -> str:
 
 
 def draw_few(table: str) -> None:
-    """Draws the retain score over the time of a request, by its looks, and over the samples that it has."""
+    """Draws the retain score over the samples that a request has."""
     header, *rows = cells(table)
     found = {row[0]: row for row in rows}
 
@@ -392,59 +385,44 @@ def draw_few(table: str) -> None:
         mean = row[header.index(column)].partition(" ")[0]
         return math.nan if mean in ("", "–") else float(mean)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     methods = "mimu", "saliency", "optimised_mask", "damp", "output_row"
-    styles = method_styles(methods)
-    for method in ("mimu", "saliency"):
-        milliseconds = [1000 * figure_of(variant, method, SECONDS.name) for variant in LOOKS]
-        gaps = [figure_of(variant, method, RETAIN_GAP.name) for variant in LOOKS]
-        left.plot(milliseconds, gaps, label=method, **styles[method])
-        for x, y, looks in zip(milliseconds, gaps, LOOKS.values()):
-            place = {"xytext": (0, -8), "va": "top"} if looks == 1 else {"xytext": (0, 8), "va": "bottom"}
-            left.annotate(str(looks), (x, y), **place, textcoords="offset points", fontsize=8, ha="center")
-    numbers = {n: f"{n} sample{'s' * (n > 1)}" for n in (1, 2, 5, 10, 50, 1000)}
-    for method in methods:
-        gaps = [figure_of(variant, method, RETAIN_GAP.name) for variant in numbers.values()]
-        right.plot(list(numbers), gaps, **styles[method] | {"marker": ""})
-        for (n, variant), gap in zip(numbers.items(), gaps):
+    for method, style in method_styles(methods).items():
+        if method not in methods:
+            continue
+        gaps = [figure_of(variant, method, RETAIN_GAP.name) for variant in SAMPLES.values()]
+        axes.plot(list(SAMPLES), gaps, **style | {"marker": ""})
+        for (count, variant), gap in zip(SAMPLES.items(), gaps):
             fill = "none" if figure_of(variant, method, FORGET_SCORE.name) > 1 else "full"
-            label = method if n == max(numbers) else None
-            right.plot(n, gap, **styles[method] | {"linestyle": "none", "fillstyle": fill, "label": label})
-    left.set(xlim=(0, None), xlabel="a request, ms (numbers: its looks)", ylabel=RETAIN_GAP.name, ylim=(-0.8, 0.3))
-    right.set(xscale="log", xlabel="samples of every class (hollow: over 1 % left)")
-    right.xaxis.set_major_formatter("{x:g}")
-    for axes in (left, right):
-        axes.axhline(0, color="0.6", linewidth=0.8, zorder=1)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="lower right")
+            label = method if count == max(SAMPLES) else None
+            axes.plot(count, gap, **style | {"linestyle": "none", "fillstyle": fill, "label": label})
+    axes.set(xscale="log", xlabel="samples of every class (hollow: over 1 % left)", ylabel=RETAIN_GAP.name)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.axhline(0, color="0.6", linewidth=0.8, zorder=1)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
     figure.savefig(DOCS / "few.png", dpi=150)
 
 
 PRETRAIN, KERNELS = "configs/pretrain.yaml", "configs/pretrain_kernels.yaml"
 ALL_DIGITS, FEW = "--config configs/all_digits.yaml", "--config configs/few.yaml"
 BASELINES, ERASURE = "--config configs/baselines.yaml", "--config configs/erasure.yaml"
-THREE, FASHION = "'sweep.seeds=[0, 1, 2]'", "'dataset=FashionMNIST' 'sweep.seeds=[0]'"
+THREE = "'sweep.seeds=[0, 1, 2]'"
 BY_PRETRAINED = "main.py gcn.pretrained=true"
 ERASING = "main.py audit.enabled=true 'eval.methods=[mimu, erase]'"
 UNLEARN_CODE = [*CODE, "unlearning/*.py"]
 
 # In this order: pretraining decides the figures of the others, and later blocks reuse what earlier ones have run.
 MEASUREMENTS = {
-    "pretrain": Measurement(
-        pretrained, [f"docs/pretrain.py {PRETRAIN}"], [f"main.py --config {PRETRAIN}"], TRAINING_CODE
-    ),
-    "pretrain_kernels": Measurement(
-        pretrained, [f"docs/pretrain.py {KERNELS}"], [f"main.py --config {KERNELS}"], TRAINING_CODE
-    ),
+    "pretrain": Measurement(pretrained, [f"main.py --pretrain --config {PRETRAIN}"], code=TRAINING_CODE),
+    "pretrain_kernels": Measurement(pretrained, [f"main.py --pretrain --config {KERNELS}"], code=TRAINING_CODE),
     "default": Measurement(default, ["main.py --fresh", "main.py", "-m pytest -q", "-m pytest -q -m faults"]),
     "benchmark": Measurement(benchmark, ["tests/benchmark.py"], ["main.py", BY_PRETRAINED]),
     "two_processes": Measurement(two_processes, [f"{ON_TWO} --fresh {ALL_DIGITS}"]),
     "headline": Measurement(headline, [f"main.py --fresh {ALL_DIGITS}"]),
     "all_digits": Measurement(all_digits, [f"main.py {ALL_DIGITS}"]),
-    "full_model": Measurement(full_model, ["main.py --fresh --config configs/full_model.yaml"]),
-    "full_model_ablation": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/full_model_ablation.yaml"]),
+    "full_model": Measurement(variants, [f"{ON_TWO} --config configs/full_model.yaml"]),
     "published": Measurement(published, ["main.py --config configs/published.yaml"]),
-    "few_fashion": Measurement(variants, [f"{ON_TWO} {FEW} {FASHION}"]),
     "few": Measurement(few, [f"{ON_TWO} {FEW}"]),
     "ablation": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/ablation.yaml"]),
     "transfer": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/transfer.yaml"]),
