@@ -175,10 +175,9 @@ def erased(
     about = {"desc": f"class {label}", "unit": "step", "delay": 1, "leave": False}
     for step in tqdm(range(config.steps), **about, disable=None if progress else True):
         chosen = samples[drawn(samples.labels, config.group_size, generator)]
-        weights = together(start, edits).weights(classifier)
-        under_mask = {layer: weight[None] for layer, weight in weights.items()}
-        # Of the one mask there is.
-        (features,), (logits,) = classifier.outputs(chosen.images, weights=under_mask)
+        # As the only one of several: the gradient of each is then laid out row after row.
+        weights = {layer: w[None][0] for layer, w in together(start, edits).weights(classifier).items()}
+        features, logits = classifier.outputs(chosen.images, weights=weights)
         is_forget = chosen.labels == label
         forget = forgetting_loss(logits[is_forget].softmax(1)[:, label])
         loss = F.cross_entropy(logits[~is_forget], chosen.labels[~is_forget]) + config.forget_weight * forget

@@ -275,9 +275,9 @@ def optimised_mask(
         soft = numbers.sigmoid()
         keep = (numbers > 0).float() + soft - soft.detach()
         flat = graphs.draw(max(1, samples // graphs.num_classes), generator).flatten()
-        weights = masked_weights(request.original, graphs.graph, keep[None])
+        weights = masked_weights(request.original, graphs.graph, keep)
         _, logits = request.original.outputs(graphs.inputs[flat], graphs.graph.layers, weights)
-        log_p = logits[0].log_softmax(1)
+        log_p = logits.log_softmax(1)
         is_forget = graphs.labels[flat] == d
         forget = forgetting_loss(log_p[is_forget, d].exp())
         retain = -(without_class[flat] * log_p).sum(1)[~is_forget].mean()

@@ -1,9 +1,9 @@
-"""Networks that can be looked into: run node by node, begun midway, recorded, and run under many masks at once."""
+"""Networks that can be looked into: run node by node, begun midway, recorded, and run with other weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -99,33 +99,22 @@ class HookedClassifier(nn.Module):
     def outputs(
         self, inputs: Tensor, first: Layers | None = None, weights: Mapping[int, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The representation, which the last layer is given, (..., batch, n), and the logits (..., batch, classes).
+        """The representation, which the last layer is given, (batch, n), and the logits (batch, classes).
 
         inputs: images, or with `first`, `prefix_activations` of these layers
-        weights: by layer, those of masks, (masks, ...) each, in the place of its own; as many inputs follow one another
-            for each mask
+        weights: by layer, in the place of its own; gradients then reach these and no parameter
         """
+        trace = self.trace
+        changed = {trace.calls[index]: weight for index, weight in (weights or {}).items()}
 
-        def run(inputs: Tensor, weights: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-            trace = self.trace
-            under_mask = {trace.calls[index]: weight for index, weight in weights.items()}
+        def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
+            if node in changed:
+                return with_weight(callee, arguments[0], changed[node])
+            return call(node, callee, arguments, named)
 
-            def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
-                if node in under_mask:
-                    return with_weight(callee, arguments[0], under_mask[node])
-                return call(node, callee, arguments, named)
-
+        with self._constant() if changed else nullcontext():
             values = trace.run(self.network, inputs, first, compute, [trace.representation])
-            return values[trace.representation], values[trace.output]
-
-        if not weights:
-            return run(inputs, {})
-        masks = len(next(iter(weights.values())))
-        with self._constant():
-            if masks == 1:
-                features, logits = run(inputs, {index: weight[0] for index, weight in weights.items()})
-                return features[None], logits[None]
-            return torch.func.vmap(run)(inputs.unflatten(0, (masks, -1)), weights)
+        return values[trace.representation], values[trace.output]
 
     def features(self, inputs: Tensor, first: Layers | None = None) -> Tensor:
         """The representation alone, (batch, n)."""

@@ -89,7 +89,7 @@ def test_the_classifier_is_the_formula(split, bias):
     b0, b1, b2 = (layer.bias if bias else 0 for layer in classifier.layers)
     first = (split.images @ w0.T + b0).clamp(min=0)
     representation = (first @ w1.T + b1).clamp(min=0)
-    expected, own = representation @ w2.T + b2, {1: w1[None], 2: w2[None]}
+    expected, own = representation @ w2.T + b2, {1: w1, 2: w2}
     assert torch.allclose(classifier.prefix_activations([2, 1], split.images), first, atol=1e-6)
     found = classifier.outputs(split.images), classifier.outputs(first, [1]), classifier.outputs(first, [1], own)
     for features, logits in found:
@@ -102,7 +102,7 @@ def test_looking_into_a_classifier_leaves_no_gradient_behind_and_its_weights_fre
     classifier.layers[0].weight.requires_grad_(False)
     for fails in (
         lambda: classifier.record(split.images[:, 1:], split.labels, [0, 1]),
-        lambda: classifier.outputs(split.images, None, {1: torch.zeros(2, 5, 9)}),
+        lambda: classifier.outputs(split.images, None, {1: torch.zeros(5, 9)}),
     ):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied|size"):
             fails()
