@@ -89,9 +89,8 @@ def entropy_attack(retain: Tensor, test: Tensor, forget: Tensor) -> float:
     split as non-members, both with the same weight; all are logits (samples, classes). Not a number where all entropies
     are the same. Foster et al. 2023, arXiv:2308.07707, after Chundawat et al. 2022, arXiv:2205.08096.
     """
-    members, others, asked = (
-        torch.special.entr(logits.double().softmax(1)).sum(1) for logits in (retain, test, forget)
-    )
+    splits = (retain, test, forget)
+    members, others, asked = (torch.special.entr(logits.double().softmax(1)).sum(1) for logits in splits)
     x = torch.cat([members, others])
     if x.max() == x.min():
         return math.nan

@@ -7,7 +7,6 @@ features of the images do that were never trained.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -24,10 +23,8 @@ from mimu.methods.controls import further
 from mimu.methods.projections import class_direction
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
-from mimu.runs.files import InputError
+from mimu.runs.files import PACKAGE, InputError
 from mimu.trainer import check_finite
-
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "methods.yaml"
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,8 @@ class Erasing:
     @staticmethod
     def configured() -> Erasing:
         """What configs/methods.yaml says."""
-        return Erasing(**yaml.safe_load(CONFIG.read_text())["eval"]["hyperparameters"]["erase"])
+        config = yaml.safe_load((PACKAGE / "configs" / "methods.yaml").read_text())
+        return Erasing(**config["eval"]["hyperparameters"]["erase"])
 
     def untrained_features(self, images: Tensor, count: int, seed: int) -> Tensor:
         """relu(V x) of images (samples, ...), (samples, units), V drawn as for a layer that is to be trained.

@@ -124,7 +124,7 @@ class HookedClassifier(nn.Module):
     def value_of(self, node: fx.Node, inputs: Tensor, first: Layers | None = None) -> Tensor:
         """What a node of the trace gives, for images (batch, ...), or with `first`, for `prefix_activations` of it."""
         parts = inputs.split(self.samples_at_once)
-        return torch.cat([self.trace.run(self.network, part, first, None, [node], node)[node] for part in parts])
+        return torch.cat([self.trace.run(self.network, part, first, end=node)[node] for part in parts])
 
     def prefix_activations(self, layers: Layers, inputs: Tensor, first: Layers | None = None) -> Tensor:
         """What stands for images (batch, ...) where the network can begin before the layers."""
@@ -136,7 +136,7 @@ class HookedClassifier(nn.Module):
         layer = self.layers[index]
         node = self.trace.input_of(index)
         for part in images.split(self.recorded_at_once([index])):
-            x = self.trace.run(self.network, part, watched=[node], end=node)[node]
+            x = self.trace.run(self.network, part, end=node)[node]
             yield patches(layer, x).mT if isinstance(layer, nn.Conv2d) else x[:, None]
 
     def mean_inputs(self, index: int, inputs: Tensor, first: Layers | None = None) -> Tensor:
@@ -245,6 +245,6 @@ def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
 def with_weight(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """What a layer gives with another weight."""
     if isinstance(layer, nn.Linear):
-        z = (x @ weight[None].mT)[0]  # as a product with many matrices is rounded
+        z = (x @ weight[None].mT)[0]  # as one of a batch of products is rounded
         return z if layer.bias is None else z + layer.bias
     return layer._conv_forward(x, weight, layer.bias)

@@ -169,7 +169,7 @@ class Mask:
 
     def vertices(self) -> Tensor:
         """The vertices that it switches off, in the weight graph of its layers."""
-        return (torch.cat([keep.flatten() for keep in self.keep]) == 0).nonzero()[:, 0]
+        return (self.as_tensor().flatten() == 0).nonzero()[:, 0]
 
     def includes(self, other: Mask) -> bool:
         """Whether it switches off all that the other does, and takes what that takes."""
