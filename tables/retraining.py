@@ -7,7 +7,7 @@ from functools import partial
 from statistics import fmean
 
 from mimu.reporter import FORGET_SCORE, METRICS, RETAIN_SCORE, SECONDS, Column, Reporter, markdown_table, save_figure
-from mimu.tables.pictures import Row, draw_panels, symmetric_log
+from mimu.tables.pictures import Row, draw_rows, symmetric_log
 
 REFERENCES = ("original", "retrain", "retrain_again")  # what an unlearned classifier is measured against
 FORGOTTEN = 1.0  # percent: a forget score above it is worth a word
@@ -84,7 +84,7 @@ class AuditReport:
     def draw(self) -> None:
         """Draws `audits.png`: a panel for every audit, with a grey line where the retrained classifier is."""
         columns = (*DIVERGENCES, *LEFT_BEHIND, SECONDS)
-        figure, axes = draw_panels([Row(name, self.reporter, name) for name in self.methods], columns)
+        figure, axes = draw_rows([Row(name, self.reporter, name) for name in self.methods], columns)
         for panel, column in zip(axes, columns):
             panel.axvline(self.reporter.mean(column, "retrain"), color="0.5", linewidth=0.8)
         symmetric_log(axes[1], linear=0.01)
