@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mimu.runs.files import write_text, written_whole
@@ -79,6 +78,7 @@ class Column:
 
 FORGET = "unlearning_metrics"
 RETAIN = "performance_degradation_metrics"
+KEPT = "mask_efficacy_metrics"
 FORGET_SCORE = Column((FORGET, "score"), "forget score, %", ".2f")
 RETAIN_SCORE = Column((RETAIN, "score"), "retain score, %", ".2f")
 RETAIN_GAP = Column((RETAIN, "score"), "retain score against retrain, points", "+.2f", is_gap=True)
@@ -91,10 +91,7 @@ ZEROED = Column(("num_zeroed",), "weights zeroed", ".0f")
 SECONDS = Column(("seconds",), "seconds a request", ".2f")
 EVERYTHING = (FORGET_SCORE, RETAIN_SCORE, RETAIN_GAP, PROBABILITY, FORGET_LOSS, RETAIN_LOSS, ZEROED, SECONDS)
 WORST = tuple(replace(column, is_worst=True) for column in (FORGET_SCORE, RETAIN_GAP))
-EFFICACY = tuple(
-    replace(column, keys=("mask_efficacy_metrics", column.keys[1]), spec=".3f")
-    for column in (FORGET_SCORE, PROBABILITY, FORGET_LOSS)
-)
+EFFICACY = [replace(of, keys=(KEPT, of.keys[1]), spec=".3f") for of in (FORGET_SCORE, PROBABILITY, FORGET_LOSS)]
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -117,10 +114,6 @@ class ReporterConfig:
     dpi: Annotated[int, "at least 20, at most 1200"]
     format: tuple[Literal[FORMATS], ...]
 
-    def __post_init__(self) -> None:
-        if not 0 < len(self.format) == len(set(self.format)):
-            raise ValueError(f"format must name at least one of {FORMATS}, each once, not {self.format}")
-
 
 def save_figure(figure: Figure, path: Path, config: ReporterConfig) -> None:
     """Writes a figure in every format of the config, each file whole, and closes it."""
@@ -128,16 +121,6 @@ def save_figure(figure: Figure, path: Path, config: ReporterConfig) -> None:
         with written_whole(path.with_suffix(f".{suffix}")) as file:
             figure.savefig(file, format=suffix, dpi=config.dpi)
     plt.close(figure)
-
-
-def zoom(axes: Axes) -> None:
-    """Leaves marks beyond Tukey's fences out of the frame: 1.5 times the distance of the quartiles beyond them."""
-    drawn = np.concatenate([line.get_ydata() for line in axes.lines])
-    first, third = np.nanquantile(drawn, (0.25, 0.75))
-    reach = 1.5 * (third - first)
-    low, high = axes.get_ylim()
-    if reach > 0:
-        axes.set_ylim(max(low, first - reach), min(high, third + reach))
 
 
 def title(reporters: Iterable[Reporter]) -> str:
@@ -156,12 +139,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], text
         padded = [*map(str.ljust, row[:texts], widths), *map(str.rjust, row[texts:], widths[texts:])]
         lines.append(f"| {' | '.join(padded)} |")
     return "\n".join(lines)
-
-
-def class_title(experiment: Mapping[str, Any], label: int) -> str:
-    """A class by its number, and its name where it has one."""
-    name = experiment["class_names"][label]
-    return str(label) if name == str(label) else f"{label} ({name})"
 
 
 class Reporter:
@@ -184,16 +161,16 @@ class Reporter:
         for each in self.experiments:
             kappa = "auto" if each["kappa_choice"] == "auto" else each["kappa"]
             self.found.setdefault(kappa, {})[each["seed"], each["forget_digit"]] = each
-        shared = {(str(each["mask_layer"]), each["top_k"]) for each in self.experiments}
-        if len(shared) != 1 or sum(map(len, self.found.values())) < len(self.experiments):
-            raise ValueError("there must be experiments that share mask layer and top_k and differ in the rest")
         self.has_auto = "auto" in self.found
         self.kappas = sorted(kappa for kappa in self.found if kappa != "auto")
         self.has_audits = all(each["audit_metrics"] for each in self.experiments)
         self.digits = sorted({each["forget_digit"] for each in self.experiments})
         self.seeds = sorted({each["seed"] for each in self.experiments})
         first = self.experiments[0]
-        self.titles = {digit: class_title(first, digit) for digit in self.digits}
+        self.titles = {}
+        for digit in self.digits:
+            name = first["class_names"][digit]
+            self.titles[digit] = name if name == str(digit) else f"{digit} ({name})"
         self.names = f"class{'es' if len(self.digits) > 1 else ''} {', '.join(self.titles.values())}"
         classes = self.names if len(self.digits) < 4 else f"mean over {len(self.digits)} classes"
         self.subject = (first["dataset"], classes, first["split"], first["classifier"])
@@ -295,23 +272,19 @@ class Reporter:
     def write_summary(self, more: Sequence[str] = ()) -> None:
         """Writes `summary.md`: the numbers of the figures, more sections, and the mask efficacy."""
         first = self.experiments[0]
-        has_several = len(self.digits) > 1
         masks = {name: layers for name, layers in first["zeroed_by_layer"].items() if layers}
         layers = dict.fromkeys(chain.from_iterable(masks.values()))
         dataset, _, split, classifier = self.subject
-        averaged = f"; mean over {len(self.digits)} classes" if has_several else ""
-        if len(self.seeds) > 1:
-            averaged += f", ± standard deviation over {len(self.seeds)} seeds"
-        sections = [f"# Forgetting {self.names} of {dataset}", f"{classifier}, scored on {split}{averaged}."]
-        for kappa in dict.fromkeys((self.kappa, self.best_kappa())):
-            sections += [f"## Every method, kappa = {kappa}", self.about(kappa), self.table(EVERYTHING, kappa)]
-            if len(layers) > 1:
-                columns = [Column(("zeroed_by_layer", each), each, ".1f") for each in layers]
-                sections += ["Where the zeroed weights are:", self.table(columns, kappa, masks)]
-            if has_several:
-                sections += ["The worst class of any seed:", self.table(WORST, kappa)]
+        averaged = f"Mean over classes: {len(self.digits)}, ± standard deviation over seeds: {len(self.seeds)}."
+        sections = [f"# Forgetting {self.names} of {dataset}", f"{classifier}, scored on {split}. {averaged}"]
+        sections += [f"## Every method, kappa = {self.kappa}", self.about(), self.table(EVERYTHING)]
+        if len(layers) > 1:
+            columns = [Column(("zeroed_by_layer", each), each, ".1f") for each in layers]
+            sections += ["Where the zeroed weights are:", self.table(columns, masks)]
+        if len(self.digits) > 1:
+            sections += ["The worst class of any seed:", self.table(WORST)]
         kept = "Scores on the forget set with only K weights of the masked layers."
-        efficacy = self.table(EFFICACY, self.kappa, first["mask_efficacy_metrics"])
+        efficacy = self.table(EFFICACY, first[KEPT])
         sections += [*more, f"## Mask efficacy, K = {first['top_k']}", kept, efficacy]
         if self.kappas:
             sections += ["## Every kappa", self.kappas_table()]
@@ -320,20 +293,19 @@ class Reporter:
     def closing_table(self) -> str:
         """What a run says last: what was forgotten, how many weights every method zeroes, and its scores."""
         dataset, _, split, classifier = self.subject
-        about = f"{dataset}, {classifier}: forgetting {self.names}, scored on {split}. {self.about(self.kappa)}"
-        return f"{about}\n\n{self.table((FORGET_SCORE, RETAIN_SCORE, ZEROED), self.kappa)}"
+        about = f"{dataset}, {classifier}: forgetting {self.names}, scored on {split}. {self.about()}"
+        return f"{about}\n\n{self.table((FORGET_SCORE, RETAIN_SCORE, ZEROED))}"
 
-    def about(self, kappa: Kappa) -> str:
-        """How this kappa came about, how much of the classifier it zeroes, and which methods did not get there."""
-        requests = self.found[kappa].values()
+    def about(self) -> str:
+        """How kappa came about, how much of the classifier it zeroes, and which methods did not get there."""
+        requests = self.found[self.kappa].values()
         zeroed = fmean(each["kappa"] for each in requests)
         masked = self.experiments[0]["num_graph_vertices"]
         everything = self.experiments[0]["num_weights"]
         share = f"{zeroed:.0f} weights, {100 * zeroed / masked:.2g} % of the masked ones"
-        if masked < everything:
-            share += f" and {100 * zeroed / everything:.2g} % of all"
-        if kappa != "auto":
-            return f"Of the fixed kappas, {kappa} is the one that is best on training samples: {share}."
+        share += f" and {100 * zeroed / everything:.2g} % of all"
+        if not self.has_auto:
+            return f"Of the fixed kappas, {self.kappa} is the one that is best on training samples: {share}."
         chosen = f"kappa is chosen for each request and method on the training split; mimu's is {share} on average."
         gave_up: Counter[str] = Counter()
         for each in requests:
@@ -345,9 +317,9 @@ class Reporter:
         """A method's row of a table."""
         return [column.text(self.figures(column, method, kappa)) for column in columns]
 
-    def table(self, columns: Sequence[Column], kappa: Kappa, methods: Iterable[str] = ()) -> str:
+    def table(self, columns: Sequence[Column], methods: Iterable[str] = ()) -> str:
         """A row for every method (none given: all), a column for each figure."""
-        rows = [[name, *self.cells(columns, name, kappa)] for name in methods or self.methods]
+        rows = [[name, *self.cells(columns, name)] for name in methods or self.methods]
         return markdown_table(["method", *(column.name for column in columns)], rows)
 
     def kappas_table(self) -> str:
@@ -376,10 +348,7 @@ class Reporter:
 
     @contextmanager
     def _figure(self, name: str, y_label: str, is_zoomed: bool = False) -> Iterator[None]:
-        """A figure: lines plotted while the context is open are in it, and in its legend.
-
-        is_zoomed: whether the y axis ends where most marks are
-        """
+        """A figure: lines plotted while the context is open are in it; zoomed, its y axis ends where most marks are."""
         rows_of_legend = -(-len(self.methods) // 4)
         figure = plt.figure(figsize=(6.5, 4 + 0.2 * rows_of_legend), layout="constrained")
         yield
@@ -387,6 +356,12 @@ class Reporter:
         plt.title(title([self]), fontsize=9)
         plt.grid(alpha=0.3)
         if is_zoomed:
-            zoom(plt.gca())
+            # Marks beyond Tukey's fences, 1.5 times the distance of the quartiles beyond them, are not in the frame.
+            drawn = np.concatenate([line.get_ydata() for line in plt.gca().lines])
+            first, third = np.nanquantile(drawn, (0.25, 0.75))
+            reach = 1.5 * (third - first)
+            low, high = plt.ylim()
+            if reach > 0:
+                plt.ylim(max(low, first - reach), min(high, third + reach))
         figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
         save_figure(figure, self.folder / name, self.config)

@@ -2,10 +2,10 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,9 +16,6 @@ from mimu.reporter import FORGET_SCORE, RETAIN_GAP, Column, Reporter, ReporterCo
 
 # Recall of the linear probe that is trained to convergence, less that of the same probe on the retrained classifier.
 PROBE = Column(("audit_metrics", "probe_recall", "linear"), "probe recall against retrain, points", "+.1f", is_gap=True)
-NEAREST = 10  # methods, at most, that the frontier shows
-
-Styles = Mapping[str, Mapping[str, Any]]
 
 
 class Row(NamedTuple):
@@ -29,47 +26,34 @@ class Row(NamedTuple):
     method: str
 
 
-def draw_panels(
-    heading: str, styles: Styles, panels: Mapping[str, Sequence[Sequence[float]]]
-) -> tuple[Figure, Sequence[Axes]]:
-    """A panel for each figure, at most four side by side, with a row of marks for each name that has a style.
-
-    panels: what a figure is called, and for every row its numbers: small marks, and a large one for their mean
-    """
-    high = -(-len(panels) // 4)
-    wide = len(panels) // high
-    room = 0.07 * max(map(len, styles))  # for the names
-    size = (0.5 + room + (2.2 if high > 1 else 3) * wide, 0.5 + high * (0.7 + 0.2 * len(styles)))
+def draw_panels(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[Figure, Sequence[Axes]]:
+    """A panel for every column, at most four side by side: small marks are seeds (if one: digits), large ones means."""
+    styles = method_styles(row.method for row in rows)
+    names = [row.name for row in rows]
+    high = -(-len(columns) // 4)
+    wide = len(columns) // high
+    size = (0.5 + 0.07 * max(map(len, names)) + (2.2 if high > 1 else 3) * wide, 0.5 + high * (0.7 + 0.2 * len(rows)))
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(heading, fontsize=9)
-    axes = figure.subplots(high, wide, sharey=True, squeeze=False).flatten()
-    for panel, (label, rows) in zip(axes, panels.items()):
-        for height, (style, x) in enumerate(zip(styles.values(), rows)):
-            mark = {"color": style["color"], "marker": style["marker"], "linestyle": "none"}
-            panel.plot(x, [height] * len(x), markersize=3, alpha=0.4, **mark)
-            panel.plot(fmean(x), height, markersize=7, **mark)
-        panel.set_xlabel(label, fontsize=9)
+    figure.suptitle(title(dict.fromkeys(row.reporter for row in rows)), fontsize=9)
+    panels = figure.subplots(high, wide, sharey=True, squeeze=False).flatten()
+    for panel, column in zip(panels, columns):
+        for height, row in enumerate(rows):
+            x = row.reporter.spread(column, row.method)
+            style = {"color": styles[row.method]["color"], "marker": styles[row.method]["marker"], "linestyle": "none"}
+            panel.plot(x, [height] * len(x), markersize=3, alpha=0.4, **style)
+            panel.plot(fmean(x), height, markersize=7, **style)
+        panel.set_xlabel(column.name, fontsize=9)
         panel.tick_params(labelsize=8)
         panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
-    panel.set_yticks(range(len(styles)), styles)
-    panel.set_ylim(len(styles) - 0.5, -0.5)
-    return figure, axes
-
-
-def draw_rows(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[Figure, Sequence[Axes]]:
-    """A panel for every column, with small marks for the seeds (of one seed: for the digits) of every row."""
-    styles = method_styles(row.method for row in rows)
-    panels = {}
-    for column in columns:
-        panels[column.name] = [row.reporter.spread(column, row.method) for row in rows]
-    heading = title(dict.fromkeys(row.reporter for row in rows))
-    return draw_panels(heading, {row.name: styles[row.method] for row in rows}, panels)
+    panel.set_yticks(range(len(rows)), names)
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    return figure, panels
 
 
 def draw_scores(rows: Sequence[Row], path: Path, config: ReporterConfig) -> None:
     """Draws forget score and distance to retraining, in a row for each method or variant."""
-    figure, axes = draw_rows(rows, (FORGET_SCORE, RETAIN_GAP))
+    figure, axes = draw_panels(rows, (FORGET_SCORE, RETAIN_GAP))
     for panel in axes:
         panel.axvline(0, color="0.5", linewidth=0.8)
         symmetric_log(panel, linear=1.0)
@@ -106,7 +90,7 @@ def draw_frontier(reporters: Sequence[Reporter], path: Path, config: ReporterCon
                 distances[method] = min(abs(x) + abs(y), distances.get(method, math.inf))
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.subplots()
-    for method in sorted(distances, key=distances.get)[:NEAREST]:
+    for method in sorted(distances, key=distances.get)[:10]:
         style = method_styles(distances)[method]
         curve = np.reshape(sorted(curves.get(method, [])), (-1, 2))
         hollow = np.reshape(elsewhere.get(method, []), (-1, 2))
