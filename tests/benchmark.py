@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import io
-import json
 import os
 import platform
 import statistics
@@ -30,10 +28,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
 
-from mimu.configs import load_config, load_variants
+from mimu.configs import load_config
 from mimu.data import GraphGenerator, Split, load_image_data
 from mimu.eval import Eval, Request
-from mimu.main import run
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import Ranking, TrainedGCN
 from mimu.model import LARGEST_CHANGE, HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory
@@ -196,7 +193,7 @@ def growth_part(table: Table, before: dict[str, Table]) -> None:
 
 
 def stages_part(table: Table, before: dict[str, Table]) -> None:
-    """A training step of the GCN, a request, an evaluation; and the stages of the default run."""
+    """A training step of the GCN, a request, an evaluation."""
     data, trainer = load_image_data(CONFIG.dataset, ROOT / "datasets"), Trainer(CONFIG.classifier, 0)
     classifier = trainer.train(data.train, 10)
     graphs = GraphGenerator(classifier, data.train, CONFIG.graphs, seed=0)
@@ -219,15 +216,6 @@ def stages_part(table: Table, before: dict[str, Table]) -> None:
         metrics, mask = Artifact(folder / "metrics.json", {}), Artifact(folder / "mask.pt", {})
         evaluation = Eval(request, data, metrics, mask, {"seconds": {}}, {})
         table.time("evaluation of a mask: all metrics, JSON, ms", evaluation.eval, 20)
-        (folder / "datasets").mkdir()
-        (folder / "datasets" / "MNIST").symlink_to(ROOT / "datasets" / "MNIST")
-        started = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):
-            run(load_variants(), folder)
-        total = time.perf_counter() - started
-        summary = json.loads((folder / "reports" / "run.json").read_text())
-    for stage, seconds in (summary["seconds"] | {"all but the imports": total}).items():
-        table.add(f"`main.py`, {stage}, s", seconds)
 
 
 # In this order: before growth, whose memory is measured, nothing may have left memory that is kept.
