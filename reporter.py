@@ -26,7 +26,7 @@ from mimu.runs.files import write_text, written_whole
 # Markers are given in turn.
 FAMILIES = (
     ("--", {"original": "#000000", "retrain": "#009E73", "retrain_again": "#7FD4B9"}),
-    ("-", {"mimu": "#0072B2", "random": "#7F7F7F", "magnitude": "#56B4E9", "optimised_mask": "#332288"}),
+    ("-", {"mimu": "#0072B2", "random": "#7F7F7F", "magnitude": "#BCBD22", "optimised_mask": "#332288"}),
     ("-", {"saliency": "#CC79A7", "first_order": "#E8BFD6", "saliency_contrast": "#9A4F7C"}),
     ("-", {"output_row": "#E69F00", "logit_removed": "#F0C75E"}),
     (":", {"sft": "#D55E00", "random_labels": "#F2A46B", "salun": "#8F3F00"}),
@@ -35,7 +35,7 @@ FAMILIES = (
     ("-.", {"damp": "#2E8B57", "svd": "#6B8E23", "esc": "#B22222", "pour": "#4682B4", "erase": "#DC267F"}),
 )
 FORMATS = ("png", "pdf", "svg")
-FREE_COLORS = ("#17BECF", "#BCBD22", "#F0E442", "#882255", "#117733", "#44AA99")
+FREE_COLORS = ("#17BECF", "#56B4E9", "#F0E442", "#882255", "#117733", "#44AA99")
 MARKERS = "D*pov^<sPXdh>"
 
 # How many weights are zeroed; auto: as was chosen for each request; None: what a reporter reports first.

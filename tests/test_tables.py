@@ -211,7 +211,7 @@ def names_in(folder) -> set[str]:
 
 
 def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, format, dpi: file.write(f"{format} {dpi}".encode()))
     reports = tmp_path / "reports"
     mine = {"mine.md", "first_try/summary.png", "variants/mine.md"}
     for name in mine:
@@ -225,24 +225,18 @@ def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, mo
     assert [table.split(", scored")[0].split(": ")[1] for table in closing] == said
     of_top_k = {f"top_k_5/{name}" for name in ("summary.md", "trade_off.png", "masks.png")} | {"top_k_6/summary.md"}
     assert names_in(reports) == mine | of_top_k
-    closing = report([Result("first one", 6, CONFIG, other), Result("other", 6, CONFIG, other)], reports)
-    of_variants = {"variants/first_one/summary.md", "variants/other/summary.md", "variants.md", "variants.png"}
-    assert names_in(reports) == mine | of_variants and list(rows_of(closing[0])) == ["variant", "first one", "other"]
-    report([Result("", 5, CONFIG, write(tmp_path, [audited(4)]))], reports)
+    own = ReporterConfig(50, ("pdf", "svg"))
+    alone = write(tmp_path, [audited(4)])
+    report([Result("first one", 6, CONFIG, other), Result("other", 5, own, alone)], reports)
+    of_first = {"variants.md", "variants.png", "frontier.png", "variants/first_one/summary.md"}
+    of_other = {f"variants/other/{name}" for name in ("summary.md", "audits.pdf", "audits.svg")}
+    assert names_in(reports) == mine | of_first | of_other
+    assert (reports / "variants.png").read_text() == "png 25"
+    assert (reports / "variants" / "other" / "audits.svg").read_text() == "svg 50", "with its own settings"
+    report([Result("", 5, CONFIG, alone)], reports)
     assert names_in(reports) == mine | {"summary.md", "trade_off.png", "audits.png"}
     assert "## Distance to retraining" in (reports / "summary.md").read_text()
     assert (reports / "variants" / "empty").exists() and not (reports / "variants" / "other").exists()
-
-
-def test_a_variant_is_drawn_with_its_own_settings_and_the_comparison_with_those_of_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, format, dpi: file.write(f"{format} {dpi}".encode()))
-    first = write(tmp_path, [experiment(0, 3, 7, "auto", ("mimu", "retrain"))])
-    second = write(tmp_path, [audited(4)])
-    results = [Result("first", 5, CONFIG, first), Result("second", 5, ReporterConfig(50, ("pdf", "svg")), second)]
-    report(results, tmp_path / "reports")
-    found = {path.name: path.read_text() for path in tmp_path.glob("reports/**/*.*") if path.suffix != ".md"}
-    own = {"audits.pdf": "pdf 50", "audits.svg": "svg 50"}
-    assert found == own | {"variants.png": "png 25", "frontier.png": "png 25"}
 
 
 @pytest.fixture
@@ -250,9 +244,8 @@ def plotted(tmp_path) -> dict:
     """The JSON of an experiment in the folder of an evaluation."""
     results = experiment(0, 9, 10, "auto", ("original", "mimu", "row"))
     results["class_probabilities"] = {name: [0.1] * 10 for name in results["methods"]}
-    results["weight_histograms"] = [
-        {"layer": 1, "shape": [1, 2], "edges": [-1.0, 0.0, 1.0], "all": [9, 5], "zeroed": [0, 4]}
-    ]
+    histogram = {"layer": 1, "shape": [1, 2], "edges": [-1.0, 0.0, 1.0], "all": [9, 5], "zeroed": [0, 4]}
+    results["weight_histograms"] = [histogram]
     results[RETAIN]["row"] = {"loss": None, "score": 50.0}
     write_text(tmp_path / "Metrics and Plots" / "metrics" / f"{results['id']}.json", json.dumps(results))
     return results
