@@ -182,7 +182,7 @@ class Stages:
         """Every experiment on one forget class that is not there, and the plots that are not."""
         config, folder = training.config, self.root / "eval"
         shared, orders = {}, {}
-        drawn = partial(experiment.draw, folder=folder, shared=shared, formats=config.report.format)
+        drawn = partial(experiment.draw, folder=folder, config=config.report)
         draw = drawn if config.eval.visualize else None
         for asked in tqdm(config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None):
             metrics, mask = self.files.metrics_and_mask(training, forget_class, asked)

@@ -236,8 +236,8 @@ class MaskingGCN(nn.Module):
     """Says how much the two terms of the saliency count at each weight: GraphSAGE rounds, then a linear read-out.
 
     Two positive factors for every weight, of what forgetting asks for and of what the others are to keep
-    (`masking.rankings.saliency`), whose logarithms have the mean 0 in a graph. All is without bias, and before its
-    training every factor is 1.
+    (`masking.rankings.saliency`): how they are shared out over a graph, which leaves the balance of the terms. All is
+    without bias, and before its training every factor is 1.
     Without `message_passing`, the control, they follow from the weight's own features alone.
     Shapes: vertex features (batch, vertices, features) to factors (batch, vertices, 2).
     """

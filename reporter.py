@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, cycle, product
 from pathlib import Path
-from statistics import fmean, quantiles, stdev
+from statistics import fmean, stdev
 from typing import Annotated, Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mimu.runs.files import write_text, written_whole
@@ -27,8 +26,8 @@ from mimu.runs.files import write_text, written_whole
 # Markers are given in turn.
 FAMILIES = (
     ("--", {"original": "#000000", "retrain": "#009E73", "retrain_again": "#7FD4B9"}),
-    ("-", {"mimu": "#0072B2", "random": "#7F7F7F", "magnitude": "#CC79A7", "optimised_mask": "#332288"}),
-    ("-", {"saliency": "#56B4E9", "first_order": "#A6D8F4", "saliency_contrast": "#3F7FA6"}),
+    ("-", {"mimu": "#0072B2", "random": "#7F7F7F", "magnitude": "#BCBD22", "optimised_mask": "#332288"}),
+    ("-", {"saliency": "#CC79A7", "first_order": "#E8BFD6", "saliency_contrast": "#9A4F7C"}),
     ("-", {"output_row": "#E69F00", "logit_removed": "#F0C75E"}),
     (":", {"sft": "#D55E00", "random_labels": "#F2A46B", "salun": "#8F3F00"}),
     (":", {"fine_tune": "#8C564B", "gradient_ascent": "#C49C94", "neg_grad_plus": "#5A2E26", "delete": "#B8860B"}),
@@ -36,12 +35,11 @@ FAMILIES = (
     ("-.", {"damp": "#2E8B57", "svd": "#6B8E23", "esc": "#B22222", "pour": "#4682B4", "erase": "#DC267F"}),
 )
 FORMATS = ("png", "pdf", "svg")
-FREE_COLORS = ("#17BECF", "#BCBD22", "#F0E442", "#882255", "#117733", "#44AA99")
+FREE_COLORS = ("#17BECF", "#56B4E9", "#F0E442", "#882255", "#117733", "#44AA99")
 MARKERS = "D*pov^<sPXdh>"
 
 # How many weights are zeroed; auto: as was chosen for each request; None: what a reporter reports first.
 Kappa = int | Literal["auto"] | None
-Digits = Sequence[int] | None  # None: all of the sweep
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,9 @@ class Column:
             found = (found or {}).get(key)
         if found is None:
             return math.nan
-        if self.is_share:
-            return 100 * found / experiment["num_graph_vertices"]
-        return found - replace(self, is_gap=False).of("retrain", retrained, {}) if self.is_gap else found
+        if self.is_gap:
+            return found - replace(self, is_gap=False).of("retrain", retrained, {})
+        return 100 * found / experiment["num_graph_vertices"] if self.is_share else found
 
     def text(self, numbers: Sequence[float]) -> str:
         """Their mean ± standard deviation, of one number that alone; a dash where it is not finite."""
@@ -80,6 +78,7 @@ class Column:
 
 FORGET = "unlearning_metrics"
 RETAIN = "performance_degradation_metrics"
+KEPT = "mask_efficacy_metrics"
 FORGET_SCORE = Column((FORGET, "score"), "forget score, %", ".2f")
 RETAIN_SCORE = Column((RETAIN, "score"), "retain score, %", ".2f")
 RETAIN_GAP = Column((RETAIN, "score"), "retain score against retrain, points", "+.2f", is_gap=True)
@@ -92,10 +91,7 @@ ZEROED = Column(("num_zeroed",), "weights zeroed", ".0f")
 SECONDS = Column(("seconds",), "seconds a request", ".2f")
 EVERYTHING = (FORGET_SCORE, RETAIN_SCORE, RETAIN_GAP, PROBABILITY, FORGET_LOSS, RETAIN_LOSS, ZEROED, SECONDS)
 WORST = tuple(replace(column, is_worst=True) for column in (FORGET_SCORE, RETAIN_GAP))
-EFFICACY = tuple(
-    replace(column, keys=("mask_efficacy_metrics", column.keys[1]), spec=".3f")
-    for column in (FORGET_SCORE, PROBABILITY, FORGET_LOSS)
-)
+EFFICACY = [replace(of, keys=(KEPT, of.keys[1]), spec=".3f") for of in (FORGET_SCORE, PROBABILITY, FORGET_LOSS)]
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -107,6 +103,7 @@ def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     styles |= {name: {"color": color} for name, color in zip(free, cycle(FREE_COLORS))}
     for style, marker in zip(styles.values(), cycle(MARKERS)):
         style["marker"] = marker
+    styles["mimu"]["zorder"] = 3  # above those that do as well
     return styles
 
 
@@ -117,10 +114,6 @@ class ReporterConfig:
     dpi: Annotated[int, "at least 20, at most 1200"]
     format: tuple[Literal[FORMATS], ...]
 
-    def __post_init__(self) -> None:
-        if not 0 < len(self.format) == len(set(self.format)):
-            raise ValueError(f"format must name at least one of {FORMATS}, each once, not {self.format}")
-
 
 def save_figure(figure: Figure, path: Path, config: ReporterConfig) -> None:
     """Writes a figure in every format of the config, each file whole, and closes it."""
@@ -128,17 +121,6 @@ def save_figure(figure: Figure, path: Path, config: ReporterConfig) -> None:
         with written_whole(path.with_suffix(f".{suffix}")) as file:
             figure.savefig(file, format=suffix, dpi=config.dpi)
     plt.close(figure)
-
-
-def zoom(axes: Axes) -> None:
-    """Ends the y axis at the last marks within Tukey's fences: 1.5 times their distance beyond the quartiles."""
-    drawn = chain.from_iterable(line.get_ydata() for line in axes.lines)
-    numbers = sorted(filter(math.isfinite, drawn))
-    if len(set(numbers)) > 1:
-        first, _, third = quantiles(numbers, method="inclusive")
-        reach = max(1.5 * (third - first), 0.05 * (numbers[-1] - numbers[0]))
-        inside = [y for y in numbers if first - reach <= y <= third + reach]
-        axes.set_ylim(inside[0] - 0.1 * reach, inside[-1] + 0.1 * reach)
 
 
 def title(reporters: Iterable[Reporter]) -> str:
@@ -157,12 +139,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], text
         padded = [*map(str.ljust, row[:texts], widths), *map(str.rjust, row[texts:], widths[texts:])]
         lines.append(f"| {' | '.join(padded)} |")
     return "\n".join(lines)
-
-
-def class_title(experiment: Mapping[str, Any], label: int) -> str:
-    """A class by its number, and its name where it has one."""
-    name = experiment["class_names"][label]
-    return str(label) if name == str(label) else f"{label} ({name})"
 
 
 class Reporter:
@@ -185,17 +161,17 @@ class Reporter:
         for each in self.experiments:
             kappa = "auto" if each["kappa_choice"] == "auto" else each["kappa"]
             self.found.setdefault(kappa, {})[each["seed"], each["forget_digit"]] = each
-        shared = {(str(each["mask_layer"]), each["top_k"]) for each in self.experiments}
-        if len(shared) != 1 or sum(map(len, self.found.values())) < len(self.experiments):
-            raise ValueError("there must be experiments that share mask layer and top_k and differ in the rest")
         self.has_auto = "auto" in self.found
         self.kappas = sorted(kappa for kappa in self.found if kappa != "auto")
         self.has_audits = all(each["audit_metrics"] for each in self.experiments)
         self.digits = sorted({each["forget_digit"] for each in self.experiments})
         self.seeds = sorted({each["seed"] for each in self.experiments})
         first = self.experiments[0]
-        self.titles = [class_title(first, digit) for digit in self.digits]
-        self.names = f"class{'es' if len(self.digits) > 1 else ''} {', '.join(self.titles)}"
+        self.titles = {}
+        for digit in self.digits:
+            name = first["class_names"][digit]
+            self.titles[digit] = name if name == str(digit) else f"{digit} ({name})"
+        self.names = f"class{'es' if len(self.digits) > 1 else ''} {', '.join(self.titles.values())}"
         classes = self.names if len(self.digits) < 4 else f"mean over {len(self.digits)} classes"
         self.subject = (first["dataset"], classes, first["split"], first["classifier"])
         self.methods = list(first[FORGET] | first[RETAIN])
@@ -242,16 +218,11 @@ class Reporter:
     def draw_summary(self) -> None:
         """Forget score against retain score, a mark per method and kappa: where the retrained one stands is the aim."""
         with self._figure("summary.png", "score on the retain set (%)", is_zoomed=True):
-            plt.xlabel("score on the forget set (%)")
+            plt.xlabel("score on the forget set (%), a mark for each kappa")
             for name in self.methods:
                 x = self.curve(FORGET_SCORE, name)
                 y = self.curve(RETAIN_SCORE, name)
-                mark = {"markersize": 13, "zorder": 3} if name == "retrain" else {"markersize": 6, "zorder": 2}
-                plt.plot(x, y, label=name, **mark, **self.styles[name])
-                if name == "mimu":
-                    for end, offset in ((0, (6, -11)), (-1, (6, 6))):
-                        about = f"kappa {self.kappas[end]}"
-                        plt.annotate(about, (x[end], y[end]), offset, textcoords="offset points", fontsize=8)
+                plt.plot(x, y, label=name, markersize=13 if name == "retrain" else 6, **self.styles[name])
             self._mark_auto(FORGET_SCORE, RETAIN_SCORE)
 
     def __getattr__(self, name: str) -> Callable[[], list[float]]:
@@ -261,23 +232,21 @@ class Reporter:
         method, samples, metric = getter.groups()
         return lambda: self.curve(Column((FORGET if samples == "forget" else RETAIN, metric)), method)
 
-    def numbers(self, column: Column, method: str, kappa: Kappa = None, digits: Digits = None) -> list[list[float]]:
+    def numbers(self, column: Column, method: str, kappa: Kappa = None) -> list[list[float]]:
         """A method's figures: a row for every seed, one for every digit."""
         found = self.found.get(kappa or self.kappa, {})
         rows = []
         for seed in self.seeds:
-            places = [(seed, digit) for digit in digits or self.digits]
+            places = [(seed, digit) for digit in self.digits]
             rows.append([column.of(method, found.get(each, {}), self.retrained.get(each, {})) for each in places])
         return rows
 
-    def figures(self, column: Column, method: str, kappa: Kappa = None, digits: Digits = None) -> list[float]:
+    def figures(self, column: Column, method: str, kappa: Kappa = None) -> list[float]:
         """A method's figures for every seed, means over the digits; of the worst one, that alone."""
-        numbers = self.numbers(column, method, kappa, digits)
-        if not column.is_worst:
-            return list(map(fmean, numbers))
-        every = list(chain.from_iterable(numbers))
-        worst = min if column.is_gap else max
-        return [math.nan if any(map(math.isnan, every)) else worst(every)]
+        numbers = self.numbers(column, method, kappa)
+        if column.is_worst:
+            return [float(np.min(numbers) if column.is_gap else np.max(numbers))]
+        return list(map(fmean, numbers))
 
     def spread(self, column: Column, method: str) -> list[float]:
         """A method's figures for every seed, or where there is only one seed for every digit."""
@@ -294,57 +263,49 @@ class Reporter:
     def best_kappa(self) -> Kappa:
         """The one fixed kappa with the largest difference of mimu's retain and forget score on training samples."""
 
-        def rank(kappa: Kappa) -> tuple[bool, float]:
+        def gained(kappa: Kappa) -> float:
             retain, forget = (self.mean(column, "mimu", kappa) for column in TRAINING_SCORES)
-            return math.isfinite(retain - forget), retain - forget
+            return -math.inf if math.isnan(retain - forget) else retain - forget
 
-        return max(self.kappas, key=rank, default="auto")
+        return max(self.kappas, key=gained, default="auto")
 
     def write_summary(self, more: Sequence[str] = ()) -> None:
-        """Writes `summary.md`: the numbers of the figures, more sections, the mask efficacy, and the single digits."""
+        """Writes `summary.md`: the numbers of the figures, more sections, and the mask efficacy."""
         first = self.experiments[0]
-        has_several = len(self.digits) > 1
         masks = {name: layers for name, layers in first["zeroed_by_layer"].items() if layers}
         layers = dict.fromkeys(chain.from_iterable(masks.values()))
         dataset, _, split, classifier = self.subject
-        averaged = f"; mean over {len(self.digits)} classes" if has_several else ""
-        if len(self.seeds) > 1:
-            averaged += f", ± standard deviation over {len(self.seeds)} seeds"
-        sections = [f"# Forgetting {self.names} of {dataset}", f"{classifier}, scored on {split}{averaged}."]
-        for kappa in dict.fromkeys((self.kappa, self.best_kappa())):
-            sections += [f"## Every method, kappa = {kappa}", self.about(kappa), self.table(EVERYTHING, kappa)]
-            if len(layers) > 1:
-                columns = [Column(("zeroed_by_layer", each), each, ".1f") for each in layers]
-                sections += ["Where the zeroed weights are:", self.table(columns, kappa, methods=masks)]
-            if has_several:
-                sections += ["The worst class of any seed:", self.table(WORST, kappa)]
+        averaged = f"Mean over classes: {len(self.digits)}, ± standard deviation over seeds: {len(self.seeds)}."
+        sections = [f"# Forgetting {self.names} of {dataset}", f"{classifier}, scored on {split}. {averaged}"]
+        sections += [f"## Every method, kappa = {self.kappa}", self.about(), self.table(EVERYTHING)]
+        if len(layers) > 1:
+            columns = [Column(("zeroed_by_layer", each), each, ".1f") for each in layers]
+            sections += ["Where the zeroed weights are:", self.table(columns, masks)]
+        if len(self.digits) > 1:
+            sections += ["The worst class of any seed:", self.table(WORST)]
         kept = "Scores on the forget set with only K weights of the masked layers."
-        efficacy = self.table(EFFICACY, self.kappa, methods=first["mask_efficacy_metrics"])
+        efficacy = self.table(EFFICACY, first[KEPT])
         sections += [*more, f"## Mask efficacy, K = {first['top_k']}", kept, efficacy]
         if self.kappas:
             sections += ["## Every kappa", self.kappas_table()]
-        for digit, name in zip(self.digits, self.titles) if has_several else ():
-            about = self.about(self.kappa, [digit])
-            sections += [f"## Class {name}, kappa = {self.kappa}", about, self.table(EVERYTHING, self.kappa, [digit])]
         write_text(self.folder / "summary.md", "\n\n".join(sections) + "\n")
 
     def closing_table(self) -> str:
         """What a run says last: what was forgotten, how many weights every method zeroes, and its scores."""
         dataset, _, split, classifier = self.subject
-        about = f"{dataset}, {classifier}: forgetting {self.names}, scored on {split}. {self.about(self.kappa)}"
-        return f"{about}\n\n{self.table((FORGET_SCORE, RETAIN_SCORE, ZEROED), self.kappa)}"
+        about = f"{dataset}, {classifier}: forgetting {self.names}, scored on {split}. {self.about()}"
+        return f"{about}\n\n{self.table((FORGET_SCORE, RETAIN_SCORE, ZEROED))}"
 
-    def about(self, kappa: Kappa, digits: Digits = None) -> str:
-        """How this kappa came about, how much of the classifier it zeroes, and which methods did not get there."""
-        requests = [each for (_, digit), each in self.found[kappa].items() if digit in (digits or self.digits)]
+    def about(self) -> str:
+        """How kappa came about, how much of the classifier it zeroes, and which methods did not get there."""
+        requests = self.found[self.kappa].values()
         zeroed = fmean(each["kappa"] for each in requests)
         masked = self.experiments[0]["num_graph_vertices"]
         everything = self.experiments[0]["num_weights"]
         share = f"{zeroed:.0f} weights, {100 * zeroed / masked:.2g} % of the masked ones"
-        if masked < everything:
-            share += f" and {100 * zeroed / everything:.2g} % of all"
-        if kappa != "auto":
-            return f"Of the fixed kappas, {kappa} is the one that is best on training samples: {share}."
+        share += f" and {100 * zeroed / everything:.2g} % of all"
+        if not self.has_auto:
+            return f"Of the fixed kappas, {self.kappa} is the one that is best on training samples: {share}."
         chosen = f"kappa is chosen for each request and method on the training split; mimu's is {share} on average."
         gave_up: Counter[str] = Counter()
         for each in requests:
@@ -352,13 +313,13 @@ class Reporter:
         counts = ", ".join(f"{name} on {count} of {len(requests)} requests" for name, count in gave_up.items())
         return f"{chosen} Gave up before the class was forgotten: {counts}." if counts else chosen
 
-    def cells(self, columns: Iterable[Column], method: str, kappa: Kappa, digits: Digits = None) -> list[str]:
-        """A method's row of a table, over the given digits."""
-        return [column.text(self.figures(column, method, kappa, digits)) for column in columns]
+    def cells(self, columns: Iterable[Column], method: str, kappa: Kappa = None) -> list[str]:
+        """A method's row of a table."""
+        return [column.text(self.figures(column, method, kappa)) for column in columns]
 
-    def table(self, columns: Sequence[Column], kappa: Kappa, digits: Digits = None, methods: Iterable[str] = ()) -> str:
-        """A row for every method (none given: all), a column for each figure, over the given digits."""
-        rows = [[name, *self.cells(columns, name, kappa, digits)] for name in methods or self.methods]
+    def table(self, columns: Sequence[Column], methods: Iterable[str] = ()) -> str:
+        """A row for every method (none given: all), a column for each figure."""
+        rows = [[name, *self.cells(columns, name)] for name in methods or self.methods]
         return markdown_table(["method", *(column.name for column in columns)], rows)
 
     def kappas_table(self) -> str:
@@ -387,10 +348,7 @@ class Reporter:
 
     @contextmanager
     def _figure(self, name: str, y_label: str, is_zoomed: bool = False) -> Iterator[None]:
-        """A figure: lines plotted while the context is open are in it, and in the legend where a mark is in the frame.
-
-        is_zoomed: whether the y axis ends where most marks are, with a line of text on the others
-        """
+        """A figure: lines plotted while the context is open are in it; zoomed, its y axis ends where most marks are."""
         rows_of_legend = -(-len(self.methods) // 4)
         figure = plt.figure(figsize=(6.5, 4 + 0.2 * rows_of_legend), layout="constrained")
         yield
@@ -398,19 +356,12 @@ class Reporter:
         plt.title(title([self]), fontsize=9)
         plt.grid(alpha=0.3)
         if is_zoomed:
-            zoom(plt.gca())
-        low, high = plt.ylim()
-        handles, beyond = [], []
-        for line in plt.gca().lines:
-            marks = [y for x, y in line.get_xydata() if math.isfinite(x + y)]
-            outside = [y for y in marks if not low <= y <= high]
-            if len(outside) < len(marks):
-                handles.append(line)
-            if outside:
-                farthest = max(outside, key=lambda y: abs(y - low))
-                beyond.append(f"{line.get_label()} {farthest:.3g}")
-        if beyond:
-            named = f"outside of the frame, farthest marks: {', '.join(beyond)}"
-            figure.supxlabel(textwrap.fill(named, 100), fontsize=8)
-        figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+            # Marks beyond Tukey's fences, 1.5 times the distance of the quartiles beyond them, are not in the frame.
+            drawn = np.concatenate([line.get_ydata() for line in plt.gca().lines])
+            first, third = np.nanquantile(drawn, (0.25, 0.75))
+            reach = 1.5 * (third - first)
+            low, high = plt.ylim()
+            if reach > 0:
+                plt.ylim(max(low, first - reach), min(high, third + reach))
+        figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
         save_figure(figure, self.folder / name, self.config)

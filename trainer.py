@@ -154,9 +154,9 @@ def kappa_mask(scores: Tensor, zeroed: Tensor, kappa: int, temperature: float) -
 
 
 def masked_weights(classifier: HookedClassifier, graph: WeightGraph, keep: Tensor) -> dict[int, Tensor]:
-    """A classifier's weights under masks `keep` (masks, vertices), differentiable in it, as its `outputs` takes them.
+    """A classifier's weights under a mask `keep` (vertices), differentiable in it, as its `outputs` takes them.
 
-    Shapes: (masks, *shape) of each masked layer, by its index.
+    Shapes: of each masked layer, by its index; of several masks (masks, vertices) to (masks, *shape).
     """
     layers = classifier.layers
     return {index: layers[index].weight.detach() * part for index, part in zip(graph.layers, graph.split(keep))}
@@ -237,14 +237,14 @@ class GCNLoss:
         """The terms of a mask (vertices) on samples (classes, n)."""
         config, graphs, flat = self.config, self.graphs, samples.flatten()
         forget_class = graphs.classes[forget_row]
-        weights = masked_weights(graphs.classifier, self.graph, 1 - removed[None])
+        weights = masked_weights(graphs.classifier, self.graph, 1 - removed)
         _, logits = graphs.classifier.outputs(graphs.inputs[flat], self.graph.layers, weights)
         is_forget = graphs.labels[flat] == forget_class
-        own = log_odds(logits[0][is_forget], graphs.labels[flat][is_forget]) / FORGETTING_TEMPERATURE
+        own = log_odds(logits[is_forget], graphs.labels[flat][is_forget]) / FORGETTING_TEMPERATURE
         forget = FORGETTING_TEMPERATURE * F.softplus(own).mean()
         without = torch.tensor([forget_class], device=flat.device)
         target = graphs.predictions[flat][~is_forget].index_fill(1, without, float("-inf")).softmax(-1)
-        retain = F.cross_entropy(logits[0][~is_forget], target)
+        retain = F.cross_entropy(logits[~is_forget], target)
         return {
             "necessity_forget": config.necessity_forget * forget / self.retain_weight,
             "necessity_retain": config.necessity_retain * retain,

@@ -23,21 +23,9 @@ BATCH_SIZE = 128  # of the forget class's training samples, from which it is rel
 LEARNING_RATE = 0.0003
 LEARNING_RATE_FROM_FEW = 0.003  # where all samples are in each step
 AUDITS = (
-    "js_forget",  # bits from the retrained classifier on the test split; null without one
-    "js_retain",
-    "loss_attack",  # of the forget class's training samples
-    "entropy_attack",
-    "probe_recall",  # by the name of the probe
-    "probe_retain",  # of the linear one
-    "prototype_recall",  # by the number of samples of every class, those of relearn_from
-    # Until the class's score is half of the original's, at most those of the config; null where the loss is infinite,
-    # so that there is nothing to learn from.
-    "relearn_steps",
-    "came_back",
-    "relearn_scores",  # before every step and after the last
-    "relearn_from",  # steps from so many samples of every class, by their number
-    "weights_changed",  # known of a diverged classifier, too, of which all else is null
-)
+    "js_forget", "js_retain", "loss_attack", "entropy_attack", "probe_recall", "probe_retain", "prototype_recall",
+    "relearn_steps", "came_back", "relearn_scores", "relearn_from", "weights_changed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,14 +45,6 @@ def weights_changed(model: nn.Module, original: nn.Module) -> int:
     return sum(int((one.weight != other.weight).sum()) for one, other in pairs)
 
 
-def made_permanent(model: nn.Module) -> nn.Module:
-    """A copy in which the zeros of a mask are the weights themselves, free to change again."""
-    model = copy.deepcopy(model)
-    if mask := Mask.on(model):
-        mask.apply(model, permanent=True)
-    return model
-
-
 def relearn(
     model: nn.Module, test: Split, goal: float, max_steps: int, rate: float, samples: Iterator[Split]
 ) -> tuple[int | None, list[float]]:
@@ -74,7 +54,10 @@ def relearn(
     Returns the number of steps (`max_steps` where the class does not come back, None where the loss is not finite), and
     the score before every step and after the last.
     """
-    model = made_permanent(model).requires_grad_(True)
+    model = copy.deepcopy(model)
+    if mask := Mask.on(model):
+        mask.apply(model, permanent=True)
+    model.requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), rate)
     scores: list[float] = []
     for batch in samples:
@@ -110,7 +93,12 @@ class Audit:
         self.reference = None if self.retrained is None else predictions_of(self.retrained, self.data.test)
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
-        """All AUDITS of one classifier; where it has diverged, null but for `weights_changed`."""
+        """All AUDITS of one classifier; where it has diverged, null but for `weights_changed`.
+
+        The divergence is from the retrained classifier, in bits on the test split, null without one. Relearning goes on
+        until the class's score is half of the original's, or by so many steps as the config allows; of a loss that is
+        infinite there is nothing to learn, and its steps are null.
+        """
         label, seed, data = self.forget_class, self.seed, self.data
         train = predictions_of(model, data.train)
         test = predictions_of(model, data.test)
@@ -137,12 +125,12 @@ class Audit:
             "js_retain": from_retrained(~is_forget),
             "loss_attack": loss_attack(train.loss[is_member], test.loss[is_forget]),
             "entropy_attack": entropy_attack(train.logits[~is_member], test.logits, train.logits[is_member]),
-            "probe_recall": probe_recall,
-            "probe_retain": probe_retain,
-            "prototype_recall": recovered,
+            "probe_recall": probe_recall,  # by the name of the probe
+            "probe_retain": probe_retain,  # of the linear one
+            "prototype_recall": recovered,  # by the number of samples of every class
             "relearn_steps": steps,
             "came_back": scores[-1] >= self.goal,
-            "relearn_scores": scores,
-            "relearn_from": steps_from_few,
+            "relearn_scores": scores,  # before every step and after the last
+            "relearn_from": steps_from_few,  # by the number of samples of every class
             "weights_changed": changed,
         }

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimu.data import Split, is_correct
-from mimu.networks.hooked import linear_layers
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,9 @@ class Predictions:
 @torch.no_grad()
 def predictions_of(model: nn.Module, split: Split) -> Predictions:
     """Runs a classifier of one or several linear layers on a split."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     # A classifier of one layer represents the images by themselves.
-    hidden = {layer: [] for layer in linear_layers(model)[1:] or linear_layers(model)}
+    hidden: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers[1:] or layers}
     hooks = [layer.register_forward_pre_hook(lambda layer, inputs: hidden[layer].append(inputs[0])) for layer in hidden]
     try:
         logits = torch.cat([model(images) for images in split.images.split(10_000)])
@@ -89,9 +89,8 @@ def entropy_attack(retain: Tensor, test: Tensor, forget: Tensor) -> float:
     split as non-members, both with the same weight; all are logits (samples, classes). Not a number where all entropies
     are the same. Foster et al. 2023, arXiv:2308.07707, after Chundawat et al. 2022, arXiv:2205.08096.
     """
-    members, others, asked = (
-        torch.special.entr(logits.double().softmax(1)).sum(1) for logits in (retain, test, forget)
-    )
+    splits = (retain, test, forget)
+    members, others, asked = (torch.special.entr(logits.double().softmax(1)).sum(1) for logits in splits)
     x = torch.cat([members, others])
     if x.max() == x.min():
         return math.nan

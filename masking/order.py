@@ -191,10 +191,9 @@ class ZeroingOrder:
         inputs: of the first masked layer, for samples of the class
         """
         graphs, correct, found = self.graphs, 0, []
-        of_mask = graphs.graph.zeroing(zeroed).weights(graphs.classifier)
-        weights = {index: weight[None] for index, weight in of_mask.items()}
+        weights = graphs.graph.zeroing(zeroed).weights(graphs.classifier)
         for part in inputs.split(min(COUNTED_AT_ONCE, graphs.classifier.samples_at_once)):
-            found.append(graphs.classifier.outputs(part, graphs.graph.layers, weights)[1][0])
+            found.append(graphs.classifier.outputs(part, graphs.graph.layers, weights)[1])
             correct += int((found[-1].argmax(1) == label).sum())
             if (left := 100 * correct / len(inputs)) >= enough:
                 return left

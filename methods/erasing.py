@@ -6,10 +6,7 @@ features of the images do that were never trained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -23,13 +20,11 @@ from mimu.eval import Request
 from mimu.masking.order import forgetting_loss
 from mimu.masking.regression import explained_variance, standardised
 from mimu.methods.controls import further
-from mimu.methods.projections import residual
+from mimu.methods.projections import class_direction
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
-from mimu.runs.files import InputError
+from mimu.runs.files import PACKAGE, InputError
 from mimu.trainer import check_finite
-
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "methods.yaml"
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,8 @@ class Erasing:
     @staticmethod
     def configured() -> Erasing:
         """What configs/methods.yaml says."""
-        return Erasing(**yaml.safe_load(CONFIG.read_text())["eval"]["hyperparameters"]["erase"])
+        config = yaml.safe_load((PACKAGE / "configs" / "methods.yaml").read_text())
+        return Erasing(**config["eval"]["hyperparameters"]["erase"])
 
     def untrained_features(self, images: Tensor, count: int, seed: int) -> Tensor:
         """relu(V x) of images (samples, ...), (samples, units), V drawn as for a layer that is to be trained.
@@ -77,17 +73,9 @@ def nearest(features: Tensor, labels: Tensor, label: int, count: int) -> list[in
     return classes[distances.argsort()[: 1 + count]].tolist()
 
 
-def taking(weight: Tensor, left: Tensor, right: Tensor) -> LayerMask:
-    """What takes directions from a layer and switches nothing off."""
-    return LayerMask(torch.ones_like(weight), left, right)
-
-
-def together(start: Mask | None, edits: Mapping[int, LayerMask]) -> Mask | None:
+def together(start: Mask | None, edits: dict[int, LayerMask]) -> Mask:
     """The mask that takes directions from layers, by their indices, beside what a mask to start with does."""
-    if not edits:
-        return start
-    mask = Mask(dict(edits))
-    return start & mask if start else mask
+    return start & Mask(edits) if start else Mask(dict(edits))
 
 
 @torch.no_grad()
@@ -107,26 +95,21 @@ def projections(
             "a class is erased from what the last layer is given: that must give the logits, and stand behind a layer "
             "that can be masked"
         )
-    classes = samples.labels.unique()
-    place = classes.tolist().index(label)
-    found: dict[int, LayerMask] = {}
+    found = {index: LayerMask.of(torch.ones_like(classifier.layers[index].weight)) for index in trace.maskable}
     activations = samples.images  # which the network can begin with, and before which layers
     first = None
-    for index in trace.maskable:
-        mask = together(start, found)
-        with mask.applied_to(classifier) if mask else nullcontext():
-            layer = classifier.layers[index]
-            weight = layer.weight.flatten(1)
+    for index, edit in found.items():
+        with together(start, found).applied_to(classifier):
+            weight = classifier.layers[index].weight.flatten(1)
             if index == last:
                 is_row = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
-                found[index] = taking(layer.weight, is_row, weight[label][:, None].clone())
+                found[index] = edit._replace(left=is_row, right=weight[label][:, None].clone())
             else:
                 activations = classifier.prefix_activations([index], activations, first)
                 first = [index]
                 x = classifier.mean_inputs(index, activations, first)
-                means = torch.stack([x[samples.labels == each].mean(0, dtype=torch.double) for each in classes])
-                u = F.normalize(residual(means, place), dim=0).to(x)[:, None]
-                found[index] = taking(layer.weight, weight @ u, u)
+                u = class_direction(x, samples.labels, label).to(x)[:, None]
+                found[index] = edit._replace(left=weight @ u, right=u)
     return found
 
 
@@ -190,10 +173,9 @@ def erased(
     about = {"desc": f"class {label}", "unit": "step", "delay": 1, "leave": False}
     for step in tqdm(range(config.steps), **about, disable=None if progress else True):
         chosen = samples[drawn(samples.labels, config.group_size, generator)]
-        weights = together(start, edits).weights(classifier)
-        under_mask = {layer: weight[None] for layer, weight in weights.items()}
-        # Of the one mask there is.
-        (features,), (logits,) = classifier.outputs(chosen.images, weights=under_mask)
+        # As the only one of several: the gradient of each is then laid out row after row.
+        weights = {layer: w[None][0] for layer, w in together(start, edits).weights(classifier).items()}
+        features, logits = classifier.outputs(chosen.images, weights=weights)
         is_forget = chosen.labels == label
         forget = forgetting_loss(logits[is_forget].softmax(1)[:, label])
         loss = F.cross_entropy(logits[~is_forget], chosen.labels[~is_forget]) + config.forget_weight * forget

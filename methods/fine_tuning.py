@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +25,14 @@ class FineTuning:
     batch_size: Count
     learning_rate: Positive
 
-    def train(
-        self,
-        classifier: nn.Module,
-        samples: Split,
-        generator: torch.Generator,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        trainable: list[Tensor] | None = None,
-    ) -> nn.Module:
-        """Trains a classifier in place, as `learn` does, by SGD with momentum if by nothing else, and returns it."""
-        optimizer = optimizer or torch.optim.SGD(classifier.parameters(), self.learning_rate, momentum=0.9)
-        return learn(classifier, samples, self.epochs, self.batch_size, optimizer, generator, loss, trainable)
+    def train(self, classifier: nn.Module, samples: Split, generator: torch.Generator, **given: Any) -> nn.Module:
+        """Trains a classifier in place, by SGD with momentum if no optimizer is given, and returns it.
+
+        given: further arguments of `learn`
+        """
+        sgd = torch.optim.SGD(classifier.parameters(), self.learning_rate, momentum=0.9)
+        given = {"optimizer": sgd, "generator": generator} | given
+        return learn(classifier, samples, self.epochs, self.batch_size, **given)
 
 
 def draws(request: Request, name: str) -> torch.Generator:
@@ -54,15 +50,10 @@ def random_part(split: Split, share: Share, generator: torch.Generator) -> Split
 
 
 def with_random_labels(request: Request) -> Split:
-    """The forget class's training samples, each labelled as a random other class."""
+    """The training samples, those of the forget class labelled as a random other class each."""
     forget, generator = request.forget, draws(request, "random labels")
-    return Split(forget.images, other_labels(forget.labels, request.graphs.num_classes, generator))
-
-
-@torch.no_grad()
-def targets(teacher: nn.Module, images: Tensor) -> Tensor:
-    """The logits of a classifier that is not trained."""
-    return teacher(images)
+    labels = other_labels(forget.labels, request.graphs.num_classes, generator)
+    return joined(request.retain, Split(forget.images, labels))
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
@@ -79,8 +70,7 @@ def fine_tune(request: Request, *, config: FineTuning) -> nn.Module:
 @further("random_labels", paper="Graves et al. 2021, arXiv:2010.10981")
 def random_labels(request: Request, *, config: FineTuning) -> nn.Module:
     """Fine-tuning of the whole network (SGD with momentum) on the retain set and the relabelled forget set together."""
-    samples = joined(request.retain, with_random_labels(request))
-    return config.train(request.classifier, samples, draws(request, "random_labels"))
+    return config.train(request.classifier, with_random_labels(request), draws(request, "random_labels"))
 
 
 @further("gradient_ascent", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="forget set")
@@ -104,7 +94,7 @@ def neg_grad_plus(request: Request, *, config: FineTuning, retain_weight: Share)
         on_forget = F.cross_entropy(classifier(batch.images), batch.labels)
         return retain_weight * on_retain - (1 - retain_weight) * on_forget
 
-    return config.train(classifier, request.retain, generator, loss)
+    return config.train(classifier, request.retain, generator, loss=loss)
 
 
 def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tensor]:
@@ -150,7 +140,7 @@ def salun(request: Request, *, config: FineTuning, share: Share) -> nn.Module:
     largest = torch.cat([each.flatten() for each in saliency]).sort(descending=True).values
     threshold = largest[round(share * (len(largest) - 1))]
     trainable = [(each >= threshold).float() for each in saliency]
-    samples = joined(request.retain, with_random_labels(request))
+    samples = with_random_labels(request)
     return config.train(classifier, samples, draws(request, "salun"), trainable=trainable)
 
 
@@ -174,18 +164,18 @@ def scrub(
     train_once = replace(config, epochs=1).train
 
     def apart(images: Tensor, labels: Tensor) -> Tensor:
-        return -divergence(classifier(images), targets(request.original, images))
+        return -divergence(classifier(images), request.original(images).detach())
 
     def together(images: Tensor, labels: Tensor) -> Tensor:
         logits = classifier(images)
-        from_original = divergence(logits, targets(request.original, images))
+        from_original = divergence(logits, request.original(images).detach())
         return divergence_weight * from_original + label_weight * F.cross_entropy(logits, labels)
 
     forget, retain = request.forget, request.retain
     for epoch in range(config.epochs):
         if epoch < max_epochs:
-            train_once(classifier, forget, generator, apart, optimizer)
-        train_once(classifier, retain, generator, together, optimizer)
+            train_once(classifier, forget, generator, loss=apart, optimizer=optimizer)
+        train_once(classifier, retain, generator, loss=together, optimizer=optimizer)
     return classifier
 
 
@@ -199,12 +189,12 @@ def bad_teacher(request: Request, *, config: FineTuning, retain_share: Share) ->
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         is_forget = (labels == request.forget_class)[:, None]
-        target = torch.where(is_forget, targets(random, images), targets(request.original, images))
-        return divergence(classifier(images), target)
+        target = torch.where(is_forget, random(images), request.original(images))
+        return divergence(classifier(images), target.detach())
 
     samples = joined(random_part(request.retain, retain_share, generator), request.forget)
     optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
-    return config.train(classifier, samples, generator, loss, optimizer)
+    return config.train(classifier, samples, generator, loss=loss, optimizer=optimizer)
 
 
 @further("unsir", paper="Tarun et al. 2021, arXiv:2111.08947", needs="retain set")
@@ -254,10 +244,10 @@ def delete(request: Request, *, config: FineTuning) -> nn.Module:
     classifier = request.classifier
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
-        without_class = targets(request.original, images).scatter(1, labels[:, None], -1e10)
+        without_class = request.original(images).detach().scatter(1, labels[:, None], -1e10)
         return divergence(classifier(images), without_class)
 
-    return config.train(classifier, request.forget, draws(request, "delete"), loss)
+    return config.train(classifier, request.forget, draws(request, "delete"), loss=loss)
 
 
 @further("optimised_mask", paper="after Mallya et al. 2018, arXiv:1801.06519", touches="a mask")
@@ -285,9 +275,9 @@ def optimised_mask(
         soft = numbers.sigmoid()
         keep = (numbers > 0).float() + soft - soft.detach()
         flat = graphs.draw(max(1, samples // graphs.num_classes), generator).flatten()
-        weights = masked_weights(request.original, graphs.graph, keep[None])
+        weights = masked_weights(request.original, graphs.graph, keep)
         _, logits = request.original.outputs(graphs.inputs[flat], graphs.graph.layers, weights)
-        log_p = logits[0].log_softmax(1)
+        log_p = logits.log_softmax(1)
         is_forget = graphs.labels[flat] == d
         forget = forgetting_loss(log_p[is_forget, d].exp())
         retain = -(without_class[flat] * log_p).sum(1)[~is_forget].mean()

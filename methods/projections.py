@@ -44,11 +44,16 @@ def with_representation(request: Request, projection: Tensor) -> nn.Module:
     return classifier
 
 
-def residual(means: Tensor, place: int) -> Tensor:
-    """What of one row of the means (classes, n) no combination of the others gives, (n); 0 where that is rounding."""
-    others = torch.cat([means[:place], means[place + 1 :]])
-    left = means[place] - means[place] @ torch.linalg.pinv(others) @ others
-    return left if left.norm() > 1e-6 * means[place].norm() else torch.zeros_like(left)
+def class_direction(x: Tensor, labels: Tensor, label: int) -> Tensor:
+    """The direction (n) of what no combination of the other classes' means gives of a class's mean of x (samples, n).
+
+    In double precision; 0 where nothing but rounding is left.
+    """
+    others = [each for each in labels.unique().tolist() if each != label]
+    mean, *means = (x[labels == each].mean(0, dtype=torch.double) for each in (label, *others))
+    spanned = torch.stack(means)
+    left = mean - mean @ torch.linalg.pinv(spanned) @ spanned
+    return F.normalize(left, dim=0) if left.norm() > 1e-6 * mean.norm() else torch.zeros_like(left)
 
 
 def separability(own: Tensor, others: Tensor, ridge: float) -> Tensor:
@@ -77,13 +82,12 @@ def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative)
     last = len(request.original.layers) - 1
     chosen = some_of_every_class(request.train, samples, "damp", request.seed, d)
     is_own = chosen.labels == d
-    others = [label for label in chosen.labels.unique().tolist() if label != d]
 
     def removed(index: int) -> Tensor:
         x = request.original.mean_inputs(index, chosen.images).double()
-        means = torch.stack([x[is_own].mean(0), *(x[chosen.labels == label].mean(0) for label in others)])
-        direction = F.normalize(residual(means, 0), dim=0)
-        alpha = separability(x[is_own], x[~is_own][:: len(others)], ridge) * (index / last if last else 1.0)
+        direction = class_direction(x, chosen.labels, d)
+        others = x[~is_own][:: len(chosen.labels.unique()) - 1]
+        alpha = separability(x[is_own], others, ridge) * (index / last if last else 1.0)
         return alpha * torch.outer(direction, direction)
 
     classifier = projected(request, removed)

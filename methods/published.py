@@ -78,9 +78,11 @@ def insufficiency(
     keep = top_k_mask(scores + config.gumbel * noise.to(scores.device), top_k, config.temperature)
     weights = masked_weights(graphs.classifier, graphs.graph, keep)
     samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator)
-    flat, layers = samples.flatten(), graphs.graph.layers
-    _, found = graphs.classifier.outputs(graphs.inputs[flat], layers, weights, batch=samples.shape[1])
-    return F.cross_entropy(found.flatten(0, 1), graphs.labels[flat])
+    found = []
+    for row, chosen in enumerate(samples):
+        of_class = {layer: weight[row] for layer, weight in weights.items()}
+        found.append(graphs.classifier.outputs(graphs.inputs[chosen], graphs.graph.layers, of_class)[1])
+    return F.cross_entropy(torch.cat(found), graphs.labels[samples.flatten()])
 
 
 @torch.enable_grad()

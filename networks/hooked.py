@@ -1,10 +1,9 @@
-"""Networks that can be looked into: run node by node, begun midway, recorded, and run under many masks at once."""
+"""Networks that can be looked into: run node by node, begun midway, recorded, and run with other weights."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from mimu.networks.tracing import Trace, call, is_weight_layer
 
+Layers = Sequence[int]  # by their indices among the weight layers
 NUMBERS_AT_ONCE = 2**26  # of float32 in the tensors of a pass over samples, which then takes some 256 MB
 
 
@@ -50,20 +50,6 @@ class Record(NamedTuple):
     kept_log_odds: Tensor  # (samples), what they are to stay: as they are, if none has said otherwise
 
 
-class Watched(NamedTuple):
-    """What a network does on a batch, with the autograd graph from the pre-activations of the watched layers on."""
-
-    inputs: list[Tensor]  # of the layers, (samples, n), or (samples, channels, height, width)
-    pre_activations: list[Tensor]  # (samples, m), or (samples, m, height, width)
-    activations: list[Tensor]  # the same shapes, behind normalisation, addition and ReLU
-    logits: Tensor  # (samples, classes)
-
-
-def linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers of a model, in the order in which they were added to it."""
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
-
-
 def weight_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that masks can be put on, linear ones and convolutions, in the order in which they were added."""
     return [module for module in model.modules() if is_weight_layer(module)]
@@ -71,9 +57,7 @@ def weight_layers(model: nn.Module) -> list[nn.Module]:
 
 def shape_of(layer: nn.Module) -> tuple[int, ...]:
     """The shape of a layer's weight: (m, n), or of a convolution (m, channels, height, width)."""
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    return layer.out_channels, layer.in_channels, *layer.kernel_size
+    return tuple(layer.weight.shape)
 
 
 def is_finite(model: nn.Module) -> bool:
@@ -106,59 +90,43 @@ class HookedClassifier(nn.Module):
         """The shape of every weight, in the order of the layers: (out, in), or that of kernels."""
         return [shape_of(layer) for layer in self.layers]
 
-    def forward(self, images: Tensor, first: Sequence[int] | None = None) -> Tensor:
+    def forward(self, images: Tensor, first: Layers | None = None) -> Tensor:
         """Logits (batch, classes); with `first`, `images` are `prefix_activations` of these layers."""
         if torch.is_grad_enabled():
             return self.outputs(images, first)[1]
         return torch.cat([self.outputs(part, first)[1] for part in images.split(self.samples_at_once)])
 
     def outputs(
-        self,
-        inputs: Tensor,
-        first: Sequence[int] | None = None,
-        weights: Mapping[int, Tensor] | None = None,
-        batch: int | None = None,
+        self, inputs: Tensor, first: Layers | None = None, weights: Mapping[int, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The representation, which the last layer is given, (..., batch, n), and the logits (..., batch, classes).
+        """The representation, which the last layer is given, (batch, n), and the logits (batch, classes).
 
         inputs: images, or with `first`, `prefix_activations` of these layers
-        weights: by layer, those of many masks, (masks, ...) each, in the place of its own
-        batch: how many inputs are for each mask, one after the other; None: all for every one
+        weights: by layer, in the place of its own; gradients then reach these and no parameter
         """
+        trace = self.trace
+        changed = {trace.calls[index]: weight for index, weight in (weights or {}).items()}
 
-        def run(inputs: Tensor, weights: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-            trace = self.trace
-            under_mask = {trace.calls[index]: weight for index, weight in weights.items()}
+        def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
+            if node in changed:
+                return with_weight(callee, arguments[0], changed[node])
+            return call(node, callee, arguments, named)
 
-            def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
-                if node in under_mask:
-                    return with_weight(callee, arguments[0], under_mask[node])
-                return call(node, callee, arguments, named)
-
+        with self._constant() if changed else nullcontext():
             values = trace.run(self.network, inputs, first, compute, [trace.representation])
-            return values[trace.representation], values[trace.output]
+        return values[trace.representation], values[trace.output]
 
-        if not weights:
-            return run(inputs, {})
-        with self._constant():
-            if len(next(iter(weights.values()))) == 1:
-                features, logits = run(inputs, {index: weight[0] for index, weight in weights.items()})
-                return features[None], logits[None]
-            if batch is None:
-                return torch.func.vmap(run, (None, 0))(inputs, weights)
-            return torch.func.vmap(run)(inputs.unflatten(0, (-1, batch)), weights)
-
-    def features(self, inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
+    def features(self, inputs: Tensor, first: Layers | None = None) -> Tensor:
         """The representation alone, (batch, n)."""
         return self.outputs(inputs, first)[0]
 
     @torch.no_grad()
-    def value_of(self, node: fx.Node, inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
+    def value_of(self, node: fx.Node, inputs: Tensor, first: Layers | None = None) -> Tensor:
         """What a node of the trace gives, for images (batch, ...), or with `first`, for `prefix_activations` of it."""
         parts = inputs.split(self.samples_at_once)
-        return torch.cat([self.trace.run(self.network, part, first, None, [node], node)[node] for part in parts])
+        return torch.cat([self.trace.run(self.network, part, first, end=node)[node] for part in parts])
 
-    def prefix_activations(self, layers: Sequence[int], inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
+    def prefix_activations(self, layers: Layers, inputs: Tensor, first: Layers | None = None) -> Tensor:
         """What stands for images (batch, ...) where the network can begin before the layers."""
         return self.value_of(self.trace.start_of(layers), inputs, first)
 
@@ -168,63 +136,48 @@ class HookedClassifier(nn.Module):
         layer = self.layers[index]
         node = self.trace.input_of(index)
         for part in images.split(self.recorded_at_once([index])):
-            x = self.trace.run(self.network, part, watched=[node], end=node)[node]
+            x = self.trace.run(self.network, part, end=node)[node]
             yield patches(layer, x).mT if isinstance(layer, nn.Conv2d) else x[:, None]
 
-    def mean_inputs(self, index: int, inputs: Tensor, first: Sequence[int] | None = None) -> Tensor:
+    def mean_inputs(self, index: int, inputs: Tensor, first: Layers | None = None) -> Tensor:
         """What one layer is given by samples, its mean over positions (samples, n)."""
         layer = self.layers[index]
         x = self.value_of(self.trace.input_of(index), inputs, first)
         return mean_patches(layer, x) if isinstance(layer, nn.Conv2d) else x
 
     @torch.enable_grad()
-    def watch(self, inputs: Tensor, layers: Sequence[int], first: Sequence[int] | None = None) -> Watched:
-        """What `layers` do on a batch; its autograd graph starts at their pre-activations, where no other is before."""
-        trace = self.trace
+    def record(
+        self, inputs: Tensor, labels: Tensor, layers: Layers, first: Layers | None = None, left_out: Sequence[int] = ()
+    ) -> Record:
+        """What `layers` do on a batch: a forward pass, and a backward one as far as their pre-activations.
+
+        inputs: images, or with `first`, what `prefix_activations` says of these layers; labels: (samples)
+        left_out: as `log_odds` takes it
+        """
+        trace, modules = self.trace, self.layers
         calls = [trace.calls[index] for index in layers]
-        activations = [trace.activations[index][0] for index in layers]
         given: dict[fx.Node, Tensor] = {}
 
         def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
             value = call(node, callee, arguments, named)
             if node in calls:
                 given[node] = arguments[0].detach()
+                # The autograd graph begins at the first of them.
                 value = value if value.requires_grad else value.detach().requires_grad_()
             return value
 
         with self._constant():
-            values = trace.run(self.network, inputs.detach(), first, compute, [*calls, *activations])
-        return Watched(
-            inputs=[given[node] for node in calls],
-            pre_activations=[values[node] for node in calls],
-            activations=[values[node] for node in activations],
-            logits=values[trace.output],
-        )
-
-    @torch.enable_grad()
-    def record(
-        self,
-        inputs: Tensor,
-        labels: Tensor,
-        layers: Sequence[int],
-        first: Sequence[int] | None = None,
-        left_out: Sequence[int] = (),
-    ) -> Record:
-        """What `layers` do on a batch: one forward and one backward pass.
-
-        inputs: images, or with `first`, what `prefix_activations` says of these layers; labels: (samples)
-        left_out: as `log_odds` takes it
-        """
-        watched = self.watch(inputs, layers, first)
-        found = log_odds(watched.logits, labels, left_out)
-        gradients = torch.autograd.grad(found.sum(), watched.pre_activations)
-        records, own = [], self.layers
-        for index, a, h, gradient in zip(layers, watched.inputs, watched.activations, gradients):
-            h = h.detach()
-            is_rectified = self.trace.activations[index][1]
+            watched = [*calls, *(trace.activations[index][0] for index in layers)]
+            values = trace.run(self.network, inputs.detach(), first, compute, watched)
+        found = log_odds(values[trace.output], labels, left_out)
+        gradients = torch.autograd.grad(found.sum(), [values[node] for node in calls])
+        records = []
+        for index, node, gradient in zip(layers, calls, gradients):
+            activation, is_rectified = trace.activations[index]
+            a, h = given[node], values[activation].detach()
             active = (h > 0).to(h.dtype) if is_rectified else torch.ones_like(h)
             if a.ndim == 4:
-                a = patches(own[index], a)
+                a = patches(modules[index], a)
                 h, active, gradient = (each.flatten(2) for each in (h, active, gradient))
             records.append(LayerRecord(a, h, active, gradient))
         return Record(records, found.detach(), found.detach())
@@ -234,11 +187,12 @@ class HookedClassifier(nn.Module):
         """How many samples a pass takes that needs no gradients."""
         return max(1, NUMBERS_AT_ONCE // self.trace.largest)
 
-    def recorded_at_once(self, layers: Sequence[int]) -> int:
+    def recorded_at_once(self, layers: Layers) -> int:
         """How many samples a pass takes that records layers, in NUMBERS_AT_ONCE."""
         numbers = self.trace.total
-        for shape, positions in ((self.shapes[index], self.trace.positions(index)) for index in layers):
-            numbers += (math.prod(shape[1:]) + 3 * shape[0]) * (positions or 1)
+        for index in layers:
+            m, n = self.layers[index].weight.flatten(1).shape
+            numbers += (n + 3 * m) * self.trace.positions(index)
         return max(1, NUMBERS_AT_ONCE // numbers)
 
     @contextmanager
@@ -246,8 +200,7 @@ class HookedClassifier(nn.Module):
         """Keeps its weights out of the autograd graph."""
         free = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
-            for parameter in free:
-                parameter.requires_grad_(False)
+            self.requires_grad_(False)
             yield
         finally:
             for parameter in free:
@@ -292,6 +245,6 @@ def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
 def with_weight(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """What a layer gives with another weight."""
     if isinstance(layer, nn.Linear):
-        z = (x @ weight[None].mT)[0]  # as a product with many matrices is rounded
+        z = (x @ weight[None].mT)[0]  # as one of a batch of products is rounded
         return z if layer.bias is None else z + layer.bias
     return layer._conv_forward(x, weight, layer.bias)

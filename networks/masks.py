@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +75,9 @@ class LayerMask(NamedTuple):
         if keep.ndim not in (2, 4) or not keep.numel() or not ((keep == 0) | (keep == 1)).all():
             raise ValueError("a mask must have matrices of 0 and 1 alone")
         m, n = keep.flatten(1).shape
-        fits = self.left.shape == (m, *self.left.shape[-1:]) and self.right.shape == (n, *self.left.shape[-1:])
-        if not fits or not (self.left.isfinite().all() and self.right.isfinite().all()):
-            shapes = [tuple(self.left.shape), tuple(self.right.shape)]
+        shapes = [tuple(self.left.shape), tuple(self.right.shape)]
+        is_finite = self.left.isfinite().all() and self.right.isfinite().all()
+        if shapes != [(m, self.rank), (n, self.rank)] or not is_finite:
             raise ValueError(f"edits must be pairs of matrices (m, rank), (n, rank) of finite numbers, not {shapes}")
 
 
@@ -96,13 +96,6 @@ class WeightMask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.mask.applied(weight)
-
-
-def refuse_pickling(layer: nn.Module) -> None:
-    raise RuntimeError(
-        "a masked model is not saved whole: save model.state_dict(), and the mask by mask.save(path); or write its "
-        "zeros into the weights first, by mask.apply(model, permanent=True)"
-    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -176,14 +169,12 @@ class Mask:
 
     def vertices(self) -> Tensor:
         """The vertices that it switches off, in the weight graph of its layers."""
-        return (torch.cat([keep.flatten() for keep in self.keep]) == 0).nonzero()[:, 0]
+        return (self.as_tensor().flatten() == 0).nonzero()[:, 0]
 
     def includes(self, other: Mask) -> bool:
         """Whether it switches off all that the other does, and takes what that takes."""
-        for layer, mask in other.by_layer.items():
-            if layer not in self.by_layer or not self.by_layer[layer].includes(mask):
-                return False
-        return True
+        own = self.by_layer
+        return all(layer in own and own[layer].includes(mask) for layer, mask in other.by_layer.items())
 
     def weights(self, model: nn.Module) -> dict[int, Tensor]:
         """The weights of the masked layers of a model without one, by their indices, as they are under the mask."""
@@ -205,7 +196,7 @@ class Mask:
         return [layers[index] for index in self.by_layer]
 
     def apply(self, model: nn.Module, permanent: bool = False) -> None:
-        """Switches the weights off, or where it raises, leaves the model as it was.
+        """Switches the weights off, and takes the directions.
 
         The zeros stand beside the weights, for `remove` to take them off again: the state dict still holds the weights
         from before, as `parametrizations.weight.original`, and with them the class. permanent: the zeros are written
@@ -218,19 +209,17 @@ class Mask:
         if carried is not None and not self.includes(carried):
             raise ValueError(f"the model carries {carried}: take it off first, or apply mask & Mask.on(model)")
         if permanent:
-            names = Counter(map(id, dict(model.named_parameters(remove_duplicate=False)).values()))
-            if shared := [index for index, layer in zip(self.layers, layers) if names[id(original_weight(layer))] > 1]:
-                raise ValueError(
-                    f"layers {shared} share their weights with others: permanent zeros would be theirs, too"
-                )
-        with all_or_none(layers):
-            for layer, mask in zip(layers, self.by_layer.values()):
-                take_off(layer)
-                mask = mask.to(layer.weight)
-                if permanent:
-                    layer.weight.data.copy_(mask.applied(layer.weight.data)).masked_fill_(mask.keep == 0, 0)
-                else:
-                    put_on(layer, WeightMask(mask, self.forgets))
+            names = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+            shared = [index for index, layer in zip(self.layers, layers) if max(map(names.get, layer.parameters())) > 1]
+            if shared:
+                raise ValueError(f"layers {shared} share their weights with others: zeros would be theirs, too")
+        masks = [mask.to(layer.weight) for layer, mask in zip(layers, self.by_layer.values())]
+        for layer, mask in zip(layers, masks):
+            take_off(layer)
+            if permanent:
+                layer.weight.data.copy_(mask.applied(layer.weight.data)).masked_fill_(mask.keep == 0, 0)
+            else:
+                parametrize.register_parametrization(layer, "weight", WeightMask(mask, self.forgets))
 
     def remove(self, model: nn.Module) -> None:
         """Takes the mask off again: the weights are those from before, bit for bit, and in the same order.
@@ -242,9 +231,8 @@ class Mask:
             found = weight_mask(layer)
             if found is None or not found.mask.equals(mask):
                 raise ValueError(f"layer {index} carries {'no' if found is None else 'another'} mask: {self} is not on")
-        with all_or_none(layers):
-            for layer in layers:
-                take_off(layer)
+        for layer in layers:
+            take_off(layer)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -288,16 +276,6 @@ def weight_mask(layer: nn.Module) -> WeightMask | None:
     return found[0] if len(found) == 1 and isinstance(found[0], WeightMask) else None
 
 
-def original_weight(layer: nn.Module) -> Tensor:
-    """The weight under a mask, or without one."""
-    return layer.weight if weight_mask(layer) is None else layer.parametrizations["weight"].original
-
-
-def put_on(layer: nn.Module, mask: WeightMask) -> None:
-    parametrize.register_parametrization(layer, "weight", mask)
-    type(layer).__getstate__ = refuse_pickling  # of a class that the layer has for itself
-
-
 def take_off(layer: nn.Module) -> None:
     """Takes a mask off, where there is one."""
     if weight_mask(layer) is None:
@@ -309,18 +287,3 @@ def take_off(layer: nn.Module) -> None:
     # PyTorch puts the weight back behind the others; an optimizer's state goes by the order of parameters.
     for name in [name for name in layer._parameters if name != "weight"]:
         layer._parameters[name] = layer._parameters.pop(name)
-
-
-@contextmanager
-def all_or_none(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Gives layers back the masks and the weights that they had, where the context raises."""
-    before = [(layer, weight_mask(layer), original_weight(layer).detach().clone()) for layer in layers]
-    try:
-        yield
-    except BaseException:
-        for layer, mask, weight in before:
-            take_off(layer)
-            layer.weight.data.copy_(weight)
-            if mask is not None:
-                put_on(layer, mask)
-        raise

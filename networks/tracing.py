@@ -76,12 +76,13 @@ class Trace:
         for node in self.nodes:
             if node.users:
                 self._last_uses[max(node.users, key=self._places.__getitem__)].append(node)
-        images = next(node for node in self.nodes if node.op == "placeholder")
-        self.of_samples = {images}
+        self._images = self.nodes[0]
+        self._starts = {self._images: 0}
+        self.of_samples = {self._images}
         for node in self.nodes:
             if not self.of_samples.isdisjoint(node.all_input_nodes):
                 self.of_samples.add(node)
-        self._shapes: dict[fx.Node, torch.Size] = {images: example.shape}
+        self._shapes: dict[fx.Node, torch.Size] = {self._images: example.shape}
         self._over_channels: set[fx.Node] = set()  # reductions that are no pooling
         with torch.no_grad():
             found = self.run(network, example, compute=self._noted)[self.output]
@@ -102,7 +103,7 @@ class Trace:
         numbers = [prod(shape[1:]) for shape in self._shapes.values()]  # of one sample
         self.largest = max(numbers)
         self.total = sum(numbers)
-        self._starts = self._single_values()
+        self._find_starts()
 
     def __deepcopy__(self, memo: dict) -> Trace:
         return self
@@ -121,16 +122,12 @@ class Trace:
         value: what the network is given; with `first`, that of the node from which these layers can be reached
         compute: gives the value of a node from what it calls and the arguments; end: the node to stop at
         """
-        start = None if first is None else self.start_of(first)
-        place = -1 if start is None else self._starts[start]
-        values = {} if start is None else {start: value}
+        start = self._images if first is None else self.start_of(first)
+        values = {start: value}
         modules = dict(network.named_modules())
         keep = {self.output, *watched}
         for node in self.nodes[:-1]:
-            if node.op == "placeholder":
-                if start is None:
-                    values[node] = value if not values else node.args[0]
-            elif self._places[node] > place or node.op == "get_attr":
+            if self._places[node] > self._starts[start] or node.op == "get_attr":
                 arguments, named = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 callee = called(node, modules, network)
                 values[node] = (compute or call)(node, callee, arguments, named)
@@ -155,10 +152,9 @@ class Trace:
         """The node of what a layer is given."""
         return self.calls[layer].all_input_nodes[0]
 
-    def positions(self, layer: int) -> int | None:
-        """At how many positions the kernels of a convolution stand; None of a linear layer."""
-        shape = self._shapes[self.calls[layer]]
-        return prod(shape[2:]) if len(shape) == 4 else None
+    def positions(self, layer: int) -> int:
+        """At how many positions the kernels of a convolution stand; 1 of a linear layer."""
+        return prod(self._shapes[self.calls[layer]][2:])
 
     def _activation(self, call: fx.Node) -> tuple[fx.Node, bool]:
         """The node of a layer's output activation, behind normalisation and addition, and whether it is rectified."""
@@ -182,17 +178,15 @@ class Trace:
             self._over_channels.add(node)
         return value
 
-    def _single_values(self) -> dict[fx.Node, int]:
-        """The nodes whose value is all that later ones need, and the place from which on it is."""
-        starts: dict[fx.Node, int] = {}
+    def _find_starts(self) -> None:
+        """Notes the nodes whose value is all that later ones need, and the place from which on it is."""
         alive: set[fx.Node] = set()
         for place, node in enumerate(self.nodes[:-1]):
             if node.op != "get_attr" and node.users:
                 alive.add(node)
             alive.difference_update(self._last_uses[node])
             if len(alive) == 1 and (single := next(iter(alive))) in self._shapes:
-                starts.setdefault(single, place)
-        return starts
+                self._starts.setdefault(single, place)
 
     def _ends(self, layers: Sequence[nn.Module]) -> list[Ends | None]:
         """The neurons that each weight layer joins, by numbers of their own; None for those that masks cannot have."""
@@ -276,9 +270,11 @@ def called(node: fx.Node, modules: dict[str, nn.Module], network: nn.Module) -> 
 
 
 def call(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
-    """What a node gives for its arguments."""
+    """What a node gives for its arguments; an input beside the samples, its default."""
     if node.op == "get_attr":
         return callee
+    if node.op == "placeholder":
+        return arguments[0]
     if node.op == "call_method":
         return getattr(arguments[0], callee)(*arguments[1:], **named)
     return callee(*arguments, **named)

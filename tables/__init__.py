@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from mimu.reporter import FORMATS, Reporter, ReporterConfig
 from mimu.runs.files import slug
 from mimu.tables.pictures import Row, draw_masks, draw_scores
-from mimu.tables.retraining import AuditReport
+from mimu.tables.retraining import audit_sections, draw_audits
 from mimu.tables.variants import compare
 
 FIGURES = (
@@ -58,15 +58,13 @@ def report(results: Sequence[Result], folder: Path) -> list[str]:
 def draw_alone(reporter: Reporter, with_curves: bool) -> None:
     """The summary of one variant and top_k and its audits, and where no variants stand beside it all other pictures."""
     sections = []
-    has_audits = reporter.has_audits and reporter.retrained
-    if has_audits:
-        audits = AuditReport(reporter)
-        audits.draw()
-        sections = audits.tables()
+    if reporter.has_audits and reporter.retrained:
+        draw_audits(reporter)
+        sections = audit_sections(reporter)
     if not with_curves:
         return reporter.write_summary(sections)
     reporter.plot(sections)
-    if reporter.retrained and (has_audits or not reporter.kappas):
+    if reporter.retrained:
         rows = [Row(name, reporter, name) for name in reporter.methods]
         draw_scores(rows, reporter.folder / "trade_off.png", reporter.config)
     if len(reporter.digits) > 1 and len(reporter.experiments[0]["mask_shapes"]) == 1:

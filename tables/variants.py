@@ -16,11 +16,9 @@ COLUMNS = (FORGET_SCORE, WORST_FORGET, RETAIN_GAP, WORST_GAP, SHARE, SECONDS)
 
 
 def compare(reporters: Mapping[str, Reporter], folder: Path) -> list[str]:
-    """Writes and draws variants side by side: their tables, forget score and distance to retraining, and the frontier.
+    """Writes and draws variants side by side, the frontier of those that are audited too; returns their tables.
 
-    A row is a method of a variant; mimu's is called by the variant alone. The frontier is retain score against recall
-    of a probe, of audited variants of the first classifier. Figures are drawn with the settings of the first variant.
-    Returns the tables.
+    A row is a method of a variant; mimu's is called by the variant alone. Figures have the settings of the first one.
     """
     share_retrained(reporters.values())
     rows = []
@@ -70,6 +68,6 @@ def audits_of(reporters: Iterable[Reporter]) -> list[Column]:
 
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """A column for each figure, a line for every row of which one is known."""
-    lines = [[row.name, *row.reporter.cells(columns, row.method, row.reporter.kappa)] for row in rows]
+    lines = [[row.name, *row.reporter.cells(columns, row.method)] for row in rows]
     known = [line for line in lines if set(line[1:]) != {"–"}]
     return markdown_table(["variant", *(column.name for column in columns)], known)

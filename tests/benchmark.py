@@ -1,6 +1,6 @@
 """Times the parts of the project against the plain ways to do the same, and shows how cost grows with the classifier.
 
-Run it with `uv run tests/benchmark.py`; `--only gcn growth` runs some parts, `--quick` all in less than a minute.
+Run it with `uv run tests/benchmark.py`; `--only gcn growth` runs some parts.
 One process, a warm-up before each measurement, medians of several runs. Compare ratios, not machines.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import io
-import json
 import os
 import platform
 import statistics
@@ -22,7 +20,6 @@ from dataclasses import replace
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +28,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
 
-from mimu.configs import load_config, load_variants
+from mimu.configs import load_config
 from mimu.data import GraphGenerator, Split, load_image_data
 from mimu.eval import Eval, Request
-from mimu.main import run
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import Ranking, TrainedGCN
 from mimu.model import HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory
 from mimu.reporter import markdown_table
-from mimu.runs.files import ROOT, Artifact, save, write_text
+from mimu.runs.files import ROOT, Artifact
 from mimu.runs.work import peak_bytes
 from mimu.trainer import GCNTrainer, Trainer
 
@@ -106,15 +102,6 @@ def forward_and_backward(gcn: nn.Module, x: Tensor, graph: object) -> Callable[[
     return work
 
 
-def needed_operations(gcn: MaskingGCN, graph: WeightGraph) -> int:
-    """Additions and multiplications, forward and backward, on the vertices of a graph: three rounds, two products.
-
-    The first round and the second are one product; nothing asks for the gradient of the features.
-    """
-    features, (outputs, hidden) = gcn.num_features, gcn.readout.weight.shape
-    return 2 * graph.num_vertices * (2 * features * hidden + 3 * hidden**2 + 3 * outputs * hidden)
-
-
 def layer_graph() -> tuple[WeightGraph, Tensor, dict[str, Tensor]]:
     """A 64x128 graph, vertex features, and the edges in the ways in which PyG takes them."""
     graph = WeightGraph.of(HookedMNISTClassifier((), 128, 64), 0)
@@ -123,18 +110,18 @@ def layer_graph() -> tuple[WeightGraph, Tensor, dict[str, Tensor]]:
     return graph, x, {"edge list": edges, "CSR sparse product": adjacency.to_sparse_csr()}
 
 
-def pyg_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
+def pyg_part(table: Table, before: dict[str, Table]) -> None:
     """PyG's SAGEConv with memory managed as PyTorch comes: the default GCN, forward and backward on a 64x128 graph."""
     _, x, ways = layer_graph()
     for name, edges in ways.items():
-        table.time(f"{name}, ms", forward_and_backward(PlainGCN(default_gcn()), x, edges), 3 if quick else 9)
+        table.time(f"{name}, ms", forward_and_backward(PlainGCN(default_gcn()), x[0], edges), 9)
 
 
-def gcn_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
+def gcn_part(table: Table, before: dict[str, Table]) -> None:
     """The same with the closed form beside it, in a process that keeps its freed memory, as a run does."""
-    pyg_part(table, quick, before)
+    pyg_part(table, before)
     gcn, (graph, x, ways) = default_gcn(), layer_graph()
-    closed = table.time("closed form, ms", forward_and_backward(gcn, x, graph), 100 if quick else 300)
+    closed = table.time("closed form, ms", forward_and_backward(gcn, x, graph), 300)
     for name in ways:
         table.add(f"{name} as PyTorch comes / closed form", before["pyg"][f"{name}, ms"][0] / closed)
         table.add(f"{name} / closed form", table[f"{name}, ms"][0] / closed)
@@ -144,12 +131,6 @@ def gcn_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
     for name, output in outputs.items():
         difference = (output - expected).abs().max().item()
         table.add(f"{name}, largest difference of outputs to the edge list", difference)
-    a, b = torch.randn(2, 2048, 2048).unbind()
-    rate = 2 * 2048**3 / Table().time("product of two matrices, ms", lambda: a @ b, 5 if quick else 20) / 1e6
-    reached = needed_operations(gcn, graph) / closed / 1e6
-    table.add("rate of large matrix products, GFLOP/s", rate)
-    table.add("rate of the closed form, GFLOP/s", reached)
-    table.add("share of the rate of large products, %", 100 * reached / rate)
 
 
 def one_sample_at_a_time(classifier: HookedMNISTClassifier, samples: Split, layer: int) -> list[Data]:
@@ -171,13 +152,13 @@ def one_sample_at_a_time(classifier: HookedMNISTClassifier, samples: Split, laye
     return graphs
 
 
-def graphs_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
+def graphs_part(table: Table, before: dict[str, Table]) -> None:
     """Activation graphs of the 64x128 layer: one sample at a time against all samples in one batch."""
     train = load_image_data(CONFIG.dataset, ROOT / "datasets").train
     torch.manual_seed(0)
     classifier = HookedMNISTClassifier(CONFIG.classifier.hidden_sizes)
     graphs = GraphGenerator(classifier, train, CONFIG.graphs, seed=0)
-    layer, count = graphs.graph.layers[0], 100 if quick else 500
+    layer, count = graphs.graph.layers[0], 500
     some = Split(train.images[:count], train.labels[:count])
 
     def one_by_one() -> list[Data]:
@@ -186,24 +167,13 @@ def graphs_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
     def in_one_batch() -> object:
         return GraphGenerator(classifier, train, CONFIG.graphs, 0).record
 
-    slow = table.time("one sample at a time, ms a sample", one_by_one, 3 if quick else 5, 1e3 / count)
+    slow = table.time("one sample at a time, ms a sample", one_by_one, 5, 1e3 / count)
     in_one = f"{len(graphs):,} samples in one batch, ms a sample"
-    fast = table.time(in_one, in_one_batch, 5 if quick else 20, 1e3 / len(graphs))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "graphs.pt"
-        save(path, graphs.recorded())
-        recorded = path.stat().st_size / len(graphs)
-        torch.save(torch.stack([graph.x for graph in one_by_one()]), path)
-        of_vertices = path.stat().st_size / count
+    fast = table.time(in_one, in_one_batch, 20, 1e3 / len(graphs))
     table.add("one sample at a time / in one batch", slow / fast)
-    table.add("samples a second, one at a time", 1e3 / slow)
-    table.add("samples a second, in one batch", 1e3 / fast)
-    table.add("bytes a sample, four features of every vertex", of_vertices)
-    table.add("bytes a sample, what the batch recorded", recorded)
-    table.add("features of every vertex / recorded", of_vertices / recorded)
 
 
-def growth_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
+def growth_part(table: Table, before: dict[str, Table]) -> None:
     """The closed form with all layers masked, on classifiers of 784-128-64-10 scaled up and down."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here, where the system allows it (Linux)
@@ -213,7 +183,7 @@ def growth_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
         inputs, first, second = (round(scale * size) for size in (784, 128, 64))
         graph = WeightGraph.of(HookedMNISTClassifier((first, second), inputs), None)
         x = torch.randn(1, graph.num_vertices, CONFIG.graphs.num_features)
-        runs = max(3, min(100, (2 if quick else 10) * 10**5 // graph.num_vertices))
+        runs = max(3, min(100, 10**6 // graph.num_vertices))
         name = f"{inputs}-{first}-{second}-10, {graph.num_vertices:,} weights"
         taken = table.time(f"{name}, ms", forward_and_backward(default_gcn(), x, graph), runs)
         per_vertex[scale] = 1e6 * taken / graph.num_vertices
@@ -222,13 +192,13 @@ def growth_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
     table.add("time a vertex, 4 million weights / 100 thousand", per_vertex[6] / per_vertex[1])
 
 
-def stages_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
-    """A training step of the GCN, a request, an evaluation; and the stages of the default run."""
+def stages_part(table: Table, before: dict[str, Table]) -> None:
+    """A training step of the GCN, a request, an evaluation."""
     data, trainer = load_image_data(CONFIG.dataset, ROOT / "datasets"), Trainer(CONFIG.classifier, 0)
     classifier = trainer.train(data.train, 10)
     graphs = GraphGenerator(classifier, data.train, CONFIG.graphs, seed=0)
     few = GCNTrainer(replace(CONFIG.gcn, steps=20), [graphs], CONFIG.eval.retain_weight, 0)
-    table.time("training step of the GCN, ms", few.train, 3 if quick else 10, 1e3 / 20)
+    table.time("training step of the GCN, ms", few.train, 10, 1e3 / 20)
     gcn, asks = TrainedGCN.load().gcn, load_config(overrides=["gcn.pretrained=true", "eval.group_size=100"])
     graphs, digits = GraphGenerator(classifier, data.train, asks.graphs, seed=0), cycle(range(10))
 
@@ -245,44 +215,23 @@ def stages_part(table: Table, quick: bool, before: dict[str, Table]) -> None:
         folder = Path(name)
         metrics, mask = Artifact(folder / "metrics.json", {}), Artifact(folder / "mask.pt", {})
         evaluation = Eval(request, data, metrics, mask, {"seconds": {}}, {})
-        table.time("evaluation of a mask: all metrics, JSON, ms", evaluation.eval, 5 if quick else 20)
-        less = ["gcn.steps=40", "sweep.kappa=[auto, 300]"] if quick else []
-        (folder / "datasets").mkdir()
-        (folder / "datasets" / "MNIST").symlink_to(ROOT / "datasets" / "MNIST")
-        started = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):
-            run(load_variants(overrides=less), folder)
-        total = time.perf_counter() - started
-        summary = json.loads((folder / "reports" / "run.json").read_text())
-    command = " ".join(["main.py", *less])
-    for stage, seconds in (summary["seconds"] | {"all but the imports": total}).items():
-        table.add(f"`{command}`, {stage}, s", seconds)
+        table.time("evaluation of a mask: all metrics, JSON, ms", evaluation.eval, 20)
 
 
 # In this order: before growth, whose memory is measured, nothing may have left memory that is kept.
 PARTS = {"pyg": pyg_part, "growth": growth_part, "gcn": gcn_part, "graphs": graphs_part, "stages": stages_part}
 
 
-def processor() -> str:
-    """The name of the processor, where the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     choices = [name for name in PARTS if name != "pyg"]
     parser.add_argument("--only", nargs="+", choices=choices, default=choices, help="the parts to run")
-    parser.add_argument("--quick", action="store_true", help="fewer runs: everything in less than a minute")
     arguments = parser.parse_args()
-    versions = {name: version(name) for name in ("torch", "torch-geometric", "torchvision", "numpy")}
-    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
-    head: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    head |= {"python": platform.python_version(), "packages": versions, "quick": arguments.quick}
-    print(f"{head['processor']}, {head['cores']} cores, {head['threads']} threads; Python {head['python']}, {packages}")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torch-geometric", "torchvision", "numpy"))
+    cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []  # of Linux
+    names = [line.partition(": ")[2] for line in cpus if line.startswith("model name")] or [platform.machine()]
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    print(f"{names[0]}, {threads}; Python {platform.python_version()}, {packages}")
     tables: dict[str, Table] = {}
     for name, part in PARTS.items():
         if name not in arguments.only and not (name == "pyg" and "gcn" in arguments.only):
@@ -290,9 +239,8 @@ def main() -> None:
         if name != "pyg":
             keep_freed_memory()
         tables[name] = Table()
-        part(tables[name], arguments.quick, tables)
+        part(tables[name], tables)
         print(f"\n{part.__doc__}\n\n{tables[name]}", flush=True)
-    write_text(ROOT / "reports" / "benchmark.json", json.dumps(head | tables, indent=1))
 
 
 if __name__ == "__main__":

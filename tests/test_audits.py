@@ -21,7 +21,7 @@ from mimu.audits.predictions import entropy_attack, jensen_shannon, loss_attack,
 from mimu.audits.probes import linear, neighbours, prototype_recall, two_layer
 from mimu.data import ImageData, Split, seeded, seeded_initialisation, some_of_every_class
 from mimu.methods.controls import logit_removed
-from mimu.model import HookedMNISTClassifier, Mask, WeightGraph
+from mimu.model import HookedMNISTClassifier, WeightGraph
 from mimu.trainer import Trainer
 
 FORGET = 1
@@ -64,7 +64,7 @@ def without_logit(classifier):
 
 def masked(classifier, vertices=(0, 7, 29)):
     model = copy.deepcopy(classifier)
-    Mask.zeroing(WeightGraph.of(classifier, -2), torch.tensor(vertices)).apply(model)
+    WeightGraph.of(classifier, -2).zeroing(torch.tensor(vertices)).apply(model)
     return model
 
 

@@ -110,7 +110,7 @@ CUT = {FILES[0]: 7, FILES[1]: 0, FILES[2]: -1}  # where
         ("mine", {"labels": LABELS.clamp(min=1)}, "", r"every class from 0 to 9, not \(30, 28, 28\) and \[0, 6"),
         ("mine", {"test_labels": torch.arange(11)}, "", "the test split must .* from 0 to 9, .* 1, 1. labels"),
         ("mine", {}, FILES[0], "buffer size"),
-        ("mine", {}, FILES[1], "index out of range"),
+        ("mine", {}, FILES[1], "damaged: index out of range"),
         ("mine", {}, FILES[2], "shape .* is invalid"),
     ],
 )
@@ -135,17 +135,17 @@ def test_what_is_damaged_is_not_read_where_it_is_packed_beside_it_or_is_named(tm
     images, labels = raw / FILES[0], raw / FILES[1]
     whole = images.read_bytes()
     images.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert checksum("KMNIST", tmp_path) == packed, "of what is packed: the other is not what is read"
+    assert checksum("KMNIST", tmp_path) == packed, "it is not what is read"
+    assert torch.equal(data_set("KMNIST", tmp_path).read(True)[0], IMAGES)
     labels.unlink()
     assert torch.equal(load_image_data("KMNIST", tmp_path).train.labels, LABELS)
-    for spoil, message in (
-        (lambda: images.write_bytes(b"nothing"), ""),
-        (images.unlink, f"Error downloading {FILES[0]}"),
-    ):
-        (raw / f"{FILES[0]}.gz").unlink(missing_ok=True)
-        spoil()
-        with pytest.raises(DataError, match=f"dataset KMNIST in .*: cannot be used .*{message}"):
-            load_image_data("KMNIST", tmp_path)
+    images.write_bytes(b"nothing")
+    (raw / f"{FILES[0]}.gz").unlink()
+    with pytest.raises(DataError, match="dataset KMNIST in .*: cannot be used"):
+        load_image_data("KMNIST", tmp_path)
+    images.unlink()
+    with pytest.raises(DataError, match=f"dataset KMNIST in .*: cannot be .* .Error downloading {FILES[0]}.gz"):
+        load_image_data("KMNIST", tmp_path)
 
 
 def write_cifar10(folder: Path, images: np.ndarray) -> None:
@@ -214,6 +214,22 @@ def test_images_in_folders_are_a_data_set_of_the_classes_that_their_folders_name
         assert found == {(path.split("/")[1], tuple(image.ravel().tolist())) for path, image in of_part.items()}
     held_out = load_image_data("pets", tmp_path, held_out=6)
     assert held_out.train.labels.unique().tolist() == held_out.test.labels.unique().tolist() == [0, 1, 2]
+
+
+def test_what_says_which_images_they_are_covers_all_that_is_read(tmp_path):
+    images, pets = write_images(tmp_path), tmp_path / "pets"
+    path = pets / "train" / "cat" / "0.png"
+    identities = [checksum("pets", tmp_path)]
+    for change in (
+        lambda: os.utime(path, ns=(0, path.stat().st_mtime_ns + 1)),
+        lambda: (path.with_name(".hidden")).write_text("a remark"),
+        lambda: path.rename(path.with_name("9.png")),
+        lambda: Image.fromarray(images["train/eel/1.png"]).save(path),
+        lambda: (pets / "test" / "eel" / "3.png").unlink(),
+    ):
+        change()
+        identities.append(checksum("pets", tmp_path))
+    assert len(set(identities[:3])) == 1 and len(set(identities)) == 4
 
 
 def renamed(pets: Path, name: str) -> None:
@@ -412,19 +428,20 @@ def class_graph_by_hand(own: dict[str, Tensor], others: list[dict[str, Tensor]])
     return (x - x.mean(0)) / x.std(0).clamp_min(1e-12)
 
 
-def test_class_graphs_are_the_features_and_their_means_over_the_other_classes_standardised():
-    graphs, zeroed, by_class = graph_generator(-2, torch.float64), [0, 3, 17], []
-    samples, mask = graphs.draw(5, seeded("test")), graphs.mask_of(torch.tensor(zeroed))
-    snapshot = graphs.snapshot(samples, tuple(FEATURES), mask)
-    for chosen in samples:
-        by_class.append(Group(graphs, zeroed, chosen, [0, 1, 2]).features())
+@pytest.mark.parametrize("zeroed", [[], [0, 3, 17]])
+def test_class_graphs_are_the_features_and_their_means_over_the_other_classes_standardised(zeroed):
+    graphs, some = (graph_generator(-2, torch.float64, **each) for each in ({}, {"features": ("weight", "taylor")}))
+    samples, mask = graphs.draw(5, seeded("test")), graphs.mask_of(torch.tensor(zeroed, dtype=torch.long))
+    by_class = [Group(graphs, zeroed, chosen, [0, 1, 2]).features() for chosen in samples]
     for row, own in enumerate(by_class):
         expected = class_graph_by_hand(own, by_class[:row] + by_class[row + 1 :])
         assert expected.shape == (30, 17) == (30, graphs.config.num_features)
-        assert torch.allclose(snapshot.class_graph(row), expected[None], atol=1e-9)
-    some = graph_generator(-2, torch.float64, features=("weight", "taylor"), other_classes=False)
-    x = some.snapshot(samples, some.config.features, mask).class_graph(2)
-    assert some.config.num_features == 2 and torch.allclose(x[0], expected[:, [2, 4]], atol=1e-9)
+        for each, columns in ((graphs, range(17)), (some, [2, 4, 12])):
+            x = each.snapshot(samples, each.config.features, mask).class_graph(row)
+            assert torch.allclose(x, expected[None, :, columns], atol=1e-9)
+    alone = graph_generator(-2, torch.float64, features=("weight", "taylor"), other_classes=False)
+    x = alone.snapshot(samples, alone.config.features, mask).class_graph(2)
+    assert alone.config.num_features == 2 and torch.allclose(x[0], expected[:, [2, 4]], atol=1e-9)
 
 
 def test_get_data_is_the_graph_of_one_sample_beside_the_other_classes():
@@ -434,10 +451,12 @@ def test_get_data_is_the_graph_of_one_sample_beside_the_other_classes():
     expected = class_graph_by_hand(own.features(), [each.features() for each in others])
     assert torch.allclose(data.x, expected, atol=1e-9) and data.y.tolist() == [1] and data.validate()
     assert torch.equal(data.edge_index, graphs.graph.edge_index()) and data.edge_index.shape == (2, edges)
-    with pytest.raises(IndexError, match="valid are 0 to 44"):
-        graphs.get_data(45)
-    with pytest.raises(ValueError, match=rf"max_edges must be at least {edges:,} \(.* GB\), not {edges - 1:,}"):
-        graphs.get_data(0, max_edges=edges - 1)
+    for index, most, error, message in (
+        (45, edges, IndexError, "valid are 0 to 44"),
+        (0, edges - 1, ValueError, rf"max_edges must be at least {edges:,} \(.* GB\), not {edges - 1:,}"),
+    ):
+        with pytest.raises(error, match=message):
+            graphs.get_data(index, most)
 
 
 def test_all_layers_are_recorded_and_a_pass_with_nothing_masked_changes_nothing():

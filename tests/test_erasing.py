@@ -14,7 +14,7 @@ from torch import nn
 
 from mimu.masking.regression import explained_variance, ridge_recall
 from mimu.methods.erasing import Erasing, erased, nearest, projections
-from mimu.methods.projections import residual
+from mimu.methods.projections import class_direction
 from mimu.model import HookedMNISTClassifier
 from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.files import InputError
@@ -145,8 +145,7 @@ def test_projections_take_the_mean_of_the_class_from_every_layer_on_what_those_b
     with torch.no_grad():
         edits, x = projections(learned, train, 1), train.images
         for layer, edit in zip(learned.layers[:2], edits.values()):
-            means = torch.stack([x[train.labels == label].mean(0) for label in range(3)]).double()
-            u = torch.nn.functional.normalize(residual(means, 1), dim=0).float()
+            u = class_direction(x, train.labels, 1).float()
             assert torch.allclose(edit.right[:, 0], u, atol=1e-5)
             weight = edit.applied(layer.weight)
             assert torch.allclose(weight, layer.weight @ (torch.eye(len(u)) - torch.outer(u, u)), atol=1e-5)

@@ -12,15 +12,13 @@ from torch import nn
 from mimu.data import ImageData, Split
 from mimu.eval import METHODS, Eval, count_by_layer, random_choices, random_vertices, unlearning_method
 from mimu.masking.rankings import Ranking
-from mimu.methods import controls  # noqa: F401, registers the formula
+from mimu.methods import controls
 from mimu.model import WeightGraph
 from mimu.networks.hooked import weight_layers
 from mimu.networks.masks import Mask
 from mimu.runs.files import Artifact
-from mimu.trainer import TrainingError
 
 FORGET, KAPPA, TOP_K = 1, 9, 8
-TEST = random_split(200, seed=7)
 CORE = ("original", "mimu", "random", "sft", "retrain")
 
 
@@ -103,9 +101,7 @@ def test_every_method_stands_in_every_evaluation_and_the_json_is_valid(tmp_path,
 
         In one line.
         """
-        model, removed = request.classifier, torch.tensor([FORGET])
-        model.register_forward_hook(lambda *passed: passed[-1].index_fill(1, removed, -torch.inf))
-        return model
+        return controls.logit_removed(request)
 
     drawn, names = [], [*CORE, "logit removed"]
     scored = make_eval(tmp_path, methods=tuple(names), draw=drawn.append)
@@ -115,18 +111,16 @@ def test_every_method_stands_in_every_evaluation_and_the_json_is_valid(tmp_path,
     assert list(results["mask_efficacy_metrics"]) == ["original", "mimu", "random"]
     assert results["unlearning_metrics"]["original"] == results["mask_efficacy_metrics"]["original"]
     assert list(results["seconds"]) == ["gcn", *names, "experiment"] and results["seconds"]["retrain"] > 0
-    assert results["methods"]["logit removed"] == {
-        "does": "Gives the class no chance.", "paper": "", "touches": "the output", "needs": "both sets"
-    }  # fmt: skip
-    for name, model in ((name, scored._answer(name).model) for name in names):
-        by_hand = model(scored.data.test.forget(FORGET).images).double().softmax(1).mean(0)
+    about = {"does": "Gives the class no chance.", "paper": "", "touches": "the output", "needs": "both sets"}
+    assert results["methods"]["logit removed"] == about
+    for name in names:
+        by_hand = scored._answer(name).model(scored.data.test.forget(FORGET).images).double().softmax(1).mean(0)
         assert results["class_probabilities"][name] == pytest.approx(by_hand.tolist(), rel=1e-5)
-    removed = results["unlearning_metrics"]["logit removed"]
-    assert removed == {"loss": float("inf"), "score": 0.0, "probability": 0.0}
+    assert results["unlearning_metrics"]["logit removed"] == {"loss": float("inf"), "score": 0.0, "probability": 0.0}
     written = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert drawn == [{key: value for key, value in written.items() if key != "checksum"}]
     assert written.pop("checksum") and written.pop("made_by") == scored.metrics.made_by
-    assert written["unlearning_metrics"]["logit removed"] == removed | {"loss": None}
+    assert written["unlearning_metrics"]["logit removed"]["loss"] is None
     assert written == json.loads(json.dumps(results), parse_constant=lambda _: None)
     assert written["id"] == "metrics" and written["kappa_choice"] == "fixed" and written["gave_up"] == {}
 
@@ -157,20 +151,19 @@ def filled(model, value):
 
 
 @pytest.mark.parametrize(
-    "unlearn, error, message",
+    "unlearn, message",
     [
         (
             lambda request: filled(request.classifier, torch.nan),
-            TrainingError,
-            "method broken, class 1: a weight",
+            "method broken, class 1: a weight of the",
         ),
-        (lambda request: filled(request.original, 0), ValueError, "'broken' changed the original's network.1.weight"),
-        (lambda request: request.zeroing(torch.arange(request.kappa)), ValueError, "register it with uses_kappa=True"),
+        (lambda request: filled(request.original, 0), "'broken' changed the original's network.1.weight"),
+        (lambda request: request.zeroing(torch.arange(request.kappa)), "register it with uses_kappa=True"),
     ],
 )
-def test_a_method_that_does_what_it_must_not_is_named(tmp_path, registry, unlearn, error, message):
+def test_a_method_that_does_what_it_must_not_is_named(tmp_path, registry, unlearn, message):
     unlearning_method("broken")(unlearn)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         make_eval(tmp_path, methods=("mimu", "broken")).eval()
     assert not list(tmp_path.iterdir())
 
@@ -179,23 +172,20 @@ def test_the_methods_are_what_they_say(tmp_path):
     scored = make_eval(tmp_path)
     request = scored.request
     request.classifier.layers[0].weight.data.zero_()  # a copy
-    weights = answers(scored)
-    original = weights["original"]
-    assert all(torch.equal(w, layer.weight) for w, layer in zip(original, trained_problem()[2].layers))
-    for name in ("mimu", "random"):
-        assert torch.equal(weights[name][0], original[0]) and torch.equal(weights[name][2], original[2])
-        changed = weights[name][1] != original[1]
-        assert changed.sum() == KAPPA and (weights[name][1][changed] == 0).all()
+    weights, original = answers(scored), weights_of(trained_problem()[2])
+    alone = weights_of(request.trainer.train(request.train.retain(FORGET), NUM_CLASSES))
+    again = weights_of(replace(request, train=request.train[:20], trained_on=request.train).retrained(0))
+    for found, expected in ((weights["original"], original), (weights["retrain"], alone), (again, alone)):
+        assert all(torch.equal(w, v) for w, v in zip(found, expected, strict=True))
+    for name in ("mimu", "random", "sft"):
+        found, changed = weights[name], weights[name][1] != original[1]
+        assert torch.equal(found[0], original[0]) and torch.equal(found[2], original[2]) and changed.any()
+        assert name == "sft" or (changed.sum() == KAPPA and (found[1][changed] == 0).all())
     few, many = (random_vertices(request, count) for count in (KAPPA, 12))
     assert torch.equal(few.sort().values, (weights["random"][1].flatten() == 0).nonzero()[:, 0])
     assert torch.equal(many[:KAPPA], few) and len(set(many.tolist())) == 12
     for other in (replace(request, seed=1), replace(request, forget_class=2)):
         assert not torch.equal(random_vertices(other, KAPPA), few)
-    assert torch.equal(weights["sft"][0], original[0]) and not torch.equal(weights["sft"][1], original[1])
-    alone = request.trainer.train(request.train.retain(FORGET), NUM_CLASSES)
-    assert all(torch.equal(w, layer.weight) for w, layer in zip(weights["retrain"], alone.layers))
-    few = replace(request, train=request.train[:20], trained_on=request.train).retrained(0)
-    assert all(torch.equal(one.weight, other.weight) for one, other in zip(few.layers, alone.layers))
 
 
 @pytest.mark.parametrize("mask_layer", [-2, None])
@@ -284,7 +274,7 @@ def test_every_answer_is_audited_beside_the_original_and_the_retrained_if_it_is_
     given = []
 
     def audit(original, retrained):
-        given.append((original, retrained))
+        given.extend([original, retrained])
         return lambda model: {"sum": sum(weight.sum().item() for weight in weights_of(model)), "far": float("inf")}
 
     scored = make_eval(tmp_path, methods=methods, audit=audit)
@@ -292,33 +282,33 @@ def test_every_answer_is_audited_beside_the_original_and_the_retrained_if_it_is_
     sums = {name: sum(weight.sum().item() for weight in weights) for name, weights in answers(scored).items()}
     assert results["audit_metrics"] == {name: {"sum": sums[name], "far": float("inf")} for name in methods}
     assert json.loads((tmp_path / "metrics.json").read_text())["audit_metrics"]["mimu"]["far"] is None
-    ((original, retrained),) = given
+    original, retrained = given
     assert torch.equal(original.layers[1].weight, scored.request.original.layers[1].weight)
     assert retrained is (scored._answer("retrain").model if "retrain" in methods else None)
     assert make_eval(tmp_path, methods=methods).eval_audits() == {}
 
 
-def test_hyperparameters_are_the_keywords_of_a_method_and_reach_it_where_it_runs(tmp_path, registry):
+def test_a_method_runs_where_it_says_with_its_hyperparameters_and_metrics_depend_on_what_runs(tmp_path, registry):
     given = []
 
     @unlearning_method("tunable", runs_with="all")
-    def tunable(request, *, strength: float, rounds: int):
-        given.append((strength, rounds))
+    def tunable(request, *, strength: float):
+        given.append(strength)
         return request.classifier
 
     METHODS["by name"] = replace(METHODS["tunable"], runs_with="name")
-    assert METHODS["tunable"].hyperparameters == {"strength": float, "rounds": int}
+    assert METHODS["tunable"].hyperparameters == {"strength": float}
     default, every = (set(small_request(methods=each).config.method_names) for each in (None, "all"))
     assert set(CORE) <= default and every >= default | {"tunable"} and not {"tunable", "by name"} & default
     assert "by name" not in every
-    values = {"tunable": {"strength": 0.5, "rounds": 3}}
-    make_eval(tmp_path, methods=("mimu", "tunable"), hyperparameters=values).eval_unlearning()
-    assert given == [(0.5, 3)]
-
-
-def test_metrics_depend_on_what_runs_and_its_hyperparameters():
-    usual = small_request(methods=CORE).config
-    sft = usual.hyperparameters["sft"]
-    assert replace(usual, hyperparameters={"sft": sft, "scrub": {"epochs": 3}}).decisive() == usual.decisive()
-    assert replace(usual, hyperparameters={"sft": sft | {"epochs": 2}}).decisive() != usual.decisive()
-    assert replace(usual, methods=("mimu", *CORE[2:])).decisive() != usual.decisive()
+    scored = make_eval(tmp_path, methods=("mimu", "tunable"), hyperparameters={"tunable": {"strength": 0.5}})
+    scored.eval_unlearning()
+    usual, tuned = scored.request.config, {"strength": 0.5}
+    assert given == [0.5]
+    for methods, hyperparameters, is_same in (
+        (usual.methods, {"tunable": tuned, "scrub": {"epochs": 3}}, True),
+        (usual.methods, {"tunable": {"strength": 0.6}}, False),
+        (("mimu",), {"tunable": tuned}, False),
+    ):
+        changed = replace(usual, methods=methods, hyperparameters=hyperparameters)
+        assert (changed.decisive() == usual.decisive()) == is_same

@@ -22,7 +22,7 @@ from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import Ranking
 from mimu.methods.fine_tuning import fisher_information
 from mimu.methods.projections import moments
-from mimu.model import LARGEST_CHANGE, HookedMNISTClassifier, MaskingGCN, WeightGraph
+from mimu.model import LARGEST_CHANGE, MaskingGCN, WeightGraph
 from mimu.networks.architectures import cnn, mlp, resnet
 from mimu.networks.hooked import HookedClassifier, shape_of, weight_layers
 from mimu.networks.masks import LayerMask, Mask
@@ -142,15 +142,11 @@ def incidence(of_network: str, layers: list[int]) -> Tensor:
     return torch.tensor([[float(pair.count(neuron)) for neuron in neurons] for pair in pairs], dtype=torch.float64)
 
 
-SINGLE = {"i3-o4": (3, 4), "i6-o1": (6, 1), "i2-o8": (2, 8)}  # networks of one layer
-
-
 @pytest.mark.parametrize("rounds", [1, 3])
-@pytest.mark.parametrize("name, layers", [*LAYERS, *((ends, [0]) for ends in SINGLE)])
+@some_layers
 def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(name, layers, rounds):
-    single = name in SINGLE and HookedMNISTClassifier((), *SINGLE[name])
-    graph = WeightGraph.of(single or classifier_of(name), layers)
-    ends = incidence(ENDS.get(name, name), layers)
+    graph = WeightGraph.of(classifier_of(name), layers)
+    ends = incidence(ENDS[name], layers)
     neighbours = ends @ ends.T - 2 * torch.eye(len(ends), dtype=torch.float64)
     degrees = neighbours.sum(1)
     of_layers = graph.matrices(torch.zeros(graph.num_vertices))
@@ -322,33 +318,27 @@ def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_s
                 assert torch.allclose(snapshot.feature(name)[label], expected, rtol=1e-9, atol=1e-12), name
 
 
-@pytest.mark.parametrize("by_mask", [False, True])
 @some_layers
-def test_many_masks_at_once_are_one_after_another_and_so_are_their_gradients(name, layers, by_mask):
-    classifier, x = classifier_of(name), images(9)
+def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_these_alone(name, layers):
+    classifier, x = classifier_of(name), images(3)
     graph = WeightGraph.of(classifier, layers)
-    masks = [graph.zeroing(torch.randperm(graph.num_vertices)[: graph.num_vertices // 3]) for _ in range(3)]
-    keep = torch.stack([torch.cat([part.flatten() for part in mask.keep]) for mask in masks]).double().requires_grad_()
+    mask = graph.zeroing(torch.randperm(graph.num_vertices)[: graph.num_vertices // 3])
+    keep = torch.cat([part.flatten() for part in mask.keep]).double().requires_grad_()
     weights = masked_weights(classifier, graph, keep)
-    inputs = classifier.prefix_activations(layers, x)
-    features, logits = classifier.outputs(inputs, layers, weights, 3 if by_mask else None)
+    features, logits = classifier.outputs(classifier.prefix_activations(layers, x), layers, weights)
     names = {id(weight): key for key, weight in classifier.network.named_parameters()}
-    weighting = torch.randn(logits.shape[1:], dtype=torch.float64)
-    for index in range(3):
-        own = x.view(3, 3, *SIZE)[index] if by_mask else x
-        changed = {names[id(classifier.layers[layer].weight)]: w[index] for layer, w in weights.items()}
-        (gradient,), (expected,) = (
-            torch.autograd.grad((y * weighting).sum(), keep, retain_graph=True)
-            for y in (logits[index], functional_call(classifier.network, changed, own))
-        )
-        assert torch.allclose(gradient, expected, atol=1e-12) and gradient[index].abs().sum() > 0
+    changed = {names[id(classifier.layers[layer].weight)]: weight for layer, weight in weights.items()}
+    weighting = torch.randn(logits.shape, dtype=torch.float64)
+    (gradient,), (expected,) = (
+        torch.autograd.grad((y * weighting).sum(), keep, retain_graph=True)
+        for y in (logits, functional_call(classifier.network, changed, x))
+    )
+    assert torch.allclose(gradient, expected, atol=1e-12) and gradient.abs().sum() > 0
     logits.sum().backward()
     assert all(weight.grad is None and weight.requires_grad for weight in classifier.parameters())
-    for index, mask in enumerate(masks):
-        own = x.view(3, 3, *SIZE)[index] if by_mask else x
-        with mask.applied_to(classifier):
-            assert torch.allclose(logits[index], classifier(own), atol=1e-12)
-            assert torch.allclose(features[index], classifier.features(own), atol=1e-12)
+    with mask.applied_to(classifier):
+        assert torch.allclose(logits, classifier(x), atol=1e-12)
+        assert torch.allclose(features, classifier.features(x), atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, "resnet18"])

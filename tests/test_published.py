@@ -17,7 +17,7 @@ from mimu.trainer import TrainingError
 
 FORGET, TOP_K = 1, 8
 CONFIG = Published(
-    hidden=8, rounds=3, steps=5, learning_rate=0.01, samples=30, temperature=0.25, gumbel=0.7, sufficiency=1.0,
+    hidden=8, rounds=3, steps=5, learning_rate=0.01, samples=30, temperature=0.25, gumbel=0.2, sufficiency=1.0,
     prior=0.1, draws=3,
 )  # fmt: skip
 finite = st.floats(-50, 50, width=32)
@@ -66,7 +66,7 @@ def test_both_terms_reach_the_gcn_and_sufficiency_is_of_the_kept_weights(request
     generator, losses = seeded("noise"), []
     gumbel = -torch.empty(logits.shape).exponential_(generator=generator).log()
     for label, samples in enumerate(graphs.draw(10, generator)):
-        kept = (logits[label] / logits[label].std() + 0.7 * gumbel[label]).topk(TOP_K).indices
+        kept = (logits[label] / logits[label].std() + 0.2 * gumbel[label]).topk(TOP_K).indices
         with graphs.graph.keeping(kept).applied_to(graphs.classifier):
             masked = graphs.classifier(graphs.samples.images[samples])
         losses.append(F.cross_entropy(masked, torch.full((10,), label)))

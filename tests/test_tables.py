@@ -16,8 +16,8 @@ from mimu.reporter import FORGET, RETAIN, RETAIN_GAP, Reporter, ReporterConfig, 
 from mimu.runs.files import write_text
 from mimu.tables import Result, report
 from mimu.tables import experiment as plots
-from mimu.tables.pictures import PROBE, Row, draw_frontier, draw_masks, draw_scores, name_curves, symmetric_log
-from mimu.tables.retraining import COST, DIVERGENCES, GAPS, LEFT_BEHIND, AuditReport
+from mimu.tables.pictures import PROBE, Row, draw_frontier, draw_masks, draw_scores
+from mimu.tables.retraining import COST, DIVERGENCES, GAPS, LEFT_BEHIND, audit_table, by_distance, draw_audits
 from mimu.tables.variants import compare
 
 BLUE = method_styles([])["mimu"]["color"]
@@ -57,43 +57,38 @@ def column(table: str, index: int) -> list[str]:
 
 
 def test_the_methods_stand_in_the_order_of_their_distance_to_retraining(reporter):
-    report = AuditReport(reporter)
-    distances, left, gaps = map(report.table, (DIVERGENCES, LEFT_BEHIND, GAPS))
-    assert report.methods == ["retrain", "mimu", "loud", "far", "original"] == [*rows_of(distances)][1:]
+    for each in reporter.experiments:
+        each[FORGET]["by hand"] = {"loss": 1.0, "score": 1.0, "probability": 0.5}
+    methods = ["retrain", "mimu", "loud", "far", "original"]
+    assert by_distance(reporter) == methods, "no model that was scored by hand was audited"
+    distances, left, gaps, cost = (audit_table(reporter, of) for of in (DIVERGENCES, LEFT_BEHIND, GAPS, COST))
+    assert [*rows_of(distances)][1:] == methods
     assert rows_of(distances)["far"][0] == f"0.300 ± {stdev([0.29, 0.31]):.3f}", "with one seed it is over the digits"
     assert column(distances, 0) == ["0.000", "0.100", "0.200", "0.300", "0.900"]
     assert column(distances, 1) == ["0.0000", "0.0100", "0.0010", "0.0200", "0.0100"]
     assert column(left, 2) == ["88.0", "94.0", "88.0", "90.0", "95.0"] and column(left, 0) == ["0.500"] * 5
     assert column(gaps, 0) == ["+0.00", "+0.00", "+50.00", "+0.50", "+95.00"]
     assert rows_of(gaps)["method"][:2] == ["forget score, points", "retain score, points"]
-    assert column(report.table(COST), 1)[0] == "6"
+    assert column(cost, 1)[0] == "6"
 
 
 @pytest.mark.parametrize("steps, text", [(200, "> 200.0"), (None, "–")])
 def test_a_class_that_does_not_come_back_is_marked(reporter, steps, text):
     for each in reporter.experiments:
         each["audit_metrics"]["far"]["relearn_steps"] = steps
-    assert column(AuditReport(reporter).table(LEFT_BEHIND), 4) == ["30.0", "10.0", "30.0", text, "0.0"]
-
-
-def test_what_does_not_forget_or_takes_the_others_along_is_named(reporter):
-    for each in reporter.experiments:
-        each[RETAIN]["far"]["score"] = 94.0
-        each[FORGET]["by hand"] = {"loss": 1.0, "score": 1.0, "probability": 0.5}
-    report = AuditReport(reporter)
-    assert "above 1 %: loud. Retain score more than 2 points below the original's: far." in "".join(report.tables())
-    assert "by hand" not in report.methods, "no model that was scored by hand was audited"
+    assert column(audit_table(reporter, LEFT_BEHIND), 4) == ["30.0", "10.0", "30.0", text, "0.0"]
 
 
 def test_every_audit_has_a_panel_with_a_line_at_retraining(reporter, drawn):  # noqa: F811
-    AuditReport(reporter).draw()
+    draw_audits(reporter)
     assert len(drawn[0].axes) == 8 and all(axes.get_xlabel() for axes in drawn[0].axes)
-    assert texts(drawn[0].axes[0].get_yticklabels()) == AuditReport(reporter).methods
+    assert texts(drawn[0].axes[0].get_yticklabels()) == by_distance(reporter)
     recall = drawn[0].axes[4]
     assert list(recall.lines[-1].get_xdata()) == [88.0, 88.0]
     small, large = recall.lines[2:4]  # of mimu
     assert list(small.get_xdata()) == [94.0, 94.0] and large.get_xydata().tolist() == [[94.0, 1.0]]
     assert small.get_color() == large.get_color() == BLUE
+    assert drawn[0].axes[1].get_xscale() == "linear", "no divergence is far away"
 
 
 def test_the_trade_off_is_against_retraining(reporter, drawn):  # noqa: F811
@@ -111,19 +106,7 @@ def test_the_trade_off_is_against_retraining(reporter, drawn):  # noqa: F811
     for axes in (forget, retain):
         low, high = axes.get_xlim()
         assert low < axes.dataLim.xmin and axes.dataLim.xmax < high
-
-
-TICKS = [(-20, 0.1, [-10, -3, -1, 0, 1]), (-20, 1e-14, [-10, -3, -1, 0]), (0, 60, [0, 1, 3, 10, 30]), (-3.9, 0.1, [])]
-
-
-@pytest.mark.parametrize("far, near, ticks", TICKS)
-def test_an_axis_is_logarithmic_only_where_numbers_are_far_away(far, near, ticks):
-    axes = Figure().subplots()
-    axes.plot([far, near, math.nan], [0, 0, 0])
-    symmetric_log(axes, linear=1.0)
-    low, high = axes.get_xlim()
-    assert axes.get_xscale() == ("symlog" if ticks else "linear") and axes.get_yscale() == "linear" and low < far
-    assert not ticks or sorted(tick for tick in axes.get_xticks() if low <= tick <= high) == ticks
+    assert sorted(tick for tick in retain.get_xticks() if low <= tick <= high) == [-100, -30, -10, -3, -1, 0]
 
 
 def test_the_picture_of_the_masks_shows_what_digits_have_in_common(reporter, drawn):  # noqa: F811
@@ -203,18 +186,12 @@ def test_variants_and_the_frontier_are_drawn(variants, tmp_path, drawn):  # noqa
     assert texts(panels[0].get_yticklabels()) == ["strong", "none", "weak", "other", "silent", "elsewhere"]
     assert [line.get_xdata()[0] for line in panels[1].lines[1:4:2]] == pytest.approx([-4.75, -2.75])
     (axes,) = frontier
+    assert texts(drawn[1].legends[0].get_texts()) == ["retrain", "mimu", "original"], "the nearest first"
     assert axes.get_xlabel() == "probe recall against retrain, points" and axes.get_ylabel() == RETAIN_GAP.name
-    names = {text.get_text(): text for text in axes.texts}
-    assert sorted(names) == ["mimu", "original", "retrain"] and not drawn[1].legends
-    assert names["retrain"].xy == pytest.approx((0.0, 0.0))
-    assert names["mimu"].xy == pytest.approx((10.25, -4.75)), "at the nearest mark"
     (line,) = (each for each in axes.lines if each.get_color() == BLUE and each.get_linestyle() == "-")
     curve = line.get_xydata().tolist()
     assert curve == [[12.25 - lost, -2.75 - lost] for lost in (2, 0.5, 0)], "in the order of what the probe finds"
-    large = {tuple(line.get_xydata()[0]): line.get_markersize() for line in axes.lines if len(line.get_xdata()) == 1}
-    sizes = [large[tuple(curve[place])] for place in (0, 2, 1)]
-    assert sizes == sorted(set(sizes)), "from the first to the last"
-    (hollow,) = (line for line in axes.lines if line.get_fillstyle() == "none")
+    (hollow,) = (line for line in axes.lines if line.get_fillstyle() == "none" and len(line.get_xdata()))
     assert hollow.get_xydata().tolist() == [[10.25, -4.75]]
 
 
@@ -225,18 +202,8 @@ def test_titles_name_all_that_differs_and_of_many_methods_the_nearest_are_drawn(
     many = variant(tmp_path / "many", [*KNOWN], dataset="digits")
     draw_frontier([many, few], tmp_path / "frontier.png", CONFIG)
     assert drawn[0].axes[0].get_title() == "digits / MNIST, classes 3, 9 (boot), the test split, 784-8-10"
-    assert len(drawn[0].axes[0].texts) == 10 and not {"method 10", "method 11"} & set(texts(drawn[0].axes[0].texts))
-
-
-def test_names_of_marks_in_one_place_lie_apart_and_within_the_frame():
-    axes = Figure().subplots()
-    for name in ("first", "second", "third"):
-        axes.plot([0, 1], [0, 1], marker="o", markersize=7, label=name)
-    name_curves(axes)
-    boxes = [text.get_window_extent() for text in axes.texts]
-    assert texts(axes.texts) == ["first", "second", "third"]
-    assert not any(box.count_overlaps(boxes[:index]) for index, box in enumerate(boxes))
-    assert all(axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 for box in boxes)
+    names = texts(drawn[0].legends[0].get_texts())
+    assert len(names) == 10 and not {"method 10", "method 11"} & set(names)
 
 
 def names_in(folder) -> set[str]:
@@ -244,7 +211,7 @@ def names_in(folder) -> set[str]:
 
 
 def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(AuditReport, "draw", lambda self: (self.reporter.folder / "audits.png").touch())
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, format, dpi: file.write(f"{format} {dpi}".encode()))
     reports = tmp_path / "reports"
     mine = {"mine.md", "first_try/summary.png", "variants/mine.md"}
     for name in mine:
@@ -258,86 +225,67 @@ def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, mo
     assert [table.split(", scored")[0].split(": ")[1] for table in closing] == said
     of_top_k = {f"top_k_5/{name}" for name in ("summary.md", "trade_off.png", "masks.png")} | {"top_k_6/summary.md"}
     assert names_in(reports) == mine | of_top_k
-    closing = report([Result("first one", 6, CONFIG, other), Result("other", 6, CONFIG, other)], reports)
-    of_variants = {"variants/first_one/summary.md", "variants/other/summary.md", "variants.md", "variants.png"}
-    assert names_in(reports) == mine | of_variants and list(rows_of(closing[0])) == ["variant", "first one", "other"]
-    report([Result("", 5, CONFIG, write(tmp_path, [audited(4)]))], reports)
+    own = ReporterConfig(50, ("pdf", "svg"))
+    alone = write(tmp_path, [audited(4)])
+    report([Result("first one", 6, CONFIG, other), Result("other", 5, own, alone)], reports)
+    of_first = {"variants.md", "variants.png", "frontier.png", "variants/first_one/summary.md"}
+    of_other = {f"variants/other/{name}" for name in ("summary.md", "audits.pdf", "audits.svg")}
+    assert names_in(reports) == mine | of_first | of_other
+    assert (reports / "variants.png").read_text() == "png 25"
+    assert (reports / "variants" / "other" / "audits.svg").read_text() == "svg 50", "with its own settings"
+    report([Result("", 5, CONFIG, alone)], reports)
     assert names_in(reports) == mine | {"summary.md", "trade_off.png", "audits.png"}
     assert "## Distance to retraining" in (reports / "summary.md").read_text()
     assert (reports / "variants" / "empty").exists() and not (reports / "variants" / "other").exists()
 
 
-def test_a_variant_is_drawn_with_its_own_settings_and_the_comparison_with_those_of_the_first(tmp_path, monkeypatch):
+@pytest.fixture
+def plotted(tmp_path) -> dict:
+    """The JSON of an experiment in the folder of an evaluation."""
+    results = experiment(0, 9, 10, "auto", ("original", "mimu", "row"))
+    results["class_probabilities"] = {name: [0.1] * 10 for name in results["methods"]}
+    histogram = {"layer": 1, "shape": [1, 2], "edges": [-1.0, 0.0, 1.0], "all": [9, 5], "zeroed": [0, 4]}
+    results["weight_histograms"] = [histogram]
+    results[RETAIN]["row"] = {"loss": None, "score": 50.0}
+    write_text(tmp_path / "Metrics and Plots" / "metrics" / f"{results['id']}.json", json.dumps(results))
+    return results
+
+
+def test_the_plots_of_an_experiment_are_drawn_where_they_are_missing_or_old(plotted, tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, format, dpi: file.write(f"{format} {dpi}".encode()))
-    first = write(tmp_path, [experiment(0, 3, 7, "auto", ("mimu", "retrain"))])
-    second = write(tmp_path, [audited(4)])
-    results = [Result("first", 5, CONFIG, first), Result("second", 5, ReporterConfig(50, ("pdf", "svg")), second)]
-    report(results, tmp_path / "reports")
-    found = {path.name: path.read_text() for path in tmp_path.glob("reports/**/*.*") if path.suffix != ".md"}
-    own = {"audits.pdf": "pdf 50", "audits.svg": "svg 50"}
-    assert found == own | {"variants.png": "png 25", "frontier.png": "png 25"}
-
-
-def test_the_plots_of_an_experiment_are_drawn_where_they_are_missing_or_old(tmp_path, monkeypatch):
-    results = experiment(methods=("original", "mimu"), class_probabilities={"mimu": [0.1] * 10}) | {
-        "weight_histograms": [{"layer": 1, "shape": [1, 2], "edges": [-1.0, 0.0, 1.0], "all": [9, 5], "zeroed": [0, 4]}]
-    }
-    folder, source, shared = tmp_path / "Metrics and Plots", tmp_path / "source.py", {}
-    metrics = folder / "metrics" / f"{results['id']}.json"
-    write_text(metrics, json.dumps(results))
+    source, folder = tmp_path / "source.py", tmp_path / "Metrics and Plots"
     source.touch()
     monkeypatch.setattr(plots, "DRAWN_BY", (source,))
-    paths = [folder / "plots" / results["id"] / f"{name}.png" for name in plots.PLOTS]
-    assert plots.missing(results["id"], tmp_path) == paths and len(paths) == 5
-    plots.draw(results, tmp_path, shared)
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
-    paths[2].unlink()
-    assert plots.missing(results["id"], tmp_path) == [paths[2]]
-    plots.draw(results | {"kappa": 11}, tmp_path, {source: b"kept" for source in shared})
-    assert paths[2].read_bytes() == b"kept", "the mask efficacy is that of every kappa"
-    made = paths[0].stat().st_mtime_ns
-    for later in (metrics, source):
-        for path in (metrics, source):
-            os.utime(path, ns=(made, made))
-        assert plots.missing(results["id"], tmp_path) == []
-        os.utime(later, ns=(made + 10**12, made + 10**12))
-        assert plots.missing(results["id"], tmp_path) == paths, "older than the numbers or what draws them"
+    config = ReporterConfig(25, ("png", "pdf"))
+    plots.draw(plotted, tmp_path, config)
+    paths = sorted(folder.glob("plots/*/*"))
+    names = product(plots.PLOTS, config.format)
+    assert {path.name: path.read_text() for path in paths} == {f"{name}.{of}": f"{of} 25" for name, of in names}
+    (metrics,) = folder.glob("metrics/*")
+    for older, expected in (({}, "kept"), ({metrics}, "png 25"), ({source}, "png 25"), (None, "png 25")):
+        for path in (metrics, source, *paths):
+            os.utime(path, (2, 2) if older and path in older else (1, 1))
+        paths[1].write_text("kept")
+        if older is None:
+            paths[0].unlink()
+        plots.draw(plotted, tmp_path, config)
+        assert paths[1].read_text() == expected
 
 
-def test_bars_have_the_colour_of_their_method_stand_on_0_and_say_their_height():
-    figure = Figure()
-    styles = {name: {"color": color} for name, color in (("a", "#ff0000"), ("b", "#0000ff"), ("c", "#00ff00"))}
-    plots.draw_bars(figure, {"b": {"loss": None, "score": 50.0}, "c": {"loss": 6e-12, "score": 0.0}}, styles)
-    loss, score = figure.axes
-    assert loss.get_ylabel() == "cross entropy (nats)" and score.get_ylabel() == "score (%)"
-    assert texts(loss.texts) == ["inf", "<0.001"] and texts(score.texts) == ["50", "0"]
-    for axes in figure.axes:
-        assert [to_hex(bar.get_facecolor()) for bar in axes.patches] == ["#0000ff", "#00ff00"]
-        assert axes.get_ylim()[0] == 0
-
-
-@pytest.mark.parametrize("choice, mimu", [("auto", "mimu (10)"), ("fixed", "mimu")])
-def test_plots_of_an_experiment_say_how_many_weights_each_method_zeroed(tmp_path, monkeypatch, choice, mimu):
-    zeroed, figures = {"original": None, "mimu": 10, "row": 64}, []
-    probabilities = {name: [0.1] * 10 for name in zeroed}
-    results = experiment(0, 9, 10, choice, [*zeroed], num_zeroed=zeroed, class_probabilities=probabilities)
-    metrics = tmp_path / "Metrics and Plots" / "metrics" / f"{results['id']}.json"
-    write_text(metrics, json.dumps(results))
-    monkeypatch.delitem(plots.PLOTS, "weights")
-    monkeypatch.setattr(plots, "Figure", lambda **size: figures.append(Figure(**size)) or figures[-1])
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, format, **_: file.write(format.encode()))
-    monkeypatch.setattr(Figure, "get_tightbbox", lambda figure: figure.bbox)
-    plots.draw(results, tmp_path, {}, ("png", "pdf"))
-    written = {path.name: path.read_text() for path in metrics.parents[1].glob("plots/*/*")}
-    assert written == {f"{name}.{suffix}": suffix for name, suffix in product(plots.PLOTS, ("png", "pdf"))}
-    forget, retain, efficacy, probabilities = figures[::2]
-    kappa, names = "auto" if choice == "auto" else 10, ["original", mimu, "row (64)"]
-    of = f"MNIST, class 9 (boot), kappa = {kappa} (weights zeroed in brackets)"
-    assert forget.get_suptitle() == f"{of}, forget set of the test split, 784-8-10" == probabilities.get_suptitle()
-    assert retain.get_suptitle() == f"{of}, retain set of the test split, 784-8-10"
-    assert efficacy.get_suptitle().startswith("MNIST, class 9 (boot), K = 5 weights kept (original: all), forget set")
-    assert texts(forget.axes[0].get_xticklabels()) == texts(probabilities.axes[0].get_yticklabels()) == names
-    assert texts(efficacy.axes[0].get_xticklabels()) == ["mimu"]
+def test_plots_of_an_experiment_say_what_they_show_with_a_number_beside_every_mark(plotted, tmp_path, drawn):  # noqa: F811
+    plots.draw(plotted, tmp_path, CONFIG)
+    forget, retain, efficacy, probabilities, weights = drawn
+    of = "MNIST, class 9 (boot), the test split, 784-8-10"
+    assert forget.get_suptitle() == retain.get_suptitle() == weights.get_suptitle() == f"{of}, kappa = auto"
+    assert efficacy.get_suptitle() == f"{of}, K = 5 weights kept (original: all)"
+    assert probabilities.get_suptitle() == f"{of}, kappa = auto, forget set"
+    names = ["original", "mimu", "row"]
+    assert texts(forget.axes[0].get_yticklabels()) == texts(probabilities.axes[0].get_yticklabels()) == names
+    assert texts(efficacy.axes[0].get_yticklabels()) == ["mimu"]
     assert texts(probabilities.axes[0].get_xticklabels()) == [*map(str, range(9)), "boot"]
-    colors = [to_hex(bar.get_facecolor()) for bar in forget.axes[0].patches]
-    assert colors[:2] == ["#000000", BLUE.lower()] and len(set(colors)) == 3
+    assert texts(weights.axes[0].get_legend().get_texts()) == ["all 14 weights", "4 zeroed by mimu"]
+    (score,) = (axes for axes in retain.axes if axes.get_xlabel() == "retain score, %")
+    values = [plotted[RETAIN][name]["score"] for name in names]
+    assert [line.get_xdata()[0] for line in score.lines[1::2]] == pytest.approx(values)
+    assert texts(score.texts) == [f"{round(value, 4):.3g}" for value in values]
+    assert [to_hex(line.get_color()) for line in score.lines[1::2]][:2] == ["#000000", BLUE.lower()]

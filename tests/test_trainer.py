@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import asdict, replace
-from itertools import accumulate, pairwise, product
+from itertools import product
 
 import numpy as np
 import pytest
@@ -38,7 +38,6 @@ from mimu.trainer import GCNLoss, GCNTrainer, GCNTrainerConfig, Trainer, Trainin
 
 NECESSITY = ("necessity_forget", "necessity_retain")
 RETAIN_WEIGHT = 5.0
-scopes = st.sampled_from(["global", "layerwise"])
 
 
 def gcn_config(**changes) -> GCNTrainerConfig:
@@ -69,55 +68,38 @@ def vertices_of(numbers) -> Tensor:
 LAYERS = WeightGraph.of(random_classifier(), None)
 
 
-def competing(scope, graph=LAYERS) -> list[range]:
-    """The vertices that compete with one another: all of them, or those of every layer."""
-    ends = accumulate(graph.sizes if scope == "layerwise" else [graph.num_vertices], initial=0)
-    return [range(start, end) for start, end in pairwise(ends)]
-
-
 def largest_free(scores, vertices, gone, count) -> list[int]:
     """Of `vertices` those of the largest scores that are not among `gone`, one after another."""
     return sorted(set(vertices) - set(gone), key=lambda v: -scores[v])[:count]
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.integers(1, 25), min_size=1, max_size=10), st.integers(0, 10**6), scopes)
-def test_the_next_to_go_are_of_the_largest_scores_and_layerwise_of_every_layer_in_its_share(steps, seed, scope):
+@given(st.lists(st.integers(1, 25), min_size=1, max_size=10), st.integers(0, 10**6))
+def test_the_next_to_go_are_of_the_largest_scores(steps, seed):
     generator, zeroed = torch.Generator().manual_seed(seed), []
+    everything = range(LAYERS.num_vertices)
     for count in steps:
         scores = torch.randn(LAYERS.num_vertices, generator=generator)
-        new = ranked(scores, LAYERS, scope, vertices_of(zeroed), count).tolist()
-        assert len(new) == min(count, LAYERS.num_vertices - len(zeroed))
-        for part in competing(scope):
-            own = [v for v in new if v in part]
-            assert own == largest_free(scores.tolist(), part, zeroed, len(own))
-            share = (len(zeroed) + len(new)) * len(part) / LAYERS.num_vertices
-            assert abs(len(set(part) & {*zeroed, *new}) - share) <= 1
+        new = ranked(scores, vertices_of(zeroed), count).tolist()
+        assert new == largest_free(scores.tolist(), everything, zeroed, count)
         zeroed += new
-    assert len(set(zeroed)) == len(zeroed)
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(0, 40), scopes)
-def test_masks_are_the_top_k_of_what_is_free_in_all_layers_or_in_every_layer(seed, k, gone, scope):
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(0, 40))
+def test_masks_are_the_top_k_of_what_is_free(seed, k, gone):
     size, generator = LAYERS.num_vertices, torch.Generator().manual_seed(seed)
-    scores = torch.randn(2, size, dtype=torch.float64, generator=generator).requires_grad_()
+    scores = torch.randn(size, dtype=torch.float64, generator=generator).requires_grad_()
     zeroed, weighting = list(range(size - gone, size)), torch.randn(size, generator=generator)
-    masks = trainer.top_k_masks(scores, LAYERS, scope, vertices_of(zeroed), k, 0.5)
-    assert set(masks.unique().tolist()) <= {0.0, 1.0}
-    for row, mask in zip(scores, masks):
-        ones, soft = set(zeroed), 0.0
-        for part in competing(scope):
-            chosen = largest_free(row.tolist(), part, zeroed, max(1, round(k * len(part) / size)))
-            ones |= set(chosen)
-            if chosen:
-                standard = row / row[list(part)].std()
-                around = ((standard - standard[chosen[-1]].detach()) / 0.5).sigmoid() * weighting
-                soft = soft + around[[v for v in part if v not in zeroed]].sum()
-        assert set(mask.nonzero()[:, 0].tolist()) == ones
-        (expected,) = grad(soft, scores, retain_graph=True)
-        (found,) = grad((mask * weighting).sum(), scores, retain_graph=True)
-        assert torch.allclose(found, expected, atol=1e-12)
+    mask = trainer.kappa_mask(scores, vertices_of(zeroed), k, 0.5)
+    chosen = largest_free(scores.tolist(), range(size), zeroed, k)
+    assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    assert set(mask.nonzero()[:, 0].tolist()) == {*zeroed, *chosen}
+    standard = scores / scores.std()
+    around = ((standard - standard[chosen[-1]].detach()) / 0.5).sigmoid() * weighting
+    (expected,) = grad(around[: size - gone].sum(), scores, retain_graph=True)
+    (found,) = grad((mask * weighting).sum(), scores, retain_graph=True)
+    assert torch.allclose(found, expected, atol=1e-12)
     assert (trainer.top_k_mask(torch.zeros(2, size), k, 0.5).sum(-1) == k).all(), "of ties, too"
 
 
@@ -125,17 +107,13 @@ def test_masks_are_the_top_k_of_what_is_free_in_all_layers_or_in_every_layer(see
 @pytest.mark.parametrize("zeroed", [[], [1, 4, 9]])
 def test_the_gcn_weighs_the_terms_of_the_formula_and_is_the_formula_before_its_training(mask_layer, zeroed):
     graphs, row = graph_generator(mask_layer), 2
-    mask = graphs.mask_of(vertices_of(zeroed))
-    snapshot = graphs.snapshot(graphs.by_class(), (*TERMS, *graphs.config.features), mask, row)
-    forgetting, retention, curvature = (snapshot.feature(name) for name in TERMS)
-    v = [(snapshot.loss[label] + 0.02).item() ** 0.5 for label in (0, 1)]
-    fall = sum(v[label] * (retention[label] - curvature[label] ** 2 / 2) for label in (0, 1)) / sum(v)
-    formula = saliency(snapshot, row, RETAIN_WEIGHT)
-    assert torch.allclose(formula, forgetting[row] + RETAIN_WEIGHT * fall, rtol=1e-5, atol=1e-7)
+    names = (*TERMS, *graphs.config.features)
+    snapshot = graphs.snapshot(graphs.by_class(), names, graphs.mask_of(vertices_of(zeroed)), row)
+    formula, gcn = saliency(snapshot, row, RETAIN_WEIGHT), adapted_gcn(graphs)
     assert torch.equal(saliency(snapshot, row, RETAIN_WEIGHT, untrained_gcn(graphs.config.num_features)), formula)
-    gcn = adapted_gcn(graphs)
-    a, b = gcn(snapshot.class_graph(row), graphs.graph)[0].T
-    expected = a * forgetting[row] + RETAIN_WEIGHT * b * fall
+    of_forget, of_retain = gcn(snapshot.class_graph(row), graphs.graph)[0].T
+    forgetting = snapshot.feature("forgetting")[row]
+    expected = of_forget * forgetting + of_retain * (formula - forgetting)
     assert torch.allclose(saliency(snapshot, row, RETAIN_WEIGHT, gcn), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -172,10 +150,10 @@ def test_every_term_reaches_every_parameter_of_the_gcn_also_alone(term, mask_lay
     assert all(parameter.grad is None for parameter in graphs.classifier.parameters())
 
 
-@pytest.mark.parametrize("mask_layer, scope", [(-2, "global"), (-1, "global"), ([0, 2], "global"), (None, "layerwise")])
+@pytest.mark.parametrize("mask_layer", [-2, -1, [0, 2], None])
 @pytest.mark.parametrize("zeroed", [[], [1, 4, 9]])
-def test_the_loss_is_that_of_the_classifier_under_the_mask_of_the_scores(mask_layer, scope, zeroed):
-    graphs, row, gone = graph_generator(mask_layer, scope=scope), 1, vertices_of(zeroed)
+def test_the_loss_is_that_of_the_classifier_under_the_mask_of_the_scores(mask_layer, zeroed):
+    graphs, row, gone = graph_generator(mask_layer), 1, vertices_of(zeroed)
     graph, gcn = graphs.graph, adapted_gcn(graphs)
     config = gcn_config(necessity_forget=2.0, necessity_retain=0.5)
     terms, found = GCNLoss(config, graphs, RETAIN_WEIGHT)(gcn, gone, row, seeded("test"))
@@ -183,50 +161,49 @@ def test_the_loss_is_that_of_the_classifier_under_the_mask_of_the_scores(mask_la
     names = (*TERMS, *graphs.config.features)
     snapshot = graphs.snapshot(graphs.draw(8, generator), names, graphs.mask_of(gone), row)
     assert torch.equal(found, saliency(snapshot, row, RETAIN_WEIGHT, gcn).detach())
-    kappa, removed = trainer.log_uniform((3, 10), graph.num_vertices, generator), list(zeroed)
-    for part in competing(scope, graph):
-        share = max(1, round(kappa * len(part) / graph.num_vertices))
-        removed += largest_free(found.tolist(), part, zeroed, share)
+    kappa = trainer.log_uniform((3, 10), graph.num_vertices, generator)
+    removed = [*zeroed, *largest_free(found.tolist(), range(graph.num_vertices), zeroed, kappa)]
     samples, original = graphs.draw(10, generator), graphs.classifier(graphs.samples.images)
     with graph.zeroing(torch.tensor(removed)).applied_to(graphs.classifier):
         masked = graphs.classifier(graphs.samples.images).softmax(1)
-    forget, retain = [], []
-    for p in masked[samples[row], row].double():
-        forget.append(T * (1 + (p / (1 - p)) ** (1 / T)).log().float())
-    for sample in samples[[0, 2]].flatten():
-        target = original[sample].index_fill(0, torch.tensor([row]), -torch.inf).softmax(0)
-        retain.append(-(target * masked[sample].log()).sum())
-    assert set(terms) == set(NECESSITY)
-    for name, weight, expected in (
-        ("necessity_forget", 2.0 / RETAIN_WEIGHT, forget),
-        ("necessity_retain", 0.5, retain),
-    ):
-        assert torch.allclose(terms[name], weight * torch.stack(expected).mean(), rtol=1e-4), name
+    p = masked[samples[row], row]
+    forget = T * (1 + (p / (1 - p)) ** (1 / T)).log().mean()
+    others = samples[[0, 2]].flatten()
+    target = original[others].index_fill(1, torch.tensor([row]), -torch.inf).softmax(1)
+    retain = -(target * masked[others].log()).sum(1).mean()
+    assert torch.allclose(terms["necessity_forget"], 2.0 * forget / RETAIN_WEIGHT, rtol=1e-4)
+    assert torch.allclose(terms["necessity_retain"], 0.5 * retain, rtol=1e-4) and len(terms) == 2
     drawn = [trainer.log_uniform((3, 10), 30, generator) for _ in range(500)]
     assert set(drawn) == set(range(3, 11)) and drawn.count(3) > drawn.count(9)
 
 
 def test_one_gcn_learns_along_requests_on_several_classifiers(monkeypatch):
-    graphs, seen, call = [graph_generator(), graph_generator(None, scope="layerwise")], [], GCNLoss.__call__
+    graphs, seen, call = [graph_generator(), graph_generator(None)], [], GCNLoss.__call__
 
     def spy(self, gcn, zeroed, forget_row, generator):
         terms, scores = call(self, gcn, zeroed, forget_row, generator)
         seen.append((self.graphs, forget_row, zeroed, scores))
+        gradients = [parameter.grad for parameter in gcn.parameters() if parameter.grad is not None]  # of the last step
+        assert torch.cat([torch.zeros(1), *(g.flatten() for g in gradients)]).norm() < 1.001, "it is clipped"
         return terms, scores
 
     monkeypatch.setattr(GCNLoss, "__call__", spy)
-    config = gcn_config(steps=60, kappa=(0.1, 0.3), partly_masked=(0.1, 0.3), snapshots=2)
+    amounts = {"kappa": (0.1, 0.3), "partly_masked": (0.1, 0.3), "snapshots": 2}
+    config = gcn_config(steps=60, necessity_retain=1000.0, **amounts)
     GCNTrainer(config, graphs, RETAIN_WEIGHT, 0).train()
     assert {graphs.index(each) for each, *_ in seen} == {0, 1} and {row for _, row, *_ in seen} == {0, 1, 2}
     for step, (of_classifier, row, zeroed, _) in enumerate(seen):
         graphs_before, row_before, had, scores = seen[step - 1]
-        if step % 3 == 0:
-            assert len(zeroed) == 0, "a whole classifier"
+        if len(zeroed) == 0:
+            of_last = seen[step - 1][2]
+            follows = len(of_last) + round(0.3 * graphs_before.graph.num_vertices)
+            assert step % 3 == 0 or 2 * follows > graphs_before.graph.num_vertices, "a whole classifier"
             continue
+        assert step % 3 > 0
         assert of_classifier is graphs_before and row == row_before, "a request goes on"
         graph, count = of_classifier.graph, len(zeroed) - len(had)
         assert 0.1 <= round(count / graph.num_vertices, 2) <= 0.3
-        new = ranked(scores, graph, of_classifier.config.scope, had, count)
+        new = ranked(scores, had, count)
         assert torch.equal(zeroed, torch.cat([had, new]))
     for other in (graph_generator(other_classes=False), graph_generator(features=("weight",))):
         with pytest.raises(TrainingError, match="must be those of all classifiers"):
@@ -370,10 +347,10 @@ def test_auto_stops_where_it_forgets_where_it_is_too_much_or_gives_up(gone, targ
     assert found.left == ("" if is_forgotten else f"{percent:.1f} % of class 0 are left")
 
 
-@pytest.mark.parametrize("mask_layer, scope", [(-2, "global"), (None, "layerwise")])
+@pytest.mark.parametrize("mask_layer", [-2, None])
 @pytest.mark.parametrize("is_adapted, changes", [(False, {}), (True, {"step": 0.1}), (True, {"momentum": 0.6})])
-def test_a_step_takes_the_largest_mean_scores_on_the_classifier_masked_so_far(mask_layer, scope, is_adapted, changes):
-    graphs, config, row = graph_generator(mask_layer, scope=scope), masking_config(**changes), 2
+def test_a_step_takes_the_largest_mean_scores_on_the_classifier_masked_so_far(mask_layer, is_adapted, changes):
+    graphs, config, row = graph_generator(mask_layer), masking_config(**changes), 2
     gcn, names = adapted_gcn(graphs) if is_adapted else None, (*TERMS, *graphs.config.features)
     size, zeroed, mean = graphs.graph.num_vertices, vertices_of([]), None
     order, stride = zeroing_order(graphs, row, gcn, **changes), round(0.1 * size) if "step" in changes else 4
@@ -386,7 +363,7 @@ def test_a_step_takes_the_largest_mean_scores_on_the_classifier_masked_so_far(ma
             assert torch.equal(Ranking(config, graphs, row, 0, gcn).most_needed(6), scores.topk(6).indices)
         scores = scores / scores.std()
         mean = scores if mean is None else config.momentum * mean + (1 - config.momentum) * scores
-        zeroed = torch.cat([zeroed, ranked(mean, graphs.graph, scope, zeroed, stride)])
+        zeroed = torch.cat([zeroed, ranked(mean, zeroed, stride)])
     assert torch.equal(order.first(2 * stride + 1).vertices, zeroed[: 2 * stride + 1])
     assert torch.equal(order.first(3 * stride).vertices, zeroed)
     assert sorted(order.first(999).vertices.tolist()) == list(range(size)), "no more is zeroed than there is"
