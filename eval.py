@@ -9,9 +9,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,10 @@ class EvalConfig(MaskingConfig):
         return asdict(self) | {"methods": self.method_names, "visualize": None, "hyperparameters": hyperparameters}
 
 
+def made_anew(name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return make()
+
+
 @dataclass(frozen=True)
 class Request:
     """One request to forget a class, and all that a method may use to answer it: of the data the training split only.
@@ -73,6 +77,8 @@ class Request:
     orders: in which weights are zeroed, by the name of the method; kept from one kappa to the next
     kept: what methods keep from one request to the next on the same classifier, by names of theirs
     trained_on: what the original was trained on, where a request has fewer samples; for retraining alone
+    checkpoint: gives what a method makes once for a classifier, by a name and the settings that it depends on, from
+        the file of an earlier run or from the function that makes it
     """
 
     config: EvalConfig
@@ -88,6 +94,7 @@ class Request:
     orders: dict[str, ZeroingOrder] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     trained_on: Split | None = None
+    checkpoint: Callable[[str, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]] = made_anew
 
     @property
     def classifier(self) -> HookedClassifier:
@@ -175,25 +182,32 @@ class Method:
     runs_with: Literal["default", "all", "name"] = "default"
 
     @property
-    def keywords(self) -> dict[str, Any]:
-        """The keyword-only parameters and their annotations."""
+    def keywords(self) -> dict[str, inspect.Parameter]:
+        """The keyword-only parameters, by name."""
         parameters = inspect.signature(self.unlearn, eval_str=True).parameters
-        return {name: each.annotation for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+        return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
 
     @property
-    def hyperparameters(self) -> dict[str, Any]:
-        """The names of the hyperparameters and their annotations."""
-        found: dict[str, Any] = {}
-        for name, hint in self.keywords.items():
-            found |= get_type_hints(hint, include_extras=True) if is_dataclass(hint) else {name: hint}
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The hyperparameters, by name: the keyword-only parameters, and in the place of a dataclass its fields."""
+        found: dict[str, inspect.Parameter] = {}
+        for name, each in self.keywords.items():
+            kind = each.annotation
+            found |= inspect.signature(kind, eval_str=True).parameters if is_dataclass(kind) else {name: each}
         return found
+
+    @property
+    def hyperparameters(self) -> dict[str, object]:
+        """The names of the hyperparameters and their annotations."""
+        return {name: each.annotation for name, each in self.parameters.items()}
 
     def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of `unlearn`, for values of hyperparameters by name: dataclasses made of fields."""
         arguments = dict(values)
-        for name, hint in self.keywords.items():
-            if is_dataclass(hint):
-                arguments[name] = hint(**{each.name: arguments.pop(each.name) for each in fields(hint)})
+        for name, each in self.keywords.items():
+            if is_dataclass(kind := each.annotation):
+                fields = inspect.signature(kind).parameters
+                arguments[name] = kind(**{field: arguments.pop(field) for field in fields if field in arguments})
         return arguments
 
     def about(self) -> dict[str, Any]:

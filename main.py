@@ -178,6 +178,12 @@ class Stages:
         gcn.load_state_dict(checkpoint["state_dict"])
         return gcn.to(graphs.labels.device), checkpoint["seconds"]
 
+    def of_method(
+        self, training: Training, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What a method makes once for a classifier, from its file where it is there."""
+        return self.made(self.files.of_method(training, name, settings), f"{name}, {training.name}", make)
+
     def requests(self, training: Training, forget_class: int) -> None:
         """Every experiment on one forget class that is not there, and the plots that are not."""
         config, folder = training.config, self.root / "eval"
@@ -206,6 +212,7 @@ class Stages:
                 orders=orders,
                 kept=self._kept,
                 trained_on=data.train,
+                checkpoint=partial(self.of_method, training),
             )
             paths = self.files.of_training(training) | {"mask": mask}
             about = {
@@ -254,6 +261,11 @@ class Files:
         for name, path in paths.items():
             made[name] = self._artifact(path, training, training.settings[name], self._training_code)
         return made
+
+    def of_method(self, training: Training, name: str, settings: dict[str, Any]) -> Artifact:
+        """What a method makes once for a classifier."""
+        path = f"checkpoints/{name}_seed_{training.seed}.pt"
+        return self._artifact(path, training, training.settings["graphs"] | {"method": settings}, self._code)
 
     def metrics_and_mask(self, training: Training, forget_class: int, asked: Asked) -> tuple[Artifact, Artifact]:
         """The JSON of an experiment, whose name is the experiment's id, and its mask."""

@@ -120,9 +120,11 @@ class Config:
             if name not in METHODS:
                 raise ValueError(f"eval.hyperparameters.{name} is not a method: valid are {', '.join(METHODS)}")
         for name in self.eval.method_names:
-            key, hints = f"eval.hyperparameters.{name}", METHODS[name].hyperparameters
+            key, method = f"eval.hyperparameters.{name}", METHODS[name]
             values = given.get(name, {})
-            if set(values) != set(hints):
+            hints = method.hyperparameters
+            needed = {each for each, parameter in method.parameters.items() if parameter.default is parameter.empty}
+            if not needed <= set(values) <= set(hints):
                 must, has = (", ".join(names) or "none" for names in (hints, values))
                 raise ValueError(f"{key} must have values of {must}, not of {has}")
             for each, value in values.items():

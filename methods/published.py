@@ -5,7 +5,7 @@ It runs where a config names it (configs/published.yaml).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ def trained(request: Request, config: Published) -> ScoringGCN:
     with seeded_initialisation(request.seed):
         gcn = ScoringGCN(len(FEATURES), config.hidden, config.rounds).to(graphs.labels.device)
 
-    if "published" not in request.kept:
+    def train() -> dict[str, dict[str, Tensor]]:
         weights = torch.cat([weight.flatten() for weight in graphs.weights()])
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
@@ -106,7 +106,11 @@ def trained(request: Request, config: Published) -> ScoringGCN:
             loss.backward()
             optimizer.step()
             schedule.step()
-        request.kept["published"] = gcn.state_dict()
+        return {"state_dict": gcn.state_dict()}
+
+    if "published" not in request.kept:
+        settings = asdict(config) | {"top_k": top_k}
+        request.kept["published"] = request.checkpoint("published", settings, train)["state_dict"]
     gcn.load_state_dict(request.kept["published"])
     return gcn
 

@@ -74,17 +74,26 @@ def test_both_terms_reach_the_gcn_and_sufficiency_is_of_the_kept_weights(request
 
 
 @pytest.mark.parametrize("asked", [9, "auto"])
-def test_the_gcn_is_trained_once_for_a_classifier(request_to_forget, asked):
-    first = replace(request_to_forget, asked=asked)
+def test_the_gcn_is_trained_once_for_a_classifier_and_taken_from_its_checkpoint(request_to_forget, asked):
+    asked_for, files = [], {}
+
+    def checkpoint(name, settings, make):
+        asked_for.append((name, settings))
+        if name not in files:
+            files[name] = make()
+        return files[name]
+
+    first = replace(request_to_forget, asked=asked, checkpoint=checkpoint)
     found = answer(first, "published").mask
-    weights = dict(first.kept["published"])
+    assert asked_for == [("published", asdict(CONFIG) | {"top_k": TOP_K})]
     scores = mean_importance(first, CONFIG)
     order = set_difference(scores, TOP_K)[FORGET].argsort(descending=True)[: found.num_zeroed]
     assert set(order.tolist()) == set(found.vertices().tolist())
     needed = METHODS["published"].most_needed(first)
-    assert needed.tolist() == scores[FORGET].topk(TOP_K).indices.tolist()
-    assert all(weights[name] is weight for name, weight in first.kept["published"].items()), "trained once"
+    assert needed.tolist() == scores[FORGET].topk(TOP_K).indices.tolist() and len(asked_for) == 1
     untrained = replace(CONFIG, steps=0)
     assert not torch.equal(mean_importance(replace(request_to_forget, kept={}), untrained), scores)
+    files["published"]["state_dict"] = {name: 2 * weight for name, weight in first.kept["published"].items()}
+    assert not torch.allclose(mean_importance(replace(first, kept={}), CONFIG), scores), "what the file holds"
     with pytest.raises(TrainingError, match="loss is (nan|inf) at step 0: .* see eval.hyperparameters.published"):
         mean_importance(replace(request_to_forget, kept={}), replace(CONFIG, prior=float("inf")))
