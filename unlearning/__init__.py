@@ -52,7 +52,7 @@ def unlearn(
         three or more, else the last. The answer says which
     seed: of the samples that are drawn
     scorer: the GCN, or the saliency that it adapts
-    erase: takes the classes from what the last layer is given, too (`masking.erasing`, with the settings of
+    erase: takes the classes from what the last layer is given, too (`methods.erasing`, with the settings of
         configs/methods.yaml), by one direction less in each layer before it that can be masked and their rows of the
         last layer: without a GCN, and with mask_layer auto or None
     max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any
