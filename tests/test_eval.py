@@ -153,10 +153,7 @@ def filled(model, value):
 @pytest.mark.parametrize(
     "unlearn, message",
     [
-        (
-            lambda request: filled(request.classifier, torch.nan),
-            "method broken, class 1: a weight of the",
-        ),
+        (lambda request: filled(request.classifier, torch.nan), "method broken, class 1: a weight of the"),
         (lambda request: filled(request.original, 0), "'broken' changed the original's network.1.weight"),
         (lambda request: request.zeroing(torch.arange(request.kappa)), "register it with uses_kappa=True"),
     ],

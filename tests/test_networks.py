@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import NUM_CLASSES, graph_config
+from oracles import Group, assert_by_hand, log_odds
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch_geometric.nn import SAGEConv
 
 from mimu.configs import load_config
-from mimu.data import FEATURES, FORGETTING_TEMPERATURE, GraphGenerator, Split, seeded
+from mimu.data import FEATURES, GraphGenerator, Split, seeded
 from mimu.eval import METHODS, Request, answer
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import Ranking
@@ -174,20 +175,17 @@ def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(na
         assert torch.allclose(gradient, of_edges, rtol=1e-9, atol=1e-10)
 
 
-def log_odds(classifier: HookedClassifier, x: Tensor, label: Tensor, left_out: int | None = None) -> Tensor:
-    """Of a sample's label; of a sample of another class, the softmax is restricted to all but the class left out."""
-    kept = [each for each in range(NUM_CLASSES) if each != left_out or left_out == label]
-    p = classifier.network(x[None])[0, kept].softmax(0)[kept.index(int(label))]
-    return (p / (1 - p)).log()
-
-
-def single_gradients(
-    classifier: HookedClassifier, split: Split, layers: list[int], left_out: int | None = None
-) -> list[Tensor]:
+def single_gradients(classifier: HookedClassifier, split: Split, layers: list[int]) -> list[Tensor]:
     """The gradients of every sample's log-odds by the weights of layers, (samples, *shape) of each."""
     weights = [classifier.layers[layer].weight for layer in layers]
-    values = [log_odds(classifier, *each, left_out) for each in zip(split.images, split.labels)]
-    return [torch.stack(of_layer) for of_layer in zip(*(torch.autograd.grad(value, weights) for value in values))]
+    values = odds_of(classifier, split)
+    rows = [torch.autograd.grad(value, weights, retain_graph=True) for value in values]
+    return [torch.stack(of_layer) for of_layer in zip(*rows)]
+
+
+def odds_of(classifier: HookedClassifier, split: Split) -> Tensor:
+    pairs = zip(split.images, split.labels.tolist())
+    return torch.stack([log_odds(classifier.network, x, label, [0, 1, 2]) for x, label in pairs])
 
 
 @pytest.mark.parametrize("begins", [None, [1, 2]], ids=str)
@@ -197,7 +195,7 @@ def test_recorded_gradients_of_kernels_are_those_of_autograd_one_sample_at_a_tim
     layers = list(range(COUNTS[name])) if begins is None else [2, 1]
     inputs = split.images if begins is None else classifier.prefix_activations(begins, split.images)
     record = classifier.record(inputs, split.labels, layers, begins)
-    expected = torch.stack([log_odds(classifier, *each) for each in zip(split.images, split.labels)])
+    expected = odds_of(classifier, split)
     assert torch.allclose(record.log_odds, expected) and torch.equal(record.kept_log_odds, record.log_odds)
     for layer, single in zip(record.layers, single_gradients(classifier, split, layers), strict=True):
         delta, a = layer.log_odds_gradient, layer.inputs
@@ -219,38 +217,6 @@ def test_recorded_activations_stand_behind_normalisation_addition_and_relu():
         assert torch.allclose(record.outputs, h, atol=1e-12)
         assert torch.equal(active, (h > 0).double().clamp_min(1 - is_rectified))
     assert torch.allclose(records[3].inputs, hidden[2].flatten(1), atol=1e-12) and (records[2].outputs < 0).any()
-
-
-def read_by_kernels(x: Tensor) -> Tensor:
-    """(samples, channels, 9, positions) of kernels 3 x 3 with a border of zeros."""
-    return F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4).movedim(-1, 2).flatten(3)
-
-
-def features_by_hand(
-    before: HookedClassifier, classifier: HookedClassifier, split: Split, layers: tuple[int, ...], out: int | None
-) -> dict[str, Tensor]:
-    """The features of a cnn, of samples of one class, by their definitions, (vertices)."""
-    x, network = split.images, classifier.network
-    pairs = list(zip(split.images, split.labels))
-    kept, odds = (torch.stack([log_odds(model, *each, out) for each in pairs]) for model in (before, classifier))
-    t, p, softened = (each.sigmoid()[:, None, None] for each in (kept, odds, odds / FORGETTING_TEMPERATURE))
-    given = read_by_kernels(x), read_by_kernels(network[:6](x)), network[:11](x)[..., None], network[:13](x)[..., None]
-    gave = network[:5](x), network[:9](x), network[:13](x)[..., None], network(x)[..., None]
-    found: dict[str, list[Tensor]] = {name: [] for name in FEATURES}
-    for layer, gradient in zip(layers, single_gradients(classifier, split, layers, out)):
-        w, a, h = classifier.layers[layer].weight.flatten(1), given[layer], gave[layer].flatten(2)
-        a, gradient = a.flatten(1, 2) if layer < 2 else a, gradient.flatten(2)
-        active = (h > 0).double() if layer < 3 else torch.ones_like(h)
-        loss = ((p - 1) * gradient).mean(0)
-        of_layer = (
-            a.mean((0, 2)).expand_as(w), h.mean((0, 2))[:, None].expand_as(w), w, loss, w * loss,
-            w * (softened * gradient).mean(0), w * ((p - t) * gradient).mean(0),
-            w.abs() * (p * (1 - p) * gradient**2).mean(0).sqrt(),
-            w.abs() * (active[:, :, None] * a[:, None]).mean((0, 3)),
-        )  # fmt: skip
-        for name, feature in zip(FEATURES, of_layer, strict=True):
-            found[name].append(feature.detach().flatten())
-    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @pytest.mark.parametrize("mask_layer", [-2, -1, [-2, -1]])
@@ -306,16 +272,10 @@ def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_s
         snapshot = graphs.snapshot(samples, tuple(FEATURES), mask, forget_class)
         is_kept = mask is None and is_linear and forget_class is None
         assert passes == ([] if is_kept else parts), "what linear layers did is kept"
-        masked = copy.deepcopy(graphs.classifier)
-        if mask:
-            mask.apply(masked, permanent=True)
-        for label, rows in enumerate(samples):
-            split = graphs.samples[rows]
-            odds = torch.stack([log_odds(masked, *each, forget_class) for each in zip(split.images, split.labels)])
-            assert torch.allclose(snapshot.log_odds[label], odds)
-            by_hand = features_by_hand(graphs.classifier, masked, split, graphs.graph.layers, forget_class)
-            for name, expected in by_hand.items():
-                assert torch.allclose(snapshot.feature(name)[label], expected, rtol=1e-9, atol=1e-12), name
+        among = {forget_class: [0, 1, 2]}
+        others = [label for label in range(NUM_CLASSES) if label != forget_class]
+        by_hand = [Group(graphs, mask, rows, among.get(label, others)) for label, rows in enumerate(samples)]
+        assert_by_hand(snapshot, by_hand)
 
 
 @some_layers
