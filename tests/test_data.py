@@ -276,12 +276,12 @@ def test_draws_take_samples_of_their_class_without_repetition_and_no_more_than_t
 EVERY = [0, 1, 2, 3]
 
 
-def graphs_of(present: list[int]) -> GraphGenerator:
+def graphs_of(present: list[int], mask_layer: int | None = -2) -> GraphGenerator:
     """Of a classifier of four classes, of some of which there are samples."""
     torch.manual_seed(0)
     split = random_split(dtype=torch.float64, num_classes=4)
     split = split[torch.isin(split.labels, torch.tensor(present))]
-    return GraphGenerator(HookedMNISTClassifier(HIDDEN, IN_FEATURES, 4).double(), split, graph_config(), 0)
+    return GraphGenerator(HookedMNISTClassifier(HIDDEN, IN_FEATURES, 4).double(), split, graph_config(mask_layer), 0)
 
 
 # What is zeroed, the classes of which there are samples, what the softmax is restricted to, and how many samples.
@@ -315,16 +315,17 @@ def test_log_odds_of_labels_that_are_left_out_or_all_but_certain():
 
 
 @pytest.mark.parametrize("forget_row, others_among", [(None, EVERY), (2, [0, 1, 3])])
-def test_a_first_order_update_is_linear_in_the_weights_that_it_zeroes(forget_row, others_among):
-    graphs, zeroed, further = graphs_of(EVERY), [3, 8], [0, 11, 25]
+@pytest.mark.parametrize("mask_layer, last", [(-2, 25), (None, 90)])
+def test_a_first_order_update_is_linear_in_the_weights_that_it_zeroes(forget_row, others_among, mask_layer, last):
+    graphs, zeroed, further = graphs_of(EVERY, mask_layer), [3, 8], [0, 11, last]
     samples, mask = graphs.draw(4, seeded("test")), graphs.graph.zeroing(torch.tensor(zeroed))
     before = graphs.snapshot(samples, tuple(FEATURES), mask, forget_row)
-    update = before.first_order_update(torch.tensor([0, 11])).first_order_update(torch.tensor([25]))
+    update = before.first_order_update(torch.tensor([0, 11])).first_order_update(torch.tensor([last]))
     for row, chosen in enumerate(samples):
         group = Group(graphs, mask, chosen, EVERY if row == forget_row else others_among)
-        g, weight = group.gradients(group.log_odds), group.masked.layers[1].weight.detach().flatten()
+        g, weight = group.gradients(group.log_odds), before.feature("weight")[row]
         w = weight.index_fill(0, torch.tensor(further), 0.0)
-        assert torch.equal(update.weights[0].flatten(), w) and torch.equal(before.weights[0].flatten(), weight)
+        assert torch.equal(update.feature("weight")[row], w)
         found = group.log_odds.detach() - g[:, further] @ weight[further]
         assert torch.allclose(update.log_odds[row], found, atol=1e-9)
         p, t = found.sigmoid()[:, None], group.t[:, None]
