@@ -303,10 +303,11 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
 def test_what_a_layer_is_given_makes_its_output_and_its_moments(name, at_once, monkeypatch):
     monkeypatch.setattr("mimu.networks.hooked.NUMBERS_AT_ONCE", at_once)
     classifier, x = classifier_of(name), images(3)
-    outputs: dict[nn.Module, Tensor] = {}
+    given: dict[nn.Module, Tensor] = {}
     for layer in classifier.layers:
-        layer.register_forward_hook(lambda layer, inputs, output: outputs.setdefault(layer, output))
+        layer.register_forward_hook(lambda layer, inputs, output: given.update({layer: output}))
     classifier.network(x)
+    outputs = dict(given)
     for index, layer in enumerate(classifier.layers):
         parts = list(classifier.layer_inputs(index, x))
         assert len(parts) == (3 if at_once == 1 else 1)
@@ -460,9 +461,6 @@ def test_convolutional_networks_are_those_of_the_config():
     config = configured("cnn", "classifier.channels=[4, 6]", "classifier.hidden_sizes=[9]", "classifier.bias=true")
     assert config.shapes == [(4, 1, 3, 3), (6, 4, 3, 3), (9, 294), (10, 9)] and config.num_vertices == 36 + 216 + 2736
     assert config.architecture == "cnn 1-4-6-9-10 with biases"
-    for channels, message in (
-        ([1] * 5, "must be fewer than 5: nothing is left of"),
-        ([], "must name at least one for"),
-    ):
+    for channels, message in (([1] * 5, "must be fewer than 5: nothing is left"), ([], "must name at least one for")):
         with pytest.raises(ConfigError, match=rf"^[^\n]*: classifier.channels {message}[^\n]*$"):
             configured("cnn", f"classifier.channels={channels}")
