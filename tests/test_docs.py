@@ -118,13 +118,13 @@ def test_words_plots_and_pages_make_no_block_stale(pages, before):
     assert changed(before) == set()
 
 
-@pytest.mark.parametrize(
-    "gcn, taken_by, not_by",
-    [
-        ("gcn.pt", {"transfer", "few", "benchmark", "tuning", "own_layers", "cifar10"}, {"all_digits", *PRETRAIN}),
-        ("kernels.pt", {"cnn", "tuning_resnet"}, {"transfer", "few", "own_networks", "tuning_cnn", *PRETRAIN}),
-    ],
-)
+OF_GCN = [
+    ("gcn.pt", {"transfer", "few", "benchmark", "tuning", "own_layers", "cifar10"}, {"all_digits", *PRETRAIN}),
+    ("kernels.pt", {"cnn", "tuning_resnet"}, {"transfer", "few", "own_networks", "tuning_cnn", *PRETRAIN}),
+]
+
+
+@pytest.mark.parametrize("gcn, taken_by, not_by", OF_GCN)
 def test_another_tracked_gcn_makes_what_takes_it_stale(pages, before, gcn, taken_by, not_by):
     path = pages / "checkpoints" / "pretrained" / gcn
     path.write_bytes(path.read_bytes() + b"0")
@@ -163,7 +163,6 @@ def test_a_block_says_what_a_fresh_run_took_and_shows_the_rows_and_columns_that_
     shown = "`uv run torchrun --nproc-per-node 2 main.py`, 62 s, 1.5 GB a process"
     assert build.run(f"{build.ON_TWO} --fresh") == shown
     table = "| method | a | b |\n| --- | -: | -: |\n| mimu | 1 | 2 |\n| sft | 3 | 4 |"
-    assert build.cells(table) == [["method", "a", "b"], ["mimu", "1", "2"], ["sft", "3", "4"]]
     shown = build.columns_of(build.rows_of(table, ["sft"]), ["b", "method"])
     assert build.cells(shown) == [["b", "method"], ["4", "sft"]]
 
@@ -173,18 +172,14 @@ MEASURED = []
 
 def measured(commands: Sequence[str]) -> str:
     MEASURED.extend(commands)
+    if commands == ["ablation"]:
+        raise subprocess.CalledProcessError(2, commands)
     return f"| figure |\n{commands[0]}\n"
-
-
-def broken(commands: Sequence[str]) -> str:
-    MEASURED.extend(commands)
-    raise subprocess.CalledProcessError(2, commands)
 
 
 def test_what_is_stale_is_measured_piece_by_piece_and_what_is_named_in_any_case(pages, monkeypatch, capsys):
     build = importlib.import_module("build")
-    of = {"few": measured, "ablation": broken, "published": measured}
-    measurements = {name: build.Measurement(content, [name]) for name, content in of.items()}
+    measurements = {name: build.Measurement(measured, [name]) for name in ("few", "ablation", "published")}
     monkeypatch.setattr(build, "MEASUREMENTS", measurements)
     before = build.block("ablation"), (pages / "docs" / "few.md").read_text()
     for arguments, expected, status in (
@@ -196,9 +191,9 @@ def test_what_is_stale_is_measured_piece_by_piece_and_what_is_named_in_any_case(
         MEASURED.clear()
         assert (build.main(arguments), MEASURED) == (status, expected)
     assert "ablation: " in capsys.readouterr().out and build.block("ablation") == before[0]
-    few = build.block("few")
+    few, page = build.block("few"), (pages / "docs" / "few.md").read_text()
     assert few.content == "| figure |\nfew\n" and few.made_by == build.today("few")
-    assert (pages / "docs" / "few.md").read_text().partition("<!-- few: ")[0] == before[1].partition("<!-- few: ")[0]
+    assert page.partition("<!-- few: ")[0] == before[1].partition("<!-- few: ")[0]
     with pytest.raises(SystemExit):
         build.main(["few", "of_mine"])
     edit(pages, "docs/few.md", lambda text: text.replace("<!-- few: ", "<!-- other: "))
@@ -242,22 +237,17 @@ def test_the_nearest_of_the_candidates_that_forget_and_keep_is_chosen(pages):
     tuning = tune.Tuning.__new__(tune.Tuning)
     tuning.settings = {"largest_forget_score": 1.0}
     tuning.smallest_retain = 95.0
-    far = tune.Trial({}, forget=0.9, retain=95.1, distance=0.3)
-    near = tune.Trial({}, forget=0.1, retain=96.0, distance=0.2)
-    leaves = tune.Trial({}, forget=1.5, retain=97.0, distance=0.01)
-    loses = tune.Trial({}, forget=0.0, retain=94.0, distance=0.01)
+    of = (0.9, 95.1, 0.3), (0.1, 96.0, 0.2), (1.5, 97.0, 0.01), (0.0, 94.0, 0.01)
+    far, near, leaves, loses = (tune.Trial({}, forget, retain, distance) for forget, retain, distance in of)
     assert tuning.best([far, near, leaves, loses]) is near
     assert tuning.best([leaves, loses]) is leaves  # half a point is missing, not a whole one
 
 
 def test_the_configs_have_the_candidates_that_were_chosen(pages):
-    build = importlib.import_module("build")
-    chosen = {}
+    build, chosen, configured = importlib.import_module("build"), {}, {}
     for name in ("tuning", "tuning_erasure"):
         for method, values, *_, mark in build.cells(build.block(name).content):
-            if mark == "chosen":
-                chosen[method] = values
-    configured = {}
+            chosen |= {method: values} if mark == "chosen" else {}
     for name in ("config", "methods"):
         settings = yaml.safe_load((PROJECT / "configs" / f"{name}.yaml").read_text())
         configured |= settings["eval"]["hyperparameters"]

@@ -173,8 +173,7 @@ def test_a_class_goes_from_the_representation_as_far_as_the_bar_and_what_was_zer
 
 def test_models_of_the_users_own_are_erased_from_one_class_after_the_other(learned):
     train, model = random_split(200), copy.deepcopy(learned.network)
-    about = {"erase": True, "max_fall": None, "max_class_fall": None}
-    before = copy.deepcopy(model.state_dict())
+    about, before = {"erase": True, "max_fall": None, "max_class_fall": None}, copy.deepcopy(model.state_dict())
     first = unlearn(model, train.images, train.labels, 1, **about)
     assert first.forgets == (1,) and ranks(first) == [1, 1, 1] and first.num_zeroed == 0
     first.apply(model)

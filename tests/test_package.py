@@ -83,9 +83,8 @@ def of_others(tmp_path, monkeypatch) -> Path:
 def python(folder: Path, installed: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Runs Python in a folder, with the installed package, not the checkout's, in its path."""
     environment = os.environ | {"PYTHONPATH": str(installed)}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=100
-    )
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
 
 
 def test_the_wheel_holds_all_of_the_package_and_no_data_sets_tests_or_pages(wheel):

@@ -16,10 +16,8 @@ from mimu.methods.published import FEATURES, Published, ScoringGCN, importance, 
 from mimu.trainer import TrainingError
 
 FORGET, TOP_K = 1, 8
-CONFIG = Published(
-    hidden=8, rounds=3, steps=5, learning_rate=0.01, samples=30, temperature=0.25, gumbel=0.2, sufficiency=1.0,
-    prior=0.1, draws=3,
-)  # fmt: skip
+CONFIG = Published(hidden=8, rounds=3, steps=5, learning_rate=0.01, samples=30, temperature=0.25, gumbel=0.2,
+                   sufficiency=1.0, prior=0.1, draws=3)  # fmt: skip
 finite = st.floats(-50, 50, width=32)
 
 
@@ -91,8 +89,6 @@ def test_the_gcn_is_trained_once_for_a_classifier_and_taken_from_its_checkpoint(
     assert set(order.tolist()) == set(found.vertices().tolist())
     needed = METHODS["published"].most_needed(first)
     assert needed.tolist() == scores[FORGET].topk(TOP_K).indices.tolist() and len(asked_for) == 1
-    untrained = replace(CONFIG, steps=0)
-    assert not torch.equal(mean_importance(replace(request_to_forget, kept={}), untrained), scores)
     files["published"]["state_dict"] = {name: 2 * weight for name, weight in first.kept["published"].items()}
     assert not torch.allclose(mean_importance(replace(first, kept={}), CONFIG), scores), "what the file holds"
     with pytest.raises(TrainingError, match="loss is (nan|inf) at step 0: .* see eval.hyperparameters.published"):

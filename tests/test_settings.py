@@ -115,33 +115,26 @@ variants:
 RENAMED = {"training.pace": "training.rate", "learning": "training", "training.tables.sft.look": "is gone: use rate"}
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("training: {pace: 1}", "training.pace is now training.rate"),
-        ("learning: {rate: 1}", "learning is now training"),
-        ("variants: {a: {training.tables: {sft: {look: 1}}}}", "training.tables.sft.look is gone: use rate"),
-    ],
-)
-def test_a_setting_of_before_is_told_what_it_is_now(bases, tmp_path, text, message):
-    path = mine(tmp_path, text)
-    where = f"{path}, variant a" if "variants" in text else str(path)
-    assert refused(path, bases, renamed=RENAMED) == f"{where}: {message}"
+def test_a_setting_of_before_is_told_what_it_is_now(bases, tmp_path):
+    gone = (
+        "variants: {a: {training.tables: {sft: {look: 1}}}}",
+        ", variant a: training.tables.sft.look is gone: use rate",
+    )
+    for text, message in (("learning: {rate: 1}", ": learning is now training"), gone):
+        path = mine(tmp_path, text)
+        assert refused(path, bases, renamed=RENAMED) == f"{path}{message}"
     with pytest.raises(InputError, match="^override training.pace=1: training.pace is now training.rate$"):
         load_variants(Config, bases, bases[0], ["training.pace=1"], RENAMED)
 
 
 BAD = [
-    ("trainign.steps=3", "trainign is not a setting; did you mean training? Valid here: seed, device, threads"),
     ("training.stesp=3", "training.stesp is not a setting; did you mean training.steps? Valid here: steps, rate"),
-    ("steps=3", "steps is not a setting; did you mean training.steps? Valid here: seed, device"),
     ("rate=3", "rate is not a setting; did you mean training.rate or training.tables.sft.rate? Valid here: seed"),
     ("training.steps.x=3", "training.steps must be an integer, at least 1, not {'x': 3}"),
     ("training.=3", "training. is not a setting. Valid here: steps, rate"),
     ("training=3", "training must be a mapping with keys of steps, rate"),
     ("training.rate=.inf", "training.rate must be a finite number, above 0, at most 1000000000, not inf"),
     ("training.kappa=[1.5]", "each an integer, at least 1, or a finite number, above 0, below 1, or auto, not [1.5]"),
-    ("training.span=[1]", "training.span must be a list of 2, each a finite number, or null, not [1]"),
     ("training.tables.sft.epochs=x", "training.tables.sft.epochs must be an integer or a finite number, not 'x'"),
     ("training.tables.sft.epochs=0", "training.tables.sft.epochs must be at least 1, not 0"),
     ("seed=9223372036854775808", f"at most {2**63 - 1}, not 9223372036854775808"),
@@ -167,7 +160,6 @@ def test_bad_settings_name_the_override_the_key_and_what_is_valid(bases, overrid
         ("variants: 3", "variants must map names to what each changes, not 3"),
         ("variants: {'.': {}}", "variants must differ in the letters and digits of their names, without $ and line"),
         ("variants: {a b: {}, A-B: {}}", "variants must differ in the letters and digits of their names, without $"),
-        ("variants: {a $b$: {}}", "variants must differ in the letters and digits of their names, without $ and line"),
         ('variants: {"a\\ud800": {}}', "variants must differ in the letters and digits of their names, without $"),
         ("variants: {a: {variants: {}}}", "variant a: variants is not a setting. Valid here: seed"),
     ],
@@ -179,8 +171,8 @@ def test_bad_files_are_named(bases, tmp_path, text, message):
 
 
 def test_a_file_that_is_not_there_is_named(bases, tmp_path):
-    assert refused(tmp_path / "no.yaml", bases) == f"{tmp_path}/no.yaml: cannot be read (No such file or directory)"
-    assert refused(tmp_path, bases) == f"{tmp_path}: cannot be read (Is a directory)"
+    for path, why in ((tmp_path / "no.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
+        assert refused(path, bases) == f"{path}: cannot be read ({why})"
 
 
 def test_a_base_that_a_change_makes_impossible_is_named(bases, tmp_path):
@@ -192,15 +184,10 @@ def test_a_base_that_a_change_makes_impossible_is_named(bases, tmp_path):
 
 MANY = ", ".join(f"&{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefg", "bcdefgh"))
 ODD = [
-    "seed=!!bool abc",
-    'device="\\UFFFFFFFF"',
-    "seed=1" + ":30" * 300 + ".5",
-    "seed=0x" + "f" * 5000,
-    'training={"a\\nb": 1}',
-    f"training.sizes=[&a [1, 2, 3, 4, 5, 6, 7, 8, 9], {MANY}]",
-    "training.kappa=" + "[" * 1000 + "]" * 1000,
-    "seed=" + str(list(range(20_000))),
-]
+    "seed=!!bool abc", 'device="\\UFFFFFFFF"', "seed=1" + ":30" * 300 + ".5", "seed=0x" + "f" * 5000,
+    'training={"a\\nb": 1}', f"training.sizes=[&a [1, 2, 3, 4, 5, 6, 7, 8, 9], {MANY}]",
+    "training.kappa=" + "[" * 1000 + "]" * 1000, "seed=" + str(list(range(20_000))),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("override", ODD, ids=[override[:20] for override in ODD])

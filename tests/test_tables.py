@@ -33,15 +33,15 @@ AUDITED = {
 
 def audited(digit) -> dict:
     """The JSON of an experiment with audits."""
-    forget, retain, audits = {}, {}, {}
+    forget, audits = {}, {}
     for name, (score, js_forget, js_retain, recall, steps) in AUDITED.items():
         forget[name] = {"loss": 3.0, "score": score, "probability": 0.1}
-        retain[name] = {"loss": 0.1, "score": 97.0}
         audits[name] = {
             "js_forget": js_forget + (digit - 5) / 100, "js_retain": js_retain, "loss_attack": 0.5,
             "entropy_attack": 10.0, "probe_recall": {"linear": recall}, "probe_retain": 97.0, "relearn_from": {},
             "relearn_steps": steps or 0, "came_back": steps is not None, "weights_changed": 6,
         }  # fmt: skip
+    retain = dict.fromkeys(AUDITED, {"loss": 0.1, "score": 97.0})
     changes = {FORGET: forget, RETAIN: retain, "audit_metrics": audits, "zeroed": [0, 1, 2, 3, 5 + digit, 19]}
     return experiment(0, digit, 7, "auto", AUDITED, **changes)
 
@@ -72,11 +72,11 @@ def test_the_methods_stand_in_the_order_of_their_distance_to_retraining(reporter
     assert column(cost, 1)[0] == "6"
 
 
-@pytest.mark.parametrize("steps, text", [(200, "> 200.0"), (None, "–")])
-def test_a_class_that_does_not_come_back_is_marked(reporter, steps, text):
-    for each in reporter.experiments:
-        each["audit_metrics"]["far"]["relearn_steps"] = steps
-    assert column(audit_table(reporter, LEFT_BEHIND), 4) == ["30.0", "10.0", "30.0", text, "0.0"]
+def test_a_class_that_does_not_come_back_is_marked(reporter):
+    for steps, text in ((200, "> 200.0"), (None, "–")):
+        for each in reporter.experiments:
+            each["audit_metrics"]["far"]["relearn_steps"] = steps
+        assert column(audit_table(reporter, LEFT_BEHIND), 4) == ["30.0", "10.0", "30.0", text, "0.0"]
 
 
 def test_every_audit_has_a_panel_with_a_line_at_retraining(reporter, drawn):  # noqa: F811
@@ -103,9 +103,8 @@ def test_the_trade_off_is_against_retraining(reporter, drawn):  # noqa: F811
     assert retain.lines[2 * row + 1].get_xydata().tolist() == [[-80.0, row]]
     assert forget.get_xscale() == retain.get_xscale() == "symlog"
     assert drawn[0].get_suptitle() == "MNIST, classes 4, 6, the test split, 784-8-10"
-    for axes in (forget, retain):
-        low, high = axes.get_xlim()
-        assert low < axes.dataLim.xmin and axes.dataLim.xmax < high
+    low, high = retain.get_xlim()
+    assert low < retain.dataLim.xmin and retain.dataLim.xmax < high
     assert sorted(tick for tick in retain.get_xticks() if low <= tick <= high) == [-100, -30, -10, -3, -1, 0]
 
 
@@ -126,20 +125,18 @@ KNOWN = {"original": (95.0, 96.0), "mimu": (93.0, 91.0), "retrain": (97.0, 80.0)
 def result(seed, digit, kappa, methods, cost) -> dict:
     """What a seed or digit adds has another sign for the retrained classifier; mimu loses with cost and kappa."""
     lost = cost / 4 + (0 if kappa == "auto" else kappa / 10)
-    more = seed + (digit == 9) / 4
-    retain, forget, audits = {}, {}, {}
+    more, retain, audits = seed + (digit == 9) / 4, {}, {}
     for method in methods:
         score, recall = KNOWN[method]
         far = -more if method == "retrain" else more - lost * (method == "mimu")
         retain[method] = {"score": score + far}
-        forget[method] = {"score": digit / 10}
         audits[method] = {
             "probe_recall": {"linear": recall + far, "two_layer": recall, "hidden_0": 99.0},
             "prototype_recall": {"1": recall + 2 * far, "10": 50.0},
             "relearn_from": {"1": 40 + seed, "10": None if method == "mimu" else 10},
         }
     number, choice = (10 + digit, "auto") if kappa == "auto" else (kappa, "fixed")
-    changes = {FORGET: forget, RETAIN: retain, "audit_metrics": audits}
+    changes = {FORGET: dict.fromkeys(methods, {"score": digit / 10}), RETAIN: retain, "audit_metrics": audits}
     return experiment(seed, digit, number, choice, methods, **changes)
 
 
@@ -181,7 +178,6 @@ def test_variants_are_compared_with_retraining_the_same_classifier(variants, tmp
 def test_variants_and_the_frontier_are_drawn(variants, tmp_path, drawn):  # noqa: F811
     tables = compare(variants, tmp_path)
     assert (tmp_path / "variants.md").read_text() == "\n\n".join(["# Variants", *tables]) + "\n"
-    assert (tmp_path / "variants.png").exists() and (tmp_path / "frontier.png").exists()
     panels, frontier = (figure.axes for figure in drawn)
     assert texts(panels[0].get_yticklabels()) == ["strong", "none", "weak", "other", "silent", "elsewhere"]
     assert [line.get_xdata()[0] for line in panels[1].lines[1:4:2]] == pytest.approx([-4.75, -2.75])
@@ -189,8 +185,8 @@ def test_variants_and_the_frontier_are_drawn(variants, tmp_path, drawn):  # noqa
     assert texts(drawn[1].legends[0].get_texts()) == ["retrain", "mimu", "original"], "the nearest first"
     assert axes.get_xlabel() == "probe recall against retrain, points" and axes.get_ylabel() == RETAIN_GAP.name
     (line,) = (each for each in axes.lines if each.get_color() == BLUE and each.get_linestyle() == "-")
-    curve = line.get_xydata().tolist()
-    assert curve == [[12.25 - lost, -2.75 - lost] for lost in (2, 0.5, 0)], "in the order of what the probe finds"
+    curve = [[12.25 - lost, -2.75 - lost] for lost in (2, 0.5, 0)]
+    assert line.get_xydata().tolist() == curve, "in the order of what the probe finds"
     (hollow,) = (line for line in axes.lines if line.get_fillstyle() == "none" and len(line.get_xdata()))
     assert hollow.get_xydata().tolist() == [[10.25, -4.75]]
 
