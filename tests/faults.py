@@ -7,9 +7,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -21,48 +21,20 @@ SMALL = ("sweep.kappa=[auto, 20]", "gcn.steps=2", "eval.methods=[original, mimu,
 MADE = ("checkpoints", "datasets/Graphs", "eval", "reports")  # the folders that a run makes where there is only data
 
 
-@dataclass
-class Power:
-    """Counts the operations on files, and fails from one of them on, as on a full disk.
-
-    before: is called before each operation, and in the middle of each write: here a kill leaves the files as they are
-    """
-
-    cut_before: int
-    error: OSError | None
-    before: Callable[[], object]
-    count: int = 0
-
-    def use(self) -> None:
-        self.count += 1
-        if self.error is not None and self.count > self.cut_before:
-            raise self.error
-        self.before()
-
-    def watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function as an operation."""
-
-        def operation(*arguments: Any, **options: Any) -> Any:
-            self.use()
-            return function(*arguments, **options)
-
-        return operation
-
-
 class Watched:
     """A file open for writing, every write of which is an operation; a write that is cut leaves half of it."""
 
-    def __init__(self, file: Any, power: Power) -> None:
-        self._file, self._power = file, power
+    def __init__(self, file: Any, use: Callable[[], None], before: Callable[[], object]) -> None:
+        self._file, self._use, self._before = file, use, before
 
     def write(self, content: Any) -> int:
         half = len(content) // 2
         try:
-            self._power.use()
+            self._use()
         finally:
             self._file.write(content[:half])
             self._file.flush()
-        self._power.before()
+        self._before()
         return half + self._file.write(content[half:])
 
     def __getattr__(self, name: str) -> Any:
@@ -78,19 +50,31 @@ class Watched:
 @contextmanager
 def power(
     monkeypatch: Any, cut_before: int = 0, error: OSError | None = None, before: Callable[[], object] = lambda: None
-) -> Iterator[Power]:
-    """Every operation on files is counted while the context is open; with an error, it fails from one of them on."""
-    supply, real_open = Power(cut_before, error, before), builtins.open
+) -> Iterator[SimpleNamespace]:
+    """Counts the operations on files while the context is open; with an error, they fail from one of them on.
+
+    before: is called before each operation, and in the middle of each write: here a kill leaves the files as they are
+    """
+    supply, real_open = SimpleNamespace(count=0), builtins.open
+
+    def use() -> None:
+        supply.count += 1
+        if error is not None and supply.count > cut_before:
+            raise error
+        before()
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **options: (use(), function(*arguments, **options))[1]
 
     def open_watched(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         if set(mode) & set("wxa+"):
-            return Watched(supply.watched(real_open)(file, mode, *arguments, **options), supply)
+            return Watched(watched(real_open)(file, mode, *arguments, **options), use, before)
         return real_open(file, mode, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "open", open_watched)
         for name in ("replace", "fsync", "mkdir", "rmdir", "unlink"):
-            patch.setattr(os, name, supply.watched(getattr(os, name)))
+            patch.setattr(os, name, watched(getattr(os, name)))
         yield supply
 
 

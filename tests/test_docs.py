@@ -153,20 +153,6 @@ def test_every_block_of_the_pages_is_measured_and_has_a_digest(before):
     assert sorted(marked) == sorted(before)
 
 
-def test_a_block_says_what_a_fresh_run_took_and_shows_the_rows_and_columns_that_it_is_about(pages, monkeypatch):
-    build = importlib.import_module("build")
-    monkeypatch.setattr(build, "python", lambda command: 0.0)
-    (pages / "reports").mkdir()
-    (pages / "reports" / "run.json").write_text('{"total_seconds": 61.7, "peak_bytes": 1500000000}')
-    assert build.run("main.py --config some.yaml seed=1") == "`uv run main.py --config some.yaml seed=1`"
-    assert build.run("main.py --fresh seed=1") == "`uv run main.py seed=1`, 62 s, 1.5 GB"
-    shown = "`uv run torchrun --nproc-per-node 2 main.py`, 62 s, 1.5 GB a process"
-    assert build.run(f"{build.ON_TWO} --fresh") == shown
-    table = "| method | a | b |\n| --- | -: | -: |\n| mimu | 1 | 2 |\n| sft | 3 | 4 |"
-    shown = build.columns_of(build.rows_of(table, ["sft"]), ["b", "method"])
-    assert build.cells(shown) == [["b", "method"], ["4", "sft"]]
-
-
 MEASURED = []
 
 

@@ -98,8 +98,8 @@ def test_every_method_stands_in_every_evaluation_and_the_json_is_valid(tmp_path,
     drawn, names = [], [*CORE, "logit removed"]
     scored = make_eval(tmp_path, methods=tuple(names), draw=drawn.append)
     results = scored.eval()
-    for evaluation in ("unlearning_metrics", "performance_degradation_metrics", "training_split_metrics", "methods"):
-        assert list(results[evaluation]) == names
+    every = "unlearning_metrics", "performance_degradation_metrics", "training_split_metrics", "methods"
+    assert all(list(results[evaluation]) == names for evaluation in every)
     assert list(results["mask_efficacy_metrics"]) == ["original", "mimu", "random"]
     assert results["unlearning_metrics"]["original"] == results["mask_efficacy_metrics"]["original"]
     assert list(results["seconds"]) == ["gcn", *names, "experiment"] and results["seconds"]["retrain"] > 0
@@ -184,10 +184,8 @@ def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path, registry):
         calls.append((step, len(zeroed)))
         return curvature
 
-    for name, at_once in (("in order", False), ("at once", True)):
-        unlearning_method(name, uses_kappa=True)(
-            lambda request, name=name, at_once=at_once: request.in_steps(name, by_curvature, at_once)
-        )
+    unlearning_method("in order", uses_kappa=True)(lambda request: request.in_steps("in order", by_curvature, False))
+    unlearning_method("at once", uses_kappa=True)(lambda request: request.in_steps("at once", by_curvature, True))
     names = ("mimu", "in order", "at once", "random", "sft")
     scored = make_eval(tmp_path, asked="auto", target=50.0, methods=names)
     request = scored.request
@@ -200,8 +198,7 @@ def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path, registry):
                     break
         kappas.append(kappa)
     zeroed = dict(zip(names, (*kappas, kappas[0], None)))
-    assert results["num_zeroed"] == zeroed and len(set(kappas)) == 3
-    assert results["kappa_choice"] == "auto"
+    assert results["num_zeroed"] == zeroed and len(set(kappas)) == 3 and results["kappa_choice"] == "auto"
     assert results["gave_up"] == dict.fromkeys(["mimu", "in order", "at once"], False)
     assert calls == [(k // 4, k) for k in range(0, kappas[1], 4)] + [(0, 0)]
 
@@ -281,11 +278,10 @@ def test_a_method_runs_where_it_says_with_its_hyperparameters_and_metrics_depend
     scored = make_eval(tmp_path, methods=("mimu", "tunable"), hyperparameters={"tunable": {"strength": 0.5}})
     scored.eval_unlearning()
     usual, tuned = scored.request.config, {"strength": 0.5}
-    assert given == [0.5]
-    for methods, hyperparameters, is_same in (
-        (usual.methods, {"tunable": tuned, "scrub": {"epochs": 3}}, True),
-        (usual.methods, {"tunable": {"strength": 0.6}}, False),
-        (("mimu",), {"tunable": tuned}, False),
-    ):
-        changed = replace(usual, methods=methods, hyperparameters=hyperparameters)
-        assert (changed.decisive() == usual.decisive()) == is_same
+    same = replace(usual, hyperparameters={"tunable": tuned, "scrub": {"epochs": 3}})
+    other, less = replace(usual, hyperparameters={"tunable": {"strength": 0.6}}), replace(usual, methods=("mimu",))
+    assert given == [0.5] and [each.decisive() == usual.decisive() for each in (same, other, less)] == [
+        True,
+        False,
+        False,
+    ]

@@ -35,10 +35,7 @@ def test_every_task_is_taken_once_after_the_beginning_and_all_is_gathered_in_ord
         done.append("after")
         processes.once("shared", lambda: (time.sleep(0.2), done.append("shared")))
         done.append("later")
-        taken = []
-        for task in processes.take(range(30)):
-            taken.append(task)
-            time.sleep(0.001)
+        taken = [task for task in processes.take(range(30)) if time.sleep(0.001) is None]
         return processes.gathered({"rank": processes.rank, "taken": taken})
 
     with ThreadPoolExecutor(3) as threads:
