@@ -86,7 +86,6 @@ def small_request(asked: int | str | None = 9, mask_layer=-2, **changes) -> Requ
 
 @pytest.fixture
 def trained_gcn() -> TrainedGCN:
-    """A masking GCN before its training, as its checkpoint holds it."""
     described = graph_config()
     return TrainedGCN(untrained_gcn(described.num_features), described, masking_config())
 
@@ -147,5 +146,4 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def copy(here) -> Path:
-    """The tracked files of the project, with a few samples of the data set."""
     return copy_to(here, *TRACKED)

@@ -90,12 +90,10 @@ def damaged(content: bytes, random: Random) -> bytes:
 
 
 def draw_nothing(monkeypatch: Any) -> None:
-    """Pictures are empty from here on, so that a run takes no time."""
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a picture"))
 
 
 def emptied(folder: Path) -> None:
-    """Removes all that a run leaves."""
     for name in MADE:
         shutil.rmtree(folder / name, ignore_errors=True)
 

@@ -46,7 +46,6 @@ def run_here(folder: Path, *overrides: str, configs: dict | None = None, is_fres
 
 
 def smoke(*overrides: str) -> dict:
-    """The smoke config without plots of single experiments."""
     from mimu.configs import load_variants
 
     return load_variants(PROJECT / SMOKE[1], ["eval.visualize=false", *overrides])

@@ -207,7 +207,6 @@ def test_what_says_which_images_they_are_covers_all_that_is_read(tmp_path):
 
 
 def replaced(file: str, image: np.ndarray) -> object:
-    """What writes an image in the place of those that a pattern names."""
     return lambda pets: [Image.fromarray(image).save(path) for path in pets.glob(file)]
 
 

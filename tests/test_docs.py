@@ -44,7 +44,6 @@ def project() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def before(project) -> dict[str, str]:
-    """The digests of the project as it is."""
     return {name: project.today(name) for name in project.MEASUREMENTS}
 
 

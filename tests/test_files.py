@@ -26,7 +26,6 @@ def content(value: float) -> dict:
 
 
 def same(a, b) -> bool:
-    """Whether two contents are equal to the last bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):

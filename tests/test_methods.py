@@ -63,7 +63,6 @@ def request_to_forget() -> Request:
 
 
 def made_by(name: str, request: Request, **changes) -> torch.nn.Module:
-    """The classifier that a method makes."""
     method = METHODS[name]
     found = method.unlearn(request, **method.arguments(HYPERPARAMETERS.get(name, {}) | changes))
     found = request.zeroing(found.vertices) if isinstance(found, Zeroing) else found

@@ -36,12 +36,6 @@ def test_the_weight_graph_is_the_line_graph_of_the_network(sizes, mask_layer, la
     assert (graph.layers, graph.num_vertices, graph.num_edges) == (layers, len(ends), len(expected))
 
 
-@pytest.mark.parametrize("mask_layer", [3, -4, [0, 7], [], [0, -3], [1, 1]])
-def test_masked_layers_that_are_not_there_are_refused(classifier, mask_layer):
-    with pytest.raises(ValueError, match="mask_layer"):
-        WeightGraph.of(classifier, mask_layer)
-
-
 @pytest.mark.parametrize("message_passing", [True, False])
 def test_factors_are_1_before_the_training_and_do_not_depend_on_the_graphs_seen_together(message_passing):
     torch.manual_seed(0)

@@ -50,7 +50,6 @@ assert scores()[1] < 0.05 and min(scores()[0], scores()[2]) > 0.9
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel of a clone."""
     folder = tmp_path_factory.mktemp("wheel")
     clone = copy_to(folder / "clone", *TRACKED)
     subprocess.run([sys.executable, "-c", BUILD, str(folder)], cwd=clone, check=True, capture_output=True)

@@ -36,7 +36,6 @@ def number(evaluation, method, metric, seed, digit, kappa) -> float:
 
 
 def experiment(seed=0, digit=3, kappa=10, choice="fixed", methods=METHODS, **changes) -> dict:
-    """The JSON of an experiment."""
     metrics = {FORGET: {}, RETAIN: {}}
     for method in methods:
         for evaluation, names in ((FORGET, ("loss", "score", "probability")), (RETAIN, ("loss", "score"))):
@@ -60,7 +59,6 @@ def experiment(seed=0, digit=3, kappa=10, choice="fixed", methods=METHODS, **cha
 
 
 def write(folder, experiments) -> list:
-    """Files of experiments."""
     paths = []
     for index, content in enumerate(experiments):
         paths.append(folder / f"{index}_{content['id']}.json")
@@ -157,8 +155,7 @@ def test_curves_show_every_method_and_getters_give_them(reporter, drawn, file):
         assert y == pytest.approx([mean_by_hand(evaluation, method, metric, kappa) for kappa in KAPPAS])
         assert line.get_xydata().T.tolist() == [list(KAPPAS), y]
         assert line.get_label() == method and line.get_color() == method_styles(METHODS)[method]["color"]
-    with pytest.raises(AttributeError, match="get_nobody_unlearning_forget_set_score"):
-        reporter.get_nobody_unlearning_forget_set_score()
+    assert not hasattr(reporter, "get_nobody_unlearning_forget_set_score")
 
 
 def test_auto_stands_apart_from_the_fixed_kappas(reporter, auto_reporter, drawn):
@@ -189,8 +186,7 @@ def test_the_tables_by_hand(auto_reporter):
     assert [row[3]] == auto_reporter.cells([module.PROBABILITY], "mimu") and row[6:] == ["16 ± 0", "0.25 ± 0.00"]
     lines = auto_reporter.kappas_table().splitlines()
     assert len(lines) == 2 + 4 * 4 and [line.split()[3] for line in lines[2:6]] == ["10", "20", "40", "auto"]
-    (loss,) = auto_reporter.cells([Column(FORGET_LOSS.keys, spec=".3f")], "mimu", 20)
-    assert re.match(rf"\| mimu +\| +20 \|.*\|.*\|.*\| +{loss} \|", lines[7])
+    assert auto_reporter.cells([Column(FORGET_LOSS.keys, spec=".3f")], "mimu", 20)[0] in lines[7]
     said, table = auto_reporter.closing_table().split("\n\n")
     about = f"forgetting classes 3, 9 (boot), scored on the test split. {auto_reporter.about()}"
     assert said == f"MNIST, 784-8-10: {about}"

@@ -23,7 +23,6 @@ from mimu.data import GraphGenerator, load_image_data
 from mimu.images.sources import DataError
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import Ranking, TrainedGCN
-from mimu.model import HookedMNISTClassifier
 from mimu.runs import files as run_files
 from mimu.trainer import GCNTrainer, Trainer
 
@@ -194,10 +193,9 @@ def test_variants_run_side_by_side_on_shared_classifiers(here, capsys):
     assert {path.name for path in here.iterdir()} == {"datasets", "mine.yaml", "clean.sh"}
 
 
-def graphs_of(config: main.Config, folder: Path, classifier: HookedMNISTClassifier | None = None) -> GraphGenerator:
-    """The activation graphs of a config, of a classifier that is trained here where none is given."""
+def graphs_of(config: main.Config, folder: Path) -> GraphGenerator:
     train = load_image_data("MNIST", folder / "datasets").train
-    return GraphGenerator(classifier or Trainer(config.classifier, 0).train(train, 10), train, config.graphs, 0)
+    return GraphGenerator(Trainer(config.classifier, 0).train(train, 10), train, config.graphs, 0)
 
 
 def test_a_pretrained_gcn_is_made_from_all_variants(here):
@@ -215,10 +213,8 @@ def test_the_pretrained_gcn_is_taken_as_it_is(here):
     run_here(here, *TINY, "gcn.pretrained=true")
     assert not list((here / "checkpoints").glob("gcn_*"))
     (result,) = metrics(here).values()
-    classifier = HookedMNISTClassifier((32, 16))
-    classifier.load_state_dict(checkpoint(here, "classifier_seed_0")["state_dict"])
     config = smoke("gcn.pretrained=true", "graphs={features: [weight], other_classes: false}")[""]
-    trained, graphs = TrainedGCN.load(), graphs_of(config, here, classifier)
+    trained, graphs = TrainedGCN.load(), graphs_of(config, here)
     assert config.graphs.features == trained.graphs.features
     assert config.graphs.other_classes == trained.graphs.other_classes
     ranking = Ranking(config.eval, graphs, 3, 0, trained.gcn)

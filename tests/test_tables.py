@@ -32,7 +32,6 @@ AUDITED = {
 
 
 def audited(digit) -> dict:
-    """The JSON of an experiment with audits."""
     forget, audits = {}, {}
     for name, (score, js_forget, js_retain, recall, steps) in AUDITED.items():
         forget[name] = {"loss": 3.0, "score": score, "probability": 0.1}

@@ -40,17 +40,16 @@ NECESSITY = ("necessity_forget", "necessity_retain")
 RETAIN_WEIGHT = 5.0
 
 
+SMALL = {"pretrained": False, "hidden": 8, "rounds": 2, "message_passing": True, "steps": 20, "learning_rate": 0.01,
+         "group_size": 8, "samples": 30, "temperature": 0.25, "necessity_forget": 1.0, "necessity_retain": 1.0,
+         "kappa": (3, 10), "partly_masked": (2, 8), "snapshots": 1}  # fmt: skip
+
+
 def gcn_config(**changes) -> GCNTrainerConfig:
-    small = {
-        "pretrained": False, "hidden": 8, "rounds": 2, "message_passing": True, "steps": 20, "learning_rate": 0.01,
-        "group_size": 8, "samples": 30, "temperature": 0.25, "necessity_forget": 1.0, "necessity_retain": 1.0,
-        "kappa": (3, 10), "partly_masked": (2, 8), "snapshots": 1,
-    }  # fmt: skip
-    return GCNTrainerConfig(**small | changes)
+    return GCNTrainerConfig(**SMALL | changes)
 
 
 def adapted_gcn(graphs: GraphGenerator, rounds: int = 2) -> MaskingGCN:
-    """One whose factors are no longer 1."""
     gcn = untrained_gcn(graphs.config.num_features, rounds)
     gcn.readout.weight.data.normal_(generator=seeded("readout"))
     return gcn
@@ -213,8 +212,7 @@ def test_learning_is_descent_on_batches_where_weights_may_change(classifier, spl
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_training_that_diverges_stops_with_the_step_and_what_to_look_at(split, classifier, value):
-    images = split.images.clone()
-    images[0] = value
+    images = split.images.index_fill(0, torch.tensor(0), value)
     broken = Split(images, split.labels)
     with pytest.raises(TrainingError, match="loss is (nan|inf) at step 0: .* see classifier.learning_rate"):
         Trainer(trainer_config((6, 5), 1, len(images)), 0).train(broken, NUM_CLASSES)

@@ -141,7 +141,6 @@ def called_twice() -> nn.Sequential:
 
 
 def with_layer(model: nn.Module, name: str, change: Callable) -> nn.Module:
-    """The model with one of its layers changed."""
     setattr(model, name, change(getattr(model, name)))
     return model
 
