@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
@@ -186,31 +186,18 @@ def test_what_is_stale_is_measured_piece_by_piece_and_what_is_named_in_any_case(
         build.write_block("few", "")
 
 
-class Tried:
-    """A tuning that tries nothing: the last candidate of each method is the best."""
-
-    found = None
-
-    def __init__(self, settings: dict) -> None:
-        self.settings = settings
-
-    def trial(self, method: str, values: dict):
-        return importlib.import_module("tune").Trial(values, 0.25, 99.0, 0.125)
-
-    def best(self, trials: list):
-        return trials[-1]
-
-
 def test_a_tuning_of_some_methods_leaves_the_rows_and_the_digest_of_the_others(pages, monkeypatch):
     build, tune = map(importlib.import_module, ("build", "tune"))
-    monkeypatch.setattr(tune, "Tuning", Tried)
+    trial = lambda method, values: tune.Trial(values, 0.25, 99.0, 0.125)  # noqa: E731
+    tried = SimpleNamespace(found=None, trial=trial, best=lambda trials: trials[-1])
+    monkeypatch.setattr(tune, "Tuning", lambda settings: setattr(tried, "settings", settings) or tried)
     rows = build.cells(build.block("tuning").content)
     tune.main(["sft"])
     after = build.block("tuning")
     assert after.made_by == "0"
     assert [row for row in build.cells(after.content) if row[0] != "sft"] == [row for row in rows if row[0] != "sft"]
-    tried = [row[2:] for row in build.cells(after.content) if row[0] == "sft"]
-    assert tried == [["0.25", "99.00", "0.1250", ""]] * 11 + [["0.25", "99.00", "0.1250", "chosen"]]
+    of_sft = [row[2:] for row in build.cells(after.content) if row[0] == "sft"]
+    assert of_sft == [["0.25", "99.00", "0.1250", ""]] * 11 + [["0.25", "99.00", "0.1250", "chosen"]]
     tune.main(["erasure"])
     erasure = build.block("tuning_erasure")
     assert erasure.made_by == build.today("tuning_erasure") and build.block("tuning") == after

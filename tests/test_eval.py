@@ -117,15 +117,6 @@ def test_every_method_stands_in_every_evaluation_and_the_json_is_valid(tmp_path,
     assert written["id"] == "metrics" and written["kappa_choice"] == "fixed" and written["gave_up"] == {}
 
 
-def test_no_method_and_no_mask_depends_on_the_test_split(tmp_path):
-    usual, test = make_eval(tmp_path), random_split(13, seed=5)
-    spoiled = make_eval(tmp_path, Split(torch.full_like(test.images, torch.nan), test.labels.flip(0)))
-    assert torch.equal(usual.get_model_mask(), spoiled.get_model_mask())
-    for name, weights in answers(usual).items():
-        assert all(torch.equal(w, v) for w, v in zip(weights, answers(spoiled)[name])), name
-    assert usual.eval_training_split() == spoiled.eval_training_split()
-
-
 @pytest.mark.parametrize("field", ["unlearn", "most_needed"])
 @pytest.mark.parametrize("reads", [Eval.mnist_forget_set, Eval.mnist_retain_set])
 def test_a_method_or_keep_mask_that_asks_for_the_test_split_fails(tmp_path, registry, field, reads):

@@ -10,6 +10,7 @@ from statistics import stdev
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from running import files
 from test_reporter import CONFIG, DIGITS, SEEDS, drawn, experiment, rows_of, texts, write  # noqa: F401
 
 from mimu.reporter import FORGET, RETAIN, RETAIN_GAP, Reporter, ReporterConfig, method_styles
@@ -201,10 +202,6 @@ def test_titles_name_all_that_differs_and_of_many_methods_the_nearest_are_drawn(
     assert len(names) == 10 and not {"method 10", "method 11"} & set(names)
 
 
-def names_in(folder) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-
-
 def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, format, dpi: file.write(f"{format} {dpi}".encode()))
     reports = tmp_path / "reports"
@@ -219,17 +216,17 @@ def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, mo
     said = ["forgetting classes 3, 9 (boot)", "forgetting class 3"]
     assert [table.split(", scored")[0].split(": ")[1] for table in closing] == said
     of_top_k = {f"top_k_5/{name}" for name in ("summary.md", "trade_off.png", "masks.png")} | {"top_k_6/summary.md"}
-    assert names_in(reports) == mine | of_top_k
+    assert set(files(reports)) == mine | of_top_k
     own = ReporterConfig(50, ("pdf", "svg"))
     alone = write(tmp_path, [audited(4)])
     report([Result("first one", 6, CONFIG, other), Result("other", 5, own, alone)], reports)
     of_first = {"variants.md", "variants.png", "frontier.png", "variants/first_one/summary.md"}
     of_other = {f"variants/other/{name}" for name in ("summary.md", "audits.pdf", "audits.svg")}
-    assert names_in(reports) == mine | of_first | of_other
+    assert set(files(reports)) == mine | of_first | of_other
     assert (reports / "variants.png").read_text() == "png 25"
     assert (reports / "variants" / "other" / "audits.svg").read_text() == "svg 50", "with its own settings"
     report([Result("", 5, CONFIG, alone)], reports)
-    assert names_in(reports) == mine | {"summary.md", "trade_off.png", "audits.png"}
+    assert set(files(reports)) == mine | {"summary.md", "trade_off.png", "audits.png"}
     assert "## Distance to retraining" in (reports / "summary.md").read_text()
     assert (reports / "variants" / "empty").exists() and not (reports / "variants" / "other").exists()
 
