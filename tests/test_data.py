@@ -13,8 +13,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import HIDDEN, IN_FEATURES, NUM_CLASSES, graph_config, graph_generator, random_split
-from oracles import Group, assert_by_hand
+from conftest import (
+    HIDDEN,
+    IN_FEATURES,
+    NUM_CLASSES,
+    Group,
+    assert_by_hand,
+    graph_config,
+    graph_generator,
+    random_split,
+)
 from PIL import Image
 from running import write_image
 from scipy.io import savemat

@@ -205,10 +205,9 @@ def test_the_search_for_kappa_is_not_in_the_seconds_of_methods_that_take_what_it
 
 def test_what_does_not_depend_on_kappa_is_computed_once_and_steps_go_on(tmp_path, registry):
     calls = []
-    for name, uses_kappa in (("counted", False), ("counted with kappa", True)):
-        unlearning_method(name, uses_kappa=uses_kappa)(
-            lambda request, name=name: calls.append((name, request.asked)) or request.classifier
-        )
+    for name in ("counted", "counted with kappa"):
+        count = lambda request, name=name: calls.append((name, request.asked)) or request.classifier  # noqa: E731
+        unlearning_method(name, uses_kappa="kappa" in name)(count)
     first = make_eval(tmp_path, asked=3, methods=("mimu", "counted", "counted with kappa"))
     second = replace(first, request=replace(first.request, asked=20), own={})
     seconds = [scored.eval()["seconds"]["mimu"] for scored in (first, second)]

@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import NUM_CLASSES, graph_config
-from oracles import Group, assert_by_hand, log_odds
+from conftest import NUM_CLASSES, Group, assert_by_hand, graph_config, log_odds
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize

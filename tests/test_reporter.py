@@ -22,11 +22,8 @@ CURVES = {}
 for metric, samples in product(("loss", "score"), ("forget", "retain")):
     CURVES[f"{metric}_{samples}_set"] = f"draw_{metric}_curves_on_{samples}_set"
 CURVES["probability_on_forget_class"] = "draw_classifier_probability_on_forget_class"
-LABELS = {
-    "loss": "cross entropy on the {} set (nats)",
-    "score": "score on the {} set (%)",
-    "probability": "probability of the {} class",
-}
+LABELS = {"loss": "cross entropy on the {} set (nats)", "score": "score on the {} set (%)"}
+LABELS["probability"] = "probability of the {} class"
 
 
 def number(evaluation, method, metric, seed, digit, kappa) -> float:

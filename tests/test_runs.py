@@ -14,8 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import TRACKED, copy_to
-from faults import draw_nothing
-from running import PROJECT, SMOKE, checkpoint, files, metrics, run, run_here, smoke, write_few
+from running import PROJECT, SMOKE, checkpoint, draw_nothing, files, metrics, run, run_here, smoke, write_few
 
 from mimu import main
 from mimu.configs import CONFIG, load_variants

@@ -149,11 +149,6 @@ def pruned(layer: nn.Module) -> nn.Module:
     return prune.l1_unstructured(layer, "weight", 0.3)
 
 
-def frozen(model: nn.Module) -> nn.Module:
-    model[5].weight.requires_grad_(False)
-    return model.train()
-
-
 def masked(model: nn.Module) -> nn.Module:
     mask_of({0: torch.ones(8, 1, 3, 1), 1: (torch.arange(192) > 9).float().view(8, 8, 3, 1)}).apply(model)
     return model
@@ -162,8 +157,9 @@ def masked(model: nn.Module) -> nn.Module:
 # What makes a model to train, or changes a trained one of convolutions; what is asked for; the layers of the answer.
 AS_THEY_ARE = [
     (Ahead, None, "auto", (0,)), (Ahead, None, None, (0, 2)), (Ahead, None, 0, (0,)), (Ahead, None, [2, 0], (0, 2)),
-    (None, frozen, "auto", (2,)), (None, frozen, None, (0, 1, 2)), (None, frozen, [1, 0], (0, 1)),
-    (None, frozen, [1, 2], (1, 2)), (None, frozen, -1, (2,)), (None, masked, [1, 2], (0, 1, 2)),
+    (None, nn.Module.train, "auto", (2,)), (None, nn.Module.train, None, (0, 1, 2)),
+    (None, lambda model: model[5].requires_grad_(False) and model.train(), [1, 0], (0, 1)),
+    (None, nn.Module.train, [1, 2], (1, 2)), (None, nn.Module.train, -1, (2,)), (None, masked, [1, 2], (0, 1, 2)),
     (None, nn.Module.bfloat16, 1, (1,)),
     (None, lambda model: model.to(memory_format=torch.channels_last), 1, (1,)),
     (pooled, None, None, (0, 1, 2)), (pooled, None, "auto", (2,)),
