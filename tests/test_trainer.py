@@ -322,8 +322,8 @@ def test_auto_stops_where_it_forgets_where_it_is_too_much_or_gives_up(gone, targ
     order = zeroing_order(graphs, zeroed=torch.arange(gone), target=target)
     found = order.answer("auto", forget, lambda zeroed: len(zeroed) >= stops_at)
     assert found.vertices[:gone].tolist() == list(range(gone)) and len(found.vertices) == kappa
-    percent = left_of(graphs, forget, found.vertices, target)
-    assert found.left == ("" if is_forgotten else f"{percent:.1f} % of class 0 are left")
+    left = f"{left_of(graphs, forget, found.vertices, target):.1f} % of class 0 are left"
+    assert found.left == ("" if is_forgotten else left)
 
 
 @pytest.mark.parametrize("mask_layer", [-2, None])
