@@ -55,9 +55,7 @@ class Watched:
 
 
 @contextmanager
-def power(
-    monkeypatch: Any, cut_before: int = 0, error: OSError | None = None, before: Callable[[], object] = lambda: None
-) -> Iterator[SimpleNamespace]:
+def power(monkeypatch, cut_before=0, error: OSError | None = None, before=lambda: None) -> Iterator[SimpleNamespace]:
     """Counts the operations on files while the context is open; with an error, they fail from one of them on.
 
     before: is called before each operation, and in the middle of each write: here a kill leaves the files as they are

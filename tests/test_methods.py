@@ -7,16 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import (
-    IN_FEATURES,
-    NUM_CLASSES,
-    graph_config,
-    masking_config,
-    random_split,
-    scores,
-    small_request,
-    trainer_config,
-)
+from conftest import NUM_CLASSES, graph_config, masking_config, random_split, scores, small_request, trainer_config
 from running import PROJECT
 
 from mimu import data
@@ -179,7 +170,7 @@ def test_the_student_of_two_teachers_comes_near_to_both(request_to_forget):
     assert divergence(student, teacher) == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-5)
     good, forget, retain = request.classifier, request.forget.images, request.retain.images
     with data.seeded_initialisation(request.other_seed):
-        bad = HookedMNISTClassifier((12, 8), IN_FEATURES, NUM_CLASSES)
+        bad = HookedMNISTClassifier((12, 8), 7, NUM_CLASSES)
     student = made_by("bad_teacher", request)
     assert divergence(student(forget), bad(forget)) < divergence(good(forget), bad(forget)) / 10
     assert divergence(student(retain), good(retain)) < divergence(bad(retain), good(retain)) / 10

@@ -215,13 +215,6 @@ def test_the_pretrained_gcn_is_taken_as_it_is(here):
     assert result["zeroed"] == ZeroingOrder(config.eval, graphs, 3, ranking).first(20).vertices.tolist()
 
 
-def test_a_data_set_that_is_not_there_is_told_before_any_work(here, monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.KMNIST.mirrors", ["file:///nowhere/"])
-    with pytest.raises(DataError, match="dataset KMNIST in "):
-        main.run(load_variants(with_smoke(here, "variants: {mnist: {}, other: {dataset: KMNIST}}")), here)
-    assert not (here / "checkpoints").exists()
-
-
 def test_results_depend_neither_on_the_processes_nor_on_the_rest_of_the_sweep(copy, tmp_path_factory):
     alone = tmp_path_factory.mktemp("alone")
     write_few(alone)

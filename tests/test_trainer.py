@@ -8,16 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    NUM_CLASSES,
-    graph_config,
-    graph_generator,
-    masking_config,
-    random_classifier,
-    random_split,
-    trainer_config,
-    untrained_gcn,
-)
+from conftest import NUM_CLASSES, graph_generator, masking_config, random_split, trainer_config, untrained_gcn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
@@ -194,7 +185,7 @@ def test_one_gcn_learns_along_requests_on_several_classifiers(monkeypatch):
 def test_learning_is_descent_on_batches_where_weights_may_change(classifier, split):
     before = [weight.detach().clone() for weight in classifier.parameters()]
     trainable = [(torch.rand(weight.shape, generator=seeded("mask")) < 0.5).float() for weight in before]
-    by_hand = random_classifier()
+    by_hand = copy.deepcopy(classifier)
     order = torch.randperm(60, generator=seeded("test"))
     for batch, rate in zip(order.split(40), (0.1, 0.05)):
         gradients = grad(3 * by_hand(split.images[batch]).square().sum(), list(by_hand.parameters()))
@@ -240,7 +231,7 @@ def test_training_is_the_same_with_the_same_seed_alone(split):
 def problem() -> tuple[Split, GraphGenerator]:
     split = random_split(60)
     classifier = Trainer(trainer_config((16, 12), 20, 32), 0).train(split, NUM_CLASSES)
-    return split, GraphGenerator(classifier, split, graph_config(), 0)
+    return split, GraphGenerator(classifier, split, graph_generator().config, 0)
 
 
 def test_training_lowers_both_terms_of_the_loss():
