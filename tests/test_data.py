@@ -40,13 +40,6 @@ CLASSES = ("cat", "dog", "eel")
 GREY = np.arange(20, dtype=np.uint8).reshape(5, 4)
 
 
-def test_mnist_is_the_original():
-    images = load_image_data("MNIST")
-    assert images.train.images.shape == (60000, 784) and images.test.images.shape == (10000, 784)
-    assert torch.bincount(images.test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    assert images.class_names == tuple("0123456789")
-
-
 def write_data_set(root: Path, name="KMNIST", images=IMAGES, labels=LABELS, test_labels=LABELS[:10]) -> Path:
     """A data set of ones own, unpacked, in the format of MNIST."""
     raw = root / name / "raw"
