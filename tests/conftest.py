@@ -127,7 +127,6 @@ def copy_to(folder: Path, *patterns: str) -> Path:
 
 
 def log_odds(model: nn.Module, x: Tensor, label: int, among: list[int]) -> Tensor:
-    """Of the label of a sample, by the softmax restricted to some classes."""
     p = model(x[None])[0, among].softmax(0)[among.index(label)]
     return (p / (1 - p)).log()
 
@@ -167,7 +166,6 @@ class Group:
         return [each.flatten() for each in of_ends]
 
     def features(self) -> dict[str, Tensor]:
-        """(vertices) of each."""
         forgetting = T * F.softplus(self.log_odds / T)
         retention = -self.t * self.p.log() - (1 - self.t) * (1 - self.p).log()
         losses = [self.gradients(each).mean(0) for each in (-self.p.log(), forgetting, retention)]

@@ -27,7 +27,6 @@ def of_copy(folder: Path) -> dict[str, str]:
 
 
 def run(folder: Path, *arguments: str, processes: int = 1) -> str:
-    """What main.py of a folder says, in processes of its own."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     command = [sys.executable, *torchrun, "main.py", *arguments]
     done = subprocess.run(command, cwd=folder, env=of_copy(folder), capture_output=True, text=True)

@@ -30,7 +30,6 @@ CONFIG = AuditConfig(enabled=True, probes=(), relearn_steps=40, relearn_from=())
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """What suits small tensors."""
     of_probes = {"PENALTY": 0.0, "UNITS": 8, "EPOCHS": 2, "BATCH_SIZE": 32, "LEARNING_RATE": 0.05, "NEIGHBOURS": 5}
     for name, value in of_probes.items():
         monkeypatch.setattr(probes, name, value)

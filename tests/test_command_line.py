@@ -31,7 +31,6 @@ def test_what_start_is_given_and_returns(tmp_path):
 
 
 def ended(root: Path, capsys, error: BaseException, *options: str) -> tuple[int, str]:
-    """The exit status of a run that ends with an error, and the line that it says."""
 
     def start(parsed: Namespace) -> None:
         raise error

@@ -41,7 +41,6 @@ GREY = np.arange(20, dtype=np.uint8).reshape(5, 4)
 
 
 def write_data_set(root: Path, name="KMNIST", images=IMAGES, labels=LABELS, test_labels=LABELS[:10]) -> Path:
-    """A data set of ones own, unpacked, in the format of MNIST."""
     raw = root / name / "raw"
     raw.mkdir(parents=True)
     for part, of_part in (("train", labels), ("t10k", test_labels)):
@@ -56,7 +55,6 @@ def write_data_set(root: Path, name="KMNIST", images=IMAGES, labels=LABELS, test
 @pytest.mark.parametrize("held_out, is_packed", [(0, False), (10, True)])
 @pytest.mark.parametrize("name, folder", [("MNIST", "raw"), ("FashionMNIST", "raw"), ("KMNIST", "raw"), ("mine", ".")])
 def test_files_like_those_of_mnist_are_standardised_by_the_training_split(tmp_path, name, folder, held_out, is_packed):
-    """Those of ones own may have any size and number of classes, and stand where they like."""
     images, labels = (IMAGES[:, :5, :4], LABELS % 3) if name == "mine" else (IMAGES, LABELS)
     raw = write_data_set(tmp_path, name, images, labels, labels[:10])
     for path in raw.iterdir():
@@ -277,7 +275,6 @@ EVERY = [0, 1, 2, 3]
 
 
 def graphs_of(present: list[int], mask_layer: int | None = -2) -> GraphGenerator:
-    """Of a classifier of four classes, of some of which there are samples."""
     torch.manual_seed(0)
     split = random_split(dtype=torch.float64, num_classes=4)
     split = split[torch.isin(split.labels, torch.tensor(present))]

@@ -1,6 +1,7 @@
 """The pages: which of their blocks are stale and are measured, and the tuning of hyperparameters."""
 
 import importlib
+import operator
 import re
 import subprocess
 import sys
@@ -34,7 +35,6 @@ def pages(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="module")
 def project() -> ModuleType:
-    """docs/build.py where it stands; it reads settings once, for tests that change only code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(PROJECT / "docs"))
         build = importlib.import_module("build")
@@ -52,7 +52,6 @@ def other_body(code: str) -> str:
 
 
 def other_words(code: str) -> str:
-    """With other docstrings, and with comments in the functions."""
     code = re.sub(r'(\ndef .*:\n    """)', r"\1Reworded. ", code)
     return code.replace('"""', '"""Reworded. ', 1).replace("\n    return ", "\n    # A comment.\n    return ")
 
@@ -61,10 +60,7 @@ def with_line(line: str) -> Callable[[str], str]:
     return lambda text: f"{text}\n{line}\n"
 
 
-def other_figure(code: str) -> str:
-    return code.replace("    draw_few(variant_tables())\n", "", 1)
-
-
+without_figure = operator.methodcaller("replace", "    draw_few(variant_tables())\n", "", 1)
 OF_CNN = {"tuning_cnn", "tuning_resnet", "tuning_cifar10"}
 ONLY, ALL_BUT = set.intersection, set.difference
 CHANGES = {
@@ -75,7 +71,7 @@ CHANGES = {
     "the script of tunings": ("docs/tune.py", other_body, ONLY, TUNING),
     "the script of a page": ("docs/bar.py", other_body, ONLY, {"bar"}),
     "the benchmark": ("tests/benchmark.py", other_body, ONLY, {"benchmark"}),
-    "the function that measures": ("docs/build.py", other_figure, ONLY, {"few"}),
+    "the function that measures": ("docs/build.py", without_figure, ONLY, {"few"}),
     "a setting": ("configs/few.yaml", with_line("threads: 3"), ONLY, {"few"}),
     "candidates": ("docs/tuning_cnn.yaml", with_line("of_mine: 1"), ONLY, OF_CNN),
 }

@@ -30,7 +30,6 @@ def regressed(features: torch.Tensor, targets: np.ndarray, ridge: float) -> np.n
 
 
 def problem(samples=40, n=5, num_own=16, seed=0, *batch):
-    """Features of many scales that tell a little of the first samples."""
     generator = torch.Generator().manual_seed(seed)
     is_own = torch.arange(samples) < num_own
     features = torch.randn(*batch, samples, n, generator=generator, dtype=torch.float64)
@@ -89,7 +88,6 @@ def edited_mask(seed: int = 0) -> Mask:
 
 
 def ranks(mask: Mask) -> list[int]:
-    """How many directions it takes from each layer."""
     return [each.rank for each in mask.by_layer.values()]
 
 

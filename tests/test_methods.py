@@ -138,7 +138,6 @@ def test_a_method_forgets_and_is_the_same_again_on_the_samples_that_it_declares(
 
 
 def gradients(classifier: HookedMNISTClassifier, samples: Split) -> list[torch.Tensor]:
-    """The gradient of the mean cross entropy with respect to every weight matrix."""
     weights = [layer.weight for layer in classifier.layers]
     return list(torch.autograd.grad(F.cross_entropy(classifier(samples.images), samples.labels), weights))
 
@@ -192,7 +191,6 @@ def test_a_step_on_the_whole_forget_set_is_that_of_its_loss(name, request_to_for
 
 
 def inputs_of_layers(classifier: HookedMNISTClassifier, images: torch.Tensor) -> list[np.ndarray]:
-    """What each layer is given, (samples, n)."""
     ends = 1, 3, 5
     return [classifier.network[:end](images).detach().double().numpy() for end in ends]
 
@@ -280,7 +278,6 @@ def test_the_optimised_mask_is_a_mask_and_its_sparsity_counts(request_to_forget)
 
 @pytest.mark.parametrize("name", ["first_order", "saliency_contrast", "magnitude"])
 def test_weights_are_zeroed_by_the_first_order_effect_or_by_their_size(name):
-    """Gradients by autograd on the samples of a class, over the whole network."""
     request, effects = make_request(asked=9), []
     weights = request.original.layers[1].weight.detach()
     for label in range(NUM_CLASSES):

@@ -110,7 +110,6 @@ some_layers = pytest.mark.parametrize("name, layers", LAYERS)
 
 
 def classifier_of(name: str) -> HookedClassifier:
-    """In double precision, its normalisations as after a training."""
     torch.manual_seed(0)
     network = NETWORKS[name]().double()
     for module in network.modules():
@@ -332,7 +331,6 @@ def configured(architecture: str, *changes: str) -> Config:
 
 
 def tiny_request(architecture: str, mask_layer: tuple[int, ...] | None) -> Request:
-    """A request to a classifier of a few coloured images, and a GCN that learned on it."""
     config = configured(architecture)
     split = Split(torch.randn(36, 3 * 8 * 8, generator=seeded("pixels")), torch.arange(NUM_CLASSES).repeat(12))
     trainer = Trainer(config.classifier, 0, (3, 8, 8))
@@ -406,15 +404,11 @@ def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(nam
     assert list(classifier.state_dict()) == list(before), "nothing of the mask is left"
 
 
-class Folded(nn.Module):
+class Folded(nn.Sequential):
     """Its first layer is given every channel of a sample by itself."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(64, 4), nn.Linear(8, NUM_CLASSES)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.first(x.flatten(0, 1).flatten(1)).view(-1, 8))
+        return self[1](self[0](x.flatten(0, 1).flatten(1)).view(-1, 8))
 
 
 def test_what_masks_cannot_be_put_on_is_named():
@@ -426,7 +420,7 @@ def test_what_masks_cannot_be_put_on_is_named():
     for mask_layer in (1, None):
         with pytest.raises(ValueError, match=r"mask_layer \[1\] must be called once"):
             WeightGraph.of(classifier, mask_layer)
-    first, last = HookedClassifier(Folded().double(), images(2)).trace.ends
+    first, last = HookedClassifier(Folded(nn.Linear(64, 4), nn.Linear(8, 3)).double(), images(2)).trace.ends
     assert first is None and len(last.sources.unique()) == 8, "the first has two outputs for every sample"
 
 

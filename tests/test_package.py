@@ -59,7 +59,6 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel) -> Path:
-    """A folder that holds the installed package, but nothing of what that depends on."""
     folder = wheel.parent / "installed"
     pip = ["uv", "pip"] if shutil.which("uv") else [sys.executable, "-m", "pip"]
     options = ["--no-deps", "--no-index", "--no-cache-dir", "--target", str(folder)]
@@ -80,7 +79,6 @@ def of_others(tmp_path, monkeypatch) -> Path:
 
 
 def python(folder: Path, installed: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Runs Python in a folder, with the installed package, not the checkout's, in its path."""
     environment = os.environ | {"PYTHONPATH": str(installed)}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)

@@ -15,18 +15,7 @@ from matplotlib.figure import Figure
 from running import files
 
 from mimu import reporter as module
-from mimu.reporter import (
-    FORGET,
-    FORGET_LOSS,
-    FORGET_SCORE,
-    RETAIN,
-    RETAIN_GAP,
-    WORST,
-    Column,
-    Reporter,
-    ReporterConfig,
-    method_styles,
-)
+from mimu.reporter import FORGET, FORGET_SCORE, RETAIN, RETAIN_GAP, WORST, Column, Reporter, method_styles
 from mimu.runs.files import write_text
 from mimu.tables import Result, report
 from mimu.tables import experiment as plots
@@ -152,7 +141,7 @@ def test_what_is_null_or_missing_is_a_gap_in_a_curve_and_a_dash_in_a_table(tmp_p
     for reporter in (null, less):
         losses = reporter.get_mine_unlearning_forget_set_loss()
         assert math.isnan(losses[0]) and not any(map(math.isnan, losses[1:]))
-        assert reporter.cells([FORGET_LOSS], "mine", 10) == ["–"]
+        assert reporter.cells([module.FORGET_LOSS], "mine", 10) == ["–"]
     assert less.cells(WORST, "mimu", 10) == ["–", "–"]
     assert null.best_kappa() == null.kappa == less.best_kappa() == 20, "chosen on training samples"
 
@@ -180,7 +169,7 @@ def test_auto_stands_apart_from_the_fixed_kappas(reporter, auto_reporter, drawn)
     assert auto_reporter.kappas == list(KAPPAS) and auto_reporter.kappa == "auto"
     assert reporter.kappa == 20 and reporter.about().startswith("Of the fixed kappas, 20 is")
     by_hand = fmean(number(FORGET, "mimu", "loss", seed, d, 10 + d) for seed, d in product(SEEDS, DIGITS))
-    assert auto_reporter.mean(FORGET_LOSS, "mimu", "auto") == pytest.approx(by_hand)
+    assert auto_reporter.mean(module.FORGET_LOSS, "mimu", "auto") == pytest.approx(by_hand)
     assert "16 weights, 8 % of the masked ones and 1.6 % of all on average." in auto_reporter.about()
     auto_reporter.plot(["## Mine", "More."])
     files = {path.name for path in auto_reporter.folder.iterdir()}
@@ -204,7 +193,7 @@ def test_the_tables_by_hand(auto_reporter):
     assert [row[3]] == auto_reporter.cells([module.PROBABILITY], "mimu") and row[6:] == ["16 ± 0", "0.25 ± 0.00"]
     lines = auto_reporter.kappas_table().splitlines()
     assert len(lines) == 2 + 4 * 4 and [line.split()[3] for line in lines[2:6]] == ["10", "20", "40", "auto"]
-    assert auto_reporter.cells([Column(FORGET_LOSS.keys, spec=".3f")], "mimu", 20)[0] in lines[7]
+    assert auto_reporter.cells([Column(module.FORGET_LOSS.keys, spec=".3f")], "mimu", 20)[0] in lines[7]
     said, table = auto_reporter.closing_table().split("\n\n")
     about = f"forgetting classes 3, 9 (boot), scored on the test split. {auto_reporter.about()}"
     assert said == f"MNIST, 784-8-10: {about}"
@@ -286,7 +275,6 @@ def beside(tmp_path):
 
 
 def column(table: str, index: int) -> list[str]:
-    """The numbers of a column, without their deviations."""
     return [re.sub(r" ± [\d.]+", "", cells[index]) for cells in [*rows_of(table).values()][1:]]
 
 
@@ -451,7 +439,7 @@ def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, mo
     assert [table.split(", scored")[0].split(": ")[1] for table in closing] == said
     of_top_k = {f"top_k_5/{name}" for name in ("summary.md", "trade_off.png", "masks.png")} | {"top_k_6/summary.md"}
     assert set(files(reports)) == mine | of_top_k
-    own = ReporterConfig(50, ("pdf", "svg"))
+    own = module.ReporterConfig(50, ("pdf", "svg"))
     alone = write(tmp_path, [audited(4)])
     report([Result("first one", 6, CONFIG, other), Result("other", 5, own, alone)], reports)
     of_first = {"variants.md", "variants.png", "frontier.png", "variants/first_one/summary.md"}
@@ -467,7 +455,6 @@ def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, mo
 
 @pytest.fixture
 def plotted(tmp_path) -> dict:
-    """The JSON of an experiment in the folder of an evaluation."""
     results = experiment(0, 9, 10, "auto", ("original", "mimu", "row"))
     results["class_probabilities"] = {name: [0.1] * 10 for name in results["methods"]}
     histogram = {"layer": 1, "shape": [1, 2], "edges": [-1.0, 0.0, 1.0], "all": [9, 5], "zeroed": [0, 4]}
@@ -482,7 +469,7 @@ def test_the_plots_of_an_experiment_are_drawn_where_they_are_missing_or_old(plot
     source, folder = tmp_path / "source.py", tmp_path / "Metrics and Plots"
     source.touch()
     monkeypatch.setattr(plots, "DRAWN_BY", (source,))
-    config = ReporterConfig(25, ("png", "pdf"))
+    config = module.ReporterConfig(25, ("png", "pdf"))
     plots.draw(plotted, tmp_path, config)
     paths = sorted(folder.glob("plots/*/*"))
     names = product(plots.PLOTS, config.format)

@@ -31,7 +31,6 @@ README = (PROJECT / "README.md").read_text()
 
 
 def with_smoke(folder: Path, changes: str) -> Path:
-    """A config that changes the smoke config further."""
     settings = yaml.safe_load((PROJECT / SMOKE[1]).read_text())
     settings["eval"]["visualize"] = False
     for section, values in yaml.safe_load(changes).items():
@@ -42,7 +41,6 @@ def with_smoke(folder: Path, changes: str) -> Path:
 
 
 def there(folder: Path, *overrides: str) -> dict[str, int]:
-    """How many files of a tiny run are there, by what they are of."""
     made = main.Files(folder)
     (training,) = main.trainings_of(smoke(*TINY, *overrides))
     counts = {name: int(artifact.is_there) for name, artifact in made.of_training(training).items()}
@@ -243,18 +241,6 @@ def test_reports_are_drawn_anew_from_the_json_alone(here, monkeypatch):
     assert {path.name: path.read_bytes() for path in reports.iterdir()} == before
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_scores_of_the_cpu(clone):
-    for device in ("cpu", "cuda"):
-        run_here(clone, "sweep.forget_digits=[3]", "sweep.kappa=[20]", f"device={device}")
-    results = metrics(clone).values()
-    assert {result["config"]["device"] for result in results} == {"cpu", "cuda"}
-    for key in ("unlearning_metrics", "performance_degradation_metrics"):
-        for method in ("original", "mimu", "retrain"):
-            ours, theirs = (result[key][method]["score"] for result in results)
-            assert ours == pytest.approx(theirs, abs=5)
-
-
 def insert(path: Path, text: str, before: str, below: str = "") -> None:
     """Writes lines above the first one that begins with `before` (below another), at the same depth."""
     content = path.read_text()
@@ -270,7 +256,6 @@ def in_readme(pattern: str, text: str = README) -> str:
 
 
 def test_what_the_readme_adds_by_hand_shows_up_everywhere(copy):
-    """A registered method, a model that is scored by hand, a line that is drawn by hand, and the mask of a run."""
     example = in_readme(r"```python\n(@unlearning_method.*?)```")
     (name,) = re.findall(r'@unlearning_method\("([^"]+)"', example)
     insert(copy / "eval.py", example, "def count_by_layer(")

@@ -77,7 +77,6 @@ def read(bases: list[Path], *overrides: str) -> Config:
 
 
 def refused(path: Path, bases: list[Path], *overrides: str, renamed: dict[str, str] | None = None) -> str:
-    """What is said of a config that cannot work: one line."""
     with pytest.raises(InputError) as error:
         load_variants(Config, bases, path, overrides, renamed)
     assert len(str(error.value).splitlines()) == 1

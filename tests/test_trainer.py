@@ -282,7 +282,6 @@ def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(problem, step, t
 
 
 def as_classified(graphs: GraphGenerator, label: int) -> Split:
-    """The samples that a classifier takes for a class."""
     images = graphs.samples.images
     return Split(images, graphs.classifier(images).argmax(1)).forget(label)
 

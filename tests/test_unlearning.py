@@ -32,7 +32,6 @@ def stack() -> nn.Sequential:
 
 @cache
 def learned(make: Callable) -> nn.Module:
-    """A classifier as people train theirs, with biases."""
     torch.manual_seed(0)
     return trained(make(), TRAIN)
 
@@ -49,7 +48,6 @@ def patient_gcn(**changes) -> TrainedGCN:
 
 
 def request(model: nn.Module, forget_class=1, samples: Split = TRAIN, **changes) -> Mask:
-    """The mask that forgets a class, whatever the others lose."""
     return unlearn(model, samples.images, samples.labels, forget_class, **FREE | {"gcn": patient_gcn()} | changes)
 
 
