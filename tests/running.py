@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mimu.images.sources import FILES
@@ -26,7 +27,6 @@ def of_copy(folder: Path) -> dict[str, str]:
 
 
 def run(folder: Path, *arguments: str, processes: int = 1) -> str:
-    """What main.py of a folder says, in processes of its own."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     command = [sys.executable, *torchrun, "main.py", *arguments]
     done = subprocess.run(command, cwd=folder, env=of_copy(folder), capture_output=True, text=True)
@@ -46,7 +46,6 @@ def run_here(folder: Path, *overrides: str, configs: dict | None = None, is_fres
 
 
 def smoke(*overrides: str) -> dict:
-    """The smoke config without plots of single experiments."""
     from mimu.configs import load_variants
 
     return load_variants(PROJECT / SMOKE[1], ["eval.visualize=false", *overrides])
@@ -87,3 +86,8 @@ def checkpoint(folder: Path, name: str) -> dict:
     """The only checkpoint whose name begins so."""
     (path,) = folder.glob(f"checkpoints/{name}_*.pt")
     return torch.load(path, weights_only=True)
+
+
+def draw_nothing(monkeypatch) -> None:
+    """Pictures are empty from here on, so that a run takes no time."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a picture"))

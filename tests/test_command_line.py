@@ -1,18 +1,23 @@
-"""Errors are one line and an exit status; a run can be stopped, and says how it goes on."""
+"""Errors are one line and an exit status; a run can be stopped; processes share what is to do and fail together."""
 
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from running import PROJECT
 
 from mimu.runs.command_line import parse_arguments, run_command
-from mimu.runs.files import InputError
+from mimu.runs.files import ArtifactError, InputError, Log
+from mimu.runs.work import Processes
 
 
 def test_what_start_is_given_and_returns(tmp_path):
@@ -26,7 +31,6 @@ def test_what_start_is_given_and_returns(tmp_path):
 
 
 def ended(root: Path, capsys, error: BaseException, *options: str) -> tuple[int, str]:
-    """The exit status of a run that ends with an error, and the line that it says."""
 
     def start(parsed: Namespace) -> None:
         raise error
@@ -37,16 +41,15 @@ def ended(root: Path, capsys, error: BaseException, *options: str) -> tuple[int,
     return status, line
 
 
-@pytest.mark.parametrize(
-    "error, status, line",
-    [
-        (InputError("this"), 2, "error: this\n"),
-        (OSError(28, "No space left on device", "file.png"), 2, "error: file.png: No space left on device\n"),
-        (OSError("odd\nthing"), 2, "error: a file: odd thing\n"),
-        (KeyError("x"), 1, "error: KeyError: 'x' (test_command_line.py, line "),
-        (RuntimeError("a\nb"), 1, "error: RuntimeError: a b (test_command_line.py, line "),
-    ],
-)
+ERRORS = [
+    (InputError("this"), 2, "error: this\n"),
+    (OSError(28, "No space left on device", "file.png"), 2, "error: file.png: No space left on device\n"),
+    (OSError("odd\nthing"), 2, "error: a file: odd thing\n"),
+    (RuntimeError("a\nb"), 1, "error: RuntimeError: a b (test_command_line.py, line "),
+]
+
+
+@pytest.mark.parametrize("error, status, line", ERRORS)
 def test_every_error_is_one_line(tmp_path, capsys, error, status, line):
     returned, said = ended(tmp_path, capsys, error)
     assert returned == status and said.startswith(line)
@@ -97,21 +100,19 @@ def test_an_output_that_nobody_reads_does_not_stop_a_run(tmp_path, into):
     assert done.stderr == ("error: a file: No space left on device\n" if "full" in into else "")
 
 
-@pytest.mark.parametrize("ending, status", [("", 0), ("; raise InputError('± σ')", 2)])
-def test_a_terminal_that_cannot_show_a_sign_ends_nothing(tmp_path, ending, status):
-    printing = script(f"print('96.1 ± 0.2'); log('97.0 ± 0.1'){ending}")
+def test_a_terminal_that_cannot_show_a_sign_ends_nothing(tmp_path):
+    printing = script("print('96.1 ± 0.2'); log('97.0 ± 0.1'); raise InputError('± σ')")
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([*printing, tmp_path], cwd=PROJECT, env=ascii_only, capture_output=True, text=True)
-    assert done.returncode == status and done.stdout.splitlines() == ["96.1 \\xb1 0.2", "97.0 \\xb1 0.1"]
-    assert done.stderr == ("error: \\xb1 \\u03c3\n" if ending else "")
+    assert done.returncode == 2 and done.stdout.splitlines() == ["96.1 \\xb1 0.2", "97.0 \\xb1 0.1"]
+    assert done.stderr == "error: \\xb1 \\u03c3\n"
     assert "97.0 ± 0.1" in (tmp_path / "run.log").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("error, status", [("InputError('this')", 2), ("KeyError('x')", 1)])
-def test_an_error_that_nobody_can_read_keeps_its_status(tmp_path, error, status):
+def test_an_error_that_nobody_can_read_keeps_its_status(tmp_path):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*script(f"raise {error}"), tmp_path], cwd=PROJECT, stderr=full)
-    assert done.returncode == status
+        done = subprocess.run([*script("raise InputError('this')"), tmp_path], cwd=PROJECT, stderr=full)
+    assert done.returncode == 2
 
 
 def test_help_waits_for_no_library_and_shows_every_option():
@@ -126,3 +127,65 @@ def test_wrong_options_are_refused(options, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_arguments(options)
     assert ("unrecognized arguments" if len(options) == 1 else "not allowed with argument") in capsys.readouterr().err
+
+
+@pytest.fixture
+def three(monkeypatch) -> list[Processes]:
+    """Three that share a store, as torchrun makes them, to be used by a thread each."""
+    store, ranks = dist.HashStore(), iter(range(3))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: iter([(store, next(ranks), 3)]))
+    processes = [Processes() for _ in range(3)]
+    for each in processes:
+        each._store.set_timeout(timedelta(seconds=20))
+    return processes
+
+
+def test_every_task_is_taken_once_after_the_beginning_and_all_is_gathered_in_order(three):
+    done = []
+
+    def work(processes: Processes) -> object:
+        processes.first(lambda: (time.sleep(0.2), done.append("begun")))
+        done.append("after")
+        processes.once("shared", lambda: (time.sleep(0.2), done.append("shared")))
+        done.append("later")
+        taken = list(processes.take(range(30)))
+        return processes.gathered({"rank": processes.rank, "taken": taken})
+
+    with ThreadPoolExecutor(3) as threads:
+        gathered, *others = threads.map(work, three)
+    assert others == [[], []] and [share["rank"] for share in gathered] == [0, 1, 2]
+    assert sorted(sum((share["taken"] for share in gathered), [])) == list(range(30))
+    assert done[0] == "begun" and done.count("begun") == done.count("shared") == 1
+    assert done.count("after") == done.count("later") == 3 and done.index("shared") < done.index("later")
+
+
+FAILING = """
+import time
+from mimu.runs.files import ArtifactError
+from mimu.runs.work import Processes
+def make():
+    time.sleep(0.5)
+    raise ArtifactError("disk full")
+Processes().once("classifier.pt", make)
+"""
+
+
+def test_what_fails_in_one_process_ends_all(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "failing.py")]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and done.stderr.count("ArtifactError: disk full") == 1
+
+
+def test_a_log_says_all_with_the_time_and_is_named_where_it_cannot_be_written(tmp_path, capsys):
+    log = Log(tmp_path / "reports" / "run.log", "process 1: ")
+    log("classifier: 3 s")
+    log.note("in the file \ud800 alone")
+    assert capsys.readouterr().out == "process 1: classifier: 3 s\n"
+    lines = log.path.read_text().splitlines()
+    assert [line[20:] for line in lines] == ["process 1: classifier: 3 s", "process 1: in the file \\ud800 alone"]
+    assert all(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S") for line in lines)
+    with pytest.raises(ArtifactError, match="run.log/run.log: cannot be written .File exists"):
+        Log(log.path / "run.log").note("something")

@@ -1,13 +1,14 @@
 """The pages: which of their blocks are stale and are measured, and the tuning of hyperparameters."""
 
 import importlib
+import operator
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
@@ -34,7 +35,6 @@ def pages(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="module")
 def project() -> ModuleType:
-    """docs/build.py where it stands; it reads settings once, for tests that change only code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(PROJECT / "docs"))
         build = importlib.import_module("build")
@@ -44,7 +44,6 @@ def project() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def before(project) -> dict[str, str]:
-    """The digests of the project as it is."""
     return {name: project.today(name) for name in project.MEASUREMENTS}
 
 
@@ -53,7 +52,6 @@ def other_body(code: str) -> str:
 
 
 def other_words(code: str) -> str:
-    """With other docstrings, and with comments in the functions."""
     code = re.sub(r'(\ndef .*:\n    """)', r"\1Reworded. ", code)
     return code.replace('"""', '"""Reworded. ', 1).replace("\n    return ", "\n    # A comment.\n    return ")
 
@@ -62,10 +60,7 @@ def with_line(line: str) -> Callable[[str], str]:
     return lambda text: f"{text}\n{line}\n"
 
 
-def other_figure(code: str) -> str:
-    return code.replace("    draw_few(variant_tables())\n", "", 1)
-
-
+without_figure = operator.methodcaller("replace", "    draw_few(variant_tables())\n", "", 1)
 OF_CNN = {"tuning_cnn", "tuning_resnet", "tuning_cifar10"}
 ONLY, ALL_BUT = set.intersection, set.difference
 CHANGES = {
@@ -76,7 +71,7 @@ CHANGES = {
     "the script of tunings": ("docs/tune.py", other_body, ONLY, TUNING),
     "the script of a page": ("docs/bar.py", other_body, ONLY, {"bar"}),
     "the benchmark": ("tests/benchmark.py", other_body, ONLY, {"benchmark"}),
-    "the function that measures": ("docs/build.py", other_figure, ONLY, {"few"}),
+    "the function that measures": ("docs/build.py", without_figure, ONLY, {"few"}),
     "a setting": ("configs/few.yaml", with_line("threads: 3"), ONLY, {"few"}),
     "candidates": ("docs/tuning_cnn.yaml", with_line("of_mine: 1"), ONLY, OF_CNN),
 }
@@ -118,13 +113,13 @@ def test_words_plots_and_pages_make_no_block_stale(pages, before):
     assert changed(before) == set()
 
 
-@pytest.mark.parametrize(
-    "gcn, taken_by, not_by",
-    [
-        ("gcn.pt", {"transfer", "few", "benchmark", "tuning", "own_layers", "cifar10"}, {"all_digits", *PRETRAIN}),
-        ("kernels.pt", {"cnn", "tuning_resnet"}, {"transfer", "few", "own_networks", "tuning_cnn", *PRETRAIN}),
-    ],
-)
+OF_GCN = [
+    ("gcn.pt", {"transfer", "few", "benchmark", "tuning", "own_layers", "cifar10"}, {"all_digits", *PRETRAIN}),
+    ("kernels.pt", {"cnn", "tuning_resnet"}, {"transfer", "few", "own_networks", "tuning_cnn", *PRETRAIN}),
+]
+
+
+@pytest.mark.parametrize("gcn, taken_by, not_by", OF_GCN)
 def test_another_tracked_gcn_makes_what_takes_it_stale(pages, before, gcn, taken_by, not_by):
     path = pages / "checkpoints" / "pretrained" / gcn
     path.write_bytes(path.read_bytes() + b"0")
@@ -140,11 +135,7 @@ def test_stale_blocks_are_named_with_their_pages(pages):
     edit(pages, "configs/methods.yaml", lambda text: text.replace("row: 0.0 ", "row: 0.5 "))
     command = [sys.executable, "docs/build.py", "--stale"]
     done = subprocess.run(command, cwd=pages, env=of_copy(pages), capture_output=True, text=True)
-    with_damp = [
-        "docs/erasure.md: erasure",
-        "docs/few.md: few",
-        "docs/methods.md: baselines",
-    ]
+    with_damp = ["docs/erasure.md: erasure", "docs/few.md: few", "docs/methods.md: baselines"]
     assert (done.returncode, sorted(done.stdout.splitlines())) == (1, with_damp), done.stderr
 
 
@@ -157,38 +148,19 @@ def test_every_block_of_the_pages_is_measured_and_has_a_digest(before):
     assert sorted(marked) == sorted(before)
 
 
-def test_a_block_says_what_a_fresh_run_took_and_shows_the_rows_and_columns_that_it_is_about(pages, monkeypatch):
-    build = importlib.import_module("build")
-    monkeypatch.setattr(build, "python", lambda command: 0.0)
-    (pages / "reports").mkdir()
-    (pages / "reports" / "run.json").write_text('{"total_seconds": 61.7, "peak_bytes": 1500000000}')
-    assert build.run("main.py --config some.yaml seed=1") == "`uv run main.py --config some.yaml seed=1`"
-    assert build.run("main.py --fresh seed=1") == "`uv run main.py seed=1`, 62 s, 1.5 GB"
-    shown = "`uv run torchrun --nproc-per-node 2 main.py`, 62 s, 1.5 GB a process"
-    assert build.run(f"{build.ON_TWO} --fresh") == shown
-    table = "| method | a | b |\n| --- | -: | -: |\n| mimu | 1 | 2 |\n| sft | 3 | 4 |"
-    assert build.cells(table) == [["method", "a", "b"], ["mimu", "1", "2"], ["sft", "3", "4"]]
-    shown = build.columns_of(build.rows_of(table, ["sft"]), ["b", "method"])
-    assert build.cells(shown) == [["b", "method"], ["4", "sft"]]
-
-
 MEASURED = []
 
 
 def measured(commands: Sequence[str]) -> str:
     MEASURED.extend(commands)
+    if commands == ["ablation"]:
+        raise subprocess.CalledProcessError(2, commands)
     return f"| figure |\n{commands[0]}\n"
-
-
-def broken(commands: Sequence[str]) -> str:
-    MEASURED.extend(commands)
-    raise subprocess.CalledProcessError(2, commands)
 
 
 def test_what_is_stale_is_measured_piece_by_piece_and_what_is_named_in_any_case(pages, monkeypatch, capsys):
     build = importlib.import_module("build")
-    of = {"few": measured, "ablation": broken, "published": measured}
-    measurements = {name: build.Measurement(content, [name]) for name, content in of.items()}
+    measurements = {name: build.Measurement(measured, [name]) for name in ("few", "ablation", "published")}
     monkeypatch.setattr(build, "MEASUREMENTS", measurements)
     before = build.block("ablation"), (pages / "docs" / "few.md").read_text()
     for arguments, expected, status in (
@@ -200,9 +172,9 @@ def test_what_is_stale_is_measured_piece_by_piece_and_what_is_named_in_any_case(
         MEASURED.clear()
         assert (build.main(arguments), MEASURED) == (status, expected)
     assert "ablation: " in capsys.readouterr().out and build.block("ablation") == before[0]
-    few = build.block("few")
+    few, page = build.block("few"), (pages / "docs" / "few.md").read_text()
     assert few.content == "| figure |\nfew\n" and few.made_by == build.today("few")
-    assert (pages / "docs" / "few.md").read_text().partition("<!-- few: ")[0] == before[1].partition("<!-- few: ")[0]
+    assert page.partition("<!-- few: ")[0] == before[1].partition("<!-- few: ")[0]
     with pytest.raises(SystemExit):
         build.main(["few", "of_mine"])
     edit(pages, "docs/few.md", lambda text: text.replace("<!-- few: ", "<!-- other: "))
@@ -210,31 +182,18 @@ def test_what_is_stale_is_measured_piece_by_piece_and_what_is_named_in_any_case(
         build.write_block("few", "")
 
 
-class Tried:
-    """A tuning that tries nothing: the last candidate of each method is the best."""
-
-    found = None
-
-    def __init__(self, settings: dict) -> None:
-        self.settings = settings
-
-    def trial(self, method: str, values: dict):
-        return importlib.import_module("tune").Trial(values, 0.25, 99.0, 0.125)
-
-    def best(self, trials: list):
-        return trials[-1]
-
-
 def test_a_tuning_of_some_methods_leaves_the_rows_and_the_digest_of_the_others(pages, monkeypatch):
     build, tune = map(importlib.import_module, ("build", "tune"))
-    monkeypatch.setattr(tune, "Tuning", Tried)
+    trial = lambda method, values: tune.Trial(values, 0.25, 99.0, 0.125)  # noqa: E731
+    tried = SimpleNamespace(found=None, trial=trial, best=lambda trials: trials[-1])
+    monkeypatch.setattr(tune, "Tuning", lambda settings: setattr(tried, "settings", settings) or tried)
     rows = build.cells(build.block("tuning").content)
     tune.main(["sft"])
     after = build.block("tuning")
     assert after.made_by == "0"
     assert [row for row in build.cells(after.content) if row[0] != "sft"] == [row for row in rows if row[0] != "sft"]
-    tried = [row[2:] for row in build.cells(after.content) if row[0] == "sft"]
-    assert tried == [["0.25", "99.00", "0.1250", ""]] * 11 + [["0.25", "99.00", "0.1250", "chosen"]]
+    of_sft = [row[2:] for row in build.cells(after.content) if row[0] == "sft"]
+    assert of_sft == [["0.25", "99.00", "0.1250", ""]] * 11 + [["0.25", "99.00", "0.1250", "chosen"]]
     tune.main(["erasure"])
     erasure = build.block("tuning_erasure")
     assert erasure.made_by == build.today("tuning_erasure") and build.block("tuning") == after
@@ -246,22 +205,17 @@ def test_the_nearest_of_the_candidates_that_forget_and_keep_is_chosen(pages):
     tuning = tune.Tuning.__new__(tune.Tuning)
     tuning.settings = {"largest_forget_score": 1.0}
     tuning.smallest_retain = 95.0
-    far = tune.Trial({}, forget=0.9, retain=95.1, distance=0.3)
-    near = tune.Trial({}, forget=0.1, retain=96.0, distance=0.2)
-    leaves = tune.Trial({}, forget=1.5, retain=97.0, distance=0.01)
-    loses = tune.Trial({}, forget=0.0, retain=94.0, distance=0.01)
+    of = (0.9, 95.1, 0.3), (0.1, 96.0, 0.2), (1.5, 97.0, 0.01), (0.0, 94.0, 0.01)
+    far, near, leaves, loses = (tune.Trial({}, forget, retain, distance) for forget, retain, distance in of)
     assert tuning.best([far, near, leaves, loses]) is near
     assert tuning.best([leaves, loses]) is leaves  # half a point is missing, not a whole one
 
 
 def test_the_configs_have_the_candidates_that_were_chosen(pages):
-    build = importlib.import_module("build")
-    chosen = {}
+    build, chosen, configured = importlib.import_module("build"), {}, {}
     for name in ("tuning", "tuning_erasure"):
         for method, values, *_, mark in build.cells(build.block(name).content):
-            if mark == "chosen":
-                chosen[method] = values
-    configured = {}
+            chosen |= {method: values} if mark == "chosen" else {}
     for name in ("config", "methods"):
         settings = yaml.safe_load((PROJECT / "configs" / f"{name}.yaml").read_text())
         configured |= settings["eval"]["hyperparameters"]

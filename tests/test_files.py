@@ -1,24 +1,111 @@
 """Files are whole or not there, say what made them, and are refused where a single byte of them is wrong."""
 
+import builtins
 import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from faults import damaged, power
-from running import PROJECT
+from running import PROJECT, metrics, run_here
 
 from mimu.runs import files
-from mimu.runs.files import Artifact, ArtifactError, Log, locked, one_line, slug, write_text, written_whole
+from mimu.runs.files import PARTIAL, Artifact, ArtifactError, Log, locked, one_line, slug, write_text, written_whole
 
+TINY = ("sweep.kappa=[auto, 20]", "gcn.steps=2", "eval.methods=[original, mimu, retrain]", "sweep.forget_digits=[3]")
+MADE = ("checkpoints", "datasets/Graphs", "eval", "reports")  # the folders that a run makes where there is only data
 MADE_BY = files.digest({"settings": {"seed": 0}, "code": {"model.py": "a"}})
+
+
+class Watched:
+    """A file open for writing, every write of which is an operation; a write that is cut leaves half of it."""
+
+    def __init__(self, file: Any, use: Callable[[], None], before: Callable[[], object]) -> None:
+        self._file, self._use, self._before = file, use, before
+
+    def write(self, content: Any) -> int:
+        half = len(content) // 2
+        try:
+            self._use()
+        finally:
+            self._file.write(content[:half])
+            self._file.flush()
+        self._before()
+        return half + self._file.write(content[half:])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+@contextmanager
+def power(monkeypatch, cut_before=0, error: OSError | None = None, before=lambda: None) -> Iterator[SimpleNamespace]:
+    """Counts the operations on files while the context is open; with an error, they fail from one of them on.
+
+    before: is called before each operation, and in the middle of each write: here a kill leaves the files as they are
+    """
+    supply, real_open = SimpleNamespace(count=0), builtins.open
+
+    def use() -> None:
+        supply.count += 1
+        if error is not None and supply.count > cut_before:
+            raise error
+        before()
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **options: (use(), function(*arguments, **options))[1]
+
+    def open_watched(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if set(mode) & set("wxa+"):
+            return Watched(watched(real_open)(file, mode, *arguments, **options), use, before)
+        return real_open(file, mode, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", open_watched)
+        for name in ("replace", "fsync", "mkdir", "rmdir", "unlink"):
+            patch.setattr(os, name, watched(getattr(os, name)))
+        yield supply
+
+
+def damaged(content: bytes, random: Random) -> bytes:
+    """The content with a bit or some bytes of it wrong, cut, doubled, or replaced."""
+    position = random.randrange(len(content))
+    end = min(len(content), position + random.choice([1, 2, 8, 100, len(content)]))
+    some = bytes(random.randrange(256) for _ in range(end - position))
+    head, middle, tail = content[:position], content[position:end], content[end:]
+    flipped = head + bytes([content[position] ^ 1 << random.randrange(8)]) + content[position + 1 :]
+    others = [flipped, head + some + tail, head + bytes(end - position) + tail, head, head + tail]
+    return random.choice([*others, head + middle + middle + tail, b"", content[::-1]])
+
+
+def emptied(folder: Path) -> None:
+    for name in MADE:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def results(folder: Path) -> dict[str, dict]:
+    """The JSON of every experiment without its seconds. Raises where any file is half written or damaged."""
+    if partial := list(folder.rglob(f"*{files.PARTIAL}")):
+        raise ValueError(f"half written: {partial}")
+    for path in (*folder.rglob("*.pt"), *folder.glob("eval/*/metrics/*.json")):
+        files.load(path)
+    return metrics(folder)
 
 
 def content(value: float) -> dict:
@@ -26,7 +113,6 @@ def content(value: float) -> dict:
 
 
 def same(a, b) -> bool:
-    """Whether two contents are equal to the last bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -71,9 +157,8 @@ def test_partial_files_of_killed_runs_are_removed_and_others_stay(tmp_path):
         for name in ("a.pt.host.17.mimu-partial", "a.pt", "of_mine.partial"):
             (tmp_path / folder / name).write_text("some")
     with locked(tmp_path):
-        left = sorted(path.name for path in tmp_path.rglob("*.*") if path.is_file() and path.name != ".lock")
-    assert left == ["a.pt"] * 5 + ["a.pt.host.17.mimu-partial"] + ["of_mine.partial"] * 5
-    assert (tmp_path / "mine" / "a.pt.host.17.mimu-partial").exists()
+        partial = [path.parent.name for path in tmp_path.rglob("*.mimu-partial")]
+        assert partial == ["mine"] and len([*tmp_path.glob("**/a.pt"), *tmp_path.glob("**/of_mine.partial")]) == 10
 
 
 def test_nothing_is_written_where_the_content_cannot_be_made(tmp_path):
@@ -116,14 +201,12 @@ def test_another_content_is_refused_and_no_code_is_run(tmp_path):
     files.save(tmp_path / "evil.pt", {"state_dict": Evil()})
     files.save(tmp_path / "list.pt", [1])
     torch.save({"a": torch.ones(3)}, tmp_path / "bare.pt")
-    (tmp_path / "list.json").write_text("[]")
     files.save(tmp_path / "changed.json", {"a": 96.9})
     write_text(tmp_path / "changed.json", (tmp_path / "changed.json").read_text().replace("96.9", "12.5"))
     for name, why in (
         ("evil.pt", "is damaged or something else .Weights only load failed"),
         ("list.pt", "is damaged or something else .it holds a list"),
         ("bare.pt", "is damaged or something else .it does not match its checksum"),
-        ("list.json", "is damaged or something else"),
         ("changed.json", "is damaged or something else .it was changed after it was written"),
         ("nowhere.pt", "cannot be read .No such file"),
         ("", "cannot be read .Is a directory"),
@@ -133,12 +216,10 @@ def test_another_content_is_refused_and_no_code_is_run(tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
-def test_an_artifact_is_there_where_it_is_whole_and_made_by_the_same_and_is_read_once_for_each_version_of_it(
-    tmp_path, monkeypatch
-):
+def test_an_artifact_is_there_where_it_is_whole_and_made_by_the_same_and_is_read_once(tmp_path, monkeypatch):
     path, seen, reads = tmp_path / "file.json", {}, []
     monkeypatch.setattr(files, "load", lambda path, load=files.load: reads.append(path) or load(path))
-    ours, other = Artifact(path, MADE_BY, seen), Artifact(path, files.digest({"settings": {"seed": 1}}), seen)
+    ours, other = (Artifact(path, made_by, seen) for made_by in (MADE_BY, files.digest({"settings": {"seed": 1}})))
     assert not ours.is_there and reads == []
     ours.save({"a": 1})
     assert [ours.is_there, Artifact(path, MADE_BY, seen).is_there, other.is_there] == [True, True, False]
@@ -208,3 +289,56 @@ def test_names_and_errors_are_one_short_line():
     assert slug(" As it is: K = 3!") == "as_it_is_k_3" and slug("$.") == ""
     assert one_line(ValueError("a\n  b")) == "a b" and one_line(KeyError()) == "KeyError"
     assert len(one_line(ValueError("a" * 1000))) == 300
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Path to content of all that a run leaves, but for the log and the seconds of the run."""
+    found = {}
+    for name in MADE:
+        paths = [path for path in (folder / name).rglob("*") if path.is_file() and path.stem != "run"]
+        found |= {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    return found
+
+
+@pytest.mark.faults
+def test_a_kill_between_any_two_operations_on_files_is_made_good(here, monkeypatch):
+    """What a kill leaves is what is there before the next operation, or in the middle of a write.
+
+    What stands in a file that is not whole yet makes no difference: it is removed unread.
+    """
+    one = (*TINY, "eval.visualize=true", "sweep.kappa=[20]")
+    left: dict[frozenset, dict[str, bytes]] = {}
+
+    def keep() -> None:
+        found = contents(here)
+        left.setdefault(frozenset((name, not name.endswith(PARTIAL) and each) for name, each in found.items()), found)
+
+    with power(monkeypatch, before=keep) as supply:
+        run_here(here, *one)
+    expected, names = results(here), set(contents(here))
+    assert supply.count > 80 and sum(PARTIAL in " ".join(each) for each in left.values()) > 15
+    for before in left.values():
+        emptied(here)
+        for name, content in before.items():
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+            (here / name).write_bytes(content)
+        run_here(here, *one)
+        assert results(here) == expected and set(contents(here)) == names, sorted(before)
+
+
+@pytest.mark.faults
+def test_a_disk_that_fills_up_at_any_operation_is_one_error(here, monkeypatch):
+    run_here(here, *TINY)
+    expected, failed = results(here), 0
+    emptied(here)
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for cut in range(0, 1000, 3):
+        with power(monkeypatch, cut, error) as supply:
+            try:
+                run_here(here, *TINY)
+            except (ArtifactError, OSError) as raised:
+                assert "No space left on device" in str(raised)
+                failed += 1
+        if supply.count <= cut:
+            break
+    assert failed > 10 and results(here) == expected

@@ -1,4 +1,4 @@
-"""Networks with convolutions against autograd and brute force: their weight graphs, records, masks and tracing."""
+"""Networks against autograd and brute force: their weight graphs, the GCN on these, records, masks and tracing."""
 
 import copy
 import re
@@ -9,23 +9,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import NUM_CLASSES, graph_config
+from conftest import NUM_CLASSES, Group, assert_by_hand, graph_config, log_odds, mask_of, random_classifier
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch_geometric.nn import SAGEConv
 
-from mimu.configs import load_config
-from mimu.data import FEATURES, FORGETTING_TEMPERATURE, GraphGenerator, Split, seeded
+from mimu.configs import Config, load_config
+from mimu.data import FEATURES, GraphGenerator, Split, seeded
 from mimu.eval import METHODS, Request, answer
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import Ranking
 from mimu.methods.fine_tuning import fisher_information
 from mimu.methods.projections import moments
-from mimu.model import LARGEST_CHANGE, MaskingGCN, WeightGraph
+from mimu.model import LARGEST_CHANGE, AffineReLU, HookedMNISTClassifier, MaskingGCN, WeightGraph
 from mimu.networks.architectures import cnn, mlp, resnet
 from mimu.networks.hooked import HookedClassifier, shape_of, weight_layers
 from mimu.networks.masks import LayerMask, Mask
+from mimu.runs.files import ArtifactError, save
 from mimu.runs.settings import ConfigError
 from mimu.trainer import GCNTrainer, Trainer, masked_weights
 
@@ -109,7 +110,6 @@ some_layers = pytest.mark.parametrize("name, layers", LAYERS)
 
 
 def classifier_of(name: str) -> HookedClassifier:
-    """In double precision, its normalisations as after a training."""
     torch.manual_seed(0)
     network = NETWORKS[name]().double()
     for module in network.modules():
@@ -174,20 +174,11 @@ def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(na
         assert torch.allclose(gradient, of_edges, rtol=1e-9, atol=1e-10)
 
 
-def log_odds(classifier: HookedClassifier, x: Tensor, label: Tensor, left_out: int | None = None) -> Tensor:
-    """Of a sample's label; of a sample of another class, the softmax is restricted to all but the class left out."""
-    kept = [each for each in range(NUM_CLASSES) if each != left_out or left_out == label]
-    p = classifier.network(x[None])[0, kept].softmax(0)[kept.index(int(label))]
-    return (p / (1 - p)).log()
-
-
-def single_gradients(
-    classifier: HookedClassifier, split: Split, layers: list[int], left_out: int | None = None
-) -> list[Tensor]:
-    """The gradients of every sample's log-odds by the weights of layers, (samples, *shape) of each."""
-    weights = [classifier.layers[layer].weight for layer in layers]
-    values = [log_odds(classifier, *each, left_out) for each in zip(split.images, split.labels)]
-    return [torch.stack(of_layer) for of_layer in zip(*(torch.autograd.grad(value, weights) for value in values))]
+def gradients_by_layer(classifier: HookedClassifier, values: Tensor) -> list[Tensor]:
+    """The gradients of every sample's value by the weights of the layers, (samples, *shape) of each."""
+    weights = [layer.weight for layer in classifier.layers]
+    rows = [torch.autograd.grad(value, weights, retain_graph=True) for value in values]
+    return [torch.stack(of_layer) for of_layer in zip(*rows)]
 
 
 @pytest.mark.parametrize("begins", [None, [1, 2]], ids=str)
@@ -197,16 +188,17 @@ def test_recorded_gradients_of_kernels_are_those_of_autograd_one_sample_at_a_tim
     layers = list(range(COUNTS[name])) if begins is None else [2, 1]
     inputs = split.images if begins is None else classifier.prefix_activations(begins, split.images)
     record = classifier.record(inputs, split.labels, layers, begins)
-    expected = torch.stack([log_odds(classifier, *each) for each in zip(split.images, split.labels)])
-    assert torch.allclose(record.log_odds, expected) and torch.equal(record.kept_log_odds, record.log_odds)
-    for layer, single in zip(record.layers, single_gradients(classifier, split, layers), strict=True):
-        delta, a = layer.log_odds_gradient, layer.inputs
+    pairs = zip(split.images, split.labels.tolist())
+    odds = torch.stack([log_odds(classifier.network, x, label, [0, 1, 2]) for x, label in pairs])
+    singles = gradients_by_layer(classifier, odds)
+    assert torch.allclose(record.log_odds, odds) and torch.equal(record.kept_log_odds, record.log_odds)
+    for index, layer in zip(layers, record.layers, strict=True):
+        delta, a, single = layer.log_odds_gradient, layer.inputs, singles[index]
         gradients = delta @ a.mT if a.ndim == 3 else delta[:, :, None] * a[:, None]
         assert torch.allclose(gradients.view_as(single), single, rtol=0, atol=1e-12)
-    p = expected.sigmoid()
-    every = range(COUNTS[name])
-    for squares, single in zip(fisher_information(classifier, split), single_gradients(classifier, split, every)):
-        expected = ((1 - p).square() @ single.flatten(1).square() / len(p)).view_as(squares)
+    q = 1 - odds.sigmoid()
+    for squares, single in zip(fisher_information(classifier, split), singles):
+        expected = (q.square() @ single.flatten(1).square() / len(q)).view_as(squares)
         assert torch.allclose(squares, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -219,57 +211,6 @@ def test_recorded_activations_stand_behind_normalisation_addition_and_relu():
         assert torch.allclose(record.outputs, h, atol=1e-12)
         assert torch.equal(active, (h > 0).double().clamp_min(1 - is_rectified))
     assert torch.allclose(records[3].inputs, hidden[2].flatten(1), atol=1e-12) and (records[2].outputs < 0).any()
-
-
-def read_by_kernels(x: Tensor) -> Tensor:
-    """(samples, channels, 9, positions) of kernels 3 x 3 with a border of zeros."""
-    return F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4).movedim(-1, 2).flatten(3)
-
-
-def features_by_hand(
-    before: HookedClassifier, classifier: HookedClassifier, split: Split, layers: tuple[int, ...], out: int | None
-) -> dict[str, Tensor]:
-    """The features of a cnn, of samples of one class, by their definitions, (vertices)."""
-    x, network = split.images, classifier.network
-    pairs = list(zip(split.images, split.labels))
-    kept, odds = (torch.stack([log_odds(model, *each, out) for each in pairs]) for model in (before, classifier))
-    t, p, softened = (each.sigmoid()[:, None, None] for each in (kept, odds, odds / FORGETTING_TEMPERATURE))
-    given = read_by_kernels(x), read_by_kernels(network[:6](x)), network[:11](x)[..., None], network[:13](x)[..., None]
-    gave = network[:5](x), network[:9](x), network[:13](x)[..., None], network(x)[..., None]
-    found: dict[str, list[Tensor]] = {name: [] for name in FEATURES}
-    for layer, gradient in zip(layers, single_gradients(classifier, split, layers, out)):
-        w, a, h = classifier.layers[layer].weight.flatten(1), given[layer], gave[layer].flatten(2)
-        a, gradient = a.flatten(1, 2) if layer < 2 else a, gradient.flatten(2)
-        active = (h > 0).double() if layer < 3 else torch.ones_like(h)
-        loss = ((p - 1) * gradient).mean(0)
-        of_layer = (
-            a.mean((0, 2)).expand_as(w), h.mean((0, 2))[:, None].expand_as(w), w, loss, w * loss,
-            w * (softened * gradient).mean(0), w * ((p - t) * gradient).mean(0),
-            w.abs() * (p * (1 - p) * gradient**2).mean(0).sqrt(),
-            w.abs() * (active[:, :, None] * a[:, None]).mean((0, 3)),
-        )  # fmt: skip
-        for name, feature in zip(FEATURES, of_layer, strict=True):
-            found[name].append(feature.detach().flatten())
-    return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-@pytest.mark.parametrize("mask_layer", [-2, -1, [-2, -1]])
-def test_an_update_is_right_to_first_order_in_what_is_removed(mask_layer):
-    classifier = classifier_of("cnn")
-    vertices = torch.arange(WeightGraph.of(classifier, mask_layer).num_vertices)
-    first, further, errors = vertices[::7], vertices[(vertices % 7 > 0) & (vertices % 3 == 0)], []
-    for size in (1e-4, 1e-5):
-        graph = WeightGraph.of(classifier, mask_layer)
-        with torch.no_grad():
-            for index, part in zip(graph.layers, graph.split(vertices)):
-                classifier.layers[index].weight[torch.isin(part, further)] = size
-        graphs = GraphGenerator(classifier, labelled(), graph_config(mask_layer), 0)
-        samples = graphs.draw(4, seeded("test"))
-        before = graphs.snapshot(samples, (), graph.zeroing(first))
-        after = graphs.snapshot(samples, (), graph.zeroing(torch.cat([first, further])))
-        errors.append((before.first_order_update(further).log_odds - after.log_odds).abs().max())
-        assert errors[-1] < 0.02 * (after.log_odds - before.log_odds).abs().max()
-    assert errors[1] < 0.02 * errors[0]
 
 
 @pytest.mark.parametrize("mask_layer, is_updated", [(0, False), ([1, -1], False), ([-2, -1], True)])
@@ -287,12 +228,8 @@ def test_requests_for_kernels_take_a_snapshot_before_every_step(mask_layer, is_u
 
 
 @pytest.mark.parametrize("numbers, parts", [(2**26, [12]), (2**26, [9, 3]), (1, [3] * 4)])
-@pytest.mark.parametrize(
-    "mask_layer, forget_class", [(0, None), ([1, -2], 1), (None, 2), ([-2, -1], 0), ([-2, -1], None)]
-)
-def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_several(
-    monkeypatch, mask_layer, forget_class, numbers, parts
-):
+@pytest.mark.parametrize("mask_layer, forget", [(0, None), ([1, -2], 1), (None, 2), ([-2, -1], 0), ([-2, -1], None)])
+def test_features_of_kernels_are_those_of_their_definitions(monkeypatch, mask_layer, forget, numbers, parts):
     monkeypatch.setattr("mimu.networks.hooked.NUMBERS_AT_ONCE", numbers)
     passes, record = [], HookedClassifier.record
     monkeypatch.setattr(HookedClassifier, "record", lambda *given: passes.append(len(given[2])) or record(*given))
@@ -303,19 +240,13 @@ def test_features_of_kernels_are_those_of_their_definitions_in_one_part_and_in_s
     samples, zeroed = graphs.draw(4, seeded("test")), torch.arange(0, graphs.graph.num_vertices, 7)
     for mask in (None, graphs.graph.zeroing(zeroed)):
         passes.clear()
-        snapshot = graphs.snapshot(samples, tuple(FEATURES), mask, forget_class)
-        is_kept = mask is None and is_linear and forget_class is None
+        snapshot = graphs.snapshot(samples, tuple(FEATURES), mask, forget)
+        is_kept = mask is None and is_linear and forget is None
         assert passes == ([] if is_kept else parts), "what linear layers did is kept"
-        masked = copy.deepcopy(graphs.classifier)
-        if mask:
-            mask.apply(masked, permanent=True)
-        for label, rows in enumerate(samples):
-            split = graphs.samples[rows]
-            odds = torch.stack([log_odds(masked, *each, forget_class) for each in zip(split.images, split.labels)])
-            assert torch.allclose(snapshot.log_odds[label], odds)
-            by_hand = features_by_hand(graphs.classifier, masked, split, graphs.graph.layers, forget_class)
-            for name, expected in by_hand.items():
-                assert torch.allclose(snapshot.feature(name)[label], expected, rtol=1e-9, atol=1e-12), name
+        among = {forget: [0, 1, 2]}
+        others = [label for label in range(NUM_CLASSES) if label != forget]
+        by_hand = [Group(graphs, mask, rows, among.get(label, others)) for label, rows in enumerate(samples)]
+        assert_by_hand(snapshot, by_hand)
 
 
 @some_layers
@@ -329,10 +260,9 @@ def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_thes
     names = {id(weight): key for key, weight in classifier.network.named_parameters()}
     changed = {names[id(classifier.layers[layer].weight)]: weight for layer, weight in weights.items()}
     weighting = torch.randn(logits.shape, dtype=torch.float64)
-    (gradient,), (expected,) = (
-        torch.autograd.grad((y * weighting).sum(), keep, retain_graph=True)
-        for y in (logits, functional_call(classifier.network, changed, x))
-    )
+    by_hand = functional_call(classifier.network, changed, x)
+    (gradient,) = torch.autograd.grad((logits * weighting).sum(), keep, retain_graph=True)
+    (expected,) = torch.autograd.grad((by_hand * weighting).sum(), keep, retain_graph=True)
     assert torch.allclose(gradient, expected, atol=1e-12) and gradient.abs().sum() > 0
     logits.sum().backward()
     assert all(weight.grad is None and weight.requires_grad for weight in classifier.parameters())
@@ -343,13 +273,14 @@ def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_thes
 
 @pytest.mark.parametrize("name", [*NETWORKS, "resnet18"])
 def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name):
-    network = torchvision.models.resnet18(num_classes=10) if name == "resnet18" else NETWORKS[name]()
-    x = torch.randn(2, 3, 32, 32) if name == "resnet18" else images(4).float()
+    is_large = name == "resnet18"
+    network = torchvision.models.resnet18(num_classes=10) if is_large else NETWORKS[name]()
+    x = torch.randn(2, 3, 32, 32) if is_large else images(4).float()
     classifier = HookedClassifier(network, x)
     count, expected = len(classifier.layers), network.eval()(x)
-    assert count == (21 if name == "resnet18" else COUNTS[name])
+    assert count == (21 if is_large else COUNTS[name])
     some = [[layer] for layer in range(count)] + [[2, 1], [count - 1, 2], list(range(count))]
-    for layers in some if name != "resnet18" else some[::4]:
+    for layers in some[:: 4 if is_large else 1]:
         logits = classifier(classifier.prefix_activations(layers, x), layers)
         assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
     begins = {
@@ -359,8 +290,6 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
         "resnet18": {1: (64, 8, 8), 2: (64, 8, 8), 19: (512, 1, 1), 20: (512,)},
     }[name]  # fmt: skip
     assert {layer: tuple(classifier.prefix_activations([layer], x).shape[1:]) for layer in begins} == begins
-    with torch.no_grad():
-        assert torch.allclose(classifier(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("at_once", [1, 2**26])
@@ -397,9 +326,12 @@ CHANGES = (
 TINY = {"epochs": 1, "batch_size": 8, "steps": 3, "samples": 12, "noise_steps": 2, "noise_batches": 1}
 
 
+def configured(architecture: str, *changes: str) -> Config:
+    return load_config(overrides=[*CHANGES, f"classifier.architecture={architecture}", *changes])
+
+
 def tiny_request(architecture: str, mask_layer: tuple[int, ...] | None) -> Request:
-    """A request to a classifier of a few coloured images, and a GCN that learned on it."""
-    config = load_config(overrides=[*CHANGES, f"classifier.architecture={architecture}"])
+    config = configured(architecture)
     split = Split(torch.randn(36, 3 * 8 * 8, generator=seeded("pixels")), torch.arange(NUM_CLASSES).repeat(12))
     trainer = Trainer(config.classifier, 0, (3, 8, 8))
     classifier = trainer.train(split, NUM_CLASSES)
@@ -410,10 +342,9 @@ def tiny_request(architecture: str, mask_layer: tuple[int, ...] | None) -> Reque
     graphs = GraphGenerator(classifier, split, described, 0)
     gcn = GCNTrainer(config.gcn, [graphs], 5.0, 0).train()
     assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
-    own = {
-        name: {key: min(value, TINY.get(key, value)) for key, value in of_method.items()}
-        for name, of_method in config.eval.hyperparameters.items()
-    }
+    own = {}
+    for name, values in config.eval.hyperparameters.items():
+        own[name] = {key: min(value, TINY.get(key, value)) for key, value in values.items()}
     return Request(replace(config.eval, hyperparameters=own), classifier, trainer, split, graphs, gcn, 1, 20, 0, 9)
 
 
@@ -421,26 +352,23 @@ def tiny_request(architecture: str, mask_layer: tuple[int, ...] | None) -> Reque
 def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_original(architecture, mask_layer):
     request = tiny_request(architecture, mask_layer)
     before, x = copy.deepcopy(request.original.state_dict()), request.train.images
-    assert any("num_batches_tracked" in key and value > 1 for key, value in before.items()), "statistics were trained"
-    for asked, names in ((9, list(METHODS)), ("auto", ["mimu", "saliency"])):
-        for name in names:
-            found = answer(replace(request, asked=asked), name)
-            logits = found.model(x)
-            assert logits.shape == (36, NUM_CLASSES) and (logits.isfinite() | (logits == -torch.inf)).all(), name
-            assert asked == "auto" or not METHODS[name].uses_kappa or found.mask.num_zeroed == 9
-            for key, module in (*found.model.named_modules(), *request.original.named_modules()):
-                assert "parametrizations" in key or not module.training, name
-            assert all(torch.equal(value, before[key]) for key, value in request.original.state_dict().items()), name
-            untouched = METHODS[name].touches in ("nothing", "a mask", "the output")
-            same = (torch.equal(b, found.model.state_dict().get(k, b)) for k, b in before.items() if "running" in k)
-            assert not untouched or all(same), name
-            assert name not in ("fine_tune", "scrub") or not any(same), "training follows the statistics"
+    for asked, name in [*((9, name) for name in METHODS), ("auto", "mimu"), ("auto", "saliency")]:
+        found = answer(replace(request, asked=asked), name)
+        logits = found.model(x)
+        assert logits.shape == (36, NUM_CLASSES) and (logits.isfinite() | (logits == -torch.inf)).all(), name
+        assert asked == "auto" or not METHODS[name].uses_kappa or found.mask.num_zeroed == 9
+        for key, module in (*found.model.named_modules(), *request.original.named_modules()):
+            assert "parametrizations" in key or not module.training, name
+        assert all(torch.equal(value, before[key]) for key, value in request.original.state_dict().items()), name
+        after = found.model.state_dict()
+        same = [torch.equal(value, after.get(key, value)) for key, value in before.items() if "running" in key]
+        assert all(same) or METHODS[name].touches not in ("nothing", "a mask", "the output"), name
+        assert name not in ("fine_tune", "scrub") or not any(same), "training follows the statistics"
 
 
 @pytest.mark.parametrize("rank, is_on", [(0, False), (0, True), (2, False), (2, True)])
 @pytest.mark.parametrize("name, layers", [("mlp", [1]), ("mlp", None), ("cnn", [1]), ("resnet", [0, 2, -1])])
 def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(name, layers, rank, is_on, tmp_path):
-    """It zeroes exactly kappa weights and takes `rank` directions."""
     classifier, x = classifier_of(name), images()
     graph = WeightGraph.of(classifier, layers)
     zeroed, before = torch.randperm(graph.num_vertices)[:25], copy.deepcopy(classifier.state_dict())
@@ -462,9 +390,8 @@ def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(nam
     with Mask.load(tmp_path / "mask.pt").applied_to(classifier):
         masked, on = classifier(x), Mask.on(classifier)
         assert on.includes(mask) and mask.includes(on) and on.layers == mask.layers == graph.layers
-        assert {each.rank for each in on.by_layer.values()} == {rank} and ("directions taken: layer" in repr(on)) == (
-            rank > 0
-        )
+        assert {each.rank for each in on.by_layer.values()} == {rank}
+        assert ("directions taken: layer" in repr(on)) == (rank > 0)
         assert torch.equal(flat(), expected)
     after = classifier.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[key], value) for key, value in before.items())
@@ -477,23 +404,14 @@ def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(nam
     assert list(classifier.state_dict()) == list(before), "nothing of the mask is left"
 
 
-class Folded(nn.Module):
+class Folded(nn.Sequential):
     """Its first layer is given every channel of a sample by itself."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(64, 4), nn.Linear(8, NUM_CLASSES)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.first(x.flatten(0, 1).flatten(1)).view(-1, 8))
+        return self[1](self[0](x.flatten(0, 1).flatten(1)).view(-1, 8))
 
 
-class Deciding(nn.Flatten):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.sum() > 0 else x[:, 0]
-
-
-def test_what_masks_cannot_be_put_on_is_named_and_what_cannot_be_traced_refused():
+def test_what_masks_cannot_be_put_on_is_named():
     twice = nn.Conv2d(3, 3, 1, bias=False)
     layers = nn.Conv2d(2, 3, 1), twice, nn.ReLU(), twice, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)
     classifier = HookedClassifier(nn.Sequential(*layers).double(), images(2))
@@ -502,30 +420,106 @@ def test_what_masks_cannot_be_put_on_is_named_and_what_cannot_be_traced_refused(
     for mask_layer in (1, None):
         with pytest.raises(ValueError, match=r"mask_layer \[1\] must be called once"):
             WeightGraph.of(classifier, mask_layer)
-    with pytest.raises(ValueError, match="torch.fx cannot trace it"):
-        HookedClassifier(nn.Sequential(Deciding(), nn.Linear(128, 3)).double(), images(2))
-    first, last = HookedClassifier(Folded().double(), images(2)).trace.ends
+    first, last = HookedClassifier(Folded(nn.Linear(64, 4), nn.Linear(8, 3)).double(), images(2)).trace.ends
     assert first is None and len(last.sources.unique()) == 8, "the first has two outputs for every sample"
-    varied = Varied()
-    assert varied.grouped not in weight_layers(varied) and len(weight_layers(varied)) == 4
 
 
-def test_architectures_are_those_of_the_config():
-    for blocks, name, layers in ((1, "ResNet-8", 10), (2, "ResNet-14", 16)):
-        changes = [*CHANGES, "classifier.architecture=resnet", "classifier.channels=[3, 4, 5]"]
-        changes.append(f"classifier.blocks={blocks}")
-        config = load_config(overrides=[*changes, "graphs.mask_layer=1"])
-        network = config.classifier.network((28, 28), 10).eval()
-        assert config.architecture == name and config.num_vertices == 81
-        assert config.shapes == [shape_of(layer) for layer in weight_layers(network)] and len(config.shapes) == layers
-        assert network[:-3](torch.zeros(2, 784)).shape == (2, 5, 7, 7) and network(torch.zeros(2, 784)).shape == (2, 10)
-    changes = [*CHANGES, "classifier.architecture=cnn", "classifier.channels=[4, 6]", "classifier.hidden_sizes=[9]"]
-    config = load_config(overrides=[*changes, "classifier.bias=true", "graphs.mask_layer=null"])
+@pytest.mark.parametrize("blocks, name, layers", [(1, "ResNet-8", 10), (2, "ResNet-14", 16)])
+def test_residual_networks_are_those_of_the_config(blocks, name, layers):
+    channels, blocks = "classifier.channels=[3, 4, 5]", f"classifier.blocks={blocks}"
+    config = configured("resnet", channels, blocks, "graphs.mask_layer=1")
+    network = config.classifier.network((28, 28), 10).eval()
+    assert config.architecture == name and config.num_vertices == 81
+    assert config.shapes == [shape_of(layer) for layer in weight_layers(network)] and len(config.shapes) == layers
+    assert network[:-3](torch.zeros(2, 784)).shape == (2, 5, 7, 7) and network(torch.zeros(2, 784)).shape == (2, 10)
+
+
+def test_convolutional_networks_are_those_of_the_config():
+    config = configured("cnn", "classifier.channels=[4, 6]", "classifier.hidden_sizes=[9]", "classifier.bias=true")
     assert config.shapes == [(4, 1, 3, 3), (6, 4, 3, 3), (9, 294), (10, 9)] and config.num_vertices == 36 + 216 + 2736
     assert config.architecture == "cnn 1-4-6-9-10 with biases"
-    for channels, message in (
-        (5 * [1], "must be fewer than 5: nothing is left of"),
-        ([], "must name at least one for"),
-    ):
+    for channels, message in (([1] * 5, "must be fewer than 5: nothing is left"), ([], "must name at least one for")):
         with pytest.raises(ConfigError, match=rf"^[^\n]*: classifier.channels {message}[^\n]*$"):
-            load_config(overrides=[*changes, f"classifier.channels={channels}"])
+            configured("cnn", f"classifier.channels={channels}")
+
+
+@pytest.mark.parametrize("message_passing", [True, False])
+def test_factors_are_1_before_the_training_and_do_not_depend_on_the_graphs_seen_together(message_passing):
+    torch.manual_seed(0)
+    graph = WeightGraph.of(HookedMNISTClassifier((64,), 128), None)
+    x, gcn = torch.randn(5, graph.num_vertices, 15), MaskingGCN(15, message_passing=message_passing)
+    assert gcn(x, graph).shape == (5, graph.num_vertices, 2) and (gcn(x, graph) == 1).all()
+    gcn.readout.weight.data.normal_()
+    together, exact = gcn(x, graph), gcn.double()(x.double(), graph)
+    for at_once in (1, 2):
+        parts = torch.cat([gcn.float()(part, graph) for part in x.split(at_once)])
+        assert torch.allclose(parts, together) and torch.allclose(parts.double(), exact, rtol=1e-4)
+
+
+def test_without_message_passing_a_weight_has_its_factors_by_its_own_features(classifier):
+    torch.manual_seed(0)
+    x, gcn = torch.randn(1, 30, 4), MaskingGCN(4, hidden=6, rounds=3, message_passing=False)
+    gcn.readout.weight.data.normal_()
+    w0, w1, w2 = (conv.weight for conv in gcn.convs)
+    found = gcn.readout((((x @ w0.T) @ w1.T).relu() @ w2.T).relu())
+    expected = (found - found.mean(1, keepdim=True)).tanh().exp()
+    assert torch.allclose(gcn(x, WeightGraph.of(classifier, -2)), expected, rtol=1e-5)
+
+
+def test_where_nothing_of_a_graph_is_above_zero_the_gradient_passes_as_if_all_were():
+    torch.manual_seed(0)
+    x, matrix = torch.rand(2, 3, 5, 4).double(), torch.rand(4, 6).double().requires_grad_()
+    source, target = (-torch.rand(2, size, 6).double().requires_grad_() for size in (5, 3))
+    signs = torch.tensor([-1.0, 1.0])[:, None, None, None]
+    y = (x * signs) @ matrix + source[:, None] + target[:, :, None]
+    output = AffineReLU.apply(x * signs, matrix, source, target)
+    assert not output[0].any() and torch.equal(output, y.relu())
+    expected = torch.stack([y[0], y[1].relu()])
+    inputs, weighting = [matrix, source, target], torch.randn_like(y)
+    gradients = torch.autograd.grad((output * weighting).sum(), inputs)
+    for gradient, of_linear in zip(gradients, torch.autograd.grad((expected * weighting).sum(), inputs)):
+        assert torch.allclose(gradient, of_linear, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_classifier_is_the_formula(split, bias):
+    classifier = random_classifier(bias=bias)
+    w0, w1, w2 = (layer.weight.detach() for layer in classifier.layers)
+    b0, b1, b2 = (layer.bias if bias else 0 for layer in classifier.layers)
+    first = (split.images @ w0.T + b0).clamp(min=0)
+    representation = (first @ w1.T + b1).clamp(min=0)
+    expected, own = representation @ w2.T + b2, {1: w1, 2: w2}
+    assert torch.allclose(classifier.prefix_activations([2, 1], split.images), first, atol=1e-6)
+    found = classifier.outputs(split.images), classifier.outputs(first, [1]), classifier.outputs(first, [1], own)
+    for features, logits in found:
+        assert torch.allclose(features, representation, atol=1e-6) and torch.allclose(logits, expected, atol=1e-6)
+    assert torch.allclose(classifier(split.images.view(-1, 1, 7)), expected, atol=1e-6), "images are flattened"
+    assert classifier.shapes == [(6, 7), (5, 6), (3, 5)]
+
+
+def test_looking_into_a_classifier_leaves_no_gradient_behind_and_its_weights_free_after_errors_too(classifier, split):
+    classifier.layers[0].weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied|size"):
+        classifier.outputs(split.images, None, {1: torch.zeros(5, 9)})
+    with pytest.raises((IndexError, RuntimeError)):
+        classifier.record(split.images, torch.full_like(split.labels, 99), [1])
+    record = classifier.record(split.images, split.labels, [1, 2])
+    assert not any(x.requires_grad for x in (*record.layers[0], *record.layers[1], record.log_odds))
+    assert [weight.requires_grad for weight in classifier.parameters()] == [False, True, True]
+    assert all(weight.grad is None for weight in classifier.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in classifier.modules())
+
+
+def test_a_mask_that_does_not_fit_and_a_file_that_is_no_mask_are_refused(classifier, tmp_path):
+    mask = WeightGraph.of(classifier, -2).zeroing(torch.arange(3))
+    with pytest.raises(ZeroDivisionError), mask.applied_to(classifier):
+        raise ZeroDivisionError
+    assert not parametrize.is_parametrized(classifier.layers[1]), "the mask comes off when its context fails"
+    with pytest.raises(ValueError, match=r"layer 1 is \(5, 6\), its mask \(2, 2\)"):
+        mask_of({0: torch.ones(6, 7), 1: torch.ones(2, 2)}).apply(classifier)
+    assert not any(parametrize.is_parametrized(layer) for layer in classifier.layers)
+    with pytest.raises(ValueError, match=r"layer 1 is not there, its mask \(5, 6\)"):
+        mask.apply(nn.Linear(7, 3))
+    save(tmp_path / "gcn.pt", {"state_dict": {}, "seed": 0})
+    with pytest.raises(ArtifactError, match="gcn.pt: is not a mask .'layers'."):
+        Mask.load(tmp_path / "gcn.pt")

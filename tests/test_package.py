@@ -50,7 +50,6 @@ assert scores()[1] < 0.05 and min(scores()[0], scores()[2]) > 0.9
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel of a clone."""
     folder = tmp_path_factory.mktemp("wheel")
     clone = copy_to(folder / "clone", *TRACKED)
     subprocess.run([sys.executable, "-c", BUILD, str(folder)], cwd=clone, check=True, capture_output=True)
@@ -60,7 +59,6 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel) -> Path:
-    """A folder that holds the installed package, but nothing of what that depends on."""
     folder = wheel.parent / "installed"
     pip = ["uv", "pip"] if shutil.which("uv") else [sys.executable, "-m", "pip"]
     options = ["--no-deps", "--no-index", "--no-cache-dir", "--target", str(folder)]
@@ -81,11 +79,9 @@ def of_others(tmp_path, monkeypatch) -> Path:
 
 
 def python(folder: Path, installed: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Runs Python in a folder, with the installed package, not the checkout's, in its path."""
     environment = os.environ | {"PYTHONPATH": str(installed)}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=100
-    )
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
 
 
 def test_the_wheel_holds_all_of_the_package_and_no_data_sets_tests_or_pages(wheel):

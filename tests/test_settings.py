@@ -1,13 +1,23 @@
 """Settings that work are read as they are written; those that cannot work are one clear line."""
 
+import dataclasses
+import typing
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running import write_image
 
+from mimu import configs
+from mimu.configs import load_config
 from mimu.runs.files import InputError
-from mimu.runs.settings import converted, description, load_variants
+from mimu.runs.settings import ConfigError, converted, description, load_variants
 
 Count = Annotated[int, "at least 1"]
 Amount = Count | Annotated[float, "above 0, below 1"]
@@ -67,7 +77,6 @@ def read(bases: list[Path], *overrides: str) -> Config:
 
 
 def refused(path: Path, bases: list[Path], *overrides: str, renamed: dict[str, str] | None = None) -> str:
-    """What is said of a config that cannot work: one line."""
     with pytest.raises(InputError) as error:
         load_variants(Config, bases, path, overrides, renamed)
     assert len(str(error.value).splitlines()) == 1
@@ -115,33 +124,26 @@ variants:
 RENAMED = {"training.pace": "training.rate", "learning": "training", "training.tables.sft.look": "is gone: use rate"}
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("training: {pace: 1}", "training.pace is now training.rate"),
-        ("learning: {rate: 1}", "learning is now training"),
-        ("variants: {a: {training.tables: {sft: {look: 1}}}}", "training.tables.sft.look is gone: use rate"),
-    ],
-)
-def test_a_setting_of_before_is_told_what_it_is_now(bases, tmp_path, text, message):
-    path = mine(tmp_path, text)
-    where = f"{path}, variant a" if "variants" in text else str(path)
-    assert refused(path, bases, renamed=RENAMED) == f"{where}: {message}"
+def test_a_setting_of_before_is_told_what_it_is_now(bases, tmp_path):
+    gone = (
+        "variants: {a: {training.tables: {sft: {look: 1}}}}",
+        ", variant a: training.tables.sft.look is gone: use rate",
+    )
+    for text, message in (("learning: {rate: 1}", ": learning is now training"), gone):
+        path = mine(tmp_path, text)
+        assert refused(path, bases, renamed=RENAMED) == f"{path}{message}"
     with pytest.raises(InputError, match="^override training.pace=1: training.pace is now training.rate$"):
         load_variants(Config, bases, bases[0], ["training.pace=1"], RENAMED)
 
 
 BAD = [
-    ("trainign.steps=3", "trainign is not a setting; did you mean training? Valid here: seed, device, threads"),
     ("training.stesp=3", "training.stesp is not a setting; did you mean training.steps? Valid here: steps, rate"),
-    ("steps=3", "steps is not a setting; did you mean training.steps? Valid here: seed, device"),
     ("rate=3", "rate is not a setting; did you mean training.rate or training.tables.sft.rate? Valid here: seed"),
     ("training.steps.x=3", "training.steps must be an integer, at least 1, not {'x': 3}"),
     ("training.=3", "training. is not a setting. Valid here: steps, rate"),
     ("training=3", "training must be a mapping with keys of steps, rate"),
     ("training.rate=.inf", "training.rate must be a finite number, above 0, at most 1000000000, not inf"),
     ("training.kappa=[1.5]", "each an integer, at least 1, or a finite number, above 0, below 1, or auto, not [1.5]"),
-    ("training.span=[1]", "training.span must be a list of 2, each a finite number, or null, not [1]"),
     ("training.tables.sft.epochs=x", "training.tables.sft.epochs must be an integer or a finite number, not 'x'"),
     ("training.tables.sft.epochs=0", "training.tables.sft.epochs must be at least 1, not 0"),
     ("seed=9223372036854775808", f"at most {2**63 - 1}, not 9223372036854775808"),
@@ -167,7 +169,6 @@ def test_bad_settings_name_the_override_the_key_and_what_is_valid(bases, overrid
         ("variants: 3", "variants must map names to what each changes, not 3"),
         ("variants: {'.': {}}", "variants must differ in the letters and digits of their names, without $ and line"),
         ("variants: {a b: {}, A-B: {}}", "variants must differ in the letters and digits of their names, without $"),
-        ("variants: {a $b$: {}}", "variants must differ in the letters and digits of their names, without $ and line"),
         ('variants: {"a\\ud800": {}}', "variants must differ in the letters and digits of their names, without $"),
         ("variants: {a: {variants: {}}}", "variant a: variants is not a setting. Valid here: seed"),
     ],
@@ -179,8 +180,8 @@ def test_bad_files_are_named(bases, tmp_path, text, message):
 
 
 def test_a_file_that_is_not_there_is_named(bases, tmp_path):
-    assert refused(tmp_path / "no.yaml", bases) == f"{tmp_path}/no.yaml: cannot be read (No such file or directory)"
-    assert refused(tmp_path, bases) == f"{tmp_path}: cannot be read (Is a directory)"
+    for path, why in ((tmp_path / "no.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
+        assert refused(path, bases) == f"{path}: cannot be read ({why})"
 
 
 def test_a_base_that_a_change_makes_impossible_is_named(bases, tmp_path):
@@ -192,15 +193,10 @@ def test_a_base_that_a_change_makes_impossible_is_named(bases, tmp_path):
 
 MANY = ", ".join(f"&{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefg", "bcdefgh"))
 ODD = [
-    "seed=!!bool abc",
-    'device="\\UFFFFFFFF"',
-    "seed=1" + ":30" * 300 + ".5",
-    "seed=0x" + "f" * 5000,
-    'training={"a\\nb": 1}',
-    f"training.sizes=[&a [1, 2, 3, 4, 5, 6, 7, 8, 9], {MANY}]",
-    "training.kappa=" + "[" * 1000 + "]" * 1000,
-    "seed=" + str(list(range(20_000))),
-]
+    "seed=!!bool abc", 'device="\\UFFFFFFFF"', "seed=1" + ":30" * 300 + ".5", "seed=0x" + "f" * 5000,
+    'training={"a\\nb": 1}', f"training.sizes=[&a [1, 2, 3, 4, 5, 6, 7, 8, 9], {MANY}]",
+    "training.kappa=" + "[" * 1000 + "]" * 1000, "seed=" + str(list(range(20_000))),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("override", ODD, ids=[override[:20] for override in ODD])
@@ -230,3 +226,99 @@ def test_a_value_is_read_in_its_type_and_range_or_refused(hint, words, valid, wr
         with pytest.raises(TypeError):
             converted(value, hint)
     assert description(hint) == words
+
+
+CONFIGS = sorted(path for path in configs.CONFIG.parent.glob("*.yaml") if path.name != "methods.yaml")
+
+
+def assert_holds(read: dict, changes: dict) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            assert_holds(read[key], value)
+        else:
+            assert (list(read[key]) if isinstance(read[key], tuple) else read[key]) == value
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_of_the_project_can_run(path):
+    changes = yaml.safe_load(path.read_text())
+    variants = changes.pop("variants", {"": {}})
+    loaded = configs.load_variants(path)
+    assert list(loaded) == list(variants)
+    for name, config in loaded.items():
+        assert_holds(dataclasses.asdict(config), variants[name] or changes)
+
+
+KEYS = []
+for name, section in typing.get_type_hints(configs.Config).items():
+    if dataclasses.is_dataclass(section):
+        KEYS += [f"{name}.{field.name}" for field in dataclasses.fields(section)]
+ANY = st.none() | st.integers() | st.floats() | st.sampled_from(["auto", "all", ""])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(KEYS), st.recursive(ANY, st.lists, max_leaves=3))
+def test_any_setting_makes_a_config_or_is_one_line(key, value):
+    override = f"{key}={yaml.safe_dump(value, default_flow_style=True)}"
+    try:
+        load_config(overrides=[override])
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+
+
+def test_amounts_are_numbers_of_weights_and_auto_comes_last():
+    config = load_config(overrides=["sweep.kappa=[auto, 900, 0.1]", "sweep.top_k=[0.25, 2048, 7, 1.0e-9]", "seed=4"])
+    assert config.kappas == [819, 900, "auto"] and config.top_ks == [2048, 7, 1] and config.seeds == (4,)
+    assert config.num_vertices == 8192 and config.torch_device().type in ("cpu", "cuda")
+    assert config.graphs.num_features == 13
+
+
+WRONG = [
+    ("sweep.kappa=[8192]", "sweep.kappa must be from 1 to 8191 (masked weights less one), not 8192"),
+    ("eval.max_kappa=8192", "eval.max_kappa must be from 1 to 8191 (masked weights less one), not 8192"),
+    ("classifier.hidden_sizes=[32, 16]", "over config.yaml: sweep.kappa must be from 1 to 511"),
+    ("sweep.top_k=[9000]", "sweep.top_k must be from 1 to 8192 (masked weights), not 9000"),
+    ("sweep.kappa=[5, 5]", "sweep.kappa must name at least one value, and each once"),
+    ("sweep.forget_digits=[nine]", "sweep.forget_digits must be from 0 to 9 or of ('0', '1', '2', '3', "),
+    ("gcn.weighs=[0, 7]", "gcn.weighs is gone: every GCN weighs, from eval.retain_weight on"),
+    ("dataset=CIFAR100", "dataset must be MNIST, FashionMNIST, KMNIST, "),
+    ("graphs.mask_layer=3", "graphs.mask_layer must be null, or one or several of -3 to 2, each once, not 3"),
+    ("graphs.mask_layer=[0, -3]", "or one or several of -3 to 2, each once, not (0, -3)"),
+    ("graphs.features=[wait]", "graphs.features must be some of input_activation, "),
+    ("graphs.features=[weight, weight]", "each once, not ['weight', 'weight']"),
+    ("gcn.kappa=[100, 50]", "gcn.kappa must be [low, high], both numbers or both shares, not [100, 50]"),
+    ("gcn.kappa=[100, 8190]", "gcn.kappa and partly_masked reach 8220 weights together, of 8192 masked ones"),
+    ("gcn={necessity_forget: 0, necessity_retain: 0}", "gcn.necessity_forget or necessity_retain must be above 0"),
+    ("eval.methods=[mimu, magic]", "eval.methods must name mimu and others of original, mimu, random"),
+    ("eval.hyperparameters.tfs.epochs=2", "eval.hyperparameters.tfs is not a method: valid are original, mimu"),
+    ("report.dpi=19", "report.dpi must be an integer, at least 20, at most 1200, not 19"),
+    ("report.format=[gif]", "report.format must be "),
+    ("device=meta", "device must be auto, cpu, or cuda or mps that is there, not 'meta'"),
+]
+
+
+@pytest.mark.parametrize("override, message", WRONG, ids=[override for override, _ in WRONG])
+def test_what_cannot_work_is_one_line_that_names_the_key_and_what_is_valid(override, message):
+    with pytest.raises(ConfigError) as error:
+        configs.load_variants(configs.CONFIG, [override])
+    assert message in str(error.value) and override in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_pixels_and_classes_are_those_of_the_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr("mimu.images.sources.DATASET_ROOT", tmp_path)
+    for part, name in product(("train", "test"), ("1", "10", "2", "cat")):
+        write_image(tmp_path / "mine" / part / name / "0.png", np.zeros((6, 8), np.uint8))
+    own = ("dataset=mine", "graphs.mask_layer=null", "classifier.hidden_sizes=[5]", "sweep.kappa=[auto]")
+    for digits, labels in (("[1]", [0]), ("[2, 10]", [2, 1]), ("[cat, 0, 3]", [3, 0]), ("['1', 1]", [0]), ("[3]", [3])):
+        assert load_config(overrides=[*own, f"sweep.forget_digits={digits}"]).forget_digits == labels, digits
+    config = load_config(overrides=[*own, "sweep.forget_digits=[cat]"])
+    assert config.num_vertices == 8 * 6 * 5 + 5 * 4 and config.architecture == "48-5-4"
+    with pytest.raises(ConfigError, match="over config.yaml: sweep.forget_digits must be from 0 to 3 or of .*, not 9$"):
+        load_config(overrides=own)
+    with pytest.raises(ConfigError, match=r"sweep.kappa=\[260\]: sweep.kappa must be from 1 to 259"):
+        load_config(overrides=[*own, "sweep.forget_digits=[cat]", "sweep.kappa=[260]"])
+    fashion = load_config(overrides=["dataset=FashionMNIST", "sweep.forget_digits=[bag, 0]", "classifier.bias=true"])
+    assert fashion.forget_digits == [8, 0] and fashion.architecture == "784-128-64-10 with biases"
+    (tmp_path / "mine" / "test" / "cat").rename(tmp_path / "mine" / "test" / "dog")
+    with pytest.raises(ConfigError, match="^override dataset=mine: dataset mine in .*: .* the same classes, not cat, "):
+        load_config(overrides=["dataset=mine"])
