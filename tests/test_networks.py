@@ -13,7 +13,9 @@ from conftest import NUM_CLASSES, Group, assert_by_hand, graph_config, log_odds,
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
+from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
+from torch_geometric.transforms import LineGraph
 
 from mimu.configs import Config, load_config
 from mimu.data import FEATURES, GraphGenerator, Split, seeded
@@ -140,6 +142,23 @@ def incidence(of_network: str, layers: list[int]) -> Tensor:
         pairs += [pair[::-1] for pair in product(*ends[::-1])]
     neurons = sorted({neuron for pair in pairs for neuron in pair})
     return torch.tensor([[float(pair.count(neuron)) for neuron in neurons] for pair in pairs], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "sizes, mask_layer", [((6, 1), 0), ((7, 6, 5, 3), -2), ((7, 6, 5, 3), [2, 0]), ((7, 6, 5, 3), None)]
+)
+def test_the_weight_graph_is_the_line_graph_of_the_network(sizes, mask_layer):
+    graph = WeightGraph.of(HookedMNISTClassifier(sizes[1:-1], sizes[0], sizes[-1]), mask_layer)
+    network = []
+    for layer in graph.layers:
+        network += [((layer, c), (layer + 1, r)) for r, c in product(range(sizes[layer + 1]), range(sizes[layer]))]
+    neurons = sorted({neuron for pair in network for neuron in pair})
+    numbered = [tuple(map(neurons.index, pair)) for pair in network]
+    both_ways = torch.tensor([*numbered, *((b, a) for a, b in numbered)]).T
+    line = LineGraph()(Data(edge_index=both_ways, num_nodes=len(neurons))).edge_index
+    names = [numbered.index(pair) for pair in sorted(numbered)]  # PyG numbers the weights in sorted order
+    expected = sorted({(names[u], names[v]) for u, v in line.T.tolist() if u != v})
+    assert list(map(tuple, graph.edge_index().T.tolist())) == expected and graph.num_edges == len(expected)
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
