@@ -21,6 +21,7 @@ from mimu.data import Split
 from mimu.masking.rankings import TrainedGCN
 from mimu.model import MaskingGCN
 from mimu.unlearning.custom_model import CustomModel, plain_torch
+from mimu.unlearning.forgetting import Forgetting
 
 TRAIN, TEST = random_split(200), random_split(200, seed=7)
 FREE = {"max_fall": None, "max_class_fall": None}
@@ -488,3 +489,18 @@ def test_models_that_cannot_work_are_one_line(model, case):
     change, line, *asked = WRONG_MODELS[case]
     mask_layer = asked[0] if asked else "auto"
     assert re.search(line, refusal(change(model), TRAIN.images, TRAIN.labels, mask_layer=mask_layer))
+
+
+def test_on_the_way_the_kept_classes_are_classified_among_themselves(model, monkeypatch):
+    requests = []
+    monkeypatch.setattr(Forgetting, "answer", lambda self: requests.append(self))
+    request(model, mask_layer=1, max_fall=1.0, max_class_fall=5.0)
+    (asked,) = requests
+    is_two, labels = model(TRAIN.images)[:, [0, 2]].argmax(1), TRAIN.labels
+    found = asked.scores(asked.start, among=[0, 2])
+    for label in (0, 2):
+        right = (is_two == label // 2)[labels == label]
+        assert found[label] == 100 * right.double().mean() >= asked.scores(asked.start)[label]
+    assert found[1] == 0
+    assert not asked.is_ruined(found | {0: found[0] + 3.9}, [0, 2], asked.start), "1.95 points, of twice 1.0"
+    assert asked.is_ruined(found | {0: found[0] + 4.1}, [0, 2], asked.start)

@@ -129,7 +129,7 @@ class Forgetting:
         way, now, left = [self.start], before, ""
         for _ in range(2 * len(lost)):  # where one goes another may come back, which then goes again
             label = max(lost & set(now), key=now.__getitem__, default=None)
-            if left or label is None or now[label] < target or not self.is_within(before, now, kept, times=2):
+            if left or label is None or now[label] < target or self.is_ruined(before, kept, way[-1]):
                 break
             left = self.forget_one(label, before, kept, way)
             now = self.scores(way[-1])
@@ -196,18 +196,22 @@ class Forgetting:
             def is_too_much(zeroed: Tensor) -> bool:
                 way.append(graphs.graph.zeroing(zeroed))
                 bar.update()
-                return bar.n % 10 == 0 and not self.is_within(before, self.scores(way[-1]), kept, times=2)
+                return bar.n % 10 == 0 and self.is_ruined(before, kept, way[-1])
 
             found = order.answer("auto", self.train.forget(label), is_too_much)
         way.append(graphs.graph.zeroing(found.vertices))
         return found.left
 
     @torch.no_grad()
-    def scores(self, mask: Mask) -> Scores:
-        """The scores of the masked classifier on the samples."""
+    def scores(self, mask: Mask, among: Sequence[int] | None = None) -> Scores:
+        """The scores of the masked classifier on the samples, of all classes, or of some `among` these alone."""
         classifier, labels = self.custom.classifier, self.train.labels
         with mask.applied_to(classifier):
-            found = is_correct(classifier(self.activations, mask.layers), labels)
+            logits = classifier(self.activations, mask.layers)
+        if among is not None:
+            others = sorted(set(range(logits.shape[1])) - set(among))
+            logits = logits.index_fill(1, torch.tensor(others, device=logits.device), float("-inf"))
+        found = is_correct(logits, labels)
         counts = labels.bincount().tolist()
         correct = labels[found].bincount(minlength=len(counts)).tolist()
         return {label: 100 * correct[label] / count for label, count in enumerate(counts) if count}
@@ -218,6 +222,13 @@ class Forgetting:
         lost = {label: before[label] - now[label] for label in kept}
         mean = sum(counts[label] * lost[label] for label in kept) / sum(counts[label] for label in kept)
         return mean, max(lost.values())
+
+    def is_ruined(self, before: Scores, kept: list[int], mask: Mask) -> bool:
+        """Whether on the way the kept classes lose twice what they may.
+
+        Classified among themselves: a class that is still to go takes samples of others meanwhile.
+        """
+        return not self.is_within(before, self.scores(mask, among=kept), kept, times=2)
 
     def is_within(self, before: Scores, now: Scores, kept: list[int], times: float = 1) -> bool:
         """Whether the kept classes lose no more than they may, or so many times that."""
