@@ -114,7 +114,7 @@ def pyg_part(table: Table, before: dict[str, Table]) -> None:
     """PyG's SAGEConv with memory managed as PyTorch comes: the default GCN, forward and backward on a 64x128 graph."""
     _, x, ways = layer_graph()
     for name, edges in ways.items():
-        table.time(f"{name}, ms", forward_and_backward(PlainGCN(default_gcn()), x[0], edges), 9)
+        table.time(f"{name}, ms", forward_and_backward(PlainGCN(default_gcn()), x, edges), 9)
 
 
 def gcn_part(table: Table, before: dict[str, Table]) -> None:
