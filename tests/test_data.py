@@ -8,6 +8,7 @@ import shutil
 import sys
 from itertools import product
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -60,8 +61,10 @@ def test_files_like_those_of_mnist_are_standardised_by_the_training_split(tmp_pa
     for path in raw.iterdir():
         target = path.rename(raw.parent / folder / path.name)
         if is_packed:
-            target.with_name(f"{path.name}.gz").write_bytes(gzip.compress(target.read_bytes()))
+            content = target.read_bytes()  # of two members
+            target.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content[:9]) + gzip.compress(content[9:]))
             target.unlink()
+    there = sorted(tmp_path.rglob("*"))
     before, source, pixels = checksum(name, tmp_path), data_set(name, tmp_path), images.flatten(1).double()
     assert source.size == images.shape[1:] and len(source.class_names) == labels.max() + 1
     own = load_image_data(name, tmp_path, held_out=held_out)
@@ -71,6 +74,7 @@ def test_files_like_those_of_mnist_are_standardised_by_the_training_split(tmp_pa
         assert torch.allclose(found.images, standardised.float(), atol=1e-5)
         assert torch.equal(found.labels, rows[: len(expected)])
     assert checksum(name, tmp_path) == before != "", "unpacked or not"
+    assert sorted(tmp_path.rglob("*")) == there, "the folder may be one that is only read"
     with pytest.raises(DataError, match="held_out must be below 30 and leave every class on both sides, not 28"):
         load_image_data(name, tmp_path, held_out=28)
 
@@ -118,7 +122,15 @@ def test_what_is_damaged_is_not_read_where_it_is_packed_beside_it_or_is_named(tm
     (raw / FILES[1]).unlink()
     assert torch.equal(load_image_data("KMNIST", tmp_path).train.labels, LABELS)
     images.unlink()
-    (raw / f"{FILES[0]}.gz").unlink()
+    packed = raw / f"{FILES[0]}.gz"
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(DataError, match=f"dataset KMNIST in .*: cannot be .* .{packed.name} is damaged: Compressed"):
+        load_image_data("KMNIST", tmp_path)
+    packed.unlink()
+    pipe(packed)
+    with pytest.raises(DataError, match=f"dataset KMNIST in .*: cannot be .* .{packed.name} is a pipe, not a file"):
+        load_image_data("KMNIST", tmp_path)
+    packed.unlink()
     with pytest.raises(DataError, match=f"dataset KMNIST in .*: cannot be .* .Error downloading {FILES[0]}.gz"):
         load_image_data("KMNIST", tmp_path)
 
@@ -189,6 +201,13 @@ def test_images_in_folders_are_a_data_set_of_the_classes_that_their_folders_name
         assert found == {(path.split("/")[1], tuple(image.ravel().tolist())) for path, image in of_part.items()}
 
 
+def replace_unseen(path: Path) -> None:
+    """Writes another content of the same size, at the same time as the file has."""
+    before = path.stat()
+    path.write_bytes(bytes(before.st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def test_what_says_which_images_they_are_covers_all_that_is_read(tmp_path):
     images, pets = write_images(tmp_path), tmp_path / "pets"
     path = pets / "train" / "cat" / "0.png"
@@ -198,15 +217,23 @@ def test_what_says_which_images_they_are_covers_all_that_is_read(tmp_path):
         lambda: (path.with_name(".hidden")).write_text("a remark"),
         lambda: path.rename(path.with_name("9.png")),
         lambda: Image.fromarray(images["train/eel/1.png"]).save(path),
+        lambda: replace_unseen(path),
         lambda: (pets / "test" / "eel" / "3.png").unlink(),
     ):
         change()
         identities.append(checksum("pets", tmp_path))
-    assert len(set(identities[:3])) == 1 and len(set(identities)) == 4
+    assert len(set(identities[:3])) == 1 and len(set(identities)) == 5
 
 
 def replaced(file: str, image: np.ndarray) -> object:
     return lambda pets: [Image.fromarray(image).save(path) for path in pets.glob(file)]
+
+
+def pipe(path: Path) -> None:
+    """A pipe in the place of a file, empty for whoever reads it."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    Thread(target=lambda: open(path, "wb").close(), daemon=True).start()
 
 
 def without(folders: str) -> object:
@@ -222,6 +249,7 @@ BAD_FOLDERS = [
     (lambda pets: [each.rename(each.with_name("$x$")) for each in [*pets.glob("*/cat")]], r"without \$, .*'\$x\$'"),
     (lambda pets: [path.unlink() for path in pets.glob("test/dog/*")], "no valid file for the classes dog"),
     (lambda pets: (pets / "test/dog/1.png").write_bytes(b"\x89PNG"), "test/dog/1.png must be an image"),
+    (lambda pets: pipe(pets / "test/dog/1.png"), "test/dog/1.png must be an image.*: it is a pipe"),
     (lambda pets: os.truncate(pets / "test/dog/1.png", 50), "test/dog/1.png must be an image"),
     (replaced("train/dog/1.png", GREY.T), r"train/dog/1.png is of .4, 5., but .*train/cat/0.png is of .5, 4."),
     (replaced("test/dog/1.png", np.stack([GREY] * 3, 2)), r"test/dog/1.png is of .3, 5, 4., but .* is of .5, 4."),
