@@ -32,17 +32,10 @@ RENAMED: dict[str, str] = {
     "eval.look_every": "eval.snapshot_every",
     "gcn.weighs": "is gone: every GCN weighs, from eval.retain_weight on",
     "gcn.warmup": "is gone: trainings follow requests from their first step on",
-    "gcn.classes": "is gone: a step tries the mask of one class",
-    "gcn.gradient_norm": "is gone: it is a constant of trainer.py",
-    "eval.random_masks": "is gone: it is a constant of eval.py",
     "eval.hyperparameters.saliency": "is gone: the saliency has eval.retain_weight",
 }
 for name in ("gcn.contrast", "gcn.gumbel", "gcn.sufficiency", "gcn.prior", "eval.ranking", "eval.draws"):
     RENAMED[name] = "is gone: the published objective has its settings in eval.hyperparameters.published"
-for name in ("penalty", "steps", "epochs", "batch_size", "rate", "units", "neighbours", "neighbours_of"):
-    RENAMED[f"audit.probe_{name}"] = "is gone: it is a constant of audits/probes.py"
-for name in ("batch_size", "rate", "from_rate"):
-    RENAMED[f"audit.relearn_{name}"] = "is gone: it is a constant of audits/__init__.py"
 Seed = Annotated[int, f"at least 0, at most {2**63 - 1}"]
 Asked = int | Literal["auto"]  # how many weights to zero; auto: as few as forget
 

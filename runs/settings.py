@@ -88,6 +88,8 @@ def parsed(text: str | bytes, origin: str) -> Any:
 
 def read_yaml(path: Path) -> Any:
     """What stands in a YAML file, nothing as an empty mapping. Raises InputError."""
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)!r}: is no path, for a null byte is in it")
     with naming(path, "read"):
         content = path.read_bytes()
     settings = parsed(content, str(path))
@@ -227,7 +229,9 @@ def description(hint: Any) -> str:
 def refusal(value: Any, hint: Any) -> str:
     """What a setting must be, and what it is instead."""
     words = description(hint)
-    is_large = isinstance(value, int | float) and value > LIMIT
+    is_large = False
+    with suppress(TypeError, ValueError):  # of what is no number; 1e30, without a point, is text
+        is_large = (float(value) if isinstance(value, str) else value) > LIMIT
     return f"{bounded(words) if is_large else words}, not {shown(value)}"
 
 
