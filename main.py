@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from importlib import import_module
 
-from mimu.runs.command_line import parse_arguments, run_command
+from mimu.runs.command_line import run_command
 
 STARTED = time.perf_counter()
 if __name__ == "__main__":
-    parse_arguments()  # answers --help and wrong options before PyTorch is imported, which takes seconds
+    # PyTorch takes seconds to import: --help, wrong options and Ctrl-C do not wait for it.
+    sys.exit(run_command(lambda parsed: import_module("mimu.main").start(parsed)))
 
 import argparse
 import hashlib
 import itertools
-import json
 import os
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -37,7 +38,7 @@ from mimu.images.sources import DataError, checksum
 from mimu.masking.rankings import TrainedGCN, pretrained_for
 from mimu.model import MaskingGCN, keep_freed_memory
 from mimu.networks.hooked import HookedClassifier
-from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, Log, code_of, digest, locked, save, slug, write_text
+from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, Log, code_of, damaged, digest, locked, save, slug
 from mimu.runs.work import Processes, how_many, peak_bytes
 from mimu.tables import experiment
 from mimu.trainer import GCNTrainer, Trainer
@@ -116,8 +117,7 @@ class Stages:
         """The method, stage by stage, up to the metrics and the mask of every kappa; without a class, the training."""
         config = training.config
         torch.set_num_threads(config.threads or self._threads)
-        forget_classes = config.forget_digits if forget_class is None else [forget_class]
-        is_done = all(file.is_there for file in self.files.experiments(training, forget_classes))
+        is_done = all(file.is_there for file in self.files.every(training, forget_class))
         if not is_done and (self._last is None or self._last[0] != training):
             data = self.data(config)
             classifier = self.classifier(training, data)
@@ -276,9 +276,10 @@ class Files:
         paths = f"eval/Metrics and Plots/metrics/{name}.json", f"eval/masks/{name}.pt"
         return tuple(self._artifact(path, training, settings, self._code) for path in paths)
 
-    def experiments(self, training: Training, forget_classes: Sequence[int]) -> list[Artifact]:
-        """The JSON and the mask of every class and kappa."""
-        found: list[Artifact] = []
+    def every(self, training: Training, forget_class: int | None = None) -> list[Artifact]:
+        """The files of a training, and the JSON and the mask of every kappa: of all forget classes, or of one."""
+        found = [*self.of_training(training).values()]
+        forget_classes = training.config.forget_digits if forget_class is None else [forget_class]
         for forget_class, asked in itertools.product(forget_classes, training.config.kappas):
             found += self.metrics_and_mask(training, forget_class, asked)
         return found
@@ -287,7 +288,8 @@ class Files:
         dataset, of_settings, where = training.config.dataset, digest(settings), self.root / path
         if not self._checksums.get(dataset):
             self._checksums[dataset] = checksum(dataset, self.root / "datasets")
-        made_by = digest([of_settings, code, self._checksums[dataset], torch.__version__])
+        others = {"code": code, "data": self._checksums[dataset], "PyTorch": torch.__version__}
+        made_by = {name: digest(value) for name, value in (settings | others).items()}
         return Artifact(where.with_stem(f"{where.stem}_{of_settings[:8]}"), made_by, self._seen)
 
 
@@ -327,7 +329,7 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
 def begin(stages: Stages, configs: Mapping[str, Config], is_fresh: bool) -> None:
     """What the first process does before all work: looks at what is there, and says it."""
     stages.log.note(shlex.join(sys.argv))
-    artifacts = list(itertools.chain.from_iterable(plan(stages.files, configs).values()))
+    artifacts = list(itertools.chain.from_iterable(map(stages.files.every, trainings_of(configs))))
     if is_fresh or not all(artifact.is_there for artifact in artifacts):
         for config in configs.values():
             stages.data(config)  # all of it first, so that a missing or damaged file is told before any work
@@ -348,7 +350,7 @@ def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str
     total, peak = time.perf_counter() - STARTED, max(of_process["peak"] for of_process in shares)
     seconds["reports"] = stages.seconds["reports"]
     summary = {"seconds": seconds, "total_seconds": total, "peak_bytes": peak, "processes": len(shares)}
-    write_text(reports / "run.json", json.dumps(summary, indent=1))
+    save(reports / "run.json", summary)
     print("\n".join(f"\n{table}" for table in closing), end="\n\n")
     each = " a process" if len(shares) > 1 else ""
     stages.log(f"{total:.0f} s, {peak / 1e9:.1f} GB at most{each}. Curves and tables: {reports}")
@@ -356,13 +358,16 @@ def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str
 
 
 def finished(files: Files, configs: Mapping[str, Config]) -> list[tables.Result]:
-    """The JSON of every training whose experiments are all there."""
-    results = []
+    """The JSON of every training. Raises DataError where experiments are missing: reports of a part would mislead."""
+    results, missing = [], []
     for training in trainings_of(configs):
-        made = files.experiments(training, training.config.forget_digits)
-        if all(file.is_there for file in made):
-            metrics = [file.path for file in made if file.path.suffix == ".json"]
-            results.append(tables.Result(training.variant, training.top_k, training.config.report, metrics))
+        metrics = [file for file in files.every(training) if file.path.suffix == ".json"]
+        missing += [file.path.stem[:-9] for file in metrics if not file.is_there]
+        paths = [file.path for file in metrics]
+        results.append(tables.Result(training.variant, training.top_k, training.config.report, paths))
+    if missing:
+        names = ", ".join(missing)
+        raise DataError(f"{files.root / 'eval'}: not all is there: run it first, or leave out what is missing: {names}")
     return results
 
 
@@ -385,32 +390,22 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
         stages.log(f"{path}: {path.stat().st_size / 1000:.0f} KB")
 
 
-def plan(files: Files, configs: Mapping[str, Config]) -> dict[str, list[Artifact]]:
-    """All files that a run makes, by how messages call the training that they are of."""
-    made = {}
-    for training in trainings_of(configs):
-        experiments = files.experiments(training, training.config.forget_digits)
-        made[f"{training.name}, top-K {training.top_k}"] = [*files.of_training(training).values(), *experiments]
-    return made
-
-
 def dry_run(configs: Mapping[str, Config], root: Path = ROOT) -> None:
-    """Says what a run would make and what it would reuse; writes nothing."""
-    for name, artifacts in plan(Files(root), configs).items():
-        print(f"{name}: {how_many(artifacts)}")
+    """Says what a run would make and what it would reuse, why not all, and what is damaged; writes nothing."""
+    for error in damaged(root):
+        print(error)
+    files = Files(root)
+    for training in trainings_of(configs):
+        artifacts = files.every(training)
+        others = Counter(", ".join(artifact.differences()) for artifact in artifacts)
+        why = [f"; made with other {names}: {count}" for names, count in others.items() if names]
+        print(f"{training.name}, top-K {training.top_k}: {how_many(artifacts)}{''.join(why)}")
 
 
 def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
-    """Draws and writes the reports anew from the JSON of finished experiments.
-
-    Raises DataError where nothing is finished.
-    """
-    files = Files(root)
+    """Draws and writes the reports anew from the JSON of the experiments. Raises DataError where one is missing."""
     with locked(root):
-        results = finished(files, configs)
-        if not results:
-            raise DataError(f"{root / 'eval'}: nothing of this config is finished: run it first")
-        closing = tables.report(results, root / "reports")
+        closing = tables.report(finished(Files(root), configs), root / "reports")
     print("\n".join(f"\n{table}" for table in closing))
     print(f"\nCurves and tables: {root / 'reports'}")
 
@@ -429,12 +424,3 @@ def start(parsed: argparse.Namespace) -> None:
         pretrain(configs)
     else:
         run(configs, is_fresh=parsed.fresh)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    return run_command(start, arguments, ROOT)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -83,8 +83,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value as JSON holds it, keys in order; 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of a value as JSON holds it, keys in order; 64 hexadecimal digits. Raises ValueError on NaN."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -124,6 +124,16 @@ def load(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: is damaged or something else ({one_line(error)})") from None
 
 
+def damaged(root: Path) -> Iterator[ArtifactError]:
+    """What is wrong with the files that runs have left, where it is."""
+    for pattern in ("checkpoints/*_seed_*.pt", "datasets/Graphs/seed_*.pt", "eval/masks/seed_*.pt", "eval/*/metrics/*"):
+        for path in root.glob(pattern):
+            try:
+                load(path)
+            except ArtifactError as error:
+                yield error
+
+
 def code_of(root: Path, patterns: Iterable[str]) -> dict[str, str]:
     """File to the hash of its bytes, for all files under `root` that match a pattern such as `audits/*.py`."""
     hashes = {}
@@ -135,14 +145,15 @@ def code_of(root: Path, patterns: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file of a run, and a digest of all that decides what is in it: with any of that changed it is made anew.
+    """A file of a run, and all that decides what is in it: with any of that changed it is made anew.
 
+    made_by: digests of this: of settings, the code, the data, PyTorch
     seen: which version of files was found to be whole, so that it is not read again only to find that out
     """
 
     path: Path
-    made_by: str
-    seen: dict[Path, tuple[str, int, int, int]] = field(default_factory=dict, compare=False, repr=False)
+    made_by: dict[str, str]
+    seen: dict[Path, tuple[dict[str, str], int, int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def save(self, content: dict[str, Any]) -> None:
         save(self.path, content | {"made_by": self.made_by})
@@ -153,6 +164,14 @@ class Artifact:
         if content.get("made_by") != self.made_by:
             raise ArtifactError(f"{self.path}: was made by other settings, code or data")
         return content
+
+    def differences(self) -> list[str]:
+        """What was other when the most alike of the files that are there was made; nothing where it is this one."""
+        found = []
+        for path in self.path.parent.glob(f"{self.path.stem[:-8]}????????{self.path.suffix}"):
+            with suppress(ArtifactError, AttributeError):  # damaged, or of an earlier version, which did not say it
+                found.append(sorted(dict(self.made_by.items() - load(path).get("made_by").items())))
+        return min(found, key=len, default=[])
 
     @property
     def is_there(self) -> bool:

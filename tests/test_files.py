@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from mimu.runs.files import PARTIAL, Artifact, ArtifactError, Log, locked, one_l
 
 TINY = ("sweep.kappa=[auto, 20]", "gcn.steps=2", "eval.methods=[original, mimu, retrain]", "sweep.forget_digits=[3]")
 MADE = ("checkpoints", "datasets/Graphs", "eval", "reports")  # the folders that a run makes where there is only data
-MADE_BY = files.digest({"settings": {"seed": 0}, "code": {"model.py": "a"}})
+MADE_BY = {"seed": "0", "code": "a"}
 
 
 class Watched:
@@ -203,7 +204,11 @@ def test_another_content_is_refused_and_no_code_is_run(tmp_path):
     torch.save({"a": torch.ones(3)}, tmp_path / "bare.pt")
     files.save(tmp_path / "changed.json", {"a": 96.9})
     write_text(tmp_path / "changed.json", (tmp_path / "changed.json").read_text().replace("96.9", "12.5"))
+    forged = {"a": math.nan}
+    checksum = hashlib.sha256(json.dumps(forged).encode()).hexdigest()
+    write_text(tmp_path / "forged.json", json.dumps(forged | {"checksum": checksum}))
     for name, why in (
+        ("forged.json", "is damaged or something else .Out of range float values are not JSON compliant"),
         ("evil.pt", "is damaged or something else .Weights only load failed"),
         ("list.pt", "is damaged or something else .it holds a list"),
         ("bare.pt", "is damaged or something else .it does not match its checksum"),
@@ -219,7 +224,7 @@ def test_another_content_is_refused_and_no_code_is_run(tmp_path):
 def test_an_artifact_is_there_where_it_is_whole_and_made_by_the_same_and_is_read_once(tmp_path, monkeypatch):
     path, seen, reads = tmp_path / "file.json", {}, []
     monkeypatch.setattr(files, "load", lambda path, load=files.load: reads.append(path) or load(path))
-    ours, other = (Artifact(path, made_by, seen) for made_by in (MADE_BY, files.digest({"settings": {"seed": 1}})))
+    ours, other = (Artifact(path, made_by, seen) for made_by in (MADE_BY, MADE_BY | {"seed": "1"}))
     assert not ours.is_there and reads == []
     ours.save({"a": 1})
     assert [ours.is_there, Artifact(path, MADE_BY, seen).is_there, other.is_there] == [True, True, False]

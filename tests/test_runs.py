@@ -1,5 +1,6 @@
 """Whole runs of the smoke config: what they leave, what of it the next one takes, and the examples of the README."""
 
+import io
 import json
 import re
 import shutil
@@ -44,7 +45,7 @@ def there(folder: Path, *overrides: str) -> dict[str, int]:
     made = main.Files(folder)
     (training,) = main.trainings_of(smoke(*TINY, *overrides))
     counts = {name: int(artifact.is_there) for name, artifact in made.of_training(training).items()}
-    return counts | {"experiments": sum(file.is_there for file in made.experiments(training, [3]))}
+    return counts | {"experiments": sum(file.is_there for file in made.every(training, 3)) - sum(counts.values())}
 
 
 def test_the_whole_path_leaves_its_artifacts_and_clean_removes_them_alone(clone):
@@ -73,7 +74,21 @@ def test_the_whole_path_leaves_its_artifacts_and_clean_removes_them_alone(clone)
     assert {path.read_text() for path in own} == {"mine"}
 
 
-def test_a_change_makes_anew_what_depends_on_it_and_nothing_else(here, monkeypatch):
+def said_of(folder: Path, capsys, *overrides: str) -> str:
+    """What `--dry-run` says."""
+    capsys.readouterr()
+    main.dry_run(smoke(*TINY, *overrides), folder)
+    return capsys.readouterr().out
+
+
+def without_seconds(path: Path) -> bytes:
+    """What a file holds but for what varies from run to run."""
+    content = io.BytesIO()
+    torch.save(run_files.load(path) | {"seconds": 0}, content)
+    return content.getvalue()
+
+
+def test_a_change_makes_anew_what_depends_on_it_and_nothing_else_and_a_dry_run_says_why(here, monkeypatch, capsys):
     names = ["classifier", "graphs", "gcn", "experiments"]
     assert there(here) == dict.fromkeys(names, 0)
     run_here(here, *TINY)
@@ -91,6 +106,10 @@ def test_a_change_makes_anew_what_depends_on_it_and_nothing_else(here, monkeypat
         for setting in settings:
             assert there(here, setting) == finished | dict.fromkeys(names[first:], 0), setting
     assert there(here, "sweep.kappa=[20, 30]")["experiments"] == 2
+    for setting, why in (("threads=2", "0 of 5 files are there; made with other threads: 5"),
+                         ("gcn.steps=13", "2 of 5 files are there; made with other gcn: 3"),
+                         ("sweep.kappa=[20, 30]", "5 of 7 files are there")):  # fmt: skip
+        assert said_of(here, capsys, setting) == f"seed 0, top-K 128: {why}\n"
 
     sources = copy_to(here / "sources", *TRACKED)
     monkeypatch.setattr(main, "PACKAGE", sources)
@@ -101,14 +120,14 @@ def test_a_change_makes_anew_what_depends_on_it_and_nothing_else(here, monkeypat
             source = (sources / file).read_text() if (sources / file).exists() else ""
             (sources / file).write_text(f"{source}# a remark\n")
             assert there(here) == finished | dict.fromkeys(names[first:], 0), file
+            assert ("made with other code" in said_of(here, capsys)) == (first < 4)
             (sources / file).write_text(source) if source else (sources / file).unlink()
     monkeypatch.setattr(main, "checksum", lambda *arguments: "other")
-    assert there(here) == dict.fromkeys(names, 0)
+    assert there(here) == dict.fromkeys(names, 0) and "made with other data: 5" in said_of(here, capsys)
 
 
 def test_a_finished_run_computes_nothing_again_and_what_is_missing_or_damaged_is_made_again(here, capsys, monkeypatch):
-    main.dry_run(smoke(*TINY), here)
-    assert capsys.readouterr().out == "seed 0, top-K 128: 0 of 5 files are there\n"
+    assert said_of(here, capsys) == "seed 0, top-K 128: 0 of 5 files are there\n"
     assert [path.name for path in here.iterdir()] == ["datasets"]
     run_here(here, *TINY)
     expected, before = metrics(here), files(here)
@@ -127,16 +146,24 @@ def test_a_finished_run_computes_nothing_again_and_what_is_missing_or_damaged_is
     damages = [partial(path.write_text, changed), path.unlink, partial(path.write_bytes, b"{")]
     for damage in damages + [partial(run_files.save, path, {"made_by": each}) for each in (None, "other")]:
         damage()
-        with pytest.raises(DataError, match="nothing of this config is finished: run it first"):
+        with pytest.raises(DataError, match="run it first, or .* missing: seed_0_digit_3_top_k_128_kappa_20_fixed$"):
             main.plot(smoke(*TINY), here)
         run_here(here, *TINY)
         assert metrics(here) == expected
-    for name in ("classifier", "gcn"):
-        (path,) = here.glob(f"checkpoints/{name}_*")
-        path.write_bytes(path.read_bytes()[:-1] + b"x")
-        shutil.rmtree(here / "eval")
-        run_here(here, *TINY)
-        assert metrics(here) == expected
+    for pattern in ("checkpoints/classifier_*", "checkpoints/gcn_*", "datasets/Graphs/*"):
+        (path,) = here.glob(pattern)
+        whole, stand = without_seconds(path), files(here / "eval")
+        for experiments in (stand, {}):
+            if not experiments:
+                shutil.rmtree(here / "eval")
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+            assert f"{path}: is damaged or something else (it does not match its checksum)\n" in said_of(here, capsys)
+            run_here(here, *TINY)
+            assert without_seconds(path) == whole and files(here / "eval").items() >= experiments.items()
+            assert metrics(here) == expected
+    unneeded = here / "checkpoints" / "gcn_seed_7_00000000.pt"
+    run_files.write_text(unneeded, "cut short")
+    assert said_of(here, capsys).startswith(f"{unneeded}: is damaged")
     reads, load = Counter(), run_files.load
     monkeypatch.setattr(run_files, "load", lambda path: reads.update([path]) or load(path))
     run_here(here, *TINY)
@@ -239,6 +266,9 @@ def test_reports_are_drawn_anew_from_the_json_alone(here, monkeypatch):
     shutil.rmtree(here / "checkpoints")
     main.plot(smoke(*settings), here)
     assert {path.name: path.read_bytes() for path in reports.iterdir()} == before
+    names = [f"seed_0_digit_{digit}_top_k_128_kappa_{kappa}" for digit, kappa in ((3, 30), (4, 20), (4, 30))]
+    with pytest.raises(DataError, match=f"run it first, or leave out what is missing: {'_fixed, '.join(names)}_fixed$"):
+        main.plot(smoke(*settings, "sweep.forget_digits=[3, 4]", "sweep.kappa=[20, 30]"), here)
 
 
 def insert(path: Path, text: str, before: str, below: str = "") -> None:
