@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="main.py",
         description="Trains a classifier, makes it forget classes by masks of its weights, scores and plots it all.",
-        epilog="for example: main.py sweep.forget_digits=[3] 'sweep.kappa=[100, 300]' gcn.steps=200",
+        epilog="for example: main.py 'sweep.forget_digits=[3]' 'sweep.kappa=[100, 300]' gcn.steps=200",
     )
     path = PACKAGE / "configs" / "config.yaml"
     about = "a YAML file with what it changes of configs/config.yaml, where every setting is explained"
@@ -35,13 +36,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_intermixed_args(arguments)
 
 
+def stop(number: int, frame: object) -> None:
+    """Ends a run on a signal as Ctrl-C does."""
+    raise KeyboardInterrupt(number)
+
+
 def run_command(
     start: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None = None, root: Path = ROOT
 ) -> int:
     """Calls `start` with the parsed arguments, and returns the exit status.
 
     0: all is done; 2: something that the user can mend, such as a setting, a file, a full disk; 1: any other error;
-    130: stopped by Ctrl-C. What nobody expected leaves its traceback in `reports/run.log`.
+    130: stopped by Ctrl-C; 143: by SIGTERM. What nobody expected leaves its traceback in `reports/run.log`.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # where the shell has closed them, Python has none
     sys.stderr = sys.stderr or open(os.devnull, "w")
@@ -49,6 +55,7 @@ def run_command(
         stream.reconfigure(errors="backslashreplace")  # a sign that a terminal cannot show is no reason to end
     parsed = parse_arguments(arguments)
     note = ""
+    signal.signal(signal.SIGTERM, stop)
     try:
         start(parsed)
         sys.stdout.flush()
@@ -56,13 +63,14 @@ def run_command(
     except BrokenPipeError:  # of `main.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as stopped:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends one behind a Ctrl-C
+        status = 128 + (stopped.args or [signal.SIGINT])[0]
         again = "the same command without --fresh" if parsed.fresh else "the same command"
         note = line = f"stopped: all that is finished stays, and {again} goes on from there"
     except Exception as error:
         if parsed.debug:
-            raise
+            traceback.print_exc()
         status = 2
         if isinstance(error, InputError):
             line = f"error: {error}"[:2000]

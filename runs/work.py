@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -27,11 +28,16 @@ class Processes:
         self.count = 1
         self._store: dist.Store = dist.HashStore()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            forever = datetime.timedelta(days=365)  # torchrun ends the others when one has failed
-            self._store, self.rank, self.count = next(dist.rendezvous("env://", timeout=forever))
-            self._store.set_timeout(forever)
+            limit = datetime.timedelta(minutes=5)  # torchrun may have been killed meanwhile
+            self._store, self.rank, self.count = next(dist.rendezvous("env://", timeout=limit))
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+    def _wait_for(self, key: str) -> bytes:
+        """What another process stores by this key; waits in Python, since no signal ends the wait of a store."""
+        while not self._store.check([key]):
+            time.sleep(0.02)
+        return self._store.get(key)
 
     def take(self, tasks: Sequence[Any]) -> Iterator[Any]:
         """The next task that no process has taken, until there is none; once a run."""
@@ -43,7 +49,7 @@ class Processes:
         if self.rank == 0:
             begin()
             self._store.set("begun", "")
-        self._store.get("begun")
+        self._wait_for("begun")
 
     def once(self, name: str, make: Callable[[], None]) -> None:
         """Calls it in the process that asks first by this name; the others wait until it has returned.
@@ -53,14 +59,14 @@ class Processes:
         if self._store.add(f"asked for {name}", 1) == 1:
             make()
             self._store.set(f"{name} is made", "")
-        self._store.get(f"{name} is made")
+        self._wait_for(f"{name} is made")
 
     def gathered(self, value: Any) -> list[Any]:
         """The values (as JSON holds them) of all processes in order, once a run, at the first one; else nothing."""
         if self.rank > 0:
             self._store.set(f"value of {self.rank}", json.dumps(value))
             return []
-        return [value] + [json.loads(self._store.get(f"value of {rank}")) for rank in range(1, self.count)]
+        return [value] + [json.loads(self._wait_for(f"value of {rank}")) for rank in range(1, self.count)]
 
 
 def how_many(artifacts: Sequence[Artifact]) -> str:

@@ -1,12 +1,14 @@
 """Errors are one line and an exit status; a run can be stopped; processes share what is to do and fail together."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +38,11 @@ def ended(root: Path, capsys, error: BaseException, *options: str) -> tuple[int,
         raise error
 
     status = run_command(start, options, root)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of the tests themselves
     out, line = capsys.readouterr()
+    if "--debug" in options:
+        traceback, _, line = line.rpartition(f"{type(error).__name__}: {error}\n")
+        assert "Traceback (most recent call last)" in traceback and "raise error" in traceback
     assert out == "" and len(line.strip().splitlines()) == 1
     return status, line
 
@@ -58,8 +64,8 @@ def test_every_error_is_one_line(tmp_path, capsys, error, status, line):
     assert status == 2 or "Traceback (most recent call last)" in log.read_text()
     returned, said = ended(tmp_path / "dry", capsys, error, "--dry-run")
     assert returned == status and said.startswith(line) and not (tmp_path / "dry").exists()
-    with pytest.raises(type(error)):
-        ended(tmp_path, capsys, error, "--debug")
+    returned, said = ended(tmp_path, capsys, error, "--debug")
+    assert returned == status and said.startswith(line)
     (tmp_path / "file").write_text("where a folder should be, so that no log can be written")
     assert ended(tmp_path / "file", capsys, error)[0] == status
 
@@ -77,16 +83,44 @@ def script(start: str, before: str = "") -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_a_stopped_run_says_how_to_go_on(tmp_path, capsys):
-    heeding = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # in the background, shells ignore it
-    command = [*script("print('working', flush=True); time.sleep(60)", heeding), str(tmp_path), "--fresh"]
-    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "working\n"
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+HEEDING = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # in the background, shells ignore it
+# The second of two processes, whose first one has not begun.
+SECOND = f"""{HEEDING}
+import os; os.environ['WORLD_SIZE'] = '2'
+import torch.distributed as dist; dist.rendezvous = lambda url, timeout: iter([(dist.HashStore(), 1, 2)])
+from mimu.runs.work import Processes
+"""
+SLEEPING, WAITING = "time.sleep(60)", "Processes().first(print)"
+STOPS = [(HEEDING, SLEEPING, signal.SIGINT, 130), (HEEDING, SLEEPING, signal.SIGTERM, 143),
+         (SECOND, WAITING, signal.SIGINT, 130), (SECOND, WAITING, signal.SIGTERM, 143)]  # fmt: skip
+
+
+def stopped(command: list[str], number: signal.Signals, **environment: str) -> tuple[int, str]:
+    """The status of a process that gets a signal as soon as it says that it is working, and what it says then."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | environment}
+    process = subprocess.Popen(command, cwd=PROJECT, text=True, **pipes)
+    try:
+        assert process.stdout.readline() == "working\n"
+        time.sleep(0.3)  # it waits by then
+        process.send_signal(number)
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    return process.returncode, said.strip()
+
+
+@pytest.mark.parametrize("before, wait, number, status", STOPS)
+def test_a_stopped_run_says_how_to_go_on(tmp_path, before, wait, number, status):
+    command = [*script(f"print('working', flush=True); {wait}", before), str(tmp_path), "--fresh"]
     expected = STOPPED.replace("command", "command without --fresh")
-    assert process.returncode == 130 and said.strip() == expected
+    assert stopped(command, number) == (status, expected)
     assert expected in (tmp_path / "reports" / "run.log").read_text()
+
+
+def test_a_run_that_is_stopped_while_pytorch_is_imported_ends_in_one_line(tmp_path, capsys):
+    (tmp_path / "torch.py").write_text(f"import signal, time; {HEEDING}; print('working', flush=True); time.sleep(60)")
+    command = [sys.executable, "main.py", "--dry-run"]
+    assert stopped(command, signal.SIGINT, PYTHONPATH=str(tmp_path)) == (130, STOPPED)
     assert ended(tmp_path / "dry", capsys, KeyboardInterrupt(), "--dry-run") == (130, f"{STOPPED}\n")
     assert not (tmp_path / "dry").exists()
 
@@ -120,6 +154,8 @@ def test_help_waits_for_no_library_and_shows_every_option():
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=PROJECT, capture_output=True, text=True)
     options = ("--config", "--plot-only", "--dry-run", "--fresh", "--debug", "section.key=value")
     assert done.returncode == 0 and all(option in done.stdout for option in options)
+    _, _, example = done.stdout.partition("for example:")
+    assert "[" in example and "[" not in re.sub("'[^']*'", "", example), "zsh reads brackets that are not quoted"
 
 
 @pytest.mark.parametrize("options", [("--plot-only", "--fresh"), ("--dry-run", "--fresh"), ("--fast",)])
@@ -135,11 +171,14 @@ def three(monkeypatch) -> list[Processes]:
     store, ranks = dist.HashStore(), iter(range(3))
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: iter([(store, next(ranks), 3)]))
-    processes = [Processes() for _ in range(3)]
-    for each in processes:
-        each._store.set_timeout(timedelta(seconds=20))
-    return processes
+
+    def rendezvous(url: str, timeout: timedelta) -> Iterator[tuple[dist.Store, int, int]]:
+        assert timeout <= timedelta(minutes=10), "those whose launcher is dead are to end"
+        store.set_timeout(timedelta(milliseconds=10))  # work may take longer than that
+        return iter([(store, next(ranks), 3)])
+
+    monkeypatch.setattr(dist, "rendezvous", rendezvous)
+    return [Processes() for _ in range(3)]
 
 
 def test_every_task_is_taken_once_after_the_beginning_and_all_is_gathered_in_order(three):
