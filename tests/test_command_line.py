@@ -90,9 +90,12 @@ import os; os.environ['WORLD_SIZE'] = '2'
 import torch.distributed as dist; dist.rendezvous = lambda url, timeout: iter([(dist.HashStore(), 1, 2)])
 from mimu.runs.work import Processes
 """
-SLEEPING, WAITING = "time.sleep(60)", "Processes().first(print)"
-STOPS = [(HEEDING, SLEEPING, signal.SIGINT, 130), (HEEDING, SLEEPING, signal.SIGTERM, 143),
-         (SECOND, WAITING, signal.SIGINT, 130), (SECOND, WAITING, signal.SIGTERM, 143)]  # fmt: skip
+SLEEPS = (HEEDING, "time.sleep(60)")
+STOPS = [
+    (*SLEEPS, signal.SIGINT, 130),
+    (*SLEEPS, signal.SIGTERM, 143),
+    (SECOND, "Processes().first(print)", signal.SIGTERM, 143),
+]
 
 
 def stopped(command: list[str], number: signal.Signals, **environment: str) -> tuple[int, str]:
