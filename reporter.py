@@ -353,7 +353,7 @@ class Reporter:
         """
         plt.xlabel("weights zeroed, kappa")
         plt.xscale("log")
-        plt.xticks(x, map(str, x))
+        plt.xticks(x, map(str, x), fontsize=8)
         plt.minorticks_off()
         curves = {name: self.curve(Column((evaluation, metric)), name) for name in self.methods}
         constant = [name for name in self.methods if len(set(curves[name])) == 1]
@@ -379,7 +379,7 @@ class Reporter:
     @contextmanager
     def _figure(self, name: str, y_label: str, is_zoomed: bool = False, panels: int = 1) -> Iterator[None]:
         """A figure: lines plotted while the context is open are in it; zoomed, its y axis ends where most marks are."""
-        size = (3 + 4.5 * panels, max(4, 0.8 + 0.2 * len(self.methods)))
+        size = (3 + 5 * panels, max(4, 0.8 + 0.2 * len(self.methods)))
         figure = plt.figure(figsize=size, layout="constrained")
         by_hand = cycler(color=FREE_COLORS[::-1], marker=list(MARKERS[: len(FREE_COLORS)]))
         with plt.rc_context({"axes.prop_cycle": by_hand}):
