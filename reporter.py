@@ -153,7 +153,7 @@ class Reporter:
     Curves run over the fixed kappas and mark `auto`, the kappa chosen for each request; tables show both. A new plot is
     a `draw_*` method that `plot` calls: whatever `plt` draws within `self._figure` is in it. For every method and
     metric there is a getter with one value per fixed kappa, for instance `get_sft_unlearning_forget_set_score()`.
-    A model that is scored by hand is in all curves, in the summary and in the tables of scores, not in class
+    A model that is scored by hand is in all curves, the summary, the trade-off and the tables of scores, not in class
     probabilities, audits, mask efficacy and seconds.
 
     metrics: JSON files of the experiments; folder: where the figures and `summary.md` go
@@ -382,13 +382,11 @@ class Reporter:
         size = (3 + 5 * panels, max(4, 0.8 + 0.2 * len(self.methods)))
         figure = plt.figure(figsize=size, layout="constrained")
         by_hand = cycler(color=FREE_COLORS[::-1], marker=list(MARKERS[: len(FREE_COLORS)]))
-        with plt.rc_context({"axes.prop_cycle": by_hand}):
+        with plt.rc_context({"axes.prop_cycle": by_hand, "axes.grid": True, "grid.alpha": 0.3}):
             yield
         axes = figure.axes[0]
         axes.set_ylabel(y_label)
         axes.set_title(title([self]), fontsize=9)
-        for each in figure.axes:
-            each.grid(alpha=0.3)
         if is_zoomed:
             low, high = axes.set_ylim(frame(np.concatenate([line.get_ydata() for line in axes.lines])))
             curves = [line for line in axes.lines if line.get_label() != "kappa auto"]
