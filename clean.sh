@@ -19,7 +19,7 @@ rm -rf "eval/Metrics and Plots/plots"/seed_[0-9]*_digit_*
 for folder in reports reports/{,variants/*/}top_k_[0-9]* reports/variants/*; do
     for format in png pdf svg; do
         rm -f "$folder"/{{loss,score}_{forget,retain}_set,probability_on_forget_class,summary}."$format"
-        rm -f "$folder"/{audits,frontier,masks,trade_off,variants}."$format"
+        rm -f "$folder"/{audits,frontier,mask_efficacy,masks,trade_off,variants}."$format"
     done
     rm -f "$folder"/{summary.md,variants.md,run.json,run.log,benchmark.json}
 done

@@ -17,26 +17,26 @@ from typing import Annotated, Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import cycler
 from matplotlib.figure import Figure
 
 from mimu.runs.files import write_text, written_whole
 
-# A line for every group of methods (dashed: references, dotted: methods that train, with dashes: projections), a colour
-# for every method: hues of Okabe and Ito's palette, which colour-blind readers can tell apart, and shades of them.
-# Markers are given in turn.
-FAMILIES = (
-    ("--", {"original": "#000000", "retrain": "#009E73", "retrain_again": "#7FD4B9"}),
-    ("-", {"mimu": "#0072B2", "random": "#7F7F7F", "magnitude": "#BCBD22", "optimised_mask": "#332288"}),
-    ("-", {"saliency": "#CC79A7", "first_order": "#E8BFD6", "saliency_contrast": "#9A4F7C"}),
-    ("-", {"output_row": "#E69F00", "logit_removed": "#F0C75E"}),
-    (":", {"sft": "#D55E00", "random_labels": "#F2A46B", "salun": "#8F3F00"}),
-    (":", {"fine_tune": "#8C564B", "gradient_ascent": "#C49C94", "neg_grad_plus": "#5A2E26", "delete": "#B8860B"}),
-    (":", {"ssd": "#7E4FA8", "scrub": "#BC8FDB", "bad_teacher": "#4B2A6B", "unsir": "#AA4499"}),
-    ("-.", {"damp": "#2E8B57", "svd": "#6B8E23", "esc": "#B22222", "pour": "#4682B4", "erase": "#DC267F"}),
-)
+# A colour for every method: hues of Okabe and Ito's palette, which colour-blind readers can tell apart, and shades of
+# them for methods of one group. Markers are given in turn.
+COLORS = {
+    "original": "#000000", "retrain": "#009E73", "retrain_again": "#7FD4B9", "mimu": "#0072B2", "random": "#7F7F7F",
+    "magnitude": "#BCBD22", "optimised_mask": "#332288", "saliency": "#CC79A7", "first_order": "#E8BFD6",
+    "saliency_contrast": "#9A4F7C", "output_row": "#E69F00", "logit_removed": "#F0C75E", "sft": "#D55E00",
+    "random_labels": "#F2A46B", "salun": "#8F3F00", "fine_tune": "#8C564B", "gradient_ascent": "#C49C94",
+    "neg_grad_plus": "#5A2E26", "delete": "#B8860B", "ssd": "#7E4FA8", "scrub": "#BC8FDB", "bad_teacher": "#4B2A6B",
+    "unsir": "#AA4499", "damp": "#2E8B57", "svd": "#6B8E23", "esc": "#B22222", "pour": "#4682B4", "erase": "#DC267F",
+}  # fmt: skip
 FORMATS = ("png", "pdf", "svg")
-FREE_COLORS = ("#17BECF", "#56B4E9", "#F0E442", "#882255", "#117733", "#44AA99")
+FREE_COLORS = ("#17BECF", "#F0E442", "#56B4E9", "#44AA99", "#117733", "#882255")  # lines by hand: from the last on
 MARKERS = "D*pov^<sPXdh>"
+DASHES = 14.0  # the period of dashed lines, in units of their width
+FORGOTTEN = 5.0  # percent: marks with at most that forget score are enlarged in the summary
 
 # How many weights are zeroed; auto: as was chosen for each request; None: what a reporter reports first.
 Kappa = int | Literal["auto"] | None
@@ -95,16 +95,10 @@ EFFICACY = [replace(of, keys=(KEPT, of.keys[1]), spec=".3f") for of in (FORGET_S
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """How each method is drawn, in every plot alike; those of no family take free colours in turn."""
-    styles: dict[str, dict[str, Any]] = {}
-    for line, colors in FAMILIES:
-        styles |= {name: {"color": color, "linestyle": line} for name, color in colors.items()}
-    free = [name for name in dict.fromkeys(methods) if name not in styles]
-    styles |= {name: {"color": color} for name, color in zip(free, cycle(FREE_COLORS))}
-    for style, marker in zip(styles.values(), cycle(MARKERS)):
-        style["marker"] = marker
-    styles["mimu"]["zorder"] = 3  # above those that do as well
-    return styles
+    """How each method is drawn, in every plot alike; those without a colour take free ones in turn."""
+    free = [name for name in dict.fromkeys(methods) if name not in COLORS]
+    colors = COLORS | dict(zip(free, cycle(FREE_COLORS)))
+    return {name: {"color": colors[name], "marker": marker} for name, marker in zip(colors, cycle(MARKERS))}
 
 
 @dataclass(frozen=True)
@@ -129,6 +123,18 @@ def title(reporters: Iterable[Reporter]) -> str:
     return textwrap.fill(", ".join(" / ".join(dict.fromkeys(values)) for values in parts), 90)
 
 
+def frame(numbers: np.ndarray) -> tuple[float, float]:
+    """Where an axis ends that shows those within Tukey's fences, 1.5 times the quartiles' distance beyond them."""
+    numbers = numbers[np.isfinite(numbers)]
+    if not len(numbers):
+        return 0.0, 1.0
+    first, third = np.quantile(numbers, (0.25, 0.75))
+    reach = 2 * (third - first) or math.inf  # from the middle between the quartiles
+    within = numbers[np.abs(numbers - (first + third) / 2) <= reach]
+    margin = 0.08 * np.ptp(within) + 1e-3
+    return within.min() - margin, within.max() + margin
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> str:
     """A Markdown table; the first `texts` columns are text, the others are numbers."""
     cells = [list(map(str, row)) for row in (header, *rows)]
@@ -147,6 +153,8 @@ class Reporter:
     Curves run over the fixed kappas and mark `auto`, the kappa chosen for each request; tables show both. A new plot is
     a `draw_*` method that `plot` calls: whatever `plt` draws within `self._figure` is in it. For every method and
     metric there is a getter with one value per fixed kappa, for instance `get_sft_unlearning_forget_set_score()`.
+    A model that is scored by hand is in all curves, the summary, the trade-off and the tables of scores, not in class
+    probabilities, audits, mask efficacy and seconds.
 
     metrics: JSON files of the experiments; folder: where the figures and `summary.md` go
     retrained: the experiments, by seed and digit, whose retrained classifier gaps are measured against
@@ -192,7 +200,7 @@ class Reporter:
 
     def draw_loss_curves_on_forget_set(self) -> None:
         x = self.kappas
-        with self._figure("loss_forget_set.png", "cross entropy on the forget set (nats)"):
+        with self._figure("loss_forget_set.png", "cross entropy on the forget set (nats)", is_zoomed=True):
             self._plot_methods(x, FORGET, "loss")
 
     def draw_score_curves_on_forget_set(self) -> None:
@@ -216,14 +224,23 @@ class Reporter:
             self._plot_methods(x, FORGET, "probability")
 
     def draw_summary(self) -> None:
-        """Forget score against retain score, a mark per method and kappa: where the retrained one stands is the aim."""
-        with self._figure("summary.png", "score on the retain set (%)", is_zoomed=True):
-            plt.xlabel("score on the forget set (%), a mark for each kappa")
-            for name in self.methods:
-                x = self.curve(FORGET_SCORE, name)
-                y = self.curve(RETAIN_SCORE, name)
-                plt.plot(x, y, label=name, markersize=13 if name == "retrain" else 6, **self.styles[name])
-            self._mark_auto(FORGET_SCORE, RETAIN_SCORE)
+        """Forget score against retain score, a mark per method and kappa; on the right those near retraining."""
+        with self._figure("summary.png", "score on the retain set (%)", panels=2):
+            for panel in (1, 2):
+                axes = plt.subplot(1, 2, panel)
+                plt.xlabel("score on the forget set (%), a mark for each kappa")
+                for rank, name in enumerate(self.methods):
+                    x, y = self.curve(FORGET_SCORE, name), self.curve(RETAIN_SCORE, name)
+                    marks = {"markersize": 8 - 4 * rank / len(self.methods)}  # smaller ones are seen on larger ones
+                    star = {"markersize": 16, "fillstyle": "none", "zorder": 4} if name == "retrain" else {}
+                    plt.plot(x, y, label=name, **self.styles[name] | marks | star)
+                self._mark_auto(FORGET_SCORE, RETAIN_SCORE)
+            x, y = np.unique(np.concatenate([line.get_xydata() for line in axes.lines]), axis=0).T
+            forgotten = (x <= FORGOTTEN) & np.isfinite(y)
+            if forgotten.any():
+                plt.xlim(np.multiply((-0.05, 1.05), max(0.1, x[forgotten].max())))
+                plt.ylim(frame(y[forgotten]))
+            plt.title(f"enlarged: most marks of a forget score of at most {FORGOTTEN:g} %", fontsize=9)
 
     def __getattr__(self, name: str) -> Callable[[], list[float]]:
         getter = re.fullmatch(r"get_(.+)_unlearning_(forget|retain)_set_(loss|score|probability)", name)
@@ -330,38 +347,54 @@ class Reporter:
         return markdown_table(["method", "kappa", *(column.name for column in columns)], rows)
 
     def _plot_methods(self, x: Sequence[int], evaluation: str, metric: str) -> None:
+        """A curve for every method, a dashed line where kappa changes nothing.
+
+        Where they coincide all are seen: later curves are thinner, later lines have shorter dashes.
+        """
         plt.xlabel("weights zeroed, kappa")
         plt.xscale("log")
-        plt.xticks(x, map(str, x))
+        plt.xticks(x, map(str, x), fontsize=8)
         plt.minorticks_off()
-        column = Column((evaluation, metric))
-        for name in self.methods:
-            plt.plot(x, self.curve(column, name), label=name, markersize=5, **self.styles[name])
-        self._mark_auto(ZEROED, column)
+        curves = {name: self.curve(Column((evaluation, metric)), name) for name in self.methods}
+        constant = [name for name in self.methods if len(set(curves[name])) == 1]
+        level = [name for name in self.styles if name in constant and self.curve(ZEROED, name) != self.kappas]
+        for rank, (name, y) in enumerate(curves.items()):
+            if name in level:
+                gap = DASHES * (level.index(name) + 1) / (len(level) + 1)
+                line = {"linestyle": (0, (DASHES - gap, gap)), "linewidth": 1.8, "zorder": 3 + gap / DASHES}
+                plt.axhline(y[0], label=name, color=self.styles[name]["color"], **line)
+            else:
+                wide = 1 - rank / len(curves)
+                plt.plot(x, y, label=name, linewidth=1.2 + 2.5 * wide, markersize=4 + 4 * wide, **self.styles[name])
+        self._mark_auto(ZEROED, Column((evaluation, metric)))
 
     def _mark_auto(self, x: Column, y: Column) -> None:
-        """A ring where mimu stands with the kappa that is chosen for each request."""
-        if self.has_auto and "mimu" in self.methods:
-            ring = {"markerfacecolor": "none", "markersize": 12, "markeredgewidth": 1.5, "linestyle": "none"}
-            style = self.styles["mimu"] | ring | {"label": "mimu, kappa auto", "zorder": 4}
-            plt.plot(self.mean(x, "mimu", "auto"), self.mean(y, "mimu", "auto"), **style)
+        """A ring where each method stands that chooses a kappa of its own for each request."""
+        own = next(iter(self.found["auto"].values()))["gave_up"] if self.has_auto else ()
+        for name in own:
+            ring = {"marker": "o", "fillstyle": "none", "markersize": 12, "markeredgewidth": 1.5, "linestyle": "none"}
+            ring |= {"color": self.styles[name]["color"], "label": "kappa auto", "zorder": 5}
+            plt.plot(self.mean(x, name, "auto"), self.mean(y, name, "auto"), **ring)
 
     @contextmanager
-    def _figure(self, name: str, y_label: str, is_zoomed: bool = False) -> Iterator[None]:
+    def _figure(self, name: str, y_label: str, is_zoomed: bool = False, panels: int = 1) -> Iterator[None]:
         """A figure: lines plotted while the context is open are in it; zoomed, its y axis ends where most marks are."""
-        rows_of_legend = -(-len(self.methods) // 4)
-        figure = plt.figure(figsize=(6.5, 4 + 0.2 * rows_of_legend), layout="constrained")
-        yield
-        plt.ylabel(y_label)
-        plt.title(title([self]), fontsize=9)
-        plt.grid(alpha=0.3)
+        size = (3 + 5 * panels, max(4, 0.8 + 0.2 * len(self.methods)))
+        figure = plt.figure(figsize=size, layout="constrained")
+        by_hand = cycler(color=FREE_COLORS[::-1], marker=list(MARKERS[: len(FREE_COLORS)]))
+        with plt.rc_context({"axes.prop_cycle": by_hand, "axes.grid": True, "grid.alpha": 0.3}):
+            yield
+        axes = figure.axes[0]
+        axes.set_ylabel(y_label)
+        axes.set_title(title([self]), fontsize=9)
         if is_zoomed:
-            # Marks beyond Tukey's fences, 1.5 times the distance of the quartiles beyond them, are not in the frame.
-            drawn = np.concatenate([line.get_ydata() for line in plt.gca().lines])
-            first, third = np.nanquantile(drawn, (0.25, 0.75))
-            reach = 1.5 * (third - first)
-            low, high = plt.ylim()
-            if reach > 0:
-                plt.ylim(max(low, first - reach), min(high, third + reach))
-        figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+            low, high = axes.set_ylim(frame(np.concatenate([line.get_ydata() for line in axes.lines])))
+            curves = [line for line in axes.lines if line.get_label() != "kappa auto"]
+            heights = {line.get_label(): np.array(line.get_ydata()) for line in curves}
+            outside = [f"{each} {y.mean():.4g}" for each, y in heights.items() if np.all((y < low) | (y > high))]
+            note = textwrap.fill(f"outside the frame (mean): {', '.join(outside)}", 90)
+            axes.set_xlabel(f"{axes.get_xlabel()}\n{note}" if outside else axes.get_xlabel())
+        lines, names = plt.gca().get_legend_handles_labels()
+        once = dict(zip(names, lines))
+        figure.legend(once.values(), once, loc="outside right upper", handlelength=2.8, frameon=False, fontsize=9)
         save_figure(figure, self.folder / name, self.config)

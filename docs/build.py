@@ -389,17 +389,21 @@ def draw_few(table: str) -> None:
     for method, style in method_styles(methods).items():
         if method not in methods:
             continue
+        axes.plot([], [], label=method, **style)
         gaps = [figure_of(variant, method, RETAIN_GAP.name) for variant in SAMPLES.values()]
         axes.plot(list(SAMPLES), gaps, **style | {"marker": ""})
         for (count, variant), gap in zip(SAMPLES.items(), gaps):
             fill = "none" if figure_of(variant, method, FORGET_SCORE.name) > 1 else "full"
-            label = method if count == max(SAMPLES) else None
-            axes.plot(count, gap, **style | {"linestyle": "none", "fillstyle": fill, "label": label})
-    axes.set(xscale="log", xlabel="samples of every class (hollow: over 1 % left)", ylabel=RETAIN_GAP.name)
+            axes.plot(count, gap, fillstyle=fill, **style)
+    axes.set(xscale="log", xlabel="samples of every class (hollow: over 1 % left)")
+    axes.set_yscale("symlog", linthresh=0.2)
+    axes.set_ylabel(f"{RETAIN_GAP.name}\n(symmetric log scale)")
+    axes.set_yticks((-1, -0.5, -0.2, -0.1, 0, 0.1, 0.2))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.axhline(0, color="0.6", linewidth=0.8, zorder=1)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(DOCS / "few.png", dpi=150)
 
 

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from mimu.reporter import FORMATS, Reporter, ReporterConfig
+from mimu.reporter import FORMATS, KEPT, Reporter, ReporterConfig, title
 from mimu.runs.files import slug
+from mimu.tables.experiment import draw_metrics
 from mimu.tables.pictures import Row, draw_masks, draw_scores
 from mimu.tables.retraining import audit_sections, draw_audits
 from mimu.tables.variants import compare
 
 FIGURES = (
     "loss_forget_set", "loss_retain_set", "score_forget_set", "score_retain_set", "probability_on_forget_class",
-    "summary", "trade_off", "masks", "audits", "variants", "frontier",
+    "summary", "mask_efficacy", "trade_off", "masks", "audits", "variants", "frontier",
 )  # fmt: skip
 REPORTS = ("summary.md", "variants.md", *map(".".join, product(FIGURES, FORMATS)))
 
@@ -64,6 +65,8 @@ def draw_alone(reporter: Reporter, with_curves: bool) -> None:
     if not with_curves:
         return reporter.write_summary(sections)
     reporter.plot(sections)
+    of_kept = f"{title([reporter])}, K = {reporter.experiments[0]['top_k']} weights kept (original: all)"
+    draw_metrics(reporter, "mask_efficacy.png", of_kept, KEPT)
     if reporter.retrained:
         rows = [Row(name, reporter, name) for name in reporter.methods]
         draw_scores(rows, reporter.folder / "trade_off.png", reporter.config)

@@ -1,4 +1,4 @@
-"""The five plots of one experiment, from its JSON alone."""
+"""The four plots of one experiment, from its JSON alone."""
 
 from collections.abc import Mapping
 from itertools import product
@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mimu.reporter import EFFICACY, FORGET, KEPT, METRICS, RETAIN, Reporter, ReporterConfig, save_figure, title
-from mimu.tables.pictures import Row, draw_matrix, draw_panels
+from mimu.reporter import EFFICACY, FORGET, METRICS, RETAIN, Reporter, ReporterConfig, save_figure, title
+from mimu.tables.pictures import Row, draw_matrix, draw_panels, symmetric_log
 
-PLOTS = ("unlearning", "performance_degradation", "mask_efficacy", "class_probabilities", "weights")
+PLOTS = ("unlearning", "performance_degradation", "class_probabilities", "weights")
 DRAWN_BY = (Path(__file__), Path(__file__).with_name("pictures.py"), Path(__file__).parents[1] / "reporter.py")
 
 
@@ -27,26 +27,29 @@ def draw(results: Mapping[str, Any], folder: Path, config: ReporterConfig) -> No
         return
     reporter = Reporter(config, [metrics], place)
     heading = f"{title([reporter])}, kappa = {reporter.kappa}"
-    of_kept = f"{title([reporter])}, K = {results['top_k']} weights kept (original: all)"
     draw_metrics(reporter, "unlearning", heading, FORGET)
     draw_metrics(reporter, "performance_degradation", heading, RETAIN)
-    draw_metrics(reporter, "mask_efficacy", of_kept, KEPT)
     draw_class_probabilities(reporter, heading)
     draw_weights(reporter, heading)
 
 
 def draw_metrics(reporter: Reporter, name: str, heading: str, evaluation: str) -> None:
-    """A panel for every metric of an evaluation, a mark for every method and its number beside it."""
+    """A panel for every metric of an evaluation, a mark for every method, its number at the right edge."""
     columns = [column for column in (*METRICS, *EFFICACY) if column.keys[0] == evaluation]
     methods = reporter.experiments[0][evaluation]
     figure, panels = draw_panels([Row(method, reporter, method) for method in methods], columns)
     figure.suptitle(heading, fontsize=9)
     for panel, column in zip(panels, columns):
-        panel.margins(x=0.25)  # room for the numbers
+        if column.keys[1] == "loss":
+            symmetric_log(panel, linear=10.0)
+        low, high = panel.get_xlim()
+        highest = {"score": 100.0, "probability": 1.0}.get(column.keys[1], high)
+        panel.set_xlim(max(low, 0.0), min(high, highest))
+        panel.axvline(reporter.mean(column, "retrain"), color="0.5", linewidth=0.8)
         for height, method in enumerate(methods):
-            number = reporter.mean(column, method)
-            place = {"textcoords": "offset points", "va": "center", "fontsize": 7}
-            panel.annotate(f"{round(number, 4):.3g}", (number, height), (8, 0), **place)
+            number = column.text([reporter.mean(column, method)])
+            place = {"xycoords": panel.get_yaxis_transform(), "xytext": (7, 0), "textcoords": "offset points"}
+            panel.annotate(number, (1, height), va="center", fontsize=7, **place)
     save_figure(figure, reporter.folder / name, reporter.config)
 
 
@@ -55,8 +58,8 @@ def draw_class_probabilities(reporter: Reporter, heading: str) -> None:
     probabilities = reporter.experiments[0]["class_probabilities"]
     classes = reporter.experiments[0]["class_names"]
     figure = Figure(figsize=(max(10, 0.65 * len(classes)), 1 + 0.25 * len(probabilities)), layout="constrained")
-    figure.suptitle(f"{heading}, forget set", fontsize=10)
     axes = figure.subplots()
+    axes.set_title(f"{heading}, forget set", fontsize=10)
     draw_matrix(axes, list(probabilities.values()), "mean probability", 1.0, ".2f")
     axes.set_xticks(range(len(classes)), classes, fontsize=8, rotation=90 if max(map(len, classes)) > 2 else 0)
     axes.set_yticks(range(len(probabilities)), probabilities)

@@ -39,7 +39,7 @@ def draw_panels(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[Figure,
     for panel, column in zip(panels, columns):
         for height, row in enumerate(rows):
             x = row.reporter.spread(column, row.method)
-            style = {"color": styles[row.method]["color"], "marker": styles[row.method]["marker"], "linestyle": "none"}
+            style = styles[row.method] | {"linestyle": "none", "clip_on": False}  # whole at the ends of the axis, too
             panel.plot(x, [height] * len(x), markersize=3, alpha=0.4, **style)
             panel.plot(fmean(x), height, markersize=7, **style)
         panel.set_xlabel(column.name, fontsize=9)
@@ -68,6 +68,7 @@ def symmetric_log(axes: Axes, linear: float) -> None:
         axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=(1, 3)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
+        axes.set_xlabel(f"{axes.get_xlabel()}\n(symmetric log scale)", fontsize=9)
 
 
 def draw_frontier(reporters: Sequence[Reporter], path: Path, config: ReporterConfig) -> None:
@@ -98,7 +99,8 @@ def draw_frontier(reporters: Sequence[Reporter], path: Path, config: ReporterCon
         axes.plot(hollow[:, 0], hollow[:, 1], **style | {"linestyle": "none", "fillstyle": "none"})
     axes.axhline(0, color="0.6", linewidth=0.8, zorder=1)
     axes.axvline(0, color="0.6", linewidth=0.8, zorder=1)
-    axes.set(xlabel=PROBE.name, ylabel=RETAIN_GAP.name)
+    other = " (hollow: masks of other layers)" if elsewhere else ""
+    axes.set(xlabel=f"{PROBE.name}{other}", ylabel=RETAIN_GAP.name)
     axes.set_title(title(reporters), fontsize=9)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)

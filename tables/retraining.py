@@ -79,5 +79,5 @@ def draw_audits(reporter: Reporter) -> None:
     for panel, column in zip(axes, columns):
         panel.axvline(reporter.mean(column, "retrain"), color="0.5", linewidth=0.8)
     symmetric_log(axes[1], linear=0.01)
-    axes[-1].set_xscale("log")
+    axes[-1].set(xscale="log", xlabel=f"{SECONDS.name} (log scale)")
     save_figure(figure, reporter.folder / "audits.png", reporter.config)

@@ -9,13 +9,14 @@ from itertools import product
 from statistics import fmean, stdev
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from running import files
 
 from mimu import reporter as module
-from mimu.reporter import FORGET, FORGET_SCORE, RETAIN, RETAIN_GAP, WORST, Column, Reporter, method_styles
+from mimu.reporter import FORGET, FORGET_SCORE, KEPT, RETAIN, RETAIN_GAP, WORST, Column, Reporter, method_styles
 from mimu.runs.files import write_text
 from mimu.tables import Result, report
 from mimu.tables import experiment as plots
@@ -58,6 +59,7 @@ def experiment(seed=0, digit=3, kappa=10, choice="fixed", methods=METHODS, **cha
         "training_split_metrics": {"mimu": training}, "audit_metrics": {}, "methods": {m: about for m in methods},
         "num_zeroed": {m: kappa if m == "mimu" else None for m in methods},
         "zeroed_by_layer": {m: {"layer 1": kappa} if m == "mimu" else None for m in methods},
+        "gave_up": {"mimu": False} if choice == "auto" else {},
         "seconds": {"gcn": 3.0} | {m: 0.25 for m in methods},
         "dataset": "MNIST", "class_names": [*map(str, range(9)), "boot"], "split": "the test split",
         "classifier": "784-8-10",
@@ -153,6 +155,7 @@ def test_curves_show_every_method_and_getters_give_them(reporter, drawn, file):
     getattr(reporter, CURVES[file])()
     assert (reporter.folder / f"{file}.png").read_bytes()[:4] == b"\x89PNG"
     (axes,) = drawn[0].axes
+    styles = method_styles(METHODS)
     assert texts(drawn[0].legends[0].get_texts()) == list(METHODS)
     assert axes.get_title() == "MNIST, classes 3, 9 (boot), the test split, 784-8-10"
     assert axes.get_xlabel() == "weights zeroed, kappa" and axes.get_ylabel() == LABELS[metric].format(samples)
@@ -160,8 +163,13 @@ def test_curves_show_every_method_and_getters_give_them(reporter, drawn, file):
     for method, line in zip(METHODS, axes.lines, strict=True):
         y = getattr(reporter, f"get_{method}_unlearning_{samples}_set_{metric}")()
         assert y == pytest.approx([mean_by_hand(evaluation, method, metric, kappa) for kappa in KAPPAS])
-        assert line.get_xydata().T.tolist() == [list(KAPPAS), y]
-        assert line.get_label() == method and line.get_color() == method_styles(METHODS)[method]["color"]
+        if method == "retrain":
+            assert line.get_ydata() == [y[0], y[0]] and line.is_dashed() and line.get_marker() == "None"
+            assert line.get_transform() == axes.get_yaxis_transform(), "from edge to edge"
+        else:
+            assert line.get_xydata().T.tolist() == [list(KAPPAS), y]
+            assert not line.is_dashed() and line.get_marker() == styles[method]["marker"]
+        assert line.get_label() == method and line.get_color() == styles[method]["color"]
     assert not hasattr(reporter, "get_nobody_unlearning_forget_set_score")
 
 
@@ -175,7 +183,7 @@ def test_auto_stands_apart_from_the_fixed_kappas(reporter, auto_reporter, drawn)
     files = {path.name for path in auto_reporter.folder.iterdir()}
     assert files == {f"{name}.png" for name in CURVES} | {"summary.md", "summary.png"} and len(drawn) == 6
     for figure in drawn:
-        (ring,) = (line for line in figure.axes[0].lines if line.get_label() == "mimu, kappa auto")
+        (ring,) = (line for line in figure.axes[0].lines if line.get_label() == "kappa auto")
         assert ring.get_color() == method_styles([])["mimu"]["color"]
     summary = (auto_reporter.folder / "summary.md").read_text()
     headings = ["Every method, kappa = auto", "Mine", "Mask efficacy, K = 5", "Every kappa"]
@@ -219,6 +227,75 @@ def test_a_sweep_of_auto_alone_has_no_curves_and_says_which_methods_gave_up_and_
     assert rows_of(table) == {"method": ["layer 0", "output row"], "mimu": ["6.0 ± 0.0", "4.0 ± 0.0"]}
 
 
+def test_every_method_that_chooses_its_kappa_has_a_ring_on_its_own_curve(tmp_path, drawn):
+    methods = ("mimu", "saliency", "retrain")
+    chosen = {"mimu": 12, "saliency": 30, "retrain": None}
+    one = experiment(0, 3, 12, "auto", methods, num_zeroed=chosen, gave_up={"mimu": False, "saliency": True})
+    fixed = [experiment(0, 3, kappa, methods=methods) for kappa in KAPPAS]
+    reporter = Reporter(CONFIG, write(tmp_path, [*fixed, one]), tmp_path / "reports")
+    reporter.draw_score_curves_on_forget_set()
+    rings = [line for line in drawn[0].axes[0].lines if line.get_label() == "kappa auto"]
+    places = [[[chosen[name], one[FORGET][name]["score"]]] for name in ("mimu", "saliency")]
+    assert [ring.get_xydata().tolist() for ring in rings] == places
+    assert [ring.get_color() for ring in rings] == [reporter.styles[name]["color"] for name in ("mimu", "saliency")]
+    assert texts(drawn[0].legends[0].get_texts()) == [*methods, "kappa auto"], "told once"
+
+
+def test_where_curves_coincide_all_are_seen(tmp_path, drawn):
+    """Each line lies below those that are thinner, or whose dashes are shorter."""
+    methods = ("original", "mimu", "sft", "saliency", "retrain")
+    experiments = []
+    for kappa in KAPPAS:
+        zeroed = {name: kappa if name in ("mimu", "saliency") else None for name in methods}
+        same = dict.fromkeys(methods, {"loss": 1.0, "score": 0.0, "probability": 0.0})
+        experiments.append(experiment(0, 3, kappa, methods=methods, num_zeroed=zeroed, **{FORGET: same}))
+    reporter = Reporter(CONFIG, write(tmp_path, experiments), tmp_path / "reports")
+    reporter.draw_score_curves_on_forget_set()
+    lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
+    mimu, saliency = lines["mimu"], lines["saliency"]
+    assert mimu.get_zorder() == saliency.get_zorder(), "later ones are above"
+    assert mimu.get_linewidth() > saliency.get_linewidth() and mimu.get_markersize() > saliency.get_markersize()
+    level = [lines[name] for name in ("original", "retrain", "sft")]
+    assert [line.get_zorder() for line in level] == sorted({line.get_zorder() for line in level})
+    assert min(line.get_zorder() for line in level) > saliency.get_zorder()
+    dashes = [line._unscaled_dash_pattern for line in level]
+    assert all(offset == 0 for offset, _ in dashes) and len({sum(pattern) for _, pattern in dashes}) == 1
+    assert [pattern[0] for _, pattern in dashes] == sorted((pattern[0] for _, pattern in dashes), reverse=True)
+
+
+def test_the_summary_enlarges_what_is_near_retraining_with_an_open_star_above_all(auto_reporter, drawn):
+    for each in auto_reporter.experiments:
+        for method, score in (("original", 95.0), ("mimu", each["kappa"] / 100), ("mine", 60.0), ("retrain", 0.0)):
+            each[FORGET][method]["score"] = score
+    auto_reporter.draw_summary()
+    everything, near = drawn[0].axes
+    assert everything.get_xlim()[1] > 95 and "mark for each kappa" in everything.get_xlabel() == near.get_xlabel()
+    low, high = near.get_xlim()
+    assert low < 0 and 0.4 < high < 0.5 and near.get_title().startswith("enlarged: ")
+    for axes in (everything, near):
+        (star,) = (line for line in axes.lines if line.get_label() == "retrain")
+        assert star.get_fillstyle() == "none"
+        methods = [line for line in axes.lines if line.get_label() in METHODS and line is not star]
+        assert star.get_zorder() > max(line.get_zorder() for line in methods)
+        assert star.get_markersize() > max(line.get_markersize() for line in methods)
+    assert texts(drawn[0].legends[0].get_texts()) == [*METHODS, "kappa auto"]
+
+
+def test_a_line_that_is_drawn_by_hand_has_a_colour_of_its_own_and_marks(reporter, drawn, monkeypatch):
+    by_hand = []
+
+    def plot(*arguments) -> None:
+        by_hand.extend(plt.plot(KAPPAS, KAPPAS) + plt.plot(KAPPAS, KAPPAS))
+
+    monkeypatch.setattr(reporter, "_plot_methods", plot)
+    before = plt.rcParams["axes.prop_cycle"]
+    reporter.draw_score_curves_on_forget_set()
+    taken = {style["color"] for style in method_styles(METHODS).values()}
+    assert len({line.get_color() for line in by_hand} - taken) == 2
+    assert "None" not in {line.get_marker() for line in by_hand} and len({line.get_marker() for line in by_hand}) == 2
+    assert plt.rcParams["axes.prop_cycle"] == before
+
+
 def test_colours_are_the_same_with_and_without_other_methods():
     styles, known = method_styles(["mimu", "mine", "original", "yours"]), method_styles([])
     assert known.items() <= styles.items()
@@ -227,7 +304,7 @@ def test_colours_are_the_same_with_and_without_other_methods():
 
 
 def test_marks_far_from_most_are_out_of_the_frame_of_retain_scores(tmp_path, drawn):
-    """Tukey's fences of 20, 96.3 to 97: the quartiles are 96.4 and 96.9."""
+    """Tukey's fences of 20 and 96.3 to 97, a line each that kappa does not change."""
     experiments = [experiment(kappa=kappa, methods=(*METHODS, "sft", "bad")) for kappa in KAPPAS]
     scores = {"original": 96.9, "retrain": 97.0, "mine": 96.3, "mimu": 96.6, "sft": 96.7, "bad": 20.0}
     for each in experiments:
@@ -237,10 +314,12 @@ def test_marks_far_from_most_are_out_of_the_frame_of_retain_scores(tmp_path, dra
     reporter.draw_score_curves_on_retain_set()
     reporter.draw_summary()
     reporter.draw_score_curves_on_forget_set()
-    for figure in drawn[:2]:
-        low, high = figure.axes[0].get_ylim()
-        assert 95 < low < 96.3 and 97 < high < 101
-    assert drawn[2].axes[0].get_ylim()[0] < min(line.get_ydata().min() for line in drawn[2].axes[0].lines)
+    for axes in (drawn[0].axes[0], drawn[1].axes[1]):
+        low, high = axes.get_ylim()
+        assert 96 < low < 96.3 and 97 < high < 97.2
+    assert drawn[0].axes[0].get_xlabel().endswith("\noutside the frame (mean): bad 20")
+    assert drawn[1].axes[0].get_ylim()[0] < 20, "on the left of the summary is all"
+    assert drawn[2].axes[0].get_ylim()[0] < min(min(line.get_ydata()) for line in drawn[2].axes[0].lines)
     assert texts(drawn[2].legends[0].get_texts()) == [*METHODS, "sft", "bad", "no retain score"]
 
 
@@ -324,6 +403,7 @@ def test_the_trade_off_is_against_retraining(beside, drawn):
     assert forget.lines[2 * row + 1].get_xydata().tolist() == [[0.5, row]]
     assert retain.lines[2 * row + 1].get_xydata().tolist() == [[-80.0, row]]
     assert forget.get_xscale() == retain.get_xscale() == "symlog"
+    assert forget.get_xlabel() == "forget score, %\n(symmetric log scale)"
     assert drawn[0].get_suptitle() == "MNIST, classes 4, 6, the test split, 784-8-10"
     low, high = retain.get_xlim()
     assert low < retain.dataLim.xmin and retain.dataLim.xmax < high
@@ -405,7 +485,8 @@ def test_variants_and_the_frontier_are_drawn(variants, tmp_path, drawn):
     assert [line.get_xdata()[0] for line in panels[1].lines[1:4:2]] == pytest.approx([-4.75, -2.75])
     (axes,) = frontier
     assert texts(drawn[1].legends[0].get_texts()) == ["retrain", "mimu", "original"], "the nearest first"
-    assert axes.get_xlabel() == "probe recall against retrain, points" and axes.get_ylabel() == RETAIN_GAP.name
+    assert axes.get_xlabel() == "probe recall against retrain, points (hollow: masks of other layers)"
+    assert axes.get_ylabel() == RETAIN_GAP.name
     (line,) = (each for each in axes.lines if each.get_color() == BLUE and each.get_linestyle() == "-")
     curve = [[12.25 - lost, -2.75 - lost] for lost in (2, 0.5, 0)]
     assert line.get_xydata().tolist() == curve, "in the order of what the probe finds"
@@ -437,7 +518,8 @@ def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, mo
     closing = report([*(Result("", 5, CONFIG, paths) for paths in two), Result("", 6, CONFIG, other)], reports)
     said = ["forgetting classes 3, 9 (boot)", "forgetting class 3"]
     assert [table.split(", scored")[0].split(": ")[1] for table in closing] == said
-    of_top_k = {f"top_k_5/{name}" for name in ("summary.md", "trade_off.png", "masks.png")} | {"top_k_6/summary.md"}
+    of_top_k = {f"top_k_5/{name}" for name in ("summary.md", "mask_efficacy.png", "trade_off.png", "masks.png")}
+    of_top_k |= {"top_k_6/summary.md", "top_k_6/mask_efficacy.png"}
     assert set(files(reports)) == mine | of_top_k
     own = module.ReporterConfig(50, ("pdf", "svg"))
     alone = write(tmp_path, [audited(4)])
@@ -448,7 +530,7 @@ def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, mo
     assert (reports / "variants.png").read_text() == "png 25"
     assert (reports / "variants" / "other" / "audits.svg").read_text() == "svg 50", "with its own settings"
     report([Result("", 5, CONFIG, alone)], reports)
-    assert set(files(reports)) == mine | {"summary.md", "trade_off.png", "audits.png"}
+    assert set(files(reports)) == mine | {"summary.md", "mask_efficacy.png", "trade_off.png", "audits.png"}
     assert "## Distance to retraining" in (reports / "summary.md").read_text()
     assert (reports / "variants" / "empty").exists() and not (reports / "variants" / "other").exists()
 
@@ -487,11 +569,12 @@ def test_the_plots_of_an_experiment_are_drawn_where_they_are_missing_or_old(plot
 
 def test_plots_of_an_experiment_say_what_they_show_with_a_number_beside_every_mark(plotted, tmp_path, drawn):
     plots.draw(plotted, tmp_path, CONFIG)
-    forget, retain, efficacy, probabilities, weights = drawn
+    plots.draw_metrics(Reporter(CONFIG, write(tmp_path, [plotted]), tmp_path), "mask_efficacy", "K = 5", KEPT)
+    forget, retain, probabilities, weights, efficacy = drawn
     of = "MNIST, class 9 (boot), the test split, 784-8-10"
     assert forget.get_suptitle() == retain.get_suptitle() == weights.get_suptitle() == f"{of}, kappa = auto"
-    assert efficacy.get_suptitle() == f"{of}, K = 5 weights kept (original: all)"
-    assert probabilities.get_suptitle() == f"{of}, kappa = auto, forget set"
+    assert efficacy.get_suptitle() == "K = 5"
+    assert probabilities.axes[0].get_title() == f"{of}, kappa = auto, forget set", "centred above the matrix"
     names = ["original", "mimu", "row"]
     assert texts(forget.axes[0].get_yticklabels()) == texts(probabilities.axes[0].get_yticklabels()) == names
     assert texts(efficacy.axes[0].get_yticklabels()) == ["mimu"]
@@ -500,5 +583,32 @@ def test_plots_of_an_experiment_say_what_they_show_with_a_number_beside_every_ma
     (score,) = (axes for axes in retain.axes if axes.get_xlabel() == "retain score, %")
     values = [plotted[RETAIN][name]["score"] for name in names]
     assert [line.get_xdata()[0] for line in score.lines[1::2]] == pytest.approx(values)
-    assert texts(score.texts) == [f"{round(value, 4):.3g}" for value in values]
+    assert texts(score.texts) == [f"{value:.2f}" for value in values], "of one precision"
     assert [to_hex(line.get_color()) for line in score.lines[1::2]][:2] == ["#000000", BLUE.lower()]
+
+
+def test_panels_end_where_metrics_do_and_show_every_number(plotted, tmp_path, drawn):
+    plotted[FORGET] = {
+        "original": {"loss": 0.0, "score": 100.0, "probability": 1.0},
+        "mimu": {"loss": 500.0, "score": 0.0, "probability": 1e-9},
+        "retrain": {"loss": 20.0, "score": 0.25, "probability": 0.125},
+    }
+    plots.draw_metrics(Reporter(CONFIG, write(tmp_path, [plotted]), tmp_path), "unlearning", "", FORGET)
+    score, probability, loss = drawn[0].axes
+    assert score.get_xlim() == (0.0, 100.0) and probability.get_xlim() == (0.0, 1.0) and loss.get_xlim()[0] == 0.0
+    assert not any(line.get_clip_on() for line in score.lines[:6])
+    numbers = [["100.00", "0.00", "0.25"], ["1.0000", "0.0000", "0.1250"], ["0.00", "500.00", "20.00"]]
+    assert [texts(axes.texts) for axes in (score, probability, loss)] == numbers
+    assert {text.get_rotation() for text in score.texts} == {0.0} and {text.xy[0] for text in score.texts} == {1}
+    assert [axes.lines[-1].get_xdata() for axes in (score, loss)] == [[0.25, 0.25], [20.0, 20.0]]
+    assert loss.get_xscale() == "symlog" and loss.get_xlabel() == "forget loss, nats\n(symmetric log scale)"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "shown"),
+    [([1.0, 2.0, 3.0, 99.0], (1.0, 3.0)), ([5.0, 5.0, 5.0, 5.0, 6.0], (5.0, 6.0)), ([math.nan, 2.0, 2.0], (2.0, 2.0))],
+)
+def test_a_frame_shows_all_but_the_far_ones(numbers, shown):
+    low, high = module.frame(np.array(numbers))
+    assert low < shown[0] and shown[1] < high < shown[1] + 1
+    assert module.frame(np.array([math.nan])) == (0.0, 1.0), "nothing is known: an empty frame"
