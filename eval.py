@@ -455,7 +455,7 @@ class Eval:
         }
         seconds = {name: each.seconds for name, each in answers.items()}
         results["seconds"] = self.about["seconds"] | seconds | {"experiment": time.perf_counter() - started}
-        self.mask.save(masks["mimu"].saved())
+        self.mask.save(masks["mimu"].made_on(self.request.original).saved())
         valid = json.loads(json.dumps(results), parse_constant=lambda name: None)  # JSON has no infinity
         self.metrics.save(valid)
         if self.draw is not None:

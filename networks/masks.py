@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,9 @@ from torch.nn.utils import parametrize
 
 from mimu.networks.hooked import shape_of, weight_layers
 from mimu.runs import files
+
+SAMPLED = 256  # weights of a layer by which it is known again
+PRECISION = 0.01  # of their norm, by which they may differ then: bfloat16 rounds by 0.002 at most
 
 
 class LayerMask(NamedTuple):
@@ -72,23 +75,38 @@ class LayerMask(NamedTuple):
     def check(self) -> None:
         """Raises ValueError where the parts are not what they must be."""
         keep = self.keep
+        if not all(isinstance(part, Tensor) and part.is_floating_point() for part in self):
+            raise ValueError("a mask must have tensors of floating-point numbers alone")
         if keep.ndim not in (2, 4) or not keep.numel() or not ((keep == 0) | (keep == 1)).all():
             raise ValueError("a mask must have matrices of 0 and 1 alone")
         m, n = keep.flatten(1).shape
-        shapes = [tuple(self.left.shape), tuple(self.right.shape)]
+        shapes, ranks = [tuple(self.left.shape), tuple(self.right.shape)], self.left.shape[1:]
         is_finite = self.left.isfinite().all() and self.right.isfinite().all()
-        if shapes != [(m, self.rank), (n, self.rank)] or not is_finite:
+        if shapes != [(m, *ranks), (n, *ranks)] or len(ranks) != 1 or not is_finite:
             raise ValueError(f"edits must be pairs of matrices (m, rank), (n, rank) of finite numbers, not {shapes}")
 
 
-class WeightMask(nn.Module):
-    """The parametrization of a weight by what a `LayerMask` does to it."""
+class Origin(NamedTuple):
+    """The weight that a layer's mask was made on."""
 
-    def __init__(self, mask: LayerMask, forgets: tuple[int, ...] = ()) -> None:
+    name: str  # of the parameter, in its model
+    weights: Tensor  # (SAMPLED), some of its numbers, evenly spread, under no mask
+
+    def fits(self, other: Origin) -> bool:
+        """Whether it is the same weight, in any precision. Zeros say nothing: a mask may have put them there."""
+        are_both = (self.weights != 0) & (other.weights != 0)
+        one, two = self.weights[are_both], other.weights[are_both]
+        return not (one - two).norm() > PRECISION * two.norm()
+
+
+class WeightMask(nn.Module):
+    """The parametrization of a weight by what a `LayerMask` does to it; order: of the layer's parameters before."""
+
+    def __init__(self, mask: LayerMask, forgets: tuple[int, ...], order: list[str]) -> None:
         super().__init__()
         for name, part in mask._asdict().items():
             self.register_buffer(name, part)
-        self.forgets = forgets
+        self.forgets, self.order = forgets, order
 
     @property
     def mask(self) -> LayerMask:
@@ -103,11 +121,13 @@ class Mask:
     """What is done to some layers of a classifier, apart from any: weights switched off, directions taken.
 
     by_layer: by the index among the weight layers of a model; forgets: the classes that it was made to forget
+    origins: the weights that it was made on, by the index of their layer, where they are known
     Raises ValueError where these are not what they must be.
     """
 
     by_layer: Mapping[int, LayerMask]
     forgets: tuple[int, ...] = ()
+    origins: Mapping[int, Origin] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         numbers = [*self.by_layer, *self.forgets]
@@ -125,7 +145,12 @@ class Mask:
             if (on_weight := weight_mask(layer)) is not None:
                 found[index] = on_weight.mask
                 forgets.update(on_weight.forgets)
-        return Mask(found, tuple(sorted(forgets))) if found else None
+        return Mask(found, tuple(sorted(forgets)), origins_in(model, found)) if found else None
+
+    def made_on(self, model: nn.Module) -> Mask:
+        """The same, with the weights of a model as those that it was made on. Raises ValueError as `check` does."""
+        self.check(model)
+        return replace(self, origins=origins_in(model, self.by_layer))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -160,8 +185,10 @@ class Mask:
                 shapes = f"{tuple(own.keep.shape)} and {tuple(mask.keep.shape)}"
                 raise ValueError(f"masks of one classifier combine: of layer {layer} these have {shapes}")
             found[layer] = mask if own is None else own & mask
+            if layer in self.origins and not self.origins[layer].fits(other.origins.get(layer, self.origins[layer])):
+                raise ValueError(f"masks of one classifier combine: these were made on other weights of layer {layer}")
         forgets = {*self.forgets, *other.forgets}
-        return Mask(dict(sorted(found.items())), tuple(sorted(forgets)))
+        return Mask(dict(sorted(found.items())), tuple(sorted(forgets)), {**other.origins, **self.origins})
 
     def as_tensor(self) -> Tensor:
         """The layer's shape (m, n) for one masked layer, flat in vertex order (vertices) for several."""
@@ -195,17 +222,23 @@ class Mask:
                 )
         return [layers[index] for index in self.by_layer]
 
-    def apply(self, model: nn.Module, permanent: bool = False) -> None:
-        """Switches the weights off, and takes the directions.
+    def apply(self, model: nn.Module, permanent: bool = False, other_weights: bool = False) -> None:
+        """Switches the weights off, and takes the directions; of all layers or, where anything is raised, of none.
 
         The zeros stand beside the weights, for `remove` to take them off again: the state dict still holds the weights
         from before, as `parametrizations.weight.original`, and with them the class. permanent: the zeros are written
         into the weights, for those who must delete: the state dict holds nothing of them, and its keys are plain. (The
         momentum of an optimizer from before would bring something back: take a new one.)
+        other_weights: whether the model may have others than those that it was made on, but for their precision
         It takes the place of a mask that the model carries, which it must include.
-        Raises ValueError where it carries another one, a layer has another shape, or no weight of its own.
+        Raises ValueError where it carries another one, a layer has another shape, other weights, or none of its own.
         """
         layers, carried = self.check(model), Mask.on(model)
+        for index, origin in origins_in(model, () if other_weights else self.origins).items():
+            if not self.origins[index].fits(origin):
+                has = f"layer {index} ({origin.name!r}) has other weights than the mask was made on"
+                ways = "apply it to that network, make one for this, or say other_weights=True"
+                raise ValueError(f"{has} ({self.origins[index].name!r}): {ways}")
         if carried is not None and not self.includes(carried):
             raise ValueError(f"the model carries {carried}: take it off first, or apply mask & Mask.on(model)")
         if permanent:
@@ -213,13 +246,17 @@ class Mask:
             shared = [index for index, layer in zip(self.layers, layers) if max(map(names.get, layer.parameters())) > 1]
             if shared:
                 raise ValueError(f"layers {shared} share their weights with others: zeros would be theirs, too")
-        masks = [mask.to(layer.weight) for layer, mask in zip(layers, self.by_layer.values())]
-        for layer, mask in zip(layers, masks):
-            take_off(layer)
-            if permanent:
-                layer.weight.data.copy_(mask.applied(layer.weight.data)).masked_fill_(mask.keep == 0, 0)
-            else:
-                parametrize.register_parametrization(layer, "weight", WeightMask(mask, self.forgets))
+        in_inference = any(layer.weight.is_inference() for layer in layers)
+        with torch.inference_mode(in_inference), undoing(layers, permanent) as undo:
+            for layer, mask in zip(layers, self.by_layer.values()):
+                take_off(layer)
+                mask = mask.to(layer.weight)
+                if permanent:
+                    layer.weight.data.copy_(mask.applied(layer.weight.data)).masked_fill_(mask.keep == 0, 0)
+                else:
+                    on_weight = WeightMask(mask, self.forgets, list(layer._parameters))
+                    parametrize.register_parametrization(layer, "weight", on_weight)
+            undo.pop_all()
 
     def remove(self, model: nn.Module) -> None:
         """Takes the mask off again: the weights are those from before, bit for bit, and in the same order.
@@ -231,33 +268,43 @@ class Mask:
             found = weight_mask(layer)
             if found is None or not found.mask.equals(mask):
                 raise ValueError(f"layer {index} carries {'no' if found is None else 'another'} mask: {self} is not on")
-        for layer in layers:
-            take_off(layer)
+        with undoing(layers) as undo:
+            for layer in layers:
+                take_off(layer)
+            undo.pop_all()
 
     @contextmanager
-    def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The masked model for as long as the context is open."""
-        self.apply(model)
+    def applied_to(self, model: nn.Module, other_weights: bool = False) -> Iterator[nn.Module]:
+        """The masked model for as long as the context is open; then it carries what it did before, if anything."""
+        carried = Mask.on(model)
+        self.apply(model, other_weights=other_weights)
         try:
             yield model
         finally:
             self.remove(model)
+            if carried is not None:
+                carried.apply(model, other_weights=True)
 
     def saved(self) -> dict[str, list]:
-        """The mask as `save` writes it: `layers`, `keep`, a tensor of bool for each, `forgets`, and `edits`, pairs."""
+        """As `save` writes it: `layers`; `keep` (bool) and `edits` (pairs) of each; `forgets`; by layer, `made_on`."""
         masks = self.by_layer.values()
         keep = [mask.keep.bool().cpu() for mask in masks]
         edits = [[mask.left.cpu(), mask.right.cpu()] for mask in masks]
-        return {"layers": list(self.layers), "keep": keep, "forgets": list(self.forgets), "edits": edits}
+        made_on = {layer: list(origin) for layer, origin in self.origins.items()}
+        saved = {"layers": list(self.layers), "keep": keep, "forgets": list(self.forgets), "edits": edits}
+        return saved | {"made_on": made_on}
 
     def save(self, path: Path | str) -> None:
+        """Raises ArtifactError where it cannot be written so."""
+        if Path(path).suffix == ".json":
+            raise files.ArtifactError(f"{path}: JSON holds no tensors: save a mask as .pt")
         files.save(Path(path), self.saved())
 
     @staticmethod
     def load(path: Path | str) -> Mask:
         """Raises ArtifactError where the file is not a mask."""
-        saved = files.load(Path(path))
         try:
+            saved = files.load(Path(path))
             layers, all_keep, forgets = (saved[key] for key in ("layers", "keep", "forgets"))
             is_right = len(layers) == len(all_keep) == len({*layers})
             if not is_right or not all(keep.dtype == torch.bool for keep in all_keep):
@@ -265,7 +312,11 @@ class Mask:
             found = {layer: LayerMask.of(keep.float()) for layer, keep in zip(layers, all_keep)}
             for layer, (left, right) in zip(layers, saved.get("edits", ())):  # a file from before has none
                 found[layer] = found[layer]._replace(left=left, right=right)
-            return Mask(found, tuple(forgets))
+            made_on = saved.get("made_on", {}).items()
+            origins = {layer: Origin(name, weights.float().view(SAMPLED)) for layer, (name, weights) in made_on}
+            return Mask(found, tuple(forgets), origins)
+        except files.ArtifactError:
+            raise
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
             raise files.ArtifactError(f"{path}: is not a mask ({files.one_line(error)})") from None
 
@@ -276,14 +327,41 @@ def weight_mask(layer: nn.Module) -> WeightMask | None:
     return found[0] if len(found) == 1 and isinstance(found[0], WeightMask) else None
 
 
+def origins_in(model: nn.Module, layers: Iterable[int]) -> dict[int, Origin]:
+    """What masks of layers of a model, by their indices, would be made on."""
+    names, modules, found = {each: name for name, each in model.named_modules()}, weight_layers(model), {}
+    for index in layers:
+        layer = modules[index]
+        weight = layer.weight if weight_mask(layer) is None else layer.parametrizations["weight"].original
+        places = torch.arange(SAMPLED, device=weight.device) * (weight.numel() - 1) // (SAMPLED - 1)
+        found[index] = Origin(f"{names[layer]}.weight".lstrip("."), weight.detach().take(places).float().cpu())
+    return found
+
+
 def take_off(layer: nn.Module) -> None:
     """Takes a mask off, where there is one."""
-    if weight_mask(layer) is None:
+    if parametrize.is_parametrized(layer):
+        # PyTorch changes its class, which copies of the layer share: now this one has its own.
+        own = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
+        layer.__class__ = type(type(layer).__name__, type(layer).__bases__, own)
+    if (on_weight := weight_mask(layer)) is None:
         return
-    # PyTorch takes the weight off its class, which copies of the layer share: now this one has its own.
-    own = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
-    layer.__class__ = type(type(layer).__name__, type(layer).__bases__, own)
     parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
     # PyTorch puts the weight back behind the others; an optimizer's state goes by the order of parameters.
-    for name in [name for name in layer._parameters if name != "weight"]:
+    in_front = on_weight.order[: on_weight.order.index("weight")]
+    for name in [name for name in layer._parameters if name not in ("weight", *in_front)]:
         layer._parameters[name] = layer._parameters.pop(name)
+
+
+def undoing(layers: list[nn.Module], permanent: bool = False) -> ExitStack:
+    """A context that gives layers back as they are now, and their weights with `permanent`; but for its `pop_all`."""
+    undo = ExitStack()
+    for layer in layers:
+        undo.callback(setattr, layer, "__class__", type(layer))
+        for module in layer.modules():  # what is on its parameters among them
+            for place in (module._parameters, module._modules):
+                undo.callback(place.update, dict(place))
+                undo.callback(place.clear)
+        for parameter in layer.parameters() if permanent else ():
+            undo.callback(parameter.data.copy_, parameter.data.clone())
+    return undo

@@ -313,6 +313,7 @@ def test_what_the_readme_adds_by_hand_shows_up_everywhere(copy):
     example = in_readme(r"```python\n(import json.*?)```", (PROJECT / "docs" / "own.md").read_text())
     for ours, this in (("digit_9", "digit_3"), ("kappa_200", "kappa_20"), ("(128, 64)", "(32, 16)")):
         example = example.replace(ours, this)
+    example += "assert list(mask.origins) == list(mask.layers), 'it is known to be of this classifier'\n"
     example += "from mimu.data import load_image_data\ntest = load_image_data().test.forget(3)\n"
     example += "print(100 * (classifier(test.images).argmax(1) == 3).double().mean().item())"
     done = subprocess.run([sys.executable, "-c", example], cwd=copy, capture_output=True, text=True)

@@ -77,6 +77,7 @@ def unlearn(
         trained = TrainedGCN.of(gcn, custom.inputs.device, [custom.classifier.shapes[index] for index in custom.masked])
         config = replace(trained.graphs, mask_layer=custom.masked, scope="measured")
         request = Forgetting(
+            model=model,
             custom=custom,
             train=train,
             carried=carried,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mimu.data import GraphConfig, GraphGenerator, Split, is_correct
@@ -44,13 +44,14 @@ class RetainScoreError(InputError):
 class Forgetting:
     """What a request knows.
 
-    train: the samples, as the classifier is given them; carried: the mask that the model carries
+    model: of the user; train: the samples, as the classifier is given them; carried: the mask that the model carries
     trained, config: the GCN, and the graphs that it reads; scorer: what ranks, it or the saliency
     erase: whether the classes are erased instead, without a ranking
     forget: the classes to forget, samples of which may be missing where they are forgotten
     max_fall, max_class_fall: points that the kept classes may lose, over all their samples and in any class
     """
 
+    model: nn.Module
     custom: CustomModel
     train: Split
     carried: Mask | None
@@ -111,7 +112,7 @@ class Forgetting:
         """A mask on the classifier, with the scores under it, as one on the model, with what that carries."""
         gone = sorted(label for label in self.forget if scores.get(label, 0.0) < self.trained.masking.target)
         mask = replace(self.custom.mask(mask), forgets=tuple(gone))
-        return mask & self.carried if self.carried else mask
+        return (mask & self.carried if self.carried else mask).made_on(self.model)
 
     def answer(self) -> Mask:
         """The mask on the model that leaves nothing of the classes to forget.

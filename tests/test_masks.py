@@ -1,0 +1,337 @@
+"""Masks: the network that they were made on, what interrupts leave, the order of parameters, and what is no mask."""
+
+import copy
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+
+import pytest
+import torch
+from conftest import mask_of, random_split, trained
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from mimu import Mask, RetainScoreError, unlearn
+from mimu.networks import masks
+from mimu.networks.hooked import shape_of, weight_layers
+from mimu.networks.masks import LayerMask
+from mimu.runs.files import ArtifactError, save
+
+TRAIN = random_split(200)
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    """A convolution, and linear layers, two of them of one shape."""
+    torch.manual_seed(seed)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(36, 36), nn.ReLU(), nn.Linear(36, 36), nn.ReLU(), nn.Linear(36, 3))
+    return nn.Sequential(nn.Conv2d(2, 4, 3), linear)
+
+
+def lower_left(model: nn.Module, layers: tuple[int, ...] = (0, 1, 2), rank: int = 0) -> Mask:
+    """The mask of layers that leaves out what stands above the diagonal."""
+    by_layer = {}
+    for index in layers:
+        shape = shape_of(weight_layers(model)[index])
+        keep = torch.ones(shape).flatten(1).tril()
+        by_layer[index] = LayerMask(keep.view(shape), *(torch.ones(size, rank) / size for size in keep.shape))
+    return Mask(by_layer, (1,)).made_on(model)
+
+
+def state_of(model: nn.Module) -> list:
+    """Every tensor of a model in its order, which object it is, and of every module the class and the parts."""
+    tensors = [(key, value.tolist()) for key, value in model.state_dict().items()]
+    parameters = [(key, id(value)) for key, value in model.named_parameters()]
+    return [tensors, parameters, *((key, type(each).__name__) for key, each in model.named_modules())]
+
+
+def changed(model: nn.Module, *changes: Callable[[nn.Module], object]) -> nn.Module:
+    with torch.no_grad():
+        for change in changes:
+            change(model)
+    return model
+
+
+def little_trained(model: nn.Module) -> None:
+    weight = model[1][1].weight if Mask.on(model) is None else model[1][1].parametrizations.weight.original
+    weight.add_(torch.randn(36, 36), alpha=0.03 * weight.std().item())
+
+
+def masked(model: nn.Module, permanent: bool = False, **about) -> None:
+    lower_left(model, **about).apply(model, permanent)
+
+
+def masked_otherwise(model: nn.Module) -> None:
+    mask_of({1: torch.ones(36, 36).triu(-9)}).apply(model, permanent=True)
+
+
+SAME = {
+    "itself": lambda model: model,
+    "a copy": copy.deepcopy,
+    "its state dict": lambda model: changed(network(1), lambda new: new.load_state_dict(model.state_dict())),
+    "float64": nn.Module.double,
+    "float16": nn.Module.half,
+    "bfloat16 and back": lambda model: model.bfloat16().float(),
+    "channels last": lambda model: model.to(memory_format=torch.channels_last),
+    "in parallel": nn.DataParallel,
+    "wrapped": lambda model: nn.ModuleDict({"_orig_mod": model, "unused": nn.Linear(36, 36)}),
+    "under a part of it": lambda model: changed(model, partial(masked, layers=(1,))),
+    "for good": lambda model: changed(model, partial(masked, permanent=True)),
+    "for good, and another": lambda model: changed(model, masked_otherwise),
+}
+OTHERS = {
+    "another": lambda model: network(1),
+    "a layer in front": lambda model: nn.Sequential(model[0], nn.Sequential(nn.Linear(36, 36), *model[1])),
+    "trained a little": lambda model: changed(model, little_trained),
+    "trained under the mask": lambda model: changed(model, masked, little_trained),
+    "a direction less": lambda model: changed(model, partial(masked, layers=(0,), rank=1, permanent=True)),
+}
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+@pytest.mark.parametrize("name", [*SAME, *OTHERS])
+def test_a_mask_goes_on_the_network_that_it_was_made_on_and_on_another_only_if_told(name, is_saved, tmp_path):
+    model = network()
+    mask = lower_left(model)
+    assert [origin.name for origin in mask.origins.values()] == ["0.weight", "1.1.weight", "1.3.weight"]
+    if is_saved:
+        mask.save(tmp_path / "mask.pt")
+        mask = Mask.load(tmp_path / "mask.pt")
+    model = (SAME | OTHERS)[name](model)
+    before = state_of(model)
+    if name in OTHERS:
+        line = r"^layer \d \('.*weight'\) has other weights than the mask was made on \('(0|1.1).weight'\): [^\n]*$"
+        for permanent in (False, True):
+            with pytest.raises(ValueError, match=line):
+                mask.apply(model, permanent)
+        with pytest.raises(ValueError, match=line), mask.applied_to(model):
+            pass
+        assert state_of(model) == before
+    with mask.applied_to(model, other_weights=name in OTHERS):
+        found = Mask.on(model)
+        assert found.includes(mask) and mask.includes(found) and found.forgets == (1,)
+    assert state_of(model) == before
+    if name == "itself":
+        pairs = zip(mask.origins.values(), found.origins.values(), strict=True)
+        assert all(one.name == other.name and torch.equal(one.weights, other.weights) for one, other in pairs)
+
+
+def test_the_mask_of_a_request_is_for_its_model_and_files_from_before_are_for_any(tmp_path):
+    torch.manual_seed(0)
+    model, another = (nn.Sequential(nn.Linear(7, 16), nn.ReLU(), nn.Linear(16, 3)) for _ in range(2))
+    trained(model, TRAIN)
+    plain = copy.deepcopy(model)
+    carried = mask_of({1: torch.ones(3, 16).index_fill(1, torch.arange(8), 0)})
+    carried.apply(model)
+    with pytest.raises(RetainScoreError) as error:
+        unlearn(model, TRAIN.images, TRAIN.labels, 1, scorer="saliency", max_fall=1e-9)
+    mask = error.value.mask
+    for each in (model, plain):
+        mask.apply(each)
+    with pytest.raises(ValueError, match="say other_weights=True$"):
+        mask.apply(another)
+    saved = mask.saved()
+    del saved["made_on"]
+    save(tmp_path / "mask.pt", saved)
+    Mask.load(tmp_path / "mask.pt").apply(another)
+
+
+def test_masks_of_one_network_combine_and_are_still_known_to_be_of_it():
+    model = network()
+    one, other = lower_left(model, (0, 1)), lower_left(model, (1, 2))
+    by_hand = mask_of({2: torch.ones(36, 36).triu()})
+    both = one & other & by_hand
+    assert sorted(both.origins) == [0, 1, 2] and list((by_hand & one).origins) == [0, 1]
+    both.apply(model)
+    with pytest.raises(ValueError, match="has other weights"):
+        both.apply(network(1))
+    with pytest.raises(ValueError, match="^masks of one classifier combine: .* made on other weights of layer 1$"):
+        one & lower_left(network(1), (1, 2))
+
+
+def parametrized(model: nn.Module) -> None:
+    parametrizations.weight_norm(model[-1], "bias", dim=None)
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+
+
+def in_a_context(mask: Mask, model: nn.Module) -> None:
+    with mask.applied_to(model):
+        pass
+
+
+def for_good(mask: Mask, model: nn.Module) -> None:
+    mask.apply(model, permanent=True)
+
+
+first_masked = partial(masked, layers=(0,))
+both_masked = partial(masked, layers=(0, 1))
+# What is done, what the model is before, and what else it may be afterwards.
+WAYS = {
+    "put on": (Mask.apply, [], [both_masked]),
+    "over another": (Mask.apply, [first_masked], [both_masked]),
+    "beside another parametrization": (Mask.apply, [parametrized], [parametrized, both_masked]),
+    "for good": (for_good, [first_masked], [partial(both_masked, permanent=True)]),
+    "taken off": (Mask.remove, [both_masked], []),
+    "in a context": (in_a_context, [], [both_masked]),
+}
+
+
+ACTS = {act.__code__ for act in (Mask.apply, Mask.remove, Mask.applied_to.__wrapped__, masks.take_off, masks.undoing)}
+
+
+def interrupted(act: Callable[[], object], at: int) -> bool:
+    """Whether so many lines of what puts masks on and takes them off were run, and the last one interrupted."""
+    reached = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Callable | None:
+        nonlocal reached
+        if frame.f_code.co_filename != parametrize.__file__ and frame.f_code not in ACTS:
+            return None
+        reached += event == "line"
+        if event == "line" and reached == at:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def seen(model: nn.Module) -> list:
+    x = torch.linspace(-1, 1, 12).view(4, 3)
+    return [
+        model(x).tolist(),
+        list(model.state_dict()),
+        *((type(each).__name__, *vars(each)) for each in model.modules()),
+    ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupt_at_any_line_leaves_all_layers_masked_or_none(way):
+    act, first, otherwise = WAYS[way]
+    original, line, found, is_interrupted = changed(small(), *first), 0, [], True
+    mask = lower_left(original, (0, 1))
+    possible = [seen(original), seen(changed(small(), *otherwise))]
+    while is_interrupted:
+        model, line = copy.deepcopy(original), line + 1
+        before = state_of(model)
+        is_interrupted = interrupted(partial(act, mask, model), line)
+        found.append(possible.index(seen(model)))
+        assert found[-1] or state_of(model) == before
+        lower_left(model, (0, 1)).apply(model)  # it can be gone on with
+    assert set(found) == set(range(len(possible))) and line > 50
+
+
+def test_what_fails_midway_is_undone_and_a_carried_mask_is_on_again_after_a_context(monkeypatch):
+    model = changed(network(), partial(masked, layers=(1,)))
+    before, mask, register = state_of(model), lower_left(model), parametrize.register_parametrization
+
+    def failing(layer: nn.Module, *arguments: object) -> None:
+        register(layer, *arguments)
+        if layer is model[1][3]:
+            raise MemoryError
+
+    with mask.applied_to(model):
+        assert Mask.on(model).layers == (0, 1, 2)
+    assert state_of(model) == before
+    monkeypatch.setattr(parametrize, "register_parametrization", failing)
+    with pytest.raises(MemoryError):
+        mask.apply(model)
+    assert state_of(model) == before
+
+
+def bias_first(model: nn.Module) -> None:
+    layer = model[1][1]
+    layer._parameters["weight"] = layer._parameters.pop("weight")
+
+
+def pruned(model: nn.Module) -> None:
+    prune.remove(prune.l1_unstructured(model[1][1], "weight", 0.3), "weight")
+
+
+def added(model: nn.Module) -> None:
+    weight = model[1][1]._parameters.pop("weight")
+    model[1][1].register_parameter("scale", nn.Parameter(torch.ones(1)))
+    model[1][1].weight = weight
+    model[1][1].register_parameter("offset", nn.Parameter(torch.ones(1)))
+
+
+@pytest.mark.parametrize("change", [bias_first, pruned, added, lambda model: parametrized(model[1][:4])])
+def test_parameters_stand_in_their_order_when_a_mask_has_come_off(change):
+    model = changed(network(), change)
+    before, mask = state_of(model), lower_left(model)
+    copied = copy.deepcopy(model)
+    mask.apply(model)
+    assert copied(torch.ones(1, 2, 5, 5)).isfinite().all(), "a copy, of the same class, is left alone"
+    mask.remove(model)
+    assert state_of(model) == before
+    mask.apply(model)
+    mask.apply(model, permanent=True)
+    assert list(model.state_dict()) == list(copied.state_dict())
+
+
+@pytest.mark.parametrize("of_model, of_call", [(True, False), (True, True), (False, True)])
+def test_models_of_inference_mode_and_others_within_it_take_masks(of_model, of_call):
+    with torch.inference_mode(of_model):
+        model = network()
+    before, mask = state_of(model), lower_left(model)
+    with torch.inference_mode(of_call):
+        mask.apply(model)
+        mask.remove(model)
+        assert state_of(model) == before
+        mask.apply(model)
+    if not of_model:
+        model(torch.randn(1, 2, 5, 5)).sum().backward()
+    with torch.inference_mode(of_call):
+        mask.apply(model, permanent=True)
+    assert int((model[1][1].weight == 0).sum()) == 36 * 35 / 2
+
+
+ONES, COLUMN = torch.ones(4, 4), torch.ones(4, 1)
+PARTS = [
+    (ONES.int(), COLUMN, COLUMN), (ONES.bool(), COLUMN, COLUMN), (ONES.to(torch.complex64), COLUMN, COLUMN),
+    (ONES, COLUMN.int(), COLUMN), (ONES, COLUMN, COLUMN.to(torch.complex64)), (ONES, COLUMN.int(), COLUMN.int()),
+    (ONES.tolist(), COLUMN, COLUMN), (None, COLUMN, COLUMN), (ONES, COLUMN[:, 0], COLUMN[:, 0]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_parts_that_are_no_matrices_of_numbers_are_refused_in_a_line(parts, tmp_path):
+    with pytest.raises(
+        ValueError, match="^(a mask must have tensors of floating-point numbers alone|edits must be .*)$"
+    ):
+        Mask({0: LayerMask(*parts)})
+    keep, *edit = parts
+    if keep is ONES:  # which is of bool in a file
+        save(tmp_path / "mask.pt", {"layers": [0], "keep": [keep.bool()], "forgets": [], "edits": [edit]})
+        with pytest.raises(ArtifactError, match=r"mask.pt: is not a mask \([^\n]*\)$"):
+            Mask.load(tmp_path / "mask.pt")
+
+
+def test_where_no_mask_can_be_is_said_in_a_line(tmp_path):
+    mask = lower_left(network())
+    with pytest.raises(ArtifactError, match=f"^{re.escape(str(tmp_path))}/mask.json: JSON holds no tensors: [^\n]*$"):
+        mask.save(tmp_path / "mask.json")
+    assert not list(tmp_path.iterdir())
+    for path, line in (
+        (None, "^None: is not a mask .*$"),
+        (tmp_path / "no.pt", f"^{re.escape(str(tmp_path))}/no.pt: cannot be read "),
+    ):
+        with pytest.raises(ArtifactError, match=line):
+            Mask.load(path)
+    name, weights = mask.origins[1]
+    for made_on in ({1: [name, weights[1:]]}, {1: [name]}, [name], {1: [name, None]}):
+        save(tmp_path / "mask.pt", mask.saved() | {"made_on": made_on})
+        with pytest.raises(ArtifactError, match=r"mask.pt: is not a mask \([^\n]*\)$"):
+            Mask.load(tmp_path / "mask.pt")
