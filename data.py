@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -98,6 +99,12 @@ def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """Which samples are classified correctly, (samples): none whose logits (samples, classes) are not numbers."""
     # The largest of logits that are not numbers would be the first class.
     return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """By how much the logit of each sample's class is above the largest other one, (samples)."""
+    others = logits.scatter(1, labels[:, None], float("-inf"))
+    return logits.gather(1, labels[:, None])[:, 0] - others.amax(1)
 
 
 class ImageData:
@@ -396,9 +403,13 @@ class GraphGenerator:
         self.num_classes = len(self.classes)
         if self.num_classes < 2:
             raise ValueError(f"there must be samples of two classes at least, not of {self.classes} alone")
-        self.samples_per_class = min(self.config.samples_per_class, int(counts.min()))
+        counts = counts.clamp(max=self.config.samples_per_class).tolist()
+        self.samples_per_class = max(counts)
         self.samples = some_of_every_class(self.train, self.samples_per_class, "graphs", self.seed)
         self.labels = self.samples.labels
+        places = torch.arange(self.samples_per_class, device=self.labels.device)
+        rows = [start + places % count for start, count in zip(accumulate(counts, initial=0), counts)]
+        self._by_class = torch.stack(rows)
         # No mask changes what comes before.
         self.inputs = classifier.prefix_activations(self.graph.layers, self.samples.images)
         with torch.no_grad():
@@ -428,11 +439,11 @@ class GraphGenerator:
         return torch.empty(0, dtype=torch.long, device=self.labels.device)
 
     def by_class(self) -> Tensor:
-        """Indices of all samples, (classes, samples_per_class)."""
-        return torch.arange(len(self), device=self.labels.device).view(self.num_classes, -1)
+        """Indices of all samples, (classes, samples_per_class), again and again those of a class that has fewer."""
+        return self._by_class
 
     def draw(self, group_size: int, generator: torch.Generator) -> Tensor:
-        """Indices of `group_size` random samples of every class, (classes, group_size), without repetition."""
+        """Indices of `group_size` random samples of every class, (classes, group_size), each once in `by_class`."""
         keys = torch.rand(self.num_classes, self.samples_per_class, generator=generator)
         return self.by_class().gather(1, keys.argsort(1)[:, :group_size].to(self.labels.device))
 

@@ -13,18 +13,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimu.data import GraphGenerator, Split, number_of_weights
+from mimu.data import GraphGenerator, Split, margins, number_of_weights
 from mimu.masking.rankings import MaskingConfig, ranked
 from mimu.runs.files import InputError
 
 FEWEST = 1 / 16  # of the weights of a neuron that a layer gives in a step, where several compete by what is measured
 COUNTED_AT_ONCE = 500  # samples of the forget class, where it may be that no more are needed
 UNNOTICED = 1e-3  # nats that the others may lose at no cost, there
+FEW = 100  # samples of a class, below which they do not say themselves how much samples differ
+PRIOR = 4  # samples as which counts then how much those of all classes do
 
 
 def forgetting_loss(p: Tensor) -> Tensor:
     """Mean of -log(1 - p) in nats, p the probability of the forget class on its own samples: 0 where all forget it."""
     return -torch.log1p(-p.clamp(max=1 - 1e-6)).mean()
+
+
+def percent_above_zero(margins: Tensor, spread: float) -> float:
+    """The percentage of further samples that are classified correctly, by the margins (n) of some.
+
+    Margins are taken to be normally distributed. Of fewer than FEW the variance is that of their predictive
+    distribution: theirs, together with spread^2 as that of PRIOR more, and that of their mean.
+    """
+    count, mean = len(margins), float(margins.double().mean())
+    variance = float(margins.double().var()) if count > 1 else 0.0
+    if count < FEW:
+        variance = ((count - 1) * variance + PRIOR * spread**2) / (count - 1 + PRIOR) * (1 + 1 / count)
+    return 100 - 100 * NormalDist(mean, math.sqrt(variance)).cdf(0) if variance > 0 else 100.0 * (mean > 0)
 
 
 class Zeroing(NamedTuple):
@@ -184,9 +199,7 @@ class ZeroingOrder:
     def _left(self, zeroed: Tensor, inputs: Tensor, label: int, enough: float = math.inf) -> float:
         """The percentage of a class that is classified correctly, as far as it takes to find enough.
 
-        Samples that are too few to show less than `config.target` percent stand for others: of a normal distribution
-        with the mean and the standard deviation of their margins, the logit less the largest other one, it is at least
-        what is above 0.
+        Samples that are too few to show less than `config.target` percent stand for others (`percent_above_zero`).
 
         inputs: of the first masked layer, for samples of the class
         """
@@ -197,10 +210,8 @@ class ZeroingOrder:
             correct += int((found[-1].argmax(1) == label).sum())
             if (left := 100 * correct / len(inputs)) >= enough:
                 return left
-        if 1 < len(inputs) < 100 / self.config.target:
+        if len(inputs) < 100 / self.config.target:
             logits = torch.cat(found)
-            others = logits.index_fill(1, torch.tensor([label], device=logits.device), float("-inf"))
-            deviation, mean = torch.std_mean((logits[:, label] - others.amax(1)).double())
-            if deviation > 0:
-                left = max(left, 100 - 100 * NormalDist(float(mean), float(deviation)).cdf(0))
+            spread = float(margins(graphs.predictions, graphs.labels).std())
+            left = max(left, percent_above_zero(margins(logits, graphs.labels.new_full([len(logits)], label)), spread))
         return left

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mimu.data import Count, NonNegative, Positive, Split, seeded, some_of_every_class
 from mimu.eval import Request
-from mimu.masking.order import forgetting_loss
+from mimu.masking.order import FEW, forgetting_loss
 from mimu.masking.regression import explained_variance, standardised
 from mimu.methods.controls import further
 from mimu.methods.projections import class_direction
@@ -148,7 +148,7 @@ def erased(
     """The mask that takes a class from the representation and from the output, with as little harm to the others.
 
     It begins as `projections`. By how much of its direction each neuron reads less, and the class's row of the last
-    layer, is learned, so that
+    layer, is learned (from fewer than FEW samples of a class, to which all layers overfit, the row alone), so that
 
         cross entropy of the others - forget_weight E_d[log(1 - p_d)] + erase_weight max(0, R^2 - R_0^2)
 
@@ -167,7 +167,8 @@ def erased(
     if bar is None:
         bar = probe(config.untrained_features(samples.images, features.shape[1], seed), samples.labels)
     *hidden, row = edits.values()
-    learned = [*(edit.left for edit in hidden), row.right]
+    is_few = int(samples.labels.unique(return_counts=True)[1].min()) < FEW
+    learned = [row.right] if is_few else [*(edit.left for edit in hidden), row.right]
     optimizer = torch.optim.Adam([each.requires_grad_() for each in learned], config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
     about = {"desc": f"class {label}", "unit": "step", "delay": 1, "leave": False}

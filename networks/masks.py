@@ -122,12 +122,14 @@ class Mask:
 
     by_layer: by the index among the weight layers of a model; forgets: the classes that it was made to forget
     origins: the weights that it was made on, by the index of their layer, where they are known
+    about: how it was made, in words
     Raises ValueError where these are not what they must be.
     """
 
     by_layer: Mapping[int, LayerMask]
     forgets: tuple[int, ...] = ()
     origins: Mapping[int, Origin] = field(default_factory=dict)
+    about: str = ""
 
     def __post_init__(self) -> None:
         numbers = [*self.by_layer, *self.forgets]
@@ -174,7 +176,7 @@ class Mask:
             if mask.rank:
                 taken.append(f"layer {layer}: {mask.rank}")
         edited = f"; directions taken: {', '.join(taken)}" if taken else ""
-        return f"Mask({', '.join(counts)} weights zeroed{edited})"
+        return f"Mask({', '.join(counts)} weights zeroed{edited}{self.about and '; '}{self.about})"
 
     def __and__(self, other: Mask) -> Mask:
         """The mask that keeps what both keep, takes what either takes, and forgets what either forgets."""
@@ -188,7 +190,7 @@ class Mask:
             if layer in self.origins and not self.origins[layer].fits(other.origins.get(layer, self.origins[layer])):
                 raise ValueError(f"masks of one classifier combine: these were made on other weights of layer {layer}")
         forgets = {*self.forgets, *other.forgets}
-        return Mask(dict(sorted(found.items())), tuple(sorted(forgets)), {**other.origins, **self.origins})
+        return Mask(dict(sorted(found.items())), tuple(sorted(forgets)), {**other.origins, **self.origins}, self.about)
 
     def as_tensor(self) -> Tensor:
         """The layer's shape (m, n) for one masked layer, flat in vertex order (vertices) for several."""

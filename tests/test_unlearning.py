@@ -497,10 +497,10 @@ def test_on_the_way_the_kept_classes_are_classified_among_themselves(model, monk
     request(model, mask_layer=1, max_fall=1.0, max_class_fall=5.0)
     (asked,) = requests
     is_two, labels = model(TRAIN.images)[:, [0, 2]].argmax(1), TRAIN.labels
-    found = asked.scores(asked.start, among=[0, 2])
+    found = asked.scores(asked.logits(asked.start), among=[0, 2])
     for label in (0, 2):
         right = (is_two == label // 2)[labels == label]
-        assert found[label] == 100 * right.double().mean() >= asked.scores(asked.start)[label]
+        assert found[label] == 100 * right.double().mean() >= asked.scores(asked.logits(asked.start))[label]
     assert found[1] == 0
     assert not asked.is_ruined(found | {0: found[0] + 3.9}, [0, 2], asked.start), "1.95 points, of twice 1.0"
     assert asked.is_ruined(found | {0: found[0] + 4.1}, [0, 2], asked.start)

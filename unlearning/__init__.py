@@ -58,8 +58,8 @@ def unlearn(
     max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any
     progress: shows a bar, on a terminal
 
-    Warns where a class is left at the largest kappa of the settings, where the model does not know the samples, where
-    it cannot be traced and less is masked for it, and where the request takes more than some 8 GB of memory (MEMORY).
+    Warns where a class is left at the largest kappa of the settings, or samples are too few to show that it is not,
+    where the model does not know the samples, and where it cannot be traced and less is masked for it.
     Raises RetainScoreError, which has the last mask within the bounds, where the others lose more; InputError, another
     ValueError, where the model is something else, or samples do not fit it or are not finite.
     """

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from statistics import fmean
-from typing import Any
+from statistics import NormalDist, fmean
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mimu.data import GraphConfig, GraphGenerator, Split, is_correct
-from mimu.masking.order import ZeroingOrder
+from mimu.data import GraphConfig, GraphGenerator, Split, is_correct, margins
+from mimu.masking.order import FEW, ZeroingOrder, percent_above_zero
 from mimu.masking.rankings import Ranking, TrainedGCN
 from mimu.methods.erasing import Erasing, erased
 from mimu.model import WeightGraph
@@ -24,7 +25,11 @@ from mimu.runs.files import InputError
 from mimu.unlearning.custom_model import CustomModel
 
 Scores = dict[int, float]  # percent classified correctly, by class
-MEMORY = 8.0  # GB that a request may need before it says so
+FOLDS = 5  # parts of few samples that are held out in turn
+CONFIDENCE = 0.95  # one-sided, of what few samples show
+SHOWN = 5.0  # percent of a class that samples may say to be left before it is said
+WORTH_A_TRY = 1.0  # points that the others lose by the GCN, where the formula is tried
+OTHER_WAYS = "mask_layer=-1 or another, scorer='saliency', or more samples may do better"
 TRUSTED = 50.0  # percent: a mean score of the classes below which samples and model hardly belong together
 
 
@@ -38,6 +43,14 @@ class RetainScoreError(InputError):
     def __init__(self, message: str, before: Scores, after: Scores, mask: Mask) -> None:
         super().__init__(message)
         self.before, self.after, self.mask = before, after, mask
+
+
+class Made(NamedTuple):
+    """The masks on the way to forgetting, what is left in words, and the points that the others lose at its end."""
+
+    way: list[Mask]
+    left: str
+    fall: float
 
 
 @dataclass(frozen=True)
@@ -90,64 +103,107 @@ class Forgetting:
         """What the first masked layer is given for all samples, (samples, n): no mask changes it."""
         return self.custom.classifier.prefix_activations(self.start.layers, self.train.images)
 
-    @property
-    def memory(self) -> tuple[float, float]:
-        """About how many GB the features of the masked weights take at the peak, with the GCN, and the samples do.
-
-        Where classes are erased, what all layers give for the samples of a step takes most, with the gradients.
-        """
-        if self.erase:
-            at_once = len(self.train.labels.unique()) * Erasing.configured().group_size
-            return 0.0, 4 * 2 * at_once * self.custom.classifier.trace.total / 1e9
-        counts = self.train.labels.unique(return_counts=True)[1]
-        classes, vertices = len(counts), sum(keep.numel() for keep in self.start.keep)
-        # Of all classes five means over samples, of which features are formed, and two features.
-        of_vertex = 7 * classes + self.config.num_features + 2 * self.trained.gcn.readout.in_features
-        one = self.train.images[:1]
-        of_one = one.numel() + self.custom.classifier.prefix_activations(self.start.layers, one).numel()
-        of_samples = of_one * (len(self.train.labels) + classes * min(self.config.samples_per_class, int(counts.min())))
-        return 4 * vertices * of_vertex / 1e9, 4 * of_samples / 1e9
-
-    def of_model(self, mask: Mask, scores: Scores) -> Mask:
+    def of_model(self, mask: Mask, scores: Scores, about: str = "") -> Mask:
         """A mask on the classifier, with the scores under it, as one on the model, with what that carries."""
         gone = sorted(label for label in self.forget if scores.get(label, 0.0) < self.trained.masking.target)
-        mask = replace(self.custom.mask(mask), forgets=tuple(gone))
+        mask = replace(self.custom.mask(mask), forgets=tuple(gone), about=about)
         return (mask & self.carried if self.carried else mask).made_on(self.model)
 
     def answer(self) -> Mask:
         """The mask on the model that leaves nothing of the classes to forget.
 
-        They go one after the other, the one that most is left of first; none of them is spared for another. A class
-        that is not classified in the first place has nothing to lose, and is not to come back either.
-        Raises RetainScoreError. Warns where a class is left at the largest kappa.
+        A class that is not classified in the first place has nothing to lose, and is not to come back either. Where the
+        GCN's mask costs the others more than a point or leaves something, the formula's is taken if that is better.
+        Samples of a class with fewer than FEW are each judged under a mask that is made without it.
+        Raises RetainScoreError. Warns where a class is left, or where samples cannot show that none is.
         """
+        before = self.scores(self.logits(self.start))
         target = self.trained.masking.target
-        self.warn_of_memory()
-        before = self.scores(self.start)
-        lost = self.forget | {label for label, score in before.items() if score < target}
+        lost = self.forget | {each for each, score in before.items() if score < target and self.counts[each] >= FEW}
         kept = [label for label in before if label not in lost]
         self.check_scores(before, kept)
-        way, now, left = [self.start], before, ""
+        made, ranks = self.made(lost, kept), self.scorer
+        if self.scorer == "gcn" and not self.erase and (made.left or made.fall > WORTH_A_TRY):
+            formula = replace(self, scorer="saliency").made(lost, kept)
+            if (formula.left != "", formula.fall) < (made.left != "", made.fall):
+                made, ranks = formula, "saliency"
+        judge = replace(self, scorer=ranks)
+        logits = judge.held_out_logits(made.way[-1], lost, kept)
+        now = self.scores(logits)
+        said = [made.left] if made.left else []
+        if not self.is_within(before, now, kept, is_shown=self.is_few):
+            if min(self.counts.values()) >= FOLDS:
+                raise self.too_much(before, now, kept, made.way)
+            # Of fewer samples a mask that is made without one is not like that made of all.
+            mean, worst = self.falls(before, now, kept)
+            said.append(f"by samples held out the classes to keep lose {mean:.0f} points, one of them {worst:.0f}")
+        said += self.not_shown(logits)
+        if said:
+            warnings.warn(f"{'; '.join(said)} ({OTHER_WAYS})", stacklevel=3)
+        by = "erased" if self.erase else f"ranked by the {'GCN' if ranks == 'gcn' else 'formula'}"
+        return self.of_model(made.way[-1], now, "; ".join([by, *said]))
+
+    def made(self, lost: set[int], kept: list[int]) -> Made:
+        """What the samples make of a request.
+
+        The classes go one after the other, the one that most is left of first; none of them is spared for another.
+        """
+        target = self.trained.masking.target
+        before = now = self.scores(self.logits(self.start))
+        way, left = [self.start], ""
         for _ in range(2 * len(lost)):  # where one goes another may come back, which then goes again
             label = max(lost & set(now), key=now.__getitem__, default=None)
             if left or label is None or now[label] < target or self.is_ruined(before, kept, way[-1]):
                 break
             left = self.forget_one(label, before, kept, way)
-            now = self.scores(way[-1])
-        if not self.is_within(before, now, kept):
-            raise self.too_much(before, now, kept, way)
+            now = self.scores(self.logits(way[-1]))
         still = [f"{now[each]:.1f} % of class {each} are left" for each in sorted(lost) if now.get(each, 0.0) >= target]
-        if still or left:
-            said = ", ".join(still) or left
-            warnings.warn(f"{said} after {way[-1].num_zeroed} zeroed weights", stacklevel=3)
-        return self.of_model(way[-1], now)
+        left = ", ".join(still) or ("" if self.is_few else left)
+        left = f"{left} after {way[-1].num_zeroed} zeroed weights" if left else ""
+        return Made(way, left, self.falls(before, now, kept)[0])
 
-    def warn_of_memory(self) -> None:
-        of_weights, of_samples = self.memory
-        if of_weights + of_samples > MEMORY:
-            fewer = "fewer samples" if of_samples > of_weights else "another mask_layer, of fewer weights,"
-            takes = f"the request takes about {of_weights + of_samples:.0f} GB of memory"
-            warnings.warn(f"{takes}: {fewer} would take less", stacklevel=4)
+    @cached_property
+    def counts(self) -> dict[int, int]:
+        """How many samples there are of each class."""
+        classes, counts = self.train.labels.unique(return_counts=True)
+        return dict(zip(classes.tolist(), counts.tolist()))
+
+    @property
+    def is_few(self) -> bool:
+        """Whether there are few samples of some class."""
+        return min(self.counts.values()) < FEW
+
+    def held_out_logits(self, mask: Mask, lost: set[int], kept: list[int]) -> Tensor:
+        """The logits of all samples under a mask; of classes with few, each under one that is made without it.
+
+        A single sample of a class is never held out.
+        """
+        logits, labels = self.logits(mask), self.train.labels
+        folds = torch.full_like(labels, FOLDS)
+        for label, count in self.counts.items():
+            if 1 < count < FEW:
+                folds[labels == label] = torch.arange(count, device=labels.device) % FOLDS
+        for fold in range(int(folds.min()), FOLDS):
+            is_held_out = folds == fold
+            if is_held_out.any():
+                others = replace(self, train=self.train[~is_held_out], progress=False)
+                held_out = replace(self, train=self.train[is_held_out])
+                logits[is_held_out] = held_out.logits(others.made(lost, kept).way[-1])
+        return logits
+
+    def not_shown(self, logits: Tensor) -> list[str]:
+        """What few samples of classes to forget, by their logits, do not show."""
+        labels, said = self.train.labels, []
+        found = margins(logits, labels)
+        spread = float(margins(self.logits(self.start), labels).std())
+        for label in sorted(self.forget & set(self.counts)):
+            count = self.counts[label]
+            left = percent_above_zero(found[labels == label], spread)
+            if count == 1:
+                said.append(f"one sample of class {label}: up to {100 * CONFIDENCE:.0f} % of it may be left")
+            elif count < FEW and left > SHOWN:
+                said.append(f"{count} samples of class {label}, held out in turn: some {left:.0f} % of it may be left")
+        return said
 
     def check_scores(self, before: Scores, kept: list[int]) -> None:
         """Raises InputError where no class is to be kept. Warns where model and samples hardly belong together."""
@@ -165,14 +221,14 @@ class Forgetting:
 
     def too_much(self, before: Scores, now: Scores, kept: list[int], way: list[Mask]) -> RetainScoreError:
         """The error where the kept classes lose more than they may, with the last mask that keeps to the bounds."""
-        mask = next(mask for mask in reversed(way) if self.is_within(before, self.scores(mask), kept))
+        mask = next(each for each in reversed(way[:-1]) if self.is_within(before, self.scores(self.logits(each)), kept))
         mean, worst = self.falls(before, now, kept)
-        under = self.scores(mask)
+        under = self.scores(self.logits(mask))
         left = ", ".join(f"{under[label]:.1f} % of class {label}" for label in sorted(set(under) - set(kept)))
         message = (
             f"the classes to keep lose {mean:.1f} points (max_fall {self.max_fall}), one of them {worst:.1f} "
             f"(max_class_fall {self.max_class_fall}); the mask of this error, of {mask.num_zeroed} zeroed weights, "
-            f"keeps to that and leaves {left}. mask_layer=-1, or another, may do better"
+            f"keeps to that and leaves {left} ({OTHER_WAYS})"
         )
         return RetainScoreError(message, before, now, self.of_model(mask, under))
 
@@ -204,24 +260,32 @@ class Forgetting:
         return found.left
 
     @torch.no_grad()
-    def scores(self, mask: Mask, among: Sequence[int] | None = None) -> Scores:
-        """The scores of the masked classifier on the samples, of all classes, or of some `among` these alone."""
-        classifier, labels = self.custom.classifier, self.train.labels
-        with mask.applied_to(classifier):
-            logits = classifier(self.activations, mask.layers)
+    def logits(self, mask: Mask) -> Tensor:
+        """What the masked classifier gives for the samples, (samples, classes)."""
+        with mask.applied_to(self.custom.classifier):
+            return self.custom.classifier(self.activations, mask.layers)
+
+    def scores(self, logits: Tensor, among: Sequence[int] | None = None) -> Scores:
+        """The scores of the samples' logits, of all classes, or of some `among` these alone."""
+        labels = self.train.labels
         if among is not None:
             others = sorted(set(range(logits.shape[1])) - set(among))
             logits = logits.index_fill(1, torch.tensor(others, device=logits.device), float("-inf"))
         found = is_correct(logits, labels)
-        counts = labels.bincount().tolist()
-        correct = labels[found].bincount(minlength=len(counts)).tolist()
-        return {label: 100 * correct[label] / count for label, count in enumerate(counts) if count}
+        correct = labels[found].bincount(minlength=max(self.counts) + 1).tolist()
+        return {label: 100 * correct[label] / count for label, count in self.counts.items()}
 
-    def falls(self, before: Scores, now: Scores, kept: list[int]) -> tuple[float, float]:
-        """Points that the kept classes lose: over all their samples, and the class that loses most."""
-        counts = self.train.labels.bincount().tolist()
+    def falls(self, before: Scores, now: Scores, kept: list[int], is_shown: bool = False) -> tuple[float, float]:
+        """Points that the kept classes lose: over all their samples, and the class that loses most.
+
+        is_shown: no more than what the samples show, the lower end of the one-sided interval
+        """
+        counts = {label: self.counts[label] for label in kept}
         lost = {label: before[label] - now[label] for label in kept}
-        mean = sum(counts[label] * lost[label] for label in kept) / sum(counts[label] for label in kept)
+        mean = sum(counts[label] * lost[label] for label in kept) / sum(counts.values())
+        if is_shown:
+            mean = lower_end(mean, sum(counts.values()))
+            lost = {label: lower_end(fall, counts[label]) for label, fall in lost.items()}
         return mean, max(lost.values())
 
     def is_ruined(self, before: Scores, kept: list[int], mask: Mask) -> bool:
@@ -229,13 +293,21 @@ class Forgetting:
 
         Classified among themselves: a class that is still to go takes samples of others meanwhile.
         """
-        return not self.is_within(before, self.scores(mask, among=kept), kept, times=2)
+        return not self.is_within(before, self.scores(self.logits(mask), among=kept), kept, times=2)
 
-    def is_within(self, before: Scores, now: Scores, kept: list[int], times: float = 1) -> bool:
+    def is_within(self, before: Scores, now: Scores, kept: list[int], times: float = 1, is_shown: bool = False) -> bool:
         """Whether the kept classes lose no more than they may, or so many times that."""
-        mean, worst = self.falls(before, now, kept)
+        mean, worst = self.falls(before, now, kept, is_shown)
         is_mean_within = self.max_fall is None or mean <= times * self.max_fall
         return is_mean_within and (self.max_class_fall is None or worst <= times * self.max_class_fall)
+
+
+def lower_end(percent: float, count: int) -> float:
+    """What so many percent of `count` samples show, 95 % one-sided (Wilson 1927): 0 where they are not above 0."""
+    share, z = max(0.0, percent) / 100, NormalDist().inv_cdf(CONFIDENCE)
+    middle = share + z**2 / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return max(0.0, 100 * (middle - half) / (1 + z**2 / count))
 
 
 def classes_of(forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]) -> set[int]:
