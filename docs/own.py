@@ -300,15 +300,18 @@ MASK, ERASE = "`unlearn(model, inputs, labels, 3)`", "`unlearn(model, inputs, la
 CHOICES: tuple[tuple[str, str, Way, Sequence[list[int]]], ...] = (  # retraining first, which the others stand beside
     ("retraining is cheap", "train without the class", by_retraining, SINGLE),
     ("some thousand samples; hidden is enough", MASK, by_unlearn(1000), SINGLE),
-    ("so, several classes", "`unlearn(model, inputs, labels, [3, 7])`", by_unlearn(1000), TWO),
+    ("the same, several classes", "`unlearn(model, inputs, labels, [3, 7])`", by_unlearn(1000), TWO),
     ("ten samples a class", MASK, by_unlearn(10), SINGLE),
-    ("no data: by hand", "`last.weight.data[3] = 0; last.bias.data[3] = -1e4`", by_hand, SINGLE),
+    ("no data: nothing here, by hand", "`last.weight.data[3] = 0; last.bias.data[3] = -1e4`", by_hand, SINGLE),
     ("gone from the representation, too", ERASE, by_unlearn(1000, erase=True), SINGLE),
 )
 MORE_CHOICES = (
     ("to be taken back next week", "`mask.apply(model)`, then `mask.remove(model)`"),
-    ("for good, a file to be published", "`erase=True`, and `mask.apply(model, permanent=True)`"),
-    ("evidence beside retraining", "`uv run main.py`"),
+    (
+        "for good, the file to be published",
+        "`unlearn(model, inputs, labels, [3, 7], erase=True).apply(model, permanent=True)`",
+    ),
+    ("evidence beside retraining", "`uv run main.py`, [your data](#configuration-runs-and-artifacts)"),
 )
 
 
