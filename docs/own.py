@@ -272,14 +272,13 @@ def by_retraining(chosen: Chosen, classes: list[int]) -> nn.Module:
     return chosen.trainer.train(chosen.train.retain(*classes), 10).network
 
 
-@torch.no_grad()
 def by_hand(chosen: Chosen, classes: list[int]) -> nn.Module:
     """Without a sample: zeros the rows of the last layer; where it has biases, these keep the classes out."""
     model = copy.deepcopy(chosen.original)
     last = weight_layers(model)[-1]
-    last.weight[classes] = 0
+    last.weight.data[classes] = 0
     if last.bias is not None:
-        last.bias[classes] = -1e4
+        last.bias.data[classes] = -1e4
     return model
 
 
