@@ -436,6 +436,7 @@ MEASUREMENTS = {
     "cifar10": Measurement(cifar10, [f"{ON_TWO} --config configs/cifar10.yaml 'dataset=cifar10-images'"]),
     "own_layers": Measurement(by_script, ["docs/own.py by_layer"], [BY_PRETRAINED], UNLEARN_CODE),
     "own_several": Measurement(by_script, ["docs/own.py several"], [BY_PRETRAINED], UNLEARN_CODE),
+    "choice": Measurement(by_script, ["docs/own.py choice"], [BY_PRETRAINED, ERASING], UNLEARN_CODE),
     "own_networks": Measurement(by_script, ["docs/own.py networks"], [BY_PRETRAINED], UNLEARN_CODE),
     "bar": Measurement(by_script, ["docs/bar.py"], [ERASING]),
     "tuning": Measurement(by_script, ["docs/tune.py"], ["docs/tuning.yaml"]),

@@ -1,16 +1,19 @@
-"""Measures `unlearn` on classifiers that no setting was chosen on, and writes docs/own.md: `uv run docs/own.py`.
+"""Measures `unlearn` on classifiers that no setting was chosen on: `uv run docs/own.py`.
 
-It takes half an hour, and Fashion-MNIST in datasets/FashionMNIST/raw/. With names of tables it measures those.
+It writes docs/own.md, and `choice`, five minutes of an idle core, into the README. All of it takes half an hour, and
+Fashion-MNIST in datasets/FashionMNIST/raw/. With names of tables it measures those.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,8 +23,10 @@ from build import write_block
 from torch import Tensor, nn
 
 from mimu import Mask, RetainScoreError, unlearn
+from mimu.audits.probes import linear
 from mimu.configs import load_config
-from mimu.data import Split, load_image_data
+from mimu.data import Split, load_image_data, some_of_every_class
+from mimu.networks.hooked import weight_layers
 from mimu.reporter import markdown_table
 from mimu.trainer import Trainer
 
@@ -197,8 +202,144 @@ def networks() -> Iterator[dict[str, str]]:
                 yield {"data set": name, "network": network, "mask_layer": asked_for} | found
 
 
+@torch.no_grad()
+def looked_into(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The representation, which the last layer is given, (samples, n), and the classes that a model names (samples)."""
+    given: list[Tensor] = []
+    hook = weight_layers(model.eval())[-1].register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    named = [model(batch).argmax(1) for batch in images.split(500)]
+    hook.remove()
+    return torch.cat(given), torch.cat(named)
+
+
+@dataclass
+class Chosen:
+    """A classifier of the README's table of choices: how and on what it is trained, and what requests are made with.
+
+    few: the samples of requests and probes; recalls: of the classifier retrained without a digit, once that was done
+    """
+
+    name: str
+    trainer: Trainer
+    train: Split
+    few: Split
+    test: Split
+    recalls: dict[int, float] = field(default_factory=dict)
+
+    @cached_property
+    def original(self) -> nn.Module:
+        return self.trainer.train(self.train, 10).network
+
+    def recall(self, model: nn.Module, digit: int) -> float:
+        """Percent of a digit's test samples that a linear probe finds in the representation."""
+        learned_from, test = looked_into(model, self.few.images)[0], looked_into(model, self.test.images)[0]
+        found = linear(learned_from, self.few.labels, test, SEED)
+        return score(found == digit, self.test.labels == digit)
+
+    def cells(self, forget: Way, requests: Sequence[list[int]]) -> dict[str, str]:
+        """Of the requests: the worst of what is left, and the means of the rest; how many `unlearn` refused."""
+        labels, rows, refused = self.test.labels, [], 0
+        before = looked_into(self.original, self.test.images)[1] == labels
+        for classes in requests:
+            started = time.perf_counter()
+            try:
+                model = forget(self, classes)
+            except RetainScoreError:
+                refused += 1
+                continue
+            seconds = time.perf_counter() - started
+            after = looked_into(model, self.test.images)[1] == labels
+            is_other = torch.isin(labels, torch.tensor(classes), invert=True)
+            left = max(score(after, labels == each) for each in classes)
+            excess = math.nan
+            if len(classes) == 1:
+                recall = self.recall(model, classes[0])
+                excess = recall - self.recalls.setdefault(classes[0], recall)  # the first way to forget is retraining
+            rows.append([left, score(after, is_other) - score(before, is_other), excess, seconds])
+        left, others, excess, seconds = torch.tensor(rows).T
+        return {
+            "left of the class, %": f"{left.max():.1f}" + f" ({refused} refused)" * bool(refused),
+            "others, points": f"{others.mean():+.1f}",
+            "probe, points": "–" if excess.isnan().any() else f"{excess.mean():+.1f}",
+            "seconds": f"{seconds.mean():.1f}",
+        }
+
+
+Way = Callable[[Chosen, list[int]], nn.Module]  # to forget classes: gives a model without them
+
+
+def by_retraining(chosen: Chosen, classes: list[int]) -> nn.Module:
+    return chosen.trainer.train(chosen.train.retain(*classes), 10).network
+
+
+def by_hand(chosen: Chosen, classes: list[int]) -> nn.Module:
+    """Without a sample: zeros the rows of the last layer; where it has biases, these keep the classes out."""
+    model = copy.deepcopy(chosen.original)
+    last = weight_layers(model)[-1]
+    last.weight.data[classes] = 0
+    if last.bias is not None:
+        last.bias.data[classes] = -1e4
+    return model
+
+
+def by_unlearn(samples: int, **asked: Any) -> Way:
+    """With so many samples of every class."""
+
+    def forget(chosen: Chosen, classes: list[int]) -> nn.Module:
+        model = copy.deepcopy(chosen.original)
+        train = some_of_every_class(chosen.few, samples, "choice")
+        unlearn(model, train.images, train.labels, classes, **asked).apply(model)
+        return model
+
+    return forget
+
+
+SINGLE, TWO = [[digit] for digit in DIGITS], [list(TOGETHER[0])]
+MASK, ERASE = "`unlearn(model, inputs, labels, 3)`", "`unlearn(model, inputs, labels, 3, erase=True)`"
+CHOICES: tuple[tuple[str, str, Way, Sequence[list[int]]], ...] = (  # retraining first, which the others stand beside
+    ("retraining is cheap", "train without the class", by_retraining, SINGLE),
+    ("some thousand samples; hidden is enough", MASK, by_unlearn(1000), SINGLE),
+    ("the same, several classes", "`unlearn(model, inputs, labels, [3, 7])`", by_unlearn(1000), TWO),
+    ("ten samples a class", MASK, by_unlearn(10), SINGLE),
+    ("no data: nothing here, by hand", "`last.weight.data[3] = 0; last.bias.data[3] = -1e4`", by_hand, SINGLE),
+    ("gone from the representation, too", ERASE, by_unlearn(1000, erase=True), SINGLE),
+)
+MORE_CHOICES = (
+    ("to be taken back next week", "`mask.apply(model)`, then `mask.remove(model)`"),
+    (
+        "for good, the file to be published",
+        "`unlearn(model, inputs, labels, [3, 7], erase=True).apply(model, permanent=True)`",
+    ),
+    ("evidence beside retraining", "`uv run main.py`, [your data](#configuration-runs-and-artifacts)"),
+)
+
+
+def choice() -> Iterator[dict[str, str]]:
+    """What each way to forget leaves, costs and takes, on a perceptron, a CNN and a ResNet."""
+    torch.set_num_threads(1)  # as in runs
+    data, config = load_image_data("MNIST"), load_config()
+    few = some_of_every_class(data.train, 1000, "choice")
+    of_few = replace(config.classifier, epochs=4, batch_size=128)
+    configs = {
+        "perceptron": config.classifier,
+        "CNN": replace(of_few, architecture="cnn", hidden_sizes=(64,), channels=(8, 16), bias=True),
+        "ResNet": replace(of_few, architecture="resnet", channels=(8, 16, 32)),
+    }
+    classifiers = []
+    for name, of_classifier in configs.items():
+        trainer = Trainer(of_classifier, SEED, config.source.size)
+        classifiers.append(Chosen(name, trainer, data.train if name == "perceptron" else few, few, data.test))
+    for wanted, call, forget, requests in CHOICES:
+        found = [chosen.cells(forget, requests) for chosen in classifiers]
+        columns = {column: " / ".join(cells[column] for cells in found) for column in found[0]}
+        row = {"you have, or want": wanted, "call": call} | columns
+        yield row
+    for wanted, call in MORE_CHOICES:
+        yield dict.fromkeys(row, "") | {"you have, or want": wanted, "call": call}
+
+
 TABLES = {"by_layer": (by_layer, "own_layers", 2), "several": (several, "own_several", 2),
-          "networks": (networks, "own_networks", 3)}  # fmt: skip
+          "networks": (networks, "own_networks", 3), "choice": (choice, "choice", 2)}  # fmt: skip
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or TABLES:

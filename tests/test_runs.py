@@ -322,11 +322,11 @@ def test_what_the_readme_adds_by_hand_shows_up_everywhere(copy):
     assert float(done.stdout) == pytest.approx(result["unlearning_metrics"]["mimu"]["score"])
 
 
-def test_the_lines_of_the_readme_make_a_data_set_of_ones_own_whose_classes_are_forgotten(tmp_path, monkeypatch):
+def test_the_lines_of_the_pages_make_a_data_set_of_ones_own_whose_classes_are_forgotten(tmp_path, monkeypatch):
     draw_nothing(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mimu.images.sources.DATASET_ROOT", tmp_path / "datasets")
-    exec(in_readme(r"```python\n([^`]*load_digits[^`]*)```"), {})
+    exec(in_readme(r"```python\n([^`]*load_digits[^`]*)```", (PROJECT / "docs" / "data.md").read_text()), {})
     assert len(list(tmp_path.glob("datasets/digits/*/*/*"))) == 1797
     changes = ["sweep.kappa=[auto]", "eval.methods=[original, mimu]", "eval.visualize=false", "gcn.pretrained=true"]
     run_here(tmp_path, configs=load_variants(CONFIG, ["dataset=digits", *changes]))
