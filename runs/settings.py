@@ -227,7 +227,10 @@ def description(hint: Any) -> str:
 def refusal(value: Any, hint: Any) -> str:
     """What a setting must be, and what it is instead."""
     words = description(hint)
-    is_large = isinstance(value, int | float) and value > LIMIT
+    number = value
+    with suppress(ValueError):
+        number = float(value) if isinstance(value, str) else value  # YAML reads 1e30, without a point, as text
+    is_large = isinstance(number, int | float) and number > LIMIT
     return f"{bounded(words) if is_large else words}, not {shown(value)}"
 
 

@@ -143,6 +143,7 @@ BAD = [
     ("training.=3", "training. is not a setting. Valid here: steps, rate"),
     ("training=3", "training must be a mapping with keys of steps, rate"),
     ("training.rate=.inf", "training.rate must be a finite number, above 0, at most 1000000000, not inf"),
+    ("training.rate=1e30", "training.rate must be a finite number, above 0, at most 1000000000, not '1e30'"),
     ("training.kappa=[1.5]", "each an integer, at least 1, or a finite number, above 0, below 1, or auto, not [1.5]"),
     ("training.tables.sft.epochs=x", "training.tables.sft.epochs must be an integer or a finite number, not 'x'"),
     ("training.tables.sft.epochs=0", "training.tables.sft.epochs must be at least 1, not 0"),
