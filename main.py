@@ -40,7 +40,7 @@ from mimu.networks.hooked import HookedClassifier
 from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, Log, code_of, digest, locked, save, slug, write_text
 from mimu.runs.work import Processes, how_many, peak_bytes
 from mimu.tables import experiment
-from mimu.trainer import GCNTrainer, Trainer
+from mimu.trainer import TOLERATED, GCNTrainer, Trainer
 
 # The source files that a classifier, its graphs and its GCN depend on, and those that metrics do.
 TRAINING_CODE = ("main.py", "model.py", "data.py", "trainer.py", "images/*.py", "networks/*.py", "masking/*.py")
@@ -181,7 +181,7 @@ class Stages:
         gcn.load_state_dict(checkpoint["state_dict"])
         with self.stage(f"{name}, beside the formula"):
             behind = trainer.points_behind(gcn, training.config.eval)
-        if behind > 1:
+        if behind > TOLERATED:
             self.log(f"{name}: its training leaves it {behind:.1f} points behind the formula: taken as it was before")
             gcn = trainer.initial()
         return gcn, checkpoint["seconds"]

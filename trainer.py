@@ -25,7 +25,8 @@ from mimu.runs.files import Artifact, InputError
 LEAST_SPREAD = 1e-6  # standard deviation of scores, which may be all the same
 GRADIENT_NORM = 1.0  # largest norm of a step's gradient of the GCN
 SAVED_EVERY = 60.0  # seconds of training, at least, between two writes of how far it is
-COMPARED = 10  # classes that the GCN and the formula forget to be compared, at most
+COMPARED = 10  # classes, at most, that GCN and formula both forget to be compared
+TOLERATED = 1.0  # points that a GCN may be behind the formula
 
 
 class TrainingError(InputError):
@@ -155,7 +156,7 @@ class Trainer:
         return HookedClassifier(network.to(images.device), images[:2])
 
     def train(self, train: Split, num_classes: int, checkpoint: Artifact | None = None) -> HookedClassifier:
-        """The classifier after its training. checkpoint: where its `Progress` is kept"""
+        """The classifier after its training, whose `Progress` is kept where its checkpoint will be."""
         config, setting = self.config, "classifier.learning_rate"
         classifier = self.initial(train.images, num_classes)
         optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
@@ -164,8 +165,8 @@ class Trainer:
         optimizer.register_step_post_hook(lambda *_: schedule.step())
         generator = data.seeded("classifier", self.seed)
         progress = Progress(checkpoint, generator, classifier, optimizer, schedule)
-        about = {"setting": setting, "progress": progress}
-        learn(classifier, train, config.epochs, config.batch_size, optimizer, generator, **about)
+        epochs, size = config.epochs, config.batch_size
+        learn(classifier, train, epochs, size, optimizer, generator, setting=setting, progress=progress)
         check_weights(classifier, "classifier", setting)
         return classifier
 
@@ -307,26 +308,26 @@ class GCNTrainer:
 
     def initial(self) -> MaskingGCN:
         """The GCN before its training: the formula."""
-        first = self.graphs[0]
+        graphs = self.graphs[0]
         with data.seeded_initialisation(self.seed):
-            return self.config.network(first.config.num_features).to(first.labels.device)
+            return self.config.network(graphs.config.num_features).to(graphs.labels.device)
 
     def train(self, checkpoint: Artifact | None = None) -> MaskingGCN:
-        """The GCN after its training. checkpoint: where its `Progress` is kept"""
-        config, first, gcn = self.config, self.graphs[0], self.initial()
+        """The GCN after its training, whose `Progress` is kept where its checkpoint will be."""
+        config, gcn = self.config, self.initial()
         losses = [GCNLoss(config, of_classifier, self.retain_weight) for of_classifier in self.graphs]
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
         generator = data.seeded("gcn", self.seed)
-        loss_on, zeroed = losses[0], first.nothing
+        loss_on, zeroed = losses[0], self.graphs[0].nothing
         progress = Progress(checkpoint, generator, gcn, optimizer, schedule)
-        steps = tqdm(range(progress.step, config.steps), "masking GCN", unit="step", leave=False, disable=None)
-        for step in steps:
+        steps = range(progress.step, config.steps)
+        for step in tqdm(steps, "masking GCN", unit="step", leave=False, disable=None):
             if step % (1 + config.snapshots) == 0 or 2 * len(zeroed) > loss_on.graph.num_vertices:
                 progress.save(step)
                 loss_on = losses[int(torch.randint(len(losses), (), generator=generator))]
                 forget_row = int(torch.randint(loss_on.graphs.num_classes, (), generator=generator))
-                zeroed = first.nothing
+                zeroed = loss_on.graphs.nothing
             terms, scores = loss_on(gcn, zeroed, forget_row, generator)
             optimizer.zero_grad()
             sum(terms.values()).backward()
@@ -336,17 +337,16 @@ class GCNTrainer:
             # All of them in one copy: a GPU is waited for once a step.
             values = dict(zip(terms, torch.stack([value.detach() for value in terms.values()]).tolist()))
             check_finite(values, step, "gcn.learning_rate and the weight of the term")
-            steps.set_postfix(values, refresh=False)
             zeroed = loss_on.following(scores, zeroed, generator)
         check_weights(gcn, "masking GCN", "gcn.learning_rate")
         return gcn
 
     @torch.no_grad()
     def points_behind(self, gcn: MaskingGCN, masking: MaskingConfig) -> float:
-        """By how many points a request by this GCN is behind one by the formula, of the class where it is most.
+        """By how many points the answers of this GCN are behind the formula's, for the class where they are most.
 
-        Points: what is kept of the others less what is left of the class, with kappa auto on the first graphs. The
-        formula is asked only where the GCN is more than one behind the classifier as it is, without the class.
+        Points: what kappa auto keeps of the others less what it leaves of the class, in samples of the first graphs.
+        The formula is not asked where the GCN keeps what the classifier does whose logits lack the class.
         """
         graphs, behind = self.graphs[0], 0.0
 
@@ -362,7 +362,8 @@ class GCNTrainer:
 
         for row, label in enumerate(graphs.classes[:COMPARED]):
             found = answered(row, label, gcn)
-            if points(graphs.predictions.index_fill(1, graphs.labels.new_tensor(label), -math.inf), label) > found + 1:
+            without = graphs.predictions.index_fill(1, graphs.labels.new_tensor(label), -math.inf)
+            if points(without, label) > found + TOLERATED:
                 behind = max(behind, answered(row, label, None) - found)
         return behind
 

@@ -348,7 +348,10 @@ def test_trainings_that_are_interrupted_go_on_where_they_were_and_figures_stay(h
     assert metrics(here) == expected
 
 
-def test_a_gcn_that_its_training_leaves_behind_the_formula_is_the_one_before_and_the_run_says_so(here, capsys):
+def test_a_gcn_that_its_training_leaves_behind_the_formula_is_the_one_before_and_the_run_says_so(
+    here, capsys, monkeypatch
+):
+    monkeypatch.setattr(trainer, "COMPARED", 10)
     few = ("eval.methods=[mimu, saliency]", "sweep.kappa=[auto]", "sweep.forget_digits=[3]")
     for changes, is_behind in ((("gcn.learning_rate=1", "gcn.steps=20"), True), (("gcn.learning_rate=1e-6",), False)):
         run_here(here, *few, *changes)
