@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +15,18 @@ from tqdm import tqdm
 
 from mimu import data
 from mimu.data import FORGETTING_TEMPERATURE, Amount, Count, GraphGenerator, NonNegative, Positive, Split
-from mimu.masking.order import forgetting_loss as forgetting_loss
-from mimu.masking.rankings import TERMS, ranked, saliency
+from mimu.masking.order import ZeroingOrder
+from mimu.masking.rankings import TERMS, MaskingConfig, Ranking, ranked, saliency
 from mimu.model import MaskingGCN, WeightGraph
 from mimu.networks.architectures import cnn, in_channels, mlp, resnet
 from mimu.networks.hooked import HookedClassifier, is_finite, log_odds
-from mimu.runs.files import InputError
+from mimu.runs.files import Artifact, InputError
 
 LEAST_SPREAD = 1e-6  # standard deviation of scores, which may be all the same
 GRADIENT_NORM = 1.0  # largest norm of a step's gradient of the GCN
+SAVED_EVERY = 60.0  # seconds of training, at least, between two writes of how far it is
+COMPARED = 10  # classes, at most, that GCN and formula both forget to be compared
+TOLERATED = 1.0  # points that a GCN may be behind the formula
 
 
 class TrainingError(InputError):
@@ -40,6 +44,32 @@ def check_weights(model: nn.Module, name: str, setting: str) -> None:
     """Raises TrainingError on weights that the last step of a training has left without a finite number."""
     if not is_finite(model):
         raise TrainingError(f"a weight of the {name} is not a finite number: training diverged, see {setting}")
+
+
+class Progress:
+    """How far a training is, kept now and then in the place of its checkpoint: an interrupted one goes on from there.
+
+    parts: all that has a `state_dict` and changes from step to step
+    step: the one to begin with
+    """
+
+    def __init__(self, checkpoint: Artifact | None, generator: torch.Generator, *parts: Any) -> None:
+        self.file = checkpoint and replace(checkpoint, made_by=f"begun, {checkpoint.made_by}")
+        self.generator, self.parts = generator, parts
+        self.step, self._saved = 0, time.monotonic()
+        if self.file and self.file.is_there:
+            state = self.file.load()
+            self.step = state["step"]
+            generator.set_state(state["generator"])
+            for part, of_part in zip(parts, state["parts"]):
+                part.load_state_dict(of_part)
+
+    def save(self, step: int) -> None:
+        """Keeps the state before a step, where the last one is of `SAVED_EVERY` seconds ago."""
+        if self.file and time.monotonic() - self._saved >= SAVED_EVERY:
+            states = [part.state_dict() for part in self.parts]
+            self.file.save({"step": step, "generator": self.generator.get_state(), "parts": states})
+            self._saved = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -82,18 +112,23 @@ def learn(
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     trainable: list[Tensor] | None = None,
     setting: str = "eval.hyperparameters",
+    progress: Progress | None = None,
 ) -> nn.Module:
     """Trains a model in place on random batches of the samples, drawn anew in every epoch, and returns it.
 
     loss: of images and labels; None: the cross entropy
     trainable: for every parameter of the model, 1 where it may change and 0 where not; None: everywhere
+    progress: with the generator; where it begins, and what is told of every epoch
     Raises TrainingError on a loss that is not a finite number, and names the `setting` to look at.
     """
     model.train()
     loss = loss or (lambda images, labels: F.cross_entropy(model(images), labels))
-    steps = range(epochs * -(-len(samples.labels) // batch_size))
+    of_epoch = -(-len(samples.labels) // batch_size)
+    steps = range(progress.step if progress else 0, epochs * of_epoch)
     batches = samples.batches(batch_size, generator)
     for step in tqdm(steps, "training", unit="step", delay=1, leave=False, disable=None):
+        if progress and step % of_epoch == 0:  # before its batches are drawn
+            progress.save(step)
         batch = next(batches)
         value = loss(batch.images, batch.labels)
         check_finite({"loss": value.item()}, step, setting)
@@ -120,7 +155,8 @@ class Trainer:
             network = self.config.network(self.size or images.shape[1:], num_classes)
         return HookedClassifier(network.to(images.device), images[:2])
 
-    def train(self, train: Split, num_classes: int) -> HookedClassifier:
+    def train(self, train: Split, num_classes: int, checkpoint: Artifact | None = None) -> HookedClassifier:
+        """The classifier after its training, whose `Progress` is kept where its checkpoint will be."""
         config, setting = self.config, "classifier.learning_rate"
         classifier = self.initial(train.images, num_classes)
         optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
@@ -128,7 +164,9 @@ class Trainer:
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         optimizer.register_step_post_hook(lambda *_: schedule.step())
         generator = data.seeded("classifier", self.seed)
-        learn(classifier, train, config.epochs, config.batch_size, optimizer, generator, setting=setting)
+        progress = Progress(checkpoint, generator, classifier, optimizer, schedule)
+        epochs, size = config.epochs, config.batch_size
+        learn(classifier, train, epochs, size, optimizer, generator, setting=setting, progress=progress)
         check_weights(classifier, "classifier", setting)
         return classifier
 
@@ -268,21 +306,28 @@ class GCNTrainer:
         if len({(each.config.features, each.config.other_classes) for each in self.graphs}) > 1:
             raise TrainingError("graphs.features and other_classes must be those of all classifiers")
 
-    def train(self) -> MaskingGCN:
-        config, first = self.config, self.graphs[0]
+    def initial(self) -> MaskingGCN:
+        """The GCN before its training: the formula."""
+        graphs = self.graphs[0]
         with data.seeded_initialisation(self.seed):
-            gcn = config.network(first.config.num_features).to(first.labels.device)
+            return self.config.network(graphs.config.num_features).to(graphs.labels.device)
+
+    def train(self, checkpoint: Artifact | None = None) -> MaskingGCN:
+        """The GCN after its training, whose `Progress` is kept where its checkpoint will be."""
+        config, gcn = self.config, self.initial()
         losses = [GCNLoss(config, of_classifier, self.retain_weight) for of_classifier in self.graphs]
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
         generator = data.seeded("gcn", self.seed)
-        loss_on, zeroed = losses[0], first.nothing
-        progress = tqdm(range(config.steps), "masking GCN", unit="step", leave=False, disable=None)
-        for step in progress:
+        loss_on, zeroed = losses[0], self.graphs[0].nothing
+        progress = Progress(checkpoint, generator, gcn, optimizer, schedule)
+        steps = range(progress.step, config.steps)
+        for step in tqdm(steps, "masking GCN", unit="step", leave=False, disable=None):
             if step % (1 + config.snapshots) == 0 or 2 * len(zeroed) > loss_on.graph.num_vertices:
+                progress.save(step)
                 loss_on = losses[int(torch.randint(len(losses), (), generator=generator))]
                 forget_row = int(torch.randint(loss_on.graphs.num_classes, (), generator=generator))
-                zeroed = first.nothing
+                zeroed = loss_on.graphs.nothing
             terms, scores = loss_on(gcn, zeroed, forget_row, generator)
             optimizer.zero_grad()
             sum(terms.values()).backward()
@@ -292,10 +337,35 @@ class GCNTrainer:
             # All of them in one copy: a GPU is waited for once a step.
             values = dict(zip(terms, torch.stack([value.detach() for value in terms.values()]).tolist()))
             check_finite(values, step, "gcn.learning_rate and the weight of the term")
-            progress.set_postfix(values, refresh=False)
             zeroed = loss_on.following(scores, zeroed, generator)
         check_weights(gcn, "masking GCN", "gcn.learning_rate")
         return gcn
+
+    @torch.no_grad()
+    def points_behind(self, gcn: MaskingGCN, masking: MaskingConfig) -> float:
+        """By how many points the answers of this GCN are behind the formula's, for the class where they are most.
+
+        Points: what kappa auto keeps of the others less what it leaves of the class, in samples of the first graphs.
+        The formula is not asked where the GCN keeps what the classifier does whose logits lack the class.
+        """
+        graphs, behind = self.graphs[0], 0.0
+
+        def points(logits: Tensor, label: int) -> float:
+            is_correct, is_forget = data.is_correct(logits, graphs.labels).double(), graphs.labels == label
+            return 100 * (is_correct[~is_forget].mean() - is_correct[is_forget].mean()).item()
+
+        def answered(row: int, label: int, ranks: MaskingGCN | None) -> float:
+            order = ZeroingOrder(masking, graphs, row, Ranking(masking, graphs, row, self.seed, ranks))
+            zeroed = order.answer("auto", graphs.train.forget(label)).vertices
+            with graphs.graph.zeroing(zeroed).applied_to(graphs.classifier):
+                return points(graphs.classifier(graphs.inputs, graphs.graph.layers), label)
+
+        for row, label in enumerate(graphs.classes[:COMPARED]):
+            found = answered(row, label, gcn)
+            without = graphs.predictions.index_fill(1, graphs.labels.new_tensor(label), -math.inf)
+            if points(without, label) > found + TOLERATED:
+                behind = max(behind, answered(row, label, None) - found)
+        return behind
 
 
 def other_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from mimu.data import Count, NonNegative, Positive, Share, Split, mean_squared_gradient, seeded
 from mimu.eval import Request
+from mimu.masking.order import forgetting_loss
 from mimu.methods.controls import further
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import Mask
-from mimu.trainer import check_finite, forgetting_loss, learn, masked_weights, other_labels
+from mimu.trainer import check_finite, learn, masked_weights, other_labels
 
 
 @dataclass(frozen=True)

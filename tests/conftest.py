@@ -18,7 +18,7 @@ from mimu.eval import EvalConfig, Request
 from mimu.masking.rankings import MaskingConfig, TrainedGCN
 from mimu.model import HookedMNISTClassifier, MaskingGCN
 from mimu.networks.masks import LayerMask, Mask
-from mimu.trainer import Trainer, TrainerConfig, learn
+from mimu.trainer import COMPARED, Trainer, TrainerConfig, learn
 
 HIDDEN, IN_FEATURES, NUM_CLASSES = (6, 5), 7, 3
 torch.set_num_threads(1)  # the tensors of tests are small: threads only wait for one another
@@ -202,9 +202,11 @@ def here(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "mimu"
     write_few(folder)
     draw_nothing(monkeypatch)
+    monkeypatch.setattr("mimu.trainer.COMPARED", 1)  # class: ten take longer than all the rest
     return folder
 
 
 @pytest.fixture
-def copy(here) -> Path:
+def copy(here, monkeypatch) -> Path:
+    monkeypatch.setattr("mimu.trainer.COMPARED", COMPARED)  # as in the processes that run it
     return copy_to(here, *TRACKED)

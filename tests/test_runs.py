@@ -17,7 +17,7 @@ import yaml
 from conftest import TRACKED, copy_to
 from running import PROJECT, SMOKE, checkpoint, draw_nothing, files, metrics, run, run_here, smoke, write_few
 
-from mimu import main
+from mimu import main, trainer
 from mimu.configs import CONFIG, load_variants
 from mimu.data import GraphGenerator, load_image_data
 from mimu.images.sources import DataError
@@ -355,3 +355,40 @@ def test_the_lines_of_the_readme_unlearn_a_model(tmp_path, monkeypatch):
     labels = train.labels[5000:]
     now, is_gone = model(train.images[5000:]).argmax(1) == labels, (labels == 3) | (labels == 7)
     assert now[is_gone].float().mean() < 0.01 and now[~is_gone].float().mean() > before[~is_gone].float().mean() - 0.01
+
+
+def test_trainings_that_are_interrupted_go_on_where_they_were_and_figures_stay(here, monkeypatch):
+    longer = (*TINY, "classifier.epochs=3", "gcn.steps=12")
+    run_here(here, *longer)
+    expected, check, seen = metrics(here), trainer.check_finite, {}
+
+    def interrupted(losses, step, setting) -> None:
+        seen.setdefault(setting, []).append(step)
+        if len(seen[setting]) == 6:
+            raise KeyboardInterrupt
+        check(losses, step, setting)
+
+    monkeypatch.setattr(trainer, "check_finite", interrupted)
+    monkeypatch.setattr(trainer, "SAVED_EVERY", 0.0)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_here(here, *longer, is_fresh=not seen)
+    run_here(here, *longer)
+    of_classifier, of_gcn = seen.values()
+    assert of_classifier[:14] == [*range(6), *range(4, 12)] and of_gcn == [*range(6), *range(3, 12)]
+    assert metrics(here) == expected
+
+
+def test_a_gcn_that_its_training_leaves_behind_the_formula_is_the_one_before_and_the_run_says_so(
+    here, capsys, monkeypatch
+):
+    monkeypatch.setattr(trainer, "COMPARED", 10)
+    few = ("eval.methods=[mimu, saliency]", "sweep.kappa=[auto]", "sweep.forget_digits=[3]")
+    for changes, is_behind in ((("gcn.learning_rate=1", "gcn.steps=20"), True), (("gcn.learning_rate=1e-6",), False)):
+        run_here(here, *few, *changes)
+        says = "points behind the formula: taken as it was before"
+        assert (says in capsys.readouterr().out) == is_behind
+        (result,) = metrics(here).values()
+        kept = result["performance_degradation_metrics"]
+        assert kept["mimu"] == kept["saliency"]
+        shutil.rmtree(here / "eval")

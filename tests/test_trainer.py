@@ -20,11 +20,11 @@ from mimu import trainer
 from mimu.data import FORGETTING_TEMPERATURE as T
 from mimu.data import GraphGenerator, Split, seeded
 from mimu.masking.order import ZeroingOrder
-from mimu.masking.rankings import TERMS, Ranking, TrainedGCN, ranked, saliency
+from mimu.masking.rankings import TERMS, MaskingConfig, Ranking, TrainedGCN, ranked, saliency
 from mimu.model import MaskingGCN
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import Mask
-from mimu.runs.files import ArtifactError, InputError, save
+from mimu.runs.files import Artifact, ArtifactError, InputError, save
 from mimu.trainer import GCNLoss, GCNTrainer, GCNTrainerConfig, Trainer, TrainingError, UnlearningSFT
 
 NECESSITY = ("necessity_forget", "necessity_retain")
@@ -225,6 +225,64 @@ def test_training_is_the_same_with_the_same_seed_alone(split):
     first, again, other = trained
     assert all(torch.equal(one, two) for one, two in zip(first, again))
     assert not any(torch.equal(one, two) for one, two in zip(first, other))
+
+
+@pytest.mark.parametrize("kind", ["classifier", "gcn"])
+def test_an_interrupted_training_goes_on_to_the_same_weights_but_not_from_another_ones_file(
+    kind, split, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trainer, "SAVED_EVERY", 0.0)
+    check, steps = trainer.check_finite, []
+
+    def interrupted(losses, step, setting) -> None:
+        steps.append(step)
+        if len(steps) == 10:
+            raise KeyboardInterrupt
+        check(losses, step, setting)
+
+    def train(file: Artifact | None) -> list[Tensor]:
+        if kind == "classifier":
+            model = Trainer(trainer_config((6, 5), 4), 0).train(split, NUM_CLASSES, file)
+        else:
+            model = GCNTrainer(gcn_config(steps=16), [graph_generator(), graph_generator(None)], 5.0, 0).train(file)
+        return list(model.parameters())
+
+    expected, file = train(None), Artifact(tmp_path / "made.pt", "these settings")
+    monkeypatch.setattr(trainer, "check_finite", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(file)
+    assert file.path.exists() and not file.is_there
+    for made_by, goes_on in (("others", range(16)), (file.made_by, range(8, 16))):
+        steps[:] = [-1] * 10
+        copied = Artifact(tmp_path / f"{made_by}.pt", made_by)
+        copied.path.write_bytes(file.path.read_bytes())
+        assert all(torch.equal(one, other) for one, other in zip(train(copied), expected, strict=True))
+        assert steps[10:] == list(goes_on)
+
+
+def kept_and_left(graphs: GraphGenerator, row: int, masking: MaskingConfig, gcn: MaskingGCN | None) -> float:
+    """What the mask of a request keeps of the other classes, less what it leaves of the class."""
+    order = ZeroingOrder(masking, graphs, row, Ranking(masking, graphs, row, 0, gcn))
+    vertices = order.answer("auto", graphs.train.forget(row)).vertices
+    is_correct = masked_logits(graphs, graphs.samples, vertices).argmax(1) == graphs.labels
+    return (is_correct[graphs.labels != row].double().mean() - is_correct[graphs.labels == row].double().mean()).item()
+
+
+def test_how_far_a_gcn_is_behind_the_formula_is_what_their_masks_keep_and_leave():
+    train = random_split(40, num_classes=6)
+    classifier = Trainer(trainer_config((6, 5), 10), 0).train(train, 6)
+    graphs, masking = GraphGenerator(classifier, train, graph_generator().config, 0), masking_config(step=2)
+    trained, behind = GCNTrainer(gcn_config(), [graphs], RETAIN_WEIGHT, 0), []
+    for scale in (0.0, 30.0):
+        gcn = trained.initial()
+        gcn.readout.weight.data.normal_(std=scale, generator=seeded("far"))
+        falls = []
+        for row in range(6):
+            of_formula, of_gcn = (kept_and_left(graphs, row, masking, ranks) for ranks in (None, gcn))
+            falls.append(100 * (of_formula - of_gcn))
+        behind.append(trained.points_behind(gcn, masking))
+        assert behind[-1] == pytest.approx(max(falls)) or max(behind[-1], *falls) <= 1
+    assert behind[0] == 0 and behind[1] > 1
 
 
 @pytest.fixture(scope="module")
