@@ -7,6 +7,7 @@ features of the images do that were never trained.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -55,10 +56,7 @@ class Erasing:
         return Erasing(**config["eval"]["hyperparameters"]["erase"])
 
     def untrained_features(self, images: Tensor, count: int, seed: int) -> Tensor:
-        """relu(V x) of images (samples, ...), (samples, units), V drawn as for a layer that is to be trained.
-
-        count: of the features of the representation for which they stand
-        """
+        """relu(V x) of images (samples, ...), V drawn as for a layer that is to be trained; they stand for `count`."""
         x, units = images.flatten(1), max(1, round(self.untrained * count))
         weight = 2 * torch.rand(units, x.shape[1], generator=seeded("untrained", seed)).to(x) - 1
         return (x @ weight.T).relu()
@@ -113,16 +111,10 @@ def projections(
     return found
 
 
-@dataclass(frozen=True)
-class RidgeProbe:
+def told_apart(features: Tensor, labels: Tensor, classes: list[int], ridge: float) -> Tensor:
     """How well a ridge regression tells the first of some classes from the others: R^2 (`explained_variance`)."""
-
-    classes: list[int]
-    ridge: float
-
-    def __call__(self, features: Tensor, labels: Tensor) -> Tensor:
-        parts = [features[labels == each] for each in self.classes]
-        return explained_variance(torch.cat(parts), len(parts[0]), self.ridge)
+    parts = [features[labels == each] for each in classes]
+    return explained_variance(torch.cat(parts), len(parts[0]), ridge)
 
 
 def drawn(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -163,7 +155,8 @@ def erased(
     generator = seeded("erase", seed, label)
     edits = projections(classifier, samples, label, start)
     features = classifier.value_of(classifier.trace.representation, samples.images)
-    probe = RidgeProbe(nearest(features, samples.labels, label, config.rivals), config.ridge)
+    rivals = nearest(features, samples.labels, label, config.rivals)
+    probe = partial(told_apart, classes=rivals, ridge=config.ridge)
     if bar is None:
         bar = probe(config.untrained_features(samples.images, features.shape[1], seed), samples.labels)
     *hidden, row = edits.values()

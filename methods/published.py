@@ -1,7 +1,4 @@
-"""The published objective on the published graphs: sufficiency and prior on single samples, and the set difference.
-
-It runs where a config names it (configs/published.yaml).
-"""
+"""The published objective on the published graphs: sufficiency and prior on single samples, and the set difference."""
 
 from __future__ import annotations
 
