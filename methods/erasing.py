@@ -89,10 +89,8 @@ def projections(
     trace = classifier.trace
     *hidden, last = trace.maskable or [None]
     if not hidden or trace.calls[last] is not trace.output:
-        raise InputError(
-            "a class is erased from what the last layer is given: that must give the logits, and stand behind a layer "
-            "that can be masked"
-        )
+        must = "that must give the logits, and stand behind a layer that can be masked"
+        raise InputError(f"a class is erased from what the last layer is given: {must}")
     found = {index: LayerMask.of(torch.ones_like(classifier.layers[index].weight)) for index in trace.maskable}
     activations = samples.images  # which the network can begin with, and before which layers
     first = None
@@ -185,8 +183,5 @@ def erased(
 
 @further("erase", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")
 def erase(request: Request, *, config: Erasing) -> Mask:
-    """One direction less in what every layer reads, the class's, by shares that are learned, and its output row.
-
-    As `unlearn(..., erase=True)` does. With steps 0 the whole direction goes from all layers.
-    """
+    """One direction less in what every layer reads, the class's, by shares that are learned, and its output row."""
     return erased(request.classifier, request.train, request.forget_class, config, request.seed)

@@ -27,10 +27,7 @@ class FineTuning:
     learning_rate: Positive
 
     def train(self, classifier: nn.Module, samples: Split, generator: torch.Generator, **given: Any) -> nn.Module:
-        """Trains a classifier in place, by SGD with momentum if no optimizer is given, and returns it.
-
-        given: further arguments of `learn`
-        """
+        """Trains a classifier by `learn` with what is given, without an optimizer by SGD with momentum."""
         sgd = torch.optim.SGD(classifier.parameters(), self.learning_rate, momentum=0.9)
         given = {"optimizer": sgd, "generator": generator} | given
         return learn(classifier, samples, self.epochs, self.batch_size, **given)
@@ -172,11 +169,10 @@ def scrub(
         from_original = divergence(logits, request.original(images).detach())
         return divergence_weight * from_original + label_weight * F.cross_entropy(logits, labels)
 
-    forget, retain = request.forget, request.retain
     for epoch in range(config.epochs):
         if epoch < max_epochs:
-            train_once(classifier, forget, generator, loss=apart, optimizer=optimizer)
-        train_once(classifier, retain, generator, loss=together, optimizer=optimizer)
+            train_once(classifier, request.forget, generator, loss=apart, optimizer=optimizer)
+        train_once(classifier, request.retain, generator, loss=together, optimizer=optimizer)
     return classifier
 
 

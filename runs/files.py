@@ -204,8 +204,8 @@ def locked(root: Path) -> Iterator[None]:
             except BlockingIOError:
                 file.seek(0)
                 raise ArtifactError(f"{root}: is held by another run ({file.read().strip()}): wait or end it") from None
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
             file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}: {shlex.join(sys.argv)}\n")
             file.flush()
         for folder in ("checkpoints", "datasets", "eval", "reports"):
