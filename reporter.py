@@ -22,8 +22,7 @@ from matplotlib.figure import Figure
 
 from mimu.runs.files import write_text, written_whole
 
-# A colour for every method: hues of Okabe and Ito's palette, which colour-blind readers can tell apart, and shades of
-# them for methods of one group. Markers are given in turn.
+# Hues of Okabe and Ito's palette, which colour-blind readers can tell apart; shades of them for methods of one group.
 COLORS = {
     "original": "#000000", "retrain": "#009E73", "retrain_again": "#7FD4B9", "mimu": "#0072B2", "random": "#7F7F7F",
     "magnitude": "#BCBD22", "optimised_mask": "#332288", "saliency": "#CC79A7", "first_order": "#E8BFD6",
@@ -340,10 +339,7 @@ class Reporter:
         return markdown_table(["method", "kappa", *(column.name for column in columns)], rows)
 
     def _plot_methods(self, x: Sequence[int], evaluation: str, metric: str) -> None:
-        """A curve for every method, a dashed line where kappa changes nothing.
-
-        Where they coincide all are seen: later curves are thinner, later lines have shorter dashes.
-        """
+        """A curve for every method, a dashed line where kappa changes nothing; those that coincide are all seen."""
         plt.xlabel("weights zeroed, kappa")
         plt.xscale("log")
         plt.xticks(x, map(str, x), fontsize=8)

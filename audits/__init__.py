@@ -68,10 +68,7 @@ def relearn(
 
 @dataclass
 class Audit:
-    """The audits of the classifiers that answer one request.
-
-    original, retrained: the classifier before, and the one trained from scratch without the class, if it is there
-    """
+    """The audits of the classifiers that answer one request, beside the original and, if it is there, the retrained."""
 
     config: AuditConfig
     data: ImageData

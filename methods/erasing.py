@@ -21,11 +21,11 @@ from mimu.eval import Request
 from mimu.masking.order import FEW, forgetting_loss
 from mimu.masking.regression import explained_variance, standardised
 from mimu.methods.controls import further
+from mimu.methods.fine_tuning import descend
 from mimu.methods.projections import class_direction
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.files import PACKAGE, InputError
-from mimu.trainer import check_finite
 
 
 @dataclass(frozen=True)
@@ -172,10 +172,7 @@ def erased(
         forget = forgetting_loss(logits[is_forget].softmax(1)[:, label])
         loss = F.cross_entropy(logits[~is_forget], chosen.labels[~is_forget]) + config.forget_weight * forget
         loss = loss + config.erase_weight * (probe(features, chosen.labels) - bar).clamp_min(0)
-        check_finite({"loss of the erasure": loss.item()}, step, "eval.hyperparameters.erase")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss, step, "erase")
         schedule.step()
     done = {index: LayerMask(*map(torch.detach, edit)) for index, edit in edits.items()}
     return together(start, done)

@@ -124,10 +124,9 @@ def svd(request: Request, *, samples: Count, retain_alpha: Positive, forget_alph
 @further("esc", paper="Lee et al. 2025, arXiv:2504.02199", touches="the representation", needs="forget set")
 @torch.no_grad()
 def esc(request: Request, *, share: Share) -> nn.Module:
-    """ESC: the representation loses the share of its directions that is largest on the forget set.
+    """ESC: the representation loses the share of its directions that is largest on the forget set, one at least.
 
-    z' = U U^T z, U the left singular vectors of the forget set's z (not centred) but for the first share n of them,
-    rounded down, one at least.
+    z' = U U^T z, U the left singular vectors of the forget set's z (not centred) but for the first ones.
     """
     _, vectors = moments(request.original, request.forget.images, len(request.original.layers) - 1)
     kept = vectors[:, : len(vectors) - max(1, int(share * len(vectors)))]
@@ -139,8 +138,7 @@ def esc(request: Request, *, share: Share) -> nn.Module:
 def pour(request: Request) -> nn.Module:
     """POUR-P: the representation loses the direction of the class's row of the output layer.
 
-    z' = (I - w w^T / |w|^2) z, w the row, so that the class's logit is always 0 (or its bias). After a summary of the
-    paper, not its text.
+    z' = (I - w w^T / |w|^2) z, w the row: its logit is always 0 (or the bias). After a summary of the paper.
     """
     row = request.original.layers[-1].weight[request.forget_class].double()
     projection = torch.eye(len(row)).to(row) - torch.outer(row, row) / row.square().sum().clamp_min(1e-30)

@@ -154,12 +154,10 @@ def laid_over(below: Any, above: Any, hint: Any, origin: str, origins: dict[str,
 
 def constructed(kind: type[Kind], values: dict[str, Any], prefix: str = "") -> Kind:
     """A section of its values. Raises ValueError where the section refuses one."""
-    arguments = {}
+    arguments = dict(values)
     for name, hint in hints_of(kind).items():
         if dataclasses.is_dataclass(hint):
             arguments[name] = constructed(hint, values[name], f"{prefix}{name}.")
-        else:
-            arguments[name] = values[name]
     try:
         return kind(**arguments)
     except ValueError as error:

@@ -72,10 +72,9 @@ def symmetric_log(axes: Axes, linear: float) -> None:
 
 
 def draw_frontier(reporters: Sequence[Reporter], path: Path, config: ReporterConfig) -> None:
-    """Draws the retain score of variants against what a probe finds of the class, with grey lines at 0.
+    """Draws the retain score of variants against what a probe finds of the class: a method is a curve over them.
 
-    A method is one curve over the variants; of more than ten, those that any variant brings nearest to retraining.
-    Variants that mask other layers than the first one are hollow marks.
+    Of more than ten, those that any variant brings nearest to retraining; hollow: other layers than the first's masked.
     """
     mask_layers = [reporter.experiments[0]["mask_layer"] for reporter in reporters]
     marks: dict[str, list[tuple[float, float, bool]]] = {}
