@@ -309,10 +309,8 @@ class Reporter:
         """How kappa came about, how much of the classifier it zeroes, and which methods did not get there."""
         requests = self.found[self.kappa].values()
         zeroed = fmean(each["kappa"] for each in requests)
-        masked = self.experiments[0]["num_graph_vertices"]
-        everything = self.experiments[0]["num_weights"]
-        share = f"{zeroed:.0f} weights, {100 * zeroed / masked:.2g} % of the masked ones"
-        share += f" and {100 * zeroed / everything:.2g} % of all"
+        of_masked, of_all = (100 * zeroed / self.experiments[0][key] for key in ("num_graph_vertices", "num_weights"))
+        share = f"{zeroed:.0f} weights, {of_masked:.2g} % of the masked ones and {of_all:.2g} % of all"
         if not self.has_auto:
             return f"Of the fixed kappas, {self.kappa} is the one that is best on training samples: {share}."
         chosen = f"kappa is chosen for each request and method on the training split; mimu's is {share} on average."

@@ -184,13 +184,10 @@ class Config:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            device = torch.device(self.device)
-            if device.type not in ("cpu", "cuda", "mps"):
-                raise RuntimeError(f"{device.type} is not supported")
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError):
+            torch.zeros(1, device=self.device).item()  # which "meta" has not
+        except (RuntimeError, AssertionError, NotImplementedError, ImportError):
             raise ValueError(f"device must be auto, cpu, or cuda or mps that is there, not {self.device!r}") from None
-        return device
+        return torch.device(self.device)
 
 
 def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[str, Config]:

@@ -75,8 +75,7 @@ def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative)
     W' = W (I - a q q^T), q = r / |r|, r = mu_d - R R^+ mu_d, the columns of R the means of the other classes;
     a = max(0, 2 acc - 1) l / L, acc the accuracy on held-out samples of a linear probe (here a ridge regression) of the
     class against as many others, l / L from 0 for the first layer, which is given pixels, to 1 for the last; the
-    output row is multiplied by `row`. A stage of the paper is a layer here. The implementation rests on summaries of
-    the paper, not on its text: they have these formulas, of the output row they do not speak.
+    output row is multiplied by `row`. A stage of the paper is a layer here. After summaries of the paper, not its text.
     """
     d = request.forget_class
     last = len(request.original.layers) - 1
