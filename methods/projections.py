@@ -123,9 +123,9 @@ def svd(request: Request, *, samples: Count, retain_alpha: Positive, forget_alph
 @further("esc", paper="Lee et al. 2025, arXiv:2504.02199", touches="the representation", needs="forget set")
 @torch.no_grad()
 def esc(request: Request, *, share: Share) -> nn.Module:
-    """ESC: the representation loses the share of its directions that is largest on the forget set, one at least.
+    """ESC: the representation loses the share of its directions that is largest on the forget set.
 
-    z' = U U^T z, U the left singular vectors of the forget set's z (not centred) but for the first ones.
+    z' = U U^T z, U the left singular vectors of the forget set's z (not centred) but for the first, one at least.
     """
     _, vectors = moments(request.original, request.forget.images, len(request.original.layers) - 1)
     kept = vectors[:, : len(vectors) - max(1, int(share * len(vectors)))]
