@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, cycle, product
+from itertools import cycle, product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any, Literal
@@ -22,8 +22,7 @@ from matplotlib.figure import Figure
 
 from mimu.runs.files import write_text, written_whole
 
-# A colour for every method: hues of Okabe and Ito's palette, which colour-blind readers can tell apart, and shades of
-# them for methods of one group. Markers are given in turn.
+# Hues of Okabe and Ito's palette, which colour-blind readers can tell apart; shades of them for methods of one group.
 COLORS = {
     "original": "#000000", "retrain": "#009E73", "retrain_again": "#7FD4B9", "mimu": "#0072B2", "random": "#7F7F7F",
     "magnitude": "#BCBD22", "optimised_mask": "#332288", "saliency": "#CC79A7", "first_order": "#E8BFD6",
@@ -153,8 +152,6 @@ class Reporter:
     Curves run over the fixed kappas and mark `auto`, the kappa chosen for each request; tables show both. A new plot is
     a `draw_*` method that `plot` calls: whatever `plt` draws within `self._figure` is in it. For every method and
     metric there is a getter with one value per fixed kappa, for instance `get_sft_unlearning_forget_set_score()`.
-    A model that is scored by hand is in all curves, the summary, the trade-off and the tables of scores, not in class
-    probabilities, audits, mask efficacy and seconds.
 
     metrics: JSON files of the experiments; folder: where the figures and `summary.md` go
     retrained: the experiments, by seed and digit, whose retrained classifier gaps are measured against
@@ -289,20 +286,15 @@ class Reporter:
     def write_summary(self, more: Sequence[str] = ()) -> None:
         """Writes `summary.md`: the numbers of the figures, more sections, and the mask efficacy."""
         first = self.experiments[0]
-        masks = {name: layers for name, layers in first["zeroed_by_layer"].items() if layers}
-        layers = dict.fromkeys(chain.from_iterable(masks.values()))
         dataset, _, split, classifier = self.subject
         averaged = f"Mean over classes: {len(self.digits)}, ± standard deviation over seeds: {len(self.seeds)}."
         sections = [f"# Forgetting {self.names} of {dataset}", f"{classifier}, scored on {split}. {averaged}"]
         sections += [f"## Every method, kappa = {self.kappa}", self.about(), self.table(EVERYTHING)]
-        if len(layers) > 1:
-            columns = [Column(("zeroed_by_layer", each), each, ".1f") for each in layers]
-            sections += ["Where the zeroed weights are:", self.table(columns, masks)]
         if len(self.digits) > 1:
             sections += ["The worst class of any seed:", self.table(WORST)]
-        kept = "Scores on the forget set with only K weights of the masked layers."
-        efficacy = self.table(EFFICACY, first[KEPT])
-        sections += [*more, f"## Mask efficacy, K = {first['top_k']}", kept, efficacy]
+        sections += [*more, f"## Mask efficacy, K = {first['top_k']}"]
+        sections += ["Scores on the forget set with only K weights of the masked layers."]
+        sections += [self.table(EFFICACY, first[KEPT])]
         if self.kappas:
             sections += ["## Every kappa", self.kappas_table()]
         write_text(self.folder / "summary.md", "\n\n".join(sections) + "\n")
@@ -317,10 +309,8 @@ class Reporter:
         """How kappa came about, how much of the classifier it zeroes, and which methods did not get there."""
         requests = self.found[self.kappa].values()
         zeroed = fmean(each["kappa"] for each in requests)
-        masked = self.experiments[0]["num_graph_vertices"]
-        everything = self.experiments[0]["num_weights"]
-        share = f"{zeroed:.0f} weights, {100 * zeroed / masked:.2g} % of the masked ones"
-        share += f" and {100 * zeroed / everything:.2g} % of all"
+        of_masked, of_all = (100 * zeroed / self.experiments[0][key] for key in ("num_graph_vertices", "num_weights"))
+        share = f"{zeroed:.0f} weights, {of_masked:.2g} % of the masked ones and {of_all:.2g} % of all"
         if not self.has_auto:
             return f"Of the fixed kappas, {self.kappa} is the one that is best on training samples: {share}."
         chosen = f"kappa is chosen for each request and method on the training split; mimu's is {share} on average."
@@ -347,10 +337,7 @@ class Reporter:
         return markdown_table(["method", "kappa", *(column.name for column in columns)], rows)
 
     def _plot_methods(self, x: Sequence[int], evaluation: str, metric: str) -> None:
-        """A curve for every method, a dashed line where kappa changes nothing.
-
-        Where they coincide all are seen: later curves are thinner, later lines have shorter dashes.
-        """
+        """A curve for every method, a dashed line where kappa changes nothing; those that coincide are all seen."""
         plt.xlabel("weights zeroed, kappa")
         plt.xscale("log")
         plt.xticks(x, map(str, x), fontsize=8)
@@ -379,8 +366,8 @@ class Reporter:
     @contextmanager
     def _figure(self, name: str, y_label: str, is_zoomed: bool = False, panels: int = 1) -> Iterator[None]:
         """A figure: lines plotted while the context is open are in it; zoomed, its y axis ends where most marks are."""
-        size = (3 + 5 * panels, max(4, 0.8 + 0.2 * len(self.methods)))
-        figure = plt.figure(figsize=size, layout="constrained")
+        high = max(4, 0.8 + 0.2 * len(self.methods))
+        figure = plt.figure(figsize=(3 + 5 * panels, high), layout="constrained")
         by_hand = cycler(color=FREE_COLORS[::-1], marker=list(MARKERS[: len(FREE_COLORS)]))
         with plt.rc_context({"axes.prop_cycle": by_hand, "axes.grid": True, "grid.alpha": 0.3}):
             yield

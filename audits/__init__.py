@@ -39,20 +39,13 @@ class AuditConfig:
     relearn_from: tuple[Count, ...]  # so few samples of every class, too
 
 
-def weights_changed(model: nn.Module, original: nn.Module) -> int:
-    """How many weights differ from the original's."""
-    pairs = zip(weight_layers(model), weight_layers(original))
-    return sum(int((one.weight != other.weight).sum()) for one, other in pairs)
-
-
 def relearn(
     model: nn.Module, test: Split, goal: float, max_steps: int, rate: float, samples: Iterator[Split]
 ) -> tuple[int | None, list[float]]:
     """Relearn time, Golatkar et al. 2020, arXiv:1911.04933: SGD on the cross entropy, all weights free.
 
     test: of the class, on which the score must reach the goal, percent; samples: a batch for every step
-    Returns the number of steps (`max_steps` where the class does not come back, None where the loss is not finite), and
-    the score before every step and after the last.
+    Returns the steps (None where the loss is not finite), and the score before every one and after the last.
     """
     model = copy.deepcopy(model)
     if mask := Mask.on(model):
@@ -75,10 +68,7 @@ def relearn(
 
 @dataclass
 class Audit:
-    """The audits of the classifiers that answer one request.
-
-    original, retrained: the classifier before, and the one trained from scratch without the class, if it is there
-    """
+    """The audits of the classifiers that answer one request, beside the original and, if it is there, the retrained."""
 
     config: AuditConfig
     data: ImageData
@@ -95,14 +85,14 @@ class Audit:
     def __call__(self, model: nn.Module) -> dict[str, Any]:
         """All AUDITS of one classifier; where it has diverged, null but for `weights_changed`.
 
-        The divergence is from the retrained classifier, in bits on the test split, null without one. Relearning goes on
-        until the class's score is half of the original's, or by so many steps as the config allows; of a loss that is
-        infinite there is nothing to learn, and its steps are null.
+        The divergence is from the retrained classifier, on the test split, null without one. Relearning goes on until
+        the class's score is half of the original's; of a loss that is infinite there is nothing to learn: null.
         """
         label, seed, data = self.forget_class, self.seed, self.data
         train = predictions_of(model, data.train)
         test = predictions_of(model, data.test)
-        changed = weights_changed(model, self.original)
+        pairs = zip(weight_layers(model), weight_layers(self.original))
+        changed = sum(int((one.weight != other.weight).sum()) for one, other in pairs)
         if train.has_diverged or test.has_diverged:
             return dict.fromkeys(AUDITS) | {"weights_changed": changed}
         is_member = train.labels == label

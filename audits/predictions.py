@@ -47,11 +47,9 @@ def predictions_of(model: nn.Module, split: Split) -> Predictions:
     # A classifier of one layer represents the images by themselves.
     hidden: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers[1:] or layers}
     hooks = [layer.register_forward_pre_hook(lambda layer, inputs: hidden[layer].append(inputs[0])) for layer in hidden]
-    try:
-        logits = torch.cat([model(images) for images in split.images.split(10_000)])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    logits = torch.cat([model(images) for images in split.images.split(10_000)])
+    for hook in hooks:
+        hook.remove()
     recorded = tuple(torch.cat(inputs).cpu() for inputs in hidden.values())
     return Predictions(logits.cpu(), recorded, split.labels.cpu())
 

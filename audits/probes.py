@@ -77,10 +77,8 @@ def prototype_recall(train: Predictions, test: Predictions, forget_class: int, c
     the Euclidean distance: no training (Mensink et al. 2013, IEEE TPAMI 35(11); prototypes in few-shot learning).
     """
     order = torch.randperm(len(train.labels), generator=seeded("prototypes", seed))
-    labels = train.labels[order]
-    means = []
-    for label in range(int(labels.max()) + 1):
-        means.append(train.hidden[-1][order[labels == label][:count]].mean(0))
+    features, labels = train.hidden[-1][order], train.labels[order]
+    means = [features[labels == label][:count].mean(0) for label in range(int(labels.max()) + 1)]
     of_class = test.hidden[-1][test.labels == forget_class]
     return 100 * (torch.cdist(of_class, torch.stack(means)).argmin(1) == forget_class).double().mean().item()
 

@@ -26,16 +26,6 @@ from mimu.trainer import GCNTrainerConfig, TrainerConfig
 
 CONFIG = Path(__file__).resolve().parent / "config.yaml"
 BASES = (CONFIG, CONFIG.with_name("methods.yaml"))
-# Key of before to the key of now, or to words.
-RENAMED: dict[str, str] = {
-    "gcn.looks": "gcn.snapshots",
-    "eval.look_every": "eval.snapshot_every",
-    "gcn.weighs": "is gone: every GCN weighs, from eval.retain_weight on",
-    "gcn.warmup": "is gone: trainings follow requests from their first step on",
-    "eval.hyperparameters.saliency": "is gone: the saliency has eval.retain_weight",
-}
-for name in ("gcn.contrast", "gcn.gumbel", "gcn.sufficiency", "gcn.prior", "eval.ranking", "eval.draws"):
-    RENAMED[name] = "is gone: the published objective has its settings in eval.hyperparameters.published"
 Seed = Annotated[int, f"at least 0, at most {2**63 - 1}"]
 Asked = int | Literal["auto"]  # how many weights to zero; auto: as few as forget
 
@@ -194,21 +184,15 @@ class Config:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            device = torch.device(self.device)
-            if device.type not in ("cpu", "cuda", "mps"):
-                raise RuntimeError(f"{device.type} is not supported")
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError):
+            torch.zeros(1, device=self.device).item()  # which "meta" has not
+        except (RuntimeError, AssertionError, NotImplementedError, ImportError):
             raise ValueError(f"device must be auto, cpu, or cuda or mps that is there, not {self.device!r}") from None
-        return device
+        return torch.device(self.device)
 
 
 def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[str, Config]:
-    """The configs that a file describes, by the names of its variants; where it has none, one named "".
-
-    Raises ConfigError.
-    """
-    return settings.load_variants(Config, BASES, path, overrides, RENAMED)
+    """The configs of a file by the names of its variants; where it has none, one named "". Raises ConfigError."""
+    return settings.load_variants(Config, BASES, path, overrides)
 
 
 def load_config(overrides: Sequence[str] = ()) -> Config:

@@ -18,7 +18,7 @@ from mimu.audits.probes import probe_scores
 from mimu.configs import load_config
 from mimu.data import ImageData, load_image_data, some_of_every_class
 from mimu.masking.regression import ridge_recall
-from mimu.methods.erasing import Erasing, RidgeProbe, erased, nearest
+from mimu.methods.erasing import Erasing, erased, nearest, told_apart
 from mimu.networks.hooked import HookedClassifier
 from mimu.reporter import markdown_table
 from mimu.trainer import Trainer
@@ -26,10 +26,10 @@ from mimu.trainer import Trainer
 SEEDS = (0, 1, 2)
 
 
-def found_by(probe: RidgeProbe, features: Tensor, labels: Tensor, classes: int) -> tuple[float, float]:
-    """How well a regression finds a class: percent of its samples among all, and R^2 among its rivals."""
-    recall = ridge_recall(features, labels, classes, probe.ridge)[probe.classes[0]].item()
-    return recall, probe(features, labels).item()
+def found_by(ridge: float, rivals: list[int], features: Tensor, labels: Tensor, classes: int) -> tuple[float, float]:
+    """How well a regression finds the first of `rivals`: percent of its samples among all, and R^2 among them."""
+    recall = ridge_recall(features, labels, classes, ridge)[rivals[0]].item()
+    return recall, told_apart(features, labels, rivals, ridge).item()
 
 
 def judged(model: HookedClassifier, data: ImageData, label: int, seed: int) -> Tensor:
@@ -57,10 +57,10 @@ def measured(overrides: list[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
             retrained = trainer.train(data.train.retain(label), classes)
             with torch.no_grad():
                 before, after = original.features(samples.images), retrained.features(samples.images)
-            probe = RidgeProbe(nearest(before, samples.labels, label, erasing.rivals), erasing.ridge)
+            rivals = nearest(before, samples.labels, label, erasing.rivals)
             untrained = erasing.untrained_features(samples.images, before.shape[1], seed)
             features = [after, samples.images.flatten(1), untrained, before]
-            found = [found_by(probe, each, samples.labels, classes) for each in features]
+            found = [found_by(erasing.ridge, rivals, each, samples.labels, classes) for each in features]
             _, of_retrained = found[0]
             left = []
             for bar in (None, of_retrained):

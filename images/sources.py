@@ -123,13 +123,10 @@ def read_in_colour(folder: Path, name: str, is_train: bool) -> tuple[Tensor, Ten
     """Reads a split of CIFAR10 or SVHN, which it downloads where a file of it is missing or damaged."""
     from torchvision import datasets
 
-    part = is_train if name == "CIFAR10" else "train" if is_train else "test"
-    try:
-        split = getattr(datasets, name)(folder, part)
-    except (RuntimeError, OSError):
-        split = getattr(datasets, name)(folder, part, download=True)
     if name == "CIFAR10":
+        split = datasets.CIFAR10(folder, is_train, download=True)
         return torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)
+    split = datasets.SVHN(folder, "train" if is_train else "test", download=True)
     return torch.from_numpy(split.data), torch.from_numpy(split.labels)
 
 

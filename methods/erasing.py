@@ -7,6 +7,7 @@ features of the images do that were never trained.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -20,11 +21,11 @@ from mimu.eval import Request
 from mimu.masking.order import FEW, forgetting_loss
 from mimu.masking.regression import explained_variance, standardised
 from mimu.methods.controls import further
+from mimu.methods.fine_tuning import descend
 from mimu.methods.projections import class_direction
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.files import PACKAGE, InputError
-from mimu.trainer import check_finite
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,7 @@ class Erasing:
         return Erasing(**config["eval"]["hyperparameters"]["erase"])
 
     def untrained_features(self, images: Tensor, count: int, seed: int) -> Tensor:
-        """relu(V x) of images (samples, ...), (samples, units), V drawn as for a layer that is to be trained.
-
-        count: of the features of the representation for which they stand
-        """
+        """relu(V x) of images (samples, ...), V drawn as for a layer that is to be trained; they stand for `count`."""
         x, units = images.flatten(1), max(1, round(self.untrained * count))
         weight = 2 * torch.rand(units, x.shape[1], generator=seeded("untrained", seed)).to(x) - 1
         return (x @ weight.T).relu()
@@ -91,10 +89,8 @@ def projections(
     trace = classifier.trace
     *hidden, last = trace.maskable or [None]
     if not hidden or trace.calls[last] is not trace.output:
-        raise InputError(
-            "a class is erased from what the last layer is given: that must give the logits, and stand behind a layer "
-            "that can be masked"
-        )
+        must = "that must give the logits, and stand behind a layer that can be masked"
+        raise InputError(f"a class is erased from what the last layer is given: {must}")
     found = {index: LayerMask.of(torch.ones_like(classifier.layers[index].weight)) for index in trace.maskable}
     activations = samples.images  # which the network can begin with, and before which layers
     first = None
@@ -113,16 +109,10 @@ def projections(
     return found
 
 
-@dataclass(frozen=True)
-class RidgeProbe:
+def told_apart(features: Tensor, labels: Tensor, classes: list[int], ridge: float) -> Tensor:
     """How well a ridge regression tells the first of some classes from the others: R^2 (`explained_variance`)."""
-
-    classes: list[int]
-    ridge: float
-
-    def __call__(self, features: Tensor, labels: Tensor) -> Tensor:
-        parts = [features[labels == each] for each in self.classes]
-        return explained_variance(torch.cat(parts), len(parts[0]), self.ridge)
+    parts = [features[labels == each] for each in classes]
+    return explained_variance(torch.cat(parts), len(parts[0]), ridge)
 
 
 def drawn(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -163,7 +153,8 @@ def erased(
     generator = seeded("erase", seed, label)
     edits = projections(classifier, samples, label, start)
     features = classifier.value_of(classifier.trace.representation, samples.images)
-    probe = RidgeProbe(nearest(features, samples.labels, label, config.rivals), config.ridge)
+    rivals = nearest(features, samples.labels, label, config.rivals)
+    probe = partial(told_apart, classes=rivals, ridge=config.ridge)
     if bar is None:
         bar = probe(config.untrained_features(samples.images, features.shape[1], seed), samples.labels)
     *hidden, row = edits.values()
@@ -181,10 +172,7 @@ def erased(
         forget = forgetting_loss(logits[is_forget].softmax(1)[:, label])
         loss = F.cross_entropy(logits[~is_forget], chosen.labels[~is_forget]) + config.forget_weight * forget
         loss = loss + config.erase_weight * (probe(features, chosen.labels) - bar).clamp_min(0)
-        check_finite({"loss of the erasure": loss.item()}, step, "eval.hyperparameters.erase")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss, step, "erase")
         schedule.step()
     done = {index: LayerMask(*map(torch.detach, edit)) for index, edit in edits.items()}
     return together(start, done)
@@ -192,8 +180,5 @@ def erased(
 
 @further("erase", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")
 def erase(request: Request, *, config: Erasing) -> Mask:
-    """One direction less in what every layer reads, the class's, by shares that are learned, and its output row.
-
-    As `unlearn(..., erase=True)` does. With steps 0 the whole direction goes from all layers.
-    """
+    """One direction less in what every layer reads, the class's, by shares that are learned, and its output row."""
     return erased(request.classifier, request.train, request.forget_class, config, request.seed)

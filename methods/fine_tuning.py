@@ -27,13 +27,18 @@ class FineTuning:
     learning_rate: Positive
 
     def train(self, classifier: nn.Module, samples: Split, generator: torch.Generator, **given: Any) -> nn.Module:
-        """Trains a classifier in place, by SGD with momentum if no optimizer is given, and returns it.
-
-        given: further arguments of `learn`
-        """
+        """Trains a classifier by `learn` with what is given, without an optimizer by SGD with momentum."""
         sgd = torch.optim.SGD(classifier.parameters(), self.learning_rate, momentum=0.9)
         given = {"optimizer": sgd, "generator": generator} | given
         return learn(classifier, samples, self.epochs, self.batch_size, **given)
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, method: str) -> None:
+    """One step of a method's own training. Raises TrainingError where the loss is not a finite number."""
+    check_finite({"loss": loss.item()}, step, f"eval.hyperparameters.{method}")
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def draws(request: Request, name: str) -> torch.Generator:
@@ -156,8 +161,7 @@ def scrub(
 ) -> nn.Module:
     """SCRUB: in turn away from the original on the forget set (in the first epochs) and towards it on the retain set.
 
-    KL(original || student) is maximised on the forget set; on the retain set its weighted sum with the cross entropy is
-    minimised (Adam). The temperature of both is 1.
+    KL(original || student) is maximised there, its weighted sum with the cross entropy minimised here (Adam).
     """
     classifier = request.classifier
     generator = draws(request, "scrub")
@@ -172,11 +176,10 @@ def scrub(
         from_original = divergence(logits, request.original(images).detach())
         return divergence_weight * from_original + label_weight * F.cross_entropy(logits, labels)
 
-    forget, retain = request.forget, request.retain
     for epoch in range(config.epochs):
         if epoch < max_epochs:
-            train_once(classifier, forget, generator, loss=apart, optimizer=optimizer)
-        train_once(classifier, retain, generator, loss=together, optimizer=optimizer)
+            train_once(classifier, request.forget, generator, loss=apart, optimizer=optimizer)
+        train_once(classifier, request.retain, generator, loss=together, optimizer=optimizer)
     return classifier
 
 
@@ -213,8 +216,7 @@ def unsir(
 ) -> nn.Module:
     """UNSIR: an epoch on retain samples and on noise that maximises the class's loss (impair), one without it (repair).
 
-    The noise is a batch of images labelled as the forget class, made by Adam on -L + penalty E[|noise|^2]; the two
-    epochs use Adam.
+    The noise is a batch of images of the forget class, made by Adam on -L + penalty E[|noise|^2]; the epochs use Adam.
     """
     classifier = request.classifier
     generator = draws(request, "unsir")
@@ -224,10 +226,7 @@ def unsir(
     optimizer = torch.optim.Adam([noise], noise_rate)
     for step in range(noise_steps):
         loss = -F.cross_entropy(classifier(noise), labels) + noise_penalty * noise.square().sum(1).mean()
-        check_finite({"loss of the noise": loss.item()}, step, "eval.hyperparameters.unsir")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss, step, "unsir")
     noisy = Split(noise.detach().repeat(noise_batches, 1), labels.repeat(noise_batches))
     retain = random_part(request.retain, retain_share, generator)
     for samples, learning_rate in ((joined(retain, noisy), impair_rate), (retain, repair_rate)):
@@ -263,9 +262,8 @@ def optimised_mask(
 ) -> Mask:
     """A mask of the same layers trained for this class alone: Adam on a real number per weight, kept where above 0.
 
-    Backwards through the threshold as through a sigmoid. The loss is that of the masking GCN: without the class
-    -log(1 - p(d)) on the forget set, the original's predictions without d on the retain set; plus the share of the
-    weights that go, weighted by sparsity.
+    Backwards through the threshold as through a sigmoid. The loss has the terms of the masking GCN's, and the share of
+    the weights that go, weighted by sparsity.
     """
     graphs, d = request.graphs, request.forget_class
     generator = draws(request, "optimised_mask")
@@ -283,8 +281,5 @@ def optimised_mask(
         forget = forgetting_loss(log_p[is_forget, d].exp())
         retain = -(without_class[flat] * log_p).sum(1)[~is_forget].mean()
         loss = forget_weight * forget + retain + sparsity * (1 - keep).mean()
-        check_finite({"loss of the mask": loss.item()}, step, "eval.hyperparameters.optimised_mask")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss, step, "optimised_mask")
     return request.zeroing((numbers <= 0).nonzero()[:, 0])

@@ -75,8 +75,7 @@ def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative)
     W' = W (I - a q q^T), q = r / |r|, r = mu_d - R R^+ mu_d, the columns of R the means of the other classes;
     a = max(0, 2 acc - 1) l / L, acc the accuracy on held-out samples of a linear probe (here a ridge regression) of the
     class against as many others, l / L from 0 for the first layer, which is given pixels, to 1 for the last; the
-    output row is multiplied by `row`. A stage of the paper is a layer here. The implementation rests on summaries of
-    the paper, not on its text: they have these formulas, of the output row they do not speak.
+    output row is multiplied by `row`. A stage of the paper is a layer here. After summaries of the paper, not its text.
     """
     d = request.forget_class
     last = len(request.original.layers) - 1
@@ -126,8 +125,7 @@ def svd(request: Request, *, samples: Count, retain_alpha: Positive, forget_alph
 def esc(request: Request, *, share: Share) -> nn.Module:
     """ESC: the representation loses the share of its directions that is largest on the forget set.
 
-    z' = U U^T z, U the left singular vectors of the forget set's z (not centred) but for the first share n of them,
-    rounded down, one at least.
+    z' = U U^T z, U the left singular vectors of the forget set's z (not centred) but for the first, one at least.
     """
     _, vectors = moments(request.original, request.forget.images, len(request.original.layers) - 1)
     kept = vectors[:, : len(vectors) - max(1, int(share * len(vectors)))]
@@ -139,8 +137,7 @@ def esc(request: Request, *, share: Share) -> nn.Module:
 def pour(request: Request) -> nn.Module:
     """POUR-P: the representation loses the direction of the class's row of the output layer.
 
-    z' = (I - w w^T / |w|^2) z, w the row, so that the class's logit is always 0 (or its bias). After a summary of the
-    paper, not its text.
+    z' = (I - w w^T / |w|^2) z, w the row: its logit is always 0 (or the bias). After a summary of the paper.
     """
     row = request.original.layers[-1].weight[request.forget_class].double()
     projection = torch.eye(len(row)).to(row) - torch.outer(row, row) / row.square().sum().clamp_min(1e-30)

@@ -1,7 +1,4 @@
-"""The published objective on the published graphs: sufficiency and prior on single samples, and the set difference.
-
-It runs where a config names it (configs/published.yaml).
-"""
+"""The published objective on the published graphs: sufficiency and prior on single samples, and the set difference."""
 
 from __future__ import annotations
 
@@ -14,8 +11,9 @@ from torch import Tensor, nn
 from mimu.data import Count, GraphGenerator, NonNegative, Positive, seeded, seeded_initialisation
 from mimu.eval import Request, unlearning_method
 from mimu.masking.order import Zeroing
-from mimu.model import MaskingGCN, WeightGraph
-from mimu.trainer import LEAST_SPREAD, check_finite, masked_weights, top_k_mask
+from mimu.methods.fine_tuning import descend
+from mimu.model import MaskingGCN
+from mimu.trainer import LEAST_SPREAD, masked_weights, top_k_mask
 
 FEATURES = ("input_activation", "output_activation", "weight", "gradient")
 
@@ -40,25 +38,12 @@ class Published:
     draws: Count
 
 
-class ScoringGCN(MaskingGCN):
-    """The rounds of the masking GCN, read out to one logit for every weight: its importance for the class of a graph.
-
-    Shapes: vertex features (batch, vertices, features) to logits (batch, vertices).
-    """
-
-    def __init__(self, num_features: int, hidden: int, rounds: int) -> None:
-        super().__init__(num_features, hidden, rounds)
-        self.readout = nn.Linear(hidden, 1, bias=False)
-
-    def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
-        return torch.cat([self.readout(part).flatten(1) for part in self.hidden(x, graph)], 1)
-
-
-def importance(gcn: ScoringGCN, graphs: GraphGenerator, samples: Tensor) -> Tensor:
+def importance(gcn: MaskingGCN, graphs: GraphGenerator, samples: Tensor) -> Tensor:
     """The logits (classes, vertices) of the graphs of single samples, one of every class, (classes, 1)."""
     of_graphs = replace(graphs.config, features=FEATURES, other_classes=False)
     snapshot = replace(graphs.snapshot(samples, FEATURES), config=of_graphs)
-    return gcn(torch.cat([snapshot.class_graph(row) for row in range(graphs.num_classes)]), graphs.graph)
+    x = torch.cat([snapshot.class_graph(row) for row in range(graphs.num_classes)])
+    return torch.cat([gcn.readout(part).flatten(1) for part in gcn.hidden(x, graphs.graph)], 1)
 
 
 def prior_divergence(logits: Tensor, weights: Tensor) -> Tensor:
@@ -86,11 +71,13 @@ def insufficiency(
 
 
 @torch.enable_grad()
-def trained(request: Request, config: Published) -> ScoringGCN:
-    """The GCN of the classifier, trained once for all requests."""
+def trained(request: Request, config: Published) -> MaskingGCN:
+    """The rounds of the masking GCN, read out to one logit for every weight, trained once for all requests."""
     graphs, top_k = request.graphs, request.top_k
     with seeded_initialisation(request.seed):
-        gcn = ScoringGCN(len(FEATURES), config.hidden, config.rounds).to(graphs.labels.device)
+        gcn = MaskingGCN(len(FEATURES), config.hidden, config.rounds)
+        gcn.readout = nn.Linear(config.hidden, 1, bias=False)
+    gcn.to(graphs.labels.device)
 
     def train() -> dict[str, dict[str, Tensor]]:
         weights = torch.cat([weight.flatten() for weight in graphs.weights()])
@@ -101,10 +88,7 @@ def trained(request: Request, config: Published) -> ScoringGCN:
             logits = importance(gcn, graphs, graphs.draw(1, generator))
             loss = config.sufficiency * insufficiency(logits, graphs, config, top_k, generator)
             loss = loss + config.prior * prior_divergence(logits, weights).mean()
-            check_finite({"loss": loss.item()}, step, "eval.hyperparameters.published.learning_rate")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(optimizer, loss, step, "published")
             schedule.step()
         return {"state_dict": gcn.state_dict()}
 

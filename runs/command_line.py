@@ -22,9 +22,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description="Trains a classifier, makes it forget classes by masks of its weights, scores and plots it all.",
         epilog="for example: main.py 'sweep.forget_digits=[3]' 'sweep.kappa=[100, 300]' gcn.steps=200",
     )
-    path = PACKAGE / "configs" / "config.yaml"
     about = "a YAML file with what it changes of configs/config.yaml, where every setting is explained"
-    parser.add_argument("--config", type=Path, default=path, metavar="PATH", help=about)
+    parser.add_argument("--config", type=Path, default=PACKAGE / "configs" / "config.yaml", metavar="PATH", help=about)
     flag = partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
     flag("--plot-only", help="draw the reports anew from the metrics of a run of the same config, and stop")
     flag("--dry-run", help="say what is there already and what would be made, and stop")

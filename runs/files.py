@@ -57,8 +57,7 @@ def naming(path: Path, what: str = "written") -> Iterator[None]:
 def written_whole(path: Path) -> Iterator[io.BytesIO]:
     """A buffer whose content is the file once the context is left: all of it, or what was there before.
 
-    It is written beside the file, flushed to the disk, and renamed; where the context raises, nothing is written.
-    Raises ArtifactError where that cannot be done.
+    It is written beside the file, flushed to the disk, and renamed. Raises ArtifactError where that cannot be done.
     """
     content = io.BytesIO()
     yield content
@@ -188,9 +187,8 @@ class Artifact:
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Holds a folder for one run. The system releases it when the process ends, however that may be.
+    """Holds a folder for one run, until the process ends, however that may be; without locks (Windows), not at all.
 
-    Where the system has no such locks (Windows), nothing is held.
     Raises ArtifactError where another run holds it, and says which, or where the folder cannot be written to.
     """
     with ExitStack() as held:
@@ -204,8 +202,8 @@ def locked(root: Path) -> Iterator[None]:
             except BlockingIOError:
                 file.seek(0)
                 raise ArtifactError(f"{root}: is held by another run ({file.read().strip()}): wait or end it") from None
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
             file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}: {shlex.join(sys.argv)}\n")
             file.flush()
         for folder in ("checkpoints", "datasets", "eval", "reports"):

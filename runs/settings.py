@@ -12,7 +12,7 @@ import operator
 import reprlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from mimu.runs.files import InputError, naming, one_line, slug
 
 Kind = TypeVar("Kind")
 Layer = tuple[str, Any]  # how messages call where settings come from, and the settings
-Renamed = Mapping[str, str]  # dotted key of before to the key of now, or to words such as "is gone: ..."
 BOUNDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 LIMIT = 1_000_000_000  # of numbers whose range has no upper bound
 WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "null"}
@@ -36,13 +35,11 @@ class ConfigError(InputError):
 
 
 def load_variants(
-    kind: type[Kind], bases: Sequence[Path], path: Path, overrides: Sequence[str] = (), renamed: Renamed | None = None
+    kind: type[Kind], bases: Sequence[Path], path: Path, overrides: Sequence[str] = ()
 ) -> dict[str, Kind]:
-    """The configs that a file describes: one for each of its variants by name, or where it has none, one named "".
+    """The configs of a file by the names of its variants; where it has none, one named "". Raises ConfigError.
 
-    Reads the bases in their order, over them what `path` changes, over that what a variant changes, and the overrides.
-
-    path may be one of the bases. Raises ConfigError, which for a key of `renamed` says what it is now.
+    Over the bases in their order goes what `path` changes (which may be one of them), what a variant does, overrides.
     """
     layers = {base: (base.name, read_yaml(base)) for base in bases}
     if path not in layers:
@@ -50,7 +47,7 @@ def load_variants(
     _, settings = layers[path]
     over = [parsed_override(override) for override in overrides]
     if not isinstance(settings, dict) or "variants" not in settings:
-        return {"": built(kind, bases, [*layers.values(), *over], renamed)}
+        return {"": built(kind, bases, [*layers.values(), *over])}
     variants = settings.pop("variants")
     if not isinstance(variants, dict) or not variants:
         raise ConfigError(f"{path}: variants must map names to what each changes, not {shown(variants)}")
@@ -61,7 +58,7 @@ def load_variants(
     configs = {}
     for name, changes in variants.items():
         of_variant = (f"{path}, variant {name}", {} if changes is None else changes)
-        configs[name] = built(kind, bases, [*layers.values(), of_variant, *over], renamed)
+        configs[name] = built(kind, bases, [*layers.values(), of_variant, *over])
     return configs
 
 
@@ -105,12 +102,12 @@ def parsed_override(override: str) -> Layer:
     return origin, {key: parsed(text, origin)}
 
 
-def built(kind: type[Kind], bases: Sequence[Path], layers: Sequence[Layer], renamed: Renamed | None) -> Kind:
+def built(kind: type[Kind], bases: Sequence[Path], layers: Sequence[Layer]) -> Kind:
     """The dataclass of all layers, the later ones over the earlier. Raises ConfigError."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, settings in layers:
-        values = laid_over(values, settings, kind, origin, origins, renamed or {})
+        values = laid_over(values, settings, kind, origin, origins)
     try:
         return constructed(kind, values)
     except ValueError as error:
@@ -122,14 +119,10 @@ def built(kind: type[Kind], bases: Sequence[Path], layers: Sequence[Layer], rena
         raise ConfigError(f"{origin}: {error}") from None
 
 
-def laid_over(
-    below: Any, above: Any, hint: Any, origin: str, origins: dict[str, str], renamed: Renamed, key: str = ""
-) -> Any:
+def laid_over(below: Any, above: Any, hint: Any, origin: str, origins: dict[str, str], key: str = "") -> Any:
     """A setting in its type; a mapping with what it changes of the one below it. Raises ConfigError.
 
-    `eval.step: 15` is what `eval: {step: 15}` is.
-
-    origins: is told of every dotted key from which layer it comes
+    `eval.step: 15` is what `eval: {step: 15}` is; `origins` is told of every dotted key from which layer it comes.
     """
     origins[key] = origin
     is_section = dataclasses.is_dataclass(hint)
@@ -147,8 +140,6 @@ def laid_over(
     for dotted, value in above.items():
         name, dot, rest = dotted.partition(".")
         inner = f"{prefix}{name}"
-        if now := renamed.get(inner):
-            raise ConfigError(f"{origin}: {inner} {now if ' ' in now else f'is now {now}'}")
         if is_section and name not in hints:
             near = [f"{prefix}{each}" for each in difflib.get_close_matches(name, hints, n=1)]
             near = [each for each in origins if each and f".{each}".endswith(f".{name}")][:5] or near
@@ -157,18 +148,16 @@ def laid_over(
             raise ConfigError(f"{origin}: {given} is not a setting{meant} Valid here: {', '.join(hints)}")
         of_inner = hints[name] if is_section else typing.get_args(hint)[1]
         value = {rest: value} if dot else value
-        over[name] = laid_over(over.get(name, {}), value, of_inner, origin, origins, renamed, inner)
+        over[name] = laid_over(over.get(name, {}), value, of_inner, origin, origins, inner)
     return over
 
 
 def constructed(kind: type[Kind], values: dict[str, Any], prefix: str = "") -> Kind:
     """A section of its values. Raises ValueError where the section refuses one."""
-    arguments = {}
+    arguments = dict(values)
     for name, hint in hints_of(kind).items():
         if dataclasses.is_dataclass(hint):
             arguments[name] = constructed(hint, values[name], f"{prefix}{name}.")
-        else:
-            arguments[name] = values[name]
     try:
         return kind(**arguments)
     except ValueError as error:

@@ -52,10 +52,7 @@ class Processes:
         self._wait_for("begun")
 
     def once(self, name: str, make: Callable[[], None]) -> None:
-        """Calls it in the process that asks first by this name; the others wait until it has returned.
-
-        Where it raises they wait for ever, and torchrun ends them.
-        """
+        """Calls it in the process that asks first by this name; the others wait until it returns (or are ended)."""
         if self._store.add(f"asked for {name}", 1) == 1:
             make()
             self._store.set(f"{name} is made", "")

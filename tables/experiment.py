@@ -15,10 +15,7 @@ DRAWN_BY = (Path(__file__), Path(__file__).with_name("pictures.py"), Path(__file
 
 
 def draw(results: Mapping[str, Any], folder: Path, config: ReporterConfig) -> None:
-    """Draws the plots of an experiment, whose JSON is in the folder of an evaluation.
-
-    They stay where all are there, and none is older than the JSON or the code that draws them.
-    """
+    """Draws the plots of an experiment, but where all are there and none is older than its JSON or this code."""
     metrics = folder / "Metrics and Plots" / "metrics" / f"{results['id']}.json"
     place = folder / "Metrics and Plots" / "plots" / results["id"]
     paths = [place / ".".join(parts) for parts in product(PLOTS, config.format)]
@@ -74,8 +71,7 @@ def draw_weights(reporter: Reporter, heading: str) -> None:
     figure.suptitle(heading, fontsize=9)
     blue = reporter.styles["mimu"]["color"]
     for axes, histogram in zip(figure.subplots(1, len(histograms), squeeze=False)[0], histograms):
-        every, zeroed, edges = (histogram[key] for key in ("all", "zeroed", "edges"))
-        # One outline, where `hist` draws a rectangle for every bin.
+        every, zeroed, edges = histogram["all"], histogram["zeroed"], histogram["edges"]
         axes.stairs(every, edges, fill=True, color="0.75", label=f"all {sum(every)} weights")
         axes.stairs(zeroed, edges, fill=True, color=blue, label=f"{sum(zeroed)} zeroed by mimu")
         axes.set_yscale("log")

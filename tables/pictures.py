@@ -72,34 +72,27 @@ def symmetric_log(axes: Axes, linear: float) -> None:
 
 
 def draw_frontier(reporters: Sequence[Reporter], path: Path, config: ReporterConfig) -> None:
-    """Draws the retain score of variants against what a probe finds of the class, with grey lines at 0.
+    """Draws the retain score of variants against what a probe finds of the class: a method is a curve over them.
 
-    A method is one curve over the variants; of more than ten, those that any variant brings nearest to retraining.
-    Variants that mask other layers than the first one are hollow marks.
+    Of more than ten, those that any variant brings nearest to retraining; hollow: other layers than the first's masked.
     """
-    mask_layer = reporters[0].experiments[0]["mask_layer"]
-    curves: dict[str, list[tuple[float, float]]] = {}
-    elsewhere: dict[str, list[tuple[float, float]]] = {}
-    distances: dict[str, float] = {}
-    for reporter in reporters:
-        points = curves if reporter.experiments[0]["mask_layer"] == mask_layer else elsewhere
+    mask_layers = [reporter.experiments[0]["mask_layer"] for reporter in reporters]
+    marks: dict[str, list[tuple[float, float, bool]]] = {}
+    for reporter, mask_layer in zip(reporters, mask_layers):
         for method in reporter.methods:
-            x = reporter.mean(PROBE, method)
-            y = reporter.mean(RETAIN_GAP, method)
-            if math.isfinite(x + y):
-                points.setdefault(method, []).append((x, y))
-                distances[method] = min(abs(x) + abs(y), distances.get(method, math.inf))
+            mark = (reporter.mean(PROBE, method), reporter.mean(RETAIN_GAP, method), mask_layer != mask_layers[0])
+            if np.isfinite(mark).all():
+                marks.setdefault(method, []).append(mark)
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.subplots()
-    for method in sorted(distances, key=distances.get)[:10]:
-        style = method_styles(distances)[method]
-        curve = np.reshape(sorted(curves.get(method, [])), (-1, 2))
-        hollow = np.reshape(elsewhere.get(method, []), (-1, 2))
-        axes.plot(curve[:, 0], curve[:, 1], label=method, **style)
-        axes.plot(hollow[:, 0], hollow[:, 1], **style | {"linestyle": "none", "fillstyle": "none"})
+    for method in sorted(marks, key=lambda name: min(abs(x) + abs(y) for x, y, _ in marks[name]))[:10]:
+        style = method_styles(marks)[method]
+        x, y, is_elsewhere = np.transpose(sorted(marks[method]))
+        axes.plot(x[is_elsewhere == 0], y[is_elsewhere == 0], label=method, **style)
+        axes.plot(x[is_elsewhere == 1], y[is_elsewhere == 1], **style | {"linestyle": "none", "fillstyle": "none"})
     axes.axhline(0, color="0.6", linewidth=0.8, zorder=1)
     axes.axvline(0, color="0.6", linewidth=0.8, zorder=1)
-    other = " (hollow: masks of other layers)" if elsewhere else ""
+    other = " (hollow: masks of other layers)" if any(each != mask_layers[0] for each in mask_layers) else ""
     axes.set(xlabel=f"{PROBE.name}{other}", ylabel=RETAIN_GAP.name)
     axes.set_title(title(reporters), fontsize=9)
     axes.grid(alpha=0.3)

@@ -26,10 +26,7 @@ ABOUT = {"does": "what it does", "touches": "what it may change", "needs": "data
 
 
 def by_distance(reporter: Reporter) -> list[str]:
-    """The methods in the order of their distance to the classifier retrained without the class.
-
-    The distance is the Jensen-Shannon divergence of the predictions, mean of the forget set's and the retain set's.
-    """
+    """The methods in the order of their distance to the retrained classifier: the mean of both `DIVERGENCES`."""
 
     def distance(method: str) -> float:
         return np.nan_to_num(sum(reporter.mean(column, method) for column in DIVERGENCES) / 2, nan=np.inf)

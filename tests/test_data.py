@@ -158,7 +158,9 @@ def write_svhn(folder: Path, images: np.ndarray) -> None:
 def test_the_originals_in_colour_are_read_by_channel_and_downloaded(tmp_path, monkeypatch, name, write, third):
     images = np.random.default_rng(0).integers(0, 256, (60, 3, 32, 32), np.uint8)
     downloads, original = [], getattr(torchvision.datasets, name)
-    monkeypatch.setattr(original, "download", lambda self: downloads.append(write(tmp_path / name, images)))
+    monkeypatch.setattr(
+        original, "download", lambda self: downloads or downloads.append(write(tmp_path / name, images))
+    )
     monkeypatch.setattr(original, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
     for _ in range(2):

@@ -18,8 +18,8 @@ from mimu.eval import METHODS, EvalConfig, Method, Request, answer
 from mimu.masking.order import Zeroing
 from mimu.methods import fine_tuning, projections, published
 from mimu.methods.controls import removal_effect
-from mimu.methods.published import FEATURES, Published, ScoringGCN, importance, mean_importance, set_difference
-from mimu.model import HookedMNISTClassifier, Mask
+from mimu.methods.published import FEATURES, Published, importance, mean_importance, set_difference
+from mimu.model import HookedMNISTClassifier, Mask, MaskingGCN
 from mimu.runs.settings import ConfigError, converted
 from mimu.trainer import Trainer, TrainingError
 
@@ -340,13 +340,15 @@ def test_the_set_difference_ranks_by_brute_force():
 
 
 def test_both_terms_reach_the_gcn_and_sufficiency_is_of_the_kept_weights(to_publish):
-    graphs, gcn = to_publish.graphs, ScoringGCN(len(FEATURES), 8, 3)
+    graphs, gcn = to_publish.graphs, MaskingGCN(len(FEATURES), 8, 3)
+    gcn.readout = torch.nn.Linear(8, 1, bias=False)
     single = graphs.draw(1, data.seeded("test"))
     logits = importance(gcn, graphs, single)
     for row, sample in enumerate(single.flatten().tolist()):
         snapshot = graphs.snapshot(torch.tensor([[sample]]), FEATURES)
         of_graph = replace(snapshot, config=graph_config(features=FEATURES, other_classes=False)).class_graph(0)
-        assert torch.allclose(logits[row], gcn(of_graph, graphs.graph)[0], atol=1e-5)
+        own = torch.cat([gcn.readout(part)[0].flatten() for part in gcn.hidden(of_graph, graphs.graph)])
+        assert torch.allclose(logits[row], own, atol=1e-5)
     term = published.insufficiency(logits, graphs, CONFIG, TOP_K, data.seeded("noise"))
     weights = list(gcn.parameters())
     w = graphs.weights()[0].flatten()

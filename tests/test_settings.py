@@ -76,9 +76,9 @@ def read(bases: list[Path], *overrides: str) -> Config:
     return load_variants(Config, bases, bases[0], overrides)[""]
 
 
-def refused(path: Path, bases: list[Path], *overrides: str, renamed: dict[str, str] | None = None) -> str:
+def refused(path: Path, bases: list[Path], *overrides: str) -> str:
     with pytest.raises(InputError) as error:
-        load_variants(Config, bases, path, overrides, renamed)
+        load_variants(Config, bases, path, overrides)
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
 
@@ -119,21 +119,6 @@ variants:
     as_it_is, longer = read(bases, *plain, "training.steps=7"), read(bases, *plain, "training.steps=8")
     assert load_variants(Config, bases, path, over) == {"as it is": as_it_is, "a.b": longer, "1": as_it_is}
     assert load_variants(Config, bases, bases[0]) == {"": read(bases)}
-
-
-RENAMED = {"training.pace": "training.rate", "learning": "training", "training.tables.sft.look": "is gone: use rate"}
-
-
-def test_a_setting_of_before_is_told_what_it_is_now(bases, tmp_path):
-    gone = (
-        "variants: {a: {training.tables: {sft: {look: 1}}}}",
-        ", variant a: training.tables.sft.look is gone: use rate",
-    )
-    for text, message in (("learning: {rate: 1}", ": learning is now training"), gone):
-        path = mine(tmp_path, text)
-        assert refused(path, bases, renamed=RENAMED) == f"{path}{message}"
-    with pytest.raises(InputError, match="^override training.pace=1: training.pace is now training.rate$"):
-        load_variants(Config, bases, bases[0], ["training.pace=1"], RENAMED)
 
 
 BAD = [
@@ -282,7 +267,6 @@ WRONG = [
     ("sweep.top_k=[9000]", "sweep.top_k must be from 1 to 8192 (masked weights), not 9000"),
     ("sweep.kappa=[5, 5]", "sweep.kappa must name at least one value, and each once"),
     ("sweep.forget_digits=[nine]", "sweep.forget_digits must be from 0 to 9 or of ('0', '1', '2', '3', "),
-    ("gcn.weighs=[0, 7]", "gcn.weighs is gone: every GCN weighs, from eval.retain_weight on"),
     ("dataset=CIFAR100", "dataset must be MNIST, FashionMNIST, KMNIST, "),
     ("graphs.mask_layer=3", "graphs.mask_layer must be null, or one or several of -3 to 2, each once, not 3"),
     ("graphs.mask_layer=[0, -3]", "or one or several of -3 to 2, each once, not (0, -3)"),
