@@ -357,13 +357,9 @@ class Snapshot:
         """What the groups would do without further weights, to first order: no sample goes through the network for it.
 
         A weight w from neuron c to r that is zeroed takes w a_c from the pre-activation of r, and with the gradient g_r
-        of the log-odds there, g_r w a_c from the log-odds. Gradients and activations stay.
-        Raises ValueError where kernels are masked, of which no record is kept.
+        of the log-odds there, g_r w a_c from the log-odds. Gradients and activations stay. Not of kernels, of which no
+        record is kept.
         """
-        if not self.records:
-            raise ValueError(
-                f"layers {self.graph.layers} have kernels: what they read is not kept, take a new snapshot"
-            )
         is_removed = torch.zeros(self.graph.num_vertices, dtype=torch.bool, device=vertices.device)
         removed = [part.nonzero().T for part in self.graph.matrices(is_removed.index_fill(0, vertices, True))]
         records = []
@@ -512,11 +508,9 @@ class GraphGenerator:
         # Imported here, since it takes longer than the rest and only this export needs it.
         from torch_geometric.data import Data
 
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} is not there: valid are 0 to {len(self) - 1}")
         if (edges := self.graph.num_edges) > max_edges:
             raise ValueError(f"max_edges must be at least {edges:,} ({16 * edges / 1e9:.1f} GB), not {max_edges:,}")
-        label, names = self.labels[index : index + 1], self.config.features
+        label, names = self.labels[[index]], self.config.features
         own = self.snapshot(torch.tensor([[index]], device=label.device), names)
         classes = self.snapshot(self.by_class(), names)
         x = own.class_graph(self.row_of(int(label)), classes)[0]

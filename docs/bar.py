@@ -56,7 +56,7 @@ def measured(overrides: list[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
             trainer = Trainer(config.classifier, seed + 1_000_000, config.source.size)
             retrained = trainer.train(data.train.retain(label), classes)
             with torch.no_grad():
-                before, after = original.features(samples.images), retrained.features(samples.images)
+                before, after = (each.outputs(samples.images)[0] for each in (original, retrained))
             probe = RidgeProbe(nearest(before, samples.labels, label, erasing.rivals), erasing.ridge)
             untrained = erasing.untrained_features(samples.images, before.shape[1], seed)
             features = [after, samples.images.flatten(1), untrained, before]

@@ -116,10 +116,6 @@ class HookedClassifier(nn.Module):
             values = trace.run(self.network, inputs, first, compute, [trace.representation])
         return values[trace.representation], values[trace.output]
 
-    def features(self, inputs: Tensor, first: Layers | None = None) -> Tensor:
-        """The representation alone, (batch, n)."""
-        return self.outputs(inputs, first)[0]
-
     @torch.no_grad()
     def value_of(self, node: fx.Node, inputs: Tensor, first: Layers | None = None) -> Tensor:
         """What a node of the trace gives, for images (batch, ...), or with `first`, for `prefix_activations` of it."""

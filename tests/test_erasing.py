@@ -159,8 +159,8 @@ def test_a_class_goes_from_the_representation_as_far_as_the_bar_and_what_was_zer
         assert torch.equal(mask.by_layer[2].left[:, 0], torch.tensor([0.0, 1, 0])), "no other row of the last layer"
         with mask.applied_to(learned), torch.no_grad():
             forget, retain = scores(learned, TEST, 1)
-            left.append(r_squared(learned.features(TEST.images)))
-    assert forget == 0 and retain > 95 and left[2] < min(r_squared(learned.features(TEST.images)), left[1]) - 0.1
+            left.append(r_squared(learned.outputs(TEST.images)[0]))
+    assert forget == 0 and retain > 95 and left[2] < min(r_squared(learned.outputs(TEST.images)[0]), left[1]) - 0.1
     assert left[2] < r_squared(SETTINGS.untrained_features(TEST.images, 12, 0)) + 0.15
     for layer, mask in unconcerned.by_layer.items():
         assert mask.equals(at_the_bar.by_layer[layer]), "there is nothing to erase"
