@@ -36,7 +36,7 @@ from mimu.data import GraphGenerator, ImageData, is_correct, load_image_data, so
 from mimu.eval import Eval, Request
 from mimu.images.sources import DataError, checksum
 from mimu.masking.rankings import TrainedGCN, pretrained_for
-from mimu.model import MaskingGCN, keep_freed_memory
+from mimu.model import MaskingGCN
 from mimu.networks.hooked import HookedClassifier
 from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, Log, code_of, damaged, digest, locked, save, slug
 from mimu.runs.work import Processes, how_many, peak_bytes
@@ -139,7 +139,6 @@ class Stages:
     def classifier(self, training: Training, data: ImageData) -> HookedClassifier:
         config, name = training.config, f"classifier, {training.name}"
         trainer, num_classes = Trainer(config.classifier, training.seed, config.source.size), len(data.class_names)
-
         artifact = self.files.of_training(training)["classifier"]
 
         def train() -> dict[str, Any]:
@@ -301,12 +300,10 @@ class Files:
         return Artifact(where.with_stem(f"{where.stem}_{of_settings[:8]}"), made_by, self._seen)
 
 
-def trainings_of(configs: Mapping[str, Config]) -> list[Training]:
-    found = []
+def trainings_of(configs: Mapping[str, Config]) -> Iterator[Training]:
     for variant, config in configs.items():
         for seed, top_k in itertools.product(config.seeds, config.top_ks):
-            found.append(Training(variant, config, seed, top_k))
-    return found
+            yield Training(variant, config, seed, top_k)
 
 
 def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False) -> None:
@@ -422,7 +419,6 @@ def start(parsed: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (parsed.dry_run or parsed.plot_only or parsed.pretrain):
         raise InputError("--dry-run, --plot-only and --pretrain run in one process: start it without torchrun")
-    keep_freed_memory()
     configs = load_variants(parsed.config, parsed.overrides)
     if parsed.dry_run:
         dry_run(configs)
