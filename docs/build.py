@@ -438,6 +438,7 @@ MEASUREMENTS = {
     "own_several": Measurement(by_script, ["docs/own.py several"], [BY_PRETRAINED], UNLEARN_CODE),
     "choice": Measurement(by_script, ["docs/own.py choice"], [BY_PRETRAINED, ERASING], UNLEARN_CODE),
     "own_networks": Measurement(by_script, ["docs/own.py networks"], [BY_PRETRAINED], UNLEARN_CODE),
+    "own_few": Measurement(by_script, ["docs/own.py with_few_samples"], [BY_PRETRAINED], UNLEARN_CODE),
     "bar": Measurement(by_script, ["docs/bar.py"], [ERASING]),
     "tuning": Measurement(by_script, ["docs/tune.py"], ["docs/tuning.yaml"]),
     "tuning_erasure": Measurement(by_script, ["docs/tune.py erasure"], ["docs/tuning_erasure.yaml"]),

@@ -7,6 +7,7 @@ Fashion-MNIST in datasets/FashionMNIST/raw/. With names of tables it measures th
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import sys
 import time
@@ -338,8 +339,50 @@ def choice() -> Iterator[dict[str, str]]:
         yield dict.fromkeys(row, "") | {"you have, or want": wanted, "call": call}
 
 
+def normalised() -> nn.Module:
+    """As `Convolutional`, with batch normalisation."""
+    layers: list[nn.Module] = []
+    for channels, given in ((16, 1), (32, 16)):
+        layers += [nn.Conv2d(given, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 49, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def on_images(shape: str, train: Split) -> nn.Module:
+    """A perceptron that takes images (samples, 1, 28, 28)."""
+    return nn.Sequential(nn.Flatten(), trainer(shape).train(Split(train.images.flatten(1), train.labels), 10).network)
+
+
+def with_few_samples() -> Iterator[dict[str, str]]:
+    """Twelve requests for each number of samples: what of their harm they say, and what they say without harm."""
+    torch.set_num_threads(1)
+    data = load_image_data("MNIST")
+    train, test = (Split(part.images.view(-1, 1, 28, 28), part.labels) for part in (data.train, data.test))
+    torch.manual_seed(SEED)
+    models = [fit(model, model, train.images, train.labels, 1) for model in (Convolutional(), normalised())]
+    models += [on_images(shape, train) for shape in ("784-100-10 with biases", "784-200-50-10 with biases")]
+    for samples in (1, 2, 3, 5, 10):
+        for erase in (False, True):
+            requests = []
+            for place, (model, digit) in enumerate(itertools.product(models, (3, 5, 8))):
+                few = some_of_every_class(train, samples, "few", place)
+                found = measured(model, few, test, digit, erase=erase)
+                is_harm = found["forget"] > 2 or found["any other"] <= -6
+                kind = found["said"].partition(" ")[0]
+                requests.append((is_harm, kind, kind == "error" and found["others"] > -1, found["seconds"]))
+            yield {
+                "samples a class": str(samples),
+                "call": "erase" if erase else "mask",
+                "harm": str(sum(is_harm for is_harm, *_ in requests)),
+                "harm without a word": str(sum(is_harm and not kind for is_harm, kind, *_ in requests)),
+                "errors at less than a point": str(sum(is_needless for *_, is_needless, _ in requests)),
+                "warnings without harm": str(sum(kind == "left" and not is_harm for is_harm, kind, *_ in requests)),
+                "seconds": f"{sum(seconds for *_, seconds in requests) / len(requests):.1f}",
+            }
+
+
 TABLES = {"by_layer": (by_layer, "own_layers", 2), "several": (several, "own_several", 2),
-          "networks": (networks, "own_networks", 3), "choice": (choice, "choice", 2)}  # fmt: skip
+          "networks": (networks, "own_networks", 3), "choice": (choice, "choice", 2),
+          "with_few_samples": (with_few_samples, "own_few", 2)}  # fmt: skip
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or TABLES:

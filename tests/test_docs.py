@@ -17,7 +17,7 @@ from running import PROJECT, of_copy
 
 SCRIPTS = ("build", "tune", "bar", "own")
 PRETRAIN = {"pretrain", "pretrain_kernels"}
-OWN = {"own_layers", "own_several", "own_networks", "choice"}
+OWN = {"own_layers", "own_several", "own_networks", "own_few", "choice"}
 TUNING = {"tuning", "tuning_erasure", "tuning_cnn", "tuning_resnet", "tuning_cifar10"}
 
 

@@ -56,13 +56,14 @@ def copy_of(model: nn.Module) -> nn.Module:
     computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
     try:
         copied = copy.deepcopy(model, {id(each): each.detach().clone() for each in computed})
+        copied.eval()
     except Exception as error:  # of a custom model, any
         raise InputError(f"model: cannot be copied ({one_line(error)})") from error
     for module in copied.modules():
         module._compiled_call_impl = None
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)  # on CPUs convolutions and pooling take half of the time
-    return copied.eval()
+    return copied
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def check_model(model: nn.Module) -> None:
     for name, value in model.named_parameters():
         if nn.parameter.is_lazy(value) or value.is_meta:
             raise InputError(f"model: {name} has no numbers yet (lazy, or on the device meta)")
-        if not value.isfinite().all():
+        if not value.detach().isfinite().all():
             raise InputError(f"model: {name} has numbers that are not finite")
 
 
@@ -179,7 +180,7 @@ def traced(model: nn.Module, example: Tensor, logits: Tensor) -> tuple[HookedCla
 
     example: some inputs; logits: what the model gives for them
     """
-    model = copy_of(model).float()
+    model = copy_of(model.network if isinstance(model, HookedClassifier) else model).float()
     for layer in filter(weight_mask, weight_layers(model)):
         weight = layer.weight.detach()
         take_off(layer)
@@ -238,6 +239,9 @@ def calls_of(model: nn.Module, inputs: Tensor, chosen: Tensor) -> tuple[list[Cal
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(chosen):
         has = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"model must return logits, a tensor ({len(chosen)}, classes) for such inputs, not {has}")
+    if dtype != inputs.dtype and not inputs.is_floating_point():
+        span = f"from {inputs.min().item()} to {inputs.max().item()}"
+        warnings.warn(f"inputs are {inputs.dtype}, {span}, but the model takes {dtype}: are they scaled?", stacklevel=4)
     return calls, logits, inputs.to(dtype)
 
 

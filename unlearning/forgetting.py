@@ -10,7 +10,6 @@ from functools import cached_property
 from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,6 +22,7 @@ from mimu.model import WeightGraph
 from mimu.networks.masks import Mask
 from mimu.runs.files import InputError
 from mimu.unlearning.custom_model import CustomModel
+from mimu.unlearning.samples import tensor_of
 
 Scores = dict[int, float]  # percent classified correctly, by class
 FOLDS = 5  # parts of few samples that are held out in turn
@@ -285,7 +285,7 @@ class Forgetting:
         mean = sum(counts[label] * lost[label] for label in kept) / sum(counts.values())
         if is_shown:
             mean = lower_end(mean, sum(counts.values()))
-            lost = {label: lower_end(fall, counts[label]) for label, fall in lost.items()}
+            lost = {label: lower_end(fall, counts[label], among=len(kept)) for label, fall in lost.items()}
         return mean, max(lost.values())
 
     def is_ruined(self, before: Scores, kept: list[int], mask: Mask) -> bool:
@@ -302,21 +302,26 @@ class Forgetting:
         return is_mean_within and (self.max_class_fall is None or worst <= times * self.max_class_fall)
 
 
-def lower_end(percent: float, count: int) -> float:
-    """What so many percent of `count` samples show, 95 % one-sided (Wilson 1927): 0 where they are not above 0."""
-    share, z = max(0.0, percent) / 100, NormalDist().inv_cdf(CONFIDENCE)
-    middle = share + z**2 / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return max(0.0, 100 * (middle - half) / (1 + z**2 / count))
+def lower_end(percent: float, count: int, among: int = 1) -> float:
+    """The least that so many percent of `count` samples show, with 95 % confidence for all `among` several.
+
+    Of Wilson's interval with continuity correction (Newcombe 1998, Statistics in Medicine 17).
+    """
+    found, z = count * percent / 100, NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / among)
+    share = found / count
+    if found <= 0:
+        return 0.0
+    half = z * math.sqrt(z**2 - 1 / count + 4 * found * (1 - share) + 4 * share - 2) + 1
+    return max(0.0, 100 * (2 * found + z**2 - half) / (2 * (count + z**2)))
 
 
 def classes_of(forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]) -> set[int]:
     """The classes to forget, and those that are `forgotten`. Raises InputError where classes or labels do not fit."""
-    given = np.asarray(forget_class).reshape(-1)
-    if given.dtype.kind not in "iu":
+    given = torch.empty(0) if forget_class is None else tensor_of(forget_class, "forget_class")
+    if given.ndim > 1 or given.is_floating_point() or given.dtype == torch.bool:
         must = f"a class, from 0 to {num_classes - 1}, or several"
         raise InputError(f"forget_class must be {must}, not {forget_class!r}")
-    forget = set(given.tolist())
+    forget = set(given.flatten().tolist())
     has = set(labels.unique().tolist())
     if not forget or not has | forget <= set(range(num_classes)):
         found = f"{min(has)} to {max(has)} and {sorted(forget)}"

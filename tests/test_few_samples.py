@@ -1,0 +1,200 @@
+"""Requests on few samples: what is held out, what is said, and what ranks where the GCN costs too much."""
+
+import copy
+import math
+import warnings
+from functools import cache
+from statistics import NormalDist
+
+import pytest
+import torch
+from conftest import scores
+from test_unlearning import FREE, TEST, TRAIN, learned, patient_gcn, stack
+from torch import nn
+
+from mimu import Mask, RetainScoreError, unlearn
+from mimu.data import GraphGenerator, Split, margins
+from mimu.images.sources import seeded
+from mimu.masking.order import FEW, PRIOR, percent_above_zero
+from mimu.trainer import learn
+from mimu.unlearning import forgetting
+from mimu.unlearning.forgetting import FOLDS, Forgetting, lower_end
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return copy.deepcopy(learned(stack))
+
+
+def of_each(*counts: int) -> Split:
+    """So many samples of each class."""
+    parts = [TRAIN.forget(label)[torch.arange(count)] for label, count in enumerate(counts)]
+    return Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+
+
+def asked(model: nn.Module, samples: Split, forget_class: int = 1, **changes) -> tuple[Mask, str]:
+    """A mask, and what was said."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        arguments = {"gcn": patient_gcn(), "max_class_fall": None} | changes
+        mask = unlearn(model, samples.images, samples.labels, forget_class, **arguments)
+    return mask, " ".join(str(each.message) for each in said)
+
+
+def test_margins_are_those_of_the_class_over_the_largest_other():
+    logits, labels = torch.randn(50, 4), torch.randint(4, (50,))
+    for found, row, label in zip(margins(logits, labels), logits.tolist(), labels.tolist()):
+        assert found == pytest.approx(row[label] - max(row[:label] + row[label + 1 :]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, FEW - 1, FEW, 500])
+def test_what_is_left_is_that_of_a_normal_distribution_wider_where_samples_are_few(count):
+    x = torch.randn(count, generator=torch.Generator().manual_seed(count)) - 1
+    mean = sum(x.tolist()) / count
+    squares = sum((each - mean) ** 2 for each in x.tolist())
+    variance = squares / (count - 1) if count >= FEW else (squares + PRIOR * 9) / (count - 1 + PRIOR) * (1 + 1 / count)
+    expected = 100 * NormalDist().cdf(mean / math.sqrt(variance))
+    assert percent_above_zero(x, 3.0) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("found, count, among", [(1, 20, 1), (4, 20, 1), (1, 1, 1), (12, 900, 1), (5, 5, 9)])
+def test_the_lower_end_is_where_as_many_would_be_about_as_unlikely_as_the_confidence_says(found, count, among):
+    p = lower_end(100 * found / count, count, among) / 100
+    exact = sum(math.comb(count, k) * p**k * (1 - p) ** (count - k) for k in range(found, count + 1))
+    assert 0.4 * 0.05 / among < exact < 1.6 * 0.05 / among
+    assert lower_end(-3.0, count) == lower_end(0.0, count) == 0
+
+
+@pytest.mark.parametrize("counts, fewest", [((9, 9, 9), 9), ((200, 200, 7), 7)])
+def test_samples_that_are_few_are_judged_by_masks_that_are_made_without_them(model, counts, fewest, monkeypatch):
+    judged, samples = {}, of_each(*counts)
+    made_by = Forgetting.held_out_logits
+    monkeypatch.setattr(Forgetting, "held_out_logits", lambda *given: judged.setdefault("logits", made_by(*given)))
+    mask = asked(model, samples, **FREE)[0]
+    with mask.applied_to(model):
+        expected = model(samples.images)
+    for fold in range(FOLDS):
+        is_held_out = torch.zeros(len(samples.labels), dtype=torch.bool)
+        for label, count in enumerate(counts):
+            rows = (samples.labels == label).nonzero()[:, 0]
+            is_held_out[rows[fold::FOLDS]] = count == fewest
+        monkeypatch.setattr(Forgetting, "held_out_logits", lambda self, mask, *_: self.logits(mask))
+        without = asked(model, samples[~is_held_out], **FREE)[0]
+        with without.applied_to(model):
+            expected[is_held_out] = model(samples.images[is_held_out])
+    assert torch.allclose(judged["logits"], expected, atol=1e-5)
+
+
+def test_what_few_samples_cannot_show_is_said(model):
+    mask, said = asked(model, of_each(30, 1, 30))
+    assert "one sample of class 1: up to 95 % of it may be left" in said and said.split(" (")[0] in repr(mask)
+    assert asked(model, of_each(FEW, FEW, FEW))[1] == ""
+
+
+def test_a_single_sample_that_others_classify_wrongly_is_no_class_to_forget(model):
+    wrong = TRAIN.forget(0)[(model(TRAIN.forget(0).images).argmax(1) != 0).nonzero()[:1, 0]]
+    samples = of_each(0, 20, 20)
+    samples = Split(torch.cat([wrong.images, samples.images]), torch.cat([wrong.labels, samples.labels]))
+    mask, said = asked(model, samples, **FREE)
+    assert "class 0" not in said and mask.forgets == (1,)
+
+
+def test_a_class_with_few_samples_leaves_those_of_the_others(model):
+    graphs_of = lambda split: GraphGenerator(trained_classifier(), split, patient_gcn().graphs, 0)  # noqa: E731
+    graphs = graphs_of(of_each(50, 3, 20))
+    expected = [[*range(50)], [50, 51, 52] * 16 + [50, 51], [*range(53, 73), *range(53, 73), *range(53, 63)]]
+    assert graphs.by_class().tolist() == expected and len(graphs) == 73
+    mask = asked(model, of_each(200, 200, 1), **FREE)[0]
+    with mask.applied_to(model):
+        forget, retain = scores(model, TEST, 1)
+    assert forget < 5 and retain > 80
+
+
+@cache
+def trained_classifier():
+    from conftest import trained_problem
+
+    return trained_problem()[2]
+
+
+def test_one_lost_sample_of_few_is_no_error_and_harm_that_is_shown_is_one(model, monkeypatch):
+    samples = of_each(10, 10, 10)
+    lost = torch.zeros(30, 3).index_put((torch.arange(30), samples.labels), torch.tensor(9.0))
+
+    def judging(count: int):
+        def held_out_logits(self, *_):
+            found = lost.clone()
+            found[:count] = found[:count].roll(2, 1)  # of class 0, as class 2
+            found[10:20] = found[10:20].roll(1, 1)  # of class 1, as class 2
+            return found
+
+        return held_out_logits
+
+    monkeypatch.setattr(Forgetting, "held_out_logits", judging(1))
+    assert asked(model, samples)[1] == ""
+    monkeypatch.setattr(Forgetting, "held_out_logits", judging(4))
+    with pytest.raises(RetainScoreError, match=r"lose 20.0 points .*, one of them 40.0"):
+        asked(model, samples)
+
+
+def test_of_few_samples_erasing_learns_the_output_row_alone(model):
+    few, many = (asked(model, of_each(*[count] * 3), erase=True, **FREE)[0] for count in (20, 120))
+    directions = [few.by_layer[layer] for layer in (0, 1)]
+    for layer, edit in zip((0, 1), directions):
+        weight = model[(1, 3)[layer]].weight.detach()
+        assert torch.allclose(edit.left, weight @ edit.right, atol=1e-5), "the whole direction, as it was found"
+    assert not torch.allclose(many.by_layer[1].left, model[3].weight @ many.by_layer[1].right, atol=1e-2)
+    assert "erased" in repr(few)
+
+
+def coloured_shapes(count: int, seed: int) -> Split:
+    """Discs, squares, crosses and rings of random colour, size and place on 32 x 32 noisy pixels, (samples, 3072)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(4).repeat_interleave(count)
+    uniform = lambda *shape: torch.rand(len(labels), *shape, generator=generator)  # noqa: E731
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    radius = (4 + 6 * uniform(1, 1)).expand(-1, 32, 32)
+    dy, dx = (y - 10 - 12 * uniform(1, 1)).abs(), (x - 10 - 12 * uniform(1, 1)).abs()
+    distance = (dy**2 + dx**2).sqrt()
+    disc, square = distance < radius, torch.maximum(dy, dx) < radius * 0.9
+    cross, ring = square & (torch.minimum(dy, dx) < radius / 3), disc & (distance > radius * 0.6)
+    inside = torch.stack([disc, square, cross, ring])[labels, torch.arange(len(labels))]
+    colour, ground = uniform(3, 1, 1), 0.3 * uniform(3, 32, 32)
+    return Split((torch.where(inside[:, None], 0.4 + 0.6 * colour, ground) - 0.4).flatten(1), labels)
+
+
+def network_of_shapes() -> nn.Sequential:
+    convolutions = [nn.Unflatten(1, (3, 32, 32)), nn.Conv2d(3, 8, 5, 2), nn.ReLU(), nn.Conv2d(8, 16, 5, 2), nn.ReLU()]
+    head = [nn.Linear(400, 60), nn.ReLU(), nn.Linear(60, 30), nn.ReLU(), nn.Linear(30, 4)]
+    return nn.Sequential(*convolutions, nn.Flatten(), *head)
+
+
+@cache
+def fitted(count: int = 200) -> nn.Module:
+    torch.manual_seed(0)
+    model = network_of_shapes()
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    return learn(model, coloured_shapes(count, 0), 25, 50, optimizer, seeded("shapes"))
+
+
+@pytest.mark.parametrize("forget_class", [0, 2])
+def test_on_coloured_shapes_the_better_of_gcn_and_formula_ranks(forget_class, monkeypatch):
+    train, test, retain = coloured_shapes(200, 0), coloured_shapes(200, 1), {}
+    masks = {"chosen": asked(fitted(), train, forget_class, gcn=None, **FREE)[0]}
+    masks["formula"] = asked(fitted(), train, forget_class, gcn=None, scorer="saliency", **FREE)[0]
+    monkeypatch.setattr(forgetting, "WORTH_A_TRY", math.inf)
+    masks["gcn"] = asked(fitted(), train, forget_class, gcn=None, **FREE)[0]
+    for name, mask in masks.items():
+        with mask.applied_to(fitted()):
+            retain[name] = scores(fitted(), test, forget_class)[1]
+    assert retain["chosen"] >= max(retain["formula"], retain["gcn"]) - 1
+
+
+@pytest.mark.parametrize("falls, ranks", [((0.9, 0.1), "GCN"), ((1.1, 0.1), "formula"), ((1.1, 1.2), "GCN")])
+def test_the_formula_is_tried_where_the_gcn_costs_more_than_a_point(model, falls, ranks, monkeypatch):
+    made, fall = Forgetting.made, dict(zip(("gcn", "saliency"), falls))
+    monkeypatch.setattr(Forgetting, "made", lambda self, *kept: made(self, *kept)._replace(fall=fall[self.scorer]))
+    mask = asked(model, TRAIN, **FREE)[0]
+    assert f"ranked by the {ranks}" in repr(mask)
+    alone = asked(model, TRAIN, scorer="saliency", **FREE)[0]
+    assert torch.equal(mask.as_tensor(), alone.as_tensor()) == (ranks == "formula")
