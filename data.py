@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
@@ -328,11 +327,6 @@ class Snapshot:
     log_odds: Tensor
     records: list[Record]
 
-    @property
-    def loss(self) -> Tensor:
-        """The mean cross entropy of each group (groups), nats."""
-        return F.softplus(-self.log_odds).mean(1)
-
     def feature(self, name: str) -> Tensor:
         """One of the FEATURES that were asked for, of every group, (groups, vertices), not standardised."""
         feature, parts = FEATURES[name], []
@@ -464,7 +458,10 @@ class GraphGenerator:
         forget_row: the row of a class without which the others are seen, their softmax restricted to the rest; they are
             to keep the log-odds that the classifier without a mask gives them so
         """
-        left_out = [] if forget_row is None else self._left_out(self.classes[forget_row])
+        left_out: list[int] = []
+        if forget_row is not None:  # of two classes none is left out, but always those that there is no sample of
+            absent = set(range(self.predictions.shape[1])) - set(self.classes)
+            left_out = sorted(absent | {self.classes[forget_row]} if self.num_classes > 2 else absent)
         records = self._records(samples, mask, left_out)
         kept = list(records) if self.are_kept else []
         means = dict.fromkeys(FEATURES[name].mean for name in names if FEATURES[name].mean)
@@ -472,11 +469,6 @@ class GraphGenerator:
         weights = self.weights() if mask is None else mask.weights(self.classifier).values()
         flat = [weight.flatten(1) for weight in weights]
         return Snapshot(self.config, self.graph, flat, of_layers, log_odds, kept)
-
-    def _left_out(self, forget_class: int) -> list[int]:
-        """The class to forget, but where a single other one is left, and those that there is no sample of."""
-        absent = set(range(self.predictions.shape[1])) - set(self.classes)
-        return sorted(absent | {forget_class} if self.num_classes > 2 else absent)
 
     def _records(self, samples: Tensor, mask: Mask | None, left_out: Sequence[int]) -> Iterator[Record]:
         """What groups do, part after part of their samples; where nothing is new, what is kept."""

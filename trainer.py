@@ -18,7 +18,7 @@ from mimu.data import FORGETTING_TEMPERATURE, Amount, Count, GraphGenerator, Non
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import TERMS, MaskingConfig, Ranking, ranked, saliency
 from mimu.model import MaskingGCN, WeightGraph
-from mimu.networks.architectures import cnn, in_channels, mlp, resnet
+from mimu.networks.architectures import cnn, mlp, resnet
 from mimu.networks.hooked import HookedClassifier, is_finite, log_odds
 from mimu.runs.files import Artifact, InputError
 
@@ -96,10 +96,11 @@ class TrainerConfig:
             return mlp([math.prod(size), *self.hidden_sizes, num_classes], self.bias)
         if not self.channels:
             raise ValueError(f"channels must name at least one for {self.architecture}, not {list(self.channels)}")
+        size = (1, *size) if len(size) == 2 else tuple(size)  # channels, height, width
         if self.architecture == "cnn":
             sizes = [*self.hidden_sizes, num_classes]
-            return cnn(in_channels(size), self.channels, sizes, self.bias, self.batch_norm)
-        return resnet(in_channels(size), self.channels, self.blocks, num_classes)
+            return cnn(size, self.channels, sizes, self.bias, self.batch_norm)
+        return resnet(size, self.channels, self.blocks, num_classes)
 
 
 def learn(
@@ -262,12 +263,7 @@ class GCNLoss:
         scores = saliency(snapshot, forget_row, self.retain_weight, gcn)
         kappa = log_uniform(config.kappa, graphs.graph.num_vertices, generator)
         removed = kappa_mask(scores, zeroed, kappa, config.temperature)
-        samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator)
-        return self._necessity(removed, forget_row, samples), scores.detach()
-
-    def _necessity(self, removed: Tensor, forget_row: int, samples: Tensor) -> dict[str, Tensor]:
-        """The terms of a mask (vertices) on samples (classes, n)."""
-        config, graphs, flat = self.config, self.graphs, samples.flatten()
+        flat = graphs.draw(max(1, config.samples // graphs.num_classes), generator).flatten()
         forget_class = graphs.classes[forget_row]
         weights = masked_weights(graphs.classifier, graphs.graph, 1 - removed)
         _, logits = graphs.classifier.outputs(graphs.inputs[flat], graphs.graph.layers, weights)
@@ -277,10 +273,11 @@ class GCNLoss:
         without = torch.tensor([forget_class], device=flat.device)
         target = graphs.predictions[flat][~is_forget].index_fill(1, without, float("-inf")).softmax(-1)
         retain = F.cross_entropy(logits[~is_forget], target)
-        return {
+        terms = {
             "necessity_forget": config.necessity_forget * forget / self.retain_weight,
             "necessity_retain": config.necessity_retain * retain,
         }
+        return terms, scores.detach()
 
 
 @dataclass(frozen=True)

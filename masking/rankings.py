@@ -34,7 +34,7 @@ def retain_saliency(snapshot: Snapshot, forget_row: int) -> Tensor:
     FEATURES). The mean is over the other classes, each weighted by (its cross entropy + 0.02)^0.5: the more the more
     the mask so far has hurt it.
     """
-    weighting = (snapshot.loss + 0.02).sqrt()
+    weighting = (F.softplus(-snapshot.log_odds).mean(1) + 0.02).sqrt()
     weighting[forget_row] = 0
     falls = snapshot.feature("retention") - snapshot.feature("curvature") ** 2 / 2
     return weighting @ falls / weighting.sum()
