@@ -349,7 +349,7 @@ def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str
     reports = stages.root / "reports"
     with stages.stage("reports"):
         closing = tables.report(finished(stages.files, configs), reports)
-    seconds = sum((of_process["seconds"] for of_process in shares), Counter())
+    seconds = sum((Counter(of_process["seconds"]) for of_process in shares), Counter())
     total, peak = time.perf_counter() - STARTED, max(of_process["peak"] for of_process in shares)
     seconds["reports"] = stages.seconds["reports"]
     summary = {"seconds": seconds, "total_seconds": total, "peak_bytes": peak, "processes": len(shares)}
