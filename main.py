@@ -36,7 +36,7 @@ from mimu.data import GraphGenerator, ImageData, is_correct, load_image_data, so
 from mimu.eval import Eval, Request
 from mimu.images.sources import DataError, checksum
 from mimu.masking.rankings import TrainedGCN, pretrained_for
-from mimu.model import MaskingGCN
+from mimu.model import MaskingGCN, keep_freed_memory
 from mimu.networks.hooked import HookedClassifier
 from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, Log, code_of, damaged, digest, locked, save, slug
 from mimu.runs.work import Processes, how_many, peak_bytes
@@ -417,6 +417,7 @@ def start(parsed: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (parsed.dry_run or parsed.plot_only or parsed.pretrain):
         raise InputError("--dry-run, --plot-only and --pretrain run in one process: start it without torchrun")
+    keep_freed_memory()
     configs = load_variants(parsed.config, parsed.overrides)
     if parsed.dry_run:
         dry_run(configs)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -299,3 +301,11 @@ class AffineReLU(torch.autograd.Function):
             if of_x is not None:
                 torch.mm(flat, matrix.T, out=of_x[index].flatten(0, 1))
         return of_x, of_matrix, torch.stack(of_source), torch.stack(of_target)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc, where it is the C library, keep freed memory for large tensors, whose new pages would take time."""
+    with suppress(AttributeError, OSError, TypeError):  # of another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: no tensor gets pages of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: no limit

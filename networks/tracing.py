@@ -149,10 +149,6 @@ class Trace:
         first = min(self._places[self.calls[layer]] for layer in layers)
         return max((node for node, place in self._starts.items() if place < first), key=self._starts.__getitem__)
 
-    def input_of(self, layer: int) -> fx.Node:
-        """The node of what a layer is given."""
-        return self.calls[layer].all_input_nodes[0]
-
     def positions(self, layer: int) -> int:
         """At how many positions the kernels of a convolution stand; 1 of a linear layer."""
         return prod(self._shapes[self.calls[layer]][2:])

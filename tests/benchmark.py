@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import ctypes
 import os
 import platform
 import statistics
@@ -34,7 +33,7 @@ from mimu.data import GraphGenerator, Split, load_image_data
 from mimu.eval import Eval, Request
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import Ranking, TrainedGCN
-from mimu.model import HookedMNISTClassifier, MaskingGCN, WeightGraph
+from mimu.model import HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory
 from mimu.reporter import markdown_table
 from mimu.runs.files import ROOT, Artifact
 from mimu.runs.work import peak_bytes
@@ -119,7 +118,7 @@ def pyg_part(table: Table, before: dict[str, Table]) -> None:
 
 
 def gcn_part(table: Table, before: dict[str, Table]) -> None:
-    """The same with the closed form beside it, in a process that keeps its freed memory."""
+    """The same with the closed form beside it, in a process that keeps its freed memory, as a run does."""
     pyg_part(table, before)
     gcn, (graph, x, ways) = default_gcn(), layer_graph()
     closed = table.time("closed form, ms", forward_and_backward(gcn, x, graph), 300)
@@ -221,20 +220,6 @@ def stages_part(table: Table, before: dict[str, Table]) -> None:
 
 # In this order: before growth, whose memory is measured, nothing may have left memory that is kept.
 PARTS = {"pyg": pyg_part, "growth": growth_part, "gcn": gcn_part, "graphs": graphs_part, "stages": stages_part}
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep all freed memory for the next tensors instead of giving it back to the system.
-
-    Without it every tensor of more than 32 MB gets new pages, and the tensors of a small graph often do: mapping them
-    takes longer than the arithmetic. Does nothing where the C library is another one.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: no tensor gets pages of its own
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: no limit
 
 
 def main() -> None:
