@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
@@ -328,11 +327,6 @@ class Snapshot:
     log_odds: Tensor
     records: list[Record]
 
-    @property
-    def loss(self) -> Tensor:
-        """The mean cross entropy of each group (groups), nats."""
-        return F.softplus(-self.log_odds).mean(1)
-
     def feature(self, name: str) -> Tensor:
         """One of the FEATURES that were asked for, of every group, (groups, vertices), not standardised."""
         feature, parts = FEATURES[name], []
@@ -357,13 +351,9 @@ class Snapshot:
         """What the groups would do without further weights, to first order: no sample goes through the network for it.
 
         A weight w from neuron c to r that is zeroed takes w a_c from the pre-activation of r, and with the gradient g_r
-        of the log-odds there, g_r w a_c from the log-odds. Gradients and activations stay.
-        Raises ValueError where kernels are masked, of which no record is kept.
+        of the log-odds there, g_r w a_c from the log-odds. Gradients and activations stay. Not of kernels, of which no
+        record is kept.
         """
-        if not self.records:
-            raise ValueError(
-                f"layers {self.graph.layers} have kernels: what they read is not kept, take a new snapshot"
-            )
         is_removed = torch.zeros(self.graph.num_vertices, dtype=torch.bool, device=vertices.device)
         removed = [part.nonzero().T for part in self.graph.matrices(is_removed.index_fill(0, vertices, True))]
         records = []
@@ -468,7 +458,10 @@ class GraphGenerator:
         forget_row: the row of a class without which the others are seen, their softmax restricted to the rest; they are
             to keep the log-odds that the classifier without a mask gives them so
         """
-        left_out = [] if forget_row is None else self._left_out(self.classes[forget_row])
+        left_out: list[int] = []
+        if forget_row is not None:  # of two classes none is left out, but always those that there is no sample of
+            absent = set(range(self.predictions.shape[1])) - set(self.classes)
+            left_out = sorted(absent | {self.classes[forget_row]} if self.num_classes > 2 else absent)
         records = self._records(samples, mask, left_out)
         kept = list(records) if self.are_kept else []
         means = dict.fromkeys(FEATURES[name].mean for name in names if FEATURES[name].mean)
@@ -476,11 +469,6 @@ class GraphGenerator:
         weights = self.weights() if mask is None else mask.weights(self.classifier).values()
         flat = [weight.flatten(1) for weight in weights]
         return Snapshot(self.config, self.graph, flat, of_layers, log_odds, kept)
-
-    def _left_out(self, forget_class: int) -> list[int]:
-        """The class to forget, but where a single other one is left, and those that there is no sample of."""
-        absent = set(range(self.predictions.shape[1])) - set(self.classes)
-        return sorted(absent | {forget_class} if self.num_classes > 2 else absent)
 
     def _records(self, samples: Tensor, mask: Mask | None, left_out: Sequence[int]) -> Iterator[Record]:
         """What groups do, part after part of their samples; where nothing is new, what is kept."""
@@ -512,11 +500,9 @@ class GraphGenerator:
         # Imported here, since it takes longer than the rest and only this export needs it.
         from torch_geometric.data import Data
 
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} is not there: valid are 0 to {len(self) - 1}")
         if (edges := self.graph.num_edges) > max_edges:
             raise ValueError(f"max_edges must be at least {edges:,} ({16 * edges / 1e9:.1f} GB), not {max_edges:,}")
-        label, names = self.labels[index : index + 1], self.config.features
+        label, names = self.labels[[index]], self.config.features
         own = self.snapshot(torch.tensor([[index]], device=label.device), names)
         classes = self.snapshot(self.by_class(), names)
         x = own.class_graph(self.row_of(int(label)), classes)[0]

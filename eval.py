@@ -62,10 +62,6 @@ class EvalConfig(MaskingConfig):
         return asdict(self) | {"methods": self.method_names, "visualize": None, "hyperparameters": hyperparameters}
 
 
-def made_anew(name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return make()
-
-
 @dataclass(frozen=True)
 class Request:
     """One request to forget a class, and all that a method may use to answer it: of the data the training split only.
@@ -94,7 +90,7 @@ class Request:
     orders: dict[str, ZeroingOrder] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     trained_on: Split | None = None
-    checkpoint: Callable[[str, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]] = made_anew
+    checkpoint: Callable[[str, dict[str, Any], Callable[[], dict]], dict] = lambda name, settings, make: make()
 
     @property
     def classifier(self) -> HookedClassifier:

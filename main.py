@@ -139,7 +139,6 @@ class Stages:
     def classifier(self, training: Training, data: ImageData) -> HookedClassifier:
         config, name = training.config, f"classifier, {training.name}"
         trainer, num_classes = Trainer(config.classifier, training.seed, config.source.size), len(data.class_names)
-
         artifact = self.files.of_training(training)["classifier"]
 
         def train() -> dict[str, Any]:
@@ -301,12 +300,10 @@ class Files:
         return Artifact(where.with_stem(f"{where.stem}_{of_settings[:8]}"), made_by, self._seen)
 
 
-def trainings_of(configs: Mapping[str, Config]) -> list[Training]:
-    found = []
+def trainings_of(configs: Mapping[str, Config]) -> Iterator[Training]:
     for variant, config in configs.items():
         for seed, top_k in itertools.product(config.seeds, config.top_ks):
-            found.append(Training(variant, config, seed, top_k))
-    return found
+            yield Training(variant, config, seed, top_k)
 
 
 def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False) -> None:
@@ -352,9 +349,7 @@ def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str
     reports = stages.root / "reports"
     with stages.stage("reports"):
         closing = tables.report(finished(stages.files, configs), reports)
-    seconds: Counter[str] = Counter()
-    for of_process in shares:
-        seconds.update(of_process["seconds"])
+    seconds = sum((Counter(of_process["seconds"]) for of_process in shares), Counter())
     total, peak = time.perf_counter() - STARTED, max(of_process["peak"] for of_process in shares)
     seconds["reports"] = stages.seconds["reports"]
     summary = {"seconds": seconds, "total_seconds": total, "peak_bytes": peak, "processes": len(shares)}

@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,11 +27,7 @@ class HookedMNISTClassifier(HookedClassifier):
     """
 
     def __init__(
-        self,
-        hidden_sizes: Sequence[int] = (128, 64),
-        in_features: int = 784,
-        num_classes: int = 10,
-        bias: bool = False,
+        self, hidden_sizes: Sequence[int] = (128, 64), in_features: int = 784, num_classes: int = 10, bias: bool = False
     ) -> None:
         super().__init__(mlp([in_features, *hidden_sizes, num_classes], bias), torch.zeros(2, in_features))
 
@@ -307,14 +304,8 @@ class AffineReLU(torch.autograd.Function):
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep all freed memory for the next tensors instead of giving it back to the system.
-
-    Without it every tensor of more than 32 MB gets new pages, and the tensors of a small graph often do: mapping them
-    takes longer than the arithmetic (`tests/benchmark.py`). Does nothing where the C library is another one.
-    """
-    try:
+    """Lets glibc, where it is the C library, keep freed memory for large tensors, whose new pages would take time."""
+    with suppress(AttributeError, OSError, TypeError):  # of another C library
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: no tensor gets pages of its own
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: no limit
+        mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: no tensor gets pages of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: no limit

@@ -18,7 +18,7 @@ from mimu.data import FORGETTING_TEMPERATURE, Amount, Count, GraphGenerator, Non
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import TERMS, MaskingConfig, Ranking, ranked, saliency
 from mimu.model import MaskingGCN, WeightGraph
-from mimu.networks.architectures import cnn, in_channels, mlp, resnet
+from mimu.networks.architectures import cnn, mlp, resnet
 from mimu.networks.hooked import HookedClassifier, is_finite, log_odds
 from mimu.runs.files import Artifact, InputError
 
@@ -96,10 +96,11 @@ class TrainerConfig:
             return mlp([math.prod(size), *self.hidden_sizes, num_classes], self.bias)
         if not self.channels:
             raise ValueError(f"channels must name at least one for {self.architecture}, not {list(self.channels)}")
+        size = (1, *size) if len(size) == 2 else tuple(size)  # channels, height, width
         if self.architecture == "cnn":
             sizes = [*self.hidden_sizes, num_classes]
-            return cnn(in_channels(size), self.channels, sizes, self.bias, self.batch_norm)
-        return resnet(in_channels(size), self.channels, self.blocks, num_classes)
+            return cnn(size, self.channels, sizes, self.bias, self.batch_norm)
+        return resnet(size, self.channels, self.blocks, num_classes)
 
 
 def learn(
@@ -238,6 +239,7 @@ class GCNTrainerConfig:
                 raise ValueError(f"{name} must be [low, high], both numbers or both shares, not {[low, high]}")
 
 
+@dataclass(frozen=True)
 class GCNLoss:
     """What is asked of a masking GCN on one classifier: of the mask that it makes to forget a class.
 
@@ -246,11 +248,9 @@ class GCNLoss:
     `retain_weight`. Of both the saliency is the expansion for a single weight.
     """
 
-    def __init__(self, config: GCNTrainerConfig, graphs: GraphGenerator, retain_weight: float) -> None:
-        self.config = config
-        self.graphs = graphs
-        self.graph = graphs.graph
-        self.retain_weight = retain_weight
+    config: GCNTrainerConfig
+    graphs: GraphGenerator
+    retain_weight: float
 
     def __call__(
         self, gcn: MaskingGCN, zeroed: Tensor, forget_row: int, generator: torch.Generator
@@ -261,32 +261,23 @@ class GCNLoss:
         names = [*TERMS, *graphs.config.features]
         snapshot = graphs.snapshot(group, names, graphs.mask_of(zeroed), forget_row)
         scores = saliency(snapshot, forget_row, self.retain_weight, gcn)
-        kappa = log_uniform(config.kappa, self.graph.num_vertices, generator)
+        kappa = log_uniform(config.kappa, graphs.graph.num_vertices, generator)
         removed = kappa_mask(scores, zeroed, kappa, config.temperature)
-        samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator)
-        return self._necessity(removed, forget_row, samples), scores.detach()
-
-    def following(self, scores: Tensor, zeroed: Tensor, generator: torch.Generator) -> Tensor:
-        """What a classifier lacks at the next snapshot of a request, by the scores (vertices) at the last one."""
-        count = log_uniform(self.config.partly_masked, self.graph.num_vertices, generator)
-        return torch.cat([zeroed, ranked(scores, zeroed, count)])
-
-    def _necessity(self, removed: Tensor, forget_row: int, samples: Tensor) -> dict[str, Tensor]:
-        """The terms of a mask (vertices) on samples (classes, n)."""
-        config, graphs, flat = self.config, self.graphs, samples.flatten()
+        flat = graphs.draw(max(1, config.samples // graphs.num_classes), generator).flatten()
         forget_class = graphs.classes[forget_row]
-        weights = masked_weights(graphs.classifier, self.graph, 1 - removed)
-        _, logits = graphs.classifier.outputs(graphs.inputs[flat], self.graph.layers, weights)
+        weights = masked_weights(graphs.classifier, graphs.graph, 1 - removed)
+        _, logits = graphs.classifier.outputs(graphs.inputs[flat], graphs.graph.layers, weights)
         is_forget = graphs.labels[flat] == forget_class
         own = log_odds(logits[is_forget], graphs.labels[flat][is_forget]) / FORGETTING_TEMPERATURE
         forget = FORGETTING_TEMPERATURE * F.softplus(own).mean()
         without = torch.tensor([forget_class], device=flat.device)
         target = graphs.predictions[flat][~is_forget].index_fill(1, without, float("-inf")).softmax(-1)
         retain = F.cross_entropy(logits[~is_forget], target)
-        return {
+        terms = {
             "necessity_forget": config.necessity_forget * forget / self.retain_weight,
             "necessity_retain": config.necessity_retain * retain,
         }
+        return terms, scores.detach()
 
 
 @dataclass(frozen=True)
@@ -323,7 +314,7 @@ class GCNTrainer:
         progress = Progress(checkpoint, generator, gcn, optimizer, schedule)
         steps = range(progress.step, config.steps)
         for step in tqdm(steps, "masking GCN", unit="step", leave=False, disable=None):
-            if step % (1 + config.snapshots) == 0 or 2 * len(zeroed) > loss_on.graph.num_vertices:
+            if step % (1 + config.snapshots) == 0 or 2 * len(zeroed) > loss_on.graphs.graph.num_vertices:
                 progress.save(step)
                 loss_on = losses[int(torch.randint(len(losses), (), generator=generator))]
                 forget_row = int(torch.randint(loss_on.graphs.num_classes, (), generator=generator))
@@ -337,7 +328,8 @@ class GCNTrainer:
             # All of them in one copy: a GPU is waited for once a step.
             values = dict(zip(terms, torch.stack([value.detach() for value in terms.values()]).tolist()))
             check_finite(values, step, "gcn.learning_rate and the weight of the term")
-            zeroed = loss_on.following(scores, zeroed, generator)
+            count = log_uniform(config.partly_masked, len(scores), generator)
+            zeroed = torch.cat([zeroed, ranked(scores, zeroed, count)])
         check_weights(gcn, "masking GCN", "gcn.learning_rate")
         return gcn
 
@@ -346,26 +338,19 @@ class GCNTrainer:
         """By how many points the answers of this GCN are behind the formula's, for the class where they are most.
 
         Points: what kappa auto keeps of the others less what it leaves of the class, in samples of the first graphs.
-        The formula is not asked where the GCN keeps what the classifier does whose logits lack the class.
         """
-        graphs, behind = self.graphs[0], 0.0
+        graphs = self.graphs[0]
 
-        def points(logits: Tensor, label: int) -> float:
-            is_correct, is_forget = data.is_correct(logits, graphs.labels).double(), graphs.labels == label
-            return 100 * (is_correct[~is_forget].mean() - is_correct[is_forget].mean()).item()
-
-        def answered(row: int, label: int, ranks: MaskingGCN | None) -> float:
+        def points(row: int, label: int, ranks: MaskingGCN | None) -> float:
             order = ZeroingOrder(masking, graphs, row, Ranking(masking, graphs, row, self.seed, ranks))
             zeroed = order.answer("auto", graphs.train.forget(label)).vertices
             with graphs.graph.zeroing(zeroed).applied_to(graphs.classifier):
-                return points(graphs.classifier(graphs.inputs, graphs.graph.layers), label)
+                logits = graphs.classifier(graphs.inputs, graphs.graph.layers)
+            is_correct, is_forget = data.is_correct(logits, graphs.labels).double(), graphs.labels == label
+            return 100 * (is_correct[~is_forget].mean() - is_correct[is_forget].mean()).item()
 
-        for row, label in enumerate(graphs.classes[:COMPARED]):
-            found = answered(row, label, gcn)
-            without = graphs.predictions.index_fill(1, graphs.labels.new_tensor(label), -math.inf)
-            if points(without, label) > found + TOLERATED:
-                behind = max(behind, answered(row, label, None) - found)
-        return behind
+        compared = [*enumerate(graphs.classes[:COMPARED])]
+        return max(points(row, label, None) - points(row, label, gcn) for row, label in compared)
 
 
 def other_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from build import ROOT, write_block
 from torch import Tensor
 
@@ -17,13 +18,22 @@ from mimu.audits.predictions import predictions_of
 from mimu.audits.probes import probe_scores
 from mimu.configs import load_config
 from mimu.data import ImageData, load_image_data, some_of_every_class
-from mimu.masking.regression import ridge_recall
+from mimu.masking.regression import ridge_regression, standardised
 from mimu.methods.erasing import Erasing, erased, nearest, told_apart
 from mimu.networks.hooked import HookedClassifier
 from mimu.reporter import markdown_table
 from mimu.trainer import Trainer
 
 SEEDS = (0, 1, 2)
+
+
+def ridge_recall(features: Tensor, labels: Tensor, num_classes: int, ridge: float) -> Tensor:
+    """Percent of each class's samples that a regression from the features (samples, n) finds, (classes)."""
+    (x,) = standardised(features)
+    targets = F.one_hot(labels, num_classes).to(x)
+    coefficients, _ = ridge_regression(x, targets - targets.mean(0), ridge)
+    found = ((x @ coefficients + targets.mean(0)).argmax(1) == labels).cpu().double()
+    return 100 * torch.stack([found[labels.cpu() == label].mean() for label in range(num_classes)])
 
 
 def found_by(ridge: float, rivals: list[int], features: Tensor, labels: Tensor, classes: int) -> tuple[float, float]:
@@ -56,7 +66,7 @@ def measured(overrides: list[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
             trainer = Trainer(config.classifier, seed + 1_000_000, config.source.size)
             retrained = trainer.train(data.train.retain(label), classes)
             with torch.no_grad():
-                before, after = original.features(samples.images), retrained.features(samples.images)
+                before, after = (each.outputs(samples.images)[0] for each in (original, retrained))
             rivals = nearest(before, samples.labels, label, erasing.rivals)
             untrained = erasing.untrained_features(samples.images, before.shape[1], seed)
             features = [after, samples.images.flatten(1), untrained, before]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from statistics import NormalDist
 from typing import Literal, NamedTuple
@@ -54,6 +55,7 @@ class Zeroing(NamedTuple):
     left: str | None = None
 
 
+@dataclass(eq=False)
 class ZeroingOrder:
     """The order in which weights are zeroed to forget a class: the mask at kappa is its first kappa entries.
 
@@ -65,34 +67,26 @@ class ZeroingOrder:
 
     forget_row: the row of the class in the graphs
     ranking: from the number of the step and the vertices zeroed before it to scores (vertices), largest first to go
-    zeroed: vertices that are zeroed already, the first entries of the order
+    zeroed: vertices that are zeroed so far, the first entries of the order; to begin with, none by default
     """
 
-    def __init__(
-        self,
-        config: MaskingConfig,
-        graphs: GraphGenerator,
-        forget_row: int,
-        ranking: Callable[[int, Tensor], Tensor],
-        zeroed: Tensor | None = None,
-    ) -> None:
-        self.config = config
-        self.graphs = graphs
-        self.forget_row = forget_row
-        self.ranking = ranking
-        num_vertices = graphs.graph.num_vertices
-        self.step = num_vertices if config.step is None else number_of_weights(config.step, num_vertices)
-        self._zeroed = graphs.nothing if zeroed is None else zeroed
+    config: MaskingConfig
+    graphs: GraphGenerator
+    forget_row: int
+    ranking: Callable[[int, Tensor], Tensor]
+    zeroed: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        step, num_vertices = self.config.step, self.graphs.graph.num_vertices
+        self.step = num_vertices if step is None else number_of_weights(step, num_vertices)
+        self.zeroed = self.graphs.nothing if self.zeroed is None else self.zeroed
         self._mean: Tensor | None = None
-        self._ends = [len(self._zeroed)]  # how many are zeroed before the first step and after each
+        self._ends = [len(self.zeroed)]  # how many are zeroed before the first step and after each
         self._seconds: list[float] = []
         self._forgetting: Zeroing | None = None
 
     def answer(
-        self,
-        asked: int | Literal["auto"],
-        forget: Split,
-        is_too_much: Callable[[Tensor], bool] = lambda zeroed: False,
+        self, asked: int | Literal["auto"], forget: Split, is_too_much: Callable[[Tensor], bool] = lambda zeroed: False
     ) -> Zeroing:
         """The vertices to zero: so many, or with auto the fewest whole steps of them after which a class is forgotten.
 
@@ -110,18 +104,22 @@ class ZeroingOrder:
 
     def first(self, kappa: int) -> Zeroing:
         """The vertices to zero for this kappa: all of them where kappa is larger."""
-        while len(self._zeroed) < min(kappa, self.graphs.graph.num_vertices):
+        while len(self.zeroed) < min(kappa, self.graphs.graph.num_vertices):
             started = time.perf_counter()
-            scores = self.ranking(len(self._seconds), self._zeroed)
+            scores = self.ranking(len(self._seconds), self.zeroed)
             if not scores.isfinite().all():
                 raise InputError("scores of weights are not finite: look at the inputs, the weights and the GCN")
             scores = scores / scores.std().clamp_min(1e-12)
             self._mean = scores if self._mean is None else torch.lerp(scores, self._mean, self.config.momentum)
-            self._zeroed = torch.cat([self._zeroed, self._next(self._mean)])
-            self._ends.append(len(self._zeroed))
+            if self._is_measured:
+                further = self._cheapest(self._mean.index_fill(0, self.zeroed, float("-inf")))
+            else:
+                further = ranked(self._mean, self.zeroed, self.step)
+            self.zeroed = torch.cat([self.zeroed, further])
+            self._ends.append(len(self.zeroed))
             self._seconds.append(time.perf_counter() - started)
         took = (seconds for seconds, start in zip(self._seconds, self._ends) if start < kappa)
-        return Zeroing(self._zeroed[:kappa], sum(took))
+        return Zeroing(self.zeroed[:kappa], sum(took))
 
     def steps(self) -> Iterator[Zeroing]:
         """What is zeroed after each step, up to `config.max_kappa`; where all is at once, in hundredths of that."""
@@ -161,12 +159,6 @@ class ZeroingOrder:
         """Whether steps are those that are measured to cost the others least."""
         return self.graphs.config.scope == "measured" and len(self.graphs.graph.layers) > 1
 
-    def _next(self, scores: Tensor) -> Tensor:
-        """The vertices that one step zeroes."""
-        if self._is_measured:
-            return self._cheapest(scores.index_fill(0, self._zeroed, float("-inf")))
-        return ranked(scores, self._zeroed, self.step)
-
     @torch.no_grad()
     def _cheapest(self, scores: Tensor) -> Tensor:
         """Of the first vertices of every layer, its share of a step, those that are measured to be the best.
@@ -176,12 +168,12 @@ class ZeroingOrder:
         """
         graphs, best, chosen = self.graphs, None, None
         samples = graphs.by_class()[:, : self.config.group_size]
-        before = self._losses(self._zeroed, samples)
+        before = self._losses(self.zeroed, samples)
         for offset, part in zip(accumulate(graphs.graph.sizes, initial=0), graphs.graph.split(scores)):
             share = max(1, round(self.step * part.numel() / len(scores)), int(FEWEST * part[0].numel()))
             share = min(share, int((part > float("-inf")).sum()))
             vertices = offset + part.flatten().topk(share).indices
-            forget, retain = (self._losses(torch.cat([self._zeroed, vertices]), samples) - before).tolist()
+            forget, retain = (self._losses(torch.cat([self.zeroed, vertices]), samples) - before).tolist()
             merit = (forget < 0, -forget / max(retain, UNNOTICED) if forget < 0 else -retain)
             if share and (best is None or merit > best):
                 best, chosen = merit, vertices

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,6 @@ from mimu.model import MaskingGCN
 from mimu.networks.hooked import is_finite
 from mimu.runs.files import PACKAGE, ArtifactError, InputError, load, one_line
 
-Kind = TypeVar("Kind")
 PRETRAINED = PACKAGE / "checkpoints" / "pretrained"
 TERMS = ("forgetting", "retention", "curvature")  # the features that the saliency is made of
 
@@ -35,7 +34,7 @@ def retain_saliency(snapshot: Snapshot, forget_row: int) -> Tensor:
     FEATURES). The mean is over the other classes, each weighted by (its cross entropy + 0.02)^0.5: the more the more
     the mask so far has hurt it.
     """
-    weighting = (snapshot.loss + 0.02).sqrt()
+    weighting = (F.softplus(-snapshot.log_odds).mean(1) + 0.02).sqrt()
     weighting[forget_row] = 0
     falls = snapshot.feature("retention") - snapshot.feature("curvature") ** 2 / 2
     return weighting @ falls / weighting.sum()
@@ -139,11 +138,6 @@ class Ranking:
             self._penalty /= growth
 
 
-def part_of(config: dict[str, Any], section: str, kind: type[Kind]) -> Kind:
-    """The fields of a dataclass from a section of a config as a checkpoint holds it."""
-    return kind(**{each.name: config[section][each.name] for each in fields(kind)})
-
-
 @dataclass(frozen=True)
 class TrainedGCN:
     """A masking GCN, the features that it reads, and the settings of its requests: what its checkpoint holds."""
@@ -158,7 +152,8 @@ class TrainedGCN:
         checkpoint = load(Path(path))
         try:
             config, weights = checkpoint["config"], checkpoint["state_dict"]
-            graphs, masking = part_of(config, "graphs", GraphConfig), part_of(config, "eval", MaskingConfig)
+            graphs = GraphConfig(**{each.name: config["graphs"][each.name] for each in fields(GraphConfig)})
+            masking = MaskingConfig(**{each.name: config["eval"][each.name] for each in fields(MaskingConfig)})
             sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
             with data.seeded_initialisation(0):
                 gcn = MaskingGCN(graphs.num_features, **sizes)

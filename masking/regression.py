@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -42,12 +41,3 @@ def explained_variance(features: Tensor, num_own: int, ridge: float) -> Tensor:
     target = (target - target.mean(-1, keepdim=True))[..., None]
     coefficients, products = ridge_regression(*standardised(features), target, ridge)
     return (coefficients * products).sum((-2, -1)) / target.square().mean((-2, -1)).clamp_min(1e-12)
-
-
-def ridge_recall(features: Tensor, labels: Tensor, num_classes: int, ridge: float) -> Tensor:
-    """Percent of each class's samples that a regression from the features (samples, n) finds, (classes)."""
-    (x,) = standardised(features)
-    targets = F.one_hot(labels, num_classes).to(x)
-    coefficients, _ = ridge_regression(x, targets - targets.mean(0), ridge)
-    found = ((x @ coefficients + targets.mean(0)).argmax(1) == labels).cpu().double()
-    return 100 * torch.stack([found[labels.cpu() == label].mean() for label in range(num_classes)])

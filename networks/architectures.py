@@ -67,8 +67,3 @@ def resnet(size: tuple[int, int, int], channels: Sequence[int], blocks: int, num
         network.append(ResidualBlock(n, m, 1 if stage == 0 else 2))
         network.extend(ResidualBlock(m, m, 1) for _ in range(1, blocks))
     return network.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes)])
-
-
-def in_channels(size: Sequence[int]) -> tuple[int, int, int]:
-    """The channels, height and width of images: a grey one has one channel."""
-    return (1, *size) if len(size) == 2 else tuple(size)

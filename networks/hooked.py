@@ -116,10 +116,6 @@ class HookedClassifier(nn.Module):
             values = trace.run(self.network, inputs, first, compute, [trace.representation])
         return values[trace.representation], values[trace.output]
 
-    def features(self, inputs: Tensor, first: Layers | None = None) -> Tensor:
-        """The representation alone, (batch, n)."""
-        return self.outputs(inputs, first)[0]
-
     @torch.no_grad()
     def value_of(self, node: fx.Node, inputs: Tensor, first: Layers | None = None) -> Tensor:
         """What a node of the trace gives, for images (batch, ...), or with `first`, for `prefix_activations` of it."""
@@ -134,7 +130,7 @@ class HookedClassifier(nn.Module):
     def layer_inputs(self, index: int, images: Tensor) -> Iterator[Tensor]:
         """What one layer is given by samples, some at a time, (samples, positions, n), one position of a linear one."""
         layer = self.layers[index]
-        node = self.trace.input_of(index)
+        node = self.trace.calls[index].all_input_nodes[0]
         for part in images.split(self.recorded_at_once([index])):
             x = self.trace.run(self.network, part, end=node)[node]
             yield patches(layer, x).mT if isinstance(layer, nn.Conv2d) else x[:, None]
@@ -142,7 +138,7 @@ class HookedClassifier(nn.Module):
     def mean_inputs(self, index: int, inputs: Tensor, first: Layers | None = None) -> Tensor:
         """What one layer is given by samples, its mean over positions (samples, n)."""
         layer = self.layers[index]
-        x = self.value_of(self.trace.input_of(index), inputs, first)
+        x = self.value_of(self.trace.calls[index].all_input_nodes[0], inputs, first)
         return mean_patches(layer, x) if isinstance(layer, nn.Conv2d) else x
 
     @torch.enable_grad()

@@ -170,11 +170,8 @@ class Mask:
         return sum(mask.num_zeroed for mask in self.by_layer.values())
 
     def __repr__(self) -> str:
-        counts, taken = [], []
-        for layer, mask in self.by_layer.items():
-            counts.append(f"layer {layer}: {mask.num_zeroed} of {mask.keep.numel()}")
-            if mask.rank:
-                taken.append(f"layer {layer}: {mask.rank}")
+        counts = [f"layer {layer}: {mask.num_zeroed} of {mask.keep.numel()}" for layer, mask in self.by_layer.items()]
+        taken = [f"layer {layer}: {mask.rank}" for layer, mask in self.by_layer.items() if mask.rank]
         edited = f"; directions taken: {', '.join(taken)}" if taken else ""
         return f"Mask({', '.join(counts)} weights zeroed{edited}{self.about and '; '}{self.about})"
 
@@ -218,10 +215,8 @@ class Mask:
             if shape != tuple(mask.keep.shape):
                 raise ValueError(f"layer {index} is {shape}, its mask {tuple(mask.keep.shape)}")
             if "weight" not in layers[index]._parameters and weight_mask(layers[index]) is None:
-                raise ValueError(
-                    f"layer {index} has no plain weight, but what torch.nn.utils (prune, weight_norm, spectral_norm, "
-                    "parametrize) computes: make it one first, by prune.remove, remove_parametrizations or their like"
-                )
+                ways = "make it one first, by prune.remove, remove_parametrizations or their like"
+                raise ValueError(f"layer {index} has no plain weight, but what torch.nn.utils computes: {ways}")
         return [layers[index] for index in self.by_layer]
 
     def apply(self, model: nn.Module, permanent: bool = False, other_weights: bool = False) -> None:
@@ -306,17 +301,12 @@ class Mask:
     def load(path: Path | str) -> Mask:
         """Raises ArtifactError where the file is not a mask."""
         try:
-            saved = files.load(Path(path))
-            layers, all_keep, forgets = (saved[key] for key in ("layers", "keep", "forgets"))
-            is_right = len(layers) == len(all_keep) == len({*layers})
-            if not is_right or not all(keep.dtype == torch.bool for keep in all_keep):
-                raise ValueError("there must be a tensor of bool for each of the layers")
-            found = {layer: LayerMask.of(keep.float()) for layer, keep in zip(layers, all_keep)}
-            for layer, (left, right) in zip(layers, saved.get("edits", ())):  # a file from before has none
-                found[layer] = found[layer]._replace(left=left, right=right)
-            made_on = saved.get("made_on", {}).items()
-            origins = {layer: Origin(name, weights.float().view(SAMPLED)) for layer, (name, weights) in made_on}
-            return Mask(found, tuple(forgets), origins)
+            saved, found, origins = files.load(Path(path)), {}, {}
+            for layer, keep, (left, right) in zip(saved["layers"], saved["keep"], saved["edits"], strict=True):
+                found[layer] = LayerMask(keep.float(), left, right)
+            for layer, (name, weights) in saved.get("made_on", {}).items():  # a file from before has none
+                origins[layer] = Origin(name, weights.float().view(SAMPLED))
+            return Mask(found, tuple(saved["forgets"]), origins)
         except files.ArtifactError:
             raise
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as error:

@@ -120,16 +120,17 @@ class Trace:
         """The values of the output and of `watched` nodes.
 
         value: what the network is given; with `first`, that of the node from which these layers can be reached
-        compute: gives the value of a node from what it calls and the arguments; end: the node to stop at
+        compute: gives the value of a node from the arguments and what it calls: a module or a function, the name of a
+            method, the value of an attribute; end: the node to stop at
         """
         start = self._images if first is None else self.start_of(first)
         values = {start: value}
-        modules = dict(network.named_modules())
         keep = {self.output, *watched}
         for node in self.nodes[:-1]:
             if self._places[node] > self._starts[start] or node.op == "get_attr":
                 arguments, named = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                callee = called(node, modules, network)
+                is_part = node.op in ("call_module", "get_attr")
+                callee = operator.attrgetter(node.target)(network) if is_part else node.target
                 values[node] = (compute or call)(node, callee, arguments, named)
                 for spent in set(self._last_uses[node]) - keep:
                     values.pop(spent, None)
@@ -147,10 +148,6 @@ class Trace:
         """The last node before all of these weight layers whose value is all that the rest of the network needs."""
         first = min(self._places[self.calls[layer]] for layer in layers)
         return max((node for node, place in self._starts.items() if place < first), key=self._starts.__getitem__)
-
-    def input_of(self, layer: int) -> fx.Node:
-        """The node of what a layer is given."""
-        return self.calls[layer].all_input_nodes[0]
 
     def positions(self, layer: int) -> int:
         """At how many positions the kernels of a convolution stand; 1 of a linear layer."""
@@ -260,13 +257,6 @@ def not_in_place(graph: fx.Graph) -> fx.Graph:
         elif node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
             node.target = node.target[:-1]
     return graph
-
-
-def called(node: fx.Node, modules: dict[str, nn.Module], network: nn.Module) -> Any:
-    """What a node calls; of an attribute, its value; of the name of a method, the name."""
-    if node.op == "call_module":
-        return modules[node.target]
-    return operator.attrgetter(node.target)(network) if node.op == "get_attr" else node.target
 
 
 def call(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:

@@ -216,7 +216,8 @@ def calls_of(model: nn.Module, inputs: Tensor, chosen: Tensor) -> tuple[list[Cal
 
     def note(name: str, module: nn.Module, arguments: tuple, named: dict, gave: Tensor) -> None:
         if isinstance(module, nn.Linear):
-            calls.append(Call(name, module, given_by(arguments, named).clone(), gave.clone()))
+            (given,) = (*arguments, *named.values())
+            calls.append(Call(name, module, given.clone(), gave.clone()))
         else:
             calls.append(Call(name, module))
 
@@ -245,11 +246,6 @@ def calls_of(model: nn.Module, inputs: Tensor, chosen: Tensor) -> tuple[list[Cal
     return calls, logits, inputs.to(dtype)
 
 
-def given_by(arguments: tuple, named: dict) -> Tensor:
-    """What a linear layer is called with."""
-    return arguments[0] if arguments else named["input"]
-
-
 def last_in_a_row(calls: list[Call], logits: Tensor) -> list[Call]:
     """The linear layers that a model ends in, each of which is given what the one before gave, through a ReLU."""
     times = Counter(call.module for call in calls)
@@ -258,10 +254,8 @@ def last_in_a_row(calls: list[Call], logits: Tensor) -> list[Call]:
         ends = "a computation outside of its modules"
         if calls and not isinstance(calls[-1].module, nn.Linear):
             ends = f"layer {calls[-1].name!r}: {type(calls[-1].module).__name__}"
-        raise InputError(
-            f"model must end in a linear layer that gives the logits, but ends in {ends}: give it without, for "
-            "instance without a softmax (a layer of torch.nn.Linear that is not called does not count)"
-        )
+        ways = "give it without, for instance without a softmax (a Linear that is not called does not count)"
+        raise InputError(f"model must end in a linear layer that gives the logits, but ends in {ends}: {ways}")
     *before, last = linear
     if times[last.module] > 1:
         raise InputError(f"layer {last.name!r} is called {times[last.module]} times: masks need one that is once")
@@ -279,7 +273,7 @@ def last_in_a_row(calls: list[Call], logits: Tensor) -> list[Call]:
 def prefix_activations(model: nn.Module, layer: nn.Module, inputs: Tensor, progress: bool) -> Tensor:
     """What a layer of a model is given for all inputs, (samples, n) float32."""
     given: list[Tensor] = []
-    layer.register_forward_pre_hook(lambda _, args, named: given.append(given_by(args, named)), with_kwargs=True)
+    layer.register_forward_pre_hook(lambda _, args, named: given.extend([*args, *named.values()]), with_kwargs=True)
     for batch in tqdm(inputs.split(AT_ONCE), "samples", delay=1, leave=False, disable=None if progress else True):
         model(batch)
     return torch.cat(given).float()

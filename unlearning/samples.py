@@ -27,13 +27,8 @@ def tensor_of(value: Any, name: str) -> Tensor:
         except Exception as error:  # of an iterable of anything
             found = f"{type(value).__name__} ({one_line(error)})"
             raise InputError(f"{name} must be a tensor, an array or a list, not {found}") from None
-    if (
-        tensor.is_nested
-        or tensor.is_complex()
-        or tensor.layout != torch.strided
-        or tensor.is_meta
-        or tensor.is_quantized
-    ):
+    is_special = tensor.is_nested or tensor.is_complex() or tensor.is_meta or tensor.is_quantized
+    if is_special or tensor.layout != torch.strided:
         raise InputError(f"{name} must be real numbers in a dense tensor, not {tensor.dtype}, {tensor.layout}")
     return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
 
@@ -56,9 +51,7 @@ def samples_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[Tensor,
             raise InputError(f"{must}, not {type(inputs).__name__} ({one_line(error)})") from error
     labels = tensor_of(labels, "labels")
     if isinstance(inputs, tuple) and len(inputs) != labels.numel():
-        must = (
-            "inputs must be one tensor, (samples, ...): wrap a model that takes several in one that takes them as one"
-        )
+        must = "inputs must be one tensor, (samples, ...): wrap a model of several in one that takes them as one"
         raise InputError(f"{must}; not a tuple of {len(inputs)} for {labels.numel()} labels")
     inputs = tensor_of(inputs, "inputs")
     if inputs.ndim < 2 or not inputs.numel():
