@@ -89,7 +89,7 @@ class Stages:
         self.log = Log(root / "reports" / "run.log", prefix)
         self.seconds: Counter[str] = Counter()  # of every stage so far, by its name
         self._data: dict[tuple[str, str, int], ImageData] = {}
-        self._last: tuple[Training, GraphGenerator, MaskingGCN, float] | None = None
+        self._last: tuple[Training, GraphGenerator, MaskingGCN, dict[str, Any]] | None = None
         self._kept: dict[str, Any] = {}  # by the methods, of the last classifier
         self._threads = torch.get_num_threads()
 
@@ -162,11 +162,13 @@ class Stages:
         self.processes.once(artifact.path.name, lambda: artifact.is_there or artifact.save(graphs.recorded()))
         return graphs
 
-    def gcn(self, training: Training, graphs: GraphGenerator) -> tuple[MaskingGCN, float]:
-        """The masking GCN, and the seconds of its training."""
+    def gcn(self, training: Training, graphs: GraphGenerator) -> tuple[MaskingGCN, dict[str, Any]]:
+        """The masking GCN, and what experiments say of its training."""
         config = training.config.gcn
         if config.pretrained:
-            return TrainedGCN.load(pretrained_for(graphs.graph.shapes)).gcn.to(graphs.labels.device), 0.0
+            return TrainedGCN.load(pretrained_for(graphs.graph.shapes)).gcn.to(graphs.labels.device), {
+                "seconds": {"gcn": 0.0}
+            }
 
         name, artifact = f"masking GCN, {training.name}", self.files.of_training(training)["gcn"]
         trainer = GCNTrainer(config, [graphs], training.config.eval.retain_weight, training.seed)
@@ -180,10 +182,11 @@ class Stages:
         gcn.load_state_dict(checkpoint["state_dict"])
         with self.stage(f"{name}, beside the formula"):
             behind = trainer.points_behind(gcn, training.config.eval)
-        if behind > TOLERATED:
+        is_untrained = behind > TOLERATED
+        if is_untrained:
             self.log(f"{name}: its training leaves it {behind:.1f} points behind the formula: taken as it was before")
             gcn = trainer.initial()
-        return gcn, checkpoint["seconds"]
+        return gcn, {"gcn_untrained": is_untrained, "seconds": {"gcn": checkpoint["seconds"]}}
 
     def of_method(
         self, training: Training, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]
@@ -203,7 +206,7 @@ class Stages:
                 if draw is not None:
                     draw(metrics.load())
                 continue
-            _, graphs, gcn, gcn_seconds = self._last
+            _, graphs, gcn, about_gcn = self._last
             data, trainer = self.data(config), Trainer(config.classifier, training.seed, config.source.size)
             request = Request(
                 config=config.eval,
@@ -232,7 +235,7 @@ class Stages:
                 "mask_layer": config.graphs.mask_layer,
                 "config": asdict(config),
                 "files": {name: file.path.relative_to(self.root).as_posix() for name, file in paths.items()},
-                "seconds": {"gcn": gcn_seconds},
+                **about_gcn,
             }
             audit = partial(Audit, config.audit, data, forget_class, training.seed)
             Eval(request, data, metrics, mask, about, shared, audit if config.audit.enabled else None, draw).eval()

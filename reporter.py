@@ -318,7 +318,11 @@ class Reporter:
         for each in requests:
             gave_up.update(name for name, did in each.get("gave_up", {}).items() if did)
         counts = ", ".join(f"{name} on {count} of {len(requests)} requests" for name, count in gave_up.items())
-        return f"{chosen} Gave up before the class was forgotten: {counts}." if counts else chosen
+        if counts:
+            chosen += f" Gave up before the class was forgotten: {counts}."
+        if untrained := sum(each.get("gcn_untrained", False) for each in requests):
+            chosen += f" The GCN is as before its training, which cost too much, on {untrained} of {len(requests)}."
+        return chosen
 
     def cells(self, columns: Iterable[Column], method: str, kappa: Kappa = None) -> list[str]:
         """A method's row of a table."""

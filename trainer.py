@@ -314,7 +314,8 @@ class GCNTrainer:
         progress = Progress(checkpoint, generator, gcn, optimizer, schedule)
         steps = range(progress.step, config.steps)
         for step in tqdm(steps, "masking GCN", unit="step", leave=False, disable=None):
-            if step % (1 + config.snapshots) == 0 or 2 * len(zeroed) > loss_on.graphs.graph.num_vertices:
+            is_half_zeroed = 2 * len(zeroed) > loss_on.graphs.graph.num_vertices
+            if step == progress.step or step % (1 + config.snapshots) == 0 or is_half_zeroed:
                 progress.save(step)
                 loss_on = losses[int(torch.randint(len(losses), (), generator=generator))]
                 forget_row = int(torch.randint(loss_on.graphs.num_classes, (), generator=generator))

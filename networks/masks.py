@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,21 +57,21 @@ class LayerMask(NamedTuple):
             weight = weight - (self.left @ self.right.T).view_as(weight)
         return weight * self.keep
 
+    def takes(self, other: LayerMask) -> Tensor:
+        """Which of the other's directions it takes, (rank of the other), in whatever precision."""
+        own, its = (torch.cat([each.left, each.right]).T.float() for each in (self, other.to(self.keep)))
+        return (torch.cdist(own, its) <= PRECISION * its.norm(dim=1)).any(0)
+
     def __and__(self, other: LayerMask) -> LayerMask:
-        """What both do, one after the other."""
-        other = other.to(self.keep)
-        left, right = torch.cat([self.left, other.left], 1), torch.cat([self.right, other.right], 1)
+        """What both do; what both take is taken once."""
+        other, is_new = other.to(self.keep), ~self.takes(other)
+        left = torch.cat([self.left, other.left[:, is_new]], 1)
+        right = torch.cat([self.right, other.right[:, is_new]], 1)
         return LayerMask(self.keep * other.keep, left, right)
 
     def includes(self, other: LayerMask) -> bool:
         """Whether it switches off all that the other does, and takes each of its directions."""
-        other = other.to(self.keep)
-        own, of_other = torch.cat([self.left, self.right]).T, torch.cat([other.left, other.right]).T
-        takes_each = (own == of_other[:, None]).all(-1).any(1).all()
-        return bool((self.keep <= other.keep).all() and takes_each)
-
-    def equals(self, other: LayerMask) -> bool:
-        return all(map(torch.equal, self, other.to(self.keep)))
+        return bool((self.keep <= other.keep.to(self.keep)).all() and self.takes(other).all())
 
     def check(self) -> None:
         """Raises ValueError where the parts are not what they must be."""
@@ -105,7 +106,7 @@ class WeightMask(nn.Module):
     def __init__(self, mask: LayerMask, forgets: tuple[int, ...], order: list[str]) -> None:
         super().__init__()
         for name, part in mask._asdict().items():
-            self.register_buffer(name, part)
+            self.register_buffer(name, part.clone() if part.is_inference() else part)
         self.forgets, self.order = forgets, order
 
     @property
@@ -239,8 +240,10 @@ class Mask:
         if carried is not None and not self.includes(carried):
             raise ValueError(f"the model carries {carried}: take it off first, or apply mask & Mask.on(model)")
         if permanent:
-            names = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
-            shared = [index for index, layer in zip(self.layers, layers) if max(map(names.get, layer.parameters())) > 1]
+            holders = Counter(chain.from_iterable(each._parameters.values() for each in model.modules()))
+            shared = [
+                index for index, layer in zip(self.layers, layers) if max(map(holders.get, layer.parameters())) > 1
+            ]
             if shared:
                 raise ValueError(f"layers {shared} share their weights with others: zeros would be theirs, too")
         in_inference = any(layer.weight.is_inference() for layer in layers)
@@ -263,7 +266,7 @@ class Mask:
         layers = self.check(model)
         for layer, (index, mask) in zip(layers, self.by_layer.items()):
             found = weight_mask(layer)
-            if found is None or not found.mask.equals(mask):
+            if found is None or not (found.mask.includes(mask) and mask.includes(found.mask)):
                 raise ValueError(f"layer {index} carries {'no' if found is None else 'another'} mask: {self} is not on")
         with undoing(layers) as undo:
             for layer in layers:
@@ -289,7 +292,7 @@ class Mask:
         edits = [[mask.left.cpu(), mask.right.cpu()] for mask in masks]
         made_on = {layer: list(origin) for layer, origin in self.origins.items()}
         saved = {"layers": list(self.layers), "keep": keep, "forgets": list(self.forgets), "edits": edits}
-        return saved | {"made_on": made_on}
+        return saved | {"made_on": made_on, "about": self.about}
 
     def save(self, path: Path | str) -> None:
         """Raises ArtifactError where it cannot be written so."""
@@ -306,7 +309,7 @@ class Mask:
                 found[layer] = LayerMask(keep.float(), left, right)
             for layer, (name, weights) in saved.get("made_on", {}).items():  # a file from before has none
                 origins[layer] = Origin(name, weights.float().view(SAMPLED))
-            return Mask(found, tuple(saved["forgets"]), origins)
+            return Mask(found, tuple(saved["forgets"]), origins, saved.get("about", ""))
         except files.ArtifactError:
             raise
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as error:

@@ -104,6 +104,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Reads what `save` has written. No code of the file is run. Raises ArtifactError where a byte of it is another."""
     with naming(path, "read"):
+        if path.is_fifo():
+            raise OSError("it is a pipe")
         content = path.read_bytes()
     try:
         if path.suffix == ".json":

@@ -165,7 +165,7 @@ def test_a_class_goes_from_the_representation_as_far_as_the_bar_and_what_was_zer
     assert forget == 0 and retain > 95 and left[2] < min(r_squared(learned.outputs(TEST.images)[0]), left[1]) - 0.1
     assert left[2] < r_squared(SETTINGS.untrained_features(TEST.images, 12, 0)) + 0.15
     for layer, mask in unconcerned.by_layer.items():
-        assert mask.equals(at_the_bar.by_layer[layer]), "there is nothing to erase"
+        assert mask.includes(at_the_bar.by_layer[layer]), "there is nothing to erase"
 
 
 def test_models_of_the_users_own_are_erased_from_one_class_after_the_other(learned):

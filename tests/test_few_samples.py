@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from conftest import scores
+from conftest import scores, trained_problem
 from test_unlearning import FREE, TEST, TRAIN, learned, patient_gcn, stack
 from torch import nn
 
@@ -113,9 +113,27 @@ def test_a_class_with_few_samples_leaves_those_of_the_others(model):
 
 @cache
 def trained_classifier():
-    from conftest import trained_problem
-
     return trained_problem()[2]
+
+
+def test_a_class_with_a_sample_or_two_leaves_the_bounds_of_the_others(model):
+    bounds = {"gcn": patient_gcn(step=60), "mask_layer": 0}
+    for last in (200, 2):
+        with pytest.raises(RetainScoreError):
+            asked(model, of_each(200, 200, last), forget_class=1, **bounds)
+
+
+def test_a_class_whose_only_sample_is_classified_wrongly_is_masked_all_the_same(model):
+    of_class = TRAIN.forget(1)
+    found = margins(model(of_class.images), of_class.labels).detach()
+    margin = found.argsort()[:1]
+    model[5].bias.data[1] -= float(found[margin]) + 0.1
+    samples = of_each(100, 0, 100)
+    samples = Split(torch.cat([samples.images, of_class.images[margin]]), torch.cat([samples.labels, margin * 0 + 1]))
+    mask, said = asked(model, samples, **FREE)
+    assert mask.num_zeroed > 0 and "in the first place" not in said and mask.forgets == (1,)
+    with mask.applied_to(model):
+        assert scores(model, TEST, 1)[0] < 20
 
 
 def test_one_lost_sample_of_few_is_no_error_and_harm_that_is_shown_is_one(model, monkeypatch):

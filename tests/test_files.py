@@ -347,3 +347,9 @@ def test_a_disk_that_fills_up_at_any_operation_is_one_error(here, monkeypatch):
         if supply.count <= cut:
             break
     assert failed > 10 and results(here) == expected
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "classifier.pt")
+    with pytest.raises(ArtifactError, match="cannot be read .it is a pipe"):
+        files.load(tmp_path / "classifier.pt")

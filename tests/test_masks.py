@@ -335,3 +335,48 @@ def test_where_no_mask_can_be_is_said_in_a_line(tmp_path):
         save(tmp_path / "mask.pt", mask.saved() | {"made_on": made_on})
         with pytest.raises(ArtifactError, match=r"mask.pt: is not a mask \([^\n]*\)$"):
             Mask.load(tmp_path / "mask.pt")
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    return model(torch.linspace(-1, 1, 150).view(3, 2, 5, 5).to(next(model.parameters()))).detach().float()
+
+
+def test_what_two_masks_take_is_taken_once():
+    model, other = network(), network()
+    one, two = lower_left(model, rank=2), lower_left(model, (1, 2), rank=1)
+    (one & one).apply(model)
+    one.apply(other)
+    assert torch.equal(outputs(model), outputs(other)) and (one & one).includes(one) and not two.includes(one)
+    assert [(two & one).by_layer[layer].rank for layer in (0, 1, 2)] == [2, 3, 3]
+    (two & one & two).apply(network())
+
+
+def test_directions_are_known_again_in_another_precision():
+    model, mask = network(), lower_left(network(), rank=2)
+    model.bfloat16()
+    for _ in range(2):
+        mask.apply(model)
+    with mask.applied_to(model):
+        pass
+    model.float()
+    mask.remove(model)
+    assert Mask.on(model) is None
+
+
+def test_a_layer_with_two_names_shares_its_weight_with_none():
+    model = network()
+    model.alias = model[1]
+    mask = lower_left(model)
+    mask.apply(model, permanent=True)
+    with torch.inference_mode():
+        made = lower_left(network(), rank=1)
+    made.apply(learning := network())
+    outputs_of = learning(torch.ones(3, 2, 5, 5)).sum()
+    outputs_of.backward()
+    assert all(parameter.grad is not None for parameter in learning.parameters())
+
+
+def test_what_was_said_of_a_mask_is_in_its_file(tmp_path):
+    mask = Mask(lower_left(network()).by_layer, (1,), about="ranked by the formula; 3 % are left")
+    mask.save(tmp_path / "mask.pt")
+    assert repr(Mask.load(tmp_path / "mask.pt")) == repr(mask) and repr(mask).endswith("3 % are left)")

@@ -213,6 +213,9 @@ def test_a_sweep_of_auto_alone_has_no_curves_and_says_which_methods_gave_up(tmp_
         each["gave_up"] = {"mimu": mimu, "saliency": saliency, "random": False}
     alone = Reporter(CONFIG, write(tmp_path, experiments), tmp_path / "reports")
     assert alone.about().endswith("forgotten: mimu on 2 of 4 requests, saliency on 1 of 4 requests.")
+    experiments[1]["gcn_untrained"] = True
+    reverted = Reporter(CONFIG, write(tmp_path, experiments), tmp_path / "reports").about()
+    assert reverted == f"{alone.about()} The GCN is as before its training, which cost too much, on 1 of 4."
     alone.plot()
     assert [path.name for path in alone.folder.iterdir()] == ["summary.md"] and alone.best_kappa() == "auto"
     summary = (alone.folder / "summary.md").read_text()

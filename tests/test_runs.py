@@ -389,6 +389,7 @@ def test_a_gcn_that_its_training_leaves_behind_the_formula_is_the_one_before_and
         says = "points behind the formula: taken as it was before"
         assert (says in capsys.readouterr().out) == is_behind
         (result,) = metrics(here).values()
+        assert result["gcn_untrained"] == is_behind
         kept = result["performance_degradation_metrics"]
         assert kept["mimu"] == kept["saliency"]
         shutil.rmtree(here / "eval")

@@ -227,7 +227,7 @@ def test_training_is_the_same_with_the_same_seed_alone(split):
     assert not any(torch.equal(one, two) for one, two in zip(first, other))
 
 
-@pytest.mark.parametrize("kind", ["classifier", "gcn"])
+@pytest.mark.parametrize("kind", ["classifier", "gcn", "gcn that soon zeroes half"])
 def test_an_interrupted_training_goes_on_to_the_same_weights_but_not_from_another_ones_file(
     kind, split, tmp_path, monkeypatch
 ):
@@ -244,7 +244,9 @@ def test_an_interrupted_training_goes_on_to_the_same_weights_but_not_from_anothe
         if kind == "classifier":
             model = Trainer(trainer_config((6, 5), 4), 0).train(split, NUM_CLASSES, file)
         else:
-            model = GCNTrainer(gcn_config(steps=16), [graph_generator(), graph_generator(None)], 5.0, 0).train(file)
+            soon = {"snapshots": 5, "partly_masked": (0.4, 0.45)} if "half" in kind else {}
+            config = gcn_config(steps=16, **soon)
+            model = GCNTrainer(config, [graph_generator(), graph_generator(None)], 5.0, 0).train(file)
         return list(model.parameters())
 
     expected, file = train(None), Artifact(tmp_path / "made.pt", "these settings")

@@ -131,17 +131,19 @@ class Forgetting:
         logits = judge.held_out_logits(made.way[-1], lost, kept)
         now = self.scores(logits)
         said = [made.left] if made.left else []
-        if not self.is_within(before, now, kept, is_shown=self.is_few):
-            if min(self.counts.values()) >= FOLDS:
-                raise self.too_much(before, now, kept, made.way)
-            # Of fewer samples a mask that is made without one is not like that made of all.
+        # Of fewer samples a mask that is made without one is not like that made of all.
+        enough = [label for label in kept if self.counts[label] >= FOLDS]
+        if enough and not self.is_within(before, now, enough):
+            raise self.too_much(before, now, enough, made.way)
+        if not self.is_within(before, now, kept):
             mean, worst = self.falls(before, now, kept)
             said.append(f"by samples held out the classes to keep lose {mean:.0f} points, one of them {worst:.0f}")
         said += self.not_shown(logits)
         if said:
             warnings.warn(f"{'; '.join(said)} ({OTHER_WAYS})", stacklevel=3)
         by = "erased" if self.erase else f"ranked by the {'GCN' if ranks == 'gcn' else 'formula'}"
-        return self.of_model(made.way[-1], now, "; ".join([by, *said]))
+        under = self.scores(self.logits(made.way[-1]))
+        return self.of_model(made.way[-1], under, "; ".join([by, *said]))
 
     def made(self, lost: set[int], kept: list[int]) -> Made:
         """What the samples make of a request.
@@ -149,14 +151,15 @@ class Forgetting:
         The classes go one after the other, the one that most is left of first; none of them is spared for another.
         """
         target = self.trained.masking.target
-        before = now = self.scores(self.logits(self.start))
+        before = self.scores(self.logits(self.start))
         way, left = [self.start], ""
         for _ in range(2 * len(lost)):  # where one goes another may come back, which then goes again
-            label = max(lost & set(now), key=now.__getitem__, default=None)
-            if left or label is None or now[label] < target or self.is_ruined(before, kept, way[-1]):
+            of_class = {label: self.left(label, self.logits(way[-1])) for label in lost & set(before)}
+            label = max(of_class, key=of_class.__getitem__, default=None)
+            if left or label is None or of_class[label] < target or self.is_ruined(before, kept, way[-1]):
                 break
             left = self.forget_one(label, before, kept, way)
-            now = self.scores(self.logits(way[-1]))
+        now = self.scores(self.logits(way[-1]))
         still = [f"{now[each]:.1f} % of class {each} are left" for each in sorted(lost) if now.get(each, 0.0) >= target]
         left = ", ".join(still) or ("" if self.is_few else left)
         left = f"{left} after {way[-1].num_zeroed} zeroed weights" if left else ""
@@ -172,6 +175,14 @@ class Forgetting:
     def is_few(self) -> bool:
         """Whether there are few samples of some class."""
         return min(self.counts.values()) < FEW
+
+    def left(self, label: int, logits: Tensor) -> float:
+        """The percentage of a class that is left, by the samples' logits; of few samples, of others like them."""
+        score, labels = self.scores(logits)[label], self.train.labels
+        if self.erase or self.counts[label] >= FEW:
+            return score
+        spread = float(margins(self.logits(self.start), labels).std())
+        return max(score, percent_above_zero(margins(logits, labels)[labels == label], spread))
 
     def held_out_logits(self, mask: Mask, lost: set[int], kept: list[int]) -> Tensor:
         """The logits of all samples under a mask; of classes with few, each under one that is made without it.
@@ -193,12 +204,9 @@ class Forgetting:
 
     def not_shown(self, logits: Tensor) -> list[str]:
         """What few samples of classes to forget, by their logits, do not show."""
-        labels, said = self.train.labels, []
-        found = margins(logits, labels)
-        spread = float(margins(self.logits(self.start), labels).std())
+        said = []
         for label in sorted(self.forget & set(self.counts)):
-            count = self.counts[label]
-            left = percent_above_zero(found[labels == label], spread)
+            count, left = self.counts[label], self.left(label, logits)
             if count == 1:
                 said.append(f"one sample of class {label}: up to {100 * CONFIDENCE:.0f} % of it may be left")
             elif count < FEW and left > SHOWN:
@@ -216,7 +224,7 @@ class Forgetting:
             does = f"the model classifies {right:.1f} % of the samples correctly as it is"
             warnings.warn(f"{does}: {about}", stacklevel=4)
         for label in sorted(self.forget - set(self.forgotten)):
-            if before[label] < self.trained.masking.target:
+            if self.left(label, self.logits(self.start)) < self.trained.masking.target:
                 warnings.warn(f"class {label} is not classified in the first place: there is no mask", stacklevel=4)
 
     def too_much(self, before: Scores, now: Scores, kept: list[int], way: list[Mask]) -> RetainScoreError:
@@ -228,7 +236,7 @@ class Forgetting:
         message = (
             f"the classes to keep lose {mean:.1f} points (max_fall {self.max_fall}), one of them {worst:.1f} "
             f"(max_class_fall {self.max_class_fall}); the mask of this error, of {mask.num_zeroed} zeroed weights, "
-            f"keeps to that and leaves {left} ({OTHER_WAYS})"
+            f"keeps to that on its samples and leaves {left} ({OTHER_WAYS})"
         )
         return RetainScoreError(message, before, now, self.of_model(mask, under))
 
@@ -276,9 +284,9 @@ class Forgetting:
         return {label: 100 * correct[label] / count for label, count in self.counts.items()}
 
     def falls(self, before: Scores, now: Scores, kept: list[int], is_shown: bool = False) -> tuple[float, float]:
-        """Points that the kept classes lose: over all their samples, and the class that loses most.
+        """Points that kept classes lose: over all their samples, and the class that loses most.
 
-        is_shown: no more than what the samples show, the lower end of the one-sided interval
+        is_shown: the least that their samples show
         """
         counts = {label: self.counts[label] for label in kept}
         lost = {label: before[label] - now[label] for label in kept}
@@ -295,9 +303,9 @@ class Forgetting:
         """
         return not self.is_within(before, self.scores(self.logits(mask), among=kept), kept, times=2)
 
-    def is_within(self, before: Scores, now: Scores, kept: list[int], times: float = 1, is_shown: bool = False) -> bool:
-        """Whether the kept classes lose no more than they may, or so many times that."""
-        mean, worst = self.falls(before, now, kept, is_shown)
+    def is_within(self, before: Scores, now: Scores, kept: list[int], times: float = 1) -> bool:
+        """Whether kept classes lose no more than they may, or so many times that; few samples have to show it."""
+        mean, worst = self.falls(before, now, kept, is_shown=self.is_few)
         is_mean_within = self.max_fall is None or mean <= times * self.max_fall
         return is_mean_within and (self.max_class_fall is None or worst <= times * self.max_class_fall)
 
