@@ -344,6 +344,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 def test_what_two_masks_take_is_taken_once():
     model, other = network(), network()
     one, two = lower_left(model, rank=2), lower_left(model, (1, 2), rank=1)
+    two = Mask({layer: each._replace(left=2 * each.left) for layer, each in two.by_layer.items()})
     (one & one).apply(model)
     one.apply(other)
     assert torch.equal(outputs(model), outputs(other)) and (one & one).includes(one) and not two.includes(one)
