@@ -27,7 +27,7 @@ from mimu.unlearning.samples import tensor_of
 Scores = dict[int, float]  # percent classified correctly, by class
 FOLDS = 5  # parts of few samples that are held out in turn
 CONFIDENCE = 0.95  # one-sided, of what few samples show
-SHOWN = 2.0  # percent of a class that samples may say to be left before it is said
+SHOWN = 1.0  # percent of a class that samples may say to be left before it is said
 WORTH_A_TRY = 1.0  # points that the others lose by the GCN, where the formula is tried
 OTHER_WAYS = "mask_layer=-1 or another, scorer='saliency', or more samples may do better"
 TRUSTED = 50.0  # percent: a mean score of the classes below which samples and model hardly belong together
