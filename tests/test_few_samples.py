@@ -89,6 +89,7 @@ def test_samples_that_are_few_are_judged_by_masks_that_are_made_without_them(mod
 def test_what_few_samples_cannot_show_is_said(model):
     mask, said = asked(model, of_each(30, 1, 30), gcn=patient_gcn(step=8))
     assert "one sample of class 1: up to 95 % of it may be left" in said and said.split(" (")[0] in repr(mask)
+    assert "two samples of class 1: up to 78 % of it may be left" in asked(model, of_each(30, 2, 30))[1]
     assert asked(model, of_each(FEW, FEW, FEW), gcn=patient_gcn(step=8))[1] == ""
 
 

@@ -207,8 +207,10 @@ class Forgetting:
         said = []
         for label in sorted(self.forget & set(self.counts)):
             count, left = self.counts[label], self.left(label, logits)
-            if count == 1:
-                said.append(f"one sample of class {label}: up to {100 * CONFIDENCE:.0f} % of it may be left")
+            if count == 1 or (count == 2 and not self.erase):  # a mask made of one of two says little of that of both
+                most = 100 * (1 - (1 - CONFIDENCE) ** (1 / count))
+                samples = "one sample" if count == 1 else "two samples"
+                said.append(f"{samples} of class {label}: up to {most:.0f} % of it may be left")
             elif count < FEW and left > SHOWN:
                 said.append(f"{count} samples of class {label}, held out in turn: some {left:.0f} % of it may be left")
         return said
