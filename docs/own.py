@@ -317,7 +317,6 @@ MORE_CHOICES = (
 
 def choice() -> Iterator[dict[str, str]]:
     """What each way to forget leaves, costs and takes, on a perceptron, a CNN and a ResNet."""
-    torch.set_num_threads(1)  # as in runs
     data, config = load_image_data("MNIST"), load_config()
     few = some_of_every_class(data.train, 1000, "choice")
     of_few = replace(config.classifier, epochs=4, batch_size=128)
@@ -354,7 +353,6 @@ def on_images(shape: str, train: Split) -> nn.Module:
 
 def with_few_samples() -> Iterator[dict[str, str]]:
     """Twelve requests for each number of samples: what of their harm they say, and what they say without harm."""
-    torch.set_num_threads(1)
     data = load_image_data("MNIST")
     train, test = (Split(part.images.view(-1, 1, 28, 28), part.labels) for part in (data.train, data.test))
     torch.manual_seed(SEED)
@@ -385,6 +383,7 @@ TABLES = {"by_layer": (by_layer, "own_layers", 2), "several": (several, "own_sev
           "with_few_samples": (with_few_samples, "own_few", 2)}  # fmt: skip
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # as in runs
     for name in sys.argv[1:] or TABLES:
         measure, block, texts = TABLES[name]
         rows = []
