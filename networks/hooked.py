@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mimu.networks.tracing import Trace, call, is_weight_layer
+from mimu.networks.neurons import name_of
+from mimu.networks.tracing import Trace, call
 
 Layers = Sequence[int]  # by their indices among the weight layers
 NUMBERS_AT_ONCE = 2**26  # of float32 in the tensors of a pass over samples, which then takes some 256 MB
@@ -50,133 +51,127 @@ class Record(NamedTuple):
     kept_log_odds: Tensor  # (samples), what they are to stay: as they are, if none has said otherwise
 
 
-def weight_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that masks can be put on, linear ones and convolutions, in the order in which they were added."""
-    return [module for module in model.modules() if is_weight_layer(module)]
-
-
-def shape_of(layer: nn.Module) -> tuple[int, ...]:
-    """The shape of a layer's weight: (m, n), or of a convolution (m, channels, height, width)."""
-    return tuple(layer.weight.shape)
-
-
 def is_finite(model: nn.Module) -> bool:
     """Whether all its weights are finite numbers."""
     return all(weight.isfinite().all() for weight in model.state_dict().values())
 
 
 class HookedClassifier(nn.Module):
-    """A network of linear layers and convolutions that is run node by node, so that it can be looked into.
+    """A network that is run operation by operation, so that it can be looked into.
 
-    It can begin midway: at the last place before some layers where a single value is all that the rest needs, so that
-    nothing before that place is computed twice. In evaluation mode throughout, but for its training.
-
+    names: of the weights that can be masked, as `network.named_parameters` has them; layers are indices among them
     Shapes: images (batch, ...), as the network takes them, to logits (batch, classes).
     """
 
-    def __init__(self, network: nn.Module, example: Tensor) -> None:
-        """example: some images, on which the network is traced. Raises ValueError where it cannot be."""
+    def __init__(self, network: nn.Module, example: Tensor | Trace) -> None:
+        """example: some images, on which the network is traced, or the trace of another of the same architecture.
+
+        Raises ValueError where it cannot be.
+        """
         super().__init__()
         self.network = network
         self.eval()
-        self.trace = Trace(network, example)
+        self.trace = example if isinstance(example, Trace) else Trace(network, example)
+        self.names = [*self.trace.layers]
+        self._is_begun = False
 
     @property
-    def layers(self) -> list[nn.Module]:
-        return weight_layers(self)
+    def weights(self) -> list[Tensor]:
+        """Those of the layers, as they are under a mask."""
+        return [operator.attrgetter(name)(self.network) for name in self.names]
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shape of every weight, in the order of the layers: (out, in), or that of kernels."""
-        return [shape_of(layer) for layer in self.layers]
+        return [layer.shape for layer in self.trace.layers.values()]
 
-    def forward(self, images: Tensor, first: Layers | None = None) -> Tensor:
-        """Logits (batch, classes); with `first`, `images` are `prefix_activations` of these layers."""
-        if torch.is_grad_enabled():
-            return self.outputs(images, first)[1]
-        return torch.cat([self.outputs(part, first)[1] for part in images.split(self.samples_at_once)])
+    def begun_before(self, layers: Layers) -> HookedClassifier:
+        """The same network, which is given `prefix_activations` of the layers in the place of images."""
+        begun = copy.copy(self)
+        begun.trace = self.trace.begun_before([self.names[layer] for layer in layers])
+        begun._is_begun = True
+        return begun
 
-    def outputs(
-        self, inputs: Tensor, first: Layers | None = None, weights: Mapping[int, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, classes)."""
+        run = (lambda x: self.outputs(x)[1]) if self._is_begun else self.network
+        return run(images) if torch.is_grad_enabled() else torch.cat([*map(run, images.split(self.samples_at_once))])
+
+    def outputs(self, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The representation, which the last layer is given, (batch, n), and the logits (batch, classes).
 
-        inputs: images, or with `first`, `prefix_activations` of these layers
-        weights: by layer, in the place of its own; gradients then reach these and no parameter
+        In evaluation mode. weights: by name, in the place of its own; gradients then reach these and no parameter
         """
         trace = self.trace
-        changed = {trace.calls[index]: weight for index, weight in (weights or {}).items()}
+        changed = {trace.layers[name].node: weight for name, weight in (weights or {}).items()}
 
-        def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
+        def compute(node: fx.Node, arguments: tuple, named: dict) -> Any:
             if node in changed:
-                return with_weight(callee, arguments[0], changed[node])
-            return call(node, callee, arguments, named)
+                x, _, *others = arguments
+                return with_weight(node, x, changed[node], others)
+            return call(node, arguments, named)
 
-        with self._constant() if changed else nullcontext():
-            values = trace.run(self.network, inputs, first, compute, [trace.representation])
+        watched, is_constant = [trace.representation], bool(changed)
+        values = trace.run(self.network, images, compute, watched, is_constant=is_constant)
         return values[trace.representation], values[trace.output]
 
     @torch.no_grad()
-    def value_of(self, node: fx.Node, inputs: Tensor, first: Layers | None = None) -> Tensor:
-        """What a node of the trace gives, for images (batch, ...), or with `first`, for `prefix_activations` of it."""
-        parts = inputs.split(self.samples_at_once)
-        return torch.cat([self.trace.run(self.network, part, first, end=node)[node] for part in parts])
+    def value_of(self, node: fx.Node, images: Tensor) -> Tensor:
+        """What a node of the trace gives, (batch, ...)."""
+        parts = images.split(self.samples_at_once)
+        return torch.cat([self.trace.run(self.network, part, end=node)[node] for part in parts])
 
-    def prefix_activations(self, layers: Layers, inputs: Tensor, first: Layers | None = None) -> Tensor:
-        """What stands for images (batch, ...) where the network can begin before the layers."""
-        return self.value_of(self.trace.start_of(layers), inputs, first)
+    def prefix_activations(self, layers: Layers, images: Tensor) -> Tensor:
+        """What stands for images where the network can begin before the layers, (batch, ...)."""
+        return self.value_of(self.trace.start_of([self.names[layer] for layer in layers]), images)
 
     @torch.no_grad()
     def layer_inputs(self, index: int, images: Tensor) -> Iterator[Tensor]:
-        """What one layer is given by samples, some at a time, (samples, positions, n), one position of a linear one."""
-        layer = self.layers[index]
-        node = self.trace.calls[index].all_input_nodes[0]
+        """What the weight of a layer is multiplied with, some samples at a time, (samples, positions, groups * n)."""
+        layer = self.trace.layers[self.names[index]]
+        given = layer.node.args[0]
         for part in images.split(self.recorded_at_once([index])):
-            x = self.trace.run(self.network, part, end=node)[node]
-            yield patches(layer, x).mT if isinstance(layer, nn.Conv2d) else x[:, None]
+            x = layer.read(self.trace.run(self.network, part, end=given)[given])
+            yield x[:, None] if layer.positions is None else x.flatten(1, 2).mT
 
-    def mean_inputs(self, index: int, inputs: Tensor, first: Layers | None = None) -> Tensor:
-        """What one layer is given by samples, its mean over positions (samples, n)."""
-        layer = self.layers[index]
-        x = self.value_of(self.trace.calls[index].all_input_nodes[0], inputs, first)
-        return mean_patches(layer, x) if isinstance(layer, nn.Conv2d) else x
+    def mean_inputs(self, index: int, images: Tensor) -> Tensor:
+        """The same, its mean over positions (samples, groups * n)."""
+        return torch.cat([x.mean(1) for x in self.layer_inputs(index, images)])
 
     @torch.enable_grad()
-    def record(
-        self, inputs: Tensor, labels: Tensor, layers: Layers, first: Layers | None = None, left_out: Sequence[int] = ()
-    ) -> Record:
+    def record(self, images: Tensor, labels: Tensor, layers: Layers, left_out: Sequence[int] = ()) -> Record:
         """What `layers` do on a batch: a forward pass, and a backward one as far as their pre-activations.
 
-        inputs: images, or with `first`, what `prefix_activations` says of these layers; labels: (samples)
-        left_out: as `log_odds` takes it
+        labels: (samples); left_out: as `log_odds` takes it
         """
-        trace, modules = self.trace, self.layers
-        calls = [trace.calls[index] for index in layers]
+        trace = self.trace
+        recorded = [trace.layers[self.names[index]] for index in layers]
+        calls = {layer.node for layer in recorded}
         given: dict[fx.Node, Tensor] = {}
 
-        def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
-            value = call(node, callee, arguments, named)
+        def compute(node: fx.Node, arguments: tuple, named: dict) -> Any:
+            value = call(node, arguments, named)
             if node in calls:
                 given[node] = arguments[0].detach()
                 # The autograd graph begins at the first of them.
                 value = value if value.requires_grad else value.detach().requires_grad_()
             return value
 
-        with self._constant():
-            watched = [*calls, *(trace.activations[index][0] for index in layers)]
-            values = trace.run(self.network, inputs.detach(), first, compute, watched)
+        watched = [*calls, *(layer.activation for layer in recorded)]
+        values = trace.run(self.network, images.detach(), compute, watched, is_constant=True)
         found = log_odds(values[trace.output], labels, left_out)
-        gradients = torch.autograd.grad(found.sum(), [values[node] for node in calls])
+        gradients = torch.autograd.grad(found.sum(), [values[layer.node] for layer in recorded])
         records = []
-        for index, node, gradient in zip(layers, calls, gradients):
-            activation, is_rectified = trace.activations[index]
-            a, h = given[node], values[activation].detach()
-            active = (h > 0).to(h.dtype) if is_rectified else torch.ones_like(h)
-            if a.ndim == 4:
-                a = patches(modules[index], a)
-                h, active, gradient = (each.flatten(2) for each in (h, active, gradient))
-            records.append(LayerRecord(a, h, active, gradient))
+        for layer, gradient in zip(recorded, gradients):
+            h = values[layer.activation].detach()
+            active = (h > 0).to(h.dtype) if layer.is_rectified else torch.ones_like(h)
+            of_layer = [layer.by_position(each) for each in (h, active, gradient)]
+            records.append(LayerRecord(layer.read(given[layer.node]), *of_layer))
         return Record(records, found.detach(), found.detach())
+
+    def positions(self, index: int) -> int | None:
+        """At how many places of a sample a layer's weight stands; None of a linear layer of features alone."""
+        return self.trace.layers[self.names[index]].positions
 
     @property
     def samples_at_once(self) -> int:
@@ -185,22 +180,8 @@ class HookedClassifier(nn.Module):
 
     def recorded_at_once(self, layers: Layers) -> int:
         """How many samples a pass takes that records layers, in NUMBERS_AT_ONCE."""
-        numbers = self.trace.total
-        for index in layers:
-            m, n = self.layers[index].weight.flatten(1).shape
-            numbers += (n + 3 * m) * self.trace.positions(index)
-        return max(1, NUMBERS_AT_ONCE // numbers)
-
-    @contextmanager
-    def _constant(self) -> Iterator[None]:
-        """Keeps its weights out of the autograd graph."""
-        free = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        try:
-            self.requires_grad_(False)
-            yield
-        finally:
-            for parameter in free:
-                parameter.requires_grad_(True)
+        recorded = sum(self.trace.layers[self.names[index]].numbers for index in layers)
+        return max(1, NUMBERS_AT_ONCE // (self.trace.total + recorded))
 
 
 def log_odds(logits: Tensor, labels: Tensor, left_out: Sequence[int] = ()) -> Tensor:
@@ -216,31 +197,9 @@ def log_odds(logits: Tensor, labels: Tensor, left_out: Sequence[int] = ()) -> Te
     return logits.gather(1, labels[:, None])[:, 0] - others.logsumexp(1)
 
 
-def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """What a convolution is given, with its padding."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(x, layer._reversed_padding_repeated_twice, mode)
-
-
-def mean_patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """The mean of `patches` over positions, (samples, numbers of a kernel): of rows, then of columns."""
-    x = padded(layer, x)
-    for dim, size, step, apart in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation):
-        reach = x.shape[dim] - apart * (size - 1)
-        read = [torch.arange(first, first + reach, step) for first in range(0, apart * size, apart)]
-        x = torch.stack([x.index_select(dim, each.to(x.device)).mean(dim) for each in read], dim)
-    return x.flatten(1)
-
-
-def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """What the kernels of a convolution read, (samples, numbers of a kernel, positions)."""
-    found = F.unfold(padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)
-    return found.mT.contiguous().mT  # in memory position after position, as products over samples and positions want it
-
-
-def with_weight(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """What a layer gives with another weight."""
-    if isinstance(layer, nn.Linear):
+def with_weight(node: fx.Node, x: Tensor, weight: Tensor, others: Sequence[Any]) -> Tensor:
+    """What the operation of a layer gives with another weight; others: its arguments behind the weight."""
+    if name_of(node) == "linear" and x.ndim == 2:
         z = (x @ weight[None].mT)[0]  # as one of a batch of products is rounded
-        return z if layer.bias is None else z + layer.bias
-    return layer._conv_forward(x, weight, layer.bias)
+        return z + others[0] if others and others[0] is not None else z
+    return node.target(x, weight, *others)

@@ -1,270 +1,381 @@
-"""What a network computes, node by node: which channels are one neuron, and from where on it runs by itself."""
+"""What a network computes, operation by operation: the weights that it reads, and from where on it runs by itself."""
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections import defaultdict
+import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
 
-# Operations by their names, as `name_of` gives them to modules, functions and methods alike.
-RECTIFIERS = {"relu", "relu6", "leakyrelu"}
-SMOOTH = {"gelu", "silu", "elu", "selu", "celu", "softplus", "tanh", "sigmoid", "hardswish", "mish", "prelu"}
-NORMALISATION = {"batchnorm", "batchnorm1d", "batchnorm2d", "groupnorm", "instancenorm2d"}
-UNCHANGED = {"dropout", "dropout1d", "dropout2d", "identity", "contiguous", "clone", "to", "float"}
-REDUCTION = {"mean", "amax"}  # which is pooling where it goes over positions alone
-POOLING = {"maxpool2d", "avgpool2d", "adaptiveavgpool2d", "adaptivemaxpool2d", "interpolate"} | REDUCTION
-RESHAPING = {"flatten", "unflatten", "view", "reshape", "squeeze", "unsqueeze"}
-JOINING = {"add", "sub", "mul"}
-CONCATENATING = {"cat", "concat", "concatenate"}
-CHANNELWISE = RECTIFIERS | SMOOTH | NORMALISATION | UNCHANGED | POOLING | JOINING
+from mimu.networks.neurons import CONVOLUTIONS, MOVING, Ends, Neurons, argument, name_of
+from mimu.runs.files import one_line
 
-
-class Ends(NamedTuple):
-    """Which neurons the weights of a layer join: the number of that of every column (n) and row (m) of its matrix."""
-
-    sources: Tensor
-    targets: Tensor
+RECTIFIERS = {"relu", "leaky_relu", "hardtanh"}  # relu6 is a hardtanh
+SMOOTH = {"gelu", "silu", "elu", "celu", "softplus", "tanh", "sigmoid", "hardswish", "mish", "prelu"}
+# What may stand between a layer and its activation function.
+CARRYING = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "add", "sub", "mul", "dropout", "clone", "to"}
+PROBABILITIES = {"softmax", "sigmoid"}  # which are no logits
+EXPORTING = threading.Lock()  # torch.export is not made for several threads at once
 
 
-def is_weight_layer(module: nn.Module) -> bool:
-    """Whether masks can be put on a module: a linear layer, or a convolution that is not a grouped one."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+@dataclass(frozen=True)
+class Layer:
+    """A weight that one linear operation or convolution of a network reads.
+
+    node: the operation; activation: that of its output activation
+    batch: the dimension of the operation's values that holds the samples, `parts` of each: one sample after the other,
+        or where they are not `in_order` one part of all samples after the other
+    positions: at how many places of a sample the weight stands, as tokens; None of a linear layer of features alone
+    """
+
+    node: fx.Node
+    shape: tuple[int, ...]
+    activation: fx.Node
+    is_rectified: bool
+    batch: int
+    parts: int
+    in_order: bool
+    positions: int | None
+
+    @property
+    def is_convolution(self) -> bool:
+        return name_of(self.node) in CONVOLUTIONS
+
+    @property
+    def groups(self) -> int:
+        """Into how many groups a convolution's rows fall, and the channels that they read."""
+        return argument(self.node, "groups") if self.is_convolution else 1
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are recorded of a sample."""
+        return (self.groups * prod(self.shape[1:]) + 3 * self.shape[0]) * (self.positions or 1)
+
+    def by_sample(self, x: Tensor) -> Tensor:
+        """Values of the operation with the samples in front, (samples, parts, ...)."""
+        x = x.movedim(self.batch, 0)
+        return x.unflatten(0, (-1, self.parts)) if self.in_order else x.unflatten(0, (self.parts, -1)).transpose(0, 1)
+
+    def by_position(self, x: Tensor) -> Tensor:
+        """What it gives, or of that: (samples, groups, m / groups, positions), or of features (samples, m)."""
+        if self.positions is None:
+            return x
+        x = self.by_sample(x)
+        x = x.flatten(3).movedim(2, -1) if self.is_convolution else x  # (samples, parts, ..., m)
+        return x.reshape(len(x), self.positions, self.groups, -1).permute(0, 2, 3, 1)
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with, of what the operation is given: (samples, groups, n, positions).
+
+        Or of features (samples, n). In memory position after position, as products over samples and positions want it.
+        """
+        if self.positions is None:
+            return x
+        if not self.is_convolution:
+            return self.by_sample(x).flatten(1, -2).mT[:, None]
+        node, kernel = self.node, self.shape[2:]
+        x = padded(node, x, kernel)
+        for dim, (size, step, apart) in enumerate(zip(kernel, spread(node, "stride"), spread(node, "dilation")), 2):
+            x = x.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
+        x = x.unflatten(1, (self.groups, -1)).movedim(2, 2 + len(kernel))  # (batch, groups, *places, channels, *kernel)
+        x = self.by_sample(x.reshape(len(x), self.groups, self.positions // self.parts, -1))
+        return x.movedim(1, 2).flatten(2, 3).mT
 
 
-class Tracer(fx.Tracer):
-    """Leaves weight layers whole, those of a subclass too where it computes what the class does."""
+def spread(node: fx.Node, name: str) -> list[int]:
+    """An argument of a convolution for each dimension of its kernels."""
+    given, count = argument(node, name), int(name_of(node)[4])
+    return [*given] * count if len(given) == 1 else [*given]
 
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        is_plain = is_weight_layer(module) and type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
-        return is_plain or super().is_leaf_module(module, name)
+
+def padded(node: fx.Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
+    """What a convolution is given, with its padding of zeros."""
+    sides: list[int] = []
+    padding = argument(node, "padding")
+    for dim, (size, apart) in enumerate(zip(kernel, spread(node, "dilation"))):
+        both = apart * (size - 1) if padding == "same" else 0
+        before = both // 2 if isinstance(padding, str) else spread(node, "padding")[dim]
+        sides = [before, both - before if isinstance(padding, str) else before, *sides]  # of the last dimension first
+    return F.pad(x, sides)
 
 
 class Trace:
-    """A network as the nodes of a graph (torch.fx), and what masks need to know of them.
+    """A network as the operations of a graph (torch.export), in evaluation mode, for any number of samples.
 
-    A neuron is a channel, or a unit of a linear layer: the second dimension. Channels go through elementwise functions,
-    normalisation, dropout and pooling as they are, a flatten reads each of them at all of its positions, addition makes
-    two of them one, concatenation puts them side by side. Any other operation gives new ones.
-
+    layers: the weights that one linear operation or convolution reads, and nothing else, by their names, in the order
+        of `named_parameters`; ends: the neurons that each joins
+    images: the node that stands for what the network is given; output: that of the logits
     of_samples: the nodes whose values depend on what the network is given; others are the same for all samples
-    calls: the node that calls a weight layer, in the order of the modules; None where it is called several times, or
-        not on features or channels of every sample
-    activations: the node of each layer's output activation, and whether it is rectified
-    Raises ValueError where the network cannot be traced, or gives other logits than its nodes.
+    Raises ValueError where the network cannot be exported, or gives other logits than its operations.
     """
 
     def __init__(self, network: nn.Module, example: Tensor) -> None:
-        modules = dict(network.named_modules())
-        for module in modules.values():
-            if getattr(module, "inplace", False):
-                module.inplace = False  # what is recorded of a layer must stay as it was
+        """example: some samples, on two of which the network is run."""
+        two, three = example[[0, -1]], example[[-1, 0, -1]]
         try:
-            graph = not_in_place(Tracer().trace(network))
-            graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+            program = exported(network, two)
         except Exception as error:  # of a model of the user's own
-            raise ValueError(f"torch.fx cannot trace it ({type(error).__name__})") from error
-        self.nodes = list(graph.nodes)
-        self.names = {node: name_of(node, modules) for node in self.nodes}
-        self.output = self.nodes[-1].all_input_nodes[0]
-        self._places = {node: place for place, node in enumerate(self.nodes)}
-        self._last_uses: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for node in self.nodes:
-            if node.users:
-                self._last_uses[max(node.users, key=self._places.__getitem__)].append(node)
-        self._images = self.nodes[0]
-        self._starts = {self._images: 0}
-        self.of_samples = {self._images}
-        for node in self.nodes:
-            if not self.of_samples.isdisjoint(node.all_input_nodes):
-                self.of_samples.add(node)
-        self._shapes: dict[fx.Node, torch.Size] = {self._images: example.shape}
-        self._over_channels: set[fx.Node] = set()  # reductions that are no pooling
-        with torch.no_grad():
-            found = self.run(network, example, compute=self._noted)[self.output]
-            if not isinstance(found, Tensor) or not torch.allclose(found, network(example), 1e-3, 1e-4, equal_nan=True):
-                raise ValueError("its operations, one after the other, give other logits than itself")
-        layers = [module for module in modules.values() if is_weight_layer(module)]
-        self.calls: list[fx.Node | None] = []
-        for layer in layers:
-            nodes = [node for node in self.nodes if node.op == "call_module" and modules[node.target] is layer]
-            shapes = [self._shapes[node] for node in nodes]
-            ndim = 2 if isinstance(layer, nn.Linear) else 4
-            is_right = len(nodes) == 1 and len(shapes[0]) == ndim and len(example) == shapes[0][0]
-            self.calls.append(nodes[0] if is_right else None)
-        self.activations = [node and self._activation(node) for node in self.calls]
-        self.ends = self._ends(layers)
-        last = next((node for node in self.calls[::-1] if node is self.output), None)
-        self.representation = self.output if last is None else last.all_input_nodes[0]
-        numbers = [prod(shape[1:]) for shape in self._shapes.values()]  # of one sample
-        self.largest = max(numbers)
-        self.total = sum(numbers)
-        self._find_starts()
+            raise ValueError(f"torch.export cannot export it ({one_line(error)})") from error
+        signature = program.graph_signature
+        by_name = {node.name: node for node in program.graph.nodes}
+        names = signature.inputs_to_parameters | signature.inputs_to_buffers
+        constants = signature.inputs_to_lifted_tensor_constants
+        self.parameters = {by_name[node]: name for node, name in names.items()}
+        self.constants = {by_name[node]: program.constants[name] for node, name in constants.items()}
+        self.images = by_name[signature.user_inputs[0]]
+        self.output = by_name[signature.user_outputs[0]]
+        self.sizes: dict[fx.Node, tuple[int, int]] = {}  # whole numbers: for two samples, and by how much for one more
+        self._plan()
+        self._look(network, two, three)
+        self._plan()
 
     def __deepcopy__(self, memo: dict) -> Trace:
         return self
+
+    def begun_before(self, layers: Sequence[str]) -> Trace:
+        """The same from `start_of` layers on, whose value it is then given in the place of images."""
+        begun = copy.copy(self)
+        begun.images = self.start_of(layers)
+        begun._plan()
+        return begun
 
     def run(
         self,
         network: nn.Module,
         value: Tensor,
-        first: Sequence[int] | None = None,
-        compute: Callable[[fx.Node, Any, tuple, dict], Any] | None = None,
+        compute: Callable[[fx.Node, tuple, dict], Any] | None = None,
         watched: Sequence[fx.Node] = (),
         end: fx.Node | None = None,
+        is_constant: bool = False,
     ) -> dict[fx.Node, Any]:
         """The values of the output and of `watched` nodes.
 
-        value: what the network is given; with `first`, that of the node from which these layers can be reached
-        compute: gives the value of a node from the arguments and what it calls: a module or a function, the name of a
-            method, the value of an attribute; end: the node to stop at
+        compute: gives the value of an operation from its arguments; end: the node to stop at
+        is_constant: whether the weights are left out of the autograd graph
         """
-        start = self._images if first is None else self.start_of(first)
-        values = {start: value}
-        keep = {self.output, *watched}
-        for node in self.nodes[:-1]:
-            if self._places[node] > self._starts[start] or node.op == "get_attr":
+        values: dict[fx.Node, Any] = {self.images: value}
+        keep = {self.output, end, *watched}
+        for node in self.nodes:
+            if node in self.parameters:
+                weight = operator.attrgetter(self.parameters[node])(network)
+                values[node] = weight.detach() if is_constant else weight
+            elif node in self.constants:
+                values[node] = self.constants[node].to(value.device)
+            elif node in self.sizes:
+                of_two, more = self.sizes[node]
+                values[node] = of_two + more * (len(value) - 2)
+            elif node is not self.images:
                 arguments, named = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                is_part = node.op in ("call_module", "get_attr")
-                callee = operator.attrgetter(node.target)(network) if is_part else node.target
-                values[node] = (compute or call)(node, callee, arguments, named)
-                for spent in set(self._last_uses[node]) - keep:
-                    values.pop(spent, None)
+                values[node] = (compute or call)(node, arguments, named)
+            for spent in self._last_uses[node]:
+                if spent not in keep:
+                    del values[spent]
             if node is end:
                 break
         return values
 
-    @property
-    def maskable(self) -> list[int]:
-        """The layers that can be masked, in the order in which they are called."""
-        able = [index for index, ends in enumerate(self.ends) if ends is not None]
-        return sorted(able, key=lambda index: self._places[self.calls[index]])
-
-    def start_of(self, layers: Sequence[int]) -> fx.Node:
-        """The last node before all of these weight layers whose value is all that the rest of the network needs."""
-        first = min(self._places[self.calls[layer]] for layer in layers)
-        return max((node for node, place in self._starts.items() if place < first), key=self._starts.__getitem__)
-
-    def positions(self, layer: int) -> int:
-        """At how many positions the kernels of a convolution stand; 1 of a linear layer."""
-        return prod(self._shapes[self.calls[layer]][2:])
-
-    def _activation(self, call: fx.Node) -> tuple[fx.Node, bool]:
-        """The node of a layer's output activation, behind normalisation and addition, and whether it is rectified."""
-        node = call
-        while len(node.users) == 1:
-            (user,) = node.users
-            name = self.names[user]
-            if self._shapes.get(user) != self._shapes[node] or name not in CHANNELWISE:
+    def start_of(self, layers: Sequence[str]) -> fx.Node:
+        """The last node before all of these layers whose value, samples in front, is all that the rest needs."""
+        calls = {self.layers[layer].node for layer in layers}
+        start, alive = self.images, set()
+        for node in self.nodes:
+            if node in calls:
                 break
-            node = user
-            if name in RECTIFIERS | SMOOTH:
-                return node, name in RECTIFIERS
-        return call, False
-
-    def _noted(self, node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
-        """What a node gives, its shape noted, and whether it is a reduction over other dimensions than positions."""
-        value = call(node, callee, arguments, named)
-        if isinstance(value, Tensor):
-            self._shapes[node] = value.shape
-        if self.names[node] in REDUCTION and not is_over_positions(arguments, named):
-            self._over_channels.add(node)
-        return value
-
-    def _find_starts(self) -> None:
-        """Notes the nodes whose value is all that later ones need, and the place from which on it is."""
-        alive: set[fx.Node] = set()
-        for place, node in enumerate(self.nodes[:-1]):
-            if node.op != "get_attr" and node.users:
+            if node in self.of_samples:
                 alive.add(node)
             alive.difference_update(self._last_uses[node])
-            if len(alive) == 1 and (single := next(iter(alive))) in self._shapes:
-                self._starts.setdefault(single, place)
+            if len(alive) == 1 and self.batches.get(single := next(iter(alive))) == (0, 1):
+                start = single
+        return start
 
-    def _ends(self, layers: Sequence[nn.Module]) -> list[Ends | None]:
-        """The neurons that each weight layer joins, by numbers of their own; None for those that masks cannot have."""
-        parents: list[int] = []
+    @property
+    def representation(self) -> fx.Node:
+        """What the last layer is given; the output itself where the network does not end in a linear layer."""
+        is_last = any(layer.node is self.output and layer.positions is None for layer in self.layers.values())
+        return self.output.args[0] if is_last else self.output
 
-        def new(count: int) -> Tensor:
-            parents.extend(range(len(parents), len(parents) + count))
-            return torch.arange(len(parents) - count, len(parents))
+    @property
+    def why_no_logits(self) -> str:
+        """Why the output cannot be logits, in words, or ""."""
+        layers = {layer.node for layer in self.layers.values()}
+        behind, seen = [self.output], set()
+        while behind:
+            node = behind.pop()
+            if name_of(node) in PROBABILITIES:
+                return f"ends in a {name_of(node)}: give it without"
+            if node not in layers | seen:
+                behind += [each for each in node.all_input_nodes if each in self.of_samples]
+            seen.add(node)
+        return "" if seen & layers else "ends in no layer that can be masked"
 
-        def root(neuron: int) -> int:
-            while parents[neuron] != neuron:
-                neuron = parents[neuron]
-            return neuron
-
-        channels: dict[fx.Node, Tensor] = {}  # of every node with a batch of values, along the second dimension
+    def _plan(self) -> None:
+        """Finds the nodes that the output takes from the images on, and those that are spent after each."""
+        wanted, behind = {self.images}, [self.output]
+        while behind:
+            node = behind.pop()
+            if node not in wanted:
+                wanted.add(node)
+                behind += [] if node in self.sizes else node.all_input_nodes
+        self.nodes = [node for node in self.output.graph.nodes if node in wanted]
+        last: dict[fx.Node, fx.Node] = {}
         for node in self.nodes:
-            shape = self._shapes.get(node, ())
-            if len(shape) < 2 or node not in self.of_samples:
-                continue
-            name = self.names[node]
-            of_inputs = [each for each in node.all_input_nodes if each in channels]
-            given = [channels[each] for each in of_inputs if self._shapes[each][0] == shape[0]]
-            if node in self._over_channels:
-                channels[node] = new(shape[1])
-            elif name in CONCATENATING and sum(map(len, given)) == shape[1]:
-                channels[node] = torch.cat(given)
-            elif name in RESHAPING and len(given) == 1 and len(shape) == 2 and shape[1] % len(given[0]) == 0:
-                channels[node] = given[0].repeat_interleave(shape[1] // len(given[0]))
-            elif name in CHANNELWISE | RESHAPING and given and all(len(each) == shape[1] for each in given):
-                channels[node] = given[0]
-                for other in given[1:]:
-                    for one, another in zip(given[0].tolist(), other.tolist()):
-                        parents[root(one)] = root(another)
-            else:
-                channels[node] = new(shape[1])
-        roots = torch.tensor([root(neuron) for neuron in range(len(parents))])
-        ends: list[Ends | None] = []
-        for node, layer in zip(self.calls, layers):
-            if node is None:
-                ends.append(None)
-                continue
-            sources = roots[channels[node.all_input_nodes[0]]]
-            if isinstance(layer, nn.Conv2d):
-                sources = sources.repeat_interleave(prod(layer.kernel_size))
-            ends.append(Ends(sources, roots[channels[node]]))
-        return ends
+            if node is not self.images and node not in self.sizes:
+                last.update(dict.fromkeys(node.all_input_nodes, node))
+        self._last_uses: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node, user in last.items():
+            self._last_uses[user].append(node)
+
+    @torch.no_grad()
+    def _look(self, network: nn.Module, two: Tensor, three: Tensor) -> None:
+        """Runs it on two samples and on three, and sees what depends on them, and which neurons its layers join.
+
+        batches: of a node of samples, the dimension that holds them, and how many parts of each
+        """
+        self.of_samples, neurons = {self.images}, Neurons()
+        readers = self._readers(network)
+        seen: list[dict[fx.Node, Any]] = []
+        given: list[dict[fx.Node, Tensor]] = []
+
+        def note(node: fx.Node, arguments: tuple, named: dict) -> Any:
+            value = call(node, arguments, named)
+            if isinstance(value, Tensor | int | float):
+                seen[-1][node] = value.shape if isinstance(value, Tensor) else value
+            if node in readers and node.args[0] in self.of_samples and 2 not in seen[0][node.args[0]][:2]:
+                given[-1][node] = arguments[0]  # parts of samples, it may be
+            if len(seen) == 1:
+                is_of_samples = isinstance(value, Tensor | tuple | list)
+                if is_of_samples and not self.of_samples.isdisjoint(node.all_input_nodes):
+                    self.of_samples.add(node)
+                neurons.follow(node, value, node in self.of_samples)
+            return value
+
+        logits = []
+        for x in (two, three):
+            seen.append({self.images: x.shape})
+            given.append({})
+            if len(seen) == 1:
+                neurons.follow(self.images, x, True)
+            logits.append(self.run(network, x, note)[self.output])
+        is_as_exported = torch.allclose(logits[0], network(two), 1e-3, 1e-4, equal_nan=True)
+        if not is_as_exported or not torch.allclose(logits[1][1:], logits[0], 1e-2, 1e-3, equal_nan=True):
+            raise ValueError("its operations, one after the other, give other logits than itself")
+        self.batches: dict[fx.Node, tuple[int, int]] = {}
+        self.shapes, counts = seen[0], []
+        for node, shape in seen[0].items():
+            more = seen[1][node]
+            if isinstance(shape, int | float):
+                self.sizes[node] = (shape, more - shape)
+            elif node in self.of_samples and isinstance(shape, torch.Size):
+                counts.append(prod(shape) // 2)
+                changed = [dim for dim, (size, larger) in enumerate(zip(shape, more)) if 3 * size == 2 * larger > 0]
+                if len(changed) == 1:
+                    self.batches[node] = (changed[0], shape[changed[0]] // 2)
+        self.largest, self.total = max(counts), sum(counts)
+        ends, nodes = neurons.resolved(), {name: node for node, name in readers.items()}
+        self.layers: dict[str, Layer] = {}
+        self.ends: dict[str, Ends] = {}
+        for name, weight in network.named_parameters():
+            node = nodes.get(name)
+            batch = self.batches.get(node)
+            # As what it is given has them; linear layers on all tokens of all samples in one row are given parts.
+            if batch is not None and self.batches.get(node.args[0]) == batch:
+                in_order = node not in given[0] or is_in_order(given[0][node], given[1][node], *batch)
+                self.layers[name] = self._layer(node, weight.shape, in_order)
+                self.ends[name] = ends[node]
+
+    def _readers(self, network: nn.Module) -> dict[fx.Node, str]:
+        """The operations that read a weight which nothing else reads, and its name."""
+        holders = Counter(map(id, dict(network.named_parameters(remove_duplicate=False)).values()))
+        own = {name for name, weight in network.named_parameters() if holders[id(weight)] == 1}
+        readers, live = {}, set(self.nodes)
+        for weight, name in self.parameters.items():
+            users = [node for node in weight.users if node in live]
+            is_read_once = name in own and len(users) == 1 and name_of(users[0]) in {"linear"} | CONVOLUTIONS
+            owner = type(network.get_submodule(name.rpartition(".")[0]))
+            # Of lists and of what is computed from parameters no mask can take the place.
+            if is_read_once and users[0].args[1] is weight and not owner.__name__.startswith("Parametri"):
+                readers[users[0]] = name
+        return readers
+
+    def _layer(self, node: fx.Node, shape: torch.Size, in_order: bool) -> Layer:
+        """What there is to know of an operation that reads a weight."""
+        is_convolution, (batch, parts) = name_of(node) in CONVOLUTIONS, self.batches[node]
+        of_places = self.shapes[node][2:] if is_convolution else self.shapes[node][:-1]
+        positions = prod(of_places) * parts if is_convolution else prod(of_places) // 2
+        has_positions = is_convolution or len(self.shapes[node]) > 2 or parts > 1
+        activation, is_rectified = self._activation(node)
+        return Layer(
+            node=node,
+            shape=tuple(shape),
+            activation=activation,
+            is_rectified=is_rectified,
+            batch=batch,
+            parts=parts,
+            in_order=in_order,
+            positions=positions if has_positions else None,
+        )
+
+    def _activation(self, layer: fx.Node) -> tuple[fx.Node, bool]:
+        """The node of a layer's output activation, behind normalisation and addition, and whether it is rectified."""
+        node, live = layer, set(self.nodes)
+        while len(users := [each for each in node.users if each in live]) == 1:
+            name = name_of(users[0])
+            if self.shapes.get(users[0]) != self.shapes[node] or name not in RECTIFIERS | SMOOTH | CARRYING:
+                break
+            node = users[0]
+            if name not in CARRYING:
+                return node, name in RECTIFIERS
+        return layer, False
 
 
-def name_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    """What a node does, the same for a module, a function and a method: `relu`, `maxpool2d`."""
-    if node.op == "call_module":
-        name = type(modules[node.target]).__name__
-    else:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.lower().replace("_", "")
+def is_in_order(two: Tensor, three: Tensor, batch: int, parts: int) -> bool:
+    """Whether a dimension has one sample after the other, by the values of two, the last of three."""
+    two, three = two.movedim(batch, 0), three.movedim(batch, 0)
+    return torch.allclose(three.unflatten(0, (3, parts))[1:], two.unflatten(0, (2, parts)), 1e-3, 1e-4)
 
 
-def is_over_positions(arguments: tuple, named: dict) -> bool:
-    """Whether the dimensions that a mean or a maximum goes over, `dim` of them, are all behind the channels."""
-    given = dict(zip(("input", "dim"), arguments)) | named
-    dims = given.get("dim", given.get("axis"))
-    dims = [dims] if isinstance(dims, int) else dims
-    return bool(dims) and all(each % given["input"].ndim > 1 for each in dims)
+def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
+    """The operations of a network, none of them in place, for any number of samples. Raises whatever is wrong."""
+    for module in network.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False
+    with EXPORTING, torch.enable_grad():  # without gradients nn.TransformerEncoderLayer is one operation
+        program = export(network, (example,), dynamic_shapes=({0: Dim.AUTO},), strict=False)
+        in_place = [node for node in program.graph.nodes if is_in_place(node)]
+        if all(is_alone(node.args[0]) for node in in_place):
+            for node in in_place:
+                plain = getattr(torch.ops.aten, name_of(node).removesuffix("_"))
+                node.target = getattr(plain, node.target._overloadname)
+        else:
+            program = program.run_decompositions({})  # takes as long as the export
+    for node in program.graph.nodes:
+        if name_of(node) == "_native_batch_norm_legit_no_training":  # as it was, of which vmap knows
+            (first,) = [user for user in node.users if user.args[1] == 0]
+            first.target, (*given, momentum, eps) = torch.ops.aten.batch_norm.default, node.args
+            first.args = (*given, False, momentum, eps, True)
+    return program
 
 
-def not_in_place(graph: fx.Graph) -> fx.Graph:
-    """The same graph, its operations giving new values instead of changing those that they are given."""
-    for node in graph.nodes:
-        if node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-        elif node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
-            node.target = node.target[:-1]
-    return graph
+def is_in_place(node: fx.Node) -> bool:
+    """Whether an operation changes what it is given."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
-def call(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
-    """What a node gives for its arguments; an input beside the samples, its default."""
-    if node.op == "get_attr":
-        return callee
-    if node.op == "placeholder":
-        return arguments[0]
-    if node.op == "call_method":
-        return getattr(arguments[0], callee)(*arguments[1:], **named)
-    return callee(*arguments, **named)
+def is_alone(node: fx.Node) -> bool:
+    """Whether no other value may lie at the same place in memory."""
+    return MOVING.isdisjoint(map(name_of, (node, *node.users)))
+
+
+def call(node: fx.Node, arguments: tuple, named: dict) -> Any:
+    """What an operation gives for its arguments."""
+    return node.target(*arguments, **named)
