@@ -86,6 +86,12 @@ class HookedClassifier(nn.Module):
         return weight_layers(self)
 
     @property
+    def names(self) -> list[str]:
+        """The name of every weight in the network, in the order of the layers."""
+        names = {module: name for name, module in self.network.named_modules()}
+        return [f"{names[layer]}.weight".lstrip(".") for layer in self.layers]
+
+    @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shape of every weight, in the order of the layers: (out, in), or that of kernels."""
         return [shape_of(layer) for layer in self.layers]
@@ -97,15 +103,16 @@ class HookedClassifier(nn.Module):
         return torch.cat([self.outputs(part, first)[1] for part in images.split(self.samples_at_once)])
 
     def outputs(
-        self, inputs: Tensor, first: Layers | None = None, weights: Mapping[int, Tensor] | None = None
+        self, inputs: Tensor, first: Layers | None = None, weights: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """The representation, which the last layer is given, (batch, n), and the logits (batch, classes).
 
         inputs: images, or with `first`, `prefix_activations` of these layers
-        weights: by layer, in the place of its own; gradients then reach these and no parameter
+        weights: by name, in the place of its own; gradients then reach these and no parameter
         """
         trace = self.trace
-        changed = {trace.calls[index]: weight for index, weight in (weights or {}).items()}
+        calls = dict(zip(self.names, trace.calls)) if weights else {}
+        changed = {calls[name]: weight for name, weight in (weights or {}).items()}
 
         def compute(node: fx.Node, callee: Any, arguments: tuple, named: dict) -> Any:
             if node in changed:

@@ -1,6 +1,7 @@
 """Masks: the network that they were made on, what interrupts leave, the order of parameters, and what is no mask."""
 
 import copy
+import operator
 import re
 import sys
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from mimu import Mask, RetainScoreError, unlearn
 from mimu.networks import masks
-from mimu.networks.hooked import shape_of, weight_layers
-from mimu.networks.masks import LayerMask
+from mimu.networks.masks import LayerMask, Weight
 from mimu.runs.files import ArtifactError, save
 
 TRAIN = random_split(200)
+KERNELS, FIRST, SECOND = NAMES = ("0.weight", "1.1.weight", "1.3.weight")
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -29,13 +30,13 @@ def network(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(2, 4, 3), linear)
 
 
-def lower_left(model: nn.Module, layers: tuple[int, ...] = (0, 1, 2), rank: int = 0) -> Mask:
+def lower_left(model: nn.Module, layers: tuple[str, ...] = NAMES, rank: int = 0) -> Mask:
     """The mask of layers that leaves out what stands above the diagonal."""
     by_layer = {}
-    for index in layers:
-        shape = shape_of(weight_layers(model)[index])
+    for name in layers:
+        shape = operator.attrgetter(name)(model).shape
         keep = torch.ones(shape).flatten(1).tril()
-        by_layer[index] = LayerMask(keep.view(shape), *(torch.ones(size, rank) / size for size in keep.shape))
+        by_layer[name] = LayerMask(keep.view(shape), *(torch.ones(size, rank) / size for size in keep.shape))
     return Mask(by_layer, (1,)).made_on(model)
 
 
@@ -58,12 +59,16 @@ def little_trained(model: nn.Module) -> None:
     weight.add_(torch.randn(36, 36), alpha=0.03 * weight.std().item())
 
 
+def exchanged(model: nn.Module) -> None:
+    model[1][1], model[1][3] = model[1][3], model[1][1]
+
+
 def masked(model: nn.Module, permanent: bool = False, **about) -> None:
     lower_left(model, **about).apply(model, permanent)
 
 
 def masked_otherwise(model: nn.Module) -> None:
-    mask_of({1: torch.ones(36, 36).triu(-9)}).apply(model, permanent=True)
+    mask_of({FIRST: torch.ones(36, 36).triu(-9)}).apply(model, permanent=True)
 
 
 SAME = {
@@ -76,16 +81,17 @@ SAME = {
     "channels last": lambda model: model.to(memory_format=torch.channels_last),
     "in parallel": nn.DataParallel,
     "wrapped": lambda model: nn.ModuleDict({"_orig_mod": model, "unused": nn.Linear(36, 36)}),
-    "under a part of it": lambda model: changed(model, partial(masked, layers=(1,))),
+    "a layer in front": lambda model: nn.ModuleDict({"in": nn.Linear(36, 36), "0": model[0], "1": model[1]}),
+    "under a part of it": lambda model: changed(model, partial(masked, layers=(FIRST,))),
     "for good": lambda model: changed(model, partial(masked, permanent=True)),
     "for good, and another": lambda model: changed(model, masked_otherwise),
 }
 OTHERS = {
     "another": lambda model: network(1),
-    "a layer in front": lambda model: nn.Sequential(model[0], nn.Sequential(nn.Linear(36, 36), *model[1])),
+    "layers exchanged": lambda model: changed(model, exchanged),
     "trained a little": lambda model: changed(model, little_trained),
     "trained under the mask": lambda model: changed(model, masked, little_trained),
-    "a direction less": lambda model: changed(model, partial(masked, layers=(0,), rank=1, permanent=True)),
+    "a direction less": lambda model: changed(model, partial(masked, layers=(KERNELS,), rank=1, permanent=True)),
 }
 
 
@@ -94,14 +100,14 @@ OTHERS = {
 def test_a_mask_goes_on_the_network_that_it_was_made_on_and_on_another_only_if_told(name, is_saved, tmp_path):
     model = network()
     mask = lower_left(model)
-    assert [origin.name for origin in mask.origins.values()] == ["0.weight", "1.1.weight", "1.3.weight"]
+    assert mask.layers == tuple(mask.origins) == NAMES
     if is_saved:
         mask.save(tmp_path / "mask.pt")
         mask = Mask.load(tmp_path / "mask.pt")
     model = (SAME | OTHERS)[name](model)
     before = state_of(model)
     if name in OTHERS:
-        line = r"^layer \d \('.*weight'\) has other weights than the mask was made on \('(0|1.1).weight'\): [^\n]*$"
+        line = r"^layer '(0|1.1).weight' has other weights than the mask was made on: [^\n]*$"
         for permanent in (False, True):
             with pytest.raises(ValueError, match=line):
                 mask.apply(model, permanent)
@@ -113,8 +119,8 @@ def test_a_mask_goes_on_the_network_that_it_was_made_on_and_on_another_only_if_t
         assert found.includes(mask) and mask.includes(found) and found.forgets == (1,)
     assert state_of(model) == before
     if name == "itself":
-        pairs = zip(mask.origins.values(), found.origins.values(), strict=True)
-        assert all(one.name == other.name and torch.equal(one.weights, other.weights) for one, other in pairs)
+        assert list(mask.origins) == list(found.origins)
+        assert all(torch.equal(one, found.origins[layer]) for layer, one in mask.origins.items())
 
 
 def test_the_mask_of_a_request_is_for_its_model_and_files_from_before_are_for_any(tmp_path):
@@ -122,7 +128,7 @@ def test_the_mask_of_a_request_is_for_its_model_and_files_from_before_are_for_an
     model, another = (nn.Sequential(nn.Linear(7, 16), nn.ReLU(), nn.Linear(16, 3)) for _ in range(2))
     trained(model, TRAIN)
     plain = copy.deepcopy(model)
-    carried = mask_of({1: torch.ones(3, 16).index_fill(1, torch.arange(8), 0)})
+    carried = mask_of({"2.weight": torch.ones(3, 16).index_fill(1, torch.arange(8), 0)})
     carried.apply(model)
     with pytest.raises(RetainScoreError) as error:
         unlearn(model, TRAIN.images, TRAIN.labels, 1, scorer="saliency", max_fall=1e-9)
@@ -139,15 +145,16 @@ def test_the_mask_of_a_request_is_for_its_model_and_files_from_before_are_for_an
 
 def test_masks_of_one_network_combine_and_are_still_known_to_be_of_it():
     model = network()
-    one, other = lower_left(model, (0, 1)), lower_left(model, (1, 2))
-    by_hand = mask_of({2: torch.ones(36, 36).triu()})
+    one, other = lower_left(model, NAMES[:2]), lower_left(model, NAMES[1:])
+    by_hand = mask_of({SECOND: torch.ones(36, 36).triu()})
     both = one & other & by_hand
-    assert sorted(both.origins) == [0, 1, 2] and list((by_hand & one).origins) == [0, 1]
+    assert tuple(both.origins) == NAMES and tuple((by_hand & one).origins) == NAMES[:2]
     both.apply(model)
     with pytest.raises(ValueError, match="has other weights"):
         both.apply(network(1))
-    with pytest.raises(ValueError, match="^masks of one classifier combine: .* made on other weights of layer 1$"):
-        one & lower_left(network(1), (1, 2))
+    line = "^masks of one classifier combine: these were made on other weights of layer '1.1.weight'$"
+    with pytest.raises(ValueError, match=line):
+        one & lower_left(network(1), NAMES[1:])
 
 
 def parametrized(model: nn.Module) -> None:
@@ -168,8 +175,9 @@ def for_good(mask: Mask, model: nn.Module) -> None:
     mask.apply(model, permanent=True)
 
 
-first_masked = partial(masked, layers=(0,))
-both_masked = partial(masked, layers=(0, 1))
+BOTH = ("0.weight", "2.weight")  # of the small one
+first_masked = partial(masked, layers=BOTH[:1])
+both_masked = partial(masked, layers=BOTH)
 # What is done, what the model is before, and what else it may be afterwards.
 WAYS = {
     "put on": (Mask.apply, [], [both_masked]),
@@ -181,7 +189,7 @@ WAYS = {
 }
 
 
-ACTS = {act.__code__ for act in (Mask.apply, Mask.remove, Mask.applied_to.__wrapped__, masks.take_off, masks.undoing)}
+ACTS = {act.__code__ for act in (Mask.apply, Mask.remove, Mask.applied_to.__wrapped__, Weight.take_off, masks.undoing)}
 
 
 def interrupted(act: Callable[[], object], at: int) -> bool:
@@ -221,7 +229,7 @@ def seen(model: nn.Module) -> list:
 def test_an_interrupt_at_any_line_leaves_all_layers_masked_or_none(way):
     act, first, otherwise = WAYS[way]
     original, line, found, is_interrupted = changed(small(), *first), 0, [], True
-    mask = lower_left(original, (0, 1))
+    mask = lower_left(original, BOTH)
     possible = [seen(original), seen(changed(small(), *otherwise))]
     while is_interrupted:
         model, line = copy.deepcopy(original), line + 1
@@ -229,12 +237,12 @@ def test_an_interrupt_at_any_line_leaves_all_layers_masked_or_none(way):
         is_interrupted = interrupted(partial(act, mask, model), line)
         found.append(possible.index(seen(model)))
         assert found[-1] or state_of(model) == before
-        lower_left(model, (0, 1)).apply(model)  # it can be gone on with
+        lower_left(model, BOTH).apply(model)  # it can be gone on with
     assert set(found) == set(range(len(possible))) and line > 50
 
 
 def test_what_fails_midway_is_undone_and_a_carried_mask_is_on_again_after_a_context(monkeypatch):
-    model = changed(network(), partial(masked, layers=(1,)))
+    model = changed(network(), partial(masked, layers=(FIRST,)))
     before, mask, register = state_of(model), lower_left(model), parametrize.register_parametrization
 
     def failing(layer: nn.Module, *arguments: object) -> None:
@@ -243,7 +251,7 @@ def test_what_fails_midway_is_undone_and_a_carried_mask_is_on_again_after_a_cont
             raise MemoryError
 
     with mask.applied_to(model):
-        assert Mask.on(model).layers == (0, 1, 2)
+        assert Mask.on(model).layers == NAMES
     assert state_of(model) == before
     monkeypatch.setattr(parametrize, "register_parametrization", failing)
     with pytest.raises(MemoryError):
@@ -311,10 +319,10 @@ def test_parts_that_are_no_matrices_of_numbers_are_refused_in_a_line(parts, tmp_
     with pytest.raises(
         ValueError, match="^(a mask must have tensors of floating-point numbers alone|edits must be .*)$"
     ):
-        Mask({0: LayerMask(*parts)})
+        Mask({"0.weight": LayerMask(*parts)})
     keep, *edit = parts
     if keep is ONES:  # which is of bool in a file
-        save(tmp_path / "mask.pt", {"layers": [0], "keep": [keep.bool()], "forgets": [], "edits": [edit]})
+        save(tmp_path / "mask.pt", {"layers": ["0.weight"], "keep": [keep.bool()], "forgets": [], "edits": [edit]})
         with pytest.raises(ArtifactError, match=r"mask.pt: is not a mask \([^\n]*\)$"):
             Mask.load(tmp_path / "mask.pt")
 
@@ -330,8 +338,8 @@ def test_where_no_mask_can_be_is_said_in_a_line(tmp_path):
     ):
         with pytest.raises(ArtifactError, match=line):
             Mask.load(path)
-    name, weights = mask.origins[1]
-    for made_on in ({1: [name, weights[1:]]}, {1: [name]}, [name], {1: [name, None]}):
+    weights = mask.origins[FIRST]
+    for made_on in ({FIRST: [FIRST, weights[1:]]}, {FIRST: [FIRST]}, [FIRST], {FIRST: [FIRST, None]}):
         save(tmp_path / "mask.pt", mask.saved() | {"made_on": made_on})
         with pytest.raises(ArtifactError, match=r"mask.pt: is not a mask \([^\n]*\)$"):
             Mask.load(tmp_path / "mask.pt")
@@ -343,12 +351,12 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 def test_what_two_masks_take_is_taken_once():
     model, other = network(), network()
-    one, two = lower_left(model, rank=2), lower_left(model, (1, 2), rank=1)
+    one, two = lower_left(model, rank=2), lower_left(model, NAMES[1:], rank=1)
     two = Mask({layer: each._replace(left=2 * each.left) for layer, each in two.by_layer.items()})
     (one & one).apply(model)
     one.apply(other)
     assert torch.equal(outputs(model), outputs(other)) and (one & one).includes(one) and not two.includes(one)
-    assert [(two & one).by_layer[layer].rank for layer in (0, 1, 2)] == [2, 3, 3]
+    assert [(two & one).by_layer[layer].rank for layer in NAMES] == [2, 3, 3]
     (two & one & two).apply(network())
 
 
