@@ -215,18 +215,18 @@ class Mask:
 
     def __and__(self, other: Mask) -> Mask:
         """The mask that keeps what both keep, takes what either takes, and forgets what either forgets."""
-        found, origins = dict(self.by_layer), dict(self.origins)
+        found = dict(self.by_layer)
         for layer, mask in other.by_layer.items():
-            name = same_layer(layer, found) or layer
-            own = found.get(name)
+            own = found.get(layer)
             if own is not None and own.keep.shape != mask.keep.shape:
                 shapes = f"{tuple(own.keep.shape)} and {tuple(mask.keep.shape)}"
-                raise ValueError(f"masks of one classifier combine: of layer {name!r} these have {shapes}")
-            found[name] = mask if own is None else own & mask
-            theirs = other.origins.get(layer)
-            if theirs is not None and not are_same(origins.setdefault(name, theirs), theirs):
-                raise ValueError(f"masks of one classifier combine: these were made on other weights of layer {name!r}")
-        return Mask(found, tuple(sorted({*self.forgets, *other.forgets})), origins, self.about)
+                raise ValueError(f"masks of one classifier combine: of layer {layer!r} these have {shapes}")
+            found[layer] = mask if own is None else own & mask
+            one, two = self.origins.get(layer), other.origins.get(layer)
+            if one is not None and two is not None and not are_same(one, two):
+                raise ValueError(f"masks of one classifier combine: these were made on other weights of {layer!r}")
+        forgets = {*self.forgets, *other.forgets}
+        return Mask(found, tuple(sorted(forgets)), {**other.origins, **self.origins}, self.about)
 
     def as_tensor(self) -> Tensor:
         """The layer's shape (m, n) for one masked layer, flat in vertex order (vertices) for several."""
@@ -238,11 +238,8 @@ class Mask:
 
     def includes(self, other: Mask) -> bool:
         """Whether it switches off all that the other does, and takes what that takes."""
-        for layer, mask in other.by_layer.items():
-            own = same_layer(layer, self.by_layer)
-            if own is None or not self.by_layer[own].includes(mask):
-                return False
-        return True
+        own = self.by_layer
+        return all(layer in own and own[layer].includes(mask) for layer, mask in other.by_layer.items())
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The masked weights of a model without a mask, by their names there, as they are under this one."""
@@ -258,7 +255,7 @@ class Mask:
         weights, indexed, found, origins = weights_in(model), indexed_in(model), {}, {}
         parameters = {name: weight.original for name, weight in weights.items()}
         for layer, part in self.by_layer.items():
-            name = same_layer(indexed.get(layer, layer), weights)
+            name = name_among(weights, indexed.get(layer, layer))
             shape, parameter = tuple(part.keep.shape), parameters.get(name)
             if parameter is None or isinstance(weights[name].owner, COLLECTIONS):
                 ways = "what torch.nn.utils computes becomes one by prune.remove, remove_parametrizations or their like"
@@ -402,11 +399,11 @@ def indexed_in(model: nn.Module) -> dict[int, str]:
     return found
 
 
-def same_layer(layer: str | int, layers: Collection[str | int]) -> str | int | None:
-    """Which of some layers a layer is, by its name, or by what follows `WRAPPERS` in it; None where that is not one."""
-    if layer in layers:
+def name_among(names: Collection[str], layer: str | int) -> str | None:
+    """Which of some names is a layer's, as it is or without `WRAPPERS` in front; None where it is none, or several."""
+    if layer in names:
         return layer
-    found = [each for each in layers if without_wrappers(each) == without_wrappers(layer)]
+    found = [name for name in names if without_wrappers(name) == without_wrappers(layer)]
     return found[0] if len(found) == 1 else None
 
 

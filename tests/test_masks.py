@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from mimu import Mask, RetainScoreError, unlearn
 from mimu.networks import masks
+from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Weight
 from mimu.runs.files import ArtifactError, save
 
@@ -152,7 +153,7 @@ def test_masks_of_one_network_combine_and_are_still_known_to_be_of_it():
     both.apply(model)
     with pytest.raises(ValueError, match="has other weights"):
         both.apply(network(1))
-    line = "^masks of one classifier combine: these were made on other weights of layer '1.1.weight'$"
+    line = "^masks of one classifier combine: these were made on other weights of '1.1.weight'$"
     with pytest.raises(ValueError, match=line):
         one & lower_left(network(1), NAMES[1:])
 
@@ -389,3 +390,136 @@ def test_what_was_said_of_a_mask_is_in_its_file(tmp_path):
     mask = Mask(lower_left(network()).by_layer, (1,), about="ranked by the formula; 3 % are left")
     mask.save(tmp_path / "mask.pt")
     assert repr(Mask.load(tmp_path / "mask.pt")) == repr(mask) and repr(mask).endswith("3 % are left)")
+
+
+class Both(nn.Module):
+    """A network whose parts are called as wrappers call theirs, two of them of one name but for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network, self.fc = nn.Sequential(), nn.Linear(4, 4)
+        self.network.add_module("fc", nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.fc(self.network(x).relu())
+
+
+SHAPES = {Both: (4,), nn.Sequential: (2, 5, 5)}
+WRAPPERS = {
+    "hooked": lambda model: HookedClassifier(model, torch.ones(2, *SHAPES[type(model)])),
+    "parallel": nn.DataParallel,
+    "compiled": partial(torch.compile, backend="eager"),
+    "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("make, names", [(network, NAMES), (Both, ("network.fc.weight", "fc.weight"))])
+def test_a_network_is_the_same_under_a_wrapper(make, names, wrapper):
+    model, inner = make(), make()
+    wrapped, mask = WRAPPERS[wrapper](inner), lower_left(model, names[:1])
+    with mask.applied_to(wrapped):
+        made, weight = Mask.on(wrapped), operator.attrgetter(names[0])(inner).detach()
+        assert made.layers == Mask.on(inner).layers == names[:1] and made.includes(mask) and mask.includes(made)
+        assert torch.equal(weight, mask.weights(model)[names[0]])
+    with made.applied_to(model):
+        assert torch.equal(operator.attrgetter(names[0])(model), weight)
+    assert state_of(model) == state_of(make())[:1] + state_of(model)[1:] and Mask.on(inner) is None
+    other = lower_left(model, names[1:2])
+    assert (made & other & mask).layers == names[:2] and (made & other).num_zeroed == made.num_zeroed + other.num_zeroed
+
+
+def test_an_unknown_wrapper_is_left_out_where_its_name_is_known():
+    model, mask = network(), lower_left(network())
+    for prefix in ("network.", "module._orig_mod."):
+        with Mask({prefix + name: part for name, part in mask.by_layer.items()}).applied_to(model):
+            assert Mask.on(model).layers == NAMES
+    with pytest.raises(ValueError, match="^layer 'model.0.weight' must be"):
+        Mask({"model.0.weight": mask.by_layer[KERNELS]}).apply(model)
+    both = nn.ModuleDict({"module": nn.Linear(2, 2), "network": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="^layer 'weight' must be"):
+        mask_of({"weight": torch.eye(2)}).apply(both)
+
+
+@pytest.mark.parametrize("prefix", ["", "network.", "module._orig_mod.", None])
+def test_files_from_before_have_indices_and_go_on_by_the_names_of_what_they_were_made_on(prefix, tmp_path):
+    model, mask = network(), lower_left(network())
+    model.network = nn.Conv2d(4, 4, 1, groups=2)  # which had no index
+    saved = {"layers": [0, 2], "keep": [], "forgets": [1], "edits": []}
+    for name in (KERNELS, SECOND):
+        part = mask.by_layer[name]
+        saved["keep"].append(part.keep.bool())
+        saved["edits"].append([part.left, part.right])
+    if prefix is not None:
+        made_on = {0: [prefix + KERNELS, mask.origins[KERNELS]], 2: [prefix + SECOND, mask.origins[SECOND]]}
+        saved |= {"made_on": made_on, "about": ""}
+    save(tmp_path / "mask.pt", saved)
+    loaded = Mask.load(tmp_path / "mask.pt")
+    expected = (0, 2) if prefix is None else (prefix + KERNELS, prefix + SECOND)
+    assert loaded.layers == expected and loaded.made_on(model).layers == (KERNELS, SECOND)
+    with loaded.applied_to(model):
+        found = Mask.on(model)
+        assert found.layers == (KERNELS, SECOND) and found.includes(loaded.made_on(model))
+        loaded.save(tmp_path / "again.pt")
+        assert Mask.load(tmp_path / "again.pt").layers == expected
+    assert list(loaded.weights(model)) == [KERNELS, SECOND]
+    if prefix is None:
+        other = loaded & mask  # both names of one layer
+        assert other.made_on(model).layers == NAMES
+        with pytest.raises(ValueError, match="^layer 2 must be a parameter"):
+            loaded.apply(model[:1])
+    else:
+        with pytest.raises(ValueError, match="has other weights"):
+            loaded.apply(network(1))
+
+
+class Parts(nn.Module):
+    """Parameters wherever people have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.line, self.space = nn.Conv1d(4, 6, 3), nn.Conv3d(1, 2, (1, 2, 2))
+        self.depthwise = nn.Conv2d(4, 4, (3, 1), groups=4)
+        self.attention, self.mixed = nn.MultiheadAttention(4, 2), nn.MultiheadAttention(4, 2, kdim=3, vdim=3)
+        self.own, self.listed = nn.Parameter(torch.randn(4, 4)), nn.ParameterList([torch.randn(4, 4)])
+        self.named = nn.ParameterDict({"one": torch.randn(4, 4)})
+
+    def forward(self, x):
+        x = x @ self.own @ self.listed[0] @ self.named["one"]
+        of_convolutions = self.line(x), self.space(x[:, None, None]), self.depthwise(x[..., None])
+        of_attention = self.attention(x, x, x)[0], self.mixed(x, x[..., :3], x[..., :3])[0]
+        return torch.cat([each.flatten() for each in (*of_convolutions, *of_attention)])
+
+
+PLACES = [
+    ["line.weight"], ["space.weight"], ["depthwise.weight"], ["own"], ["own", "mixed.out_proj.weight"],
+    ["attention.in_proj_weight", "attention.out_proj.weight"], ["mixed.q_proj_weight", "mixed.v_proj_weight"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", PLACES)
+def test_a_parameter_of_any_module_takes_a_mask_and_stands_where_it_stood_when_it_has_come_off(names):
+    model, x = Parts().eval(), torch.linspace(-1, 1, 32).view(2, 4, 4)
+    before, mask = state_of(model), lower_left(model, names, rank=1)
+    expected = torch.func.functional_call(model, mask.weights(model), x)
+    with torch.no_grad(), mask.applied_to(model):
+        assert torch.equal(model(x), expected) and Mask.on(model).layers == tuple(names)
+        for name in names:  # off one by one, as they were put on
+            Mask({name: mask.by_layer[name]}).remove(model)
+            assert Mask.on(model) is None or name not in Mask.on(model).layers
+        assert state_of(model) == before
+        mask.apply(model)
+    assert state_of(model) == before
+    mask.apply(model, permanent=True)
+    assert torch.equal(model(x), expected) and list(model.state_dict()) == list(Parts().state_dict())
+
+
+@pytest.mark.parametrize("name", ["listed.0", "named.one", "none.weight", "attention.bias_k", "attention", "weight"])
+def test_what_is_no_parameter_of_a_module_is_refused(name):
+    model = Parts()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=rf"^layer '{name}' must be a parameter \(4, 4\) of a module, [^\n]*$"):
+        mask_of({name: torch.eye(4)}).apply(model)
+    assert state_of(model) == before
