@@ -197,8 +197,8 @@ def masked_weights(classifier: HookedClassifier, graph: WeightGraph, keep: Tenso
 
     Shapes: of each masked layer, by its name; of several masks (masks, vertices) to (masks, *shape).
     """
-    layers, parts = classifier.layers, zip(graph.names, graph.layers, graph.split(keep))
-    return {name: layers[index].weight.detach() * part for name, index, part in parts}
+    layers = dict(zip(classifier.names, classifier.layers))
+    return {name: layers[name].weight.detach() * part for name, part in zip(graph.names, graph.split(keep))}
 
 
 def log_uniform(span: tuple[Amount, Amount], num_vertices: int, generator: torch.Generator) -> int:
