@@ -252,10 +252,10 @@ class Mask:
         A name that the model does not have is looked for within and without `WRAPPERS`. Raises ValueError where a
         weight is not there, has another shape, belongs to several modules, or is none to put a mask on.
         """
-        weights, indexed, found, origins = weights_in(model), indexed_in(model), {}, {}
+        weights, found, origins = weights_in(model), {}, {}
         parameters = {name: weight.original for name, weight in weights.items()}
         for layer, part in self.by_layer.items():
-            name = name_among(weights, indexed.get(layer, layer))
+            name = layer if layer in weights else name_among(weights, indexed_in(model).get(layer, layer))
             shape, parameter = tuple(part.keep.shape), parameters.get(name)
             if parameter is None or isinstance(weights[name].owner, COLLECTIONS):
                 ways = "what torch.nn.utils computes becomes one by prune.remove, remove_parametrizations or their like"
