@@ -303,6 +303,7 @@ def answer(request: Request, name: str) -> Answer:
         model, mask = (request.classifier, made) if isinstance(made, Mask) else (made, None)
         if mask is not None:
             mask.apply(model)
+            mask = mask.made_on(request.original)  # by the names of its weights
         check_weights(model, "classifier", f"eval.hyperparameters.{name}")
     except TrainingError as error:
         raise TrainingError(f"method {name}, class {request.forget_class}: {error}") from None
@@ -313,12 +314,12 @@ def answer(request: Request, name: str) -> Answer:
     return Answer(model, mask, seconds, left)
 
 
-def count_by_layer(mask: Mask, output_layer: int, forget_class: int) -> dict[str, int]:
-    """How many weights a mask zeroes in each layer; the class's row of the output layer, the trivial mask, apart."""
+def count_by_layer(mask: Mask, names: list[str], forget_class: int) -> dict[str, int]:
+    """How many weights a mask zeroes in each of some layers; in the last, the class's row, the trivial mask, apart."""
     counts = {}
-    for layer, keep in zip(mask.layers, mask.keep):
+    for layer, keep in zip(map(names.index, mask.layers), mask.keep):
         of_rows = (keep == 0).flatten(1).sum(1).tolist()  # how many in each row
-        apart = {"output row of the class": of_rows.pop(forget_class)} if layer == output_layer else {}
+        apart = {"output row of the class": of_rows.pop(forget_class)} if layer == len(names) - 1 else {}
         counts |= {f"layer {layer}": sum(of_rows)} | apart
     return counts
 
@@ -423,7 +424,7 @@ class Eval:
         request, graph = self.request, self.request.graphs.graph
         answers = {name: self._answer(name) for name in self.names}
         masks = {name: each.mask for name, each in answers.items()}
-        last, label = len(request.original.layers) - 1, request.forget_class
+        names, label = request.original.names, request.forget_class
         zeroed = request.in_steps("mimu", request.ranking).vertices.tolist()
         results = {
             **self.about,
@@ -444,14 +445,14 @@ class Eval:
             "audit_metrics": self.eval_audits(),
             "methods": {name: METHODS[name].about() for name in self.names},
             "num_zeroed": {name: mask and mask.num_zeroed for name, mask in masks.items()},
-            "zeroed_by_layer": {name: mask and count_by_layer(mask, last, label) for name, mask in masks.items()},
+            "zeroed_by_layer": {name: mask and count_by_layer(mask, names, label) for name, mask in masks.items()},
             "gave_up": {name: each.left != "" for name, each in answers.items() if each.left is not None},
             "class_probabilities": {name: self._class_probabilities(each.model) for name, each in answers.items()},
             "weight_histograms": self._weight_histograms(),
         }
         seconds = {name: each.seconds for name, each in answers.items()}
         results["seconds"] = self.about["seconds"] | seconds | {"experiment": time.perf_counter() - started}
-        self.mask.save(masks["mimu"].made_on(self.request.original).saved())
+        self.mask.save(masks["mimu"].saved())
         valid = json.loads(json.dumps(results), parse_constant=lambda name: None)  # JSON has no infinity
         self.metrics.save(valid)
         if self.draw is not None:

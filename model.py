@@ -59,12 +59,18 @@ class WeightGraph:
 
     ends: the neurons of every layer's columns and rows (`networks.tracing.Ends`), None of one that no mask can be put
         on
+    names: of the layers' weights, by which masks are made; by default their indices
     """
 
     def __init__(
-        self, shapes: Sequence[tuple[int, ...]], mask_layer: int | Sequence[int] | None, ends: Sequence[Ends | None]
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        mask_layer: int | Sequence[int] | None,
+        ends: Sequence[Ends | None],
+        names: Sequence[str] | None = None,
     ) -> None:
         self.layers = resolve_mask_layer(mask_layer, len(shapes))
+        self.names = [names[index] if names else str(index) for index in self.layers]
         self.shapes = [tuple(shapes[index]) for index in self.layers]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.num_vertices = sum(self.sizes)
@@ -90,7 +96,7 @@ class WeightGraph:
     @staticmethod
     def of(classifier: HookedClassifier, mask_layer: int | Sequence[int] | None) -> WeightGraph:
         """The graph of some layers of a classifier, with the neurons that they share in it."""
-        return WeightGraph(classifier.shapes, mask_layer, classifier.trace.ends)
+        return WeightGraph(classifier.shapes, mask_layer, classifier.trace.ends, classifier.names)
 
     def split(self, x: Tensor, dim: int = -1) -> list[Tensor]:
         """Cuts the vertex dimension into the masked layers: (..., vertices, ...) to (..., *shape, ...) of each."""
@@ -111,7 +117,7 @@ class WeightGraph:
         return self._mask(keep)
 
     def _mask(self, keep: Tensor) -> Mask:
-        return Mask({layer: LayerMask.of(part) for layer, part in zip(self.layers, self.split(keep))})
+        return Mask({name: LayerMask.of(part) for name, part in zip(self.names, self.split(keep))})
 
     def edge_index(self) -> Tensor:
         """Every directed edge, (2, edges), sorted. For export and tests: nothing in training or evaluation needs it."""

@@ -192,13 +192,13 @@ def kappa_mask(scores: Tensor, zeroed: Tensor, kappa: int, temperature: float) -
     return further.index_fill(0, zeroed, 1.0)
 
 
-def masked_weights(classifier: HookedClassifier, graph: WeightGraph, keep: Tensor) -> dict[int, Tensor]:
+def masked_weights(classifier: HookedClassifier, graph: WeightGraph, keep: Tensor) -> dict[str, Tensor]:
     """A classifier's weights under a mask `keep` (vertices), differentiable in it, as its `outputs` takes them.
 
-    Shapes: of each masked layer, by its index; of several masks (masks, vertices) to (masks, *shape).
+    Shapes: of each masked layer, by its name; of several masks (masks, vertices) to (masks, *shape).
     """
-    layers = classifier.layers
-    return {index: layers[index].weight.detach() * part for index, part in zip(graph.layers, graph.split(keep))}
+    layers = dict(zip(classifier.names, classifier.layers))
+    return {name: layers[name].weight.detach() * part for name, part in zip(graph.names, graph.split(keep))}
 
 
 def log_uniform(span: tuple[Amount, Amount], num_vertices: int, generator: torch.Generator) -> int:

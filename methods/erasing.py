@@ -71,15 +71,15 @@ def nearest(features: Tensor, labels: Tensor, label: int, count: int) -> list[in
     return classes[distances.argsort()[: 1 + count]].tolist()
 
 
-def together(start: Mask | None, edits: dict[int, LayerMask]) -> Mask:
-    """The mask that takes directions from layers, by their indices, beside what a mask to start with does."""
+def together(start: Mask | None, edits: dict[str, LayerMask]) -> Mask:
+    """The mask that takes directions from layers, by their names, beside what a mask to start with does."""
     return start & Mask(edits) if start else Mask(dict(edits))
 
 
 @torch.no_grad()
 def projections(
     classifier: HookedClassifier, samples: Split, label: int, start: Mask | None = None
-) -> dict[int, LayerMask]:
+) -> dict[str, LayerMask]:
     """What of each layer reads the class: W u u^T, u what of the class's mean input the other classes' do not span.
 
     After Hatami et al. 2026, arXiv:2604.15166; here layer after layer, each on what those before it give without
@@ -91,21 +91,23 @@ def projections(
     if not hidden or trace.calls[last] is not trace.output:
         must = "that must give the logits, and stand behind a layer that can be masked"
         raise InputError(f"a class is erased from what the last layer is given: {must}")
-    found = {index: LayerMask.of(torch.ones_like(classifier.layers[index].weight)) for index in trace.maskable}
+    names = {index: classifier.names[index] for index in trace.maskable}
+    found = {name: LayerMask.of(torch.ones_like(classifier.layers[index].weight)) for index, name in names.items()}
     activations = samples.images  # which the network can begin with, and before which layers
     first = None
-    for index, edit in found.items():
+    for index, name in names.items():
+        edit = found[name]
         with together(start, found).applied_to(classifier):
             weight = classifier.layers[index].weight.flatten(1)
             if index == last:
                 is_row = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
-                found[index] = edit._replace(left=is_row, right=weight[label][:, None].clone())
+                found[name] = edit._replace(left=is_row, right=weight[label][:, None].clone())
             else:
                 activations = classifier.prefix_activations([index], activations, first)
                 first = [index]
                 x = classifier.mean_inputs(index, activations, first)
                 u = class_direction(x, samples.labels, label).to(x)[:, None]
-                found[index] = edit._replace(left=weight @ u, right=u)
+                found[name] = edit._replace(left=weight @ u, right=u)
     return found
 
 
@@ -166,7 +168,7 @@ def erased(
     for step in tqdm(range(config.steps), **about, disable=None if progress else True):
         chosen = samples[drawn(samples.labels, config.group_size, generator)]
         # As the only one of several: the gradient of each is then laid out row after row.
-        weights = {layer: w[None][0] for layer, w in together(start, edits).weights(classifier).items()}
+        weights = {name: w[None][0] for name, w in together(start, edits).weights(classifier).items()}
         features, logits = classifier.outputs(chosen.images, weights=weights)
         is_forget = chosen.labels == label
         forget = forgetting_loss(logits[is_forget].softmax(1)[:, label])
@@ -174,7 +176,7 @@ def erased(
         loss = loss + config.erase_weight * (probe(features, chosen.labels) - bar).clamp_min(0)
         descend(optimizer, loss, step, "erase")
         schedule.step()
-    done = {index: LayerMask(*map(torch.detach, edit)) for index, edit in edits.items()}
+    done = {name: LayerMask(*map(torch.detach, edit)) for name, edit in edits.items()}
     return together(start, done)
 
 

@@ -65,7 +65,7 @@ def insufficiency(
     samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator)
     found = []
     for row, chosen in enumerate(samples):
-        of_class = {layer: weight[row] for layer, weight in weights.items()}
+        of_class = {name: weight[row] for name, weight in weights.items()}
         found.append(graphs.classifier.outputs(graphs.inputs[chosen], graphs.graph.layers, of_class)[1])
     return F.cross_entropy(torch.cat(found), graphs.labels[samples.flatten()])
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import dropwhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mimu.networks.hooked import shape_of, weight_layers
+from mimu.networks.hooked import HookedClassifier
 from mimu.runs import files
 
 SAMPLED = 256  # weights of a layer by which it is known again
 PRECISION = 0.01  # of their norm, by which they may differ then: bfloat16 rounds by 0.002 at most
+WRAPPERS = ("_orig_mod", "module", "network")  # what torch.compile, DataParallel and HookedClassifier call a network
+COLLECTIONS = (nn.ParameterList, nn.ParameterDict, parametrize.ParametrizationList)  # which their owners read
 
 
 class LayerMask(NamedTuple):
@@ -78,7 +79,7 @@ class LayerMask(NamedTuple):
         keep = self.keep
         if not all(isinstance(part, Tensor) and part.is_floating_point() for part in self):
             raise ValueError("a mask must have tensors of floating-point numbers alone")
-        if keep.ndim not in (2, 4) or not keep.numel() or not ((keep == 0) | (keep == 1)).all():
+        if not 2 <= keep.ndim <= 5 or not keep.numel() or not ((keep == 0) | (keep == 1)).all():
             raise ValueError("a mask must have matrices of 0 and 1 alone")
         m, n = keep.flatten(1).shape
         shapes, ranks = [tuple(self.left.shape), tuple(self.right.shape)], self.left.shape[1:]
@@ -87,21 +88,8 @@ class LayerMask(NamedTuple):
             raise ValueError(f"edits must be pairs of matrices (m, rank), (n, rank) of finite numbers, not {shapes}")
 
 
-class Origin(NamedTuple):
-    """The weight that a layer's mask was made on."""
-
-    name: str  # of the parameter, in its model
-    weights: Tensor  # (SAMPLED), some of its numbers, evenly spread, under no mask
-
-    def fits(self, other: Origin) -> bool:
-        """Whether it is the same weight, in any precision. Zeros say nothing: a mask may have put them there."""
-        are_both = (self.weights != 0) & (other.weights != 0)
-        one, two = self.weights[are_both], other.weights[are_both]
-        return not (one - two).norm() > PRECISION * two.norm()
-
-
 class WeightMask(nn.Module):
-    """The parametrization of a weight by what a `LayerMask` does to it; order: of the layer's parameters before."""
+    """The parametrization of a weight by what a `LayerMask` does to it; order: of its owner's parameters before."""
 
     def __init__(self, mask: LayerMask, forgets: tuple[int, ...], order: list[str]) -> None:
         super().__init__()
@@ -117,47 +105,96 @@ class WeightMask(nn.Module):
         return self.mask.applied(weight)
 
 
+class Weight(NamedTuple):
+    """A parameter of a model: the module that owns it, and its name there."""
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def value(self) -> Tensor:
+        """As the owner reads it: what a mask makes of it, where there is one."""
+        return getattr(self.owner, self.name)
+
+    @property
+    def carried(self) -> WeightMask | None:
+        """What is on it, if it is a mask and nothing else."""
+        is_changed = parametrize.is_parametrized(self.owner, self.name)
+        found = self.owner.parametrizations[self.name] if is_changed else ()
+        return found[0] if len(found) == 1 and isinstance(found[0], WeightMask) else None
+
+    @property
+    def original(self) -> nn.Parameter | None:
+        """The parameter itself, without a mask; None where something else computes the weight."""
+        if self.carried is None:
+            return self.owner._parameters.get(self.name)
+        return self.owner.parametrizations[self.name].original
+
+    def sampled(self) -> Tensor:
+        """Some of its numbers, evenly spread, under no mask, (SAMPLED)."""
+        weight = self.original.detach()
+        places = torch.arange(SAMPLED, device=weight.device) * (weight.numel() - 1) // (SAMPLED - 1)
+        return weight.take(places).float().cpu()
+
+    def take_off(self) -> None:
+        """Takes a mask off, where there is one."""
+        owner, on_weight = self.owner, self.carried
+        if parametrize.is_parametrized(owner):
+            # PyTorch changes its class, which copies of the owner share: now this one has its own.
+            own = {name: value for name, value in vars(type(owner)).items() if name not in ("__dict__", "__weakref__")}
+            owner.__class__ = type(type(owner).__name__, type(owner).__bases__, own)
+        if on_weight is None:
+            return
+        parametrize.remove_parametrizations(owner, self.name, leave_parametrized=False)
+        # PyTorch puts the weight back behind the others; an optimizer's state goes by the order of parameters.
+        in_front = on_weight.order[: on_weight.order.index(self.name)]
+        for name in [name for name in owner._parameters if name not in (self.name, *in_front)]:
+            owner._parameters[name] = owner._parameters.pop(name)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Mask:
     """What is done to some layers of a classifier, apart from any: weights switched off, directions taken.
 
-    by_layer: by the index among the weight layers of a model; forgets: the classes that it was made to forget
-    origins: the weights that it was made on, by the index of their layer, where they are known
+    by_layer: by the names of parameters, as `named_parameters` of a model without masks gives them ("3.weight",
+        "blocks.0.attn.in_proj_weight"); in old files by the index among the layers that had one (`indexed_in`)
+    forgets: the classes that it was made to forget
+    origins: some numbers of the weights that it was made on (`Weight.sampled`), by layer, where they are known
     about: how it was made, in words
     Raises ValueError where these are not what they must be.
     """
 
-    by_layer: Mapping[int, LayerMask]
+    by_layer: Mapping[str, LayerMask]
     forgets: tuple[int, ...] = ()
-    origins: Mapping[int, Origin] = field(default_factory=dict)
+    origins: Mapping[str, Tensor] = field(default_factory=dict)
     about: str = ""
 
     def __post_init__(self) -> None:
-        numbers = [*self.by_layer, *self.forgets]
+        numbers = [*(layer for layer in self.by_layer if not isinstance(layer, str)), *self.forgets]
         if not self.by_layer or not all(type(each) is int and 0 <= each < 2**31 for each in numbers):
             has = f"layers {[*self.by_layer]}, classes {[*self.forgets]}"[:200]
-            raise ValueError(f"a mask must have layers by their indices, and classes by their labels, not {has}")
+            raise ValueError(f"a mask must have layers by the names of their weights, classes by labels, not {has}")
         for mask in self.by_layer.values():
             mask.check()
 
     @staticmethod
     def on(model: nn.Module) -> Mask | None:
         """The mask that a model carries; None where it carries none."""
-        found, forgets = {}, set()
-        for index, layer in enumerate(weight_layers(model)):
-            if (on_weight := weight_mask(layer)) is not None:
-                found[index] = on_weight.mask
+        found, origins, forgets = {}, {}, set()
+        for name, weight in weights_in(model).items():
+            if (on_weight := weight.carried) is not None:
+                found[name], origins[name] = on_weight.mask, weight.sampled()
                 forgets.update(on_weight.forgets)
-        return Mask(found, tuple(sorted(forgets)), origins_in(model, found)) if found else None
+        return Mask(found, tuple(sorted(forgets)), origins) if found else None
 
     def made_on(self, model: nn.Module) -> Mask:
         """The same, with the weights of a model as those that it was made on. Raises ValueError as `check` does."""
-        self.check(model)
-        return replace(self, origins=origins_in(model, self.by_layer))
+        mask, weights = self.check(model)
+        return replace(mask, origins={name: weight.sampled() for name, weight in weights.items()})
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """The indices of the masked layers."""
+    def layers(self) -> tuple[str, ...]:
+        """The names of the masked weights."""
         return tuple(self.by_layer)
 
     @property
@@ -183,12 +220,13 @@ class Mask:
             own = found.get(layer)
             if own is not None and own.keep.shape != mask.keep.shape:
                 shapes = f"{tuple(own.keep.shape)} and {tuple(mask.keep.shape)}"
-                raise ValueError(f"masks of one classifier combine: of layer {layer} these have {shapes}")
+                raise ValueError(f"masks of one classifier combine: of layer {layer!r} these have {shapes}")
             found[layer] = mask if own is None else own & mask
-            if layer in self.origins and not self.origins[layer].fits(other.origins.get(layer, self.origins[layer])):
-                raise ValueError(f"masks of one classifier combine: these were made on other weights of layer {layer}")
+            one, two = self.origins.get(layer), other.origins.get(layer)
+            if one is not None and two is not None and not are_same(one, two):
+                raise ValueError(f"masks of one classifier combine: these were made on other weights of {layer!r}")
         forgets = {*self.forgets, *other.forgets}
-        return Mask(dict(sorted(found.items())), tuple(sorted(forgets)), {**other.origins, **self.origins}, self.about)
+        return Mask(found, tuple(sorted(forgets)), {**other.origins, **self.origins}, self.about)
 
     def as_tensor(self) -> Tensor:
         """The layer's shape (m, n) for one masked layer, flat in vertex order (vertices) for several."""
@@ -203,22 +241,36 @@ class Mask:
         own = self.by_layer
         return all(layer in own and own[layer].includes(mask) for layer, mask in other.by_layer.items())
 
-    def weights(self, model: nn.Module) -> dict[int, Tensor]:
-        """The weights of the masked layers of a model without one, by their indices, as they are under the mask."""
-        layers = weight_layers(model)
-        return {index: mask.applied(layers[index].weight.detach()) for index, mask in self.by_layer.items()}
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The masked weights of a model without a mask, by their names there, as they are under this one."""
+        mask, weights = self.check(model)
+        return {name: part.applied(weights[name].value.detach()) for name, part in mask.by_layer.items()}
 
-    def check(self, model: nn.Module) -> list[nn.Module]:
-        """The masked layers of a model. Raises ValueError where one has another shape or no weight to put a mask on."""
-        layers = weight_layers(model)
-        for index, mask in self.by_layer.items():
-            shape = shape_of(layers[index]) if index < len(layers) else "not there"
-            if shape != tuple(mask.keep.shape):
-                raise ValueError(f"layer {index} is {shape}, its mask {tuple(mask.keep.shape)}")
-            if "weight" not in layers[index]._parameters and weight_mask(layers[index]) is None:
-                ways = "make it one first, by prune.remove, remove_parametrizations or their like"
-                raise ValueError(f"layer {index} has no plain weight, but what torch.nn.utils computes: {ways}")
-        return [layers[index] for index in self.by_layer]
+    def check(self, model: nn.Module) -> tuple[Mask, dict[str, Weight]]:
+        """The same mask by the names of a model, in its order, and the weights that they stand for.
+
+        A name that the model does not have is looked for within and without `WRAPPERS`. Raises ValueError where a
+        weight is not there, has another shape, belongs to several modules, or is none to put a mask on.
+        """
+        weights, found, origins = weights_in(model), {}, {}
+        parameters = {name: weight.original for name, weight in weights.items()}
+        for layer, part in self.by_layer.items():
+            name = layer if layer in weights else name_among(weights, indexed_in(model).get(layer, layer))
+            shape, parameter = tuple(part.keep.shape), parameters.get(name)
+            if parameter is None or isinstance(weights[name].owner, COLLECTIONS):
+                ways = "what torch.nn.utils computes becomes one by prune.remove, remove_parametrizations or their like"
+                must = f"must be a parameter {shape} of a module, and no entry of a list of them"
+                raise ValueError(f"layer {layer!r} {must}: {ways}")
+            if parameter.shape != shape:
+                raise ValueError(f"layer {name!r} is {tuple(parameter.shape)}, its mask {shape}")
+            tied = [other for other, each in parameters.items() if each is parameter]
+            if len(tied) > 1:
+                raise ValueError(f"layers {tied} share one weight, which can have no mask: give each its own")
+            found[name] = found[name] & part if name in found else part
+            if layer in self.origins:
+                origins[name] = self.origins[layer]
+        masked = {name: weight for name, weight in weights.items() if name in found}
+        return replace(self, by_layer={name: found[name] for name in masked}, origins=origins), masked
 
     def apply(self, model: nn.Module, permanent: bool = False, other_weights: bool = False) -> None:
         """Switches the weights off, and takes the directions; of all layers or, where anything is raised, of none.
@@ -231,31 +283,25 @@ class Mask:
         It takes the place of a mask that the model carries, which it must include.
         Raises ValueError where it carries another one, a layer has another shape, other weights, or none of its own.
         """
-        layers, carried = self.check(model), Mask.on(model)
-        for index, origin in origins_in(model, () if other_weights else self.origins).items():
-            if not self.origins[index].fits(origin):
-                has = f"layer {index} ({origin.name!r}) has other weights than the mask was made on"
+        (mask, weights), carried = self.check(model), Mask.on(model)
+        for name, origin in {} if other_weights else mask.origins.items():
+            if not are_same(origin, weights[name].sampled()):
                 ways = "apply it to that network, make one for this, or say other_weights=True"
-                raise ValueError(f"{has} ({self.origins[index].name!r}): {ways}")
-        if carried is not None and not self.includes(carried):
+                raise ValueError(f"layer {name!r} has other weights than the mask was made on: {ways}")
+        if carried is not None and not mask.includes(carried):
             raise ValueError(f"the model carries {carried}: take it off first, or apply mask & Mask.on(model)")
-        if permanent:
-            holders = Counter(chain.from_iterable(each._parameters.values() for each in model.modules()))
-            shared = [
-                index for index, layer in zip(self.layers, layers) if max(map(holders.get, layer.parameters())) > 1
-            ]
-            if shared:
-                raise ValueError(f"layers {shared} share their weights with others: zeros would be theirs, too")
-        in_inference = any(layer.weight.is_inference() for layer in layers)
-        with torch.inference_mode(in_inference), undoing(layers, permanent) as undo:
-            for layer, mask in zip(layers, self.by_layer.values()):
-                take_off(layer)
-                mask = mask.to(layer.weight)
+        in_inference = any(weight.value.is_inference() for weight in weights.values())
+        with torch.inference_mode(in_inference), undoing(weights.values(), permanent) as undo:
+            for weight in weights.values():
+                weight.take_off()
+            orders = [list(weight.owner._parameters) for weight in weights.values()]
+            for weight, part, order in zip(weights.values(), mask.by_layer.values(), orders):
+                part = part.to(weight.value)
                 if permanent:
-                    layer.weight.data.copy_(mask.applied(layer.weight.data)).masked_fill_(mask.keep == 0, 0)
+                    weight.value.data.copy_(part.applied(weight.value.data)).masked_fill_(part.keep == 0, 0)
                 else:
-                    on_weight = WeightMask(mask, self.forgets, list(layer._parameters))
-                    parametrize.register_parametrization(layer, "weight", on_weight)
+                    on_weight = WeightMask(part, self.forgets, order)
+                    parametrize.register_parametrization(weight.owner, weight.name, on_weight)
             undo.pop_all()
 
     def remove(self, model: nn.Module) -> None:
@@ -263,14 +309,15 @@ class Mask:
 
         If they were trained meanwhile, they are as trained. Raises ValueError where the model does not carry this mask.
         """
-        layers = self.check(model)
-        for layer, (index, mask) in zip(layers, self.by_layer.items()):
-            found = weight_mask(layer)
-            if found is None or not (found.mask.includes(mask) and mask.includes(found.mask)):
-                raise ValueError(f"layer {index} carries {'no' if found is None else 'another'} mask: {self} is not on")
-        with undoing(layers) as undo:
-            for layer in layers:
-                take_off(layer)
+        mask, weights = self.check(model)
+        for name, part in mask.by_layer.items():
+            found = weights[name].carried
+            if found is None or not (found.mask.includes(part) and part.includes(found.mask)):
+                has = "no" if found is None else "another"
+                raise ValueError(f"layer {name!r} carries {has} mask: {self} is not on")
+        with undoing(weights.values()) as undo:
+            for weight in weights.values():
+                weight.take_off()
             undo.pop_all()
 
     @contextmanager
@@ -286,11 +333,11 @@ class Mask:
                 carried.apply(model, other_weights=True)
 
     def saved(self) -> dict[str, list]:
-        """As `save` writes it: `layers`; `keep` (bool) and `edits` (pairs) of each; `forgets`; by layer, `made_on`."""
+        """As `save` writes it: `layers`; `keep` (bool) and `edits` (pairs) of each; `forgets`; `made_on`, by layer."""
         masks = self.by_layer.values()
         keep = [mask.keep.bool().cpu() for mask in masks]
         edits = [[mask.left.cpu(), mask.right.cpu()] for mask in masks]
-        made_on = {layer: list(origin) for layer, origin in self.origins.items()}
+        made_on = {layer: [layer, weights] for layer, weights in self.origins.items()}
         saved = {"layers": list(self.layers), "keep": keep, "forgets": list(self.forgets), "edits": edits}
         return saved | {"made_on": made_on, "about": self.about}
 
@@ -304,11 +351,11 @@ class Mask:
     def load(path: Path | str) -> Mask:
         """Raises ArtifactError where the file is not a mask."""
         try:
-            saved, found, origins = files.load(Path(path)), {}, {}
+            saved, found, names, origins = files.load(Path(path)), {}, {}, {}
+            for layer, (name, weights) in saved.get("made_on", {}).items():  # old files have indices, or none at all
+                names[layer], origins[name] = name, weights.float().view(SAMPLED)
             for layer, keep, (left, right) in zip(saved["layers"], saved["keep"], saved["edits"], strict=True):
-                found[layer] = LayerMask(keep.float(), left, right)
-            for layer, (name, weights) in saved.get("made_on", {}).items():  # a file from before has none
-                origins[layer] = Origin(name, weights.float().view(SAMPLED))
+                found[names.get(layer, layer)] = LayerMask(keep.float(), left, right)
             return Mask(found, tuple(saved["forgets"]), origins, saved.get("about", ""))
         except files.ArtifactError:
             raise
@@ -316,47 +363,65 @@ class Mask:
             raise files.ArtifactError(f"{path}: is not a mask ({files.one_line(error)})") from None
 
 
-def weight_mask(layer: nn.Module) -> WeightMask | None:
-    """What is on the layer's weight, if it is a mask and nothing else."""
-    found = layer.parametrizations["weight"] if parametrize.is_parametrized(layer, "weight") else ()
-    return found[0] if len(found) == 1 and isinstance(found[0], WeightMask) else None
+def are_same(one: Tensor, other: Tensor) -> bool:
+    """Whether weights are the same, in any precision. Zeros say nothing: a mask may have put them there."""
+    are_both = (one != 0) & (other != 0)
+    one, other = one[are_both], other[are_both]
+    return not (one - other).norm() > PRECISION * other.norm()
 
 
-def origins_in(model: nn.Module, layers: Iterable[int]) -> dict[int, Origin]:
-    """What masks of layers of a model, by their indices, would be made on."""
-    names, modules, found = {each: name for name, each in model.named_modules()}, weight_layers(model), {}
-    for index in layers:
-        layer = modules[index]
-        weight = layer.weight if weight_mask(layer) is None else layer.parametrizations["weight"].original
-        places = torch.arange(SAMPLED, device=weight.device) * (weight.numel() - 1) // (SAMPLED - 1)
-        found[index] = Origin(f"{names[layer]}.weight".lstrip("."), weight.detach().take(places).float().cpu())
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, that HookedClassifier, torch.compile, DataParallel or DistributedDataParallel holds."""
+    if isinstance(model, HookedClassifier):
+        return unwrapped(model.network)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    return unwrapped(model._orig_mod) if hasattr(model, "_orig_mod") else model
+
+
+def weights_in(model: nn.Module) -> dict[str, Weight]:
+    """The parameters of a model by their names in it without masks."""
+    found = {}
+    for path, owner in unwrapped(model).named_modules():
+        if isinstance(owner, parametrize.ParametrizationList) and isinstance(owner[0], WeightMask):
+            continue  # its parameter is its owner's
+        for name in [*owner._parameters, *owner._modules.get("parametrizations", ())]:
+            found[f"{path}.{name}".lstrip(".")] = Weight(owner, name)
     return found
 
 
-def take_off(layer: nn.Module) -> None:
-    """Takes a mask off, where there is one."""
-    if parametrize.is_parametrized(layer):
-        # PyTorch changes its class, which copies of the layer share: now this one has its own.
-        own = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
-        layer.__class__ = type(type(layer).__name__, type(layer).__bases__, own)
-    if (on_weight := weight_mask(layer)) is None:
-        return
-    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-    # PyTorch puts the weight back behind the others; an optimizer's state goes by the order of parameters.
-    in_front = on_weight.order[: on_weight.order.index("weight")]
-    for name in [name for name in layer._parameters if name not in ("weight", *in_front)]:
-        layer._parameters[name] = layer._parameters.pop(name)
+def indexed_in(model: nn.Module) -> dict[int, str]:
+    """The names of weights by what stood for them in old files: linear ones and 2-D convolutions without groups."""
+    found = {}
+    for path, module in unwrapped(model).named_modules():
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+            found[len(found)] = f"{path}.weight".lstrip(".")
+    return found
 
 
-def undoing(layers: list[nn.Module], permanent: bool = False) -> ExitStack:
-    """A context that gives layers back as they are now, and their weights with `permanent`; but for its `pop_all`."""
+def name_among(names: Collection[str], layer: str | int) -> str | None:
+    """Which of some names is a layer's, as it is or without `WRAPPERS` in front; None where it is none, or several."""
+    if layer in names:
+        return layer
+    found = [name for name in names if without_wrappers(name) == without_wrappers(layer)]
+    return found[0] if len(found) == 1 else None
+
+
+def without_wrappers(layer: str | int) -> str:
+    """A name without what `WRAPPERS` it begins with."""
+    *path, name = str(layer).split(".")
+    return ".".join([*dropwhile(WRAPPERS.__contains__, path), name])
+
+
+def undoing(weights: Collection[Weight], permanent: bool = False) -> ExitStack:
+    """A context that gives weights and owners back as they are now, numbers too with `permanent`; but for `pop_all`."""
     undo = ExitStack()
-    for layer in layers:
-        undo.callback(setattr, layer, "__class__", type(layer))
-        for module in layer.modules():  # what is on its parameters among them
+    for weight in weights:
+        undo.callback(setattr, weight.owner, "__class__", type(weight.owner))
+        for module in weight.owner.modules():  # what is on its parameters among them
             for place in (module._parameters, module._modules):
                 undo.callback(place.update, dict(place))
                 undo.callback(place.clear)
-        for parameter in layer.parameters() if permanent else ():
-            undo.callback(parameter.data.copy_, parameter.data.clone())
+        if permanent:
+            undo.callback(weight.original.data.copy_, weight.original.data.clone())
     return undo

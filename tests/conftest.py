@@ -92,7 +92,7 @@ def trained_gcn() -> TrainedGCN:
     return TrainedGCN(untrained_gcn(described.num_features), described, masking_config())
 
 
-def mask_of(keep: dict[int, Tensor], forgets: tuple[int, ...] = ()) -> Mask:
+def mask_of(keep: dict[str, Tensor], forgets: tuple[int, ...] = ()) -> Mask:
     """A mask of some layers that takes no direction."""
     return Mask({layer: LayerMask.of(part) for layer, part in keep.items()}, forgets)
 

@@ -82,10 +82,10 @@ TEST = random_split(100, seed=7)
 def edited_mask(seed: int = 0) -> Mask:
     """A mask of a convolution and of a linear layer that zeroes some weights and takes one and two directions."""
     generator, by_layer = torch.Generator().manual_seed(seed), {}
-    for layer, shape in enumerate(SHAPES):
+    for rank, (name, shape) in enumerate(zip(("0.weight", "1.weight"), SHAPES, strict=True), 1):
         keep = torch.rand(shape, generator=generator) > 0.2
-        left, right = (torch.randn(size, layer + 1, generator=generator) for size in keep.flatten(1).shape)
-        by_layer[layer] = LayerMask(keep.float(), left, right)
+        left, right = (torch.randn(size, rank, generator=generator) for size in keep.flatten(1).shape)
+        by_layer[name] = LayerMask(keep.float(), left, right)
     return Mask(by_layer, (seed,))
 
 
@@ -109,7 +109,7 @@ def test_what_is_no_edit_is_refused():
     nan = torch.full((4, 1), torch.nan)
     for changes in ({"right": torch.ones(5, 1)}, {"right": torch.ones(6, 2)}, {"left": nan}):
         with pytest.raises(ValueError, match="edits must be pairs of matrices"):
-            Mask({0: edited_mask().by_layer[0]._replace(**changes)})
+            Mask({"0.weight": edited_mask().by_layer["0.weight"]._replace(**changes)})
 
 
 def test_the_nearest_classes_come_in_their_order():
@@ -138,7 +138,7 @@ def test_projections_take_the_mean_of_the_class_from_every_layer_on_what_those_b
             assert torch.allclose(weight, layer.weight @ (torch.eye(len(u)) - torch.outer(u, u)), atol=1e-5)
             x = (x @ weight.T + layer.bias).relu()
         without_row = learned.layers[2].weight * torch.tensor([1.0, 0, 1])[:, None]
-        assert torch.allclose(edits[2].applied(learned.layers[2].weight), without_row, atol=1e-6)
+        assert torch.allclose(edits[learned.names[2]].applied(learned.layers[2].weight), without_row, atol=1e-6)
 
 
 def r_squared(features: torch.Tensor) -> float:
@@ -150,7 +150,7 @@ def r_squared(features: torch.Tensor) -> float:
 def test_a_class_goes_from_the_representation_as_far_as_the_bar_and_what_was_zeroed_stays(learned):
     train = random_split(200)
     keep = (torch.rand(12, 16, generator=torch.Generator().manual_seed(0)) > 0.05).float()
-    start = Mask({1: LayerMask.of(keep)})
+    start = Mask({learned.names[1]: LayerMask.of(keep)})
     projected, unconcerned, learned_to, at_the_bar = (
         erased(learned, train, 1, replace(SETTINGS, steps=steps, erase_weight=weight), 0, start, bar=bar)
         for steps, weight, bar in ((0, 1.0, None), (60, 0.0, None), (60, 3.0, None), (60, 3.0, 1.0))
@@ -158,7 +158,8 @@ def test_a_class_goes_from_the_representation_as_far_as_the_bar_and_what_was_zer
     left = []
     for mask in (projected, unconcerned, learned_to):
         assert mask.includes(start) and ranks(mask) == [1, 1, 1] and mask.num_zeroed == start.num_zeroed
-        assert torch.equal(mask.by_layer[2].left[:, 0], torch.tensor([0.0, 1, 0])), "no other row of the last layer"
+        left_of_last = mask.by_layer[learned.names[2]].left[:, 0]
+        assert torch.equal(left_of_last, torch.tensor([0.0, 1, 0])), "no other row of the last layer"
         with mask.applied_to(learned), torch.no_grad():
             forget, retain = scores(learned, TEST, 1)
             left.append(r_squared(learned.outputs(TEST.images)[0]))

@@ -72,14 +72,15 @@ def test_the_mask_is_that_of_the_zeroed_weights(tmp_path, mask_layer):
     assert (mask.flatten() == 0).nonzero()[:, 0].tolist() == sorted(results["zeroed"])
     assert len(results["zeroed"]) == KAPPA == results["kappa"] == results["num_zeroed"]["mimu"]
     loaded, histograms = Mask.load(tmp_path / "mask.pt"), results["weight_histograms"]
-    assert torch.equal(loaded.as_tensor(), mask) and loaded.layers == graph.layers
+    assert torch.equal(loaded.as_tensor(), mask) and loaded.layers == tuple(graph.names)
     assert [sum(of_layer["all"]) for of_layer in histograms] == graph.sizes
     assert sum(sum(of_layer["zeroed"]) for of_layer in histograms) == KAPPA
 
 
 def test_zeroed_weights_are_counted_in_every_layer_and_the_output_row_apart(classifier):
     mask = WeightGraph.of(classifier, None).zeroing(torch.tensor([0, 41, 42, 78, 86]))
-    assert count_by_layer(mask, 2, FORGET) == {"layer 0": 2, "layer 1": 1, "layer 2": 1, "output row of the class": 1}
+    expected = {"layer 0": 2, "layer 1": 1, "layer 2": 1, "output row of the class": 1}
+    assert count_by_layer(mask, classifier.names, FORGET) == expected
 
 
 def test_every_method_stands_in_every_evaluation_and_the_json_is_valid(tmp_path, registry):

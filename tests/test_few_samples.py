@@ -159,11 +159,11 @@ def test_one_lost_sample_of_few_is_no_error_and_harm_that_is_shown_is_one(model,
 
 def test_of_few_samples_erasing_learns_the_output_row_alone(model):
     few, many = (asked(model, of_each(*[count] * 3), erase=True, **FREE)[0] for count in (20, 120))
-    directions = [few.by_layer[layer] for layer in (0, 1)]
-    for layer, edit in zip((0, 1), directions):
-        weight = model[(1, 3)[layer]].weight.detach()
+    for name in ("1.weight", "3.weight"):
+        edit, weight = few.by_layer[name], model.get_parameter(name).detach()
         assert torch.allclose(edit.left, weight @ edit.right, atol=1e-5), "the whole direction, as it was found"
-    assert not torch.allclose(many.by_layer[1].left, model[3].weight @ many.by_layer[1].right, atol=1e-2)
+    edit = many.by_layer["3.weight"]
+    assert not torch.allclose(edit.left, model[3].weight @ edit.right, atol=1e-2)
     assert "erased" in repr(few)
 
 

@@ -1,6 +1,7 @@
 """Masks: the network that they were made on, what interrupts leave, the order of parameters, and what is no mask."""
 
 import copy
+import operator
 import re
 import sys
 from collections.abc import Callable
@@ -15,11 +16,12 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from mimu import Mask, RetainScoreError, unlearn
 from mimu.networks import masks
-from mimu.networks.hooked import shape_of, weight_layers
-from mimu.networks.masks import LayerMask
+from mimu.networks.hooked import HookedClassifier
+from mimu.networks.masks import LayerMask, Weight
 from mimu.runs.files import ArtifactError, save
 
 TRAIN = random_split(200)
+KERNELS, FIRST, SECOND = NAMES = ("0.weight", "1.1.weight", "1.3.weight")
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -29,13 +31,13 @@ def network(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(2, 4, 3), linear)
 
 
-def lower_left(model: nn.Module, layers: tuple[int, ...] = (0, 1, 2), rank: int = 0) -> Mask:
+def lower_left(model: nn.Module, layers: tuple[str, ...] = NAMES, rank: int = 0) -> Mask:
     """The mask of layers that leaves out what stands above the diagonal."""
     by_layer = {}
-    for index in layers:
-        shape = shape_of(weight_layers(model)[index])
+    for name in layers:
+        shape = operator.attrgetter(name)(model).shape
         keep = torch.ones(shape).flatten(1).tril()
-        by_layer[index] = LayerMask(keep.view(shape), *(torch.ones(size, rank) / size for size in keep.shape))
+        by_layer[name] = LayerMask(keep.view(shape), *(torch.ones(size, rank) / size for size in keep.shape))
     return Mask(by_layer, (1,)).made_on(model)
 
 
@@ -58,12 +60,16 @@ def little_trained(model: nn.Module) -> None:
     weight.add_(torch.randn(36, 36), alpha=0.03 * weight.std().item())
 
 
+def exchanged(model: nn.Module) -> None:
+    model[1][1], model[1][3] = model[1][3], model[1][1]
+
+
 def masked(model: nn.Module, permanent: bool = False, **about) -> None:
     lower_left(model, **about).apply(model, permanent)
 
 
 def masked_otherwise(model: nn.Module) -> None:
-    mask_of({1: torch.ones(36, 36).triu(-9)}).apply(model, permanent=True)
+    mask_of({FIRST: torch.ones(36, 36).triu(-9)}).apply(model, permanent=True)
 
 
 SAME = {
@@ -76,16 +82,17 @@ SAME = {
     "channels last": lambda model: model.to(memory_format=torch.channels_last),
     "in parallel": nn.DataParallel,
     "wrapped": lambda model: nn.ModuleDict({"_orig_mod": model, "unused": nn.Linear(36, 36)}),
-    "under a part of it": lambda model: changed(model, partial(masked, layers=(1,))),
+    "a layer in front": lambda model: nn.ModuleDict({"in": nn.Linear(36, 36), "0": model[0], "1": model[1]}),
+    "under a part of it": lambda model: changed(model, partial(masked, layers=(FIRST,))),
     "for good": lambda model: changed(model, partial(masked, permanent=True)),
     "for good, and another": lambda model: changed(model, masked_otherwise),
 }
 OTHERS = {
     "another": lambda model: network(1),
-    "a layer in front": lambda model: nn.Sequential(model[0], nn.Sequential(nn.Linear(36, 36), *model[1])),
+    "layers exchanged": lambda model: changed(model, exchanged),
     "trained a little": lambda model: changed(model, little_trained),
     "trained under the mask": lambda model: changed(model, masked, little_trained),
-    "a direction less": lambda model: changed(model, partial(masked, layers=(0,), rank=1, permanent=True)),
+    "a direction less": lambda model: changed(model, partial(masked, layers=(KERNELS,), rank=1, permanent=True)),
 }
 
 
@@ -94,14 +101,14 @@ OTHERS = {
 def test_a_mask_goes_on_the_network_that_it_was_made_on_and_on_another_only_if_told(name, is_saved, tmp_path):
     model = network()
     mask = lower_left(model)
-    assert [origin.name for origin in mask.origins.values()] == ["0.weight", "1.1.weight", "1.3.weight"]
+    assert mask.layers == tuple(mask.origins) == NAMES
     if is_saved:
         mask.save(tmp_path / "mask.pt")
         mask = Mask.load(tmp_path / "mask.pt")
     model = (SAME | OTHERS)[name](model)
     before = state_of(model)
     if name in OTHERS:
-        line = r"^layer \d \('.*weight'\) has other weights than the mask was made on \('(0|1.1).weight'\): [^\n]*$"
+        line = r"^layer '(0|1.1).weight' has other weights than the mask was made on: [^\n]*$"
         for permanent in (False, True):
             with pytest.raises(ValueError, match=line):
                 mask.apply(model, permanent)
@@ -113,8 +120,8 @@ def test_a_mask_goes_on_the_network_that_it_was_made_on_and_on_another_only_if_t
         assert found.includes(mask) and mask.includes(found) and found.forgets == (1,)
     assert state_of(model) == before
     if name == "itself":
-        pairs = zip(mask.origins.values(), found.origins.values(), strict=True)
-        assert all(one.name == other.name and torch.equal(one.weights, other.weights) for one, other in pairs)
+        assert list(mask.origins) == list(found.origins)
+        assert all(torch.equal(one, found.origins[layer]) for layer, one in mask.origins.items())
 
 
 def test_the_mask_of_a_request_is_for_its_model_and_files_from_before_are_for_any(tmp_path):
@@ -122,7 +129,7 @@ def test_the_mask_of_a_request_is_for_its_model_and_files_from_before_are_for_an
     model, another = (nn.Sequential(nn.Linear(7, 16), nn.ReLU(), nn.Linear(16, 3)) for _ in range(2))
     trained(model, TRAIN)
     plain = copy.deepcopy(model)
-    carried = mask_of({1: torch.ones(3, 16).index_fill(1, torch.arange(8), 0)})
+    carried = mask_of({"2.weight": torch.ones(3, 16).index_fill(1, torch.arange(8), 0)})
     carried.apply(model)
     with pytest.raises(RetainScoreError) as error:
         unlearn(model, TRAIN.images, TRAIN.labels, 1, scorer="saliency", max_fall=1e-9)
@@ -139,15 +146,16 @@ def test_the_mask_of_a_request_is_for_its_model_and_files_from_before_are_for_an
 
 def test_masks_of_one_network_combine_and_are_still_known_to_be_of_it():
     model = network()
-    one, other = lower_left(model, (0, 1)), lower_left(model, (1, 2))
-    by_hand = mask_of({2: torch.ones(36, 36).triu()})
+    one, other = lower_left(model, NAMES[:2]), lower_left(model, NAMES[1:])
+    by_hand = mask_of({SECOND: torch.ones(36, 36).triu()})
     both = one & other & by_hand
-    assert sorted(both.origins) == [0, 1, 2] and list((by_hand & one).origins) == [0, 1]
+    assert tuple(sorted(both.origins)) == NAMES and tuple((by_hand & one).origins) == NAMES[:2]
     both.apply(model)
     with pytest.raises(ValueError, match="has other weights"):
         both.apply(network(1))
-    with pytest.raises(ValueError, match="^masks of one classifier combine: .* made on other weights of layer 1$"):
-        one & lower_left(network(1), (1, 2))
+    line = "^masks of one classifier combine: these were made on other weights of '1.1.weight'$"
+    with pytest.raises(ValueError, match=line):
+        one & lower_left(network(1), NAMES[1:])
 
 
 def parametrized(model: nn.Module) -> None:
@@ -168,8 +176,9 @@ def for_good(mask: Mask, model: nn.Module) -> None:
     mask.apply(model, permanent=True)
 
 
-first_masked = partial(masked, layers=(0,))
-both_masked = partial(masked, layers=(0, 1))
+BOTH = ("0.weight", "2.weight")  # of the small one
+first_masked = partial(masked, layers=BOTH[:1])
+both_masked = partial(masked, layers=BOTH)
 # What is done, what the model is before, and what else it may be afterwards.
 WAYS = {
     "put on": (Mask.apply, [], [both_masked]),
@@ -181,7 +190,7 @@ WAYS = {
 }
 
 
-ACTS = {act.__code__ for act in (Mask.apply, Mask.remove, Mask.applied_to.__wrapped__, masks.take_off, masks.undoing)}
+ACTS = {act.__code__ for act in (Mask.apply, Mask.remove, Mask.applied_to.__wrapped__, Weight.take_off, masks.undoing)}
 
 
 def interrupted(act: Callable[[], object], at: int) -> bool:
@@ -221,7 +230,7 @@ def seen(model: nn.Module) -> list:
 def test_an_interrupt_at_any_line_leaves_all_layers_masked_or_none(way):
     act, first, otherwise = WAYS[way]
     original, line, found, is_interrupted = changed(small(), *first), 0, [], True
-    mask = lower_left(original, (0, 1))
+    mask = lower_left(original, BOTH)
     possible = [seen(original), seen(changed(small(), *otherwise))]
     while is_interrupted:
         model, line = copy.deepcopy(original), line + 1
@@ -229,12 +238,12 @@ def test_an_interrupt_at_any_line_leaves_all_layers_masked_or_none(way):
         is_interrupted = interrupted(partial(act, mask, model), line)
         found.append(possible.index(seen(model)))
         assert found[-1] or state_of(model) == before
-        lower_left(model, (0, 1)).apply(model)  # it can be gone on with
+        lower_left(model, BOTH).apply(model)  # it can be gone on with
     assert set(found) == set(range(len(possible))) and line > 50
 
 
 def test_what_fails_midway_is_undone_and_a_carried_mask_is_on_again_after_a_context(monkeypatch):
-    model = changed(network(), partial(masked, layers=(1,)))
+    model = changed(network(), partial(masked, layers=(FIRST,)))
     before, mask, register = state_of(model), lower_left(model), parametrize.register_parametrization
 
     def failing(layer: nn.Module, *arguments: object) -> None:
@@ -243,7 +252,7 @@ def test_what_fails_midway_is_undone_and_a_carried_mask_is_on_again_after_a_cont
             raise MemoryError
 
     with mask.applied_to(model):
-        assert Mask.on(model).layers == (0, 1, 2)
+        assert Mask.on(model).layers == NAMES
     assert state_of(model) == before
     monkeypatch.setattr(parametrize, "register_parametrization", failing)
     with pytest.raises(MemoryError):
@@ -311,10 +320,10 @@ def test_parts_that_are_no_matrices_of_numbers_are_refused_in_a_line(parts, tmp_
     with pytest.raises(
         ValueError, match="^(a mask must have tensors of floating-point numbers alone|edits must be .*)$"
     ):
-        Mask({0: LayerMask(*parts)})
+        Mask({"0.weight": LayerMask(*parts)})
     keep, *edit = parts
     if keep is ONES:  # which is of bool in a file
-        save(tmp_path / "mask.pt", {"layers": [0], "keep": [keep.bool()], "forgets": [], "edits": [edit]})
+        save(tmp_path / "mask.pt", {"layers": ["0.weight"], "keep": [keep.bool()], "forgets": [], "edits": [edit]})
         with pytest.raises(ArtifactError, match=r"mask.pt: is not a mask \([^\n]*\)$"):
             Mask.load(tmp_path / "mask.pt")
 
@@ -330,8 +339,8 @@ def test_where_no_mask_can_be_is_said_in_a_line(tmp_path):
     ):
         with pytest.raises(ArtifactError, match=line):
             Mask.load(path)
-    name, weights = mask.origins[1]
-    for made_on in ({1: [name, weights[1:]]}, {1: [name]}, [name], {1: [name, None]}):
+    weights = mask.origins[FIRST]
+    for made_on in ({FIRST: [FIRST, weights[1:]]}, {FIRST: [FIRST]}, [FIRST], {FIRST: [FIRST, None]}):
         save(tmp_path / "mask.pt", mask.saved() | {"made_on": made_on})
         with pytest.raises(ArtifactError, match=r"mask.pt: is not a mask \([^\n]*\)$"):
             Mask.load(tmp_path / "mask.pt")
@@ -343,12 +352,12 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 def test_what_two_masks_take_is_taken_once():
     model, other = network(), network()
-    one, two = lower_left(model, rank=2), lower_left(model, (1, 2), rank=1)
+    one, two = lower_left(model, rank=2), lower_left(model, NAMES[1:], rank=1)
     two = Mask({layer: each._replace(left=2 * each.left) for layer, each in two.by_layer.items()})
     (one & one).apply(model)
     one.apply(other)
     assert torch.equal(outputs(model), outputs(other)) and (one & one).includes(one) and not two.includes(one)
-    assert [(two & one).by_layer[layer].rank for layer in (0, 1, 2)] == [2, 3, 3]
+    assert [(two & one).by_layer[layer].rank for layer in NAMES] == [2, 3, 3]
     (two & one & two).apply(network())
 
 
@@ -381,3 +390,136 @@ def test_what_was_said_of_a_mask_is_in_its_file(tmp_path):
     mask = Mask(lower_left(network()).by_layer, (1,), about="ranked by the formula; 3 % are left")
     mask.save(tmp_path / "mask.pt")
     assert repr(Mask.load(tmp_path / "mask.pt")) == repr(mask) and repr(mask).endswith("3 % are left)")
+
+
+class Both(nn.Module):
+    """A network whose parts are called as wrappers call theirs, two of them of one name but for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network, self.fc = nn.Sequential(), nn.Linear(4, 4)
+        self.network.add_module("fc", nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.fc(self.network(x).relu())
+
+
+SHAPES = {Both: (4,), nn.Sequential: (2, 5, 5)}
+WRAPPERS = {
+    "hooked": lambda model: HookedClassifier(model, torch.ones(2, *SHAPES[type(model)])),
+    "parallel": nn.DataParallel,
+    "compiled": partial(torch.compile, backend="eager"),
+    "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("make, names", [(network, NAMES), (Both, ("network.fc.weight", "fc.weight"))])
+def test_a_network_is_the_same_under_a_wrapper(make, names, wrapper):
+    model, inner = make(), make()
+    wrapped, mask = WRAPPERS[wrapper](inner), lower_left(model, names[:1])
+    with mask.applied_to(wrapped):
+        made, weight = Mask.on(wrapped), operator.attrgetter(names[0])(inner).detach()
+        assert made.layers == Mask.on(inner).layers == names[:1] and made.includes(mask) and mask.includes(made)
+        assert torch.equal(weight, mask.weights(model)[names[0]])
+    with made.applied_to(model):
+        assert torch.equal(operator.attrgetter(names[0])(model), weight)
+    assert state_of(model) == state_of(make())[:1] + state_of(model)[1:] and Mask.on(inner) is None
+    other = lower_left(model, names[1:2])
+    assert (made & other & mask).layers == names[:2] and (made & other).num_zeroed == made.num_zeroed + other.num_zeroed
+
+
+def test_an_unknown_wrapper_is_left_out_where_its_name_is_known():
+    model, mask = network(), lower_left(network())
+    for prefix in ("network.", "module._orig_mod."):
+        with Mask({prefix + name: part for name, part in mask.by_layer.items()}).applied_to(model):
+            assert Mask.on(model).layers == NAMES
+    with pytest.raises(ValueError, match="^layer 'model.0.weight' must be"):
+        Mask({"model.0.weight": mask.by_layer[KERNELS]}).apply(model)
+    both = nn.ModuleDict({"module": nn.Linear(2, 2), "network": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="^layer 'weight' must be"):
+        mask_of({"weight": torch.eye(2)}).apply(both)
+
+
+@pytest.mark.parametrize("prefix", ["", "network.", "module._orig_mod.", None])
+def test_files_from_before_have_indices_and_go_on_by_the_names_of_what_they_were_made_on(prefix, tmp_path):
+    model, mask = network(), lower_left(network())
+    model.network = nn.Conv2d(4, 4, 1, groups=2)  # which had no index
+    saved = {"layers": [0, 2], "keep": [], "forgets": [1], "edits": []}
+    for name in (KERNELS, SECOND):
+        part = mask.by_layer[name]
+        saved["keep"].append(part.keep.bool())
+        saved["edits"].append([part.left, part.right])
+    if prefix is not None:
+        made_on = {0: [prefix + KERNELS, mask.origins[KERNELS]], 2: [prefix + SECOND, mask.origins[SECOND]]}
+        saved |= {"made_on": made_on, "about": ""}
+    save(tmp_path / "mask.pt", saved)
+    loaded = Mask.load(tmp_path / "mask.pt")
+    expected = (0, 2) if prefix is None else (prefix + KERNELS, prefix + SECOND)
+    assert loaded.layers == expected and loaded.made_on(model).layers == (KERNELS, SECOND)
+    with loaded.applied_to(model):
+        found = Mask.on(model)
+        assert found.layers == (KERNELS, SECOND) and found.includes(loaded.made_on(model))
+        loaded.save(tmp_path / "again.pt")
+        assert Mask.load(tmp_path / "again.pt").layers == expected
+    assert list(loaded.weights(model)) == [KERNELS, SECOND]
+    if prefix is None:
+        other = loaded & mask  # both names of one layer
+        assert other.made_on(model).layers == NAMES
+        with pytest.raises(ValueError, match="^layer 2 must be a parameter"):
+            loaded.apply(model[:1])
+    else:
+        with pytest.raises(ValueError, match="has other weights"):
+            loaded.apply(network(1))
+
+
+class Parts(nn.Module):
+    """Parameters wherever people have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.line, self.space = nn.Conv1d(4, 6, 3), nn.Conv3d(1, 2, (1, 2, 2))
+        self.depthwise = nn.Conv2d(4, 4, (3, 1), groups=4)
+        self.attention, self.mixed = nn.MultiheadAttention(4, 2), nn.MultiheadAttention(4, 2, kdim=3, vdim=3)
+        self.own, self.listed = nn.Parameter(torch.randn(4, 4)), nn.ParameterList([torch.randn(4, 4)])
+        self.named = nn.ParameterDict({"one": torch.randn(4, 4)})
+
+    def forward(self, x):
+        x = x @ self.own @ self.listed[0] @ self.named["one"]
+        of_convolutions = self.line(x), self.space(x[:, None, None]), self.depthwise(x[..., None])
+        of_attention = self.attention(x, x, x)[0], self.mixed(x, x[..., :3], x[..., :3])[0]
+        return torch.cat([each.flatten() for each in (*of_convolutions, *of_attention)])
+
+
+PLACES = [
+    ["line.weight"], ["space.weight"], ["depthwise.weight"], ["own"], ["own", "mixed.out_proj.weight"],
+    ["attention.in_proj_weight", "attention.out_proj.weight"], ["mixed.q_proj_weight", "mixed.v_proj_weight"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", PLACES)
+def test_a_parameter_of_any_module_takes_a_mask_and_stands_where_it_stood_when_it_has_come_off(names):
+    model, x = Parts().eval(), torch.linspace(-1, 1, 32).view(2, 4, 4)
+    before, mask = state_of(model), lower_left(model, names, rank=1)
+    expected = torch.func.functional_call(model, mask.weights(model), x)
+    with torch.no_grad(), mask.applied_to(model):
+        assert torch.equal(model(x), expected) and Mask.on(model).layers == tuple(names)
+        for name in names:  # off one by one, as they were put on
+            Mask({name: mask.by_layer[name]}).remove(model)
+            assert Mask.on(model) is None or name not in Mask.on(model).layers
+        assert state_of(model) == before
+        mask.apply(model)
+    assert state_of(model) == before
+    mask.apply(model, permanent=True)
+    assert torch.equal(model(x), expected) and list(model.state_dict()) == list(Parts().state_dict())
+
+
+@pytest.mark.parametrize("name", ["listed.0", "named.one", "none.weight", "attention.bias_k", "attention", "weight"])
+def test_what_is_no_parameter_of_a_module_is_refused(name):
+    model = Parts()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=rf"^layer '{name}' must be a parameter \(4, 4\) of a module, [^\n]*$"):
+        mask_of({name: torch.eye(4)}).apply(model)
+    assert state_of(model) == before

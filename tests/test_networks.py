@@ -274,9 +274,9 @@ def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_thes
     weights = masked_weights(classifier, graph, keep)
     features, logits = classifier.outputs(classifier.prefix_activations(layers, x), layers, weights)
     names = {id(weight): key for key, weight in classifier.network.named_parameters()}
-    changed = {names[id(classifier.layers[layer].weight)]: weight for layer, weight in weights.items()}
+    assert list(weights) == [names[id(classifier.layers[layer].weight)] for layer in graph.layers]
     weighting = torch.randn(logits.shape, dtype=torch.float64)
-    by_hand = functional_call(classifier.network, changed, x)
+    by_hand = functional_call(classifier.network, weights, x)
     (gradient,) = torch.autograd.grad((logits * weighting).sum(), keep, retain_graph=True)
     (expected,) = torch.autograd.grad((by_hand * weighting).sum(), keep, retain_graph=True)
     assert torch.allclose(gradient, expected, atol=1e-12) and gradient.abs().sum() > 0
@@ -393,9 +393,9 @@ def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(nam
     assert mask.as_tensor().shape == (graph.shapes[0] if len(graph.layers) == 1 else (graph.num_vertices,))
     by_layer, expected = {}, []
     for layer, keep in zip(graph.layers, mask.keep):
-        weight = classifier.layers[layer].weight.detach()
+        weight, name = classifier.layers[layer].weight.detach(), classifier.names[layer]
         left, right = (torch.randn(size, rank).double() for size in weight.flatten(1).shape)
-        by_layer[layer] = LayerMask(keep, left, right)
+        by_layer[name] = LayerMask(keep, left, right)
         expected.append((weight - (left @ right.T).view_as(weight)).flatten())
     mask, expected = Mask(by_layer), torch.cat(expected).index_fill(0, zeroed, 0)
 
@@ -405,7 +405,7 @@ def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(nam
     mask.save(tmp_path / "mask.pt")
     with Mask.load(tmp_path / "mask.pt").applied_to(classifier):
         masked, on = classifier(x), Mask.on(classifier)
-        assert on.includes(mask) and mask.includes(on) and on.layers == mask.layers == graph.layers
+        assert on.includes(mask) and mask.includes(on) and on.layers == mask.layers == tuple(graph.names)
         assert {each.rank for each in on.by_layer.values()} == {rank}
         assert ("directions taken: layer" in repr(on)) == (rank > 0)
         assert torch.equal(flat(), expected)
@@ -504,7 +504,7 @@ def test_the_classifier_is_the_formula(split, bias):
     b0, b1, b2 = (layer.bias if bias else 0 for layer in classifier.layers)
     first = (split.images @ w0.T + b0).clamp(min=0)
     representation = (first @ w1.T + b1).clamp(min=0)
-    expected, own = representation @ w2.T + b2, {1: w1, 2: w2}
+    expected, own = representation @ w2.T + b2, {"3.weight": w1, "5.weight": w2}
     assert torch.allclose(classifier.prefix_activations([2, 1], split.images), first, atol=1e-6)
     found = classifier.outputs(split.images), classifier.outputs(first, [1]), classifier.outputs(first, [1], own)
     for features, logits in found:
@@ -516,7 +516,7 @@ def test_the_classifier_is_the_formula(split, bias):
 def test_looking_into_a_classifier_leaves_no_gradient_behind_and_its_weights_free_after_errors_too(classifier, split):
     classifier.layers[0].weight.requires_grad_(False)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied|size"):
-        classifier.outputs(split.images, None, {1: torch.zeros(5, 9)})
+        classifier.outputs(split.images, None, {classifier.names[1]: torch.zeros(5, 9)})
     with pytest.raises((IndexError, RuntimeError)):
         classifier.record(split.images, torch.full_like(split.labels, 99), [1])
     record = classifier.record(split.images, split.labels, [1, 2])
@@ -531,10 +531,10 @@ def test_a_mask_that_does_not_fit_and_a_file_that_is_no_mask_are_refused(classif
     with pytest.raises(ZeroDivisionError), mask.applied_to(classifier):
         raise ZeroDivisionError
     assert not parametrize.is_parametrized(classifier.layers[1]), "the mask comes off when its context fails"
-    with pytest.raises(ValueError, match=r"layer 1 is \(5, 6\), its mask \(2, 2\)"):
-        mask_of({0: torch.ones(6, 7), 1: torch.ones(2, 2)}).apply(classifier)
+    with pytest.raises(ValueError, match=r"layer '3.weight' is \(5, 6\), its mask \(2, 2\)"):
+        mask_of({"1.weight": torch.ones(6, 7), "3.weight": torch.ones(2, 2)}).apply(classifier)
     assert not any(parametrize.is_parametrized(layer) for layer in classifier.layers)
-    with pytest.raises(ValueError, match=r"layer 1 is not there, its mask \(5, 6\)"):
+    with pytest.raises(ValueError, match=r"layer '3.weight' must be a parameter \(5, 6\) of a module"):
         mask.apply(nn.Linear(7, 3))
     save(tmp_path / "gcn.pt", {"state_dict": {}, "seed": 0})
     with pytest.raises(ArtifactError, match="gcn.pt: is not a mask .'layers'."):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mimu.model import HookedMNISTClassifier, WeightGraph
 from mimu.networks.hooked import HookedClassifier, weight_layers
-from mimu.networks.masks import LayerMask, Mask, take_off, weight_mask
+from mimu.networks.masks import LayerMask, Mask, indexed_in
 from mimu.networks.tracing import POOLING, RESHAPING, UNCHANGED, Trace
 from mimu.runs.files import InputError, one_line
 from mimu.unlearning.samples import AT_ONCE, check_finite_rows
@@ -71,13 +71,15 @@ class CustomModel:
     """What of a model masks are made on: the linear layers in a row that it ends in; all, where others are asked for.
 
     classifier: a copy in float32, masked where the model is, of the layers in a row, or of the whole model, traced
-    layers: the indices of its layers among the weight layers of the model; masked: which of its layers are to be masked
+    layers: the indices of its layers among the weight layers of the model; names: of their weights in the model
+    masked: which of its layers are to be masked
     inputs: what it is given for all samples, (samples, n) float32, or (samples, ...) as the model takes them
     num_classes: how many logits it gives
     """
 
     classifier: HookedClassifier
     layers: tuple[int, ...]
+    names: tuple[str, ...]
     masked: tuple[int, ...]
     inputs: Tensor
     num_classes: int
@@ -95,7 +97,7 @@ class CustomModel:
         check_model(model)
         model = copy_of(model)
         inputs = inputs.to(next(model.parameters()).device)
-        index_of = {module: index for index, module in enumerate(weight_layers(model))}
+        index_of, weights = {module: index for index, module in enumerate(weight_layers(model))}, indexed_in(model)
         with torch.no_grad():
             few = torch.linspace(0, len(inputs) - 1, min(TRIED, len(inputs))).long()
             calls, logits, inputs = calls_of(model, inputs, few)
@@ -119,28 +121,32 @@ class CustomModel:
                 warnings.warn(f"mask_layer None: of layers {list(masked)} alone, as {why_not}", stacklevel=3)
             if not set(masked) <= set(in_a_row):
                 given = inputs.float() if inputs.is_floating_point() else inputs
-                return CustomModel(whole, tuple(index_of.values()), masked, given, logits.shape[1])
+                return CustomModel(
+                    whole, tuple(index_of.values()), tuple(weights.values()), masked, given, logits.shape[1]
+                )
             if torch.equal(row[0].given, inputs[few].flatten(1)):
                 given = inputs.flatten(1).float()
             else:
                 given = prefix_activations(model, row[0].module, inputs, progress)
                 check_finite_rows(given, f"what layer {row[0].name!r} is given for inputs")
             places = tuple(sorted(in_a_row.index(index) for index in masked))
-            return CustomModel(copied_layers(row), tuple(in_a_row), places, given, logits.shape[1])
+            names = tuple(weights[index] for index in in_a_row)
+            return CustomModel(copied_layers(row), tuple(in_a_row), names, places, given, logits.shape[1])
 
     def carried(self, mask: Mask | None, graph: WeightGraph) -> Mask:
         """What a mask on the model, if there is one, switches off in those of its layers that a graph has."""
         carried = mask.by_layer if mask else {}
         found = {}
-        for layer, shape in zip(graph.layers, graph.shapes):
-            on_model = carried.get(self.layers[layer])
+        for name, layer, shape in zip(graph.names, graph.layers, graph.shapes):
+            on_model = carried.get(self.names[layer])
             keep = torch.ones(shape) if on_model is None else on_model.keep
-            found[layer] = LayerMask.of(keep.to(self.inputs.device, torch.float32))
+            found[name] = LayerMask.of(keep.to(self.inputs.device, torch.float32))
         return Mask(found)
 
     def mask(self, mask: Mask) -> Mask:
         """A mask on its layers as one on the model."""
-        return replace(mask, by_layer={self.layers[layer]: part for layer, part in mask.by_layer.items()})
+        names = dict(zip(self.classifier.names, self.names))
+        return replace(mask, by_layer={names[name]: part for name, part in mask.by_layer.items()})
 
 
 def chosen(mask_layer: Any, in_a_row: Sequence[int], able: Sequence[int]) -> tuple[int, ...]:
@@ -181,10 +187,8 @@ def traced(model: nn.Module, example: Tensor, logits: Tensor) -> tuple[HookedCla
     example: some inputs; logits: what the model gives for them
     """
     model = copy_of(model.network if isinstance(model, HookedClassifier) else model).float()
-    for layer in filter(weight_mask, weight_layers(model)):
-        weight = layer.weight.detach()
-        take_off(layer)
-        layer.weight = nn.Parameter(weight)  # under the mask, and its own
+    if (mask := Mask.on(model)) is not None:
+        mask.apply(model, permanent=True)
     example = example.float() if example.is_floating_point() else example
     try:
         classifier = HookedClassifier(model, example)

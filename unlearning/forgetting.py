@@ -101,7 +101,7 @@ class Forgetting:
     @torch.no_grad()
     def activations(self) -> Tensor:
         """What the first masked layer is given for all samples, (samples, n): no mask changes it."""
-        return self.custom.classifier.prefix_activations(self.start.layers, self.train.images)
+        return self.custom.classifier.prefix_activations(self.custom.masked, self.train.images)
 
     def of_model(self, mask: Mask, scores: Scores, about: str = "") -> Mask:
         """A mask on the classifier, with the scores under it, as one on the model, with what that carries."""
@@ -273,7 +273,7 @@ class Forgetting:
     def logits(self, mask: Mask) -> Tensor:
         """What the masked classifier gives for the samples, (samples, classes)."""
         with mask.applied_to(self.custom.classifier):
-            return self.custom.classifier(self.activations, mask.layers)
+            return self.custom.classifier(self.activations, self.custom.masked)
 
     def scores(self, logits: Tensor, among: Sequence[int] | None = None) -> Scores:
         """The scores of the samples' logits, of all classes, or of some `among` these alone."""
