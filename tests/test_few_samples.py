@@ -18,7 +18,8 @@ from mimu.images.sources import seeded
 from mimu.masking.order import FEW, PRIOR, percent_above_zero
 from mimu.trainer import learn
 from mimu.unlearning import forgetting
-from mimu.unlearning.forgetting import FOLDS, Forgetting, lower_end
+from mimu.unlearning.forgetting import FOLDS, Forgetting
+from mimu.unlearning.judgement import lower_end
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_samples_that_are_few_are_judged_by_masks_that_are_made_without_them(mod
         for label, count in enumerate(counts):
             rows = (samples.labels == label).nonzero()[:, 0]
             is_held_out[rows[fold::FOLDS]] = count == fewest
-        monkeypatch.setattr(Forgetting, "held_out_logits", lambda self, mask, *_: self.logits(mask))
+        monkeypatch.setattr(Forgetting, "held_out_logits", lambda self, made, *_: made.logits)
         without = asked(model, samples[~is_held_out], **quick)[0]
         with without.applied_to(model):
             expected[is_held_out] = model(samples.images[is_held_out])
