@@ -214,7 +214,8 @@ def test_on_coloured_shapes_the_better_of_gcn_and_formula_ranks(forget_class, mo
 @pytest.mark.parametrize("falls, ranks", [((0.9, 0.1), "GCN"), ((1.1, 0.1), "formula"), ((1.1, 1.2), "GCN")])
 def test_the_formula_is_tried_where_the_gcn_costs_more_than_a_point(model, falls, ranks, monkeypatch):
     made, fall = Forgetting.made, dict(zip(("gcn", "saliency"), falls))
-    monkeypatch.setattr(Forgetting, "made", lambda self, *kept: made(self, *kept)._replace(fall=fall[self.scorer]))
+    costing = lambda self, judgement, scorer: made(self, judgement, scorer)._replace(fall=fall[scorer])  # noqa: E731
+    monkeypatch.setattr(Forgetting, "made", costing)
     mask = asked(model, TRAIN, **FREE)[0]
     assert f"ranked by the {ranks}" in repr(mask)
     alone = asked(model, TRAIN, scorer="saliency", **FREE)[0]

@@ -45,11 +45,12 @@ class RetainScoreError(InputError):
 
 
 class Made(NamedTuple):
-    """The masks on the way to forgetting; of the last the samples' logits, what is left in words, and what others lose.
+    """What samples make of a request: the masks on the way, by what ranks.
 
-    fall: in points, over all samples that are kept
+    logits, left, fall: of the last, the samples' logits, what is left in words, and the points that the others lose
     """
 
+    scorer: str
     way: list[Mask]
     logits: Tensor
     left: str
@@ -129,12 +130,11 @@ class Forgetting:
         """
         judgement = self.judgement
         self.check_scores(judgement)
-        made, ranks = self.made(judgement), self.scorer
+        made = self.made(judgement, self.scorer)
         if self.scorer == "gcn" and not self.erase and (made.left or made.fall > WORTH_A_TRY):
-            formula = replace(self, scorer="saliency").made(judgement)
-            if (formula.left != "", formula.fall) < (made.left != "", made.fall):
-                made, ranks = formula, "saliency"
-        logits = replace(self, scorer=ranks).held_out_logits(made, judgement)
+            formula = self.made(judgement, "saliency")
+            made = min(made, formula, key=lambda each: (each.left != "", each.fall))
+        logits = self.held_out_logits(made, judgement)
         now = judgement.scores(logits)
         said = [made.left] if made.left else []
         # Of fewer samples a mask that is made without one is not like that made of all.
@@ -147,11 +147,11 @@ class Forgetting:
         said += judgement.not_shown(logits)
         if said:
             warnings.warn(f"{'; '.join(said)} ({OTHER_WAYS})", stacklevel=3)
-        by = "erased" if self.erase else f"ranked by the {'GCN' if ranks == 'gcn' else 'formula'}"
+        by = "erased" if self.erase else f"ranked by the {'GCN' if made.scorer == 'gcn' else 'formula'}"
         by = f"{by} in {len(self.custom.masked)} of {len(self.custom.layers)} layers that can be masked"
         return self.of_model(made.way[-1], judgement.scores(made.logits), "; ".join([by, *said]))
 
-    def made(self, judgement: Judgement) -> Made:
+    def made(self, judgement: Judgement, scorer: str) -> Made:
         """What the samples make of a request.
 
         The classes go one after the other, the one that most is left of first; none of them is spared for another.
@@ -163,13 +163,13 @@ class Forgetting:
             label = max(of_class, key=of_class.__getitem__)
             if left or of_class[label] < target or judgement.is_ruined(logits):
                 break
-            left = self.forget_one(label, judgement, way)
+            left = self.forget_one(label, judgement, scorer, way)
             logits = self.logits(way[-1])
         now = judgement.scores(logits)
         still = [f"{now[each]:.1f} % of class {each} are left" for each in judgement.lost if now[each] >= target]
         left = ", ".join(still) or ("" if judgement.are_few else left)
         left = f"{left} after {way[-1].num_zeroed} zeroed weights" if left else ""
-        return Made(way, logits, left, judgement.falls(now)[0])
+        return Made(scorer, way, logits, left, judgement.falls(now)[0])
 
     def held_out_logits(self, made: Made, judgement: Judgement) -> Tensor:
         """The logits of all samples under the mask made; of classes with few, each under one that is made without it.
@@ -185,7 +185,7 @@ class Forgetting:
             is_held_out = folds == fold
             if is_held_out.any():
                 others = replace(self, train=self.train[~is_held_out], progress=False)
-                mask = others.made(judgement[~is_held_out]).way[-1]
+                mask = others.made(judgement[~is_held_out], made.scorer).way[-1]
                 logits[is_held_out] = self.logits(mask, is_held_out)
         return logits
 
@@ -219,7 +219,7 @@ class Forgetting:
         )
         return RetainScoreError(message, judgement.scores_before, now, self.of_model(mask, under))
 
-    def forget_one(self, label: int, judgement: Judgement, way: list[Mask]) -> str:
+    def forget_one(self, label: int, judgement: Judgement, scorer: str, way: list[Mask]) -> str:
         """Adds masks to the way until a class is forgotten, or the kept ones have lost twice what they may.
 
         Returns what is to be said where it is neither.
@@ -232,10 +232,10 @@ class Forgetting:
             return ""
         graphs, config = GraphGenerator(classifier, samples, self.trained.graphs, self.seed), self.trained.masking
         forget_row = graphs.row_of(label)
-        ranking = Ranking(config, graphs, forget_row, self.seed, self.trained.gcn if self.scorer == "gcn" else None)
+        ranking = Ranking(config, graphs, forget_row, self.seed, self.trained.gcn if scorer == "gcn" else None)
         order = ZeroingOrder(config, graphs, forget_row, ranking, zeroed=way[-1].vertices())
         begun, limit = len(order.zeroed), number_of_weights(config.max_kappa, graphs.graph.num_vertices)
-        started, before = time.perf_counter(), len(way)
+        before, started = len(way), time.perf_counter()
         is_off = None if self.progress else True
         with tqdm(desc=f"class {label}", unit="step", delay=1, leave=False, disable=is_off) as bar:
 

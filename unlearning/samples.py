@@ -68,15 +68,14 @@ def samples_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[Tensor,
 
 def with_own_generator(loader: DataLoader) -> DataLoader:
     """A copy of a loader that draws from a generator of its own where it would draw from that of the whole process."""
-    loader, sampler, generator = copy.copy(loader), copy.copy(loader.sampler), seeded("samples")
-    if loader.generator is None:
-        loader.generator = generator
-    if getattr(sampler, "generator", generator) is None:
-        sampler.generator = generator
-        batch_sampler = copy.copy(loader.batch_sampler)
-        if batch_sampler is not None:
-            batch_sampler.sampler = sampler
-        vars(loader).update(sampler=sampler, batch_sampler=batch_sampler)  # which PyTorch does not let one set
+    loader = copy.copy(loader)
+    loader.generator = loader.generator or seeded("samples")
+    if getattr(loader.sampler, "generator", True) is None:
+        sampler, batches = copy.copy(loader.sampler), copy.copy(loader.batch_sampler)
+        sampler.generator = seeded("order")
+        if batches is not None:
+            batches.sampler = sampler
+        vars(loader).update(sampler=sampler, batch_sampler=batches)  # PyTorch does not let one set these
     return loader
 
 
