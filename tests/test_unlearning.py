@@ -28,6 +28,7 @@ from mimu.networks.hooked import HookedClassifier
 from mimu.unlearning import forgetting
 from mimu.unlearning.custom_model import CustomModel, plain_torch
 from mimu.unlearning.forgetting import Forgetting
+from mimu.unlearning.judgement import Judgement
 
 TRAIN, TEST = random_split(200), random_split(200, seed=7)
 FREE = {"max_fall": None, "max_class_fall": None}
@@ -361,6 +362,15 @@ def test_after_the_first_step_a_long_request_says_how_long_it_takes_at_most(
     request(model, gcn=patient_gcn(step=20, max_kappa=0.9), progress=progress)
     found = set(re.findall(r"class 1, at most (\d+) s", terminal.getvalue()))
     assert found == ({str(at_most)} if at_most else set()), "for 172.8 of 192 weights, 20 a step"
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_every_tenth_step_sees_what_the_kept_classes_lose(model, progress, monkeypatch):
+    judged, is_ruined = [], Judgement.is_ruined
+    monkeypatch.setattr(Judgement, "is_ruined", lambda *given: judged.append(given) or is_ruined(*given))
+    monkeypatch.setattr("sys.stderr", Terminal())
+    steps = request(model, gcn=patient_gcn(step=1, patience=0), scorer="saliency", progress=progress).num_zeroed
+    assert len(judged) == 1 + steps // 10 > 3, "before the first, too"
 
 
 def test_any_layer_scorer_gcn_and_step_are_taken(model):
