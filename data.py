@@ -434,7 +434,7 @@ class GraphGenerator:
 
     def draw(self, group_size: int, generator: torch.Generator) -> Tensor:
         """Indices of `group_size` random samples of every class, (classes, group_size), each once in `by_class`."""
-        keys = torch.rand(self.num_classes, self.samples_per_class, generator=generator)
+        keys = torch.rand(self.by_class().shape, generator=generator, dtype=torch.float32)
         return self.by_class().gather(1, keys.argsort(1)[:, :group_size].to(self.labels.device))
 
     def weights(self) -> list[Tensor]:

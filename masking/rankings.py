@@ -155,9 +155,8 @@ class TrainedGCN:
             graphs = GraphConfig(**{each.name: config["graphs"][each.name] for each in fields(GraphConfig)})
             masking = MaskingConfig(**{each.name: config["eval"][each.name] for each in fields(MaskingConfig)})
             sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
-            with data.seeded_initialisation(0):
-                gcn = MaskingGCN(graphs.num_features, **sizes)
-            gcn.load_state_dict(weights)
+            gcn = MaskingGCN(graphs.num_features, **sizes, device="meta")  # without drawing weights
+            gcn.load_state_dict(weights, assign=True)
             if not is_finite(gcn):
                 raise ValueError("a weight is not a finite number")
             return TrainedGCN(gcn, graphs, masking)

@@ -58,8 +58,8 @@ class Erasing:
     def untrained_features(self, images: Tensor, count: int, seed: int) -> Tensor:
         """relu(V x) of images (samples, ...), V drawn as for a layer that is to be trained; they stand for `count`."""
         x, units = images.flatten(1), max(1, round(self.untrained * count))
-        weight = 2 * torch.rand(units, x.shape[1], generator=seeded("untrained", seed)).to(x) - 1
-        return (x @ weight.T).relu()
+        uniform = torch.rand(units, x.shape[1], generator=seeded("untrained", seed), dtype=torch.float32)
+        return (x @ (2 * uniform.to(x) - 1).T).relu()
 
 
 def nearest(features: Tensor, labels: Tensor, label: int, count: int) -> list[int]:

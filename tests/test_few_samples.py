@@ -18,7 +18,8 @@ from mimu.images.sources import seeded
 from mimu.masking.order import FEW, PRIOR, percent_above_zero
 from mimu.trainer import learn
 from mimu.unlearning import forgetting
-from mimu.unlearning.forgetting import FOLDS, Forgetting, lower_end
+from mimu.unlearning.forgetting import FOLDS, Forgetting
+from mimu.unlearning.judgement import lower_end
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_samples_that_are_few_are_judged_by_masks_that_are_made_without_them(mod
         for label, count in enumerate(counts):
             rows = (samples.labels == label).nonzero()[:, 0]
             is_held_out[rows[fold::FOLDS]] = count == fewest
-        monkeypatch.setattr(Forgetting, "held_out_logits", lambda self, mask, *_: self.logits(mask))
+        monkeypatch.setattr(Forgetting, "held_out_logits", lambda self, made, *_: made.logits)
         without = asked(model, samples[~is_held_out], **quick)[0]
         with without.applied_to(model):
             expected[is_held_out] = model(samples.images[is_held_out])
@@ -213,7 +214,8 @@ def test_on_coloured_shapes_the_better_of_gcn_and_formula_ranks(forget_class, mo
 @pytest.mark.parametrize("falls, ranks", [((0.9, 0.1), "GCN"), ((1.1, 0.1), "formula"), ((1.1, 1.2), "GCN")])
 def test_the_formula_is_tried_where_the_gcn_costs_more_than_a_point(model, falls, ranks, monkeypatch):
     made, fall = Forgetting.made, dict(zip(("gcn", "saliency"), falls))
-    monkeypatch.setattr(Forgetting, "made", lambda self, *kept: made(self, *kept)._replace(fall=fall[self.scorer]))
+    costing = lambda self, judgement, scorer: made(self, judgement, scorer)._replace(fall=fall[scorer])  # noqa: E731
+    monkeypatch.setattr(Forgetting, "made", costing)
     mask = asked(model, TRAIN, **FREE)[0]
     assert f"ranked by the {ranks}" in repr(mask)
     alone = asked(model, TRAIN, scorer="saliency", **FREE)[0]

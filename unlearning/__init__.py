@@ -37,29 +37,26 @@ def unlearn(
 ) -> Mask:
     """The mask that makes a classifier of the user's own forget classes; the model is left as it is, to the bit.
 
-    A copy runs, in evaluation mode. What is masked are linear layers that the model ends in, with nothing but ReLU or
-    dropout between them: what comes before is taken as it is. Or any linear layers and convolutions (without groups),
-    each called once, where torch.fx can trace the model: the copy is then run node by node, in float32.
+    A copy runs, in evaluation mode, in float32. What is masked are linear layers that the model ends in, with nothing
+    but ReLU or dropout between them; or any linear layers and convolutions (without groups), each called once, where
+    torch.fx can trace the model. Nothing that other threads share is changed: they may predict meanwhile.
 
     model: returns logits; inputs, labels: training samples as it takes them, (samples, ...), and their classes, from 0
         on; or, as inputs alone, a DataLoader or data set of pairs. Some of every class, but for those that a mask on
         the model forgets
-    forget_class: one class or several. Where the model carries a mask, the answer includes it, to be applied in its
-        place, and its classes stay forgotten: as measured, where there are samples of them
+    forget_class: one class or several; those of a mask that the model carries stay forgotten: the answer includes it
     gcn: what ranks the weights; None: the pretrained one, whose settings a bare MaskingGCN takes too
     mask_layer: an index among the linear layers and convolutions of the model (`networks.hooked.weight_layers`), or
         several, None for all that can be masked, or auto: of the linear layers at the end the last but one if they are
-        three or more, else the last. The answer says which
-    seed: of the samples that are drawn
-    scorer: the GCN, or the saliency that it adapts
-    erase: takes the classes from what the last layer is given, too (`methods.erasing`, with the settings of
-        configs/methods.yaml), by one direction less in each layer before it that can be masked and their rows of the
-        last layer: without a GCN, and with mask_layer auto or None
+        three or more, else the last
+    seed: of the samples that are drawn; scorer: the GCN, or the saliency that it adapts
+    erase: takes the classes from what the last layer is given, too (`methods.erasing`), by one direction less in each
+        layer before it that can be masked: without a GCN, and with mask_layer auto or None
     max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any
-    progress: shows a bar, on a terminal
+    progress: shows a bar, on a terminal, and how long a class takes at most where that is long
 
-    Warns where a class is left at the largest kappa of the settings, or samples are too few to show that it is not,
-    where the model does not know the samples, and where it cannot be traced and less is masked for it.
+    Warns where a class is left at the largest kappa, or samples are too few to show that it is not, where the model
+    does not know the samples, and where less is masked than was asked for.
     Raises RetainScoreError, which has the last mask within the bounds, where the others lose more; InputError, another
     ValueError, where the model is something else, or samples do not fit it or are not finite.
     """
@@ -72,24 +69,10 @@ def unlearn(
         custom = CustomModel.of(model, inputs, None if erase else mask_layer, progress)
         carried = Mask.on(model)
         train = Split(custom.inputs, labels.to(custom.inputs.device))
-        forgotten = carried.forgets if carried else ()
-        forget = classes_of(forget_class, train.labels, custom.num_classes, forgotten)
+        forget = classes_of(forget_class, train.labels, custom.num_classes, carried.forgets if carried else ())
         trained = TrainedGCN.of(gcn, custom.inputs.device, [custom.classifier.shapes[index] for index in custom.masked])
-        config = replace(trained.graphs, mask_layer=custom.masked, scope="measured")
-        request = Forgetting(
-            model=model,
-            custom=custom,
-            train=train,
-            carried=carried,
-            trained=trained,
-            config=config,
-            scorer=scorer,
-            erase=erase,
-            forget=forget,
-            seed=seed,
-            max_fall=max_fall,
-            max_class_fall=max_class_fall,
-            progress=progress,
-        )
+        trained = replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured"))
+        bounds = (max_fall, max_class_fall)
+        request = Forgetting(model, carried, custom, train, forget, trained, scorer, erase, seed, bounds, progress)
         request.of_model(request.start, {}).check(model)
         return request.answer()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from mimu.model import HookedMNISTClassifier, WeightGraph
+from mimu.model import WeightGraph
 from mimu.networks.hooked import HookedClassifier, weight_layers
 from mimu.networks.masks import LayerMask, Mask, indexed_in
 from mimu.networks.tracing import POOLING, RESHAPING, UNCHANGED, Trace
@@ -38,14 +38,10 @@ class Call(NamedTuple):
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """No autocast, no inference mode, float32 by default; and PyTorch's random state as it was, when it is left."""
-    dtype = torch.get_default_dtype()
-    with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad(), ExitStack() as off:
-        for device in ("cpu", "cuda"):
-            off.enter_context(torch.autocast(device, enabled=False))
-        off.callback(torch.set_default_dtype, dtype)
-        torch.set_default_dtype(torch.float32)
-        yield
+    """No autocast and no inference mode, in this thread; what all threads share is left as it is."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        with torch.autocast("cuda", enabled=False):
+            yield
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -99,7 +95,7 @@ class CustomModel:
         inputs = inputs.to(next(model.parameters()).device)
         index_of, weights = {module: index for index, module in enumerate(weight_layers(model))}, indexed_in(model)
         with torch.no_grad():
-            few = torch.linspace(0, len(inputs) - 1, min(TRIED, len(inputs))).long()
+            few = torch.linspace(0, len(inputs) - 1, min(TRIED, len(inputs)), dtype=torch.float32).long()
             calls, logits, inputs = calls_of(model, inputs, few)
             check_finite_rows(logits, "logits", ", though inputs and weights are")
             whole, why_not = traced(model, inputs[few[:TRACED]], logits[:TRACED])
@@ -283,11 +279,13 @@ def prefix_activations(model: nn.Module, layer: nn.Module, inputs: Tensor, progr
     return torch.cat(given).float()
 
 
-def copied_layers(row: list[Call]) -> HookedMNISTClassifier:
+def copied_layers(row: list[Call]) -> HookedClassifier:
     """The layers in float32, with the weights that they have under what is put on them."""
-    sizes = [row[0].given.shape[1], *(call.gave.shape[1] for call in row)]
-    classifier = HookedMNISTClassifier(sizes[1:-1], sizes[0], sizes[-1], bias=True).to(row[0].given.device)
-    for layer, call in zip(classifier.layers, row):
-        layer.weight.copy_(call.module.weight)
-        layer.bias = None if call.module.bias is None else nn.Parameter(call.module.bias.float())
-    return classifier
+    modules: list[nn.Module] = [nn.Flatten()]
+    for call in row:
+        m, n = call.module.weight.shape
+        layer = nn.Linear(n, m, device="meta")  # without drawing weights
+        layer.weight = nn.Parameter(call.module.weight.detach().float().clone())
+        layer.bias = None if call.module.bias is None else nn.Parameter(call.module.bias.detach().float().clone())
+        modules += [layer, nn.ReLU()]
+    return HookedClassifier(nn.Sequential(*modules[:-1]), row[0].given[:TRACED].flatten(1).float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from mimu.images.sources import seeded
 from mimu.runs.files import InputError, one_line
 
 AT_ONCE = 1000  # samples that a data set is read by, and a model is run on
@@ -18,9 +20,10 @@ AT_ONCE = 1000  # samples that a data set is read by, and a model is run on
 def tensor_of(value: Any, name: str) -> Tensor:
     """A value as a tensor. Raises InputError where it is none, by its name."""
     try:
-        value = value.copy() if isinstance(value, np.ndarray) else value  # PyTorch warns of one that is not writable
-        is_list_of_tensors = isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value)
-        tensor = torch.stack(list(value)) if is_list_of_tensors else torch.as_tensor(value)
+        if isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value):
+            tensor = torch.stack(list(value))
+        else:  # numbers of Python as NumPy takes them, whatever the default type of PyTorch
+            tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
     except (TypeError, ValueError, RuntimeError):
         try:
             tensor = torch.as_tensor(np.stack([np.asarray(each) for each in value]))
@@ -40,7 +43,7 @@ def samples_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[Tensor,
     """
     if labels is None:
         try:
-            loader = inputs if isinstance(inputs, DataLoader) else DataLoader(inputs, AT_ONCE)
+            loader = with_own_generator(inputs if isinstance(inputs, DataLoader) else DataLoader(inputs, AT_ONCE))
             batches, classes = [], []
             for batch, of_batch in tqdm(loader, "samples", delay=1, leave=False, disable=None if progress else True):
                 batches.append(torch.atleast_1d(batch))
@@ -61,6 +64,19 @@ def samples_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[Tensor,
         raise InputError(f"labels must be integers of shape ({len(inputs)},), one for every sample, not {has}")
     check_finite_rows(inputs, "inputs")
     return inputs, labels.to(inputs.device, torch.int64)
+
+
+def with_own_generator(loader: DataLoader) -> DataLoader:
+    """A copy of a loader that draws from a generator of its own where it would draw from that of the whole process."""
+    loader = copy.copy(loader)
+    loader.generator = loader.generator or seeded("samples")
+    if getattr(loader.sampler, "generator", True) is None:
+        sampler, batches = copy.copy(loader.sampler), copy.copy(loader.batch_sampler)
+        sampler.generator = seeded("order")
+        if batches is not None:
+            batches.sampler = sampler
+        vars(loader).update(sampler=sampler, batch_sampler=batches)  # PyTorch does not let one set these
+    return loader
 
 
 def check_finite_rows(values: Tensor, name: str, why: str = "") -> None:
