@@ -35,6 +35,7 @@ class LayerRecord(NamedTuple):
     def times(self, factor: Tensor) -> LayerRecord:
         """The same with every sample's gradient times a factor (samples)."""
         gradient = self.log_odds_gradient
+        factor = factor.repeat_interleave(len(gradient) // len(factor), 0)
         ending = (1,) * (gradient.ndim - factor.ndim)
         return self._replace(log_odds_gradient=gradient * factor.view(factor.shape + ending))
 
@@ -174,7 +175,8 @@ class HookedClassifier(nn.Module):
             active = (h > 0).to(h.dtype) if is_rectified else torch.ones_like(h)
             if a.ndim == 4:
                 a = patches(modules[index], a)
-                h, active, gradient = (each.flatten(2) for each in (h, active, gradient))
+                by_group = (modules[index].groups, -1)
+                a, h, active, gradient = (each.flatten(2).unflatten(1, by_group) for each in (a, h, active, gradient))
             records.append(LayerRecord(a, h, active, gradient))
         return Record(records, found.detach(), found.detach())
 
