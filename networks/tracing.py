@@ -32,8 +32,8 @@ class Ends(NamedTuple):
 
 
 def is_weight_layer(module: nn.Module) -> bool:
-    """Whether masks can be put on a module: a linear layer, or a convolution that is not a grouped one."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    """Whether masks can be put on a module: a linear layer, or a convolution."""
+    return isinstance(module, nn.Linear | nn.Conv2d)
 
 
 class Tracer(fx.Tracer):
