@@ -178,10 +178,7 @@ def mean_product(of_target: Tensor, of_source: Tensor) -> Tensor:
 
 
 def mean_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
-    """Mean over the samples of the gradient of their log-odds times a factor (classes, samples), (classes, m, n).
-
-    Here as below, the first dimension of what grouped convolutions do is (classes * groups), with m rows of each group.
-    """
+    """Mean over the samples of the gradient of their log-odds times a factor (classes, samples), (classes, m, n)."""
     return mean_product(record.times(factor).log_odds_gradient, record.inputs)
 
 
@@ -208,8 +205,9 @@ def mean_activation(x: Tensor) -> Tensor:
     return (x.mean(3) if x.ndim == 4 else x).mean(1)
 
 
-def groups_first(x: Tensor) -> Tensor:
-    """(classes, samples, groups, neurons, positions) as (classes * groups, samples, neurons, positions)."""
+def class_by_class(x: Tensor, classes: int) -> Tensor:
+    """(classes * samples, [groups,] neurons[, positions]) as (classes[ * groups], samples, neurons[, positions])."""
+    x = x.unflatten(0, (classes, -1))
     return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
 
 
@@ -249,8 +247,7 @@ class Feature(NamedTuple):
 
     mean: of what a layer does on samples of every class, a record of (classes * groups, samples, neurons[, positions]),
         (classes * groups, m, n); None where it is of the weight alone
-    of: from that mean (classes, groups, m, n) and the weight (groups, m, n) to the feature; the weight leads from
-        neuron c to r
+    of: from that mean and the weight (groups, m, n), from neuron c to r, to the feature (classes, groups, m, n)
     """
 
     mean: Mean | None
@@ -371,8 +368,8 @@ class Snapshot:
         no record is kept there is no update.
         """
         is_removed = torch.zeros(self.graph.num_vertices, dtype=torch.bool, device=vertices.device)
-        parts = is_removed.index_fill(0, vertices, True).split(self.graph.sizes)
-        removed = [part.nonzero()[:, 0] for part in parts]
+        is_removed[vertices] = True
+        removed = [part.nonzero()[:, 0] for part in is_removed.split(self.graph.sizes)]
         records = []
         for record in self.records:
             log_odds = record.log_odds
@@ -384,7 +381,7 @@ class Snapshot:
                 g = by_neuron(layer.log_odds_gradient, len(log_odds)).index_select(1, row)
                 a = by_neuron(layer.inputs, len(log_odds)).index_select(1, column)
                 change = (g * a) @ weight.take(at)
-                log_odds = log_odds - change.view(*log_odds.shape, -1).sum(2)
+                log_odds = log_odds - change.view(log_odds.shape + (-1,)).sum(2)
             records.append(record._replace(log_odds=log_odds))
         changed = [mean for mean in self.means[0] if mean in OF_LOG_ODDS]
         means, log_odds = group_means(records, changed, self.log_odds.shape[1])
@@ -494,8 +491,8 @@ class GraphGenerator:
     def _records(self, samples: Tensor, mask: Mask | None, left_out: Sequence[int]) -> Iterator[Record]:
         """What groups do, part after part of their samples; where nothing is new, what is kept."""
         if mask is None and self.are_kept and not left_out:
-            log_odds = self.record.log_odds[samples]
-            layers = [layer.each(lambda x: groups_first(x[samples])) for layer in self.record.layers]
+            rows, log_odds = samples.flatten(), self.record.log_odds[samples]
+            layers = [layer.each(lambda x: class_by_class(x[rows], len(samples))) for layer in self.record.layers]
             yield Record(layers, log_odds, log_odds)
             return
         with nullcontext() if mask is None else mask.applied_to(self.classifier):
@@ -505,10 +502,7 @@ class GraphGenerator:
                 kept = record.log_odds
                 if mask is not None:  # without one the log-odds are what is to be kept
                     kept = hooked.log_odds(self.predictions[rows], self.labels[rows], left_out)
-                layers = [
-                    layer.each(lambda x: groups_first(x.unflatten(0, part.shape)))  # noqa: B023
-                    for layer in record.layers
-                ]
+                layers = [layer.each(lambda x: class_by_class(x, len(samples))) for layer in record.layers]
                 yield Record(layers, record.log_odds.view(part.shape), kept.view(part.shape))
 
     def _record(self, rows: Tensor, left_out: Sequence[int] = ()) -> Record:

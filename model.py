@@ -201,9 +201,8 @@ class WeightGraphSAGE(nn.Module):
                 totals = totals.index_add(1, neurons.to(total.device), total.flatten(1, 2))
         results = []
         for source, target, degree, part in zip(graph.sources, graph.targets, graph.degrees, features):
-            groups = part.x.shape[1]
-            each = (totals[:, neurons.to(totals.device)] for neurons in (source, target))
-            of_source, of_target = (total.unflatten(1, (groups, -1)) for total in each)
+            both = (totals[:, neurons.to(totals.device)] for neurons in (source, target))
+            of_source, of_target = (total.unflatten(1, (part.x.shape[1], -1)) for total in both)
             if isinstance(degree, Tensor):
                 results.append(self._with_degrees(part, of_source, of_target, degree.to(totals)))
                 continue

@@ -20,7 +20,7 @@ class LayerRecord(NamedTuple):
     """What one layer did on a batch.
 
     The gradient of sample s's log-odds by the weight is `log_odds_gradient[s] inputs[s]^T`. Of a convolution every
-    tensor has a last dimension more, its positions, over which that product sums.
+    tensor is (samples, groups, neurons of each group, positions), and that product sums over positions.
     """
 
     inputs: Tensor  # (samples, n), the input activation a; of a convolution what its kernels read, n numbers each
@@ -33,7 +33,7 @@ class LayerRecord(NamedTuple):
         return LayerRecord(*map(change, self))
 
     def times(self, factor: Tensor) -> LayerRecord:
-        """The same with every sample's gradient times a factor (samples)."""
+        """The same with every sample's gradient times a factor (samples), or of (classes, samples) for all groups."""
         gradient = self.log_odds_gradient
         factor = factor.repeat_interleave(len(gradient) // len(factor), 0)
         ending = (1,) * (gradient.ndim - factor.ndim)
