@@ -205,6 +205,18 @@ def mean_activation(x: Tensor) -> Tensor:
     return (x.mean(3) if x.ndim == 4 else x).mean(1)
 
 
+def class_by_class(x: Tensor, classes: int) -> Tensor:
+    """(classes * samples, [groups,] neurons[, positions]) as (classes[ * groups], samples, neurons[, positions])."""
+    x = x.unflatten(0, (classes, -1))
+    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+
+
+def by_neuron(x: Tensor, classes: int) -> Tensor:
+    """(classes * groups, samples, neurons[, positions]) as (classes * samples * positions, groups * neurons)."""
+    x = x if x.ndim == 4 else x[..., None]
+    return x.unflatten(0, (classes, -1)).permute(0, 2, 4, 1, 3).flatten(3).flatten(0, 2)
+
+
 def loss_gradient(layer: LayerRecord, record: Record) -> Tensor:
     """Of the cross entropy -log p."""
     return mean_gradient(layer, -(-record.log_odds).sigmoid())  # p - 1
@@ -231,11 +243,11 @@ OF_LOG_ODDS: tuple[Mean, ...] = (loss_gradient, forgetting_gradient, retention_g
 
 
 class Feature(NamedTuple):
-    """A feature of weights, from a mean over a group's samples, (classes, m, n) or what broadcasts to it.
+    """A feature of weights, from a mean over a class's samples, or what broadcasts to it.
 
-    mean: of what a layer does on a group of every class, a record of (classes, samples, neurons[, positions]); None
-        where it is of the weight alone
-    of: from that mean and the weight (m, n) to the feature; the weight leads from neuron c to r
+    mean: of what a layer does on samples of every class, a record of (classes * groups, samples, neurons[, positions]),
+        (classes * groups, m, n); None where it is of the weight alone
+    of: from that mean and the weight (groups, m, n), from neuron c to r, to the feature (classes, groups, m, n)
     """
 
     mean: Mean | None
@@ -296,7 +308,7 @@ def vertex_features(features: list[Tensor]) -> Tensor:
 def group_means(
     records: Iterable[Record], means: Iterable[Mean], group_size: int
 ) -> tuple[list[dict[Mean, Tensor]], Tensor]:
-    """Of every masked layer its means over each group, and the log-odds (groups, group_size), by parts of these."""
+    """Of every masked layer its means over each group, and the log-odds (classes, group_size), by parts of these."""
     found: dict[int, dict[Mean, Tensor]] = defaultdict(dict)
     log_odds = []
     for record in records:
@@ -305,6 +317,7 @@ def group_means(
             of_layer = found[index]
             for mean in means:
                 part = mean(layer, record).mul_(share)  # in place: of large kernels it takes much memory
+                part = part.unflatten(0, (len(record.log_odds), -1))
                 of_layer[mean] = of_layer[mean].add_(part) if mean in of_layer else part
         log_odds.append(record.log_odds)
     return [found[index] for index in range(len(record.layers))], torch.cat(log_odds, 1)
@@ -314,9 +327,9 @@ def group_means(
 class Snapshot:
     """What groups of samples do in the masked layers of a classifier, masked or not: what features are made of.
 
-    weights: the matrix of each masked layer (m, n), as it is under the mask
-    means: of each masked layer those over every group, (groups, m, n) or what broadcasts to it
-    log_odds: of the label of every sample, (groups, samples)
+    weights: the matrices of each masked layer (groups, m, n), as they are under the mask; m rows of each group
+    means: of each masked layer those over the samples of a class, (classes, groups, m, n) or what broadcasts to it
+    log_odds: of the label of every sample, (classes, samples)
     records: what the means are of, part after part of the samples, where it is kept
     """
 
@@ -328,7 +341,7 @@ class Snapshot:
     records: list[Record]
 
     def feature(self, name: str) -> Tensor:
-        """One of the FEATURES that were asked for, of every group, (groups, vertices), not standardised."""
+        """One of the FEATURES that were asked for, of every class, (classes, vertices), not standardised."""
         feature, parts = FEATURES[name], []
         for means, weight in zip(self.means, self.weights):
             part = feature.of(means.get(feature.mean), weight)
@@ -351,24 +364,29 @@ class Snapshot:
         """What the groups would do without further weights, to first order: no sample goes through the network for it.
 
         A weight w from neuron c to r that is zeroed takes w a_c from the pre-activation of r, and with the gradient g_r
-        of the log-odds there, g_r w a_c from the log-odds. Gradients and activations stay. Not of kernels, of which no
-        record is kept.
+        of the log-odds there, g_r w a_c from the log-odds, summed over positions. Gradients and activations stay. Where
+        no record is kept there is no update.
         """
         is_removed = torch.zeros(self.graph.num_vertices, dtype=torch.bool, device=vertices.device)
-        removed = [part.nonzero().T for part in self.graph.matrices(is_removed.index_fill(0, vertices, True))]
+        is_removed[vertices] = True
+        removed = [part.nonzero()[:, 0] for part in is_removed.split(self.graph.sizes)]
         records = []
         for record in self.records:
             log_odds = record.log_odds
-            for layer, weight, (rows, columns) in zip(record.layers, self.weights, removed):
+            for layer, weight, at in zip(record.layers, self.weights, removed):
+                _, m, n = weight.shape
+                row = at // n
+                column = row // m * n + at % n  # those of its group stand behind those of the groups before
                 # Of a matrix columns are chosen thrice as fast.
-                g = layer.log_odds_gradient.flatten(0, 1).index_select(1, rows)
-                a = layer.inputs.flatten(0, 1).index_select(1, columns)
-                log_odds = log_odds - ((g * a) @ weight[rows, columns]).view_as(log_odds)
+                g = by_neuron(layer.log_odds_gradient, len(log_odds)).index_select(1, row)
+                a = by_neuron(layer.inputs, len(log_odds)).index_select(1, column)
+                change = (g * a) @ weight.take(at)
+                log_odds = log_odds - change.view(log_odds.shape + (-1,)).sum(2)
             records.append(record._replace(log_odds=log_odds))
         changed = [mean for mean in self.means[0] if mean in OF_LOG_ODDS]
         means, log_odds = group_means(records, changed, self.log_odds.shape[1])
         means = [before | now for before, now in zip(self.means, means)]
-        weights = [weight.index_put(tuple(at), weight.new_zeros(())) for weight, at in zip(self.weights, removed)]
+        weights = [weight.flatten().index_fill(0, at, 0).view_as(weight) for weight, at in zip(self.weights, removed)]
         return replace(self, weights=weights, means=means, log_odds=log_odds, records=records)
 
 
@@ -405,8 +423,8 @@ class GraphGenerator:
         with torch.no_grad():
             self.predictions = classifier(self.inputs, self.graph.layers)  # logits without a mask
         self.at_once = classifier.recorded_at_once(self.graph.layers)
-        # What kernels read would be too much: it is recorded anew.
-        self.are_kept = all(len(shape) == 2 for shape in self.graph.shapes)
+        # What layers read at many positions would be too much: it is recorded anew.
+        self.are_kept = all(classifier.trace.positions(index) == 1 for index in self.graph.layers)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -467,14 +485,14 @@ class GraphGenerator:
         means = dict.fromkeys(FEATURES[name].mean for name in names if FEATURES[name].mean)
         of_layers, log_odds = group_means(kept or records, means, samples.shape[1])
         weights = self.weights() if mask is None else mask.weights(self.classifier).values()
-        flat = [weight.flatten(1) for weight in weights]
-        return Snapshot(self.config, self.graph, flat, of_layers, log_odds, kept)
+        matrices = [weight.unflatten(0, (groups, -1)).flatten(2) for weight, groups in zip(weights, self.graph.groups)]
+        return Snapshot(self.config, self.graph, matrices, of_layers, log_odds, kept)
 
     def _records(self, samples: Tensor, mask: Mask | None, left_out: Sequence[int]) -> Iterator[Record]:
         """What groups do, part after part of their samples; where nothing is new, what is kept."""
         if mask is None and self.are_kept and not left_out:
-            log_odds = self.record.log_odds[samples]
-            layers = [layer.each(lambda x: x[samples]) for layer in self.record.layers]
+            rows, log_odds = samples.flatten(), self.record.log_odds[samples]
+            layers = [layer.each(lambda x: class_by_class(x[rows], len(samples))) for layer in self.record.layers]
             yield Record(layers, log_odds, log_odds)
             return
         with nullcontext() if mask is None else mask.applied_to(self.classifier):
@@ -484,7 +502,7 @@ class GraphGenerator:
                 kept = record.log_odds
                 if mask is not None:  # without one the log-odds are what is to be kept
                     kept = hooked.log_odds(self.predictions[rows], self.labels[rows], left_out)
-                layers = [layer.each(lambda x: x.unflatten(0, part.shape)) for layer in record.layers]  # noqa: B023
+                layers = [layer.each(lambda x: class_by_class(x, len(samples))) for layer in record.layers]
                 yield Record(layers, record.log_odds.view(part.shape), kept.view(part.shape))
 
     def _record(self, rows: Tensor, left_out: Sequence[int] = ()) -> Record:

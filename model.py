@@ -55,7 +55,8 @@ class WeightGraph:
 
     Two weights are neighbours once for each neuron that they share: those of one kernel twice.
     Vertices stand in the order of the layers, row-major within one: `offset + r * n + c`, where a kernel is a part of a
-    row: (m, channels, height, width) is a matrix (m, n), its columns that of a channel one after the other.
+    row: (m, channels, height, width) is a matrix (m, n), its columns that of a channel one after the other. A grouped
+    convolution is several such matrices, (groups, m / groups, n): each row reads the columns of its own group alone.
 
     ends: the neurons of every layer's columns and rows (`networks.tracing.Ends`), None of one that no mask can be put
         on
@@ -80,17 +81,18 @@ class WeightGraph:
         for index in self.layers:
             chosen += ends[index]
         numbers = torch.cat(chosen).unique(return_inverse=True)[1].split([len(neurons) for neurons in chosen])
-        self.sources, self.targets = numbers[::2], numbers[1::2]  # (n) and (m) of each layer
+        self.sources, self.targets = numbers[::2], numbers[1::2]  # (groups * n) and (m) of each layer
+        self.groups = [len(source) // math.prod(shape[1:]) for source, shape in zip(self.sources, self.shapes)]
         self.num_neurons = 1 + max(int(neurons.max()) for neurons in numbers)
         counts = torch.zeros(self.num_neurons, dtype=torch.long)
-        for source, target in zip(self.sources, self.targets):
-            counts.index_add_(0, source, torch.full_like(source, len(target)))
-            counts.index_add_(0, target, torch.full_like(target, len(source)))
-        # One number where all weights of a layer have the same, else (m, n).
+        for source, target, groups in zip(self.sources, self.targets, self.groups):
+            counts.index_add_(0, source, torch.full_like(source, len(target) // groups))
+            counts.index_add_(0, target, torch.full_like(target, len(source) // groups))
+        # One number where all weights of a layer have the same, else (groups, m / groups, n).
         self.degrees: list[int | Tensor] = []
-        for source, target in zip(self.sources, self.targets):
-            degree = counts[source] + counts[target][:, None] - 2
-            self.degrees.append(degree if (degree != degree[0, 0]).any() else int(degree[0, 0]))
+        for source, target, groups in zip(self.sources, self.targets, self.groups):
+            degree = counts[source].view(groups, 1, -1) + counts[target].view(groups, -1, 1) - 2
+            self.degrees.append(degree if (degree != degree[0, 0, 0]).any() else int(degree[0, 0, 0]))
         self.num_edges = int((counts * (counts - 1)).sum())
 
     @staticmethod
@@ -103,8 +105,9 @@ class WeightGraph:
         return [part.unflatten(dim, shape) for part, shape in zip(x.split(self.sizes, dim), self.shapes)]
 
     def matrices(self, x: Tensor, dim: int = -1) -> list[Tensor]:
-        """The same as matrices, (..., m, n, ...)."""
-        return [part.unflatten(dim, (shape[0], -1)) for part, shape in zip(x.split(self.sizes, dim), self.shapes)]
+        """The same as matrices, (..., groups, m / groups, n, ...)."""
+        parts = zip(x.split(self.sizes, dim), self.shapes, self.groups)
+        return [part.unflatten(dim, (groups, shape[0] // groups, -1)) for part, shape, groups in parts]
 
     def zeroing(self, vertices: Tensor) -> Mask:
         """The mask that switches off the given vertices (kappa) and keeps all others."""
@@ -123,8 +126,8 @@ class WeightGraph:
         """Every directed edge, (2, edges), sorted. For export and tests: nothing in training or evaluation needs it."""
         cliques: dict[int, list[Tensor]] = defaultdict(list)
         for source, target, vertices in zip(self.sources, self.targets, self.matrices(torch.arange(self.num_vertices))):
-            for neurons, by_neuron in ((source, vertices.T), (target, vertices)):
-                for neuron, members in zip(neurons.tolist(), by_neuron):
+            for neurons, by_neuron in ((source, vertices.mT), (target, vertices)):
+                for neuron, members in zip(neurons.tolist(), by_neuron.flatten(0, 1)):
                     cliques[neuron].append(members)
         pairs = torch.cat([torch.combinations(torch.cat(members), 2) for members in cliques.values()])
         edges = torch.cat([pairs, pairs.flip(1)])
@@ -139,28 +142,30 @@ class AffineFeatures:
     formed when a non-linearity needs them.
     """
 
-    x: Tensor  # (batch, m, n, in)
-    source_sums: Tensor  # of x over the weights of each source neuron, (batch, n, in)
-    target_sums: Tensor  # of x over the weights of each target neuron, (batch, m, in)
+    x: Tensor  # (batch, groups, m, n, in), m rows of each group
+    source_sums: Tensor  # of x over the weights of each source neuron, (batch, groups, n, in)
+    target_sums: Tensor  # of x over the weights of each target neuron, (batch, groups, m, in)
     matrix: Tensor | None = None  # M, (in, features); without it y is x
-    source: Tensor | None = None  # (batch, n, features)
-    target: Tensor | None = None  # (batch, m, features)
+    source: Tensor | None = None  # (batch, groups, n, features)
+    target: Tensor | None = None  # (batch, groups, m, features)
 
     @staticmethod
     def of(x: Tensor) -> AffineFeatures:
-        return AffineFeatures(x, x.sum(1), x.sum(2))
+        return AffineFeatures(x, x.sum(2), x.sum(3))
 
     def formed(self) -> Tensor:
-        """y, (batch, m, n, features)."""
-        return self.x if self.matrix is None else self.x @ self.matrix + self.source[:, None] + self.target[:, :, None]
+        """y, (batch, groups, m, n, features)."""
+        if self.matrix is None:
+            return self.x
+        return self.x @ self.matrix + self.source[:, :, None] + self.target[..., None, :]
 
     def totals(self) -> tuple[Tensor, Tensor]:
-        """Of y over the weights of each source neuron (batch, n, features) and target neuron (batch, m, features)."""
+        """Of y at each source neuron, (batch, groups, n, features), and target neuron, (batch, groups, m, features)."""
         if self.matrix is None:
             return self.source_sums, self.target_sums
-        m, n = self.x.shape[1:3]
-        of_source = self.source_sums @ self.matrix + m * self.source + self.target.sum(1, keepdim=True)
-        of_target = self.target_sums @ self.matrix + n * self.target + self.source.sum(1, keepdim=True)
+        m, n = self.x.shape[2:4]
+        of_source = self.source_sums @ self.matrix + m * self.source + self.target.sum(2, keepdim=True)
+        of_target = self.target_sums @ self.matrix + n * self.target + self.source.sum(2, keepdim=True)
         return of_source, of_target
 
     def transformed(self, matrix: Tensor, source: Tensor, target: Tensor) -> AffineFeatures:
@@ -172,7 +177,7 @@ class AffineFeatures:
         return replace(self, matrix=matrix, source=source, target=target)
 
     def relu(self) -> Tensor:
-        """relu(y), (batch, m, n, features)."""
+        """relu(y), (batch, groups, m, n, features)."""
         if self.matrix is None:
             return self.x.relu()
         return AffineReLU.apply(self.x, self.matrix, self.source, self.target)
@@ -198,11 +203,12 @@ class WeightGraphSAGE(nn.Module):
         totals: Tensor | None = None  # t, (batch, neurons, features)
         for source, target, part in zip(graph.sources, graph.targets, features):
             for neurons, total in zip((source, target), part.totals()):
-                totals = total.new_zeros(len(total), graph.num_neurons, total.shape[2]) if totals is None else totals
-                totals = totals.index_add(1, neurons.to(total.device), total)
+                totals = total.new_zeros(len(total), graph.num_neurons, total.shape[3]) if totals is None else totals
+                totals = totals.index_add(1, neurons.to(total.device), total.flatten(1, 2))
         results = []
         for source, target, degree, part in zip(graph.sources, graph.targets, graph.degrees, features):
-            of_source, of_target = (totals[:, neurons.to(totals.device)] for neurons in (source, target))
+            both = (totals[:, neurons.to(totals.device)] for neurons in (source, target))
+            of_source, of_target = (total.unflatten(1, (part.x.shape[1], -1)) for total in both)
             if isinstance(degree, Tensor):
                 results.append(self._with_degrees(part, of_source, of_target, degree.to(totals)))
                 continue
@@ -213,9 +219,9 @@ class WeightGraphSAGE(nn.Module):
         return results
 
     def _with_degrees(self, x: AffineFeatures, of_source: Tensor, of_target: Tensor, degree: Tensor) -> AffineFeatures:
-        """What a layer becomes whose weights have degrees (m, n) of their own, vertex by vertex."""
+        """What a layer becomes whose weights have degrees (groups, m, n) of their own, vertex by vertex."""
         y = x.formed()
-        mean = (of_source[:, None] + of_target[:, :, None] - 2 * y) / degree.clamp_min(1)[..., None]
+        mean = (of_source[:, :, None] + of_target[..., None, :] - 2 * y) / degree.clamp_min(1)[..., None]
         return AffineFeatures.of(self.lin_r(y) + self.lin_l(mean))
 
 
@@ -225,9 +231,9 @@ class VertexLinear(nn.Linear):
     def forward(self, features: list[AffineFeatures], graph: WeightGraph) -> list[AffineFeatures]:
         matrix, results = self.weight.T, []
         for part in features:
-            batch, m, n, _ = part.x.shape
-            of_source = matrix.new_zeros(batch, n, self.out_features)
-            of_target = matrix.new_zeros(batch, m, self.out_features)
+            batch, groups, m, n, _ = part.x.shape
+            of_source = matrix.new_zeros(batch, groups, n, self.out_features)
+            of_target = matrix.new_zeros(batch, groups, m, self.out_features)
             results.append(part.transformed(matrix, of_source, of_target))
         return results
 
@@ -257,12 +263,12 @@ class MaskingGCN(nn.Module):
         nn.init.zeros_(self.readout.weight)
 
     def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
-        found = torch.cat([self.readout(part).flatten(1, 2) for part in self.hidden(x, graph)], 1)
+        found = torch.cat([self.readout(part).flatten(1, 3) for part in self.hidden(x, graph)], 1)
         found = found - found.mean(1, keepdim=True)
         return (LARGEST_CHANGE * (found / LARGEST_CHANGE).tanh()).exp()
 
     def hidden(self, x: Tensor, graph: WeightGraph) -> list[Tensor]:
-        """What the rounds make of vertex features, of every masked layer (batch, m, n, hidden)."""
+        """What the rounds make of vertex features, of every masked layer (batch, groups, m / groups, n, hidden)."""
         features = [AffineFeatures.of(part) for part in graph.matrices(x, dim=1)]
         for conv in self.convs[:2]:  # the first round only gathers: without a ReLU behind it, it costs next to nothing
             features = conv(features, graph)
@@ -285,10 +291,10 @@ class AffineReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(context: FunctionCtx, x: Tensor, matrix: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        output = x.new_empty(*x.shape[:3], matrix.shape[1])
+        output = x.new_empty(*x.shape[:4], matrix.shape[1])
         for x_of, source_of, target_of, y in zip(x, source, target, output):
-            torch.add(source_of, target_of[:, None], out=y)
-            y.flatten(0, 1).addmm_(x_of.flatten(0, 1), matrix).relu_()
+            torch.add(source_of[:, None], target_of[:, :, None], out=y)
+            y.flatten(0, 2).addmm_(x_of.flatten(0, 2), matrix).relu_()
         context.save_for_backward(x, matrix, output)
         return output
 
@@ -301,13 +307,13 @@ class AffineReLU(torch.autograd.Function):
         of_source, of_target = [], []
         for index, (x_of, y) in enumerate(zip(x, output)):
             of_y = torch.ops.aten.threshold_backward(gradient[index], y, 0) if y.any() else gradient[index]
-            flat = of_y.flatten(0, 1)
+            flat = of_y.flatten(0, 2)
             # A gradient x^T g is formed twice as fast as g^T x.
-            of_matrix.addmm_(x_of.flatten(0, 1).T, flat)
-            of_source.append(of_y.sum(0))
-            of_target.append(of_y.sum(1))
+            of_matrix.addmm_(x_of.flatten(0, 2).T, flat)
+            of_source.append(of_y.sum(1))
+            of_target.append(of_y.sum(2))
             if of_x is not None:
-                torch.mm(flat, matrix.T, out=of_x[index].flatten(0, 1))
+                torch.mm(flat, matrix.T, out=of_x[index].flatten(0, 2))
         return of_x, of_matrix, torch.stack(of_source), torch.stack(of_target)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimu.data import Count, NonNegative, Positive, Share, Split, mean_squared_gradient, seeded
+from mimu.data import Count, NonNegative, Positive, Share, Split, class_by_class, mean_squared_gradient, seeded
 from mimu.eval import Request
 from mimu.masking.order import forgetting_loss
 from mimu.methods.controls import further
@@ -113,7 +113,8 @@ def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tenso
         share = len(labels) / len(split.labels)
         factor = (-record.log_odds).sigmoid().square()[None]  # (1 - p)^2, of the loss
         for index, layer in enumerate(record.layers):
-            means[index] += share * mean_squared_gradient(layer.each(lambda x: x[None]), factor)[0]
+            mean = mean_squared_gradient(layer.each(lambda x: class_by_class(x, 1)), factor)
+            means[index] += share * mean.flatten(0, 1)
     return means
 
 

@@ -161,8 +161,9 @@ class Group:
         if isinstance(layer, nn.Conv2d):
             a = F.pad(a, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4).movedim(-1, 2).flatten(1, 2)
         a, h = (each.reshape(*each.shape[:2], -1).detach() for each in (a, h))  # (samples, n, places)
-        both = ((h > 0 if relus else torch.ones_like(h))[:, :, None] * a[:, None]).mean((0, 3))
-        of_ends = a.mean((0, 2)).expand_as(both), h.mean((0, 2))[:, None].expand_as(both), both
+        a, h = (each.unflatten(1, (getattr(layer, "groups", 1), -1)) for each in (a, h))
+        both = ((h > 0 if relus else torch.ones_like(h))[:, :, :, None] * a[:, :, None]).mean((0, 4))
+        of_ends = a.mean((0, 3))[:, None].expand_as(both), h.mean((0, 3))[..., None].expand_as(both), both
         return [each.flatten() for each in of_ends]
 
     def features(self) -> dict[str, Tensor]:

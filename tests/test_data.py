@@ -27,13 +27,13 @@ from conftest import (
 from PIL import Image
 from running import write_image
 from scipy.io import savemat
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimu.data import FEATURES, GraphGenerator, load_image_data, seeded, some_of_every_class
 from mimu.data import FORGETTING_TEMPERATURE as T
 from mimu.images.sources import FILES, DataError, checksum, data_set
 from mimu.model import HookedMNISTClassifier
-from mimu.networks.hooked import LayerRecord, log_odds
+from mimu.networks.hooked import HookedClassifier, LayerRecord, log_odds
 
 IMAGES, LABELS = torch.arange(30 * 784).view(30, 28, 28) % 251, torch.arange(30) % 10
 SIXTY = np.arange(60) % 10  # labels
@@ -304,11 +304,18 @@ def test_draws_take_samples_of_their_class_without_repetition_and_no_more_than_t
 EVERY = [0, 1, 2, 3]
 
 
-def graphs_of(present: list[int], mask_layer: int | None = -2) -> GraphGenerator:
+def graphs_of(present: list[int], mask_layer: int | None = -2, size: tuple[int, ...] = ()) -> GraphGenerator:
+    """Of a multilayer perceptron, or of depthwise and grouped convolutions that are given images of a size."""
     torch.manual_seed(0)
     split = random_split(dtype=torch.float64, num_classes=4)
     split = split[torch.isin(split.labels, torch.tensor(present))]
-    return GraphGenerator(HookedMNISTClassifier(HIDDEN, IN_FEATURES, 4).double(), split, graph_config(mask_layer), 0)
+    classifier = HookedMNISTClassifier(HIDDEN, IN_FEATURES, 4)
+    if size:
+        first, grouped = nn.Conv2d(size[0], 14, 3, 1, 1, groups=size[0]), nn.Conv2d(14, 6, 3, 1, 1, groups=2)
+        behind = nn.Flatten(), nn.Linear(42 // size[0], 4)
+        network = nn.Sequential(nn.Unflatten(1, size), first, nn.ReLU(), grouped, nn.ReLU(), *behind)
+        classifier = HookedClassifier(network, split.images[:2].float())
+    return GraphGenerator(classifier.double(), split, graph_config(mask_layer), 0)
 
 
 # What is zeroed, the classes of which there are samples, what the softmax is restricted to, and how many samples.
@@ -320,9 +327,10 @@ GROUPS = [
 ]
 
 
+@pytest.mark.parametrize("size", [(), (7, 1, 1)], ids=["linear", "grouped"])
 @pytest.mark.parametrize("zeroed, present, forget_row, others_among, own_among, count", GROUPS)
-def test_features_are_those_of_autograd(zeroed, present, forget_row, others_among, own_among, count):
-    graphs = graphs_of(present)
+def test_features_are_those_of_autograd(zeroed, present, forget_row, others_among, own_among, count, size):
+    graphs = graphs_of(present, size=size)
     samples, mask = graphs.draw(count, seeded("test")), graphs.mask_of(torch.tensor(zeroed, dtype=torch.long))
     snapshot = graphs.snapshot(samples, tuple(FEATURES), mask, forget_row)
     among = {forget_row: own_among}
@@ -342,9 +350,13 @@ def test_log_odds_of_labels_that_are_left_out_or_all_but_certain():
 
 
 @pytest.mark.parametrize("forget_row, others_among", [(None, EVERY), (2, [0, 1, 3])])
-@pytest.mark.parametrize("mask_layer, last", [(-2, 25), (None, 90)])
-def test_a_first_order_update_is_linear_in_the_weights_that_it_zeroes(forget_row, others_among, mask_layer, last):
-    graphs, zeroed, further = graphs_of(EVERY, mask_layer), [3, 8], [0, 11, last]
+@pytest.mark.parametrize(
+    "mask_layer, last, size", [(-2, 25, ()), (None, 90, ()), (-2, 373, (7, 1, 1)), (None, 290, (1, 7, 1))]
+)
+def test_a_first_order_update_is_linear_in_the_weights_that_it_zeroes(forget_row, others_among, mask_layer, last, size):
+    graphs, zeroed, further = graphs_of(EVERY, mask_layer, size), [3, 8], [0, 11, last]
+    assert graphs.are_kept == (size != (1, 7, 1))
+    graphs.are_kept = True
     samples, mask = graphs.draw(4, seeded("test")), graphs.graph.zeroing(torch.tensor(zeroed))
     before = graphs.snapshot(samples, tuple(FEATURES), mask, forget_row)
     update = before.first_order_update(torch.tensor([0, 11])).first_order_update(torch.tensor([last]))

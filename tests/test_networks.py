@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,12 +37,13 @@ SIZE = (2, 8, 8)
 
 
 class Joined(nn.Module):
-    """A convolution added to what it is given, and channels of two convolutions side by side; all in place."""
+    """A convolution added to what it is given, channels of two side by side, each read alone; all in place."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv1, self.same = nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.Conv2d(3, 3, 1)
-        self.conv2, self.conv3 = nn.Conv2d(2, 2, 1), nn.Conv2d(5, 4, 3)
+        self.conv2, self.conv3 = nn.Conv2d(2, 2, 1), nn.Conv2d(10, 4, 3)
+        self.depthwise = nn.Conv2d(5, 10, (1, 3), padding=(0, 1), groups=5)
         self.rectify, self.linear = nn.ReLU(inplace=True), nn.Linear(16, NUM_CLASSES)
         self.gain = nn.Parameter(torch.tensor([0.5, 2.0, -1.0]).view(3, 1, 1))
 
@@ -50,6 +52,7 @@ class Joined(nn.Module):
         two = self.same(one)
         two += one
         both = torch.cat([two.relu_() * self.gain, self.conv2(x).relu_()], 1)
+        both = self.depthwise(both)
         both = F.max_pool2d(self.rectify(self.conv3(both)), 3)
         return self.linear(both.view(both.size(0), -1))
 
@@ -87,6 +90,12 @@ class Averaged(nn.Module):
         return self.last(torch.cat([rows, x.mean((-2, -1))], 1))
 
 
+def grouped() -> nn.Sequential:
+    depthwise, grouped = nn.Conv2d(4, 8, 3, 1, 1, groups=4), nn.Conv2d(8, 6, 3, 1, 1, groups=2, bias=False)
+    begin = nn.Conv2d(2, 4, 3, 1, 1), nn.ReLU(), depthwise, nn.ReLU(), nn.MaxPool2d(2)
+    return nn.Sequential(*begin, grouped, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(24, NUM_CLASSES))
+
+
 NETWORKS = {
     "mlp": lambda: mlp([128, 6, 5, NUM_CLASSES], False),
     "biased": lambda: mlp([128, 6, 5, NUM_CLASSES], True),
@@ -94,16 +103,19 @@ NETWORKS = {
     "resnet": lambda: resnet(SIZE, (3, 4), 1, NUM_CLASSES),
     "joined": Joined,
     "varied": Varied,
+    "grouped": grouped,
     "averaged": Averaged,
 }
-# Whose the columns and the rows of every layer are, by hand: `a3*9-b4`, nine columns of each a, a row of each b.
+# Whose the columns and the rows of every layer are, by hand: `a3*9-b4`, nine columns of each a, a row of each b; in so
+# many groups, `a4*9-b4/2`, of which each has its own columns and rows.
 ENDS = {
     "mlp": "i2*64-a6 a6-b5 b5-o3",
     "biased": "i2*64-a6 a6-b5 b5-o3",
     "cnn": "i2*9-a3 a3*9-b4 b4*4-c5 c5-o3",
     "resnet": "i2*9-a3 a3*9-b3 b3*9-a3 a3-d4 a3*9-c4 c4*9-d4 d4-o3",
-    "joined": "i2*9-a3 a3-a3 i2-b2 a3*9+b2*9-c4 c4*4-o3",
-    "varied": "i2*9-a4 a4*6-a4 g4*6-b3 b3*6-o3",
+    "joined": "i2*9-a3 a3-a3 i2-b2 d10*9-c4 a3*3+b2*3-d10/5 c4*4-o3",
+    "varied": "i2*9-a4 a4*6-a4 g4*6-b3 a4-g4/2 b3*6-o3",
+    "grouped": "i2*9-a4 a4*9-b8/4 b8*9-c6/2 c6*4-o3",
     "averaged": "i2*9-a4 r4*4-b5 b5+a4-o3",
 }
 COUNTS = {name: len(ends.split()) for name, ends in ENDS.items()}
@@ -136,10 +148,12 @@ def incidence(of_network: str, layers: list[int]) -> Tensor:
     pairs: list[tuple[str, ...]] = []
     for layer in layers:
         ends = []
-        for side in of_network.split()[layer].split("-"):
+        sides, _, groups = of_network.split()[layer].partition("/")
+        for side in sides.split("-"):
             parts = [re.fullmatch(r"(.)(\d+)\*?(\d*)", part).groups() for part in side.split("+")]
             ends.append([c + str(i) for c, m, times in parts for i in range(int(m)) for _ in range(int(times or 1))])
-        pairs += [pair[::-1] for pair in product(*ends[::-1])]
+        for columns, rows in zip(*(np.split(np.array(end), int(groups or 1)) for end in ends)):
+            pairs += [(c, r) for r, c in product(rows, columns)]
     neurons = sorted({neuron for pair in pairs for neuron in pair})
     return torch.tensor([[float(pair.count(neuron)) for neuron in neurons] for pair in pairs], dtype=torch.float64)
 
@@ -213,7 +227,7 @@ def test_recorded_gradients_of_kernels_are_those_of_autograd_one_sample_at_a_tim
     assert torch.allclose(record.log_odds, odds) and torch.equal(record.kept_log_odds, record.log_odds)
     for index, layer in zip(layers, record.layers, strict=True):
         delta, a, single = layer.log_odds_gradient, layer.inputs, singles[index]
-        gradients = delta @ a.mT if a.ndim == 3 else delta[:, :, None] * a[:, None]
+        gradients = delta @ a.mT if a.ndim == 4 else delta[:, :, None] * a[:, None]
         assert torch.allclose(gradients.view_as(single), single, rtol=0, atol=1e-12)
     q = 1 - odds.sigmoid()
     for squares, single in zip(fisher_information(classifier, split), singles):
@@ -223,7 +237,7 @@ def test_recorded_gradients_of_kernels_are_those_of_autograd_one_sample_at_a_tim
 
 def test_recorded_activations_stand_behind_normalisation_addition_and_relu():
     classifier = classifier_of("varied")
-    records = classifier.record(images(), torch.zeros(6).long(), [0, 1, 2, 3]).layers
+    records = classifier.record(images(), torch.zeros(6).long(), [0, 1, 2, 4]).layers
     hidden = *classifier.network.hidden(images()), classifier.network(images())
     for record, expected, is_rectified in zip(records, hidden, (True, True, False, False)):
         h, active = expected.view_as(record.outputs), record.active
@@ -243,13 +257,19 @@ def test_requests_for_kernels_take_a_snapshot_before_every_step(mask_layer, is_u
     assert torch.equal(*zeroed) == (not is_updated)
 
 
+MASKED = [
+    ("cnn", 0, None), ("cnn", [1, -2], 1), ("cnn", None, 2), ("cnn", [-2, -1], 0), ("cnn", [-2, -1], None),
+    ("grouped", 1, None), ("grouped", [1, 2], 1), ("grouped", None, 2),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("numbers, parts", [(2**26, [12]), (2**26, [9, 3]), (1, [3] * 4)])
-@pytest.mark.parametrize("mask_layer, forget", [(0, None), ([1, -2], 1), (None, 2), ([-2, -1], 0), ([-2, -1], None)])
-def test_features_of_kernels_are_those_of_their_definitions(monkeypatch, mask_layer, forget, numbers, parts):
+@pytest.mark.parametrize("name, mask_layer, forget", MASKED)
+def test_features_of_kernels_are_those_of_their_definitions(monkeypatch, name, mask_layer, forget, numbers, parts):
     monkeypatch.setattr("mimu.networks.hooked.NUMBERS_AT_ONCE", numbers)
     passes, record = [], HookedClassifier.record
     monkeypatch.setattr(HookedClassifier, "record", lambda *given: passes.append(len(given[2])) or record(*given))
-    graphs = GraphGenerator(classifier_of("cnn"), labelled(), graph_config(mask_layer), 0)
+    graphs = GraphGenerator(classifier_of(name), labelled(), graph_config(mask_layer), 0)
     is_linear = mask_layer == [-2, -1]
     assert bool(graphs.recorded()["records"]) == is_linear and (graphs.at_once == 1) == (numbers == 1)
     graphs.at_once = {2: 9}.get(len(parts), graphs.at_once)
@@ -300,9 +320,10 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
         logits = classifier(classifier.prefix_activations(layers, x), layers)
         assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
     begins = {
-        "cnn": {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}, "joined": {1: (2, 8, 8), 3: (5, 8, 8), 4: (16,)},
-        "resnet": {1: (3, 8, 8), 2: (3, 8, 8), 3: (3, 8, 8), 5: (3, 8, 8), 6: (4,)}, "varied": {1: (4, 4, 4), 3: (18,)},
+        "cnn": {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}, "joined": {1: (2, 8, 8), 4: (5, 8, 8), 5: (16,)},
+        "resnet": {1: (3, 8, 8), 2: (3, 8, 8), 3: (3, 8, 8), 5: (3, 8, 8), 6: (4,)}, "varied": {1: (4, 4, 4), 4: (18,)},
         "mlp": {1: (6,), 2: (5,)}, "biased": {1: (6,), 2: (5,)}, "averaged": {1: (4, 4, 4), 2: (9,)},
+        "grouped": {1: (4, 8, 8), 2: (8, 4, 4), 3: (24,)},
         "resnet18": {1: (64, 8, 8), 2: (64, 8, 8), 19: (512, 1, 1), 20: (512,)},
     }[name]  # fmt: skip
     assert {layer: tuple(classifier.prefix_activations([layer], x).shape[1:]) for layer in begins} == begins
@@ -322,7 +343,8 @@ def test_what_a_layer_is_given_makes_its_output_and_its_moments(name, at_once, m
         parts = list(classifier.layer_inputs(index, x))
         assert len(parts) == (3 if at_once == 1 else 1)
         rows = torch.cat(parts)
-        found = rows @ layer.weight.flatten(1).T + (0 if layer.bias is None else layer.bias)
+        groups = layer.weight.flatten(1).chunk(getattr(layer, "groups", 1))
+        found = rows @ torch.block_diag(*groups).T + (0 if layer.bias is None else layer.bias)
         expected = outputs[layer].flatten(2).mT if isinstance(layer, nn.Conv2d) else outputs[layer][:, None]
         assert torch.allclose(found, expected)
         assert torch.allclose(classifier.mean_inputs(index, x), rows.mean(1))
@@ -484,10 +506,10 @@ def test_without_message_passing_a_weight_has_its_factors_by_its_own_features(cl
 
 def test_where_nothing_of_a_graph_is_above_zero_the_gradient_passes_as_if_all_were():
     torch.manual_seed(0)
-    x, matrix = torch.rand(2, 3, 5, 4).double(), torch.rand(4, 6).double().requires_grad_()
-    source, target = (-torch.rand(2, size, 6).double().requires_grad_() for size in (5, 3))
-    signs = torch.tensor([-1.0, 1.0])[:, None, None, None]
-    y = (x * signs) @ matrix + source[:, None] + target[:, :, None]
+    x, matrix = torch.rand(2, 2, 3, 5, 4).double(), torch.rand(4, 6).double().requires_grad_()
+    source, target = (-torch.rand(2, 2, size, 6).double().requires_grad_() for size in (5, 3))
+    signs = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1, 1)
+    y = (x * signs) @ matrix + source[:, :, None] + target[..., None, :]
     output = AffineReLU.apply(x * signs, matrix, source, target)
     assert not output[0].any() and torch.equal(output, y.relu())
     expected = torch.stack([y[0], y[1].relu()])
