@@ -420,11 +420,12 @@ class GraphGenerator:
         self._by_class = torch.stack(rows)
         # No mask changes what comes before.
         self.inputs = classifier.prefix_activations(self.graph.layers, self.samples.images)
+        self.begun = classifier.begun_before(self.graph.layers)
         with torch.no_grad():
-            self.predictions = classifier(self.inputs, self.graph.layers)  # logits without a mask
-        self.at_once = classifier.recorded_at_once(self.graph.layers)
+            self.predictions = self.begun(self.inputs)  # logits without a mask
+        self.at_once = self.begun.recorded_at_once(self.graph.layers)
         # What layers read at many positions would be too much: it is recorded anew.
-        self.are_kept = all(classifier.trace.positions(index) == 1 for index in self.graph.layers)
+        self.are_kept = all(classifier.positions(index) is None for index in self.graph.layers)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -457,7 +458,7 @@ class GraphGenerator:
 
     def weights(self) -> list[Tensor]:
         """The weight matrices of the masked layers as they are now, (m, n) each."""
-        return [self.classifier.layers[index].weight.detach() for index in self.graph.layers]
+        return [self.classifier.weights[index].detach() for index in self.graph.layers]
 
     def mask_of(self, zeroed: Tensor) -> Mask | None:
         """The mask that switches off the vertices `zeroed`; None where there is none."""
@@ -506,8 +507,7 @@ class GraphGenerator:
                 yield Record(layers, record.log_odds.view(part.shape), kept.view(part.shape))
 
     def _record(self, rows: Tensor, left_out: Sequence[int] = ()) -> Record:
-        layers = self.graph.layers
-        return self.classifier.record(self.inputs[rows], self.labels[rows], layers, layers, left_out)
+        return self.begun.record(self.inputs[rows], self.labels[rows], self.graph.layers, left_out)
 
     def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
         """The graph of one sample for PyG: x (vertices, features), edge_index (2, edges), y (1).

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from mimu.networks.architectures import mlp
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
-from mimu.networks.tracing import Ends
+from mimu.networks.neurons import Ends
+from mimu.networks.tracing import Trace
 
 
 class HookedMNISTClassifier(HookedClassifier):
@@ -29,7 +30,14 @@ class HookedMNISTClassifier(HookedClassifier):
     def __init__(
         self, hidden_sizes: Sequence[int] = (128, 64), in_features: int = 784, num_classes: int = 10, bias: bool = False
     ) -> None:
-        super().__init__(mlp([in_features, *hidden_sizes, num_classes], bias), torch.zeros(2, in_features))
+        sizes = (in_features, *hidden_sizes, num_classes)
+        super().__init__(mlp(sizes, bias), trace_of_mlp(sizes, bias))
+
+
+@cache
+def trace_of_mlp(sizes: tuple[int, ...], bias: bool) -> Trace:
+    """What an mlp computes, whatever its weights are."""
+    return Trace(mlp(sizes, bias).eval(), torch.zeros(2, sizes[0]))
 
 
 def resolve_mask_layer(mask_layer: int | Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
@@ -58,7 +66,7 @@ class WeightGraph:
     row: (m, channels, height, width) is a matrix (m, n), its columns that of a channel one after the other. A grouped
     convolution is several such matrices, (groups, m / groups, n): each row reads the columns of its own group alone.
 
-    ends: the neurons of every layer's columns and rows (`networks.tracing.Ends`), None of one that no mask can be put
+    ends: the neurons of every layer's columns and rows (`networks.neurons.Ends`), None of one that no mask can be put
         on
     names: of the layers' weights, by which masks are made; by default their indices
     """

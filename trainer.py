@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from mimu.masking.rankings import TERMS, MaskingConfig, Ranking, ranked, salienc
 from mimu.model import MaskingGCN, WeightGraph
 from mimu.networks.architectures import cnn, mlp, resnet
 from mimu.networks.hooked import HookedClassifier, is_finite, log_odds
+from mimu.networks.tracing import Trace
 from mimu.runs.files import Artifact, InputError
 
 LEAST_SPREAD = 1e-6  # standard deviation of scores, which may be all the same
@@ -27,6 +28,9 @@ GRADIENT_NORM = 1.0  # largest norm of a step's gradient of the GCN
 SAVED_EVERY = 60.0  # seconds of training, at least, between two writes of how far it is
 COMPARED = 10  # classes, at most, that GCN and formula both forget to be compared
 TOLERATED = 1.0  # points that a GCN may be behind the formula
+
+
+TRACES: dict[Hashable, Trace] = {}  # of classifiers, by all that these depend on but their weights
 
 
 class TrainingError(InputError):
@@ -154,7 +158,10 @@ class Trainer:
         """The classifier of images (samples, pixels) before its training, on their device."""
         with data.seeded_initialisation(self.seed):
             network = self.config.network(self.size or images.shape[1:], num_classes)
-        return HookedClassifier(network.to(images.device), images[:2])
+        of_images = (self.config, self.size, images.shape[1:], images.device, num_classes)
+        classifier = HookedClassifier(network.to(images.device), TRACES.get(of_images, images[:2]))
+        TRACES[of_images] = classifier.trace
+        return classifier
 
     def train(self, train: Split, num_classes: int, checkpoint: Artifact | None = None) -> HookedClassifier:
         """The classifier after its training, whose `Progress` is kept where its checkpoint will be."""
@@ -197,8 +204,8 @@ def masked_weights(classifier: HookedClassifier, graph: WeightGraph, keep: Tenso
 
     Shapes: of each masked layer, by its name; of several masks (masks, vertices) to (masks, *shape).
     """
-    layers = dict(zip(classifier.names, classifier.layers))
-    return {name: layers[name].weight.detach() * part for name, part in zip(graph.names, graph.split(keep))}
+    weights = dict(zip(classifier.names, classifier.weights))
+    return {name: weights[name].detach() * part for name, part in zip(graph.names, graph.split(keep))}
 
 
 def log_uniform(span: tuple[Amount, Amount], num_vertices: int, generator: torch.Generator) -> int:
@@ -266,7 +273,7 @@ class GCNLoss:
         flat = graphs.draw(max(1, config.samples // graphs.num_classes), generator).flatten()
         forget_class = graphs.classes[forget_row]
         weights = masked_weights(graphs.classifier, graphs.graph, 1 - removed)
-        _, logits = graphs.classifier.outputs(graphs.inputs[flat], graphs.graph.layers, weights)
+        _, logits = graphs.begun.outputs(graphs.inputs[flat], weights)
         is_forget = graphs.labels[flat] == forget_class
         own = log_odds(logits[is_forget], graphs.labels[flat][is_forget]) / FORGETTING_TEMPERATURE
         forget = FORGETTING_TEMPERATURE * F.softplus(own).mean()
@@ -346,7 +353,7 @@ class GCNTrainer:
             order = ZeroingOrder(masking, graphs, row, Ranking(masking, graphs, row, self.seed, ranks))
             zeroed = order.answer("auto", graphs.train.forget(label)).vertices
             with graphs.graph.zeroing(zeroed).applied_to(graphs.classifier):
-                logits = graphs.classifier(graphs.inputs, graphs.graph.layers)
+                logits = graphs.begun(graphs.inputs)
             is_correct, is_forget = data.is_correct(logits, graphs.labels).double(), graphs.labels == label
             return 100 * (is_correct[~is_forget].mean() - is_correct[is_forget].mean()).item()
 
@@ -380,5 +387,5 @@ class UnlearningSFT:
         """Trains the given layers of `classifier` in place on `forget`, samples of one class, and returns it."""
         generator = data.seeded("sft", self.seed, int(forget.labels[0]))
         samples = Split(forget.images, other_labels(forget.labels, classifier.shapes[-1][0], generator))
-        optimizer = torch.optim.SGD([classifier.layers[index].weight for index in layers], self.config.learning_rate)
+        optimizer = torch.optim.SGD([classifier.weights[index] for index in layers], self.config.learning_rate)
         return learn(classifier, samples, self.config.epochs, self.config.batch_size, optimizer, generator)

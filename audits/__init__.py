@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from mimu.audits.predictions import entropy_attack, jensen_shannon, loss_attack, predictions_of
 from mimu.audits.probes import probe_scores, prototype_recall
 from mimu.data import Count, ImageData, Split, seeded, some_of_every_class
-from mimu.networks.hooked import weight_layers
 from mimu.networks.masks import Mask
 
 BATCH_SIZE = 128  # of the forget class's training samples, from which it is relearned by SGD
@@ -91,8 +90,8 @@ class Audit:
         label, seed, data = self.forget_class, self.seed, self.data
         train = predictions_of(model, data.train)
         test = predictions_of(model, data.test)
-        pairs = zip(weight_layers(model), weight_layers(self.original))
-        changed = sum(int((one.weight != other.weight).sum()) for one, other in pairs)
+        pairs = zip(model.weights, self.original.weights)
+        changed = sum(int((one != other).sum()) for one, other in pairs)
         if train.has_diverged or test.has_diverged:
             return dict.fromkeys(AUDITS) | {"weights_changed": changed}
         is_member = train.labels == label

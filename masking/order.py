@@ -183,7 +183,7 @@ class ZeroingOrder:
         """The terms of necessity on samples (classes, n): `forgetting_loss`, and the others' mean cross entropy (2)."""
         graphs, row, flat = self.graphs, self.forget_row, samples.flatten()
         with graphs.graph.zeroing(zeroed).applied_to(graphs.classifier):
-            logits = graphs.classifier(graphs.inputs[flat], graphs.graph.layers)
+            logits = graphs.begun(graphs.inputs[flat])
         p = logits.unflatten(0, samples.shape)[row].softmax(1)[:, graphs.classes[row]]
         losses = F.cross_entropy(logits, graphs.labels[flat], reduction="none").view(samples.shape).mean(1)
         return torch.stack([forgetting_loss(p), (losses.sum() - losses[row]) / (len(losses) - 1)])
@@ -197,8 +197,8 @@ class ZeroingOrder:
         """
         graphs, correct, found = self.graphs, 0, []
         weights = graphs.graph.zeroing(zeroed).weights(graphs.classifier)
-        for part in inputs.split(min(COUNTED_AT_ONCE, graphs.classifier.samples_at_once)):
-            found.append(graphs.classifier.outputs(part, graphs.graph.layers, weights)[1])
+        for part in inputs.split(min(COUNTED_AT_ONCE, graphs.begun.samples_at_once)):
+            found.append(graphs.begun.outputs(part, weights)[1])
             correct += int((found[-1].argmax(1) == label).sum())
             if (left := 100 * correct / len(inputs)) >= enough:
                 return left

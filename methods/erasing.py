@@ -87,27 +87,26 @@ def projections(
     Raises InputError where there is no layer before the last.
     """
     trace = classifier.trace
-    *hidden, last = trace.maskable or [None]
-    if not hidden or trace.calls[last] is not trace.output:
+    name_of_call = {layer.node: name for name, layer in trace.layers.items() if layer.groups == 1}
+    *hidden, last = [name_of_call[node] for node in trace.nodes if node in name_of_call] or [None]
+    if not hidden or trace.layers[last].node is not trace.output:
         must = "that must give the logits, and stand behind a layer that can be masked"
         raise InputError(f"a class is erased from what the last layer is given: {must}")
-    names = {index: classifier.names[index] for index in trace.maskable}
-    found = {name: LayerMask.of(torch.ones_like(classifier.layers[index].weight)) for index, name in names.items()}
-    activations = samples.images  # which the network can begin with, and before which layers
-    first = None
-    for index, name in names.items():
-        edit = found[name]
+    weights = dict(zip(classifier.names, classifier.weights))
+    found = {name: LayerMask.of(torch.ones_like(weights[name])) for name in (*hidden, last)}
+    activations, begun = samples.images, classifier
+    for name in hidden:
+        index = classifier.names.index(name)
         with together(start, found).applied_to(classifier):
-            weight = classifier.layers[index].weight.flatten(1)
-            if index == last:
-                is_row = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
-                found[name] = edit._replace(left=is_row, right=weight[label][:, None].clone())
-            else:
-                activations = classifier.prefix_activations([index], activations, first)
-                first = [index]
-                x = classifier.mean_inputs(index, activations, first)
-                u = class_direction(x, samples.labels, label).to(x)[:, None]
-                found[name] = edit._replace(left=weight @ u, right=u)
+            activations = begun.prefix_activations([index], activations)
+            begun = classifier.begun_before([index])
+            u = class_direction(begun.mean_inputs(index, activations), samples.labels, label).to(activations)[:, None]
+            weight = classifier.weights[index].flatten(1)
+            found[name] = found[name]._replace(left=weight @ u, right=u)
+    with together(start, found).applied_to(classifier):
+        weight = classifier.weights[classifier.names.index(last)]
+        is_row = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
+        found[last] = found[last]._replace(left=is_row, right=weight[label][:, None].clone())
     return found
 
 

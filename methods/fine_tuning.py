@@ -105,7 +105,7 @@ def neg_grad_plus(request: Request, *, config: FineTuning, retain_weight: Share)
 
 def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tensor]:
     """The diagonal Fisher information E[(dL/dw)^2] of every weight, as of the matrix of its layer, (m, n) each."""
-    layers = range(len(classifier.layers))
+    layers = range(len(classifier.names))
     means = [0.0 for _ in layers]
     at_once = classifier.recorded_at_once(layers)
     for images, labels in zip(split.images.split(at_once), split.labels.split(at_once)):
@@ -130,9 +130,9 @@ def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> 
     if "fisher information" not in request.kept:
         request.kept["fisher information"] = fisher_information(classifier, request.train)
     of_all = request.kept["fisher information"]
-    for layer, forget, everything in zip(classifier.layers, of_forget, of_all):
+    for weight, forget, everything in zip(classifier.weights, of_forget, of_all):
         factor = (dampening * everything / forget.clamp_min(1e-30)).clamp(max=1.0)
-        layer.weight *= torch.where(forget > selection * everything, factor, 1.0).view_as(layer.weight)
+        weight *= torch.where(forget > selection * everything, factor, 1.0).view_as(weight)
     return classifier
 
 
@@ -276,7 +276,7 @@ def optimised_mask(
         keep = (numbers > 0).float() + soft - soft.detach()
         flat = graphs.draw(max(1, samples // graphs.num_classes), generator).flatten()
         weights = masked_weights(request.original, graphs.graph, keep)
-        _, logits = request.original.outputs(graphs.inputs[flat], graphs.graph.layers, weights)
+        _, logits = graphs.begun.outputs(graphs.inputs[flat], weights)
         log_p = logits.log_softmax(1)
         is_forget = graphs.labels[flat] == d
         forget = forgetting_loss(log_p[is_forget, d].exp())

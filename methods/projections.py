@@ -28,16 +28,16 @@ def moments(classifier: HookedClassifier, images: Tensor, index: int) -> tuple[T
 def projected(request: Request, removed: Callable[[int], Tensor]) -> nn.Module:
     """The classifier with W (I - P) in the place of every W, P (n, n) = removed(number of the layer)."""
     classifier = request.classifier
-    for index, layer in enumerate(classifier.layers):
-        weight = layer.weight.flatten(1).double()
-        layer.weight.copy_((weight - weight @ removed(index)).view_as(layer.weight))
+    for index, weight in enumerate(classifier.weights):
+        matrix = weight.flatten(1).double()
+        weight.copy_((matrix - matrix @ removed(index)).view_as(weight))
     return classifier
 
 
 def with_representation(request: Request, projection: Tensor) -> nn.Module:
     """The classifier whose last layer is given Q z in the place of the representation z; Q (n, n), symmetric."""
     classifier = request.classifier
-    last = classifier.layers[-1]
+    last = classifier.network.get_submodule(classifier.names[-1].rpartition(".")[0])
     projection = projection.to(last.weight)
     # Not in its weight, where the class would stay in the representation; ESC's code projects in the forward pass, too.
     last.register_forward_pre_hook(lambda layer, inputs: (inputs[0] @ projection,))
@@ -90,7 +90,7 @@ def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative)
         return alpha * torch.outer(direction, direction)
 
     classifier = projected(request, removed)
-    classifier.layers[-1].weight[d] *= row
+    classifier.weights[-1][d] *= row
     return classifier
 
 
@@ -139,6 +139,6 @@ def pour(request: Request) -> nn.Module:
 
     z' = (I - w w^T / |w|^2) z, w the row: its logit is always 0 (or the bias). After a summary of the paper.
     """
-    row = request.original.layers[-1].weight[request.forget_class].double()
+    row = request.original.weights[-1][request.forget_class].double()
     projection = torch.eye(len(row)).to(row) - torch.outer(row, row) / row.square().sum().clamp_min(1e-30)
     return with_representation(request, projection)

@@ -66,7 +66,7 @@ def insufficiency(
     found = []
     for row, chosen in enumerate(samples):
         of_class = {name: weight[row] for name, weight in weights.items()}
-        found.append(graphs.classifier.outputs(graphs.inputs[chosen], graphs.graph.layers, of_class)[1])
+        found.append(graphs.begun.outputs(graphs.inputs[chosen], of_class)[1])
     return F.cross_entropy(torch.cat(found), graphs.labels[samples.flatten()])
 
 

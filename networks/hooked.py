@@ -37,6 +37,7 @@ class LayerRecord(NamedTuple):
         """The same with every sample's gradient times a factor (samples)."""
         gradient = self.log_odds_gradient
         ending = (1,) * (gradient.ndim - factor.ndim)
+        factor = factor.repeat_interleave(len(gradient) // len(factor), 0)
         return self._replace(log_odds_gradient=gradient * factor.view(factor.shape + ending))
 
 

@@ -204,6 +204,20 @@ class Trace:
         return self.output.args[0] if is_last else self.output
 
     @property
+    def names_at_the_end(self) -> list[str]:
+        """The linear layers of features in a row that it ends in, a ReLU between two; without any its last layer."""
+        name_of_call = {layer.node: name for name, layer in self.layers.items()}
+        row: list[str] = []
+        node = self.output
+        while node in name_of_call and self.layers[name_of_call[node]].positions is None:
+            row.insert(0, name_of_call[node])
+            node = behind_dropout(node.args[0])
+            if name_of(node) != "relu":
+                break
+            node = behind_dropout(node.args[0])
+        return row or [name_of_call[[node for node in self.nodes if node in name_of_call][-1]]]
+
+    @property
     def why_no_logits(self) -> str:
         """Why the output cannot be logits, in words, or ""."""
         layers = {layer.node for layer in self.layers.values()}
@@ -335,6 +349,11 @@ class Trace:
             if name not in CARRYING:
                 return node, name in RECTIFIERS
         return layer, False
+
+
+def behind_dropout(node: fx.Node) -> fx.Node:
+    """The node, or what a dropout is given, which does nothing in evaluation mode."""
+    return behind_dropout(node.args[0]) if name_of(node) == "dropout" else node
 
 
 def is_in_order(two: Tensor, three: Tensor, batch: int, parts: int) -> bool:

@@ -8,32 +8,22 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mimu.model import WeightGraph
-from mimu.networks.hooked import HookedClassifier, weight_layers
-from mimu.networks.masks import LayerMask, Mask, indexed_in
-from mimu.networks.tracing import POOLING, RESHAPING, UNCHANGED, Trace
+from mimu.networks.hooked import HookedClassifier
+from mimu.networks.masks import LayerMask, Mask, unwrapped
 from mimu.runs.files import InputError, one_line
 from mimu.unlearning.samples import AT_ONCE, check_finite_rows
 
-TRIED = 64  # samples on which it is seen what the layers of a model do
-TRACED = 2  # samples on which a model is run node by node
-
-
-class Call(NamedTuple):
-    """A module without parts, as a model calls it; of a linear layer, what it was given and what it gave."""
-
-    name: str
-    module: nn.Module
-    given: Tensor | None = None
-    gave: Tensor | None = None
+TRIED = 64  # samples on which it is seen what a model does
 
 
 @contextmanager
@@ -45,8 +35,8 @@ def plain_torch() -> Iterator[None]:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, to run and hook: so nothing that a model does to itself is done to the original."""
-    model = getattr(model, "_orig_mod", model)  # of one that torch.compile has wrapped: compiled code runs no hooks
+    """A copy in evaluation mode, under the mask that it carries: nothing is done to the original."""
+    model = unwrapped(model)
     # What is computed from parameters, as by torch.nn.utils.prune, PyTorch does not copy by itself.
     attributes = chain.from_iterable(vars(module).values() for module in model.modules())
     computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
@@ -59,75 +49,64 @@ def copy_of(model: nn.Module) -> nn.Module:
         module._compiled_call_impl = None
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)  # on CPUs convolutions and pooling take half of the time
+    for weight in copied.parameters():
+        weight.requires_grad_(weight.is_floating_point())
+    if (carried := Mask.on(copied)) is not None:
+        carried.apply(copied, permanent=True)
     return copied
 
 
 @dataclass(frozen=True)
 class CustomModel:
-    """What of a model masks are made on: the linear layers in a row that it ends in; all, where others are asked for.
+    """What of a model masks are made on: the whole of it, or where it cannot be exported the linear layers at its end.
 
-    classifier: a copy in float32, masked where the model is, of the layers in a row, or of the whole model, traced
-    layers: the indices of its layers among the weight layers of the model; names: of their weights in the model
-    masked: which of its layers are to be masked
-    inputs: what it is given for all samples, (samples, n) float32, or (samples, ...) as the model takes them
+    classifier: a copy in float32, masked where the model is, begun before the layers that are to be masked
+    names: of its layers in the model; masked: the indices of those that are to be masked
+    inputs: what it is given for all samples, (samples, ...)
     num_classes: how many logits it gives
     """
 
     classifier: HookedClassifier
-    layers: tuple[int, ...]
     names: tuple[str, ...]
     masked: tuple[int, ...]
     inputs: Tensor
     num_classes: int
 
     @staticmethod
-    def of(
-        model: nn.Module, inputs: Tensor, mask_layer: int | Sequence[int] | str | None = "auto", progress: bool = True
-    ) -> CustomModel:
-        """Takes a model as it is, and looks at what its layers do on a few samples.
+    @torch.no_grad()
+    def of(model: nn.Module, inputs: Tensor, mask_layer: Any = "auto", progress: bool = True) -> CustomModel:
+        """Takes a model as it is, and looks at what it does with a few samples.
 
         inputs: (samples, ...), as the model takes them but for device and type, which are made those of the model.
-        Warns where all layers are to be masked, and a model that cannot be traced has others than those in a row.
+        Warns where a model cannot be exported, and other layers were asked for than those at its end.
         Raises InputError where it gives no logits, is not finite, or a layer of mask_layer cannot be masked.
         """
         check_model(model)
         model = copy_of(model)
         inputs = inputs.to(next(model.parameters()).device)
-        index_of, weights = {module: index for index, module in enumerate(weight_layers(model))}, indexed_in(model)
-        with torch.no_grad():
-            few = torch.linspace(0, len(inputs) - 1, min(TRIED, len(inputs)), dtype=torch.float32).long()
-            calls, logits, inputs = calls_of(model, inputs, few)
-            check_finite_rows(logits, "logits", ", though inputs and weights are")
-            whole, why_not = traced(model, inputs[few[:TRACED]], logits[:TRACED])
-            try:
-                row = last_in_a_row(calls, logits)
-            except InputError:
-                if whole is None or not gives_logits(whole.trace, whole.trace.output):
-                    raise
-                row = []
-            in_a_row = [index_of[call.module] for call in row]
-            able = in_a_row if whole is None else whole.trace.maskable
-            masked = chosen(mask_layer, in_a_row, able)
-            if not masked:
-                names = {module: name for name, module in model.named_modules()}
-                must = ", ".join(f"{index} ({names[module]!r})" for module, index in index_of.items() if index in able)
-                which = f"the linear layers in a row that the model ends in ({why_not})" if why_not else "each once"
-                raise InputError(f"mask_layer must be auto, None, or some of {must}, {which}; not {mask_layer!r}")
-            if why_not and mask_layer is None and len(masked) < len(index_of):
-                warnings.warn(f"mask_layer None: of layers {list(masked)} alone, as {why_not}", stacklevel=3)
-            if not set(masked) <= set(in_a_row):
-                given = inputs.float() if inputs.is_floating_point() else inputs
-                return CustomModel(
-                    whole, tuple(index_of.values()), tuple(weights.values()), masked, given, logits.shape[1]
-                )
-            if torch.equal(row[0].given, inputs[few].flatten(1)):
-                given = inputs.flatten(1).float()
-            else:
-                given = prefix_activations(model, row[0].module, inputs, progress)
-                check_finite_rows(given, f"what layer {row[0].name!r} is given for inputs")
-            places = tuple(sorted(in_a_row.index(index) for index in masked))
-            names = tuple(weights[index] for index in in_a_row)
-            return CustomModel(copied_layers(row), tuple(in_a_row), names, places, given, logits.shape[1])
+        few = torch.linspace(0, len(inputs) - 1, min(TRIED, len(inputs)), dtype=torch.float32).long()
+        logits, inputs = tried(model, inputs, few)
+        check_finite_rows(logits, "logits", ", though inputs and weights are")
+        whole, why_not = looked_into(model, inputs[few], logits)
+        if whole is not None:
+            if why_no_logits := whole.trace.why_no_logits:
+                raise InputError(f"model must end in a layer that gives the logits, but {why_no_logits}")
+            masked = chosen(mask_layer, whole.names, whole.trace.names_at_the_end)
+            given = inputs.float() if inputs.is_floating_point() else inputs
+            return CustomModel(whole, tuple(whole.names), masked, given, logits.shape[1]).begun(progress)
+        row, given = last_in_a_row(model, inputs, few, why_not, progress)
+        masked = chosen(mask_layer, [*row], [*row])
+        if mask_layer != "auto":
+            warnings.warn(f"of layers {[*row]} at the end of the model alone, as {why_not}", stacklevel=3)
+        return CustomModel(copied_layers(row), tuple(row), masked, given, logits.shape[1])
+
+    def begun(self, progress: bool) -> CustomModel:
+        """The same from where the layers to mask can be reached: what comes before runs once."""
+        classifier, parts = self.classifier, self.inputs.split(min(AT_ONCE, self.classifier.samples_at_once))
+        shown = tqdm(parts, "samples", delay=1, leave=False, disable=None if progress else True)
+        given = torch.cat([classifier.prefix_activations(self.masked, part) for part in shown])
+        check_finite_rows(given, f"what layer {self.names[self.masked[0]]!r} is given for inputs")
+        return replace(self, classifier=classifier.begun_before(self.masked), inputs=given)
 
     def carried(self, mask: Mask | None, graph: WeightGraph) -> Mask:
         """What a mask on the model, if there is one, switches off in those of its layers that a graph has."""
@@ -135,7 +114,7 @@ class CustomModel:
         found = {}
         for name, layer, shape in zip(graph.names, graph.layers, graph.shapes):
             on_model = carried.get(self.names[layer])
-            keep = torch.ones(shape) if on_model is None else on_model.keep
+            keep = torch.ones(shape, dtype=torch.float32) if on_model is None else on_model.keep
             found[name] = LayerMask.of(keep.to(self.inputs.device, torch.float32))
         return Mask(found)
 
@@ -145,31 +124,47 @@ class CustomModel:
         return replace(mask, by_layer={names[name]: part for name, part in mask.by_layer.items()})
 
 
-def chosen(mask_layer: Any, in_a_row: Sequence[int], able: Sequence[int]) -> tuple[int, ...]:
-    """The layers to mask, by their indices: all that can be (None), one by default (auto), or those that are named.
+def chosen(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str]) -> tuple[int, ...]:
+    """The layers to mask, by their indices among those that can be: all (None), one (auto), or those that are named.
 
-    in_a_row: the linear layers in a row that a model ends in; able: all that can be masked, in the order of the calls
+    mask_layer: names or indices, one or several; a name may be that of a module, or a pattern with * and ?
+    at_the_end: the linear layers in a row that the model ends in, or its last layer
     By default, of three in a row or more it is the last but one, which stands between two others as those that the GCN
-    was trained on; else the last of all: kernels before it cost the other classes more (docs/networks.md).
-    Negative indices count from the last that can be masked. Empty where one that is named cannot be.
+    was trained on; else the last of all: those before it cost the other classes more (docs/networks.md).
+    Raises InputError where one that is asked for cannot be masked.
     """
     if mask_layer is None:
-        return tuple(sorted(able))
+        return tuple(range(len(names)))
     if isinstance(mask_layer, str) and mask_layer == "auto":
-        return (in_a_row[-2],) if len(in_a_row) > 2 else ((in_a_row or able)[-1],)
+        return (names.index(at_the_end[-2 if len(at_the_end) > 2 else -1]),)
     asked = mask_layer if isinstance(mask_layer, tuple | list) else [mask_layer]
-    end = max(able, default=-1) + 1
-    found = {index + end if index < 0 else index for index in asked if type(index) is int}  # a bool is no index
-    return tuple(sorted(found)) if len(found) == len(asked) and found <= set(able) else ()
+    found: set[int] = set()
+    for each in asked:
+        if isinstance(each, str):
+            of_name = {index for index, name in enumerate(names) if fnmatchcase(name, each) or is_in(name, each)}
+        else:
+            is_index = type(each) is int and -len(names) <= each < len(names)  # a bool is none
+            of_name = {each % len(names)} if is_index else set()
+        if not of_name or (not isinstance(each, str) and of_name <= found):
+            must = f"auto, None, or some of {', '.join(names)[:300]}, by name, pattern or index, each once"
+            raise InputError(f"mask_layer must be {must}; not {mask_layer!r}")
+        found |= of_name
+    return tuple(sorted(found))
+
+
+def is_in(name: str, module: str) -> bool:
+    """Whether a weight is of a module, or of modules of a pattern."""
+    return fnmatchcase(name.rpartition(".")[0], module)
 
 
 def check_model(model: nn.Module) -> None:
     """Raises InputError where a model is none, has no layer to mask, or holds numbers that are not finite."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if not weight_layers(model):
-        has = f"{type(model).__name__} has none"
-        raise InputError(f"model must have layers of torch.nn.Linear, or of Conv2d without groups: {has}")
+    if not any(weight.ndim > 1 for weight in model.parameters()):
+        raise InputError(
+            f"model must have weights to mask, of linear layers or convolutions: {type(model).__name__} has none"
+        )
     for name, value in model.named_parameters():
         if nn.parameter.is_lazy(value) or value.is_meta:
             raise InputError(f"model: {name} has no numbers yet (lazy, or on the device meta)")
@@ -177,28 +172,22 @@ def check_model(model: nn.Module) -> None:
             raise InputError(f"model: {name} has numbers that are not finite")
 
 
-def traced(model: nn.Module, example: Tensor, logits: Tensor) -> tuple[HookedClassifier | None, str]:
+def looked_into(model: nn.Module, example: Tensor, logits: Tensor) -> tuple[HookedClassifier | None, str]:
     """A copy of a whole model in float32, and ""; or None, and why there is none.
 
     example: some inputs; logits: what the model gives for them
     """
-    model = copy_of(model.network if isinstance(model, HookedClassifier) else model).float()
-    if (mask := Mask.on(model)) is not None:
-        mask.apply(model, permanent=True)
+    model = copy_of(model).float()
     example = example.float() if example.is_floating_point() else example
     try:
         classifier = HookedClassifier(model, example)
-        classifier.record(example, example.new_zeros(len(example), dtype=torch.int64), classifier.trace.maskable)
-        return (classifier, "") if is_close(classifier(example), logits) else (None, "in float32 it gives other logits")
+        if not classifier.names:
+            return None, "no linear operation or convolution reads a parameter of its own once"
+        found = classifier.outputs(example)[1]
+        classifier.record(example[:2], torch.zeros(2, dtype=torch.int64, device=example.device), [0])
     except Exception as error:  # of a custom model, any
-        return None, f"it cannot be run node by node: {one_line(error)}"
-
-
-def gives_logits(trace: Trace, node: fx.Node) -> bool:
-    """Whether nothing but pooling stands between a weight layer and a node: no softmax."""
-    if node in trace.calls or trace.names[node] not in POOLING | RESHAPING | UNCHANGED:
-        return node in trace.calls
-    return gives_logits(trace, node.all_input_nodes[0])
+        return None, f"the model cannot be run operation by operation: {one_line(error)}"
+    return (classifier, "") if is_close(found, logits) else (None, "in float32 the model gives other logits")
 
 
 def is_close(found: Tensor, logits: Tensor) -> bool:
@@ -207,85 +196,76 @@ def is_close(found: Tensor, logits: Tensor) -> bool:
     return torch.allclose(found, logits.float(), rtol=1e-3 if is_precise else 5e-2, atol=1e-4 if is_precise else 5e-2)
 
 
-def calls_of(model: nn.Module, inputs: Tensor, chosen: Tensor) -> tuple[list[Call], Tensor, Tensor]:
-    """What modules without parts a model calls, in their order, its logits on chosen inputs, and all as it takes them.
+def tried(model: nn.Module, inputs: Tensor, few: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of a model for a few inputs, and all inputs as it takes them.
 
     Inputs of another type than it takes are given in that of its parameters. Raises InputError where it fails.
     """
-    calls: list[Call] = []
-
-    def note(name: str, module: nn.Module, arguments: tuple, named: dict, gave: Tensor) -> None:
-        if isinstance(module, nn.Linear):
-            (given,) = (*arguments, *named.values())
-            calls.append(Call(name, module, given.clone(), gave.clone()))
-        else:
-            calls.append(Call(name, module))
-
     types = dict.fromkeys([inputs.dtype, *(each.dtype for each in model.parameters() if each.is_floating_point())])
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) or not any(module.children()):
-                hooks.callback(module.register_forward_hook(partial(note, name), with_kwargs=True).remove)
-        failed = None
-        for dtype in types:
-            calls.clear()
-            try:
-                logits = model(inputs[chosen].to(dtype))
-                break
-            except Exception as error:  # of a custom model, any
-                failed = failed or error
-        else:
-            about = f"inputs of shape {tuple(inputs[chosen].shape)} and {inputs.dtype}"
-            raise InputError(f"model: fails on {about} ({one_line(failed)})") from failed
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(chosen):
+    failed = None
+    for dtype in types:
+        try:
+            logits = model(inputs[few].to(dtype))
+            break
+        except Exception as error:  # of a custom model, any
+            failed = failed or error
+    else:
+        about = f"inputs of shape {tuple(inputs[few].shape)} and {inputs.dtype}"
+        raise InputError(f"model: fails on {about} ({one_line(failed)})") from failed
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(few):
         has = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"model must return logits, a tensor ({len(chosen)}, classes) for such inputs, not {has}")
+        raise InputError(f"model must return logits, a tensor ({len(few)}, classes) for such inputs, not {has}")
     if dtype != inputs.dtype and not inputs.is_floating_point():
         span = f"from {inputs.min().item()} to {inputs.max().item()}"
         warnings.warn(f"inputs are {inputs.dtype}, {span}, but the model takes {dtype}: are they scaled?", stacklevel=4)
-    return calls, logits, inputs.to(dtype)
+    return logits, inputs.to(dtype)
 
 
-def last_in_a_row(calls: list[Call], logits: Tensor) -> list[Call]:
-    """The linear layers that a model ends in, each of which is given what the one before gave, through a ReLU."""
-    times = Counter(call.module for call in calls)
-    linear = [call for call in calls if isinstance(call.module, nn.Linear)]
-    if not linear or not torch.equal(linear[-1].gave, logits):
-        ends = "a computation outside of its modules"
-        if calls and not isinstance(calls[-1].module, nn.Linear):
-            ends = f"layer {calls[-1].name!r}: {type(calls[-1].module).__name__}"
-        ways = "give it without, for instance without a softmax (a Linear that is not called does not count)"
-        raise InputError(f"model must end in a linear layer that gives the logits, but ends in {ends}: {ways}")
-    *before, last = linear
-    if times[last.module] > 1:
-        raise InputError(f"layer {last.name!r} is called {times[last.module]} times: masks need one that is once")
-    row = [last]
-    for call in reversed(before):
-        if times[call.module] > 1 or not torch.equal(call.gave.relu(), row[0].given):
+def last_in_a_row(
+    model: nn.Module, inputs: Tensor, few: Tensor, why_not: str, progress: bool
+) -> tuple[dict[str, nn.Linear], Tensor]:
+    """The linear layers that a model ends in, by the names of their weights, and what the first is given for all.
+
+    Each is given what the one before gave, through a ReLU. why_not: why the model is not looked into otherwise
+    Raises InputError where there are none.
+    """
+    calls: list[tuple[str, nn.Linear, Tensor, Tensor]] = []
+
+    def note(name: str, module: nn.Linear, arguments: tuple, named: dict, gave: Tensor) -> None:
+        (given,) = (*arguments, *named.values())
+        calls.append((f"{name}.weight".lstrip("."), module, given.clone(), gave.clone()))
+
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    with ExitStack() as hooks:
+        for name, module in linear.items():
+            hooks.callback(module.register_forward_hook(partial(note, name), with_kwargs=True).remove)
+        logits = model(inputs[few])
+    times, row, after = Counter(call[1] for call in calls), {}, logits
+    for name, module, given, gave in reversed(calls):
+        if times[module] > 1 or not torch.equal(gave if not row else gave.relu(), after):
             break
-        row.insert(0, call)
-    if not is_close(copied_layers(row)(row[0].given.float()), logits):
-        names = ", ".join(repr(call.name) for call in row)
-        raise InputError(f"layers {names} do more than linear layers do: their copy gives other logits")
-    return row
-
-
-def prefix_activations(model: nn.Module, layer: nn.Module, inputs: Tensor, progress: bool) -> Tensor:
-    """What a layer of a model is given for all inputs, (samples, n) float32."""
+        row, after = {name: module} | row, given
+    if not row or not is_close(copied_layers(row)(after.float()), logits):
+        must = "must end in linear layers that are each called once and give the logits"
+        raise InputError(f"model {must}, as {why_not}")
     given: list[Tensor] = []
-    layer.register_forward_pre_hook(lambda _, args, named: given.extend([*args, *named.values()]), with_kwargs=True)
+    first = next(iter(row.values()))
+    first.register_forward_pre_hook(lambda _, args, named: given.extend([*args, *named.values()]), with_kwargs=True)
     for batch in tqdm(inputs.split(AT_ONCE), "samples", delay=1, leave=False, disable=None if progress else True):
         model(batch)
-    return torch.cat(given).float()
+    given = torch.cat(given).float()
+    check_finite_rows(given, f"what layer {next(iter(row))!r} is given for inputs")
+    return row, given
 
 
-def copied_layers(row: list[Call]) -> HookedClassifier:
+def copied_layers(row: dict[str, nn.Linear]) -> HookedClassifier:
     """The layers in float32, with the weights that they have under what is put on them."""
     modules: list[nn.Module] = [nn.Flatten()]
-    for call in row:
-        m, n = call.module.weight.shape
+    for module in row.values():
+        m, n = module.weight.shape
         layer = nn.Linear(n, m, device="meta")  # without drawing weights
-        layer.weight = nn.Parameter(call.module.weight.detach().float().clone())
-        layer.bias = None if call.module.bias is None else nn.Parameter(call.module.bias.detach().float().clone())
+        layer.weight = nn.Parameter(module.weight.detach().float().clone())
+        layer.bias = None if module.bias is None else nn.Parameter(module.bias.detach().float().clone())
         modules += [layer, nn.ReLU()]
-    return HookedClassifier(nn.Sequential(*modules[:-1]), row[0].given[:TRACED].flatten(1).float())
+    example = torch.zeros(2, modules[1].in_features, dtype=torch.float32, device=modules[1].weight.device)
+    return HookedClassifier(nn.Sequential(*modules[:-1]), example)

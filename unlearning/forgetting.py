@@ -92,17 +92,11 @@ class Forgetting:
         """What the model's own mask zeroes in the layers that are masked, as a mask on the classifier."""
         return self.custom.carried(self.carried, WeightGraph.of(self.custom.classifier, self.custom.masked))
 
-    @cached_property
-    @torch.no_grad()
-    def activations(self) -> Tensor:
-        """What the first masked layer is given for all samples, (samples, n): no mask changes it."""
-        return self.custom.classifier.prefix_activations(self.custom.masked, self.train.images)
-
     @torch.no_grad()
     def logits(self, mask: Mask, chosen: Tensor | slice = slice(None)) -> Tensor:
         """What the masked classifier gives for the samples, or for chosen ones, (samples, classes)."""
         with mask.applied_to(self.custom.classifier):
-            return self.custom.classifier.begun_before(self.custom.masked)(self.activations[chosen])
+            return self.custom.classifier(self.train.images[chosen])
 
     @cached_property
     def judgement(self) -> Judgement:
@@ -148,7 +142,7 @@ class Forgetting:
         if said:
             warnings.warn(f"{'; '.join(said)} ({OTHER_WAYS})", stacklevel=3)
         by = "erased" if self.erase else f"ranked by the {'GCN' if made.scorer == 'gcn' else 'formula'}"
-        by = f"{by} in {len(self.custom.masked)} of {len(self.custom.layers)} layers that can be masked"
+        by = f"{by} in {len(self.custom.masked)} of {len(self.custom.names)} layers that can be masked"
         return self.of_model(made.way[-1], judgement.scores(made.logits), "; ".join([by, *said]))
 
     def made(self, judgement: Judgement, scorer: str) -> Made:
