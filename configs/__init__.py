@@ -142,14 +142,13 @@ class Config:
     @property
     def architecture(self) -> str:
         """The sizes of the classifier's layers, in words."""
-        kind, shapes = self.classifier.architecture, self.shapes
-        if kind == "resnet":
-            return f"ResNet-{2 + 2 * len(self.classifier.channels) * self.classifier.blocks}"
-        if kind == "vit":
-            patch, width, blocks = self.classifier.patch, shapes[0][0], self.classifier.blocks
-            return f"ViT/{patch} {width}-{self.classifier.hidden_sizes[0]}, blocks: {blocks}"
+        of, shapes = self.classifier, self.shapes
+        if of.architecture == "resnet":
+            return f"ResNet-{2 + 2 * len(of.channels) * of.blocks}"
+        if of.architecture == "vit":
+            return f"ViT/{of.patch} {of.channels[0]}-{of.hidden_sizes[0]}, blocks: {of.blocks}"
         sizes = "-".join(map(str, [shapes[0][1], *(shape[0] for shape in shapes)]))
-        return ("" if kind == "mlp" else "cnn ") + sizes + " with biases" * self.classifier.bias
+        return ("" if of.architecture == "mlp" else "cnn ") + sizes + " with biases" * of.bias
 
     @property
     def split(self) -> str:
@@ -196,10 +195,9 @@ def shapes_of(network: nn.Module) -> list[tuple[int, ...]]:
     """The shapes of what linear layers and convolutions multiply by, in the order of `named_parameters`."""
     found = []
     for module in network.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            found.append(tuple(module.in_proj_weight.shape))  # queries, keys and values; out_proj is a linear layer
-        elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            found.append(tuple(module.weight.shape))
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)):
+            weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+            found.append(tuple(weight.shape))
     return found
 
 

@@ -72,8 +72,7 @@ def resnet(size: tuple[int, int, int], channels: Sequence[int], blocks: int, num
 class VisionTransformer(nn.Module):
     """Patches of an image as tokens, encoder layers, a linear layer on the mean of the tokens (arXiv:2010.11929).
 
-    size: of an image, channels, height and width; width: features of a token; hidden: units between the two linear
-    layers of a block
+    size: of an image, channels, height and width; width: features of a token; hidden: units within a block
     Raises ValueError where an image has no patch, or the width cannot be shared out among the heads.
     """
 
