@@ -168,8 +168,8 @@ def looked_into(network: Network) -> dict[str, Any]:
     started, can_be, failure = time.perf_counter(), [], ""
     try:
         can_be = HookedClassifier(model, example).names
-    except ValueError as error:
-        failure = str(error)
+    except Exception as error:  # of a model of somebody else's
+        failure = f"{type(error).__name__}: {error}".partition("\n")[0]
     found = {"failure": failure, "seconds": time.perf_counter() - started}
     found["gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     there_are = weights_of(model, example)
