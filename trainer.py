@@ -18,7 +18,7 @@ from mimu.data import FORGETTING_TEMPERATURE, Amount, Count, GraphGenerator, Non
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import TERMS, MaskingConfig, Ranking, ranked, saliency
 from mimu.model import MaskingGCN, WeightGraph
-from mimu.networks.architectures import cnn, mlp, resnet
+from mimu.networks.architectures import VisionTransformer, cnn, mlp, resnet
 from mimu.networks.hooked import HookedClassifier, is_finite, log_odds
 from mimu.networks.tracing import Trace
 from mimu.runs.files import Artifact, InputError
@@ -80,10 +80,12 @@ class Progress:
 class TrainerConfig:
     """What a classifier is, and how it is trained: Adam on the cross entropy, the rate falling linearly to zero."""
 
-    architecture: Literal["mlp", "cnn", "resnet"]
+    architecture: Literal["mlp", "cnn", "resnet", "vit"]
     hidden_sizes: tuple[Count, ...]
     channels: tuple[Count, ...]
     blocks: Count
+    patch: Count
+    heads: Count
     batch_norm: bool
     bias: bool
     epochs: Count
@@ -104,6 +106,11 @@ class TrainerConfig:
         if self.architecture == "cnn":
             sizes = [*self.hidden_sizes, num_classes]
             return cnn(size, self.channels, sizes, self.bias, self.batch_norm)
+        if self.architecture == "vit":
+            widths = [*self.channels, *self.hidden_sizes]
+            if len(self.channels) != 1 or len(self.hidden_sizes) != 1:
+                raise ValueError(f"channels and hidden_sizes must each be one number for vit, not {widths}")
+            return VisionTransformer(size, self.patch, *widths, self.heads, self.blocks, num_classes)
         return resnet(size, self.channels, self.blocks, num_classes)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from torch import nn
 
 from mimu import methods  # noqa: F401  # registers what is not in eval.py
 from mimu.audits import AuditConfig
@@ -18,7 +19,6 @@ from mimu.eval import METHODS, EvalConfig
 from mimu.images import sources
 from mimu.masking.rankings import TrainedGCN, pretrained_for
 from mimu.model import resolve_mask_layer
-from mimu.networks.hooked import shape_of, weight_layers
 from mimu.reporter import ReporterConfig
 from mimu.runs import settings
 from mimu.runs.settings import converted, refusal, shown
@@ -137,17 +137,18 @@ class Config:
     def shapes(self) -> list[tuple[int, ...]]:
         """The shape of every weight of the classifier: (out, in), or that of kernels."""
         with torch.device("meta"):
-            network = self.classifier.network(self.source.size, len(self.source.class_names))
-        return [shape_of(layer) for layer in weight_layers(network)]
+            return shapes_of(self.classifier.network(self.source.size, len(self.source.class_names)))
 
     @property
     def architecture(self) -> str:
         """The sizes of the classifier's layers, in words."""
-        kind, shapes = self.classifier.architecture, self.shapes
-        if kind == "resnet":
-            return f"ResNet-{2 + 2 * len(self.classifier.channels) * self.classifier.blocks}"
+        of, shapes = self.classifier, self.shapes
+        if of.architecture == "resnet":
+            return f"ResNet-{2 + 2 * len(of.channels) * of.blocks}"
+        if of.architecture == "vit":
+            return f"ViT/{of.patch} {of.channels[0]}-{of.hidden_sizes[0]}, blocks: {of.blocks}"
         sizes = "-".join(map(str, [shapes[0][1], *(shape[0] for shape in shapes)]))
-        return ("" if kind == "mlp" else "cnn ") + sizes + " with biases" * self.classifier.bias
+        return ("" if of.architecture == "mlp" else "cnn ") + sizes + " with biases" * of.bias
 
     @property
     def split(self) -> str:
@@ -188,6 +189,16 @@ class Config:
         except (RuntimeError, AssertionError, NotImplementedError, ImportError):
             raise ValueError(f"device must be auto, cpu, or cuda or mps that is there, not {self.device!r}") from None
         return torch.device(self.device)
+
+
+def shapes_of(network: nn.Module) -> list[tuple[int, ...]]:
+    """The shapes of what linear layers and convolutions multiply by, in the order of `named_parameters`."""
+    found = []
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)):
+            weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+            found.append(tuple(weight.shape))
+    return found
 
 
 def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[str, Config]:

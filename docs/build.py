@@ -296,6 +296,11 @@ def all_digits(commands: Sequence[str]) -> str:
     return "\n\n".join(parts)
 
 
+def coverage(commands: Sequence[str]) -> None:
+    """As `by_script`, with the packages that the command names."""
+    subprocess.run(["uv", "run", *shlex.split(commands[0])], cwd=ROOT, check=True)
+
+
 def default(commands: Sequence[str]) -> str:
     fresh, again, tests, faults = commands
     run(fresh)
@@ -433,12 +438,15 @@ MEASUREMENTS = {
     "baselines": Measurement(baselines, [f"main.py --fresh {BASELINES}", f"{ON_TWO} --fresh {BASELINES} {THREE}"]),
     "erasure": Measurement(erasure, [f"{ON_TWO} --fresh {ERASURE}", f"{ON_TWO} {ERASURE} {THREE}"]),
     "cnn": Measurement(variants, [f"{ON_TWO} --config configs/cnn.yaml"]),
+    "vit": Measurement(variants, [f"{ON_TWO} --config configs/vit.yaml"]),
     "cifar10": Measurement(cifar10, [f"{ON_TWO} --config configs/cifar10.yaml 'dataset=cifar10-images'"]),
     "own_layers": Measurement(by_script, ["docs/own.py by_layer"], [BY_PRETRAINED], UNLEARN_CODE),
     "own_several": Measurement(by_script, ["docs/own.py several"], [BY_PRETRAINED], UNLEARN_CODE),
     "choice": Measurement(by_script, ["docs/own.py choice"], [BY_PRETRAINED, ERASING], UNLEARN_CODE),
     "own_networks": Measurement(by_script, ["docs/own.py networks"], [BY_PRETRAINED], UNLEARN_CODE),
+    "own_kinds": Measurement(by_script, ["docs/own.py kinds"], [BY_PRETRAINED], UNLEARN_CODE),
     "own_few": Measurement(by_script, ["docs/own.py with_few_samples"], [BY_PRETRAINED], UNLEARN_CODE),
+    "coverage": Measurement(coverage, ["--with timm --with transformers docs/coverage.py"], code=["networks/*.py"]),
     "bar": Measurement(by_script, ["docs/bar.py"], [ERASING]),
     "tuning": Measurement(by_script, ["docs/tune.py"], ["docs/tuning.yaml"]),
     "tuning_erasure": Measurement(by_script, ["docs/tune.py erasure"], ["docs/tuning_erasure.yaml"]),

@@ -12,10 +12,12 @@ import math
 import sys
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ from mimu import Mask, RetainScoreError, unlearn
 from mimu.audits.probes import linear
 from mimu.configs import load_config
 from mimu.data import Split, load_image_data, some_of_every_class
+from mimu.networks.architectures import VisionTransformer
 from mimu.networks.hooked import weight_layers
 from mimu.reporter import markdown_table
 from mimu.trainer import Trainer
@@ -159,14 +162,26 @@ def resnet() -> nn.Module:
     return model
 
 
-def fit(model: nn.Module, part: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
-    optimizer, generator = torch.optim.Adam(part.parameters(), 0.001), torch.Generator().manual_seed(0)
+def fit(
+    model: nn.Module,
+    part: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epochs: int,
+    learning_rate: float = 0.001,
+    end_factor: float = 1.0,
+) -> nn.Module:
+    """Trains a part of a model in place, by Adam; end_factor: of the learning rate, which changes linearly."""
+    optimizer, generator = torch.optim.Adam(part.parameters(), learning_rate), torch.Generator().manual_seed(0)
+    steps = epochs * -(-len(labels) // 128)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end_factor, steps)
     model.train()
     for _ in range(epochs):
         for batch in torch.randperm(len(labels), generator=generator).split(128):
             optimizer.zero_grad()
             F.cross_entropy(part(images[batch]), labels[batch]).backward()
             optimizer.step()
+            schedule.step()
     return model.eval()
 
 
@@ -201,6 +216,98 @@ def networks() -> Iterator[dict[str, str]]:
                 found = cells(model, few, scored_on, **bounds)
                 del found["any other class, worst"], found["weights zeroed"]
                 yield {"data set": name, "network": network, "mask_layer": asked_for} | found
+
+
+def transformer() -> nn.Module:
+    """That of configs/vit.yaml."""
+    return VisionTransformer((1, 28, 28), patch=7, width=64, hidden=128, heads=4, blocks=2, num_classes=10)
+
+
+def separable(n: int, m: int, stride: int) -> nn.Sequential:
+    """A convolution of each channel by itself, then one of 1 x 1 (Howard et al. 2017, arXiv:1704.04861)."""
+    layers = {
+        "depthwise": nn.Conv2d(n, n, 3, stride, 1, groups=n, bias=False),
+        "norm1": nn.BatchNorm2d(n),
+        "relu1": nn.ReLU(),
+        "pointwise": nn.Conv2d(n, m, 1, bias=False),
+        "norm2": nn.BatchNorm2d(m),
+        "relu2": nn.ReLU(),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
+def depthwise() -> nn.Module:
+    stem = nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    blocks = separable(16, 32, 1), separable(32, 64, 2), separable(64, 64, 1)
+    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+class ConvNeXtBlock(nn.Module):
+    """A depthwise convolution and two linear layers on its channels, added to its input (arXiv:2201.03545)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.wide, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.narrow(F.gelu(self.wide(inner))).permute(0, 3, 1, 2)
+
+
+def convnext() -> nn.Module:
+    layers = [nn.Conv2d(1, 48, 4, 4), ConvNeXtBlock(48), ConvNeXtBlock(48), ConvNeXtBlock(48)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(48), nn.Linear(48, 10))
+
+
+class Kind(NamedTuple):
+    """A network of the user's own, how it is trained, and the layers that are masked, one row for each."""
+
+    name: str
+    network: Callable[[], nn.Module]
+    epochs: int
+    learning_rate: float
+    mask_layers: Sequence[str]
+
+    def trained(self, train: Split) -> nn.Module:
+        torch.manual_seed(SEED)
+        model = self.network().to(memory_format=torch.channels_last)
+        return fit(model, model, train.images, train.labels, self.epochs, self.learning_rate, end_factor=0.0)
+
+
+KINDS = (
+    Kind("ViT", transformer, 5, 0.002, ("auto", "head.weight", "blocks.1.linear*", "blocks.1.*")),
+    Kind("depthwise", depthwise, 5, 0.004, ("auto", "3.pointwise.weight", "3.depthwise.weight")),
+    Kind("ConvNeXt", convnext, 4, 0.003, ("auto", "3.narrow.weight", "3.*")),
+)
+CLASSES = (0, 4, 6, 9)
+
+
+def kinds() -> Iterator[dict[str, str]]:
+    """A transformer, depthwise convolutions, a ConvNeXt, on Fashion-MNIST, beside each retrained without the class."""
+    data = load_image_data("FashionMNIST")
+    train, test = (Split(part.images.view(-1, 1, 28, 28), part.labels) for part in (data.train, data.test))
+    few = some_of_every_class(train, 1000, "kinds")
+    for kind in KINDS:
+        model, retrained = kind.trained(train), {}
+        for each in CLASSES:
+            retrained[each] = score(is_correct(kind.trained(train.retain(each)), test), test.labels != each)
+        accuracy = score(is_correct(model, test), test.labels >= 0)
+        for layers in kind.mask_layers:
+            found = {each: measured(model, few, test, each, mask_layer=layers) for each in CLASSES}
+            gaps = [cells["before"] + cells["others"] - retrained[each] for each, cells in found.items()]
+            rows = found.values()
+            yield {
+                "network": f"{kind.name}, {accuracy:.1f} %",
+                "mask_layer": f"`{layers}`",
+                "forget, %, each class": " ".join(f"{each['forget']:.2f}" for each in rows),
+                "others against retrained, points": " ".join(f"{gap:+.2f}" for gap in gaps),
+                "mean": f"{fmean(gaps):+.2f}",
+                "weights zeroed": " ".join(str(each["zeroed"]) for each in rows),
+                "seconds": f"{max(each['seconds'] for each in rows):.0f}",
+                "said": ", ".join(each["said"] for each in rows if each["said"]),
+            }
 
 
 @torch.no_grad()
@@ -379,7 +486,7 @@ def with_few_samples() -> Iterator[dict[str, str]]:
 
 
 TABLES = {"by_layer": (by_layer, "own_layers", 2), "several": (several, "own_several", 2),
-          "networks": (networks, "own_networks", 3), "choice": (choice, "choice", 2),
+          "networks": (networks, "own_networks", 3), "choice": (choice, "choice", 2), "kinds": (kinds, "own_kinds", 2),
           "with_few_samples": (with_few_samples, "own_few", 2)}  # fmt: skip
 
 if __name__ == "__main__":

@@ -67,3 +67,33 @@ def resnet(size: tuple[int, int, int], channels: Sequence[int], blocks: int, num
         network.append(ResidualBlock(n, m, 1 if stage == 0 else 2))
         network.extend(ResidualBlock(m, m, 1) for _ in range(1, blocks))
     return network.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes)])
+
+
+class VisionTransformer(nn.Module):
+    """Patches of an image as tokens, encoder layers, a linear layer on the mean of the tokens (arXiv:2010.11929).
+
+    size: of an image, channels, height and width; width: features of a token; hidden: units within a block
+    Raises ValueError where an image has no patch, or the width cannot be shared out among the heads.
+    """
+
+    def __init__(
+        self, size: tuple[int, int, int], patch: int, width: int, hidden: int, heads: int, blocks: int, num_classes: int
+    ) -> None:
+        super().__init__()
+        tokens = (size[1] // patch) * (size[2] // patch)
+        if not tokens:
+            raise ValueError(f"patch must be at most {min(size[1:])}, not {patch}: there is none in {size[1:]} pixels")
+        if width % heads:
+            raise ValueError(f"heads must divide the width, channels of {[width]}, not {heads}")
+        self.image = nn.Sequential(nn.Flatten(), nn.Unflatten(1, size))
+        self.patches = nn.Conv2d(size[0], width, patch, patch)
+        self.positions = nn.Parameter(0.02 * torch.randn(tokens, width))
+        settings = {"dropout": 0.0, "activation": nn.functional.gelu, "batch_first": True, "norm_first": True}
+        layers = [nn.TransformerEncoderLayer(width, heads, hidden, **settings) for _ in range(blocks)]
+        self.blocks = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(self.image(x)).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.norm(self.blocks(tokens).mean(1)))

@@ -43,6 +43,7 @@ def random_classifier(seed: int = 0, dtype: torch.dtype = torch.float32, bias: b
 
 def trainer_config(hidden_sizes: tuple[int, ...], epochs: int, batch_size: int = 16, **changes) -> TrainerConfig:
     settings = {"architecture": "mlp", "channels": (4, 6), "blocks": 1, "batch_norm": False, "bias": False}
+    settings |= {"patch": 7, "heads": 2}
     settings |= {"hidden_sizes": hidden_sizes, "epochs": epochs, "batch_size": batch_size, "learning_rate": 0.01}
     return TrainerConfig(**settings | changes)
 

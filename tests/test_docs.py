@@ -17,7 +17,7 @@ from running import PROJECT, of_copy
 
 SCRIPTS = ("build", "tune", "bar", "own")
 PRETRAIN = {"pretrain", "pretrain_kernels"}
-OWN = {"own_layers", "own_several", "own_networks", "own_few", "choice"}
+OWN = {"own_layers", "own_several", "own_networks", "own_kinds", "own_few", "choice"}
 TUNING = {"tuning", "tuning_erasure", "tuning_cnn", "tuning_resnet", "tuning_cifar10"}
 
 
@@ -64,8 +64,8 @@ without_figure = operator.methodcaller("replace", "    draw_few(variant_tables()
 OF_CNN = {"tuning_cnn", "tuning_resnet", "tuning_cifar10"}
 ONLY, ALL_BUT = set.intersection, set.difference
 CHANGES = {
-    "a function of a method": ("methods/fine_tuning.py", other_body, ALL_BUT, PRETRAIN),
-    "a function of the training": ("trainer.py", other_body, ALL_BUT, set()),
+    "a function of a method": ("methods/fine_tuning.py", other_body, ALL_BUT, {"coverage", *PRETRAIN}),
+    "a function of the training": ("trainer.py", other_body, ALL_BUT, {"coverage"}),
     "a function for custom models": ("unlearning/forgetting.py", other_body, ONLY, OWN),
     "a function of a script": ("docs/own.py", other_body, ONLY, OWN),
     "the script of tunings": ("docs/tune.py", other_body, ONLY, TUNING),

@@ -472,6 +472,40 @@ def test_residual_networks_are_those_of_the_config(blocks, name, layers):
     assert network[:-3](torch.zeros(2, 784)).shape == (2, 5, 7, 7) and network(torch.zeros(2, 784)).shape == (2, 10)
 
 
+VIT = "classifier.channels=[12]", "classifier.hidden_sizes=[20]", "classifier.heads=3", "classifier.patch=9"
+
+
+def test_transformers_are_those_of_the_config_and_their_weights_those_that_linear_operations_read():
+    config = configured("vit", *VIT, "classifier.blocks=2", "graphs.mask_layer=[7, 8]")
+    network, x = config.classifier.network((28, 28), 10).eval(), torch.rand(2, 784)
+    graph = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
+    parameters, read = dict(network.named_parameters()), []
+    for operation in (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default):
+        for node in graph.graph.find_nodes(op="call_function", target=operation):
+            read.append(graph.graph_signature.inputs_to_parameters[node.args[1].name])
+    assert read == [name for name in parameters if name in read], "in the order of the parameters"
+    assert read[7:9] == ["blocks.1.linear1.weight", "blocks.1.linear2.weight"] and len(read) == 10
+    assert config.shapes == [tuple(parameters[name].shape) for name in read]
+    assert config.num_vertices == 2 * 12 * 20 and config.architecture == "ViT/9 12-20, blocks: 2"
+    image = x.view(2, 28, 28)
+    assert torch.allclose(network(image), network(x)), "pixels as one row"
+    moved = torch.cat([image[:, 9:18], image[:, :9], image[:, 18:]], 1)
+    assert not torch.allclose(network(moved), network(x), atol=1e-4), "positions count"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("channels=[4, 6]", "channels and hidden_sizes must each be one number for vit, not [4, 6, 20]"),
+        ("heads=5", "heads must divide the width, channels of [12], not 5"),
+        ("patch=29", "patch must be at most 28, not 29: there is none in (28, 28) pixels"),
+    ],
+)
+def test_transformers_that_cannot_be_are_named(change, message):
+    with pytest.raises(ConfigError, match=re.escape(f"classifier.{message}")):
+        configured("vit", *VIT, f"classifier.{change}")
+
+
 def test_convolutional_networks_are_those_of_the_config():
     config = configured("cnn", "classifier.channels=[4, 6]", "classifier.hidden_sizes=[9]", "classifier.bias=true")
     assert config.shapes == [(4, 1, 3, 3), (6, 4, 3, 3), (9, 294), (10, 9)] and config.num_vertices == 36 + 216 + 2736
