@@ -66,8 +66,7 @@ class WeightGraph:
     row: (m, channels, height, width) is a matrix (m, n), its columns that of a channel one after the other. A grouped
     convolution is several such matrices, (groups, m / groups, n): each row reads the columns of its own group alone.
 
-    ends: the neurons of every layer's columns and rows (`networks.neurons.Ends`), None of one that no mask can be put
-        on
+    ends: the neurons of every layer's columns and rows (`networks.neurons.Ends`)
     names: of the layers' weights, by which masks are made; by default their indices
     """
 
@@ -75,7 +74,7 @@ class WeightGraph:
         self,
         shapes: Sequence[tuple[int, ...]],
         mask_layer: int | Sequence[int] | None,
-        ends: Sequence[Ends | None],
+        ends: Sequence[Ends],
         names: Sequence[str] | None = None,
     ) -> None:
         self.layers = resolve_mask_layer(mask_layer, len(shapes))
@@ -83,8 +82,6 @@ class WeightGraph:
         self.shapes = [tuple(shapes[index]) for index in self.layers]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.num_vertices = sum(self.sizes)
-        if odd := [index for index in self.layers if ends[index] is None]:
-            raise ValueError(f"mask_layer {odd} must be called once, on samples of features or channels")
         chosen: list[Tensor] = []
         for index in self.layers:
             chosen += ends[index]

@@ -296,7 +296,7 @@ class Trace:
         self.largest, self.total = max(counts), sum(counts)
         ends, nodes = neurons.resolved(), {name: node for node, name in readers.items()}
         self.layers: dict[str, Layer] = {}
-        self.ends: dict[str, Ends] = {}
+        self.ends: list[Ends] = []
         for name, weight in network.named_parameters():
             node = nodes.get(name)
             batch = self.batches.get(node)
@@ -304,7 +304,7 @@ class Trace:
             if batch is not None and self.batches.get(node.args[0]) == batch:
                 in_order = node not in given[0] or is_in_order(given[0][node], given[1][node], *batch)
                 self.layers[name] = self._layer(node, weight.shape, in_order)
-                self.ends[name] = ends[node]
+                self.ends.append(ends[node])
 
     def _readers(self, network: nn.Module) -> dict[fx.Node, str]:
         """The operations that read a weight which nothing else reads, and its name."""

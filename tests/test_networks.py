@@ -27,7 +27,7 @@ from mimu.methods.fine_tuning import fisher_information
 from mimu.methods.projections import moments
 from mimu.model import LARGEST_CHANGE, AffineReLU, HookedMNISTClassifier, MaskingGCN, WeightGraph
 from mimu.networks.architectures import cnn, mlp, resnet
-from mimu.networks.hooked import HookedClassifier, shape_of, weight_layers
+from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.files import ArtifactError, save
 from mimu.runs.settings import ConfigError
