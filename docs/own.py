@@ -277,7 +277,7 @@ class Kind(NamedTuple):
 
 KINDS = (
     Kind("ViT", transformer, 5, 0.002, ("auto", "head.weight", "blocks.1.linear*", "blocks.1.*")),
-    Kind("depthwise", depthwise, 5, 0.004, ("auto", "3.pointwise.weight", "3.depthwise.weight")),
+    Kind("depthwise", depthwise, 5, 0.004, ("auto", "3.pointwise.weight", "3.*")),
     Kind("ConvNeXt", convnext, 4, 0.003, ("auto", "3.narrow.weight", "3.*")),
 )
 CLASSES = (0, 4, 6, 9)
