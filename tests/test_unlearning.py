@@ -100,31 +100,6 @@ class Ahead(nn.Module):
         return self.head(self.dropout(self.inner(x).relu()))
 
 
-# What makes a model, the layers that it ends in, and those that can be masked.
-AT_THE_END = [
-    (stack, "1 3 5", "1 3 5"),
-    (Ahead, "inner head", "head inner"),
-    (lambda: nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3)), "2 4", "0 2 4"),
-    (lambda: nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.ReLU(True), nn.Linear(9, 3)), "3", "0 3"),
-    (lambda: nn.Sequential(nn.Linear(7, 3)), "0", "0"),
-    (pooled, "7", "1 4 5 7"),
-    (called_twice, "11", "1 4 5 11"),
-]
-
-
-@pytest.mark.parametrize("make, at_the_end, able", AT_THE_END)
-def test_what_is_masked_stands_at_the_end_and_the_classifier_is_the_model_from_there_on(make, at_the_end, able):
-    model = make()
-    before = state_of(model)
-    with plain_torch():
-        custom = CustomModel.of(model, TRAIN.images)
-    end = [f"{name}.weight" for name in at_the_end.split()]
-    assert custom.names == tuple(f"{name}.weight" for name in able.split())
-    assert [custom.names[each] for each in custom.masked] == [end[-2] if len(end) > 2 else end[-1]]
-    assert state_of(model) == before, "buffers of the normalisations are, too"
-    assert torch.allclose(custom.classifier(custom.inputs), model.eval()(TRAIN.images), atol=1e-5)
-
-
 def convolved(*end: nn.Module) -> nn.Sequential:
     """Convolutions, one of them grouped; the end is a linear layer, or something else."""
     relu, end = nn.ReLU(inplace=True), end or (nn.Flatten(), nn.Linear(56, NUM_CLASSES))
@@ -150,6 +125,31 @@ def pooled() -> nn.Sequential:
 def called_twice() -> nn.Sequential:
     twice = nn.Conv2d(8, 8, 1)
     return convolved(twice, nn.ReLU(), twice, nn.Flatten(), nn.Linear(56, 3))
+
+
+# What makes a model, the layers that it ends in, and those that can be masked.
+AT_THE_END = [
+    (stack, "1 3 5", "1 3 5"),
+    (Ahead, "inner head", "head inner"),
+    (lambda: nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3)), "2 4", "0 2 4"),
+    (lambda: nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.ReLU(True), nn.Linear(9, 3)), "3", "0 3"),
+    (lambda: nn.Sequential(nn.Linear(7, 3)), "0", "0"),
+    (pooled, "7", "1 4 5 7"),
+    (called_twice, "11", "1 4 5 11"),
+]
+
+
+@pytest.mark.parametrize("make, at_the_end, able", AT_THE_END)
+def test_what_is_masked_stands_at_the_end_and_the_classifier_is_the_model_from_there_on(make, at_the_end, able):
+    model = make()
+    before = state_of(model)
+    with plain_torch():
+        custom = CustomModel.of(model, TRAIN.images)
+    end = [f"{name}.weight" for name in at_the_end.split()]
+    assert custom.names == tuple(f"{name}.weight" for name in able.split())
+    assert [custom.names[each] for each in custom.masked] == [end[-2] if len(end) > 2 else end[-1]]
+    assert state_of(model) == before, "buffers of the normalisations are, too"
+    assert torch.allclose(custom.classifier(custom.inputs), model.eval()(TRAIN.images), atol=1e-5)
 
 
 def with_layer(model: nn.Module, name: str, change: Callable) -> nn.Module:

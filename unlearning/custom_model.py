@@ -217,7 +217,7 @@ def tried(model: nn.Module, inputs: Tensor, few: Tensor) -> tuple[Tensor, Tensor
         raise InputError(f"model must return logits, a tensor ({len(few)}, classes) for such inputs, not {has}")
     if dtype != inputs.dtype and not inputs.is_floating_point():
         span = f"from {inputs.min().item()} to {inputs.max().item()}"
-        warnings.warn(f"inputs are {inputs.dtype}, {span}, but the model takes {dtype}: are they scaled?", stacklevel=4)
+        warnings.warn(f"inputs are {inputs.dtype}, {span}, but the model takes {dtype}: are they scaled?", stacklevel=5)
     return logits, inputs.to(dtype)
 
 
