@@ -355,8 +355,6 @@ def test_log_odds_of_labels_that_are_left_out_or_all_but_certain():
 )
 def test_a_first_order_update_is_linear_in_the_weights_that_it_zeroes(forget_row, others_among, mask_layer, last, size):
     graphs, zeroed, further = graphs_of(EVERY, mask_layer, size), [3, 8], [0, 11, last]
-    assert graphs.are_kept == (size != (1, 7, 1))
-    graphs.are_kept = True
     samples, mask = graphs.draw(4, seeded("test")), graphs.graph.zeroing(torch.tensor(zeroed))
     before = graphs.snapshot(samples, tuple(FEATURES), mask, forget_row)
     update = before.first_order_update(torch.tensor([0, 11])).first_order_update(torch.tensor([last]))
