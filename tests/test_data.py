@@ -327,7 +327,7 @@ GROUPS = [
 ]
 
 
-@pytest.mark.parametrize("size", [(), (7, 1, 1)], ids=["linear", "grouped"])
+@pytest.mark.parametrize("size", [(), (7, 1, 1), (1, 7, 1)], ids=["linear", "grouped", "positions"])
 @pytest.mark.parametrize("zeroed, present, forget_row, others_among, own_among, count", GROUPS)
 def test_features_are_those_of_autograd(zeroed, present, forget_row, others_among, own_among, count, size):
     graphs = graphs_of(present, size=size)
