@@ -131,14 +131,15 @@ def test_projections_take_the_mean_of_the_class_from_every_layer_on_what_those_b
     train = random_split(200)
     with torch.no_grad():
         edits, x = projections(learned, train, 1), train.images
-        for layer, edit in zip(learned.layers[:2], edits.values()):
+        biases = [learned.network[index].bias for index in (1, 3)]
+        for before, bias, edit in zip(learned.weights, biases, edits.values()):
             u = class_direction(x, train.labels, 1).float()
             assert torch.allclose(edit.right[:, 0], u, atol=1e-5)
-            weight = edit.applied(layer.weight)
-            assert torch.allclose(weight, layer.weight @ (torch.eye(len(u)) - torch.outer(u, u)), atol=1e-5)
-            x = (x @ weight.T + layer.bias).relu()
-        without_row = learned.layers[2].weight * torch.tensor([1.0, 0, 1])[:, None]
-        assert torch.allclose(edits[learned.names[2]].applied(learned.layers[2].weight), without_row, atol=1e-6)
+            weight = edit.applied(before)
+            assert torch.allclose(weight, before @ (torch.eye(len(u)) - torch.outer(u, u)), atol=1e-5)
+            x = (x @ weight.T + bias).relu()
+        without_row = learned.weights[2] * torch.tensor([1.0, 0, 1])[:, None]
+        assert torch.allclose(edits[learned.names[2]].applied(learned.weights[2]), without_row, atol=1e-6)
 
 
 def r_squared(features: torch.Tensor) -> float:
