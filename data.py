@@ -425,7 +425,7 @@ class GraphGenerator:
             self.predictions = self.begun(self.inputs)  # logits without a mask
         self.at_once = self.begun.recorded_at_once(self.graph.layers)
         # What layers read at many positions would be too much: it is recorded anew.
-        self.are_kept = all(classifier.positions(index) is None for index in self.graph.layers)
+        self.are_kept = all(classifier.positions(index) in (None, 1) for index in self.graph.layers)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -185,8 +185,8 @@ def test_models_of_the_users_own_are_erased_from_one_class_after_the_other(learn
 
 
 def test_what_cannot_be_erased_is_refused(learned):
-    x, labels = random_split(20).images, random_split(20).labels
+    x, labels, alone = random_split(20).images, random_split(20).labels, trained(nn.Linear(7, 3), random_split(20))
     with pytest.raises(InputError, match="must be auto or None where classes are erased, not 1"):
         unlearn(learned.network, x, labels, 1, mask_layer=1, erase=True)
     with pytest.raises(InputError, match="a class is erased from what the last layer is given"):
-        unlearn(nn.Linear(7, 3), x, labels, 1, erase=True, max_fall=None, max_class_fall=None)
+        unlearn(alone, x, labels, 1, erase=True, max_fall=None, max_class_fall=None)
