@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 
-from mimu.networks.neurons import CONVOLUTIONS, MOVING, Ends, Neurons, argument, name_of
+from mimu.networks.neurons import CONVOLUTIONS, Ends, Neurons, argument, is_moving, name_of
 from mimu.runs.files import one_line
 
 RECTIFIERS = {"relu", "leaky_relu", "hardtanh"}  # relu6 is a hardtanh
@@ -392,7 +392,7 @@ def is_in_place(node: fx.Node) -> bool:
 
 def is_alone(node: fx.Node) -> bool:
     """Whether no other value may lie at the same place in memory."""
-    return MOVING.isdisjoint(map(name_of, (node, *node.users)))
+    return not any(map(is_moving, (node, *node.users)))
 
 
 def call(node: fx.Node, arguments: tuple, named: dict) -> Any:
