@@ -12,9 +12,9 @@ from torch import Tensor, fx
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
 # They move values to another place in memory, and compute none.
 MOVING = set(
-    "cat channel_shuffle clone column_stack concat constant_pad_nd dstack flip getitem hstack index index_select pad "
-    "pixel_shuffle pixel_unshuffle repeat repeat_interleave roll rot90 select_scatter slice_scatter stack tile "
-    "unsafe_chunk unsafe_split _unsafe_view vstack".split()
+    "cat channel_shuffle clone column_stack concat constant_pad_nd diagonal_scatter dstack flip getitem hstack index "
+    "index_select pad pixel_shuffle pixel_unshuffle repeat repeat_interleave roll rot90 select_scatter slice_scatter "
+    "stack tile unsafe_chunk unsafe_split _unsafe_view vstack".split()
 )
 REDUCING = {"mean", "sum", "amax", "amin"}  # over the dimensions `dim`
 POOLING = ("max_pool", "avg_pool", "adaptive_", "upsample_")  # over the last dimensions; what names begin with

@@ -10,9 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import NUM_CLASSES, Group, assert_by_hand, graph_config, log_odds, mask_of, random_classifier
+from conftest import (
+    NUM_CLASSES,
+    Group,
+    assert_by_hand,
+    graph_config,
+    log_odds,
+    mask_of,
+    random_classifier,
+    random_split,
+)
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 from torch.nn.utils import parametrize
 from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
@@ -26,6 +35,7 @@ from mimu.masking.rankings import Ranking
 from mimu.methods.fine_tuning import fisher_information
 from mimu.methods.projections import moments
 from mimu.model import LARGEST_CHANGE, AffineReLU, HookedMNISTClassifier, MaskingGCN, WeightGraph
+from mimu.networks import hooked
 from mimu.networks.architectures import cnn, mlp, resnet
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
@@ -156,7 +166,7 @@ class Functional(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.conv = nn.Parameter(torch.randn(6, 64)), nn.Conv2d(2, 4, 2, 2)
+        self.weight, self.conv = nn.Parameter(torch.randn(6, 16)), nn.Conv2d(2, 4, 4, 4)
         self.head = nn.Linear(6, NUM_CLASSES)
         self.register_buffer("scale", torch.tensor([1.0, -2.0, 0.5, 3.0]).view(4, 1, 1))
 
@@ -235,7 +245,7 @@ ENDS = {
     "windows": "i2*4-a4 a4-h5 h5-a4 a4-g1 a4-o3",
     "mixer": "i2*8-a4 t8-u3 u3-s8 a4-h6 h6-a4 a4-o3",
     "spaced": "i2*5-a6/2 j1*18-b3 a6+b3-c4 c4-o3",
-    "functional": "a4*16-r6 i2*4-a4 r6-o3",
+    "functional": "a4*4-r6 i2*16-a4 r6-o3",
     "squeezed": "i2*9-a4 a4-s2 s2-b3 s2*9-c3 b3+c3-o3",
     "heads": "i128-a6 a6-o3 a6-o3",
 }
@@ -432,6 +442,46 @@ def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_thes
         assert torch.allclose(features, classifier.outputs(x)[0], atol=1e-12)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_many_masks_at_once_give_what_each_gives_by_itself(name):
+    classifier, x = classifier_of(name), images(3)
+    graph = WeightGraph.of(classifier, None)
+    keep = (torch.rand(3, graph.num_vertices) < 0.7).double()
+    together = vmap(lambda weights: classifier.outputs(x, weights)[1])(masked_weights(classifier, graph, keep))
+    for logits, of_mask in zip(together, keep):
+        with graph.zeroing((of_mask == 0).nonzero()[:, 0]).applied_to(classifier):
+            assert torch.allclose(logits, classifier.network(x), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_trace_serves_every_network_of_its_architecture(name):
+    classifier, split = classifier_of(name), labelled(2)
+    other = copy.deepcopy(classifier)
+    assert other.trace is classifier.trace
+    for values in other.network.state_dict().values():
+        if values.is_floating_point():
+            values.mul_(1 + torch.rand_like(values))
+    assert torch.allclose(other.outputs(split.images)[1], other.network(split.images), atol=1e-12)
+    assert not torch.allclose(other.network(split.images), classifier.network(split.images), rtol=1e-3)
+    (layer,), _, _ = other.record(split.images, split.labels, [0])
+    delta, a, weight = layer.log_odds_gradient, layer.inputs, other.weights[0]
+    (expected,) = torch.autograd.grad(hooked.log_odds(other.network(split.images), split.labels).sum(), weight)
+    found = (delta @ a.mT).sum(0) if a.ndim == 4 else delta.T @ a
+    assert torch.allclose(found.view_as(expected), expected, atol=1e-12)
+
+
+def test_classifiers_of_one_config_share_a_trace_and_making_one_draws_its_own_weights_alone():
+    split, config = random_split(), configured("mlp")
+    one, other = (Trainer(config.classifier, seed).initial(split.images, NUM_CLASSES) for seed in (0, 1))
+    assert one.trace is other.trace and not torch.equal(one.weights[0], other.weights[0])
+    states = []
+    for _ in range(2):  # the first of which is traced
+        torch.manual_seed(0)
+        HookedMNISTClassifier((9, 4), 11)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 @pytest.mark.parametrize("name", [*NETWORKS, "resnet18"])
 def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name):
     is_large = name == "resnet18"
@@ -447,7 +497,11 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
         "cnn": {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}, "joined": {1: (2, 8, 8), 4: (5, 8, 8), 5: (16,)},
         "resnet": {1: (3, 8, 8), 2: (3, 8, 8), 3: (3, 8, 8), 5: (3, 8, 8), 6: (4,)}, "varied": {1: (4, 4, 4), 4: (18,)},
         "mlp": {1: (6,), 2: (5,)}, "biased": {1: (6,), 2: (5,)}, "averaged": {1: (4, 4, 4), 2: (9,)},
-        "grouped": {1: (4, 8, 8), 2: (8, 4, 4), 3: (24,)},
+        "grouped": {1: (4, 8, 8), 2: (8, 4, 4), 3: (24,)}, "encoder": {1: (4, 4), 2: (4, 4), 4: (4, 4), 5: (4,)},
+        "samples behind": {1: (4, 4), 2: (4, 4), 4: (4, 4), 5: (4,)}, "functional": {0: (16,), 1: (2, 8, 8), 2: (6,)},
+        "mixer": {1: (8, 4), 2: (8, 4), 3: (8, 4), 4: (8, 4), 5: (4,)}, "spaced": {1: (2, 8, 8), 2: (9, 6), 3: (4,)},
+        "windows": {1: (2, 2, 2, 2, 4), 3: (16, 4), 4: (4,)}, "heads": {0: (128,), 1: (6,), 2: (6,)},
+        "squeezed": {1: (4, 3, 3), 2: (2, 3, 3), 3: (2, 3, 3), 4: (6, 3, 3)},
         "resnet18": {1: (64, 8, 8), 2: (64, 8, 8), 19: (512, 1, 1), 20: (512,)},
     }[name]  # fmt: skip
     assert {layer: tuple(classifier.prefix_activations([layer], x).shape[1:]) for layer in begins} == begins
@@ -566,24 +620,29 @@ def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(nam
     assert list(classifier.state_dict()) == list(before), "nothing of the mask is left"
 
 
-class Folded(nn.Sequential):
-    """Its first layer is given every channel of a sample by itself."""
+class Unmaskable(nn.Module):
+    """A layer that is called twice, a weight that is tied, one that is computed, one that is only added, others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.twice = nn.Conv2d(2, 4, 2, 2), nn.Conv2d(4, 4, 1, bias=False)
+        self.of_no_sample, self.scale = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+        self.one, self.tied = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.computed, self.split = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(8, 4))
+        self.listed, self.head = nn.ParameterList([torch.randn(4, 4)]), nn.Linear(4, NUM_CLASSES)
+        self.tied.weight = self.one.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self[1](self[0](x.flatten(0, 1).flatten(1)).view(-1, 8))
+        x = self.twice(self.twice(self.patches(x)).relu()).mean((2, 3))
+        x = self.tied(self.one(x)) + self.of_no_sample(self.scale).sum(0)
+        x = F.linear(x, self.computed / 2) + F.linear(x, self.split[:4])
+        return self.head(F.linear(x, self.listed[0]))
 
 
-def test_what_masks_cannot_be_put_on_is_named():
-    twice = nn.Conv2d(3, 3, 1, bias=False)
-    layers = nn.Conv2d(2, 3, 1), twice, nn.ReLU(), twice, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)
-    classifier = HookedClassifier(nn.Sequential(*layers).double(), images(2))
-    assert torch.equal(classifier(images()), classifier.network(images()))
-    WeightGraph.of(classifier, [0, 2])
-    for mask_layer in (1, None):
-        with pytest.raises(ValueError, match=r"mask_layer \[1\] must be called once"):
-            WeightGraph.of(classifier, mask_layer)
-    first, last = HookedClassifier(Folded(nn.Linear(64, 4), nn.Linear(8, 3)).double(), images(2)).trace.ends
-    assert first is None and len(last.sources.unique()) == 8, "the first has two outputs for every sample"
+def test_what_masks_cannot_be_put_on_is_not_among_the_layers():
+    classifier = HookedClassifier(Unmaskable().double(), images(2))
+    assert classifier.names == ["patches.weight", "head.weight"]
+    assert torch.allclose(classifier.outputs(images())[1], classifier.network(images()), atol=1e-12)
 
 
 @pytest.mark.parametrize("blocks, name, layers", [(1, "ResNet-8", 10), (2, "ResNet-14", 16)])
