@@ -453,7 +453,7 @@ class GraphGenerator:
         fit = hooked.NUMBERS_AT_ONCE // max(1, self._num_gradients)
         self.at_once = min(self.begun.recorded_at_once(self.graph.layers), max(1, fit))
         # What layers read at many positions would be too much: it is recorded anew.
-        self.are_kept = all(classifier.positions(index) is None for index in self.graph.layers)
+        self.are_kept = all(classifier.positions(index) in (None, 1) for index in self.graph.layers)
 
     def __len__(self) -> int:
         return len(self.labels)

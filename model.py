@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,11 @@ class HookedMNISTClassifier(HookedClassifier):
         self, hidden_sizes: Sequence[int] = (128, 64), in_features: int = 784, num_classes: int = 10, bias: bool = False
     ) -> None:
         sizes = (in_features, *hidden_sizes, num_classes)
-        super().__init__(mlp(sizes, bias), trace_of_mlp(sizes, bias))
+        super().__init__(mlp(sizes, bias), TRACES.get((sizes, bias), torch.zeros(2, in_features)))
+        TRACES[sizes, bias] = self.trace
 
 
-@cache
-def trace_of_mlp(sizes: tuple[int, ...], bias: bool) -> Trace:
-    """What an mlp computes, whatever its weights are."""
-    return Trace(mlp(sizes, bias).eval(), torch.zeros(2, sizes[0]))
+TRACES: dict[tuple[tuple[int, ...], bool], Trace] = {}  # of perceptrons, whatever their weights are
 
 
 def resolve_mask_layer(mask_layer: int | Sequence[int] | None, num_layers: int) -> tuple[int, ...]:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mimu.networks.hooked import HookedClassifier
+from mimu.networks.tracing import COLLECTIONS
 from mimu.runs import files
 
 SAMPLED = 256  # weights of a layer by which it is known again
 PRECISION = 0.01  # of their norm, by which they may differ then: bfloat16 rounds by 0.002 at most
 WRAPPERS = ("_orig_mod", "module", "network")  # what torch.compile, DataParallel and HookedClassifier call a network
-COLLECTIONS = (nn.ParameterList, nn.ParameterDict, parametrize.ParametrizationList)  # which their owners read
 
 
 class LayerMask(NamedTuple):

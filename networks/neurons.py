@@ -10,16 +10,19 @@ from torch import Tensor, fx
 
 # Operations of PyTorch's ATen, by their names.
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
-# They move values, and compute none.
+# They move values to another place in memory, and compute none.
 MOVING = set(
-    "alias cat channel_shuffle chunk clone constant_pad_nd contiguous detach expand expand_as flatten flip getitem "
-    "index index_select movedim narrow pad permute pixel_shuffle pixel_unshuffle repeat reshape roll select slice "
-    "split split_with_sizes squeeze stack t transpose unbind unflatten unfold unsqueeze view _unsafe_view".split()
+    "cat channel_shuffle clone column_stack concat constant_pad_nd diagonal_scatter dstack flip getitem hstack index "
+    "index_select pad pixel_shuffle pixel_unshuffle repeat repeat_interleave roll rot90 select_scatter slice_scatter "
+    "stack tile unsafe_chunk unsafe_split _unsafe_view vstack".split()
 )
 REDUCING = {"mean", "sum", "amax", "amin"}  # over the dimensions `dim`
 POOLING = ("max_pool", "avg_pool", "adaptive_", "upsample_")  # over the last dimensions; what names begin with
 # They mix places, and may leave the shape as it is all the same.
-MIXING = {"mm", "addmm", "baddbmm", "einsum", "embedding", "cumsum", "sort", "gather"}
+MIXING = set(
+    "addmm baddbmm bilinear cdist col2im conv_transpose1d conv_transpose2d conv_transpose3d cumprod cumsum einsum "
+    "embedding gather grid_sampler inner mm sort tensordot topk".split()
+)
 
 
 class Ends(NamedTuple):
@@ -37,6 +40,13 @@ def name_of(node: fx.Node) -> str:
     """The name of an operation, whatever its overload: `conv2d`, `relu`, `getitem`."""
     schema = getattr(node.target, "_schema", None)
     return schema.name.removeprefix("aten::") if schema else getattr(node.target, "__name__", "")
+
+
+def is_moving(node: fx.Node) -> bool:
+    """Whether an operation moves values, or gives a view of them, and computes none."""
+    schema = getattr(node.target, "_schema", None)
+    is_view = schema is not None and any(each.alias_info is not None for each in schema.returns)
+    return name_of(node) in MOVING or is_view and name_of(node) != "to"
 
 
 def argument(node: fx.Node, name: str) -> Any:
@@ -85,7 +95,7 @@ class Neurons:
         given = [self._numbers[each] for each in node.all_input_nodes if isinstance(self._numbers.get(each), Tensor)]
         if name == "linear" or name in CONVOLUTIONS:
             return self._layer(node, value)
-        if name in MOVING:
+        if is_moving(node):
             return self._moved(node, name)
         if name.startswith(POOLING):
             over = next(int(each) for each in name if each.isdigit())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.nn.utils import parametrize
 
-from mimu.networks.neurons import CONVOLUTIONS, MOVING, Ends, Neurons, argument, name_of
+from mimu.networks.neurons import CONVOLUTIONS, Ends, Neurons, argument, is_moving, name_of
 from mimu.runs.files import one_line
 
 RECTIFIERS = {"relu", "leaky_relu", "hardtanh"}  # relu6 is a hardtanh
@@ -24,6 +26,7 @@ SMOOTH = {"gelu", "silu", "elu", "celu", "softplus", "tanh", "sigmoid", "hardswi
 # What may stand between a layer and its activation function.
 CARRYING = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "add", "sub", "mul", "dropout", "clone", "to"}
 PROBABILITIES = {"softmax", "sigmoid"}  # which are no logits
+COLLECTIONS = (nn.ParameterList, nn.ParameterDict, parametrize.ParametrizationList)  # which their owners read
 EXPORTING = threading.Lock()  # torch.export is not made for several threads at once
 
 
@@ -317,9 +320,9 @@ class Trace:
         for weight, name in self.parameters.items():
             users = [node for node in weight.users if node in live]
             is_read_once = name in own and len(users) == 1 and name_of(users[0]) in {"linear"} | CONVOLUTIONS
-            owner = type(network.get_submodule(name.rpartition(".")[0]))
+            owner = network.get_submodule(name.rpartition(".")[0])
             # Of lists and of what is computed from parameters no mask can take the place.
-            if is_read_once and users[0].args[1] is weight and not owner.__name__.startswith("Parametri"):
+            if is_read_once and users[0].args[1] is weight and not isinstance(owner, COLLECTIONS):
                 readers[users[0]] = name
         return readers
 
@@ -384,7 +387,20 @@ def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
             (first,) = [user for user in node.users if user.args[1] == 0]
             first.target, (*given, momentum, eps) = torch.ops.aten.batch_norm.default, node.args
             first.args = (*given, False, momentum, eps, True)
+        elif name_of(node) == "copy" or is_whole(node):  # the one has no derivative, of the other vmap does not know
+            node.target, node.args, node.kwargs = torch.ops.aten.expand_as.default, node.args[1::-1], {}
+        elif name_of(node) == "slice_scatter":
+            dim, start, end, step = (argument(node, name) for name in ("dim", "start", "end", "step"))
+            size = node.meta["val"].shape[dim]
+            end = size if end == sys.maxsize and isinstance(size, int) else end  # vmap knows no end but a length
+            node.args = (*node.args[:2], dim, start, end, step)
     return program
+
+
+def is_whole(node: fx.Node) -> bool:
+    """Whether an operation puts values in the place of all others."""
+    limits = [argument(node, name) for name in ("start", "end", "step")] if name_of(node) == "slice_scatter" else []
+    return limits[:1] in ([0], [None]) and limits[1:] == [sys.maxsize, 1]
 
 
 def is_in_place(node: fx.Node) -> bool:
@@ -395,7 +411,7 @@ def is_in_place(node: fx.Node) -> bool:
 
 def is_alone(node: fx.Node) -> bool:
     """Whether no other value may lie at the same place in memory."""
-    return MOVING.isdisjoint(map(name_of, (node, *node.users)))
+    return not any(map(is_moving, (node, *node.users)))
 
 
 def call(node: fx.Node, arguments: tuple, named: dict) -> Any:

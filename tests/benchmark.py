@@ -136,11 +136,11 @@ def gcn_part(table: Table, before: dict[str, Table]) -> None:
 def one_sample_at_a_time(classifier: HookedMNISTClassifier, samples: Split, layer: int) -> list[Data]:
     """Activation graphs as they were published: a pass per sample, and its four features kept for every vertex."""
     classifier = copy.deepcopy(classifier)
-    weight = classifier.layers[layer].weight
+    weight, module = classifier.weights[layer], classifier.network[1 + 2 * layer]
     graphs = []
     for image, label in DataLoader(TensorDataset(samples.images, samples.labels), batch_size=1):
         seen = {}
-        hook = classifier.layers[layer].register_forward_hook(
+        hook = module.register_forward_hook(
             lambda _, inputs, output, seen=seen: seen.update(source=inputs[0], target=output.relu())
         )
         classifier.zero_grad()

@@ -76,7 +76,7 @@ def test_predictions_are_logits_losses_and_the_inputs_of_every_layer_after_the_f
     assert torch.equal(found.logits, logits)
     assert found.loss[3] == pytest.approx(-logits.double().log_softmax(1)[3, split.labels[3]].item())
     assert found.correct.tolist() == [float(label == row.argmax()) for label, row in zip(split.labels, logits)]
-    assert not any(layer._forward_pre_hooks for layer in classifier.layers)
+    assert not any(module._forward_pre_hooks for module in classifier.modules())
     (hidden,) = predictions_of(HookedMNISTClassifier((), IN_FEATURES, NUM_CLASSES), split).hidden
     assert torch.equal(hidden, split.images)  # which a classifier of one layer represents by themselves
 
@@ -179,7 +179,7 @@ def by_hand(model, samples, test: Split, goal: float, rate: float, frozen=()) ->
         loss = F.cross_entropy(model(batch.images), batch.labels)
         for parameter, gradient in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()))):
             parameter.data -= rate * gradient
-        model.layers[1].weight.data.view(-1)[list(frozen)] = 0
+        model.weights[1].data.view(-1)[list(frozen)] = 0
 
 
 def test_relearning_counts_the_steps_of_sgd_on_random_batches_of_the_class(retrained, trained, data):
@@ -201,9 +201,9 @@ def test_relearning_frees_the_weights_of_a_mask(retrained, data):
     zeroed = range(0, 30, 2)
     model = masked(retrained, zeroed)
     _, scores = relearn(model, test, 60.0, 200, 0.1, samples)
-    assert int((model.layers[1].weight == 0).sum()) == 15, "in a copy"
+    assert int((model.weights[1] == 0).sum()) == 15, "in a copy"
     free = copy.deepcopy(retrained)
-    free.layers[1].weight.data.view(-1)[list(zeroed)] = 0
+    free.weights[1].data.view(-1)[list(zeroed)] = 0
     frozen = copy.deepcopy(free)
     assert scores == pytest.approx(by_hand(free, samples, test, 60.0, 0.1))
     assert len(scores) != len(by_hand(frozen, samples, test, 60.0, 0.1, zeroed))
@@ -241,13 +241,13 @@ def test_every_audit_is_that_of_its_samples_and_of_what_was_asked_for(trained, r
         "came_back": scores[-1] >= goal,
         "relearn_scores": scores,
         "relearn_from": {count: again(repeat(samples))[0] for count, samples in few.items()},
-        "weights_changed": sum(int((a.weight != b.weight).sum()) for a, b in zip(model.layers, trained.layers)),
+        "weights_changed": sum(int((a != b).sum()) for a, b in zip(model.weights, trained.weights)),
     }
 
 
 def test_what_cannot_be_audited_is_null_and_what_does_not_come_back_is_told(trained, retrained, audit, monkeypatch):
     beside, broken = audit(trained), copy.deepcopy(trained)
-    broken.layers[0].weight.data[0, 0] = torch.nan
+    broken.weights[0].data[0, 0] = torch.nan
     assert audit(broken) == dict.fromkeys(beside) | {"weights_changed": 1} and None not in beside.values()
     assert predictions_of(broken, audit.data.test).correct.sum() == 0
     assert replace(audit, retrained=None)(trained) == beside | {"js_forget": None, "js_retain": None}

@@ -131,14 +131,15 @@ def test_projections_take_the_mean_of_the_class_from_every_layer_on_what_those_b
     train = random_split(200)
     with torch.no_grad():
         edits, x = projections(learned, train, 1), train.images
-        for layer, edit in zip(learned.layers[:2], edits.values()):
+        biases = [learned.network[index].bias for index in (1, 3)]
+        for before, bias, edit in zip(learned.weights, biases, edits.values()):
             u = class_direction(x, train.labels, 1).float()
             assert torch.allclose(edit.right[:, 0], u, atol=1e-5)
-            weight = edit.applied(layer.weight)
-            assert torch.allclose(weight, layer.weight @ (torch.eye(len(u)) - torch.outer(u, u)), atol=1e-5)
-            x = (x @ weight.T + layer.bias).relu()
-        without_row = learned.layers[2].weight * torch.tensor([1.0, 0, 1])[:, None]
-        assert torch.allclose(edits[learned.names[2]].applied(learned.layers[2].weight), without_row, atol=1e-6)
+            weight = edit.applied(before)
+            assert torch.allclose(weight, before @ (torch.eye(len(u)) - torch.outer(u, u)), atol=1e-5)
+            x = (x @ weight.T + bias).relu()
+        without_row = learned.weights[2] * torch.tensor([1.0, 0, 1])[:, None]
+        assert torch.allclose(edits[learned.names[2]].applied(learned.weights[2]), without_row, atol=1e-6)
 
 
 def r_squared(features: torch.Tensor) -> float:
@@ -184,8 +185,8 @@ def test_models_of_the_users_own_are_erased_from_one_class_after_the_other(learn
 
 
 def test_what_cannot_be_erased_is_refused(learned):
-    x, labels = random_split(20).images, random_split(20).labels
+    x, labels, alone = random_split(20).images, random_split(20).labels, trained(nn.Linear(7, 3), random_split(20))
     with pytest.raises(InputError, match="must be auto or None where classes are erased, not 1"):
         unlearn(learned.network, x, labels, 1, mask_layer=1, erase=True)
     with pytest.raises(InputError, match="a class is erased from what the last layer is given"):
-        unlearn(nn.Linear(7, 3), x, labels, 1, erase=True, max_fall=None, max_class_fall=None)
+        unlearn(alone, x, labels, 1, erase=True, max_fall=None, max_class_fall=None)

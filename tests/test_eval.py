@@ -12,7 +12,6 @@ from mimu.data import ImageData, Split
 from mimu.eval import METHODS, Eval, count_by_layer, random_choices, random_vertices, unlearning_method
 from mimu.methods import controls
 from mimu.model import WeightGraph
-from mimu.networks.hooked import weight_layers
 from mimu.networks.masks import Mask
 from mimu.runs.files import Artifact
 
@@ -36,7 +35,7 @@ def make_eval(folder, test=None, asked=KAPPA, mask_layer=-2, audit=None, draw=No
 
 
 def weights_of(model) -> list[torch.Tensor]:
-    return [layer.weight for layer in weight_layers(model)]
+    return model.weights
 
 
 def answers(scored: Eval) -> dict[str, list[torch.Tensor]]:
@@ -58,7 +57,7 @@ def test_metrics_are_sums_over_the_test_samples_divided_by_their_number(tmp_path
         by_hand = {"loss": loss, "score": 100 * sum(correct) / len(correct)}
         by_hand |= {"probability": p[:, FORGET].mean().item()} if is_forget else {}
         assert metrics == pytest.approx(by_hand, rel=1e-5)
-    model.layers[0].weight.data.fill_(torch.nan)
+    model.weights[0].data.fill_(torch.nan)
     assert scored.inference(model, test.forget(0).loader(), False, "broken")["score"] == 0, "no number is no answer"
     with pytest.raises(ValueError, match="none: there is no sample to score"):
         scored.inference(model, test.forget(3).loader(), False, "none")
@@ -148,7 +147,7 @@ def test_a_method_that_does_what_it_must_not_is_named(tmp_path, registry, unlear
 def test_the_methods_are_what_they_say(tmp_path):
     scored = make_eval(tmp_path, methods=(*CORE, "saliency"))
     request = scored.request
-    request.classifier.layers[0].weight.data.zero_()  # a copy
+    request.classifier.weights[0].data.zero_()  # a copy
     weights, original = answers(scored), weights_of(trained_problem()[2])
     alone = weights_of(request.trainer.train(request.train.retain(FORGET), NUM_CLASSES))
     again = weights_of(replace(request, train=request.train[:20], trained_on=request.train).retrained(0))
@@ -219,7 +218,7 @@ def test_several_keep_masks_are_averaged(tmp_path):
     by_hand = []
     for vertices in choices:
         model = scored.request.classifier
-        model.layers[1].weight.data *= torch.zeros(30).index_fill(0, vertices, 1.0).view(5, 6)
+        model.weights[1].data *= torch.zeros(30).index_fill(0, vertices, 1.0).view(5, 6)
         by_hand.append(scores(model, scored.data.test, FORGET)[0])
     assert scored.eval_mask_efficacy()["random"]["score"] == pytest.approx(sum(by_hand) / 20)
 
@@ -238,7 +237,7 @@ def test_every_answer_is_audited_beside_the_original_and_the_retrained_if_it_is_
     assert results["audit_metrics"] == {name: {"sum": sums[name], "far": float("inf")} for name in methods}
     assert json.loads((tmp_path / "metrics.json").read_text())["audit_metrics"]["mimu"]["far"] is None
     original, retrained = given
-    assert torch.equal(original.layers[1].weight, scored.request.original.layers[1].weight)
+    assert torch.equal(original.weights[1], scored.request.original.weights[1])
     assert retrained is (scored._answer("retrain").model if "retrain" in methods else None)
     assert make_eval(tmp_path, methods=methods).eval_audits() == {}
 

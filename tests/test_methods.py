@@ -138,8 +138,8 @@ def test_a_method_forgets_and_is_the_same_again_on_the_samples_that_it_declares(
 
 
 def gradients(classifier: HookedMNISTClassifier, samples: Split) -> list[torch.Tensor]:
-    weights = [layer.weight for layer in classifier.layers]
-    return list(torch.autograd.grad(F.cross_entropy(classifier(samples.images), samples.labels), weights))
+    loss = F.cross_entropy(classifier(samples.images), samples.labels)
+    return list(torch.autograd.grad(loss, classifier.weights))
 
 
 def test_ssd_dampens_the_weights_that_it_selects(request_to_forget):
@@ -147,17 +147,17 @@ def test_ssd_dampens_the_weights_that_it_selects(request_to_forget):
     model = made_by("ssd", request_to_forget, selection=2.0, dampening=2.5)
     splits = (request_to_forget.forget, request_to_forget.train)
     information = [fine_tuning.fisher_information(classifier, split) for split in splits]
-    for before, after, f, e in zip(classifier.layers, model.layers, *information):
+    for before, after, f, e in zip(classifier.weights, model.weights, *information):
         selected, factor = f > 2 * e, 2.5 * e / f
-        dampened = before.weight * torch.where(selected, factor.clamp(max=1), 1.0)
-        assert torch.allclose(after.weight, dampened, rtol=1e-5)
+        dampened = before * torch.where(selected, factor.clamp(max=1), 1.0)
+        assert torch.allclose(after, dampened, rtol=1e-5)
         assert 0 < (selected & (factor > 1)).sum() < selected.sum() < f.numel(), "some would grow, and stay"
 
 
 def test_salun_changes_its_share_of_the_weights(request_to_forget):
     model, classifier = made_by("salun", request_to_forget, share=0.25), request_to_forget.classifier
     saliency = torch.cat([each.abs().flatten() for each in gradients(classifier, request_to_forget.forget)])
-    changed = torch.cat([(a.weight != b.weight).flatten() for a, b in zip(model.layers, classifier.layers)])
+    changed = torch.cat([(a != b).flatten() for a, b in zip(model.weights, classifier.weights)])
     assert int(changed.sum()) == pytest.approx(0.25 * len(saliency), abs=2)
     assert saliency[changed].min() > saliency[~changed].max() * 0.999
 
@@ -186,8 +186,8 @@ def test_a_step_on_the_whole_forget_set_is_that_of_its_loss(name, request_to_for
     to_others = -(p / p.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
     loss = to_others if name == "delete" else -F.cross_entropy(logits, forget.labels)
     loss.backward()
-    for before, after in zip(classifier.layers, model.layers):
-        assert torch.allclose(after.weight, before.weight - 0.3 * before.weight.grad, atol=1e-6)
+    for before, after in zip(classifier.weights, model.weights):
+        assert torch.allclose(after, before - 0.3 * before.grad, atol=1e-6)
 
 
 def inputs_of_layers(classifier: HookedMNISTClassifier, images: torch.Tensor) -> list[np.ndarray]:
@@ -195,8 +195,8 @@ def inputs_of_layers(classifier: HookedMNISTClassifier, images: torch.Tensor) ->
     return [classifier.network[:end](images).detach().double().numpy() for end in ends]
 
 
-def weights_of(model: torch.nn.Module) -> list[np.ndarray]:
-    return [layer.weight.detach().double().numpy() for layer in model.layers]
+def weights_of(model: HookedMNISTClassifier) -> list[np.ndarray]:
+    return [weight.detach().double().numpy() for weight in model.weights]
 
 
 def test_damp_takes_what_no_other_mean_has_of_the_mean_more_in_deep_layers(request_to_forget):
@@ -255,23 +255,23 @@ def test_esc_takes_the_leading_directions_of_the_class_out_of_the_representation
     u = np.linalg.svd(z.T)[0][:, erased:]
     expected = torch.tensor(inputs_of_layers(classifier, x)[2] @ u @ u.T).float()
     assert torch.allclose(predictions_of(model, request_to_forget.train).hidden[-1], expected, atol=1e-5)
-    assert torch.allclose(model(x), expected @ classifier.layers[2].weight.T, atol=1e-5)
+    assert torch.allclose(model(x), expected @ classifier.weights[2].T, atol=1e-5)
 
 
 def test_pour_takes_the_direction_of_the_class_in_the_output_layer_out_of_the_representation(request_to_forget):
     classifier, x = request_to_forget.classifier, request_to_forget.train.images
     seen = predictions_of(made_by("pour", request_to_forget), request_to_forget.train)
-    row, z = classifier.layers[2].weight[FORGET], predictions_of(classifier, request_to_forget.train).hidden[-1]
+    row, z = classifier.weights[2][FORGET], predictions_of(classifier, request_to_forget.train).hidden[-1]
     along = ((z @ row) / row.norm() ** 2)[:, None] * row
     assert torch.allclose(seen.hidden[-1], z - along, atol=1e-5) and along.abs().max() > 1
-    assert torch.allclose(seen.logits, classifier(x) - along @ classifier.layers[2].weight.T, atol=1e-4)
+    assert torch.allclose(seen.logits, classifier(x) - along @ classifier.weights[2].T, atol=1e-4)
     assert seen.logits[:, FORGET].abs().max() < 1e-4
 
 
 def test_the_optimised_mask_is_a_mask_and_its_sparsity_counts(request_to_forget):
-    whole = request_to_forget.classifier.layers[1].weight
+    whole = request_to_forget.classifier.weights[1]
     models = (made_by("optimised_mask", request_to_forget, sparsity=sparsity) for sparsity in (0.1, 3.0))
-    dense, sparse = (model.layers[1].weight for model in models)
+    dense, sparse = (model.weights[1] for model in models)
     assert torch.equal(dense[dense != 0], whole[dense != 0])
     assert 0 <= (sparse == 0).sum() < (dense == 0).sum() < whole.numel()
 
@@ -279,7 +279,7 @@ def test_the_optimised_mask_is_a_mask_and_its_sparsity_counts(request_to_forget)
 @pytest.mark.parametrize("name", ["first_order", "saliency_contrast", "magnitude"])
 def test_weights_are_zeroed_by_the_first_order_effect_or_by_their_size(name):
     request, effects = make_request(asked=9), []
-    weights = request.original.layers[1].weight.detach()
+    weights = request.original.weights[1].detach()
     for label in range(NUM_CLASSES):
         gradient = gradients(request.original, request.graphs.samples.forget(label))[1]
         effects.append((-weights * gradient).flatten())
@@ -287,7 +287,7 @@ def test_weights_are_zeroed_by_the_first_order_effect_or_by_their_size(name):
     contrast = effects[FORGET] - (effects[0] + effects[2]) / 2
     by_size = weights.abs().flatten()
     ranked = {"first_order": effects[FORGET], "saliency_contrast": contrast, "magnitude": by_size}[name]
-    zeroed = (made_by(name, request).layers[1].weight.flatten() == 0).nonzero()[:, 0]
+    zeroed = (made_by(name, request).weights[1].flatten() == 0).nonzero()[:, 0]
     assert set(zeroed.tolist()) == set(ranked.topk(9).indices.tolist())
     kept = METHODS["magnitude"].most_needed(request)
     assert set(kept.tolist()) == set(by_size.topk(24).indices.tolist())
@@ -299,11 +299,11 @@ def test_the_trivial_ways_take_the_logit_or_the_output_row_and_the_control_other
     logits, before = without_row(images), request.classifier(images)
     others = [label for label in range(NUM_CLASSES) if label != FORGET]
     assert (logits[:, FORGET] == 0).all() and torch.equal(logits[:, others], before[:, others])
-    assert [int((layer.weight == 0).sum()) for layer in without_row.layers] == [0, 0, 8]
+    assert [int((weight == 0).sum()) for weight in without_row.weights] == [0, 0, 8]
     p = made_by("logit_removed", request)(images).softmax(1)
     assert (p[:, FORGET] == 0).all() and torch.allclose(p.sum(1), torch.ones(len(p)))
     one, other = (made_by(name, request) for name in ("retrain", "retrain_again"))
-    assert not torch.equal(one.layers[0].weight, other.layers[0].weight)
+    assert not torch.equal(one.weights[0], other.weights[0])
 
 
 DIVERGING = {"fine_tune": "learning_rate", "gradient_ascent": "learning_rate", "scrub": "learning_rate",

@@ -10,9 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import NUM_CLASSES, Group, assert_by_hand, graph_config, log_odds, mask_of, random_classifier
+from conftest import (
+    NUM_CLASSES,
+    Group,
+    assert_by_hand,
+    graph_config,
+    log_odds,
+    mask_of,
+    random_classifier,
+    random_split,
+)
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 from torch.nn.utils import parametrize
 from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
@@ -26,9 +35,11 @@ from mimu.masking.rankings import Ranking
 from mimu.methods.fine_tuning import fisher_information
 from mimu.methods.projections import moments
 from mimu.model import LARGEST_CHANGE, AffineReLU, HookedMNISTClassifier, MaskingGCN, WeightGraph
+from mimu.networks import hooked
 from mimu.networks.architectures import cnn, mlp, resnet
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
+from mimu.networks.tracing import Trace
 from mimu.runs.files import ArtifactError, save
 from mimu.runs.settings import ConfigError
 from mimu.trainer import GCNTrainer, Trainer, masked_weights
@@ -90,6 +101,110 @@ class Averaged(nn.Module):
         return self.last(torch.cat([rows, x.mean((-2, -1))], 1))
 
 
+class Encoder(nn.Module):
+    """Patches as tokens in an encoder layer, samples in front or behind the tokens, and their mean."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.patches, self.layer = nn.Conv2d(2, 4, 4, 4), nn.TransformerEncoderLayer(4, 2, 6, batch_first=batch_first)
+        self.head = nn.Linear(4, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2)
+        is_first = self.layer.self_attn.batch_first
+        return self.head(self.layer(tokens.mT if is_first else tokens.permute(2, 0, 1)).mean(1 if is_first else 0))
+
+
+class Windows(nn.Module):
+    """Four windows of four tokens, which pass for samples, then a gate of all channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(2, 4, 2, 2), nn.LayerNorm(4)
+        self.expand, self.reduce = nn.Linear(4, 5, bias=False), nn.Linear(5, 4)
+        self.gate, self.head = nn.Linear(4, 1), nn.Linear(4, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).permute(0, 2, 3, 1)
+        windows = x.view(-1, 2, 2, 2, 2, 4).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 4)
+        windows = windows + self.reduce(F.gelu(self.expand(self.norm(windows))))
+        x = windows.view(-1, 2, 2, 2, 2, 4).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 4)
+        return self.head((x * self.gate(x).sigmoid()).mean(1))
+
+
+class Mixer(nn.Module):
+    """Linear layers over tokens, then over channels, as of an MLP-mixer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(2, 4, (4, 2), (4, 2))
+        self.tokens = nn.Sequential(nn.Linear(8, 3), nn.ReLU(), nn.Linear(3, 8))
+        self.channels = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
+        self.head = nn.Linear(4, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT
+        x = x + self.tokens(x.mT).mT
+        return self.head((x + self.channels(x)).mean(1))
+
+
+class Spaced(nn.Module):
+    """Convolutions of one dimension, channel by channel, and of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row, self.volume = nn.Conv1d(2, 6, 5, 3, 1, dilation=2, groups=2), nn.Conv3d(1, 3, (2, 3, 3), (1, 2, 3))
+        self.joined, self.head = nn.Conv1d(9, 4, 1), nn.Linear(4, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        row, volume = self.row(x.flatten(2)).relu(), self.volume(x[:, None]).relu()
+        return self.head(self.joined(torch.cat([row[..., :6], volume.flatten(2)], 1)).relu().amax(2))
+
+
+class Functional(nn.Module):
+    """A parameter of its own that F.linear reads, constants, and values that change in place, views of them too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.conv = nn.Parameter(torch.randn(6, 16)), nn.Conv2d(2, 4, 4, 4)
+        self.head = nn.Linear(6, NUM_CLASSES)
+        self.register_buffer("scale", torch.tensor([1.0, -2.0, 0.5, 3.0]).view(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x) * self.scale + torch.tensor([0.5], dtype=x.dtype)
+        x[:, 1:3].mul_(2)
+        x.flatten(2)[..., ::2] += 1
+        rows = F.linear(x.relu_().flatten(1), self.weight)
+        rows[:, 0] = 0.25
+        return self.head(rows.clamp_(min=0))
+
+
+class Squeezed(nn.Module):
+    """It ends in a convolution, a ReLU and a mean, as SqueezeNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin, self.squeeze = nn.Conv2d(2, 4, 3, 2), nn.Conv2d(4, 2, 1)
+        self.one, self.three, self.last = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 3, 1, 1), nn.Conv2d(6, NUM_CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.squeeze(self.begin(x).relu()).relu()
+        both = torch.cat([self.one(x).relu(), self.three(x).relu()], 1)
+        return F.adaptive_avg_pool2d(self.last(both).relu(), 1).flatten(1)
+
+
+class Heads(nn.Module):
+    """The mean of two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.two = nn.Linear(128, 6), nn.Linear(6, NUM_CLASSES), nn.Linear(6, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1)).relu()
+        return (self.one(x) + self.two(x)) / 2
+
+
 def grouped() -> nn.Sequential:
     depthwise, grouped = nn.Conv2d(4, 8, 3, 1, 1, groups=4), nn.Conv2d(8, 6, 3, 1, 1, groups=2, bias=False)
     begin = nn.Conv2d(2, 4, 3, 1, 1), nn.ReLU(), depthwise, nn.ReLU(), nn.MaxPool2d(2)
@@ -105,22 +220,41 @@ NETWORKS = {
     "varied": Varied,
     "grouped": grouped,
     "averaged": Averaged,
+    "encoder": lambda: Encoder(True),
+    "samples behind": lambda: Encoder(False),
+    "windows": Windows,
+    "mixer": Mixer,
+    "spaced": Spaced,
+    "functional": Functional,
+    "squeezed": Squeezed,
+    "heads": Heads,
 }
 # Whose the columns and the rows of every layer are, by hand: `a3*9-b4`, nine columns of each a, a row of each b; in so
 # many groups, `a4*9-b4/2`, of which each has its own columns and rows.
 ENDS = {
-    "mlp": "i2*64-a6 a6-b5 b5-o3",
-    "biased": "i2*64-a6 a6-b5 b5-o3",
+    "mlp": "i128-a6 a6-b5 b5-o3",
+    "biased": "i128-a6 a6-b5 b5-o3",
     "cnn": "i2*9-a3 a3*9-b4 b4*4-c5 c5-o3",
     "resnet": "i2*9-a3 a3*9-b3 b3*9-a3 a3-d4 a3*9-c4 c4*9-d4 d4-o3",
     "joined": "i2*9-a3 a3-a3 i2-b2 d10*9-c4 a3*3+b2*3-d10/5 c4*4-o3",
     "varied": "i2*9-a4 a4*6-a4 g4*6-b3 a4-g4/2 b3*6-o3",
     "grouped": "i2*9-a4 a4*9-b8/4 b8*9-c6/2 c6*4-o3",
-    "averaged": "i2*9-a4 r4*4-b5 b5+a4-o3",
+    "averaged": "i2*9-a4 r16-b5 b5+a4-o3",
+    "encoder": "i2*16-a4 a4-q8+v4 v4-a4 a4-h6 h6-a4 a4-o3",
+    "samples behind": "i2*16-a4 a4-q8+v4 v4-a4 a4-h6 h6-a4 a4-o3",
+    "windows": "i2*4-a4 a4-h5 h5-a4 a4-g1 a4-o3",
+    "mixer": "i2*8-a4 t8-u3 u3-s8 a4-h6 h6-a4 a4-o3",
+    "spaced": "i2*5-a6/2 j1*18-b3 a6+b3-c4 c4-o3",
+    "functional": "a4*4-r6 i2*16-a4 r6-o3",
+    "squeezed": "i2*9-a4 a4-s2 s2-b3 s2*9-c3 b3+c3-o3",
+    "heads": "i128-a6 a6-o3 a6-o3",
 }
 COUNTS = {name: len(ends.split()) for name, ends in ENDS.items()}
 LAYERS = [(name, layers) for name, count in COUNTS.items() for layers in ([1], [2], [0, 2], range(count))]
 some_layers = pytest.mark.parametrize("name, layers", LAYERS)
+
+
+TRACES: dict[str, Trace] = {}
 
 
 def classifier_of(name: str) -> HookedClassifier:
@@ -132,7 +266,9 @@ def classifier_of(name: str) -> HookedClassifier:
                 values.normal_(0, 0.3)
             for values in (module.running_var, module.weight.data):
                 values.uniform_(0.5, 2)
-    return HookedClassifier(network, torch.randn(2, *SIZE).double())
+    classifier = HookedClassifier(network, TRACES.get(name, images(2)))
+    TRACES[name] = classifier.trace
+    return classifier
 
 
 def images(count: int = 6) -> Tensor:
@@ -209,8 +345,7 @@ def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(na
 
 def gradients_by_layer(classifier: HookedClassifier, values: Tensor) -> list[Tensor]:
     """The gradients of every sample's value by the weights of the layers, (samples, *shape) of each."""
-    weights = [layer.weight for layer in classifier.layers]
-    rows = [torch.autograd.grad(value, weights, retain_graph=True) for value in values]
+    rows = [torch.autograd.grad(value, classifier.weights, retain_graph=True) for value in values]
     return [torch.stack(of_layer) for of_layer in zip(*rows)]
 
 
@@ -220,7 +355,8 @@ def test_recorded_gradients_of_kernels_are_those_of_autograd_one_sample_at_a_tim
     classifier, split = classifier_of(name), labelled(2)
     layers = list(range(COUNTS[name])) if begins is None else [2, 1]
     inputs = split.images if begins is None else classifier.prefix_activations(begins, split.images)
-    record = classifier.record(inputs, split.labels, layers, begins)
+    begun = classifier if begins is None else classifier.begun_before(begins)
+    record = begun.record(inputs, split.labels, layers)
     pairs = zip(split.images, split.labels.tolist())
     odds = torch.stack([log_odds(classifier.network, x, label, [0, 1, 2]) for x, label in pairs])
     singles = gradients_by_layer(classifier, odds)
@@ -292,9 +428,8 @@ def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_thes
     mask = graph.zeroing(torch.randperm(graph.num_vertices)[: graph.num_vertices // 3])
     keep = torch.cat([part.flatten() for part in mask.keep]).double().requires_grad_()
     weights = masked_weights(classifier, graph, keep)
-    features, logits = classifier.outputs(classifier.prefix_activations(layers, x), layers, weights)
-    names = {id(weight): key for key, weight in classifier.network.named_parameters()}
-    assert list(weights) == [names[id(classifier.layers[layer].weight)] for layer in graph.layers]
+    features, logits = classifier.begun_before(layers).outputs(classifier.prefix_activations(layers, x), weights)
+    assert list(weights) == [classifier.names[layer] for layer in layers] == graph.names
     weighting = torch.randn(logits.shape, dtype=torch.float64)
     by_hand = functional_call(classifier.network, weights, x)
     (gradient,) = torch.autograd.grad((logits * weighting).sum(), keep, retain_graph=True)
@@ -307,46 +442,89 @@ def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_thes
         assert torch.allclose(features, classifier.outputs(x)[0], atol=1e-12)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_many_masks_at_once_give_what_each_gives_by_itself(name):
+    classifier, x = classifier_of(name), images(3)
+    graph = WeightGraph.of(classifier, None)
+    keep = (torch.rand(3, graph.num_vertices) < 0.7).double()
+    together = vmap(lambda weights: classifier.outputs(x, weights)[1])(masked_weights(classifier, graph, keep))
+    for logits, of_mask in zip(together, keep):
+        with graph.zeroing((of_mask == 0).nonzero()[:, 0]).applied_to(classifier):
+            assert torch.allclose(logits, classifier.network(x), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_trace_serves_every_network_of_its_architecture(name):
+    classifier, split = classifier_of(name), labelled(2)
+    other = copy.deepcopy(classifier)
+    assert other.trace is classifier.trace
+    for values in other.network.state_dict().values():
+        if values.is_floating_point():
+            values.mul_(1 + torch.rand_like(values))
+    assert torch.allclose(other.outputs(split.images)[1], other.network(split.images), atol=1e-12)
+    assert not torch.allclose(other.network(split.images), classifier.network(split.images), rtol=1e-3)
+    (layer,), _, _ = other.record(split.images, split.labels, [0])
+    delta, a, weight = layer.log_odds_gradient, layer.inputs, other.weights[0]
+    (expected,) = torch.autograd.grad(hooked.log_odds(other.network(split.images), split.labels).sum(), weight)
+    found = (delta @ a.mT).sum(0) if a.ndim == 4 else delta.T @ a
+    assert torch.allclose(found.view_as(expected), expected, atol=1e-12)
+
+
+def test_classifiers_of_one_config_share_a_trace_and_making_one_draws_its_own_weights_alone():
+    split, config = random_split(), configured("mlp")
+    one, other = (Trainer(config.classifier, seed).initial(split.images, NUM_CLASSES) for seed in (0, 1))
+    assert one.trace is other.trace and not torch.equal(one.weights[0], other.weights[0])
+    states = []
+    for _ in range(2):  # the first of which is traced
+        torch.manual_seed(0)
+        HookedMNISTClassifier((9, 4), 11)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 @pytest.mark.parametrize("name", [*NETWORKS, "resnet18"])
 def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name):
     is_large = name == "resnet18"
-    network = torchvision.models.resnet18(num_classes=10) if is_large else NETWORKS[name]()
-    x = torch.randn(2, 3, 32, 32) if is_large else images(4).float()
-    classifier = HookedClassifier(network, x)
-    count, expected = len(classifier.layers), network.eval()(x)
+    x = torch.randn(2, 3, 32, 32) if is_large else images(4)
+    classifier = HookedClassifier(torchvision.models.resnet18(num_classes=10), x) if is_large else classifier_of(name)
+    count, expected = len(classifier.names), classifier.network(x)
     assert count == (21 if is_large else COUNTS[name])
     some = [[layer] for layer in range(count)] + [[2, 1], [count - 1, 2], list(range(count))]
     for layers in some[:: 4 if is_large else 1]:
-        logits = classifier(classifier.prefix_activations(layers, x), layers)
+        logits = classifier.begun_before(layers)(classifier.prefix_activations(layers, x))
         assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
     begins = {
         "cnn": {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}, "joined": {1: (2, 8, 8), 4: (5, 8, 8), 5: (16,)},
         "resnet": {1: (3, 8, 8), 2: (3, 8, 8), 3: (3, 8, 8), 5: (3, 8, 8), 6: (4,)}, "varied": {1: (4, 4, 4), 4: (18,)},
         "mlp": {1: (6,), 2: (5,)}, "biased": {1: (6,), 2: (5,)}, "averaged": {1: (4, 4, 4), 2: (9,)},
-        "grouped": {1: (4, 8, 8), 2: (8, 4, 4), 3: (24,)},
+        "grouped": {1: (4, 8, 8), 2: (8, 4, 4), 3: (24,)}, "encoder": {1: (4, 4), 2: (4, 4), 4: (4, 4), 5: (4,)},
+        "samples behind": {1: (4, 4), 2: (4, 4), 4: (4, 4), 5: (4,)}, "functional": {0: (16,), 1: (2, 8, 8), 2: (6,)},
+        "mixer": {1: (8, 4), 2: (8, 4), 3: (8, 4), 4: (8, 4), 5: (4,)}, "spaced": {1: (2, 8, 8), 2: (9, 6), 3: (4,)},
+        "windows": {1: (2, 2, 2, 2, 4), 3: (16, 4), 4: (4,)}, "heads": {0: (128,), 1: (6,), 2: (6,)},
+        "squeezed": {1: (4, 3, 3), 2: (2, 3, 3), 3: (2, 3, 3), 4: (6, 3, 3)},
         "resnet18": {1: (64, 8, 8), 2: (64, 8, 8), 19: (512, 1, 1), 20: (512,)},
     }[name]  # fmt: skip
     assert {layer: tuple(classifier.prefix_activations([layer], x).shape[1:]) for layer in begins} == begins
 
 
 @pytest.mark.parametrize("at_once", [1, 2**26])
-@pytest.mark.parametrize("name", ["mlp", "biased", "cnn", "resnet", "varied"])
+@pytest.mark.parametrize("name", ["mlp", "biased", "cnn", "resnet", "varied", "grouped", "windows", "mixer", "spaced"])
 def test_what_a_layer_is_given_makes_its_output_and_its_moments(name, at_once, monkeypatch):
     monkeypatch.setattr("mimu.networks.hooked.NUMBERS_AT_ONCE", at_once)
     classifier, x = classifier_of(name), images(3)
-    given: dict[nn.Module, Tensor] = {}
-    for layer in classifier.layers:
-        layer.register_forward_hook(lambda layer, inputs, output: given.update({layer: output}))
+    outputs: dict[nn.Module, Tensor] = {}
+    layers = [classifier.network.get_submodule(name.removesuffix(".weight")) for name in classifier.names]
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, inputs, output: outputs.update({layer: output}))
     classifier.network(x)
-    outputs = dict(given)
-    for index, layer in enumerate(classifier.layers):
+    for index, layer in enumerate(layers):
         parts = list(classifier.layer_inputs(index, x))
         assert len(parts) == (3 if at_once == 1 else 1)
         rows = torch.cat(parts)
         groups = layer.weight.flatten(1).chunk(getattr(layer, "groups", 1))
         found = rows @ torch.block_diag(*groups).T + (0 if layer.bias is None else layer.bias)
-        expected = outputs[layer].flatten(2).mT if isinstance(layer, nn.Conv2d) else outputs[layer][:, None]
-        assert torch.allclose(found, expected)
+        expected = outputs[layer] if isinstance(layer, nn.Linear) else outputs[layer].movedim(1, -1)
+        assert torch.allclose(found, expected.reshape(found.shape))
         assert torch.allclose(classifier.mean_inputs(index, x), rows.mean(1))
         values, vectors = moments(classifier, x, index)
         flat = rows.flatten(0, 1)
@@ -415,14 +593,14 @@ def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(nam
     assert mask.as_tensor().shape == (graph.shapes[0] if len(graph.layers) == 1 else (graph.num_vertices,))
     by_layer, expected = {}, []
     for layer, keep in zip(graph.layers, mask.keep):
-        weight, name = classifier.layers[layer].weight.detach(), classifier.names[layer]
+        weight, name = classifier.weights[layer].detach(), classifier.names[layer]
         left, right = (torch.randn(size, rank).double() for size in weight.flatten(1).shape)
         by_layer[name] = LayerMask(keep, left, right)
         expected.append((weight - (left @ right.T).view_as(weight)).flatten())
     mask, expected = Mask(by_layer), torch.cat(expected).index_fill(0, zeroed, 0)
 
     def flat() -> Tensor:
-        return torch.cat([classifier.layers[layer].weight.detach().flatten() for layer in graph.layers])
+        return torch.cat([classifier.weights[layer].detach().flatten() for layer in graph.layers])
 
     mask.save(tmp_path / "mask.pt")
     with Mask.load(tmp_path / "mask.pt").applied_to(classifier):
@@ -442,24 +620,29 @@ def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(nam
     assert list(classifier.state_dict()) == list(before), "nothing of the mask is left"
 
 
-class Folded(nn.Sequential):
-    """Its first layer is given every channel of a sample by itself."""
+class Unmaskable(nn.Module):
+    """A layer that is called twice, a weight that is tied, one that is computed, one that is only added, others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.twice = nn.Conv2d(2, 4, 2, 2), nn.Conv2d(4, 4, 1, bias=False)
+        self.of_no_sample, self.scale = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+        self.one, self.tied = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.computed, self.split = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(8, 4))
+        self.listed, self.head = nn.ParameterList([torch.randn(4, 4)]), nn.Linear(4, NUM_CLASSES)
+        self.tied.weight = self.one.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self[1](self[0](x.flatten(0, 1).flatten(1)).view(-1, 8))
+        x = self.twice(self.twice(self.patches(x)).relu()).mean((2, 3))
+        x = self.tied(self.one(x)) + self.of_no_sample(self.scale).sum(0)
+        x = F.linear(x, self.computed / 2) + F.linear(x, self.split[:4])
+        return self.head(F.linear(x, self.listed[0]))
 
 
-def test_what_masks_cannot_be_put_on_is_named():
-    twice = nn.Conv2d(3, 3, 1, bias=False)
-    layers = nn.Conv2d(2, 3, 1), twice, nn.ReLU(), twice, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)
-    classifier = HookedClassifier(nn.Sequential(*layers).double(), images(2))
-    assert torch.equal(classifier(images()), classifier.network(images()))
-    WeightGraph.of(classifier, [0, 2])
-    for mask_layer in (1, None):
-        with pytest.raises(ValueError, match=r"mask_layer \[1\] must be called once"):
-            WeightGraph.of(classifier, mask_layer)
-    first, last = HookedClassifier(Folded(nn.Linear(64, 4), nn.Linear(8, 3)).double(), images(2)).trace.ends
-    assert first is None and len(last.sources.unique()) == 8, "the first has two outputs for every sample"
+def test_what_masks_cannot_be_put_on_is_not_among_the_layers():
+    classifier = HookedClassifier(Unmaskable().double(), images(2))
+    assert classifier.names == ["patches.weight", "head.weight"]
+    assert torch.allclose(classifier.outputs(images())[1], classifier.network(images()), atol=1e-12)
 
 
 @pytest.mark.parametrize("blocks, name, layers", [(1, "ResNet-8", 10), (2, "ResNet-14", 16)])
@@ -556,13 +739,14 @@ def test_where_nothing_of_a_graph_is_above_zero_the_gradient_passes_as_if_all_we
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_classifier_is_the_formula(split, bias):
     classifier = random_classifier(bias=bias)
-    w0, w1, w2 = (layer.weight.detach() for layer in classifier.layers)
-    b0, b1, b2 = (layer.bias if bias else 0 for layer in classifier.layers)
+    w0, w1, w2 = (weight.detach() for weight in classifier.weights)
+    b0, b1, b2 = (classifier.network[index].bias if bias else 0 for index in (1, 3, 5))
     first = (split.images @ w0.T + b0).clamp(min=0)
     representation = (first @ w1.T + b1).clamp(min=0)
     expected, own = representation @ w2.T + b2, {"3.weight": w1, "5.weight": w2}
     assert torch.allclose(classifier.prefix_activations([2, 1], split.images), first, atol=1e-6)
-    found = classifier.outputs(split.images), classifier.outputs(first, [1]), classifier.outputs(first, [1], own)
+    begun = classifier.begun_before([1])
+    found = classifier.outputs(split.images), begun.outputs(first), begun.outputs(first, own)
     for features, logits in found:
         assert torch.allclose(features, representation, atol=1e-6) and torch.allclose(logits, expected, atol=1e-6)
     assert torch.allclose(classifier(split.images.view(-1, 1, 7)), expected, atol=1e-6), "images are flattened"
@@ -570,9 +754,9 @@ def test_the_classifier_is_the_formula(split, bias):
 
 
 def test_looking_into_a_classifier_leaves_no_gradient_behind_and_its_weights_free_after_errors_too(classifier, split):
-    classifier.layers[0].weight.requires_grad_(False)
+    classifier.weights[0].requires_grad_(False)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied|size"):
-        classifier.outputs(split.images, None, {classifier.names[1]: torch.zeros(5, 9)})
+        classifier.outputs(split.images, {classifier.names[1]: torch.zeros(5, 9)})
     with pytest.raises((IndexError, RuntimeError)):
         classifier.record(split.images, torch.full_like(split.labels, 99), [1])
     record = classifier.record(split.images, split.labels, [1, 2])
@@ -586,10 +770,10 @@ def test_a_mask_that_does_not_fit_and_a_file_that_is_no_mask_are_refused(classif
     mask = WeightGraph.of(classifier, -2).zeroing(torch.arange(3))
     with pytest.raises(ZeroDivisionError), mask.applied_to(classifier):
         raise ZeroDivisionError
-    assert not parametrize.is_parametrized(classifier.layers[1]), "the mask comes off when its context fails"
+    assert not any(map(parametrize.is_parametrized, classifier.modules())), "the mask comes off when its context fails"
     with pytest.raises(ValueError, match=r"layer '3.weight' is \(5, 6\), its mask \(2, 2\)"):
         mask_of({"1.weight": torch.ones(6, 7), "3.weight": torch.ones(2, 2)}).apply(classifier)
-    assert not any(parametrize.is_parametrized(layer) for layer in classifier.layers)
+    assert not any(map(parametrize.is_parametrized, classifier.modules()))
     with pytest.raises(ValueError, match=r"layer '3.weight' must be a parameter \(5, 6\) of a module"):
         mask.apply(nn.Linear(7, 3))
     save(tmp_path / "gcn.pt", {"state_dict": {}, "seed": 0})
