@@ -184,18 +184,13 @@ class Method:
         return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
 
     @property
-    def parameters(self) -> dict[str, inspect.Parameter]:
+    def hyperparameters(self) -> dict[str, inspect.Parameter]:
         """The hyperparameters, by name: the keyword-only parameters, and in the place of a dataclass its fields."""
         found: dict[str, inspect.Parameter] = {}
         for name, each in self.keywords.items():
             kind = each.annotation
             found |= inspect.signature(kind, eval_str=True).parameters if is_dataclass(kind) else {name: each}
         return found
-
-    @property
-    def hyperparameters(self) -> dict[str, object]:
-        """The names of the hyperparameters and their annotations."""
-        return {name: each.annotation for name, each in self.parameters.items()}
 
     def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of `unlearn`, for values of hyperparameters by name: dataclasses made of fields."""

@@ -166,10 +166,8 @@ class Stages:
         """The masking GCN, and what experiments say of its training."""
         config = training.config.gcn
         if config.pretrained:
-            return TrainedGCN.load(pretrained_for(graphs.graph.shapes)).gcn.to(graphs.labels.device), {
-                "seconds": {"gcn": 0.0}
-            }
-
+            trained = TrainedGCN.load(pretrained_for(graphs.graph.shapes))
+            return trained.gcn.to(graphs.labels.device), {"seconds": {"gcn": 0.0}}
         name, artifact = f"masking GCN, {training.name}", self.files.of_training(training)["gcn"]
         trainer = GCNTrainer(config, [graphs], training.config.eval.retain_weight, training.seed)
 

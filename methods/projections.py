@@ -78,7 +78,7 @@ def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative)
     output row is multiplied by `row`. A stage of the paper is a layer here. After summaries of the paper, not its text.
     """
     d = request.forget_class
-    last = len(request.original.layers) - 1
+    last = len(request.original.names) - 1
     chosen = some_of_every_class(request.train, samples, "damp", request.seed, d)
     is_own = chosen.labels == d
 
@@ -127,7 +127,7 @@ def esc(request: Request, *, share: Share) -> nn.Module:
 
     z' = U U^T z, U the left singular vectors of the forget set's z (not centred) but for the first, one at least.
     """
-    _, vectors = moments(request.original, request.forget.images, len(request.original.layers) - 1)
+    _, vectors = moments(request.original, request.forget.images, len(request.original.names) - 1)
     kept = vectors[:, : len(vectors) - max(1, int(share * len(vectors)))]
     return with_representation(request, kept @ kept.T)
 

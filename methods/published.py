@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from mimu.data import Count, GraphGenerator, NonNegative, Positive, seeded, seeded_initialisation
 from mimu.eval import Request, unlearning_method
 from mimu.masking.order import Zeroing
-from mimu.methods.fine_tuning import descend
 from mimu.model import MaskingGCN
-from mimu.trainer import LEAST_SPREAD, masked_weights, top_k_mask
+from mimu.trainer import LEAST_SPREAD, descend, masked_weights, top_k_mask
 
 FEATURES = ("input_activation", "output_activation", "weight", "gradient")
 
@@ -88,7 +87,7 @@ def trained(request: Request, config: Published) -> MaskingGCN:
             logits = importance(gcn, graphs, graphs.draw(1, generator))
             loss = config.sufficiency * insufficiency(logits, graphs, config, top_k, generator)
             loss = loss + config.prior * prior_divergence(logits, weights).mean()
-            descend(optimizer, loss, step, "published")
+            descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.published")
             schedule.step()
         return {"state_dict": gcn.state_dict()}
 

@@ -80,9 +80,9 @@ def test_every_method_says_what_it_is_and_has_its_hyperparameters_in_the_config(
     tunable = {name for name, each in further.items() if each.hyperparameters}
     assert set(written) == tunable == {*HYPERPARAMETERS, "published"}
     for name, values in written.items():
-        hints = further[name].hyperparameters
-        assert list(values) == list(hints)
-        assert values == {key: converted(value, hints[key]) for key, value in values.items()}
+        parameters = further[name].hyperparameters
+        assert list(values) == list(parameters)
+        assert values == {key: converted(value, parameters[key].annotation) for key, value in values.items()}
     assert [name for name in further if further[name].runs_with == "default"] == ["saliency", "magnitude"]
     for name, method in METHODS.items():
         about = method.about()
@@ -105,7 +105,8 @@ def test_fields_of_a_dataclass_and_keywords_are_hyperparameters(request_to_forge
         return request.classifier
 
     monkeypatch.setitem(METHODS, "fading", Method(fading))
-    assert METHODS["fading"].hyperparameters == {"rate": Positive, "rounds": Count, "scale": NonNegative}
+    hints = {name: each.annotation for name, each in METHODS["fading"].hyperparameters.items()}
+    assert hints == {"rate": Positive, "rounds": Count, "scale": NonNegative}
     setting = "eval.hyperparameters.fading"
     values = {"rate": 0.1, "scale": 2.0, "rounds": 7}
     config = load_config(overrides=["eval.methods=[mimu, fading]", f"{setting}={values}"]).eval
