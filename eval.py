@@ -73,8 +73,6 @@ class Request:
     orders: in which weights are zeroed, by the name of the method; kept from one kappa to the next
     kept: what methods keep from one request to the next on the same classifier, by names of theirs
     trained_on: what the original was trained on, where a request has fewer samples; for retraining alone
-    checkpoint: gives what a method makes once for a classifier, by a name and the settings that it depends on, from
-        the file of an earlier run or from the function that makes it
     """
 
     config: EvalConfig
@@ -90,7 +88,6 @@ class Request:
     orders: dict[str, ZeroingOrder] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     trained_on: Split | None = None
-    checkpoint: Callable[[str, dict[str, Any], Callable[[], dict]], dict] = lambda name, settings, make: make()
 
     @property
     def classifier(self) -> HookedClassifier:

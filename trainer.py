@@ -118,8 +118,7 @@ class TrainerConfig:
             raise ValueError(f"channels must name at least one for {self.architecture}, not {list(self.channels)}")
         size = (1, *size) if len(size) == 2 else tuple(size)  # channels, height, width
         if self.architecture == "cnn":
-            sizes = [*self.hidden_sizes, num_classes]
-            return cnn(size, self.channels, sizes, self.bias, self.batch_norm)
+            return cnn(size, self.channels, [*self.hidden_sizes, num_classes], self.bias, self.batch_norm)
         if self.architecture == "vit":
             widths = [*self.channels, *self.hidden_sizes]
             if len(self.channels) != 1 or len(self.hidden_sizes) != 1:
