@@ -231,7 +231,7 @@ def original(request: Request) -> nn.Module:
 
 
 def most_needed(request: Request) -> Tensor:
-    return request.ranking.most_needed(request.top_k)
+    return request.ranking(0, request.graphs.nothing).topk(request.top_k).indices
 
 
 @unlearning_method("mimu", uses_kappa=True, most_needed=most_needed, touches="a mask")

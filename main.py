@@ -188,9 +188,8 @@ class Stages:
 
     def requests(self, training: Training, forget_class: int) -> None:
         """Every experiment on one forget class that is not there, and the plots that are not."""
-        config, folder = training.config, self.root / "eval"
-        shared, orders = {}, {}
-        drawn = partial(experiment.draw, folder=folder, config=config.report)
+        config, shared, orders = training.config, {}, {}
+        drawn = partial(experiment.draw, folder=self.root / "eval", config=config.report)
         draw = drawn if config.eval.visualize else None
         for asked in tqdm(config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None):
             metrics, mask = self.files.metrics_and_mask(training, forget_class, asked)

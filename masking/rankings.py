@@ -103,11 +103,6 @@ class Ranking:
         self._schedule(snapshot)
         return saliency(snapshot, self.forget_row, self._penalty * self.config.retain_weight, self.gcn)
 
-    @torch.no_grad()
-    def most_needed(self, count: int) -> Tensor:
-        """The vertices that the forget class needs most in the unmasked classifier, (count)."""
-        return self(0, self.graphs.nothing).topk(count).indices
-
     def _taken(self, step: int, zeroed: Tensor) -> Snapshot:
         """The snapshot for a step, after every `config.snapshot_every` steps anew.
 

@@ -95,8 +95,7 @@ def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tenso
     """The diagonal Fisher information E[(dL/dw)^2] of every weight, as of the matrix of its layer, (m, n) each."""
     layers = range(len(classifier.names))
     means = [0.0 for _ in layers]
-    at_once = classifier.recorded_at_once(layers)
-    for images, labels in zip(split.images.split(at_once), split.labels.split(at_once)):
+    for images, labels in split.loader(classifier.recorded_at_once(layers)):
         record = classifier.record(images, labels, layers)
         share = len(labels) / len(split.labels)
         factor = (-record.log_odds).sigmoid().square()[None]  # (1 - p)^2, of the loss
@@ -128,8 +127,7 @@ def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> 
 def salun(request: Request, *, config: FineTuning, share: Share) -> nn.Module:
     """SalUn: fine-tuning with random labels of the share of weights alone that has the largest forget gradient."""
     classifier, forget = request.classifier, request.forget
-    at_once = classifier.recorded_at_once(())
-    for images, labels in zip(forget.images.split(at_once), forget.labels.split(at_once)):
+    for images, labels in forget.loader(classifier.recorded_at_once(())):
         (F.cross_entropy(classifier(images), labels) * len(labels) / len(forget.labels)).backward()
     saliency = [parameter.grad.abs() for parameter in classifier.parameters()]
     largest = torch.cat([each.flatten() for each in saliency]).sort(descending=True).values

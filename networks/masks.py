@@ -324,8 +324,6 @@ class Mask:
 
     def save(self, path: Path | str) -> None:
         """Raises ArtifactError where it cannot be written so."""
-        if Path(path).suffix == ".json":
-            raise files.ArtifactError(f"{path}: JSON holds no tensors: save a mask as .pt")
         files.save(Path(path), self.saved())
 
     @staticmethod

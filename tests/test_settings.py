@@ -168,7 +168,6 @@ def test_bad_files_are_named(bases, tmp_path, text, message):
 def test_a_file_that_is_not_there_is_named(bases, tmp_path):
     for path, why in ((tmp_path / "no.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
         assert refused(path, bases) == f"{path}: cannot be read ({why})"
-    assert refused(Path("a\0.yaml"), bases) == r"'a\x00.yaml': is no path, for a null byte is in it"
 
 
 def test_a_base_that_a_change_makes_impossible_is_named(bases, tmp_path):
@@ -180,7 +179,7 @@ def test_a_base_that_a_change_makes_impossible_is_named(bases, tmp_path):
 
 MANY = ", ".join(f"&{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefg", "bcdefgh"))
 ODD = [
-    "seed=!!bool abc", 'device="\\UFFFFFFFF"', "seed=1" + ":30" * 300 + ".5", "seed=0x" + "f" * 5000,
+    "seed=!!bool abc", 'device="\\UFFFFFFFF"', "seed=1" + ":30" * 300 + ".5",
     'training={"a\\nb": 1}', f"training.sizes=[&a [1, 2, 3, 4, 5, 6, 7, 8, 9], {MANY}]",
     "training.kappa=" + "[" * 1000 + "]" * 1000, "seed=" + str(list(range(20_000))),
 ]  # fmt: skip

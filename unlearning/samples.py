@@ -21,19 +21,17 @@ def tensor_of(value: Any, name: str) -> Tensor:
     """A value as a tensor. Raises InputError where it is none, by its name."""
     try:
         if isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value):
-            tensor = torch.stack(list(value))
-        else:  # numbers of Python as NumPy takes them, whatever the default type of PyTorch
-            tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
-    except (TypeError, ValueError, RuntimeError):
-        try:
-            tensor = torch.as_tensor(np.stack([np.asarray(each) for each in value]))
-        except Exception as error:  # of an iterable of anything
-            found = f"{type(value).__name__} ({one_line(error)})"
-            raise InputError(f"{name} must be a tensor, an array or a list, not {found}") from None
-    is_special = tensor.is_nested or tensor.is_complex() or tensor.is_meta or tensor.is_quantized
-    if is_special or tensor.layout != torch.strided:
-        raise InputError(f"{name} must be real numbers in a dense tensor, not {tensor.dtype}, {tensor.layout}")
-    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+            value = torch.stack(list(value))
+        if not isinstance(value, Tensor):
+            array = np.array(value)  # numbers of Python as NumPy takes them, whatever the default type of PyTorch
+            value = torch.as_tensor(array.astype(array.dtype.newbyteorder("=")))
+    except Exception as error:  # of anything
+        found = f"{type(value).__name__} ({one_line(error)})"
+        raise InputError(f"{name} must be a tensor, an array or a list, not {found}") from None
+    is_special = value.is_nested or value.is_complex() or value.is_meta or value.is_quantized
+    if is_special or value.layout != torch.strided:
+        raise InputError(f"{name} must be real numbers in a dense tensor, not {value.dtype}, {value.layout}")
+    return value.detach().clone() if value.is_inference() else value.detach()
 
 
 def samples_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[Tensor, Tensor]:
