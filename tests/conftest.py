@@ -161,6 +161,7 @@ class Group:
         a, h = (self.masked.network[:end](self.images) for end in (begin, (relus or [begin])[0] + 1))
         if isinstance(layer, nn.Conv2d):
             a = F.pad(a, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4).movedim(-1, 2).flatten(1, 2)
+        a, h = (each.mT if each.ndim == 3 and isinstance(layer, nn.Linear) else each for each in (a, h))
         a, h = (each.reshape(*each.shape[:2], -1).detach() for each in (a, h))  # (samples, n, places)
         a, h = (each.unflatten(1, (getattr(layer, "groups", 1), -1)) for each in (a, h))
         both = ((h > 0 if relus else torch.ones_like(h))[:, :, :, None] * a[:, :, None]).mean((0, 4))
