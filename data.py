@@ -177,21 +177,24 @@ def mean_product(of_target: Tensor, of_source: Tensor) -> Tensor:
     return of_target.transpose(1, 2) @ of_source / of_source.shape[1]
 
 
+def weighted_mean(x: Tensor, factor: Tensor) -> Tensor:
+    """Mean over the samples of x (classes * groups, samples, m, n) times a factor (classes, samples)."""
+    factor = factor.repeat_interleave(len(x) // len(factor), 0)
+    return (factor[:, None] @ x.flatten(2)).view(x[:, 0].shape).div_(x.shape[1])
+
+
 def mean_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
     """Mean over the samples of the gradient of their log-odds times a factor (classes, samples), (classes, m, n)."""
+    if record.log_odds_gradient.ndim == 4:
+        return weighted_mean(record.log_odds_gradient, factor)
     return mean_product(record.times(factor).log_odds_gradient, record.inputs)
 
 
 def mean_squared_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
     """The same of its squares times a factor, which is not negative."""
-    weighted = record.times(factor.sqrt()).log_odds_gradient
-    if record.inputs.ndim == 3:
-        return mean_product(weighted**2, record.inputs**2)
-    total = gradient = None
-    for of_sample, a in zip(weighted.unbind(1), record.inputs.unbind(1)):
-        gradient = torch.bmm(of_sample, a.mT, out=gradient)  # of a sample of every class: those of all are too large
-        total = gradient.square() if total is None else total.addcmul_(gradient, gradient)
-    return total.div_(record.inputs.shape[1])
+    if record.log_odds_gradient.ndim == 4:
+        return weighted_mean(record.log_odds_gradient.square(), factor)
+    return mean_product(record.times(factor.sqrt()).log_odds_gradient ** 2, record.inputs**2)
 
 
 def mean_signal(record: LayerRecord) -> Tensor:
@@ -208,13 +211,29 @@ def mean_activation(x: Tensor) -> Tensor:
 def class_by_class(x: Tensor, classes: int) -> Tensor:
     """(classes * samples, [groups,] neurons[, positions]) as (classes[ * groups], samples, neurons[, positions])."""
     x = x.unflatten(0, (classes, -1))
-    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+    x = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+    return x[..., 0] if x.ndim == 4 and x.shape[3] == 1 else x
+
+
+def by_weight(layer: LayerRecord) -> LayerRecord:
+    """A record of classes, its gradient that by the weights (classes * groups, samples, m, n) where it sums positions.
+
+    It is formed once for all means; of one position two factors say the same.
+    """
+    if layer.inputs.ndim < 4:
+        return layer
+    return layer._replace(log_odds_gradient=layer.log_odds_gradient @ layer.inputs.mT)
+
+
+def for_updates(layer: LayerRecord) -> LayerRecord:
+    """What first-order updates need of a record `by_weight`: of positions the gradient alone."""
+    nothing = layer.inputs.new_empty(0)
+    return layer if layer.inputs.ndim < 4 else LayerRecord(nothing, nothing, nothing, layer.log_odds_gradient)
 
 
 def by_neuron(x: Tensor, classes: int) -> Tensor:
-    """(classes * groups, samples, neurons[, positions]) as (classes * samples * positions, groups * neurons)."""
-    x = x if x.ndim == 4 else x[..., None]
-    return x.unflatten(0, (classes, -1)).permute(0, 2, 4, 1, 3).flatten(3).flatten(0, 2)
+    """(classes * groups, samples, neurons) as (classes * samples, groups * neurons)."""
+    return x.unflatten(0, (classes, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def loss_gradient(layer: LayerRecord, record: Record) -> Tensor:
@@ -374,14 +393,19 @@ class Snapshot:
         for record in self.records:
             log_odds = record.log_odds
             for layer, weight, at in zip(record.layers, self.weights, removed):
+                if layer.log_odds_gradient.ndim == 4:
+                    gradient = layer.log_odds_gradient.unflatten(0, (len(log_odds), -1))
+                    group, row, column = torch.unravel_index(at, weight.shape)
+                    of_removed = gradient[:, group, :, row, column]  # (removed, classes, samples)
+                    log_odds = log_odds - (weight.take(at) @ of_removed.flatten(1)).view_as(log_odds)
+                    continue
                 _, m, n = weight.shape
                 row = at // n
                 column = row // m * n + at % n  # those of its group stand behind those of the groups before
                 # Of a matrix columns are chosen thrice as fast.
                 g = by_neuron(layer.log_odds_gradient, len(log_odds)).index_select(1, row)
                 a = by_neuron(layer.inputs, len(log_odds)).index_select(1, column)
-                change = (g * a) @ weight.take(at)
-                log_odds = log_odds - change.view(log_odds.shape + (-1,)).sum(2)
+                log_odds = log_odds - ((g * a) @ weight.take(at)).view_as(log_odds)
             records.append(record._replace(log_odds=log_odds))
         changed = [mean for mean in self.means[0] if mean in OF_LOG_ODDS]
         means, log_odds = group_means(records, changed, self.log_odds.shape[1])
@@ -423,7 +447,11 @@ class GraphGenerator:
         self.begun = classifier.begun_before(self.graph.layers)
         with torch.no_grad():
             self.predictions = self.begun(self.inputs)  # logits without a mask
-        self.at_once = self.begun.recorded_at_once(self.graph.layers)
+        positions = [classifier.positions(index) or 1 for index in self.graph.layers]
+        # Of a sample, where a gradient by the weights is formed.
+        self._num_gradients = sum(size for size, count in zip(self.graph.sizes, positions) if count > 1)
+        fit = hooked.NUMBERS_AT_ONCE // max(1, self._num_gradients)
+        self.at_once = min(self.begun.recorded_at_once(self.graph.layers), max(1, fit))
         # What layers read at many positions would be too much: it is recorded anew.
         self.are_kept = all(classifier.positions(index) in (None, 1) for index in self.graph.layers)
 
@@ -481,10 +509,17 @@ class GraphGenerator:
         if forget_row is not None:  # of two classes none is left out, but always those that there is no sample of
             absent = set(range(self.predictions.shape[1])) - set(self.classes)
             left_out = sorted(absent | {self.classes[forget_row]} if self.num_classes > 2 else absent)
-        records = self._records(samples, mask, left_out)
-        kept = list(records) if self.are_kept else []
+        is_kept = samples.numel() * self._num_gradients <= hooked.NUMBERS_AT_ONCE
+        kept: list[Record] = []
+
+        def records() -> Iterator[Record]:
+            for record in self._records(samples, mask, left_out):
+                yield record
+                if is_kept:
+                    kept.append(record._replace(layers=[*map(for_updates, record.layers)]))
+
         means = dict.fromkeys(FEATURES[name].mean for name in names if FEATURES[name].mean)
-        of_layers, log_odds = group_means(kept or records, means, samples.shape[1])
+        of_layers, log_odds = group_means(records(), means, samples.shape[1])
         weights = self.weights() if mask is None else mask.weights(self.classifier).values()
         matrices = [weight.unflatten(0, (groups, -1)).flatten(2) for weight, groups in zip(weights, self.graph.groups)]
         return Snapshot(self.config, self.graph, matrices, of_layers, log_odds, kept)
@@ -504,7 +539,7 @@ class GraphGenerator:
                 if mask is not None:  # without one the log-odds are what is to be kept
                     kept = hooked.log_odds(self.predictions[rows], self.labels[rows], left_out)
                 layers = [layer.each(lambda x: class_by_class(x, len(samples))) for layer in record.layers]
-                yield Record(layers, record.log_odds.view(part.shape), kept.view(part.shape))
+                yield Record([*map(by_weight, layers)], record.log_odds.view(part.shape), kept.view(part.shape))
 
     def _record(self, rows: Tensor, left_out: Sequence[int] = ()) -> Record:
         return self.begun.record(self.inputs[rows], self.labels[rows], self.graph.layers, left_out)

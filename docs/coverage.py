@@ -31,7 +31,7 @@ from mimu.reporter import markdown_table
 TIMM = (
     "vit_tiny_patch16_224", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224",
     "swinv2_tiny_window8_256", "mixer_s32_224", "resmlp_12_224", "gmlp_ti16_224", "eva02_tiny_patch14_224",
-    "beit_base_patch16_224", "cait_xxs24_224", "xcit_nano_12_p16_224", "mobilevit_xxs", "convit_tiny", "dm_nfnet_f0",
+    "beit_base_patch16_224", "cait_xxs24_224", "xcit_nano_12_p16_224", "mobilevit_xxs", "convit_tiny", "eca_nfnet_l0",
     "vgg11", "hiera_tiny_224", "levit_128s", "efficientformer_l1", "crossvit_9_240", "convnext_atto", "convnextv2_atto",
     "coatnet_nano_rw_224", "maxvit_nano_rw_256", "poolformer_s12", "pvt_v2_b0", "twins_svt_small", "tnt_s_patch16_224",
     "visformer_tiny", "volo_d1_224", "regnety_002", "resnext50_32x4d", "res2net50_14w_8s", "resnest14d", "dla46_c",
@@ -39,6 +39,7 @@ TIMM = (
 )  # fmt: skip
 OPERATIONS = (torch.ops.aten.linear, torch.ops.aten.conv1d, torch.ops.aten.conv2d, torch.ops.aten.conv3d)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+COMPUTED, UNREACHED = "what the layer reads is computed from it", "no sample reaches it, positions alone"
 
 
 class Bert(nn.Module):
@@ -137,27 +138,34 @@ def networks() -> list[Network]:
     return sorted(found) + [Network(f"timm/{name}") for name in TIMM] + [Network(f"other/{name}") for name in OTHERS]
 
 
-def weights_of(network: nn.Module, example: Tensor) -> list[str]:
-    """The parameters that a linear operation or convolution reads, or a module of these has that is called."""
-    names, found = {id(parameter): name for name, parameter in network.named_parameters()}, set()
+def weights_of(network: nn.Module, example: Tensor) -> dict[str, str]:
+    """The parameters that linear operations and convolutions read, or modules of these have that are called.
+
+    Each with why it might be left out: "" where the operation is given something of the samples.
+    """
+    names, called = {id(parameter): name for name, parameter in network.named_parameters()}, set()
 
     def note(module: nn.Module, *_: Any) -> None:
-        found.add(names.get(id(module.weight)))
+        called.add(names.get(id(module.weight)))
 
     hooks = [each.register_forward_hook(note) for each in network.modules() if isinstance(each, LAYERS)]
     network(example)
     for hook in hooks:
         hook.remove()
+    found = dict.fromkeys(called, COMPUTED)
     try:
         exported = torch.export.export(network, (example,), strict=False)
     except Exception as error:  # of a model that cannot be
         print(f"the modules alone are counted: {type(error).__name__}", file=sys.stderr)
-        return [name for name in names.values() if name in found]
-    parameters = exported.graph_signature.inputs_to_parameters
+        return {name: found[name] for name in names.values() if name in found}
+    signature, of_samples = exported.graph_signature, set()
     for node in exported.graph.nodes:
+        if node.name in signature.user_inputs or not of_samples.isdisjoint(node.all_input_nodes):
+            of_samples.add(node)
         if getattr(node.target, "overloadpacket", None) in OPERATIONS:
-            found.add(parameters.get(node.args[1].name))
-    return [name for name in names.values() if name in found]
+            name = signature.inputs_to_parameters.get(node.args[1].name)
+            found[name] = "" if node in of_samples else UNREACHED
+    return {name: found[name] for name in names.values() if name in found}
 
 
 def looked_into(network: Network) -> dict[str, Any]:
@@ -173,7 +181,8 @@ def looked_into(network: Network) -> dict[str, Any]:
     found = {"failure": failure, "seconds": time.perf_counter() - started}
     found["gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     there_are = weights_of(model, example)
-    return found | {"weights": len(there_are), "left out": [name for name in there_are if name not in can_be]}
+    left_out = {name: why for name, why in there_are.items() if name not in can_be}
+    return found | {"weights": len(there_are), "left out": left_out}
 
 
 def in_own_process(network: Network) -> dict[str, Any]:
@@ -181,7 +190,7 @@ def in_own_process(network: Network) -> dict[str, Any]:
     command = [sys.executable, __file__, "--one", network.name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        weights = {"weights": 0, "left out": []}
+        weights = {"weights": 0, "left out": {}}
         return {"failure": f"ended with {done.returncode}", "seconds": 0.0, "gigabytes": 0.0} | weights
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -194,6 +203,7 @@ def row_of(label: str, found: Sequence[dict[str, Any]]) -> list[str]:
         label,
         f"{sum(not each['failure'] for each in found)} / {len(found)}",
         f"{weights - left_out} / {weights}",
+        str(sum([*each["left out"].values()].count(UNREACHED) for each in found)),
         f"{max(each['seconds'] for each in found):.1f}",
         f"{max(each['gigabytes'] for each in found):.1f}",
     ]
@@ -207,13 +217,14 @@ def content(found: dict[Network, dict[str, Any]]) -> str:
     for family in dict.fromkeys(network.family for network in found):
         rows.append(row_of(family.removeprefix("other/"), [found[each] for each in found if each.family == family]))
     for network, each in found.items():
-        names = each["left out"]
         if each["failure"]:
             said.append(f"- {network.name}: {each['failure']}")
-        elif names:
-            others = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            said.append(f"- {network.name}: {', '.join(f'`{name}`' for name in names[:3])}{others}")
-    columns = ["networks", "exported", "weights that can be masked", "seconds, most", "GB, most"]
+            continue
+        for why in dict.fromkeys(each["left out"].values()):
+            names = [f"`{name}`" for name, its in each["left out"].items() if its == why]
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            said.append(f"- {network.name}: {names[0]}{others}: {why or 'for another reason'}")
+    columns = ["networks", "exported", "weights that can be masked", "without samples", "seconds", "GB"]
     return "\n\n".join([markdown_table(columns, rows), "Not exported, or not masked:", "\n".join(said or ["- none"])])
 
 

@@ -30,7 +30,6 @@ from mimu.audits.probes import linear
 from mimu.configs import load_config
 from mimu.data import Split, load_image_data, some_of_every_class
 from mimu.networks.architectures import VisionTransformer
-from mimu.networks.hooked import weight_layers
 from mimu.reporter import markdown_table
 from mimu.trainer import Trainer
 
@@ -109,7 +108,7 @@ def by_layer() -> Iterator[dict[str, str]]:
     data = load_image_data("MNIST")
     for shape in SHAPES:
         model = trainer(shape).train(data.train, 10)
-        count = len(model.layers)
+        count = len(model.names)
         last_two = [(count - 2, count - 1)] if count > 2 else []
         for layers in [*range(count), *last_two, None]:
             found = cells(model, data.train, data.test, mask_layer=layers)
@@ -278,7 +277,7 @@ class Kind(NamedTuple):
 
 KINDS = (
     Kind("ViT", transformer, 5, 0.002, ("auto", "head.weight", "blocks.1.linear*", "blocks.1.*")),
-    Kind("depthwise", depthwise, 5, 0.004, ("auto", "3.pointwise.weight", "3.depthwise.weight")),
+    Kind("depthwise", depthwise, 5, 0.004, ("auto", "3.pointwise.weight", "3.*")),
     Kind("ConvNeXt", convnext, 4, 0.003, ("auto", "3.narrow.weight", "3.*")),
 )
 CLASSES = (0, 4, 6, 9)
@@ -310,11 +309,15 @@ def kinds() -> Iterator[dict[str, str]]:
             }
 
 
+def last_layer(model: nn.Module) -> nn.Linear:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+
+
 @torch.no_grad()
 def looked_into(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """The representation, which the last layer is given, (samples, n), and the classes that a model names (samples)."""
     given: list[Tensor] = []
-    hook = weight_layers(model.eval())[-1].register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    hook = last_layer(model.eval()).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     named = [model(batch).argmax(1) for batch in images.split(500)]
     hook.remove()
     return torch.cat(given), torch.cat(named)
@@ -383,7 +386,7 @@ def by_retraining(chosen: Chosen, classes: list[int]) -> nn.Module:
 def by_hand(chosen: Chosen, classes: list[int]) -> nn.Module:
     """Without a sample: zeros the rows of the last layer; where it has biases, these keep the classes out."""
     model = copy.deepcopy(chosen.original)
-    last = weight_layers(model)[-1]
+    last = last_layer(model)
     last.weight.data[classes] = 0
     if last.bias is not None:
         last.bias.data[classes] = -1e4

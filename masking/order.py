@@ -19,7 +19,7 @@ from mimu.masking.rankings import MaskingConfig, ranked
 from mimu.runs.files import InputError
 
 FEWEST = 1 / 16  # of the weights of a neuron that a layer gives in a step, where several compete by what is measured
-COUNTED_AT_ONCE = 500  # samples of the forget class, where it may be that no more are needed
+COUNTED_AT_ONCE = 100  # samples of the forget class, where it may be that no more are needed
 UNNOTICED = 1e-3  # nats that the others may lose at no cost, there
 FEW = 100  # samples of a class, below which they do not say themselves how much samples differ
 PRIOR = 4  # samples as which counts then how much those of all classes do
@@ -84,6 +84,7 @@ class ZeroingOrder:
         self._ends = [len(self.zeroed)]  # how many are zeroed before the first step and after each
         self._seconds: list[float] = []
         self._forgetting: Zeroing | None = None
+        self._counted: Tensor | None = None  # samples of the class in the order in which they are counted
 
     def answer(
         self, asked: int | Literal["auto"], forget: Split, is_too_much: Callable[[Tensor], bool] = lambda zeroed: False
@@ -195,14 +196,18 @@ class ZeroingOrder:
 
         inputs: of the first masked layer, for samples of the class
         """
-        graphs, correct, found = self.graphs, 0, []
+        graphs, found = self.graphs, []
+        is_correct = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
         weights = graphs.graph.zeroing(zeroed).weights(graphs.classifier)
-        for part in inputs.split(min(COUNTED_AT_ONCE, graphs.begun.samples_at_once)):
-            found.append(graphs.begun.outputs(part, weights)[1])
-            correct += int((found[-1].argmax(1) == label).sum())
-            if (left := 100 * correct / len(inputs)) >= enough:
-                return left
-        if len(inputs) < 100 / self.config.target:
+        # Those that were correct the last time come first: of them a few are enough.
+        order = torch.arange(len(inputs)) if self._counted is None else self._counted
+        for part in order.to(inputs.device).split(min(COUNTED_AT_ONCE, graphs.begun.samples_at_once)):
+            found.append(graphs.begun.outputs(inputs[part], weights)[1])
+            is_correct[part] = found[-1].argmax(1) == label
+            if (left := 100 * int(is_correct.sum()) / len(inputs)) >= enough:
+                break
+        self._counted = is_correct.int().argsort(descending=True, stable=True)
+        if left < enough and len(inputs) < 100 / self.config.target:
             logits = torch.cat(found)
             spread = float(margins(graphs.predictions, graphs.labels).std())
             left = max(left, percent_above_zero(margins(logits, graphs.labels.new_full([len(logits)], label)), spread))

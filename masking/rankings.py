@@ -111,7 +111,7 @@ class Ranking:
     def _taken(self, step: int, zeroed: Tensor) -> Snapshot:
         """The snapshot for a step, after every `config.snapshot_every` steps anew.
 
-        Between, it is the last one's first-order update; of kernels, of which no record is kept, a new one.
+        Between, it is the last one's first-order update; of kernels too large for a record to be kept, a new one.
         """
         every, last = self.config.snapshot_every, self._snapshot
         goes_on = last is not None and bool(last.records) and (step % every if every else step)

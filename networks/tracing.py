@@ -123,11 +123,16 @@ class Trace:
 
     def __init__(self, network: nn.Module, example: Tensor) -> None:
         """example: some samples, on two of which the network is run."""
-        two, three = example[[0, -1]], example[[-1, 0, -1]]
         try:
-            program = exported(network, two)
+            two, three = example[[0, -1]], example[[-1, 0, -1]]
+            self._take(exported(network, two))
+            self._look(network, two, three)
         except Exception as error:  # of a model of the user's own
-            raise ValueError(f"torch.export cannot export it ({one_line(error)})") from error
+            raise ValueError(f"torch.export cannot take it for any number of samples ({one_line(error)})") from error
+        self._plan()
+
+    def _take(self, program: ExportedProgram) -> None:
+        """Finds what the nodes of an exported network stand for."""
         signature = program.graph_signature
         by_name = {node.name: node for node in program.graph.nodes}
         names = signature.inputs_to_parameters | signature.inputs_to_buffers
@@ -137,8 +142,6 @@ class Trace:
         self.images = by_name[signature.user_inputs[0]]
         self.output = by_name[signature.user_outputs[0]]
         self.sizes: dict[fx.Node, tuple[int, int]] = {}  # whole numbers: for two samples, and by how much for one more
-        self._plan()
-        self._look(network, two, three)
         self._plan()
 
     def __deepcopy__(self, memo: dict) -> Trace:

@@ -139,7 +139,8 @@ class Group:
         self.masked = deepcopy(graphs.classifier)
         if mask:
             mask.apply(self.masked, permanent=True)
-        self.layers = [self.masked.network[int(name.removesuffix(".weight"))] for name in graphs.graph.names]
+        names = [self.masked.names[layer].removesuffix(".weight") for layer in graphs.graph.layers]
+        self.layers = [self.masked.network.get_submodule(name) for name in names]
         self.images, label = graphs.samples.images[samples], int(graphs.labels[samples[0]])
         self.log_odds = torch.stack([log_odds(self.masked, x, label, among) for x in self.images])
         self.p = self.log_odds.sigmoid()

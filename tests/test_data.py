@@ -327,7 +327,7 @@ GROUPS = [
 ]
 
 
-@pytest.mark.parametrize("size", [(), (7, 1, 1)], ids=["linear", "grouped"])
+@pytest.mark.parametrize("size", [(), (7, 1, 1), (1, 7, 1)], ids=["linear", "grouped", "positions"])
 @pytest.mark.parametrize("zeroed, present, forget_row, others_among, own_among, count", GROUPS)
 def test_features_are_those_of_autograd(zeroed, present, forget_row, others_among, own_among, count, size):
     graphs = graphs_of(present, size=size)
@@ -355,8 +355,6 @@ def test_log_odds_of_labels_that_are_left_out_or_all_but_certain():
 )
 def test_a_first_order_update_is_linear_in_the_weights_that_it_zeroes(forget_row, others_among, mask_layer, last, size):
     graphs, zeroed, further = graphs_of(EVERY, mask_layer, size), [3, 8], [0, 11, last]
-    assert graphs.are_kept == (size != (1, 7, 1))
-    graphs.are_kept = True
     samples, mask = graphs.draw(4, seeded("test")), graphs.graph.zeroing(torch.tensor(zeroed))
     before = graphs.snapshot(samples, tuple(FEATURES), mask, forget_row)
     update = before.first_order_update(torch.tensor([0, 11])).first_order_update(torch.tensor([last]))

@@ -68,13 +68,6 @@ def state_of(model: nn.Module) -> tuple:
     return tensors, modules, hooks, needs_gradient, torch.get_rng_state().tolist()
 
 
-def names_of(model: nn.Module) -> list[str]:
-    """The names of the weights of linear layers and of convolutions without groups."""
-    named = getattr(model, "network", model).named_modules()
-    kinds = nn.Linear | nn.Conv2d
-    return [f"{name}.weight" for name, each in named if isinstance(each, kinds) and getattr(each, "groups", 1) == 1]
-
-
 def forgets(model: nn.Module, mask: Mask, retain_before: float = 0.0, label: int = 1) -> bool:
     """Whether a masked model classifies hardly any sample of a class, and the others about as before."""
     with mask.applied_to(model):
@@ -107,26 +100,6 @@ class Ahead(nn.Module):
         return self.head(self.dropout(self.inner(x).relu()))
 
 
-IN_A_ROW = [
-    (stack, (0, 1, 2), 1),
-    (Ahead, (2, 0), 0),
-    (lambda: nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3)), (1, 2), 2),
-    (lambda: nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.ReLU(True), nn.Linear(9, 3)), (1,), 1),
-    (lambda: nn.Linear(7, 3), (0,), 0),
-]
-
-
-@pytest.mark.parametrize("make, layers, masked", IN_A_ROW)
-def test_the_classifier_is_what_stands_in_a_row_at_the_end(make, layers, masked):
-    model = make()
-    before = state_of(model)
-    with plain_torch():
-        custom = CustomModel.of(model, TRAIN.images)
-    assert custom.layers == layers and [layers[each] for each in custom.masked] == [masked]
-    assert state_of(model) == before, "buffers of the normalisations are, too"
-    assert torch.allclose(custom.classifier(custom.inputs), model.eval()(TRAIN.images), atol=1e-5)
-
-
 def convolved(*end: nn.Module) -> nn.Sequential:
     """Convolutions, one of them grouped; the end is a linear layer, or something else."""
     relu, end = nn.ReLU(inplace=True), end or (nn.Flatten(), nn.Linear(56, NUM_CLASSES))
@@ -154,6 +127,31 @@ def called_twice() -> nn.Sequential:
     return convolved(twice, nn.ReLU(), twice, nn.Flatten(), nn.Linear(56, 3))
 
 
+# What makes a model, the layers that it ends in, and those that can be masked.
+AT_THE_END = [
+    (stack, "1 3 5", "1 3 5"),
+    (Ahead, "inner head", "head inner"),
+    (lambda: nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3)), "2 4", "0 2 4"),
+    (lambda: nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.ReLU(True), nn.Linear(9, 3)), "3", "0 3"),
+    (lambda: nn.Sequential(nn.Linear(7, 3)), "0", "0"),
+    (pooled, "7", "1 4 5 7"),
+    (called_twice, "11", "1 4 5 11"),
+]
+
+
+@pytest.mark.parametrize("make, at_the_end, able", AT_THE_END)
+def test_what_is_masked_stands_at_the_end_and_the_classifier_is_the_model_from_there_on(make, at_the_end, able):
+    model = make()
+    before = state_of(model)
+    with plain_torch():
+        custom = CustomModel.of(model, TRAIN.images)
+    end = [f"{name}.weight" for name in at_the_end.split()]
+    assert custom.names == tuple(f"{name}.weight" for name in able.split())
+    assert [custom.names[each] for each in custom.masked] == [end[-2] if len(end) > 2 else end[-1]]
+    assert state_of(model) == before, "buffers of the normalisations are, too"
+    assert torch.allclose(custom.classifier(custom.inputs), model.eval()(TRAIN.images), atol=1e-5)
+
+
 def with_layer(model: nn.Module, name: str, change: Callable) -> nn.Module:
     setattr(model, name, change(getattr(model, name)))
     return model
@@ -171,18 +169,19 @@ def masked(model: nn.Module) -> nn.Module:
 
 # What makes a model to train, or changes a trained one of convolutions; what is asked for; the layers of the answer.
 AS_THEY_ARE = [
-    (Ahead, None, "auto", (0,)), (Ahead, None, None, (0, 2)), (Ahead, None, 0, (0,)), (Ahead, None, [2, 0], (0, 2)),
-    (None, nn.Module.train, "auto", (2,)), (None, nn.Module.train, None, (0, 1, 2)),
-    (None, lambda model: model[5].requires_grad_(False) and model.train(), [1, 0], (0, 1)),
-    (None, nn.Module.train, [1, 2], (1, 2)), (None, nn.Module.train, -1, (2,)), (None, masked, [1, 2], (0, 1, 2)),
-    (None, nn.Module.bfloat16, 1, (1,)),
-    (None, lambda model: model.to(memory_format=torch.channels_last), 1, (1,)),
-    (pooled, None, None, (0, 1, 2)), (pooled, None, "auto", (2,)),
-    (called_twice, None, None, (0, 1, 3)),
-    (None, lambda model: HookedClassifier(model, TRAIN.images), None, (0, 1, 2)),
-    (lambda: convolved(nn.Flatten(), Doubled(56, 8), nn.ReLU(), nn.Linear(8, 3)), None, None, (0, 1, 3)),
-    (lambda: with_layer(convolved(), "1", parametrizations.spectral_norm), None, [1, 2], (1, 2)),
-    (lambda: with_layer(stack(), "1", parametrizations.weight_norm), None, "auto", (1,)),
+    (Ahead, None, "auto", "head"), (Ahead, None, None, "head inner"), (Ahead, None, 0, "head"),
+    (Ahead, None, [1, 0], "head inner"), (Ahead, None, "inner", "inner"), (Ahead, None, "*.weight", "head inner"),
+    (None, nn.Module.train, "auto", "8"), (None, nn.Module.train, None, "1 4 5 8"),
+    (None, lambda model: model[5].requires_grad_(False) and model.train(), [2, "1"], "1 5"),
+    (None, nn.Module.train, ["5", "8.weight"], "5 8"), (None, nn.Module.train, -1, "8"),
+    (None, masked, ["5", "8"], "1 5 8"), (None, nn.Module.bfloat16, 2, "5"), (None, nn.Module.train, "[45]", "4 5"),
+    (None, lambda model: model.to(memory_format=torch.channels_last), 2, "5"),
+    (pooled, None, None, "1 4 5 7"), (pooled, None, "auto", "7"), (called_twice, None, None, "1 4 5 11"),
+    (None, lambda model: HookedClassifier(model, TRAIN.images), None, "1 4 5 8"),
+    (None, lambda model: torch.compile(model, backend="eager"), "auto", "8"), (None, nn.DataParallel, "auto", "8"),
+    (lambda: convolved(nn.Flatten(), Doubled(56, 8), nn.ReLU(), Doubled(8, 3)), None, [3, 4], "8 10"),
+    (lambda: with_layer(convolved(), "1", parametrizations.spectral_norm), None, [-2, -1], "5 8"),
+    (lambda: with_layer(stack(), "1", parametrizations.weight_norm), None, [0], "3"),
 ]  # fmt: skip
 
 
@@ -194,18 +193,17 @@ def test_models_are_taken_as_they_are(make, change, mask_layer, layers):
     retain_before = scores(copy.deepcopy(model).float().eval(), TEST, 1)[1]
     mask = request(model, gcn=patient_gcn(step=2), mask_layer=mask_layer)
     assert state_of(model) == before
-    names = names_of(model)
-    assert set(mask.layers) == {names[layer] for layer in layers} and (carried is None or mask.includes(carried))
-    assert forgets(model, mask, retain_before)
+    assert {*mask.layers} == {f"{name}.weight" for name in layers.split()}
+    assert (carried is None or mask.includes(carried)) and forgets(model, mask, retain_before)
 
 
 @pytest.mark.parametrize("mask_layer", ["auto", None, -1])
-def test_of_a_model_that_cannot_be_traced_the_last_linear_layers_are_masked(mask_layer, recwarn):
+def test_of_a_model_that_cannot_be_exported_the_last_linear_layers_are_masked(mask_layer, recwarn):
     model = Untraceable(*learned(convolved))
     mask = request(model, mask_layer=mask_layer)
     assert mask.layers == ("8.weight",) and forgets(model, mask, scores(model, TEST, 1)[1])
-    line = "mask_layer None: of layers [2] alone, as it cannot be run node by node: torch.fx cannot trace it"
-    assert len(recwarn.list) == (mask_layer is None)
+    line = "of layers ['8.weight'] at the end of the model alone, as the model cannot be run operation by operation: "
+    assert len(recwarn.list) == (mask_layer != "auto")
     assert all(str(each.message).startswith(line) and each.filename == __file__ for each in recwarn.list)
 
 
@@ -534,7 +532,7 @@ WRONG_ARGUMENTS = [
     ("forget_class", [1.5, None, [], [[1]]], "forget_class must be a class, from 0 to 2, .*, not {}"),
     ("forget_class", ["cat"], "forget_class must be a tensor, an array or a list, not str"),
     ("forget_class", [[0, 1, 2]], "there must be classes to keep beside {}"),
-    ("mask_layer", [3, -4, [1, 1], [], "last", True, 1.0], r"must be auto, None, or some of 0 \('1'\), .*; not {}"),
+    ("mask_layer", [3, -4, [1, 1], [], "last", True, 1.0], "must be auto, None, or some of 1.weight, .*; not {}"),
     ("gcn", ["gcn.pt"], "gcn must be a MaskingGCN, a TrainedGCN or None, not {}"),
     ("gcn", [MaskingGCN(9, 8, 1)], r"how many there are, must be .* 9\), not .*\)"),
     ("gcn", [GCN_OF_NAN], "gcn: a weight is not a finite number"),
@@ -582,28 +580,25 @@ def test_samples_that_cannot_work_are_one_line(model, change, line):
 
 NAN = nn.Linear(12, 3)
 NAN.bias.data[1] = torch.nan
-NO_PLAIN = r"layer '[35].weight' must be a parameter \(.*\) of a module, .*: what torch.nn.utils computes"
+NOT_ABLE = "must be auto, None, or some of 1.weight, 5.weight, .*; not '3"
 # What makes a model of one that is trained, the line, and what is asked for.
 WRONG_MODELS = {
     "bias nan": (lambda model: nn.Sequential(*model[:5], NAN), "model: 5.bias has numbers that are not finite"),
     "no module": (lambda model: model.forward, "model must be a torch.nn.Module, not method"),
-    "no linear": (lambda model: nn.Conv1d(1, 2, 3), "must have layers of torch.nn.Linear, .*Conv1d has none"),
-    "softmax": (lambda model: nn.Sequential(*model, nn.Softmax(1)), "ends in layer '6': Softmax: give it without"),
-    "of kernels": (lambda model: pooled().append(nn.Softmax(1)), "but ends in layer '10': Softmax"),
-    "computed": (then(lambda x: x.softmax(1)), "ends in a computation outside of its modules"),
+    "no linear": (lambda model: nn.ReLU(), "must have weights to mask, .*: ReLU has none"),
+    "softmax": (lambda model: nn.Sequential(*model, nn.Softmax(1)), "ends in a softmax: give it without"),
+    "of kernels": (lambda model: pooled().append(nn.Softmax(1)), "ends in a softmax: give it without"),
+    "computed": (then(lambda x: x.softmax(1)), "ends in a softmax: give it without"),
     "a tuple": (then(lambda x: (x, x)), "model must return logits, .*, not tuple"),
     "one column": (then(lambda x: x[:, 0]), r"must return logits, .*, not a tensor \(64,\)"),
     "nan logits": (then(lambda x: x / 0 * 0), r"logits\[0\] is not finite, .*, though inputs"),
-    "called": (lambda model: nn.Sequential(nn.Linear(7, 7), *[nn.Linear(7, 7)] * 2), "layer '1' is called 2 times"),
-    "not linear": (lambda model: with_layer(model, "5", lambda _: Doubled(12, 3)), "do more than linear layers do"),
     "lazy": (lambda model: with_layer(model, "3", lambda _: nn.LazyLinear(12)), "model: 3.weight has no numbers yet"),
-    "weight_norm": (lambda model: with_layer(model, "3", parametrizations.weight_norm), NO_PLAIN),
-    "pruned": (lambda model: with_layer(model, "3", pruned), "layer '3.weight' must be a parameter .* by prune.remove"),
-    "pruned, all": (lambda model: with_layer(model, "5", pruned), "layer '5.weight' must be a parameter", None),
-    "kernels": (lambda model: with_layer(convolved(), "5", parametrizations.weight_norm), NO_PLAIN, 1),
-    "grouped": (lambda model: convolved(), r"1 \('5'\), 2 \('8'\), each once; not 3", 3),
-    "called twice": (lambda model: called_twice(), r"0 \('1'\), 1 \('5'\), 3 \('11'\), each once; not 2", 2),
-    "untraceable": (lambda model: Untraceable(*convolved()), r"2 \('8'\), the linear .*cannot be run .*; not 0", 0),
+    "weight_norm": (lambda model: with_layer(model, "3", parametrizations.weight_norm), NOT_ABLE, "3"),
+    "pruned": (lambda model: with_layer(model, "3", pruned), NOT_ABLE, "3.weight"),
+    "called twice": (lambda model: called_twice(), "1.weight, 4.weight, 5.weight, 11.weight, .*; not '8.*'", "8.*"),
+    "not exported": (lambda model: Untraceable(*convolved()), "some of 8.weight, .*; not '1'", "1"),
+    "nothing but sums": (lambda model: then(lambda x: x.cumsum(1))(nn.Embedding(9, 3)), "model: fails on inputs"),
+    "of no layer": (lambda model: Wrapped(nn.Identity(), None, lambda x: x @ x.mT[:, :3]), "model must have weights"),
 }
 
 

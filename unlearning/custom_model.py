@@ -97,7 +97,7 @@ class CustomModel:
         row, given = last_in_a_row(model, inputs, few, why_not, progress)
         masked = chosen(mask_layer, [*row], [*row])
         if mask_layer != "auto":
-            warnings.warn(f"of layers {[*row]} at the end of the model alone, as {why_not}", stacklevel=3)
+            warnings.warn(f"of layers {[*row]} at the end of the model alone, as {why_not}", stacklevel=4)
         return CustomModel(copied_layers(row), tuple(row), masked, given, logits.shape[1])
 
     def begun(self, progress: bool) -> CustomModel:
@@ -139,7 +139,7 @@ def chosen(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str]) -> 
         return (names.index(at_the_end[-2 if len(at_the_end) > 2 else -1]),)
     asked = mask_layer if isinstance(mask_layer, tuple | list) else [mask_layer]
     found: set[int] = set()
-    for each in asked:
+    for each in asked or [mask_layer]:
         if isinstance(each, str):
             of_name = {index for index, name in enumerate(names) if fnmatchcase(name, each) or is_in(name, each)}
         else:
@@ -217,7 +217,7 @@ def tried(model: nn.Module, inputs: Tensor, few: Tensor) -> tuple[Tensor, Tensor
         raise InputError(f"model must return logits, a tensor ({len(few)}, classes) for such inputs, not {has}")
     if dtype != inputs.dtype and not inputs.is_floating_point():
         span = f"from {inputs.min().item()} to {inputs.max().item()}"
-        warnings.warn(f"inputs are {inputs.dtype}, {span}, but the model takes {dtype}: are they scaled?", stacklevel=4)
+        warnings.warn(f"inputs are {inputs.dtype}, {span}, but the model takes {dtype}: are they scaled?", stacklevel=5)
     return logits, inputs.to(dtype)
 
 
