@@ -396,8 +396,14 @@ def test_recorded_activations_stand_behind_normalisation_addition_and_relu():
     assert torch.allclose(records[3].inputs, hidden[2].flatten(1), atol=1e-12) and (records[2].outputs < 0).any()
 
 
-@pytest.mark.parametrize("mask_layer, is_updated", [(0, False), ([1, -1], False), ([-2, -1], True)])
-def test_requests_for_kernels_take_a_snapshot_before_every_step(mask_layer, is_updated):
+@pytest.mark.parametrize(
+    "mask_layer, numbers, is_updated",
+    [(0, 2**26, True), (0, 1, False), ([1, -1], 2**26, True), ([1, -1], 1, False), ([-2, -1], 1, True)],
+)
+def test_requests_take_a_snapshot_before_every_step_where_gradients_by_kernels_are_too_many_to_be_kept(
+    mask_layer, numbers, is_updated, monkeypatch
+):
+    monkeypatch.setattr("mimu.networks.hooked.NUMBERS_AT_ONCE", numbers)
     graphs = GraphGenerator(classifier_of("cnn"), labelled(), graph_config(mask_layer), 0)
     zeroed = []
     for every in (1, None):
@@ -456,6 +462,7 @@ def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_thes
         assert torch.allclose(features, classifier.outputs(x)[0], atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_many_masks_at_once_give_what_each_gives_by_itself(name):
     classifier, x = classifier_of(name), images(3)
