@@ -82,14 +82,19 @@ class Split:
         return DataLoader(samples, sampler=batches, batch_size=None)
 
 
-def some_of_every_class(split: Split, count: int, *key: object) -> Split:
-    """Random samples, class after class: `count` of every class that is there, or all where it has fewer; by a key."""
+def drawn_of_every_class(labels: Tensor, count: int, generator_of: Callable[[int], torch.Generator]) -> Tensor:
+    """Indices of random samples, class after class: `count` of every one that is there, or all where it has fewer."""
     chosen = []
-    for label in split.labels.unique().tolist():
-        of_class = (split.labels == label).nonzero().squeeze(1)
-        order = torch.randperm(len(of_class), generator=seeded(*key, label))
+    for label in labels.unique().tolist():
+        of_class = (labels == label).nonzero()[:, 0]
+        order = torch.randperm(len(of_class), generator=generator_of(label))
         chosen.append(of_class[order[:count].to(of_class.device)])
-    found = torch.cat(chosen)
+    return torch.cat(chosen)
+
+
+def some_of_every_class(split: Split, count: int, *key: object) -> Split:
+    """`drawn_of_every_class`, those of each by a generator of its own, seeded by a key and the class."""
+    found = drawn_of_every_class(split.labels, count, lambda label: seeded(*key, label))
     # Copies rows; indexing copies numbers one by one.
     return Split(split.images.index_select(0, found), split.labels[found])
 
@@ -161,8 +166,7 @@ def load_image_data(
         raise DataError(f"dataset {name} in {root / name}: all pixels of the training split are alike")
     for split in splits:
         split.images.sub_(mean).div_(deviation)  # in place, or a large data set would stand in memory twice
-    train, test = splits
-    return ImageData(train, test, source.class_names)
+    return ImageData(*splits, source.class_names)
 
 
 def mean_product(of_target: Tensor, of_source: Tensor) -> Tensor:

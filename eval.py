@@ -73,8 +73,6 @@ class Request:
     orders: in which weights are zeroed, by the name of the method; kept from one kappa to the next
     kept: what methods keep from one request to the next on the same classifier, by names of theirs
     trained_on: what the original was trained on, where a request has fewer samples; for retraining alone
-    checkpoint: gives what a method makes once for a classifier, by a name and the settings that it depends on, from
-        the file of an earlier run or from the function that makes it
     """
 
     config: EvalConfig
@@ -90,7 +88,6 @@ class Request:
     orders: dict[str, ZeroingOrder] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     trained_on: Split | None = None
-    checkpoint: Callable[[str, dict[str, Any], Callable[[], dict]], dict] = lambda name, settings, make: make()
 
     @property
     def classifier(self) -> HookedClassifier:
@@ -184,18 +181,13 @@ class Method:
         return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
 
     @property
-    def parameters(self) -> dict[str, inspect.Parameter]:
+    def hyperparameters(self) -> dict[str, inspect.Parameter]:
         """The hyperparameters, by name: the keyword-only parameters, and in the place of a dataclass its fields."""
         found: dict[str, inspect.Parameter] = {}
         for name, each in self.keywords.items():
             kind = each.annotation
             found |= inspect.signature(kind, eval_str=True).parameters if is_dataclass(kind) else {name: each}
         return found
-
-    @property
-    def hyperparameters(self) -> dict[str, object]:
-        """The names of the hyperparameters and their annotations."""
-        return {name: each.annotation for name, each in self.parameters.items()}
 
     def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of `unlearn`, for values of hyperparameters by name: dataclasses made of fields."""

@@ -166,10 +166,8 @@ class Stages:
         """The masking GCN, and what experiments say of its training."""
         config = training.config.gcn
         if config.pretrained:
-            return TrainedGCN.load(pretrained_for(graphs.graph.shapes)).gcn.to(graphs.labels.device), {
-                "seconds": {"gcn": 0.0}
-            }
-
+            trained = TrainedGCN.load(pretrained_for(graphs.graph.shapes))
+            return trained.gcn.to(graphs.labels.device), {"seconds": {"gcn": 0.0}}
         name, artifact = f"masking GCN, {training.name}", self.files.of_training(training)["gcn"]
         trainer = GCNTrainer(config, [graphs], training.config.eval.retain_weight, training.seed)
 
@@ -187,12 +185,6 @@ class Stages:
             self.log(f"{name}: its training leaves it {behind:.1f} points behind the formula: taken as it was before")
             gcn = trainer.initial()
         return gcn, {"gcn_untrained": is_untrained, "seconds": {"gcn": checkpoint["seconds"]}}
-
-    def of_method(
-        self, training: Training, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """What a method makes once for a classifier, from its file where it is there."""
-        return self.made(self.files.of_method(training, name, settings), f"{name}, {training.name}", make)
 
     def requests(self, training: Training, forget_class: int) -> None:
         """Every experiment on one forget class that is not there, and the plots that are not."""
@@ -222,7 +214,6 @@ class Stages:
                 orders=orders,
                 kept=self._kept,
                 trained_on=data.train,
-                checkpoint=partial(self.of_method, training),
             )
             paths = self.files.of_training(training) | {"mask": mask}
             about = {
@@ -271,11 +262,6 @@ class Files:
         for name, path in paths.items():
             made[name] = self._artifact(path, training, training.settings[name], self._training_code)
         return made
-
-    def of_method(self, training: Training, name: str, settings: dict[str, Any]) -> Artifact:
-        """What a method makes once for a classifier."""
-        path = f"checkpoints/{name}_seed_{training.seed}.pt"
-        return self._artifact(path, training, training.settings["graphs"] | {"method": settings}, self._code)
 
     def metrics_and_mask(self, training: Training, forget_class: int, asked: Asked) -> tuple[Artifact, Artifact]:
         """The JSON of an experiment, whose name is the experiment's id, and its mask."""
@@ -363,14 +349,14 @@ def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str
     print(f"Metrics and plots of each experiment, and masks: {stages.root / 'eval'}")
 
 
-def finished(files: Files, configs: Mapping[str, Config]) -> list[tables.Result]:
-    """The JSON of every training. Raises DataError where experiments are missing: reports of a part would mislead."""
-    results, missing = [], []
+def finished(files: Files, configs: Mapping[str, Config]) -> tables.Results:
+    """The JSON of all trainings. Raises DataError where experiments are missing: reports of a part would mislead."""
+    results, missing = {}, []
     for training in trainings_of(configs):
         metrics = [file for file in files.every(training) if file.path.suffix == ".json"]
         missing += [file.path.stem[:-9] for file in metrics if not file.is_there]
-        paths = [file.path for file in metrics]
-        results.append(tables.Result(training.variant, training.top_k, training.config.report, paths))
+        _, paths = results.setdefault((training.variant, training.top_k), (training.config.report, []))
+        paths += [file.path for file in metrics]
     if missing:
         names = ", ".join(missing)
         raise DataError(f"{files.root / 'eval'}: not all is there: run it first, or leave out what is missing: {names}")

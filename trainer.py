@@ -44,6 +44,20 @@ def check_finite(losses: dict[str, float], step: int, setting: str) -> None:
             raise TrainingError(f"{name} is {loss} at step {step}: training diverged, see {setting}")
 
 
+def descend(
+    optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], step: int, setting: str, norm: float | None = None
+) -> None:
+    """One step down the sum of the losses, its gradient cut to a norm. Raises TrainingError as `check_finite` does."""
+    # All of them in one copy: a GPU is waited for once a step.
+    values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
+    check_finite(dict(zip(losses, values)), step, setting)
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    if norm is not None:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], norm)
+    optimizer.step()
+
+
 def check_weights(model: nn.Module, name: str, setting: str) -> None:
     """Raises TrainingError on weights that the last step of a training has left without a finite number."""
     if not is_finite(model):
@@ -58,7 +72,7 @@ class Progress:
     """
 
     def __init__(self, checkpoint: Artifact | None, generator: torch.Generator, *parts: Any) -> None:
-        self.file = checkpoint and replace(checkpoint, made_by=f"begun, {checkpoint.made_by}")
+        self.file = checkpoint and replace(checkpoint, made_by=checkpoint.made_by | {"training": "begun"})
         self.generator, self.parts = generator, parts
         self.step, self._saved = 0, time.monotonic()
         if self.file and self.file.is_there:
@@ -104,8 +118,7 @@ class TrainerConfig:
             raise ValueError(f"channels must name at least one for {self.architecture}, not {list(self.channels)}")
         size = (1, *size) if len(size) == 2 else tuple(size)  # channels, height, width
         if self.architecture == "cnn":
-            sizes = [*self.hidden_sizes, num_classes]
-            return cnn(size, self.channels, sizes, self.bias, self.batch_norm)
+            return cnn(size, self.channels, [*self.hidden_sizes, num_classes], self.bias, self.batch_norm)
         if self.architecture == "vit":
             widths = [*self.channels, *self.hidden_sizes]
             if len(self.channels) != 1 or len(self.hidden_sizes) != 1:
@@ -122,14 +135,12 @@ def learn(
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-    trainable: list[Tensor] | None = None,
     setting: str = "eval.hyperparameters",
     progress: Progress | None = None,
 ) -> nn.Module:
     """Trains a model in place on random batches of the samples, drawn anew in every epoch, and returns it.
 
     loss: of images and labels; None: the cross entropy
-    trainable: for every parameter of the model, 1 where it may change and 0 where not; None: everywhere
     progress: with the generator; where it begins, and what is told of every epoch
     Raises TrainingError on a loss that is not a finite number, and names the `setting` to look at.
     """
@@ -142,14 +153,7 @@ def learn(
         if progress and step % of_epoch == 0:  # before its batches are drawn
             progress.save(step)
         batch = next(batches)
-        value = loss(batch.images, batch.labels)
-        check_finite({"loss": value.item()}, step, setting)
-        optimizer.zero_grad()
-        value.backward()
-        if trainable is not None:
-            for parameter, mask in zip(model.parameters(), trainable):
-                parameter.grad *= mask
-        optimizer.step()
+        descend(optimizer, {"loss": loss(batch.images, batch.labels)}, step, setting)
     return model.eval()
 
 
@@ -335,14 +339,8 @@ class GCNTrainer:
                 forget_row = int(torch.randint(loss_on.graphs.num_classes, (), generator=generator))
                 zeroed = loss_on.graphs.nothing
             terms, scores = loss_on(gcn, zeroed, forget_row, generator)
-            optimizer.zero_grad()
-            sum(terms.values()).backward()
-            nn.utils.clip_grad_norm_(gcn.parameters(), GRADIENT_NORM)
-            optimizer.step()
+            descend(optimizer, terms, step, "gcn.learning_rate and the weight of the term", GRADIENT_NORM)
             schedule.step()
-            # All of them in one copy: a GPU is waited for once a step.
-            values = dict(zip(terms, torch.stack([value.detach() for value in terms.values()]).tolist()))
-            check_finite(values, step, "gcn.learning_rate and the weight of the term")
             count = log_uniform(config.partly_masked, len(scores), generator)
             zeroed = torch.cat([zeroed, ranked(scores, zeroed, count)])
         check_weights(gcn, "masking GCN", "gcn.learning_rate")

@@ -90,8 +90,7 @@ class Audit:
         label, seed, data = self.forget_class, self.seed, self.data
         train = predictions_of(model, data.train)
         test = predictions_of(model, data.test)
-        pairs = zip(model.weights, self.original.weights)
-        changed = sum(int((one != other).sum()) for one, other in pairs)
+        changed = sum(int((one != other).sum()) for one, other in zip(model.weights, self.original.weights))
         if train.has_diverged or test.has_diverged:
             return dict.fromkeys(AUDITS) | {"weights_changed": changed}
         is_member = train.labels == label

@@ -105,16 +105,17 @@ class Config:
         for name in self.eval.method_names:
             key, method = f"eval.hyperparameters.{name}", METHODS[name]
             values = given.get(name, {})
-            hints = method.hyperparameters
-            needed = {each for each, parameter in method.parameters.items() if parameter.default is parameter.empty}
-            if not needed <= set(values) <= set(hints):
-                must, has = (", ".join(names) or "none" for names in (hints, values))
+            parameters = method.hyperparameters
+            needed = {each for each, parameter in parameters.items() if parameter.default is parameter.empty}
+            if not needed <= set(values) <= set(parameters):
+                must, has = (", ".join(names) or "none" for names in (parameters, values))
                 raise ValueError(f"{key} must have values of {must}, not of {has}")
             for each, value in values.items():
+                hint = parameters[each].annotation
                 try:
-                    converted(value, hints[each])
+                    converted(value, hint)
                 except TypeError:
-                    raise ValueError(f"{key}.{each} must be {refusal(value, hints[each])}") from None
+                    raise ValueError(f"{key}.{each} must be {refusal(value, hint)}") from None
 
     @cached_property
     def source(self) -> sources.DataSet:

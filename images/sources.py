@@ -106,8 +106,6 @@ def read_idx(folder: Path, name: str, is_train: bool) -> tuple[Tensor, Tensor]:
 def idx(path: Path) -> Tensor:
     """The numbers (uint8) in a file of MNIST's format, which may be packed by gzip."""
     source = as_read(path)
-    if source.is_fifo():
-        raise ValueError(f"{source.name} is a pipe, not a file")
     with naming(source, "read"):
         content = source.read_bytes()
     try:
@@ -158,9 +156,7 @@ def image_folders(folder: Path) -> DataSet:
 def pixels(path: str) -> np.ndarray:
     """An image (height, width), or in colour (3, height, width), uint8. Raises ValueError where it is none of these."""
     try:
-        if Path(path).is_fifo():
-            raise ValueError("it is a pipe")
-        with Image.open(path) as image:
+        with naming(Path(path), "read"), Image.open(path) as image:
             if image.mode not in ("L", "RGB"):
                 raise ValueError(f"its mode is {image.mode}")
             return np.asarray(image) if image.mode == "L" else np.moveaxis(np.asarray(image), 2, 0).copy()

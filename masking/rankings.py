@@ -174,11 +174,7 @@ class TrainedGCN:
         ranks = copy.deepcopy(gcn if isinstance(gcn, MaskingGCN) else trained.gcn).float().to(device)
         if not is_finite(ranks):
             raise InputError("gcn: a weight is not a finite number")
+        if ranks.num_features != trained.graphs.num_features:
+            must = f"read {trained.graphs.num_features} features, those of graphs.features and other_classes"
+            raise InputError(f"gcn must {must}, not {ranks.num_features}")
         return replace(trained, gcn=ranks)
-
-    def check(self, graphs: GraphConfig) -> None:
-        """Raises ArtifactError where the features of graphs are not those that it reads."""
-        reads = (self.graphs.features, self.graphs.other_classes, self.gcn.num_features)
-        has = (graphs.features, graphs.other_classes, graphs.num_features)
-        if reads != has:
-            raise ArtifactError(f"graphs.features, other_classes, and how many there are, must be {reads}, not {has}")

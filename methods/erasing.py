@@ -16,16 +16,16 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from mimu.data import Count, NonNegative, Positive, Split, seeded, some_of_every_class
+from mimu.data import Count, NonNegative, Positive, Split, drawn_of_every_class, seeded, some_of_every_class
 from mimu.eval import Request
 from mimu.masking.order import FEW, forgetting_loss
 from mimu.masking.regression import explained_variance, standardised
 from mimu.methods.controls import further
-from mimu.methods.fine_tuning import descend
 from mimu.methods.projections import class_direction
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.files import PACKAGE, InputError
+from mimu.trainer import descend
 
 
 @dataclass(frozen=True)
@@ -116,16 +116,6 @@ def told_apart(features: Tensor, labels: Tensor, classes: list[int], ridge: floa
     return explained_variance(torch.cat(parts), len(parts[0]), ridge)
 
 
-def drawn(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Random samples, so many of each class or all where there are fewer."""
-    chosen = []
-    for each in labels.unique():
-        group = (labels == each).nonzero()[:, 0]
-        order = torch.randperm(len(group), generator=generator)[:size]
-        chosen.append(group[order.to(group.device)])
-    return torch.cat(chosen)
-
-
 def erased(
     classifier: HookedClassifier,
     split: Split,
@@ -165,7 +155,7 @@ def erased(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
     about = {"desc": f"class {label}", "unit": "step", "delay": 1, "leave": False}
     for step in tqdm(range(config.steps), **about, disable=None if progress else True):
-        chosen = samples[drawn(samples.labels, config.group_size, generator)]
+        chosen = samples[drawn_of_every_class(samples.labels, config.group_size, lambda _: generator)]
         # As the only one of several: the gradient of each is then laid out row after row.
         weights = {name: w[None][0] for name, w in together(start, edits).weights(classifier).items()}
         features, logits = classifier.outputs(chosen.images, weights=weights)
@@ -173,7 +163,7 @@ def erased(
         forget = forgetting_loss(logits[is_forget].softmax(1)[:, label])
         loss = F.cross_entropy(logits[~is_forget], chosen.labels[~is_forget]) + config.forget_weight * forget
         loss = loss + config.erase_weight * (probe(features, chosen.labels) - bar).clamp_min(0)
-        descend(optimizer, loss, step, "erase")
+        descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.erase")
         schedule.step()
     done = {name: LayerMask(*map(torch.detach, edit)) for name, edit in edits.items()}
     return together(start, done)

@@ -25,30 +25,18 @@ from mimu.masking.order import forgetting_loss
 from mimu.methods.controls import further
 from mimu.networks.hooked import NUMBERS_AT_ONCE, HookedClassifier
 from mimu.networks.masks import Mask
-from mimu.trainer import check_finite, learn, masked_weights, other_labels
+from mimu.trainer import UnlearningSFTConfig, descend, learn, masked_weights, other_labels
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FineTuning(UnlearningSFTConfig):
     """How long and how fast a classifier is trained further."""
-
-    epochs: Count
-    batch_size: Count
-    learning_rate: Positive
 
     def train(self, classifier: nn.Module, samples: Split, generator: torch.Generator, **given: Any) -> nn.Module:
         """Trains a classifier by `learn` with what is given, without an optimizer by SGD with momentum."""
         sgd = torch.optim.SGD(classifier.parameters(), self.learning_rate, momentum=0.9)
         given = {"optimizer": sgd, "generator": generator} | given
         return learn(classifier, samples, self.epochs, self.batch_size, **given)
-
-
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, method: str) -> None:
-    """One step of a method's own training. Raises TrainingError where the loss is not a finite number."""
-    check_finite({"loss": loss.item()}, step, f"eval.hyperparameters.{method}")
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
 
 
 def draws(request: Request, name: str) -> torch.Generator:
@@ -158,9 +146,9 @@ def salun(request: Request, *, config: FineTuning, share: Share) -> nn.Module:
     saliency = [parameter.grad.abs() for parameter in classifier.parameters()]
     largest = torch.cat([each.flatten() for each in saliency]).sort(descending=True).values
     threshold = largest[round(share * (len(largest) - 1))]
-    trainable = [(each >= threshold).float() for each in saliency]
-    samples = with_random_labels(request)
-    return config.train(classifier, samples, draws(request, "salun"), trainable=trainable)
+    for parameter, each in zip(classifier.parameters(), saliency):
+        parameter.register_hook((each >= threshold).float().mul)  # of its gradient
+    return config.train(classifier, with_random_labels(request), draws(request, "salun"))
 
 
 @further("scrub", paper="Kurmanji et al. 2023, arXiv:2302.09880")
@@ -239,7 +227,7 @@ def unsir(
     optimizer = torch.optim.Adam([noise], noise_rate)
     for step in range(noise_steps):
         loss = -F.cross_entropy(classifier(noise), labels) + noise_penalty * noise.square().sum(1).mean()
-        descend(optimizer, loss, step, "unsir")
+        descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.unsir")
     noisy = Split(noise.detach().repeat(noise_batches, 1), labels.repeat(noise_batches))
     retain = random_part(request.retain, retain_share, generator)
     for samples, learning_rate in ((joined(retain, noisy), impair_rate), (retain, repair_rate)):
@@ -294,5 +282,5 @@ def optimised_mask(
         forget = forgetting_loss(log_p[is_forget, d].exp())
         retain = -(without_class[flat] * log_p).sum(1)[~is_forget].mean()
         loss = forget_weight * forget + retain + sparsity * (1 - keep).mean()
-        descend(optimizer, loss, step, "optimised_mask")
+        descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.optimised_mask")
     return request.zeroing((numbers <= 0).nonzero()[:, 0])

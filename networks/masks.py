@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import dropwhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from mimu.runs import files
 
 SAMPLED = 256  # weights of a layer by which it is known again
 PRECISION = 0.01  # of their norm, by which they may differ then: bfloat16 rounds by 0.002 at most
-WRAPPERS = ("_orig_mod", "module", "network")  # what torch.compile, DataParallel and HookedClassifier call a network
+COLLECTIONS = (nn.ParameterList, nn.ParameterDict, parametrize.ParametrizationList)  # which their owners read
 
 
 class LayerMask(NamedTuple):
@@ -72,7 +71,8 @@ class LayerMask(NamedTuple):
 
     def includes(self, other: LayerMask) -> bool:
         """Whether it switches off all that the other does, and takes each of its directions."""
-        return bool((self.keep <= other.keep.to(self.keep)).all() and self.takes(other).all())
+        is_zeroed = bool((self.keep <= other.keep.to(self.keep)).all())
+        return is_zeroed and (not other.rank or bool(self.takes(other).all()))
 
     def check(self) -> None:
         """Raises ValueError where the parts are not what they must be."""
@@ -106,29 +106,16 @@ class WeightMask(nn.Module):
 
 
 class Weight(NamedTuple):
-    """A parameter of a model: the module that owns it, and its name there."""
+    """A parameter of a model: the module that owns it, and its name there.
+
+    original: the parameter itself, without a mask; None where something else computes the weight
+    carried: what is on it, if it is a mask and nothing else
+    """
 
     owner: nn.Module
     name: str
-
-    @property
-    def value(self) -> Tensor:
-        """As the owner reads it: what a mask makes of it, where there is one."""
-        return getattr(self.owner, self.name)
-
-    @property
-    def carried(self) -> WeightMask | None:
-        """What is on it, if it is a mask and nothing else."""
-        is_changed = parametrize.is_parametrized(self.owner, self.name)
-        found = self.owner.parametrizations[self.name] if is_changed else ()
-        return found[0] if len(found) == 1 and isinstance(found[0], WeightMask) else None
-
-    @property
-    def original(self) -> nn.Parameter | None:
-        """The parameter itself, without a mask; None where something else computes the weight."""
-        if self.carried is None:
-            return self.owner._parameters.get(self.name)
-        return self.owner.parametrizations[self.name].original
+    original: nn.Parameter | None
+    carried: WeightMask | None
 
     def sampled(self) -> Tensor:
         """Some of its numbers, evenly spread, under no mask, (SAMPLED)."""
@@ -138,16 +125,16 @@ class Weight(NamedTuple):
 
     def take_off(self) -> None:
         """Takes a mask off, where there is one."""
-        owner, on_weight = self.owner, self.carried
+        owner = self.owner
         if parametrize.is_parametrized(owner):
             # PyTorch changes its class, which copies of the owner share: now this one has its own.
             own = {name: value for name, value in vars(type(owner)).items() if name not in ("__dict__", "__weakref__")}
             owner.__class__ = type(type(owner).__name__, type(owner).__bases__, own)
-        if on_weight is None:
+        if self.carried is None:
             return
         parametrize.remove_parametrizations(owner, self.name, leave_parametrized=False)
         # PyTorch puts the weight back behind the others; an optimizer's state goes by the order of parameters.
-        in_front = on_weight.order[: on_weight.order.index(self.name)]
+        in_front = self.carried.order[: self.carried.order.index(self.name)]
         for name in [name for name in owner._parameters if name not in (self.name, *in_front)]:
             owner._parameters[name] = owner._parameters.pop(name)
 
@@ -157,7 +144,7 @@ class Mask:
     """What is done to some layers of a classifier, apart from any: weights switched off, directions taken.
 
     by_layer: by the names of parameters, as `named_parameters` of a model without masks gives them ("3.weight",
-        "blocks.0.attn.in_proj_weight"); in old files by the index among the layers that had one (`indexed_in`)
+        "blocks.0.attn.in_proj_weight"); of an old file all by the index among the layers that had one (`indexed_in`)
     forgets: the classes that it was made to forget
     origins: some numbers of the weights that it was made on (`Weight.sampled`), by layer, where they are known
     about: how it was made, in words
@@ -170,8 +157,9 @@ class Mask:
     about: str = ""
 
     def __post_init__(self) -> None:
-        numbers = [*(layer for layer in self.by_layer if not isinstance(layer, str)), *self.forgets]
-        if not self.by_layer or not all(type(each) is int and 0 <= each < 2**31 for each in numbers):
+        kinds = {*map(type, self.by_layer)}
+        numbers = [*self.forgets] if kinds == {str} else [*self.by_layer, *self.forgets]
+        if len(kinds) != 1 or not all(type(each) is int and 0 <= each < 2**31 for each in numbers):
             has = f"layers {[*self.by_layer]}, classes {[*self.forgets]}"[:200]
             raise ValueError(f"a mask must have layers by the names of their weights, classes by labels, not {has}")
         for mask in self.by_layer.values():
@@ -180,17 +168,13 @@ class Mask:
     @staticmethod
     def on(model: nn.Module) -> Mask | None:
         """The mask that a model carries; None where it carries none."""
-        found, origins, forgets = {}, {}, set()
-        for name, weight in weights_in(model).items():
-            if (on_weight := weight.carried) is not None:
-                found[name], origins[name] = on_weight.mask, weight.sampled()
-                forgets.update(on_weight.forgets)
-        return Mask(found, tuple(sorted(forgets)), origins) if found else None
+        carried = carried_by(weights_in(model))
+        return None if carried is None else carried.made_on(model)
 
     def made_on(self, model: nn.Module) -> Mask:
         """The same, with the weights of a model as those that it was made on. Raises ValueError as `check` does."""
-        mask, weights = self.check(model)
-        return replace(mask, origins={name: weight.sampled() for name, weight in weights.items()})
+        parts, weights = self.check(model)
+        return replace(self, by_layer=parts, origins={name: weights[name].sampled() for name in parts})
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -243,34 +227,33 @@ class Mask:
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The masked weights of a model without a mask, by their names there, as they are under this one."""
-        mask, weights = self.check(model)
-        return {name: part.applied(weights[name].value.detach()) for name, part in mask.by_layer.items()}
+        parts, weights = self.check(model)
+        return {name: part.applied(weights[name].original.detach()) for name, part in parts.items()}
 
-    def check(self, model: nn.Module) -> tuple[Mask, dict[str, Weight]]:
-        """The same mask by the names of a model, in its order, and the weights that they stand for.
+    def check(self, model: nn.Module, other_weights: bool = True) -> tuple[dict[str, LayerMask], dict[str, Weight]]:
+        """What it does to each weight, by the names of a model and in its order, and all weights of the model.
 
-        A name that the model does not have is looked for within and without `WRAPPERS`. Raises ValueError where a
-        weight is not there, has another shape, belongs to several modules, or is none to put a mask on.
+        Raises ValueError where a weight is not there, has another shape, belongs to several modules, or is none to put
+        a mask on; and without `other_weights`, where it is another than the mask was made on, but for its precision.
         """
-        weights, found, origins = weights_in(model), {}, {}
-        parameters = {name: weight.original for name, weight in weights.items()}
+        weights, names, found = weights_in(model), indexed_in(model), {}
         for layer, part in self.by_layer.items():
-            name = layer if layer in weights else name_among(weights, indexed_in(model).get(layer, layer))
-            shape, parameter = tuple(part.keep.shape), parameters.get(name)
-            if parameter is None or isinstance(weights[name].owner, COLLECTIONS):
+            name, shape = names.get(layer, layer), tuple(part.keep.shape)
+            weight = weights.get(name)
+            if weight is None or weight.original is None or isinstance(weight.owner, COLLECTIONS):
                 ways = "what torch.nn.utils computes becomes one by prune.remove, remove_parametrizations or their like"
                 must = f"must be a parameter {shape} of a module, and no entry of a list of them"
                 raise ValueError(f"layer {layer!r} {must}: {ways}")
-            if parameter.shape != shape:
-                raise ValueError(f"layer {name!r} is {tuple(parameter.shape)}, its mask {shape}")
-            tied = [other for other, each in parameters.items() if each is parameter]
+            if weight.original.shape != shape:
+                raise ValueError(f"layer {name!r} is {tuple(weight.original.shape)}, its mask {shape}")
+            tied = [other for other, each in weights.items() if each.original is weight.original]
             if len(tied) > 1:
                 raise ValueError(f"layers {tied} share one weight, which can have no mask: give each its own")
-            found[name] = found[name] & part if name in found else part
-            if layer in self.origins:
-                origins[name] = self.origins[layer]
-        masked = {name: weight for name, weight in weights.items() if name in found}
-        return replace(self, by_layer={name: found[name] for name in masked}, origins=origins), masked
+            if not other_weights and layer in self.origins and not are_same(self.origins[layer], weight.sampled()):
+                ways = "apply it to that network, make one for this, or say other_weights=True"
+                raise ValueError(f"layer {name!r} has other weights than the mask was made on: {ways}")
+            found[name] = part
+        return {name: found[name] for name in weights if name in found}, weights
 
     def apply(self, model: nn.Module, permanent: bool = False, other_weights: bool = False) -> None:
         """Switches the weights off, and takes the directions; of all layers or, where anything is raised, of none.
@@ -283,22 +266,20 @@ class Mask:
         It takes the place of a mask that the model carries, which it must include.
         Raises ValueError where it carries another one, a layer has another shape, other weights, or none of its own.
         """
-        (mask, weights), carried = self.check(model), Mask.on(model)
-        for name, origin in {} if other_weights else mask.origins.items():
-            if not are_same(origin, weights[name].sampled()):
-                ways = "apply it to that network, make one for this, or say other_weights=True"
-                raise ValueError(f"layer {name!r} has other weights than the mask was made on: {ways}")
-        if carried is not None and not mask.includes(carried):
+        parts, weights = self.check(model, other_weights)
+        masked, carried = [weights[name] for name in parts], carried_by(weights)
+        if carried is not None and not replace(self, by_layer=parts).includes(carried):
             raise ValueError(f"the model carries {carried}: take it off first, or apply mask & Mask.on(model)")
-        in_inference = any(weight.value.is_inference() for weight in weights.values())
-        with torch.inference_mode(in_inference), undoing(weights.values(), permanent) as undo:
-            for weight in weights.values():
+        in_inference = any(weight.original.is_inference() for weight in masked)
+        with torch.inference_mode(in_inference), undoing(masked, permanent) as undo:
+            for weight in masked:
                 weight.take_off()
-            orders = [list(weight.owner._parameters) for weight in weights.values()]
-            for weight, part, order in zip(weights.values(), mask.by_layer.values(), orders):
-                part = part.to(weight.value)
+            orders = [list(weight.owner._parameters) for weight in masked]
+            for weight, part, order in zip(masked, parts.values(), orders):
+                part = part.to(weight.original)
                 if permanent:
-                    weight.value.data.copy_(part.applied(weight.value.data)).masked_fill_(part.keep == 0, 0)
+                    numbers = weight.original.data
+                    numbers.copy_(part.applied(numbers)).masked_fill_(part.keep == 0, 0)
                 else:
                     on_weight = WeightMask(part, self.forgets, order)
                     parametrize.register_parametrization(weight.owner, weight.name, on_weight)
@@ -309,21 +290,21 @@ class Mask:
 
         If they were trained meanwhile, they are as trained. Raises ValueError where the model does not carry this mask.
         """
-        mask, weights = self.check(model)
-        for name, part in mask.by_layer.items():
+        parts, weights = self.check(model)
+        for name, part in parts.items():
             found = weights[name].carried
             if found is None or not (found.mask.includes(part) and part.includes(found.mask)):
                 has = "no" if found is None else "another"
                 raise ValueError(f"layer {name!r} carries {has} mask: {self} is not on")
-        with undoing(weights.values()) as undo:
-            for weight in weights.values():
-                weight.take_off()
+        with undoing([weights[name] for name in parts]) as undo:
+            for name in parts:
+                weights[name].take_off()
             undo.pop_all()
 
     @contextmanager
     def applied_to(self, model: nn.Module, other_weights: bool = False) -> Iterator[nn.Module]:
         """The masked model for as long as the context is open; then it carries what it did before, if anything."""
-        carried = Mask.on(model)
+        carried = carried_by(weights_in(model))
         self.apply(model, other_weights=other_weights)
         try:
             yield model
@@ -351,11 +332,11 @@ class Mask:
     def load(path: Path | str) -> Mask:
         """Raises ArtifactError where the file is not a mask."""
         try:
-            saved, found, names, origins = files.load(Path(path)), {}, {}, {}
-            for layer, (name, weights) in saved.get("made_on", {}).items():  # old files have indices, or none at all
-                names[layer], origins[name] = name, weights.float().view(SAMPLED)
+            saved, found, origins = files.load(Path(path)), {}, {}
+            for layer, (_, weights) in saved.get("made_on", {}).items():  # not in old files
+                origins[layer] = weights.float().view(SAMPLED)
             for layer, keep, (left, right) in zip(saved["layers"], saved["keep"], saved["edits"], strict=True):
-                found[names.get(layer, layer)] = LayerMask(keep.float(), left, right)
+                found[layer] = LayerMask(keep.float(), left, right)
             return Mask(found, tuple(saved["forgets"]), origins, saved.get("about", ""))
         except files.ArtifactError:
             raise
@@ -385,9 +366,20 @@ def weights_in(model: nn.Module) -> dict[str, Weight]:
     for path, owner in unwrapped(model).named_modules():
         if isinstance(owner, parametrize.ParametrizationList) and isinstance(owner[0], WeightMask):
             continue  # its parameter is its owner's
-        for name in [*owner._parameters, *owner._modules.get("parametrizations", ())]:
-            found[f"{path}.{name}".lstrip(".")] = Weight(owner, name)
+        for name, parameter in owner._parameters.items():
+            found[f"{path}.{name}".lstrip(".")] = Weight(owner, name, parameter, None)
+        for name, on_weight in owner._modules.get("parametrizations", {}).items():
+            is_mask = len(on_weight) == 1 and isinstance(on_weight[0], WeightMask)
+            original, carried = (on_weight.original, on_weight[0]) if is_mask else (None, None)
+            found[f"{path}.{name}".lstrip(".")] = Weight(owner, name, original, carried)
     return found
+
+
+def carried_by(weights: Mapping[str, Weight]) -> Mask | None:
+    """The mask that weights carry, by their names; None where they carry none."""
+    found = {name: weight.carried for name, weight in weights.items() if weight.carried is not None}
+    forgets = set().union(*(each.forgets for each in found.values()))
+    return Mask({name: each.mask for name, each in found.items()}, tuple(sorted(forgets))) if found else None
 
 
 def indexed_in(model: nn.Module) -> dict[int, str]:
@@ -397,20 +389,6 @@ def indexed_in(model: nn.Module) -> dict[int, str]:
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
             found[len(found)] = f"{path}.weight".lstrip(".")
     return found
-
-
-def name_among(names: Collection[str], layer: str | int) -> str | None:
-    """Which of some names is a layer's, as it is or without `WRAPPERS` in front; None where it is none, or several."""
-    if layer in names:
-        return layer
-    found = [name for name in names if without_wrappers(name) == without_wrappers(layer)]
-    return found[0] if len(found) == 1 else None
-
-
-def without_wrappers(layer: str | int) -> str:
-    """A name without what `WRAPPERS` it begins with."""
-    *path, name = str(layer).split(".")
-    return ".".join([*dropwhile(WRAPPERS.__contains__, path), name])
 
 
 def undoing(weights: Collection[Weight], permanent: bool = False) -> ExitStack:

@@ -48,6 +48,8 @@ def slug(name: str) -> str:
 def naming(path: Path, what: str = "written") -> Iterator[None]:
     """Turns an OSError into an ArtifactError that names the file and says what cannot be done with it."""
     try:
+        if what == "read" and path.is_fifo():
+            raise OSError("it is a pipe")  # which would be waited for
         yield
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be {what} ({error.strerror or error})") from error
@@ -104,8 +106,6 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Reads what `save` has written. No code of the file is run. Raises ArtifactError where a byte of it is another."""
     with naming(path, "read"):
-        if path.is_fifo():
-            raise OSError("it is a pipe")
         content = path.read_bytes()
     try:
         if path.suffix == ".json":

@@ -1,9 +1,8 @@
 """The reports of a run, drawn from the JSON of its experiments alone."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
 
@@ -23,31 +22,22 @@ FIGURES = (
 REPORTS = ("summary.md", "variants.md", *map(".".join, product(FIGURES, FORMATS)))
 
 
-@dataclass(frozen=True)
-class Result:
-    """Finished experiments: of a variant ("" without variants), with one top_k; the paths of their JSON."""
-
-    variant: str
-    top_k: int
-    config: ReporterConfig  # of the variant's own figures; the first one's is that of figures which compare variants
-    paths: list[Path]
+# By variants ("" without them) and top_k: the settings of figures, and the JSON of experiments. Figures that compare
+# variants have the settings of the first.
+Results = Mapping[tuple[str, int], tuple[ReporterConfig, Sequence[Path]]]
 
 
-def report(results: Sequence[Result], folder: Path) -> list[str]:
+def report(results: Results, folder: Path) -> list[str]:
     """Draws and writes the reports, in the place of those that are there. Returns the tables that a run ends with."""
     plt.switch_backend("Agg")
     remove_reports(folder)
-    grouped: dict[tuple[str, int], list[Result]] = {}
-    for result in results:
-        grouped.setdefault((result.variant, result.top_k), []).append(result)
-    top_ks = Counter(variant for variant, _ in grouped)
+    top_ks = Counter(variant for variant, _ in results)
     reporters = {}
-    for (variant, top_k), group in grouped.items():
+    for (variant, top_k), (config, paths) in results.items():
         parts = {variant: f"variants/{slug(variant)}"} if variant else {}
         if top_ks[variant] > 1:
             parts[f"top-K {top_k}"] = f"top_k_{top_k}"
-        paths = chain.from_iterable(result.paths for result in group)
-        reporters[", ".join(parts)] = Reporter(group[0].config, paths, folder / "/".join(parts.values()))
+        reporters[", ".join(parts)] = Reporter(config, paths, folder / "/".join(parts.values()))
     has_variants = any(top_ks)
     for reporter in reporters.values():
         draw_alone(reporter, with_curves=not has_variants)

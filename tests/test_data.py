@@ -128,7 +128,9 @@ def test_what_is_damaged_is_not_read_where_it_is_packed_beside_it_or_is_named(tm
         load_image_data("KMNIST", tmp_path)
     packed.unlink()
     pipe(packed)
-    with pytest.raises(DataError, match=f"dataset KMNIST in .*: cannot be .* .{packed.name} is a pipe, not a file"):
+    with pytest.raises(
+        DataError, match=f"dataset KMNIST in .*: cannot be .*{packed.name}: cannot be read .it is a pipe"
+    ):
         load_image_data("KMNIST", tmp_path)
     packed.unlink()
     with pytest.raises(DataError, match=f"dataset KMNIST in .*: cannot be .* .Error downloading {FILES[0]}.gz"):
@@ -251,7 +253,7 @@ BAD_FOLDERS = [
     (lambda pets: [each.rename(each.with_name("$x$")) for each in [*pets.glob("*/cat")]], r"without \$, .*'\$x\$'"),
     (lambda pets: [path.unlink() for path in pets.glob("test/dog/*")], "no valid file for the classes dog"),
     (lambda pets: (pets / "test/dog/1.png").write_bytes(b"\x89PNG"), "test/dog/1.png must be an image"),
-    (lambda pets: pipe(pets / "test/dog/1.png"), "test/dog/1.png must be an image.*: it is a pipe"),
+    (lambda pets: pipe(pets / "test/dog/1.png"), "test/dog/1.png must be an image.*it is a pipe"),
     (lambda pets: os.truncate(pets / "test/dog/1.png", 50), "test/dog/1.png must be an image"),
     (replaced("train/dog/1.png", GREY.T), r"train/dog/1.png is of .4, 5., but .*train/cat/0.png is of .5, 4."),
     (replaced("test/dog/1.png", np.stack([GREY] * 3, 2)), r"test/dog/1.png is of .3, 5, 4., but .* is of .5, 4."),

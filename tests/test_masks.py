@@ -430,46 +430,32 @@ def test_a_network_is_the_same_under_a_wrapper(make, names, wrapper):
     assert (made & other & mask).layers == names[:2] and (made & other).num_zeroed == made.num_zeroed + other.num_zeroed
 
 
-def test_an_unknown_wrapper_is_left_out_where_its_name_is_known():
-    model, mask = network(), lower_left(network())
-    for prefix in ("network.", "module._orig_mod."):
-        with Mask({prefix + name: part for name, part in mask.by_layer.items()}).applied_to(model):
-            assert Mask.on(model).layers == NAMES
-    with pytest.raises(ValueError, match="^layer 'model.0.weight' must be"):
-        Mask({"model.0.weight": mask.by_layer[KERNELS]}).apply(model)
-    both = nn.ModuleDict({"module": nn.Linear(2, 2), "network": nn.Linear(2, 2)})
-    with pytest.raises(ValueError, match="^layer 'weight' must be"):
-        mask_of({"weight": torch.eye(2)}).apply(both)
-
-
-@pytest.mark.parametrize("prefix", ["", "network.", "module._orig_mod.", None])
-def test_files_from_before_have_indices_and_go_on_by_the_names_of_what_they_were_made_on(prefix, tmp_path):
+@pytest.mark.parametrize("name", ["0.weight", "network.0.weight", None])
+def test_files_from_before_have_indices_and_go_on_by_the_names_of_what_they_were_made_on(name, tmp_path):
     model, mask = network(), lower_left(network())
     model.network = nn.Conv2d(4, 4, 1, groups=2)  # which had no index
     saved = {"layers": [0, 2], "keep": [], "forgets": [1], "edits": []}
-    for name in (KERNELS, SECOND):
-        part = mask.by_layer[name]
+    for each in (KERNELS, SECOND):
+        part = mask.by_layer[each]
         saved["keep"].append(part.keep.bool())
         saved["edits"].append([part.left, part.right])
-    if prefix is not None:
-        made_on = {0: [prefix + KERNELS, mask.origins[KERNELS]], 2: [prefix + SECOND, mask.origins[SECOND]]}
-        saved |= {"made_on": made_on, "about": ""}
+    if name is not None:
+        saved |= {"made_on": {0: [name, mask.origins[KERNELS]], 2: [SECOND, mask.origins[SECOND]]}, "about": ""}
     save(tmp_path / "mask.pt", saved)
     loaded = Mask.load(tmp_path / "mask.pt")
-    expected = (0, 2) if prefix is None else (prefix + KERNELS, prefix + SECOND)
-    assert loaded.layers == expected and loaded.made_on(model).layers == (KERNELS, SECOND)
+    assert loaded.layers == (0, 2) and loaded.made_on(model).layers == (KERNELS, SECOND)
     with loaded.applied_to(model):
         found = Mask.on(model)
         assert found.layers == (KERNELS, SECOND) and found.includes(loaded.made_on(model))
         loaded.save(tmp_path / "again.pt")
-        assert Mask.load(tmp_path / "again.pt").layers == expected
+        assert Mask.load(tmp_path / "again.pt").layers == (0, 2)
     assert list(loaded.weights(model)) == [KERNELS, SECOND]
-    if prefix is None:
-        other = loaded & mask  # both names of one layer
-        assert other.made_on(model).layers == NAMES
-        with pytest.raises(ValueError, match="^layer 2 must be a parameter"):
-            loaded.apply(model[:1])
-    else:
+    assert (loaded.made_on(model) & mask).layers == (KERNELS, SECOND, FIRST)
+    with pytest.raises(ValueError, match="^a mask must have layers by the names of their weights"):
+        loaded & mask  # of one layer by both
+    with pytest.raises(ValueError, match="^layer 2 must be a parameter"):
+        loaded.apply(model[:1], other_weights=True)
+    if name is not None:
         with pytest.raises(ValueError, match="has other weights"):
             loaded.apply(network(1))
 

@@ -18,7 +18,7 @@ from running import files
 from mimu import reporter as module
 from mimu.reporter import FORGET, FORGET_SCORE, KEPT, RETAIN, RETAIN_GAP, WORST, Column, Reporter, method_styles
 from mimu.runs.files import write_text
-from mimu.tables import Result, report
+from mimu.tables import report
 from mimu.tables import experiment as plots
 from mimu.tables.pictures import PROBE, Row, draw_frontier, draw_masks, draw_scores
 from mimu.tables.retraining import COST, DIVERGENCES, GAPS, LEFT_BEHIND, audit_table, by_distance, draw_audits
@@ -512,7 +512,7 @@ def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, mo
     (reports / "trade_off.pdf").touch()
     two = [write(tmp_path, [experiment(0, digit, 7, "auto", ("mimu", "retrain"))]) for digit in DIGITS]
     other = write(tmp_path, [experiment(1, 3, 7, "auto", ("mimu",), top_k=6)])
-    closing = report([*(Result("", 5, CONFIG, paths) for paths in two), Result("", 6, CONFIG, other)], reports)
+    closing = report({("", 5): (CONFIG, two[0] + two[1]), ("", 6): (CONFIG, other)}, reports)
     said = ["forgetting classes 3, 9 (boot)", "forgetting class 3"]
     assert [table.split(", scored")[0].split(": ")[1] for table in closing] == said
     of_top_k = {f"top_k_5/{name}" for name in ("summary.md", "mask_efficacy.png", "trade_off.png", "masks.png")}
@@ -520,13 +520,13 @@ def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, mo
     assert set(files(reports)) == mine | of_top_k
     own = module.ReporterConfig(50, ("pdf", "svg"))
     alone = write(tmp_path, [audited(4)])
-    report([Result("first one", 6, CONFIG, other), Result("other", 5, own, alone)], reports)
+    report({("first one", 6): (CONFIG, other), ("other", 5): (own, alone)}, reports)
     of_first = {"variants.md", "variants.png", "frontier.png", "variants/first_one/summary.md"}
     of_other = {f"variants/other/{name}" for name in ("summary.md", "audits.pdf", "audits.svg")}
     assert set(files(reports)) == mine | of_first | of_other
     assert (reports / "variants.png").read_text() == "png 25"
     assert (reports / "variants" / "other" / "audits.svg").read_text() == "svg 50", "with its own settings"
-    report([Result("", 5, CONFIG, alone)], reports)
+    report({("", 5): (CONFIG, alone)}, reports)
     assert set(files(reports)) == mine | {"summary.md", "mask_efficacy.png", "trade_off.png", "audits.png"}
     assert "## Distance to retraining" in (reports / "summary.md").read_text()
     assert (reports / "variants" / "empty").exists() and not (reports / "variants" / "other").exists()

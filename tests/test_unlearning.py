@@ -534,7 +534,7 @@ WRONG_ARGUMENTS = [
     ("forget_class", [[0, 1, 2]], "there must be classes to keep beside {}"),
     ("mask_layer", [3, -4, [1, 1], [], "last", True, 1.0], "must be auto, None, or some of 1.weight, .*; not {}"),
     ("gcn", ["gcn.pt"], "gcn must be a MaskingGCN, a TrainedGCN or None, not {}"),
-    ("gcn", [MaskingGCN(9, 8, 1)], r"how many there are, must be .* 9\), not .*\)"),
+    ("gcn", [MaskingGCN(9, 8, 1)], r"gcn must read .* features, .*, not 9"),
     ("gcn", [GCN_OF_NAN], "gcn: a weight is not a finite number"),
     ("scorer", ["random"], "scorer must be gcn or saliency, not {}"),
     ("max_fall", [-1], "max_fall must be a number of points above 0, or None, not {}"),

@@ -74,5 +74,5 @@ def unlearn(
         trained = replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured"))
         bounds = (max_fall, max_class_fall)
         request = Forgetting(model, carried, custom, train, forget, trained, scorer, erase, seed, bounds, progress)
-        request.of_model(request.start, {}).check(model)
+        request.of_model(request.start, {})  # raises before any work
         return request.answer()

@@ -85,7 +85,6 @@ class Forgetting:
         for name, bound in zip(("max_fall", "max_class_fall"), self.bounds):
             if bound is not None and not (isinstance(bound, int | float) and bound > 0):
                 raise InputError(f"{name} must be a number of points above 0, or None, not {bound!r}")
-        self.trained.check(self.trained.graphs)
 
     @cached_property
     def start(self) -> Mask:

@@ -49,11 +49,6 @@ class Judgement:
     def scores_before(self) -> Scores:
         return self.scores(self.before)
 
-    @cached_property
-    def spread(self) -> float:
-        """How much the margins of all samples differ, their standard deviation."""
-        return float(margins(self.before, self.labels).std())
-
     @property
     def lost(self) -> list[int]:
         """The classes that are to go and have samples."""
@@ -79,7 +74,7 @@ class Judgement:
         if self.erase or self.counts[label] >= FEW:
             return score
         of_class = margins(logits, self.labels)[self.labels == label]
-        return max(score, percent_above_zero(of_class, self.spread))
+        return max(score, percent_above_zero(of_class, float(margins(self.before, self.labels).std())))
 
     def falls(self, now: Scores, are_shown: bool = False) -> tuple[float, float]:
         """Points that kept classes lose: over all their samples, and the class that loses most.
