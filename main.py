@@ -35,7 +35,7 @@ from mimu.configs import Asked, Config, load_variants
 from mimu.data import GraphGenerator, ImageData, is_correct, load_image_data, some_of_every_class
 from mimu.eval import Eval, Request
 from mimu.images.sources import DataError, checksum
-from mimu.masking.rankings import TrainedGCN, pretrained_for
+from mimu.masking.rankings import PRETRAINED, TrainedGCN
 from mimu.model import MaskingGCN, keep_freed_memory
 from mimu.networks.hooked import HookedClassifier
 from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, Log, code_of, damaged, digest, locked, save, slug
@@ -72,7 +72,7 @@ class Training:
         of_graphs = of_classifier | {"graphs": asdict(config.graphs), "samples": config.samples}
         of_gcn = of_graphs | {"gcn": asdict(config.gcn), "retain_weight": config.eval.retain_weight}
         if config.gcn.pretrained:
-            of_gcn["pretrained"] = hashlib.sha256(pretrained_for(config.masked_shapes).read_bytes()).hexdigest()
+            of_gcn["pretrained"] = hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()
         audit = asdict(config.audit) if config.audit.enabled else None
         of_experiments = {"eval": config.eval.decisive(), "audit": audit, "variant": self.variant, "top_k": self.top_k}
         return {"classifier": of_classifier, "graphs": of_graphs, "gcn": of_gcn, "experiments": of_gcn | of_experiments}
@@ -166,7 +166,7 @@ class Stages:
         """The masking GCN, and what experiments say of its training."""
         config = training.config.gcn
         if config.pretrained:
-            trained = TrainedGCN.load(pretrained_for(graphs.graph.shapes))
+            trained = TrainedGCN.load()
             return trained.gcn.to(graphs.labels.device), {"seconds": {"gcn": 0.0}}
         name, artifact = f"masking GCN, {training.name}", self.files.of_training(training)["gcn"]
         trainer = GCNTrainer(config, [graphs], training.config.eval.retain_weight, training.seed)
@@ -376,7 +376,7 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
             graphs.append(stages.graphs(training, stages.classifier(training, data), data))
         with stages.stage(f"masking GCN, {len(graphs)} classifiers"):
             gcn = GCNTrainer(config.gcn, graphs, config.eval.retain_weight, config.seed).train()
-        path = root / pretrained_for(config.masked_shapes).relative_to(PACKAGE)
+        path = root / PRETRAINED.relative_to(PACKAGE)
         save(path, {"config": asdict(config), "seed": config.seed, "state_dict": gcn.state_dict()})
         stages.log(f"{path}: {path.stat().st_size / 1000:.0f} KB")
 

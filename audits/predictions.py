@@ -17,7 +17,8 @@ class Predictions:
     """What a classifier does with a split, on the CPU.
 
     logits: (samples, classes); labels: (samples)
-    hidden: inputs of the layers after the first, (samples, n) each; the last is the representation
+    hidden: inputs of the layers after the first, but for those on tokens, (samples, n) each; the last is the
+        representation
     """
 
     logits: Tensor
@@ -46,11 +47,16 @@ def predictions_of(model: nn.Module, split: Split) -> Predictions:
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     # A classifier of one layer represents the images by themselves.
     hidden: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers[1:] or layers}
-    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: hidden[layer].append(inputs[0])) for layer in hidden]
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].ndim == 2:
+            hidden[layer].append(inputs[0])
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in hidden]
     logits = torch.cat([model(images) for images in split.images.split(10_000)])
     for hook in hooks:
         hook.remove()
-    recorded = tuple(torch.cat(inputs).cpu() for inputs in hidden.values())
+    recorded = tuple(torch.cat(inputs).cpu() for inputs in hidden.values() if inputs)
     return Predictions(logits.cpu(), recorded, split.labels.cpu())
 
 

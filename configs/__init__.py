@@ -17,7 +17,7 @@ from mimu.audits import AuditConfig
 from mimu.data import Amount, Count, GraphConfig, number_of_weights
 from mimu.eval import METHODS, EvalConfig
 from mimu.images import sources
-from mimu.masking.rankings import TrainedGCN, pretrained_for
+from mimu.masking.rankings import TrainedGCN
 from mimu.model import resolve_mask_layer
 from mimu.reporter import ReporterConfig
 from mimu.runs import settings
@@ -82,7 +82,7 @@ class Config:
             except ValueError as error:
                 raise ValueError(f"{section}.{error}") from None
         if self.gcn.pretrained:
-            reads = TrainedGCN.load(pretrained_for(self.masked_shapes)).graphs
+            reads = TrainedGCN.load().graphs
             graphs = replace(self.graphs, features=reads.features, other_classes=reads.other_classes)
             object.__setattr__(self, "graphs", graphs)
         for name, kappas in (("sweep.kappa", self.sweep.kappa), ("eval.max_kappa", [self.eval.max_kappa])):

@@ -31,9 +31,9 @@ from typing import Any, NamedTuple
 import yaml
 from matplotlib import pyplot as plt
 
-from mimu.configs import Config, load_variants
+from mimu.configs import load_variants
 from mimu.main import CODE, TRAINING_CODE
-from mimu.masking.rankings import pretrained_for
+from mimu.masking.rankings import PRETRAINED
 from mimu.reporter import FORGET_SCORE, RETAIN_GAP, RETAIN_SCORE, SECONDS, markdown_table, method_styles
 from mimu.runs.command_line import parse_arguments
 from mimu.runs.files import PACKAGE, digest, write_text
@@ -135,7 +135,7 @@ def settings_of(command: str) -> dict[str, Any]:
         if not config.audit.enabled:
             del settings["audit"]
         if config.gcn.pretrained:
-            settings["pretrained"] = hashlib.sha256(tracked_gcn(config).read_bytes()).hexdigest()
+            settings["pretrained"] = hashlib.sha256(tracked_gcn().read_bytes()).hexdigest()
         found[name] = settings
     return found
 
@@ -162,13 +162,13 @@ def all_of_tuning(name: str) -> list[Any]:
     return [tuning, config]
 
 
+def tracked_gcn() -> Path:
+    return ROOT / PRETRAINED.relative_to(PACKAGE)
+
+
 def arguments_of(command: str) -> argparse.Namespace:
     """The options and overrides of a command of main.py."""
     return parse_arguments(shlex.split(command.partition("main.py")[2]))
-
-
-def tracked_gcn(config: Config) -> Path:
-    return ROOT / pretrained_for(config.masked_shapes).relative_to(PACKAGE)
 
 
 @cache
@@ -265,8 +265,7 @@ def by_script(commands: Sequence[str]) -> None:
 def pretrained(commands: Sequence[str]) -> str:
     """What training a pretrained GCN takes; it takes the place of the tracked one."""
     seconds = python(commands[0])
-    config = next(iter(load_variants(ROOT / arguments_of(commands[0]).config).values()))
-    return f"It takes {seconds:.0f} s and {tracked_gcn(config).stat().st_size / 1000:.0f} KB."
+    return f"It takes {seconds:.0f} s and {tracked_gcn().stat().st_size / 1000:.0f} KB."
 
 
 def two_processes(commands: Sequence[str]) -> str:
@@ -412,7 +411,7 @@ def draw_few(table: str) -> None:
     figure.savefig(DOCS / "few.png", dpi=150)
 
 
-PRETRAIN, KERNELS = "configs/pretrain.yaml", "configs/pretrain_kernels.yaml"
+PRETRAIN = "configs/pretrain.yaml"
 ALL_DIGITS, FEW = "--config configs/all_digits.yaml", "--config configs/few.yaml"
 BASELINES, ERASURE = "--config configs/baselines.yaml", "--config configs/erasure.yaml"
 THREE = "'sweep.seeds=[0, 1, 2]'"
@@ -423,7 +422,6 @@ UNLEARN_CODE = [*CODE, "unlearning/*.py"]
 # In this order: pretraining decides the figures of the others, and later blocks reuse what earlier ones have run.
 MEASUREMENTS = {
     "pretrain": Measurement(pretrained, [f"main.py --pretrain --config {PRETRAIN}"], code=TRAINING_CODE),
-    "pretrain_kernels": Measurement(pretrained, [f"main.py --pretrain --config {KERNELS}"], code=TRAINING_CODE),
     "default": Measurement(default, ["main.py --fresh", "main.py", "-m pytest -q", "-m pytest -q -m faults"]),
     "benchmark": Measurement(benchmark, ["tests/benchmark.py"], ["main.py", BY_PRETRAINED]),
     "two_processes": Measurement(two_processes, [f"{ON_TWO} --fresh {ALL_DIGITS}"]),

@@ -25,7 +25,7 @@ from mimu.audits.probes import probe_scores
 from mimu.configs import load_config
 from mimu.data import GraphGenerator, load_image_data, number_of_weights
 from mimu.eval import Request, answer
-from mimu.masking.rankings import TrainedGCN, pretrained_for
+from mimu.masking.rankings import TrainedGCN
 from mimu.reporter import markdown_table
 from mimu.trainer import Trainer, TrainingError
 
@@ -55,7 +55,7 @@ class Tuning:
         classifier = trainer.train(data.train, len(data.class_names))
         graphs = GraphGenerator(classifier, data.train, config.graphs, seed)
         top_k = number_of_weights(config.sweep.top_k[0], graphs.graph.num_vertices)
-        gcn = TrainedGCN.load(pretrained_for(graphs.graph.shapes)).gcn
+        gcn = TrainedGCN.load().gcn
         kept: dict[str, Any] = {}
         self.requests = [
             Request(config.eval, classifier, trainer, data.train, graphs, gcn, digit, top_k, seed, "auto", kept=kept)

@@ -94,8 +94,6 @@ class ZeroingOrder:
         It is when less than `config.target` percent of its training samples, `forget`, are classified correctly, or of
         others like them where they are few (`_left`). At the largest kappa the search gives up, and where
         `is_too_much`, which it asks after every step of the vertices zeroed so far.
-        With `config.patience` it goes on: of the steps after which the class is forgotten it takes that after which the
-        others' loss is least, when so many further ones of them have not lowered it. (Not with the scope measured.)
         """
         if asked != "auto":
             return self.first(asked)
@@ -138,20 +136,16 @@ class ZeroingOrder:
         graphs = self.graphs
         label = int(forget.labels[0])
         inputs = graphs.classifier.prefix_activations(graphs.graph.layers, forget.images)
-        patience = 0 if self._is_measured else self.config.patience  # the others have lost little to regain
         found, counting = self.first(self._ends[0]), 0.0
-        best, least, waited = None, math.inf, 0
         for found in self.steps():
             started = time.perf_counter()
             ends = is_too_much(found.vertices)
-            if self._left(found.vertices, inputs, label, self.config.target) < self.config.target:
-                loss = self._losses(found.vertices, graphs.by_class())[1].item() if patience else 0.0
-                best, least, waited = (found.vertices, loss, 0) if loss < least else (best, least, waited + 1)
+            is_forgotten = self._left(found.vertices, inputs, label, self.config.target) < self.config.target
             counting += time.perf_counter() - started
-            if ends or (best is not None and waited >= patience):
+            if is_forgotten:
+                return Zeroing(found.vertices, found.seconds + counting, "")
+            if ends:
                 break
-        if best is not None:
-            return Zeroing(best, found.seconds + counting, "")
         percent = self._left(found.vertices, inputs, label)
         return Zeroing(found.vertices, found.seconds + counting, f"{percent:.1f} % of class {label} are left")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -18,13 +17,8 @@ from mimu.model import MaskingGCN
 from mimu.networks.hooked import is_finite
 from mimu.runs.files import PACKAGE, ArtifactError, InputError, load, one_line
 
-PRETRAINED = PACKAGE / "checkpoints" / "pretrained"
+PRETRAINED = PACKAGE / "checkpoints" / "pretrained" / "gcn.pt"
 TERMS = ("forgetting", "retention", "curvature")  # the features that the saliency is made of
-
-
-def pretrained_for(shapes: Sequence[tuple[int, ...]]) -> Path:
-    """The tracked GCN for masked layers by the shapes of their weights: that for linear ones, or with kernels."""
-    return PRETRAINED / ("kernels.pt" if any(len(shape) > 2 for shape in shapes) else "gcn.pt")
 
 
 def retain_saliency(snapshot: Snapshot, forget_row: int) -> Tensor:
@@ -76,7 +70,6 @@ class MaskingConfig:
     penalty_growth: Annotated[float, "at least 1"]
     target: Positive
     max_kappa: Amount
-    patience: Annotated[int, "at least 0"]
 
 
 @dataclass(eq=False)
@@ -142,7 +135,7 @@ class TrainedGCN:
     masking: MaskingConfig
 
     @staticmethod
-    def load(path: Path | str = PRETRAINED / "gcn.pt") -> TrainedGCN:
+    def load(path: Path | str = PRETRAINED) -> TrainedGCN:
         """Reads what a run left in `checkpoints/`, or a tracked GCN. Raises ArtifactError."""
         checkpoint = load(Path(path))
         try:
@@ -159,13 +152,11 @@ class TrainedGCN:
             raise ArtifactError(f"{path}: is not the checkpoint of a masking GCN ({one_line(error)})") from None
 
     @staticmethod
-    def of(
-        gcn: MaskingGCN | TrainedGCN | None, device: torch.device, shapes: Sequence[tuple[int, ...]] = ()
-    ) -> TrainedGCN:
-        """A copy of a GCN in float32; that for `shapes` where it is None, whose settings a bare MaskingGCN takes."""
+    def of(gcn: MaskingGCN | TrainedGCN | None, device: torch.device) -> TrainedGCN:
+        """A copy of a GCN in float32; the tracked one where it is None, whose settings a bare MaskingGCN takes."""
         if gcn is not None and not isinstance(gcn, MaskingGCN | TrainedGCN):
             raise InputError(f"gcn must be a MaskingGCN, a TrainedGCN or None, not {gcn!r}")
-        trained = gcn if isinstance(gcn, TrainedGCN) else TrainedGCN.load(pretrained_for(shapes))
+        trained = gcn if isinstance(gcn, TrainedGCN) else TrainedGCN.load()
         ranks = copy.deepcopy(gcn if isinstance(gcn, MaskingGCN) else trained.gcn).float().to(device)
         if not is_finite(ranks):
             raise InputError("gcn: a weight is not a finite number")

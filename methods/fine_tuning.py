@@ -9,11 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimu.data import Count, NonNegative, Positive, Share, Split, class_by_class, mean_squared_gradient, seeded
+from mimu.data import (
+    Count,
+    NonNegative,
+    Positive,
+    Share,
+    Split,
+    by_weight,
+    class_by_class,
+    mean_squared_gradient,
+    seeded,
+)
 from mimu.eval import Request
 from mimu.masking.order import forgetting_loss
 from mimu.methods.controls import further
-from mimu.networks.hooked import HookedClassifier
+from mimu.networks.hooked import NUMBERS_AT_ONCE, HookedClassifier
 from mimu.networks.masks import Mask
 from mimu.trainer import UnlearningSFTConfig, descend, learn, masked_weights, other_labels
 
@@ -95,12 +105,15 @@ def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tenso
     """The diagonal Fisher information E[(dL/dw)^2] of every weight, as of the matrix of its layer, (m, n) each."""
     layers = range(len(classifier.names))
     means = [0.0 for _ in layers]
-    for images, labels in split.loader(classifier.recorded_at_once(layers)):
+    sizes = [weight.numel() for layer, weight in enumerate(classifier.weights) if classifier.positions(layer)]
+    fit = NUMBERS_AT_ONCE // max(sizes, default=1)  # the gradient of every sample by a weight that sums positions
+    at_once = min(classifier.recorded_at_once(layers), max(1, fit))
+    for images, labels in split.loader(at_once):
         record = classifier.record(images, labels, layers)
         share = len(labels) / len(split.labels)
         factor = (-record.log_odds).sigmoid().square()[None]  # (1 - p)^2, of the loss
         for index, layer in enumerate(record.layers):
-            mean = mean_squared_gradient(layer.each(lambda x: class_by_class(x, 1)), factor)
+            mean = mean_squared_gradient(by_weight(layer.each(lambda x: class_by_class(x, 1))), factor)
             means[index] += share * mean.flatten(0, 1)
     return means
 

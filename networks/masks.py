@@ -18,7 +18,6 @@ from mimu.runs import files
 
 SAMPLED = 256  # weights of a layer by which it is known again
 PRECISION = 0.01  # of their norm, by which they may differ then: bfloat16 rounds by 0.002 at most
-COLLECTIONS = (nn.ParameterList, nn.ParameterDict, parametrize.ParametrizationList)  # which their owners read
 
 
 class LayerMask(NamedTuple):

@@ -60,7 +60,7 @@ def graph_generator(mask_layer=-2, dtype=torch.float32, bias=False, **changes) -
 
 def masking_config(**changes) -> MaskingConfig:
     settings = {"step": 4, "snapshot_every": 1, "momentum": 0.0, "group_size": 8, "retain_weight": 5.0}
-    settings |= {"penalty_growth": 1.0, "target": 1.25, "max_kappa": 20, "patience": 0}
+    settings |= {"penalty_growth": 1.0, "target": 1.25, "max_kappa": 20}
     return MaskingConfig(**settings | changes)
 
 
@@ -162,6 +162,7 @@ class Group:
         a, h = (self.masked.network[:end](self.images) for end in (begin, (relus or [begin])[0] + 1))
         if isinstance(layer, nn.Conv2d):
             a = F.pad(a, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4).movedim(-1, 2).flatten(1, 2)
+        a, h = (each.mT if each.ndim == 3 and isinstance(layer, nn.Linear) else each for each in (a, h))
         a, h = (each.reshape(*each.shape[:2], -1).detach() for each in (a, h))  # (samples, n, places)
         a, h = (each.unflatten(1, (getattr(layer, "groups", 1), -1)) for each in (a, h))
         both = ((h > 0 if relus else torch.ones_like(h))[:, :, :, None] * a[:, :, None]).mean((0, 4))

@@ -22,6 +22,7 @@ from mimu.audits.probes import linear, neighbours, prototype_recall, two_layer
 from mimu.data import ImageData, Split, seeded, seeded_initialisation, some_of_every_class
 from mimu.methods.controls import logit_removed
 from mimu.model import HookedMNISTClassifier, WeightGraph
+from mimu.networks.architectures import VisionTransformer
 from mimu.trainer import Trainer
 
 FORGET = 1
@@ -79,6 +80,16 @@ def test_predictions_are_logits_losses_and_the_inputs_of_every_layer_after_the_f
     assert not any(module._forward_pre_hooks for module in classifier.modules())
     (hidden,) = predictions_of(HookedMNISTClassifier((), IN_FEATURES, NUM_CLASSES), split).hidden
     assert torch.equal(hidden, split.images)  # which a classifier of one layer represents by themselves
+
+
+def test_hidden_values_of_a_transformer_are_those_that_linear_layers_read_as_features():
+    network, split = VisionTransformer((1, 4, 4), 2, 4, 5, 2, 2, NUM_CLASSES).eval(), random_split(3)
+    images = torch.randn(len(split.labels), 16)
+    found, given = predictions_of(network, Split(images, split.labels)), []
+    with torch.no_grad():
+        network.head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+        assert torch.equal(found.logits, network(images)) and len(found.hidden) == 1
+    assert torch.equal(found.hidden[-1], given[0])
 
 
 def test_the_divergence_is_that_of_its_definition():

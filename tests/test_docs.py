@@ -16,7 +16,7 @@ from conftest import TRACKED, copy_to
 from running import PROJECT, of_copy
 
 SCRIPTS = ("build", "tune", "bar", "own")
-PRETRAIN = {"pretrain", "pretrain_kernels"}
+PRETRAIN = {"pretrain"}
 OWN = {"own_layers", "own_several", "own_networks", "own_kinds", "own_few", "choice"}
 TUNING = {"tuning", "tuning_erasure", "tuning_cnn", "tuning_resnet", "tuning_cifar10"}
 

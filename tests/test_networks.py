@@ -211,6 +211,18 @@ def grouped() -> nn.Sequential:
     return nn.Sequential(*begin, grouped, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(24, NUM_CLASSES))
 
 
+class Swapped(nn.Module):
+    """Tokens of channels in the place of channels of tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
+def tokens() -> nn.Sequential:
+    begin = nn.Conv2d(2, 4, 4, 4), nn.Flatten(2), Swapped(), nn.Linear(4, 5), nn.ReLU()
+    return nn.Sequential(*begin, nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(16, NUM_CLASSES))
+
+
 NETWORKS = {
     "mlp": lambda: mlp([128, 6, 5, NUM_CLASSES], False),
     "biased": lambda: mlp([128, 6, 5, NUM_CLASSES], True),
@@ -228,6 +240,7 @@ NETWORKS = {
     "functional": Functional,
     "squeezed": Squeezed,
     "heads": Heads,
+    "tokens": tokens,
 }
 # Whose the columns and the rows of every layer are, by hand: `a3*9-b4`, nine columns of each a, a row of each b; in so
 # many groups, `a4*9-b4/2`, of which each has its own columns and rows.
@@ -248,6 +261,7 @@ ENDS = {
     "functional": "a4*4-r6 i2*16-a4 r6-o3",
     "squeezed": "i2*9-a4 a4-s2 s2-b3 s2*9-c3 b3+c3-o3",
     "heads": "i128-a6 a6-o3 a6-o3",
+    "tokens": "i2*16-a4 a4-b5 b5-c4 c4+c4+c4+c4-o3",
 }
 COUNTS = {name: len(ends.split()) for name, ends in ENDS.items()}
 LAYERS = [(name, layers) for name, count in COUNTS.items() for layers in ([1], [2], [0, 2], range(count))]
@@ -382,8 +396,14 @@ def test_recorded_activations_stand_behind_normalisation_addition_and_relu():
     assert torch.allclose(records[3].inputs, hidden[2].flatten(1), atol=1e-12) and (records[2].outputs < 0).any()
 
 
-@pytest.mark.parametrize("mask_layer, is_updated", [(0, False), ([1, -1], False), ([-2, -1], True)])
-def test_requests_for_kernels_take_a_snapshot_before_every_step(mask_layer, is_updated):
+@pytest.mark.parametrize(
+    "mask_layer, numbers, is_updated",
+    [(0, 2**26, True), (0, 1, False), ([1, -1], 2**26, True), ([1, -1], 1, False), ([-2, -1], 1, True)],
+)
+def test_requests_take_a_snapshot_before_every_step_where_gradients_by_kernels_are_too_many_to_be_kept(
+    mask_layer, numbers, is_updated, monkeypatch
+):
+    monkeypatch.setattr("mimu.networks.hooked.NUMBERS_AT_ONCE", numbers)
     graphs = GraphGenerator(classifier_of("cnn"), labelled(), graph_config(mask_layer), 0)
     zeroed = []
     for every in (1, None):
@@ -395,7 +415,7 @@ def test_requests_for_kernels_take_a_snapshot_before_every_step(mask_layer, is_u
 
 MASKED = [
     ("cnn", 0, None), ("cnn", [1, -2], 1), ("cnn", None, 2), ("cnn", [-2, -1], 0), ("cnn", [-2, -1], None),
-    ("grouped", 1, None), ("grouped", [1, 2], 1), ("grouped", None, 2),
+    ("grouped", 1, None), ("grouped", [1, 2], 1), ("grouped", None, 2), ("tokens", 1, 2), ("tokens", [1, 2, 3], None),
 ]  # fmt: skip
 
 
@@ -442,6 +462,7 @@ def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_thes
         assert torch.allclose(features, classifier.outputs(x)[0], atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_many_masks_at_once_give_what_each_gives_by_itself(name):
     classifier, x = classifier_of(name), images(3)
@@ -449,7 +470,8 @@ def test_many_masks_at_once_give_what_each_gives_by_itself(name):
     keep = (torch.rand(3, graph.num_vertices) < 0.7).double()
     together = vmap(lambda weights: classifier.outputs(x, weights)[1])(masked_weights(classifier, graph, keep))
     for logits, of_mask in zip(together, keep):
-        with graph.zeroing((of_mask == 0).nonzero()[:, 0]).applied_to(classifier):
+        # Without gradients nn.TransformerEncoderLayer computes otherwise.
+        with graph.zeroing((of_mask == 0).nonzero()[:, 0]).applied_to(classifier), torch.no_grad():
             assert torch.allclose(logits, classifier.network(x), atol=1e-12)
 
 
@@ -501,6 +523,7 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
         "samples behind": {1: (4, 4), 2: (4, 4), 4: (4, 4), 5: (4,)}, "functional": {0: (16,), 1: (2, 8, 8), 2: (6,)},
         "mixer": {1: (8, 4), 2: (8, 4), 3: (8, 4), 4: (8, 4), 5: (4,)}, "spaced": {1: (2, 8, 8), 2: (9, 6), 3: (4,)},
         "windows": {1: (2, 2, 2, 2, 4), 3: (16, 4), 4: (4,)}, "heads": {0: (128,), 1: (6,), 2: (6,)},
+        "tokens": {1: (4, 4), 2: (4, 5), 3: (16,)},
         "squeezed": {1: (4, 3, 3), 2: (2, 3, 3), 3: (2, 3, 3), 4: (6, 3, 3)},
         "resnet18": {1: (64, 8, 8), 2: (64, 8, 8), 19: (512, 1, 1), 20: (512,)},
     }[name]  # fmt: skip
@@ -542,12 +565,15 @@ CHANGES = (
 TINY = {"epochs": 1, "batch_size": 8, "steps": 3, "samples": 12, "noise_steps": 2, "noise_batches": 1}
 
 
+TINY_VIT = "classifier.channels=[4]", "classifier.hidden_sizes=[5]", "classifier.heads=2", "classifier.patch=4"
+
+
 def configured(architecture: str, *changes: str) -> Config:
     return load_config(overrides=[*CHANGES, f"classifier.architecture={architecture}", *changes])
 
 
 def tiny_request(architecture: str, mask_layer: tuple[int, ...] | None) -> Request:
-    config = configured(architecture)
+    config = configured(architecture, *(TINY_VIT if architecture == "vit" else ()))
     split = Split(torch.randn(36, 3 * 8 * 8, generator=seeded("pixels")), torch.arange(NUM_CLASSES).repeat(12))
     trainer = Trainer(config.classifier, 0, (3, 8, 8))
     classifier = trainer.train(split, NUM_CLASSES)
@@ -564,7 +590,7 @@ def tiny_request(architecture: str, mask_layer: tuple[int, ...] | None) -> Reque
     return Request(replace(config.eval, hyperparameters=own), classifier, trainer, split, graphs, gcn, 1, 20, 0, 9)
 
 
-@pytest.mark.parametrize("architecture, mask_layer", [("cnn", None), ("resnet", (2, 4))])
+@pytest.mark.parametrize("architecture, mask_layer", [("cnn", None), ("resnet", (2, 4)), ("vit", (1, 4))])
 def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_original(architecture, mask_layer):
     request = tiny_request(architecture, mask_layer)
     before, x = copy.deepcopy(request.original.state_dict()), request.train.images

@@ -18,8 +18,8 @@ from running import files
 from mimu import reporter as module
 from mimu.reporter import FORGET, FORGET_SCORE, KEPT, RETAIN, RETAIN_GAP, WORST, Column, Reporter, method_styles
 from mimu.runs.files import write_text
-from mimu.tables import report
 from mimu.tables import experiment as plots
+from mimu.tables import report
 from mimu.tables.pictures import PROBE, Row, draw_frontier, draw_masks, draw_scores
 from mimu.tables.retraining import COST, DIVERGENCES, GAPS, LEFT_BEHIND, audit_table, by_distance, draw_audits
 from mimu.tables.variants import compare

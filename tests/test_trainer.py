@@ -346,21 +346,6 @@ def as_classified(graphs: GraphGenerator, label: int) -> Split:
     return Split(images, graphs.classifier(images).argmax(1)).forget(label)
 
 
-@pytest.mark.parametrize("patience", [1, 3, 99])
-def test_auto_with_patience_takes_the_step_after_which_the_others_lose_least(patience):
-    graphs = graph_generator()
-    order = zeroing_order(graphs, step=1, target=101, patience=patience)
-    best, waited = None, 0
-    for kappa in range(1, 21):
-        zeroed, waited = order.first(kappa).vertices, waited + 1
-        logits = masked_logits(graphs, graphs.samples, zeroed)
-        loss = F.cross_entropy(logits[graphs.labels != 0], graphs.labels[graphs.labels != 0]).item()
-        best, waited = ((loss, kappa), 0) if best is None or loss < best[0] else (best, waited)
-        if waited >= patience:
-            break
-    assert len(order.answer("auto", as_classified(graphs, 0)).vertices) == best[1]
-
-
 ENDINGS = [(0, 101, 99, 4, True), (0, 1e-9, 99, 20, False), (0, 1e-9, 8, 8, False), (5, 1e-9, 99, 25, False),
            (28, 1e-9, 99, 30, False), (30, 101, 99, 30, False)]  # fmt: skip
 

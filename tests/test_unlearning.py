@@ -376,7 +376,7 @@ def test_every_tenth_step_sees_what_the_kept_classes_lose(model, progress, monke
     judged, is_ruined = [], Judgement.is_ruined
     monkeypatch.setattr(Judgement, "is_ruined", lambda *given: judged.append(given) or is_ruined(*given))
     monkeypatch.setattr("sys.stderr", Terminal())
-    steps = request(model, gcn=patient_gcn(step=1, patience=0), scorer="saliency", progress=progress).num_zeroed
+    steps = request(model, gcn=patient_gcn(step=1), scorer="saliency", progress=progress).num_zeroed
     assert len(judged) == 1 + steps // 10 > 3, "before the first, too"
 
 

@@ -70,7 +70,7 @@ def unlearn(
         carried = Mask.on(model)
         train = Split(custom.inputs, labels.to(custom.inputs.device))
         forget = classes_of(forget_class, train.labels, custom.num_classes, carried.forgets if carried else ())
-        trained = TrainedGCN.of(gcn, custom.inputs.device, [custom.classifier.shapes[index] for index in custom.masked])
+        trained = TrainedGCN.of(gcn, custom.inputs.device)
         trained = replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured"))
         bounds = (max_fall, max_class_fall)
         request = Forgetting(model, carried, custom, train, forget, trained, scorer, erase, seed, bounds, progress)
