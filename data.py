@@ -166,7 +166,7 @@ def load_image_data(
         raise DataError(f"dataset {name} in {root / name}: all pixels of the training split are alike")
     for split in splits:
         split.images.sub_(mean).div_(deviation)  # in place, or a large data set would stand in memory twice
-    return ImageData(*splits, source.class_names)
+    return ImageData(splits[0], splits[1], source.class_names)
 
 
 def mean_product(of_target: Tensor, of_source: Tensor) -> Tensor:

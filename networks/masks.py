@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -375,7 +376,7 @@ def weights_in(model: nn.Module) -> dict[str, Weight]:
 def carried_by(weights: Mapping[str, Weight]) -> Mask | None:
     """The mask that weights carry, by their names; None where they carry none."""
     found = {name: weight.carried for name, weight in weights.items() if weight.carried is not None}
-    forgets = set().union(*(each.forgets for each in found.values()))
+    forgets = set(chain.from_iterable(each.forgets for each in found.values()))
     return Mask({name: each.mask for name, each in found.items()}, tuple(sorted(forgets))) if found else None
 
 
