@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
 from mimu import data
@@ -18,6 +20,7 @@ from mimu.networks.hooked import is_finite
 from mimu.runs.files import PACKAGE, ArtifactError, InputError, load, one_line
 
 PRETRAINED = PACKAGE / "checkpoints" / "pretrained" / "gcn.pt"
+KERNELS = PACKAGE / "configs" / "kernels.yaml"
 TERMS = ("forgetting", "retention", "curvature")  # the features that the saliency is made of
 
 
@@ -164,3 +167,10 @@ class TrainedGCN:
             must = f"read {trained.graphs.num_features} features, those of graphs.features and other_classes"
             raise InputError(f"gcn must {must}, not {ranks.num_features}")
         return replace(trained, gcn=ranks)
+
+    def for_kernels(self, shapes: Iterable[tuple[int, ...]]) -> TrainedGCN:
+        """The same with the settings of KERNELS; for weights of which no kernel has several places, with its updates."""
+        settings = yaml.safe_load(KERNELS.read_text())["eval"]
+        if all(math.prod(shape[2:]) == 1 for shape in shapes):
+            settings = {"snapshot_every": settings["snapshot_every"]}
+        return replace(self, masking=replace(self.masking, **settings))

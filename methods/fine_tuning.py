@@ -108,7 +108,7 @@ def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tenso
     sizes = [weight.numel() for layer, weight in enumerate(classifier.weights) if classifier.positions(layer)]
     fit = NUMBERS_AT_ONCE // max(sizes, default=1)  # the gradient of every sample by a weight that sums positions
     at_once = min(classifier.recorded_at_once(layers), max(1, fit))
-    for images, labels in split.loader(at_once):
+    for images, labels in zip(split.images.split(at_once), split.labels.split(at_once)):
         record = classifier.record(images, labels, layers)
         share = len(labels) / len(split.labels)
         factor = (-record.log_odds).sigmoid().square()[None]  # (1 - p)^2, of the loss
@@ -140,7 +140,8 @@ def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> 
 def salun(request: Request, *, config: FineTuning, share: Share) -> nn.Module:
     """SalUn: fine-tuning with random labels of the share of weights alone that has the largest forget gradient."""
     classifier, forget = request.classifier, request.forget
-    for images, labels in forget.loader(classifier.recorded_at_once(())):
+    at_once = classifier.recorded_at_once(())
+    for images, labels in zip(forget.images.split(at_once), forget.labels.split(at_once)):
         (F.cross_entropy(classifier(images), labels) * len(labels) / len(forget.labels)).backward()
     saliency = [parameter.grad.abs() for parameter in classifier.parameters()]
     largest = torch.cat([each.flatten() for each in saliency]).sort(descending=True).values

@@ -115,7 +115,6 @@ def test_words_plots_and_pages_make_no_block_stale(pages, before):
 
 OF_GCN = [
     ("gcn.pt", {"transfer", "few", "benchmark", "tuning", "own_layers", "cifar10"}, {"all_digits", *PRETRAIN}),
-    ("kernels.pt", {"cnn", "tuning_resnet"}, {"transfer", "few", "own_networks", "tuning_cnn", *PRETRAIN}),
 ]
 
 

@@ -26,7 +26,7 @@ def unlearn(
     labels: Any = None,
     forget_class: int | Sequence[int] | None = None,
     gcn: MaskingGCN | TrainedGCN | None = None,
-    mask_layer: int | Sequence[int] | Literal["auto"] | None = "auto",
+    mask_layer: int | str | Sequence[int | str] | None = "auto",
     seed: int = 0,
     *,
     scorer: Literal["gcn", "saliency"] = "gcn",
@@ -37,18 +37,18 @@ def unlearn(
 ) -> Mask:
     """The mask that makes a classifier of the user's own forget classes; the model is left as it is, to the bit.
 
-    A copy runs, in evaluation mode, in float32. What is masked are linear layers that the model ends in, with nothing
-    but ReLU or dropout between them; or any linear layers and convolutions (without groups), each called once, where
-    torch.fx can trace the model. Nothing that other threads share is changed: they may predict meanwhile.
+    A copy runs, in evaluation mode, in float32, operation by operation (torch.export). What can be masked are parameters
+    that one linear operation or convolution reads; where the model cannot be exported, the linear layers at its end.
+    Nothing that other threads share is changed: they may predict meanwhile.
 
     model: returns logits; inputs, labels: training samples as it takes them, (samples, ...), and their classes, from 0
         on; or, as inputs alone, a DataLoader or data set of pairs. Some of every class, but for those that a mask on
         the model forgets
     forget_class: one class or several; those of a mask that the model carries stay forgotten: the answer includes it
-    gcn: what ranks the weights; None: the pretrained one, whose settings a bare MaskingGCN takes too
-    mask_layer: an index among the linear layers and convolutions of the model (`networks.hooked.weight_layers`), or
-        several, None for all that can be masked, or auto: of the linear layers at the end the last but one if they are
-        three or more, else the last
+    gcn: what ranks the weights; None: the pretrained one, whose settings a bare MaskingGCN takes too, and the formula
+        (`saliency`) in convolutions and linear layers on tokens, of which it has not seen any
+    mask_layer: names, as named_parameters has them, of modules or with * and ?, or indices among what can be masked; one
+        or several; None: all; auto: of the linear layers at the end the last but one if they are three, else the last
     seed: of the samples that are drawn; scorer: the GCN, or the saliency that it adapts
     erase: takes the classes from what the last layer is given, too (`methods.erasing`), by one direction less in each
         layer before it that can be masked: without a GCN, and with mask_layer auto or None
@@ -71,6 +71,8 @@ def unlearn(
         train = Split(custom.inputs, labels.to(custom.inputs.device))
         forget = classes_of(forget_class, train.labels, custom.num_classes, carried.forgets if carried else ())
         trained = TrainedGCN.of(gcn, custom.inputs.device)
+        if gcn is None and custom.has_positions and not erase:
+            scorer, trained = "saliency", trained.for_kernels(custom.classifier.shapes[each] for each in custom.masked)
         trained = replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured"))
         bounds = (max_fall, max_class_fall)
         request = Forgetting(model, carried, custom, train, forget, trained, scorer, erase, seed, bounds, progress)

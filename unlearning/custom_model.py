@@ -100,6 +100,11 @@ class CustomModel:
             warnings.warn(f"of layers {[*row]} at the end of the model alone, as {why_not}", stacklevel=4)
         return CustomModel(copied_layers(row), tuple(row), masked, given, logits.shape[1])
 
+    @property
+    def has_positions(self) -> bool:
+        """Whether a layer to mask stands at several places of a sample, as kernels do and what reads tokens."""
+        return any(self.classifier.positions(index) for index in self.masked)
+
     def begun(self, progress: bool) -> CustomModel:
         """The same from where the layers to mask can be reached: what comes before runs once."""
         classifier, parts = self.classifier, self.inputs.split(min(AT_ONCE, self.classifier.samples_at_once))
