@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -169,7 +170,7 @@ class TrainedGCN:
         return replace(trained, gcn=ranks)
 
     def for_kernels(self, shapes: Iterable[tuple[int, ...]]) -> TrainedGCN:
-        """The same with the settings of KERNELS; for weights of which no kernel has several places, with its updates."""
+        """The same with the settings of KERNELS; where no kernel reads several places, with its updates alone."""
         settings = yaml.safe_load(KERNELS.read_text())["eval"]
         if all(math.prod(shape[2:]) == 1 for shape in shapes):
             settings = {"snapshot_every": settings["snapshot_every"]}
