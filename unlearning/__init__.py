@@ -37,8 +37,8 @@ def unlearn(
 ) -> Mask:
     """The mask that makes a classifier of the user's own forget classes; the model is left as it is, to the bit.
 
-    A copy runs, in evaluation mode and float32, operation by operation (torch.export). What can be masked are parameters
-    that one linear operation or convolution reads; where the model cannot be exported, the linear layers at its end.
+    A copy runs, in evaluation mode and float32, operation by operation (torch.export). Parameters can be masked that one
+    linear operation or convolution reads; where the model cannot be exported, the linear layers at its end.
     Nothing that other threads share is changed: they may predict meanwhile.
 
     model: returns logits; inputs, labels: training samples as it takes them, (samples, ...), and their classes, from 0
@@ -48,7 +48,7 @@ def unlearn(
     gcn: what ranks the weights; None: the pretrained one, whose settings a bare MaskingGCN takes too, and the formula
         (`saliency`) in convolutions and linear layers on tokens, of which it has not seen any
     mask_layer: names, as named_parameters has them, of modules or with * and ?, or indices among what can be masked;
-        one or several; None: all; auto: of the linear layers at the end the last but one if they are three, else the last
+        one or several; None: all; auto: of linear layers at the end the last but one if they are three, else the last
     seed: of the samples that are drawn; scorer: the GCN, or the saliency that it adapts
     erase: takes the classes from what the last layer is given, too (`methods.erasing`), by one direction less in each
         layer before it that can be masked: without a GCN, and with mask_layer auto or None
