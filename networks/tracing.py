@@ -411,7 +411,7 @@ def is_in_place(node: fx.Node) -> bool:
 
 def is_alone(node: fx.Node) -> bool:
     """Whether no other value may lie at the same place in memory."""
-    return not any(map(is_moving, (node, *node.users)))
+    return not any(is_moving(each) and not is_in_place(each) for each in (node, *node.users))
 
 
 def call(node: fx.Node, arguments: tuple, named: dict) -> Any:

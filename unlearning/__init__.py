@@ -37,8 +37,8 @@ def unlearn(
 ) -> Mask:
     """The mask that makes a classifier of the user's own forget classes; the model is left as it is, to the bit.
 
-    A copy runs, in evaluation mode and float32, operation by operation (torch.export). Parameters can be masked that one
-    linear operation or convolution reads; where the model cannot be exported, the linear layers at its end.
+    A copy runs, in evaluation mode and float32, operation by operation (torch.export). What can be masked are weights
+    that one linear operation or convolution reads; where the model cannot be exported, the linear layers at its end.
     Nothing that other threads share is changed: they may predict meanwhile.
 
     model: returns logits; inputs, labels: training samples as it takes them, (samples, ...), and their classes, from 0
