@@ -170,14 +170,7 @@ def load_image_data(
 
 
 def mean_product(of_target: Tensor, of_source: Tensor) -> Tensor:
-    """Mean over the samples of of_target[s, r] * of_source[s, c], summed over positions, (classes, m, n)."""
-    if of_target.ndim == 4 and of_target.shape[2] > of_target.shape[3]:
-        return torch.einsum("csmp,csnp->cmn", of_target, of_source).div_(of_source.shape[1])
-    if of_target.ndim == 4:  # of many positions, what kernels read is more than the gradient: it is not copied
-        total = of_target.new_zeros(len(of_target), of_target.shape[2], of_source.shape[2])
-        for target, source in zip(of_target.unbind(1), of_source.unbind(1)):
-            total.baddbmm_(target, source.mT)
-        return total.div_(of_source.shape[1])
+    """Mean over the samples of of_target[s, r] * of_source[s, c], (classes, m, n)."""
     return of_target.transpose(1, 2) @ of_source / of_source.shape[1]
 
 
@@ -203,8 +196,9 @@ def mean_squared_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
 
 def mean_signal(record: LayerRecord) -> Tensor:
     """Mean over samples and positions of what a target neuron that is active is given, (classes, m, n)."""
-    positions = record.inputs.shape[3] if record.inputs.ndim == 4 else 1
-    return mean_product(record.active, record.inputs) / positions
+    if record.inputs.ndim == 4:
+        return (record.active @ record.inputs.mT).mean(1) / record.inputs.shape[3]
+    return mean_product(record.active, record.inputs)
 
 
 def mean_activation(x: Tensor) -> Tensor:
@@ -215,14 +209,13 @@ def mean_activation(x: Tensor) -> Tensor:
 def class_by_class(x: Tensor, classes: int) -> Tensor:
     """(classes * samples, [groups,] neurons[, positions]) as (classes[ * groups], samples, neurons[, positions])."""
     x = x.unflatten(0, (classes, -1))
-    x = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
-    return x[..., 0] if x.ndim == 4 and x.shape[3] == 1 else x
+    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
 
 
 def by_weight(layer: LayerRecord) -> LayerRecord:
     """A record of classes, its gradient that by the weights (classes * groups, samples, m, n) where it sums positions.
 
-    It is formed once for all means; of one position two factors say the same.
+    It is formed once for all means; of linear layers of features two factors say the same.
     """
     if layer.inputs.ndim < 4:
         return layer
@@ -233,11 +226,6 @@ def for_updates(layer: LayerRecord) -> LayerRecord:
     """What first-order updates need of a record `by_weight`: of positions the gradient alone."""
     nothing = layer.inputs.new_empty(0)
     return layer if layer.inputs.ndim < 4 else LayerRecord(nothing, nothing, nothing, layer.log_odds_gradient)
-
-
-def by_neuron(x: Tensor, classes: int) -> Tensor:
-    """(classes * groups, samples, neurons) as (classes * samples, groups * neurons)."""
-    return x.unflatten(0, (classes, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def loss_gradient(layer: LayerRecord, record: Record) -> Tensor:
@@ -403,12 +391,10 @@ class Snapshot:
                     of_removed = gradient[:, group, :, row, column]  # (removed, classes, samples)
                     log_odds = log_odds - (weight.take(at) @ of_removed.flatten(1)).view_as(log_odds)
                     continue
-                _, m, n = weight.shape
-                row = at // n
-                column = row // m * n + at % n  # those of its group stand behind those of the groups before
+                n = weight.shape[2]
                 # Of a matrix columns are chosen thrice as fast.
-                g = by_neuron(layer.log_odds_gradient, len(log_odds)).index_select(1, row)
-                a = by_neuron(layer.inputs, len(log_odds)).index_select(1, column)
+                g = layer.log_odds_gradient.flatten(0, 1).index_select(1, at // n)
+                a = layer.inputs.flatten(0, 1).index_select(1, at % n)
                 log_odds = log_odds - ((g * a) @ weight.take(at)).view_as(log_odds)
             records.append(record._replace(log_odds=log_odds))
         changed = [mean for mean in self.means[0] if mean in OF_LOG_ODDS]
@@ -451,13 +437,13 @@ class GraphGenerator:
         self.begun = classifier.begun_before(self.graph.layers)
         with torch.no_grad():
             self.predictions = self.begun(self.inputs)  # logits without a mask
-        positions = [classifier.positions(index) or 1 for index in self.graph.layers]
+        positions = [classifier.positions(index) for index in self.graph.layers]
         # Of a sample, where a gradient by the weights is formed.
-        self._num_gradients = sum(size for size, count in zip(self.graph.sizes, positions) if count > 1)
+        self._num_gradients = sum(size for size, count in zip(self.graph.sizes, positions) if count)
         fit = hooked.NUMBERS_AT_ONCE // max(1, self._num_gradients)
         self.at_once = min(self.begun.recorded_at_once(self.graph.layers), max(1, fit))
         # What layers read at many positions would be too much: it is recorded anew.
-        self.are_kept = all(classifier.positions(index) in (None, 1) for index in self.graph.layers)
+        self.are_kept = not any(positions)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -333,16 +332,8 @@ class Trace:
         positions = prod(of_places) * parts if is_convolution else prod(of_places) // 2
         has_positions = is_convolution or len(self.shapes[node]) > 2 or parts > 1
         activation, is_rectified = self._activation(node)
-        return Layer(
-            node=node,
-            shape=tuple(shape),
-            activation=activation,
-            is_rectified=is_rectified,
-            batch=batch,
-            parts=parts,
-            in_order=in_order,
-            positions=positions if has_positions else None,
-        )
+        positions = positions if has_positions else None
+        return Layer(node, tuple(shape), activation, is_rectified, batch, parts, in_order, positions)
 
     def _activation(self, layer: fx.Node) -> tuple[fx.Node, bool]:
         """The node of a layer's output activation, behind normalisation and addition, and whether it is rectified."""
@@ -383,24 +374,13 @@ def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
         else:
             program = program.run_decompositions({})  # takes as long as the export
     for node in program.graph.nodes:
-        if name_of(node) == "_native_batch_norm_legit_no_training":  # as it was, of which vmap knows
+        if name_of(node) == "_native_batch_norm_legit_no_training":  # as it was, one value
             (first,) = [user for user in node.users if user.args[1] == 0]
             first.target, (*given, momentum, eps) = torch.ops.aten.batch_norm.default, node.args
             first.args = (*given, False, momentum, eps, True)
-        elif name_of(node) == "copy" or is_whole(node):  # the one has no derivative, of the other vmap does not know
+        elif name_of(node) == "copy":  # which has no derivative
             node.target, node.args, node.kwargs = torch.ops.aten.expand_as.default, node.args[1::-1], {}
-        elif name_of(node) == "slice_scatter":
-            dim, start, end, step = (argument(node, name) for name in ("dim", "start", "end", "step"))
-            size = node.meta["val"].shape[dim]
-            end = size if end == sys.maxsize and isinstance(size, int) else end  # vmap knows no end but a length
-            node.args = (*node.args[:2], dim, start, end, step)
     return program
-
-
-def is_whole(node: fx.Node) -> bool:
-    """Whether an operation puts values in the place of all others."""
-    limits = [argument(node, name) for name in ("start", "end", "step")] if name_of(node) == "slice_scatter" else []
-    return limits[:1] in ([0], [None]) and limits[1:] == [sys.maxsize, 1]
 
 
 def is_in_place(node: fx.Node) -> bool:

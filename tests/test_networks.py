@@ -21,7 +21,7 @@ from conftest import (
     random_split,
 )
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
@@ -460,19 +460,6 @@ def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_thes
     with mask.applied_to(classifier):
         assert torch.allclose(logits, classifier(x), atol=1e-12)
         assert torch.allclose(features, classifier.outputs(x)[0], atol=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("name", NETWORKS)
-def test_many_masks_at_once_give_what_each_gives_by_itself(name):
-    classifier, x = classifier_of(name), images(3)
-    graph = WeightGraph.of(classifier, None)
-    keep = (torch.rand(3, graph.num_vertices) < 0.7).double()
-    together = vmap(lambda weights: classifier.outputs(x, weights)[1])(masked_weights(classifier, graph, keep))
-    for logits, of_mask in zip(together, keep):
-        # Without gradients nn.TransformerEncoderLayer computes otherwise.
-        with graph.zeroing((of_mask == 0).nonzero()[:, 0]).applied_to(classifier), torch.no_grad():
-            assert torch.allclose(logits, classifier.network(x), atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -27,8 +27,7 @@ from mimu.model import MaskingGCN
 from mimu.networks.hooked import HookedClassifier
 from mimu.unlearning import forgetting
 from mimu.unlearning.custom_model import CustomModel, plain_torch
-from mimu.unlearning.forgetting import Forgetting
-from mimu.unlearning.judgement import Judgement
+from mimu.unlearning.forgetting import Forgetting, Judgement
 
 TRAIN, TEST = random_split(200), random_split(200, seed=7)
 FREE = {"max_fall": None, "max_class_fall": None}

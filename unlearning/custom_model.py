@@ -146,7 +146,8 @@ def chosen(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str]) -> 
     found: set[int] = set()
     for each in asked or [mask_layer]:
         if isinstance(each, str):
-            of_name = {index for index, name in enumerate(names) if fnmatchcase(name, each) or is_in(name, each)}
+            is_asked = [fnmatchcase(name, each) or fnmatchcase(name.rpartition(".")[0], each) for name in names]
+            of_name = {index for index, is_one in enumerate(is_asked) if is_one}
         else:
             is_index = type(each) is int and -len(names) <= each < len(names)  # a bool is none
             of_name = {each % len(names)} if is_index else set()
@@ -157,19 +158,13 @@ def chosen(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str]) -> 
     return tuple(sorted(found))
 
 
-def is_in(name: str, module: str) -> bool:
-    """Whether a weight is of a module, or of modules of a pattern."""
-    return fnmatchcase(name.rpartition(".")[0], module)
-
-
 def check_model(model: nn.Module) -> None:
     """Raises InputError where a model is none, has no layer to mask, or holds numbers that are not finite."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not any(weight.ndim > 1 for weight in model.parameters()):
-        raise InputError(
-            f"model must have weights to mask, of linear layers or convolutions: {type(model).__name__} has none"
-        )
+        must = "model must have weights to mask, of linear layers or convolutions"
+        raise InputError(f"{must}: {type(model).__name__} has none")
     for name, value in model.named_parameters():
         if nn.parameter.is_lazy(value) or value.is_meta:
             raise InputError(f"model: {name} has no numbers yet (lazy, or on the device meta)")
