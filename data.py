@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -184,14 +183,14 @@ def mean_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
     """Mean over the samples of the gradient of their log-odds times a factor (classes, samples), (classes, m, n)."""
     if record.log_odds_gradient.ndim == 4:
         return weighted_mean(record.log_odds_gradient, factor)
-    return mean_product(record.times(factor).log_odds_gradient, record.inputs)
+    return mean_product(record.log_odds_gradient * factor[..., None], record.inputs)
 
 
 def mean_squared_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
     """The same of its squares times a factor, which is not negative."""
     if record.log_odds_gradient.ndim == 4:
         return weighted_mean(record.log_odds_gradient.square(), factor)
-    return mean_product(record.times(factor.sqrt()).log_odds_gradient ** 2, record.inputs**2)
+    return mean_product((record.log_odds_gradient * factor.sqrt()[..., None]) ** 2, record.inputs**2)
 
 
 def mean_signal(record: LayerRecord) -> Tensor:
@@ -320,18 +319,18 @@ def group_means(
     records: Iterable[Record], means: Iterable[Mean], group_size: int
 ) -> tuple[list[dict[Mean, Tensor]], Tensor]:
     """Of every masked layer its means over each group, and the log-odds (classes, group_size), by parts of these."""
-    found: dict[int, dict[Mean, Tensor]] = defaultdict(dict)
+    found: list[dict[Mean, Tensor]] = []
     log_odds = []
     for record in records:
         share = record.log_odds.shape[1] / group_size
-        for index, layer in enumerate(record.layers):
-            of_layer = found[index]
+        found = found or [{} for _ in record.layers]
+        for of_layer, layer in zip(found, record.layers):
             for mean in means:
                 part = mean(layer, record).mul_(share)  # in place: of large kernels it takes much memory
                 part = part.unflatten(0, (len(record.log_odds), -1))
                 of_layer[mean] = of_layer[mean].add_(part) if mean in of_layer else part
         log_odds.append(record.log_odds)
-    return [found[index] for index in range(len(record.layers))], torch.cat(log_odds, 1)
+    return found, torch.cat(log_odds, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -419,7 +418,7 @@ class GraphGenerator:
 
     def __post_init__(self) -> None:
         classifier = self.classifier.eval()
-        self.graph = WeightGraph.of(classifier, self.config.mask_layer)
+        self.graph = WeightGraph(classifier, self.config.mask_layer)
         classes, counts = self.train.labels.unique(return_counts=True)
         self.classes = classes.tolist()  # those that there are samples of; graphs and features stand in their order
         self.num_classes = len(self.classes)

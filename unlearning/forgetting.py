@@ -199,7 +199,7 @@ class Forgetting:
     @cached_property
     def start(self) -> Mask:
         """What the model's own mask zeroes in the layers that are masked, as a mask on the classifier."""
-        return self.custom.carried(self.carried, WeightGraph.of(self.custom.classifier, self.custom.masked))
+        return self.custom.carried(self.carried, WeightGraph(self.custom.classifier, self.custom.masked))
 
     @torch.no_grad()
     def logits(self, mask: Mask, chosen: Tensor | slice = slice(None)) -> Tensor:
