@@ -168,11 +168,6 @@ def load_image_data(
     return ImageData(splits[0], splits[1], source.class_names)
 
 
-def mean_product(of_target: Tensor, of_source: Tensor) -> Tensor:
-    """Mean over the samples of of_target[s, r] * of_source[s, c], (classes, m, n)."""
-    return of_target.transpose(1, 2) @ of_source / of_source.shape[1]
-
-
 def weighted_mean(x: Tensor, factor: Tensor) -> Tensor:
     """Mean over the samples of x (classes * groups, samples, m, n) times a factor (classes, samples)."""
     factor = factor.repeat_interleave(len(x) // len(factor), 0)
@@ -183,21 +178,21 @@ def mean_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
     """Mean over the samples of the gradient of their log-odds times a factor (classes, samples), (classes, m, n)."""
     if record.log_odds_gradient.ndim == 4:
         return weighted_mean(record.log_odds_gradient, factor)
-    return mean_product(record.log_odds_gradient * factor[..., None], record.inputs)
+    return (record.log_odds_gradient * factor[..., None]).mT @ record.inputs / factor.shape[1]
 
 
 def mean_squared_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
     """The same of its squares times a factor, which is not negative."""
     if record.log_odds_gradient.ndim == 4:
         return weighted_mean(record.log_odds_gradient.square(), factor)
-    return mean_product((record.log_odds_gradient * factor.sqrt()[..., None]) ** 2, record.inputs**2)
+    return ((record.log_odds_gradient * factor.sqrt()[..., None]) ** 2).mT @ record.inputs**2 / factor.shape[1]
 
 
 def mean_signal(record: LayerRecord) -> Tensor:
     """Mean over samples and positions of what a target neuron that is active is given, (classes, m, n)."""
     if record.inputs.ndim == 4:
         return (record.active @ record.inputs.mT).mean(1) / record.inputs.shape[3]
-    return mean_product(record.active, record.inputs)
+    return record.active.mT @ record.inputs / record.inputs.shape[1]
 
 
 def mean_activation(x: Tensor) -> Tensor:
@@ -304,17 +299,6 @@ class GraphConfig:
         return len(self.features) + self.other_classes * sum(name != "weight" for name in self.features)
 
 
-def vertex_features(features: list[Tensor]) -> Tensor:
-    """Features (groups, vertices), standardised over the vertices, as (groups, vertices, features). Clears the list."""
-    x = torch.stack(features)
-    features.clear()  # large ones would stay in memory with the copy
-    # torch.std_mean takes ten times as long.
-    x -= x.mean(-1, keepdim=True)
-    deviation = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / max(1, x.shape[-1] - 1) ** 0.5
-    x /= deviation.clamp_min(1e-12)
-    return x.permute(1, 2, 0).contiguous()
-
-
 def group_means(
     records: Iterable[Record], means: Iterable[Mean], group_size: int
 ) -> tuple[list[dict[Mean, Tensor]], Tensor]:
@@ -368,7 +352,13 @@ class Snapshot:
             if self.config.other_classes and name != "weight":
                 of_classes = (others or self).feature(name)
                 features.append((of_classes.sum(0) - of_classes[[row]]) / (len(of_classes) - 1))
-        return vertex_features(features)
+        x = torch.stack(features)
+        features.clear()  # large ones would stay in memory with the copy
+        # torch.std_mean takes ten times as long.
+        x -= x.mean(-1, keepdim=True)
+        deviation = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / max(1, x.shape[-1] - 1) ** 0.5
+        x /= deviation.clamp_min(1e-12)
+        return x.permute(1, 2, 0).contiguous()
 
     def first_order_update(self, vertices: Tensor) -> Snapshot:
         """What the groups would do without further weights, to first order: no sample goes through the network for it.
@@ -452,10 +442,8 @@ class GraphGenerator:
         """What every sample does in the masked layers without a mask, where it is kept."""
         everything = torch.arange(len(self), device=self.labels.device)
         parts = [self._record(rows) for rows in everything.split(self.at_once)]
-        layers = []
-        for index in range(len(self.graph.layers)):
-            of_layer = [part.layers[index] for part in parts]
-            layers.append(LayerRecord(*map(torch.cat, zip(*of_layer))))
+        of_layers = zip(*[part.layers for part in parts])
+        layers = [LayerRecord(*map(torch.cat, zip(*of_layer))) for of_layer in of_layers]
         log_odds = torch.cat([part.log_odds for part in parts])
         return Record(layers, log_odds, log_odds)
 

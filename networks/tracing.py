@@ -124,23 +124,21 @@ class Trace:
         """example: some samples, on two of which the network is run."""
         try:
             two, three = example[[0, -1]], example[[-1, 0, -1]]
-            self._take(exported(network, two))
+            program = exported(network, two)
+            signature = program.graph_signature
+            by_name = {node.name: node for node in program.graph.nodes}
+            names = signature.inputs_to_parameters | signature.inputs_to_buffers
+            constants = signature.inputs_to_lifted_tensor_constants
+            self.parameters = {by_name[node]: name for node, name in names.items()}
+            self.constants = {by_name[node]: program.constants[name] for node, name in constants.items()}
+            self.images = by_name[signature.user_inputs[0]]
+            self.output = by_name[signature.user_outputs[0]]
+            # Whole numbers: for two samples, and by how much for one more.
+            self.sizes: dict[fx.Node, tuple[int, int]] = {}
+            self._plan()
             self._look(network, two, three)
         except Exception as error:  # of a model of the user's own
             raise ValueError(f"torch.export cannot take it for any number of samples ({one_line(error)})") from error
-        self._plan()
-
-    def _take(self, program: ExportedProgram) -> None:
-        """Finds what the nodes of an exported network stand for."""
-        signature = program.graph_signature
-        by_name = {node.name: node for node in program.graph.nodes}
-        names = signature.inputs_to_parameters | signature.inputs_to_buffers
-        constants = signature.inputs_to_lifted_tensor_constants
-        self.parameters = {by_name[node]: name for node, name in names.items()}
-        self.constants = {by_name[node]: program.constants[name] for node, name in constants.items()}
-        self.images = by_name[signature.user_inputs[0]]
-        self.output = by_name[signature.user_outputs[0]]
-        self.sizes: dict[fx.Node, tuple[int, int]] = {}  # whole numbers: for two samples, and by how much for one more
         self._plan()
 
     def __deepcopy__(self, memo: dict) -> Trace:
@@ -226,28 +224,24 @@ class Trace:
     def why_no_logits(self) -> str:
         """Why the output cannot be logits, in words, or ""."""
         layers = {layer.node for layer in self.layers.values()}
-        behind, seen = [self.output], set()
-        while behind:
-            node = behind.pop()
-            if name_of(node) in PROBABILITIES:
-                return f"ends in a {name_of(node)}: give it without"
-            if node not in layers | seen:
-                behind += [each for each in node.all_input_nodes if each in self.of_samples]
-            seen.add(node)
-        return "" if seen & layers else "ends in no layer that can be masked"
+        behind = {self.output}
+        for node in reversed(self.nodes):
+            if node in behind - layers:
+                if name_of(node) in PROBABILITIES:
+                    return f"ends in a {name_of(node)}: give it without"
+                behind |= self.of_samples.intersection(node.all_input_nodes)
+        return "" if behind & layers else "ends in no layer that can be masked"
 
     def _plan(self) -> None:
         """Finds the nodes that the output takes from the images on, and those that are spent after each."""
-        wanted, behind = {self.images}, [self.output]
-        while behind:
-            node = behind.pop()
-            if node not in wanted:
-                wanted.add(node)
-                behind += [] if node in self.sizes else node.all_input_nodes
+        wanted, begin = {self.images, self.output}, {self.images, *self.sizes}
+        for node in reversed(self.output.graph.nodes):
+            if node in wanted and node not in begin:
+                wanted.update(node.all_input_nodes)
         self.nodes = [node for node in self.output.graph.nodes if node in wanted]
         last: dict[fx.Node, fx.Node] = {}
         for node in self.nodes:
-            if node is not self.images and node not in self.sizes:
+            if node not in begin:
                 last.update(dict.fromkeys(node.all_input_nodes, node))
         self._last_uses: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node, user in last.items():
@@ -361,9 +355,6 @@ def is_in_order(two: Tensor, three: Tensor, batch: int, parts: int) -> bool:
 
 def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
     """The operations of a network, none of them in place, for any number of samples. Raises whatever is wrong."""
-    for module in network.modules():
-        if getattr(module, "inplace", False):
-            module.inplace = False
     with EXPORTING, torch.enable_grad():  # without gradients nn.TransformerEncoderLayer is one operation
         program = export(network, (example,), dynamic_shapes=({0: Dim.AUTO},), strict=False)
         in_place = [node for node in program.graph.nodes if is_in_place(node)]

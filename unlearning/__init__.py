@@ -71,7 +71,7 @@ def unlearn(
         train = Split(custom.inputs, labels.to(custom.inputs.device))
         forget = classes_of(forget_class, train.labels, custom.num_classes, carried.forgets if carried else ())
         trained = TrainedGCN.of(gcn, custom.inputs.device)
-        if gcn is None and custom.has_positions and not erase:
+        if gcn is None and any(map(custom.classifier.positions, custom.masked)) and not erase:
             scorer, trained = "saliency", trained.for_kernels(custom.classifier.shapes[each] for each in custom.masked)
         trained = replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured"))
         bounds = (max_fall, max_class_fall)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mimu.model import WeightGraph
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask, unwrapped
 from mimu.runs.files import InputError, one_line
@@ -100,11 +99,6 @@ class CustomModel:
             warnings.warn(f"of layers {[*row]} at the end of the model alone, as {why_not}", stacklevel=4)
         return CustomModel(copied_layers(row), tuple(row), masked, given, logits.shape[1])
 
-    @property
-    def has_positions(self) -> bool:
-        """Whether a layer to mask stands at several places of a sample, as kernels do and what reads tokens."""
-        return any(self.classifier.positions(index) for index in self.masked)
-
     def begun(self, progress: bool) -> CustomModel:
         """The same from where the layers to mask can be reached: what comes before runs once."""
         classifier, parts = self.classifier, self.inputs.split(min(AT_ONCE, self.classifier.samples_at_once))
@@ -113,14 +107,13 @@ class CustomModel:
         check_finite_rows(given, f"what layer {self.names[self.masked[0]]!r} is given for inputs")
         return replace(self, classifier=classifier.begun_before(self.masked), inputs=given)
 
-    def carried(self, mask: Mask | None, graph: WeightGraph) -> Mask:
-        """What a mask on the model, if there is one, switches off in those of its layers that a graph has."""
-        carried = mask.by_layer if mask else {}
-        found = {}
-        for name, layer, shape in zip(graph.names, graph.layers, graph.shapes):
+    def carried(self, mask: Mask | None) -> Mask:
+        """What a mask on the model, if there is one, switches off in the layers to mask."""
+        carried, found = mask.by_layer if mask else {}, {}
+        for layer in self.masked:
             on_model = carried.get(self.names[layer])
-            keep = torch.ones(shape, dtype=torch.float32) if on_model is None else on_model.keep
-            found[name] = LayerMask.of(keep.to(self.inputs.device, torch.float32))
+            keep = torch.ones(self.classifier.shapes[layer]) if on_model is None else on_model.keep
+            found[self.classifier.names[layer]] = LayerMask.of(keep.to(self.inputs.device, torch.float32))
         return Mask(found)
 
     def mask(self, mask: Mask) -> Mask:

@@ -18,7 +18,6 @@ from mimu.data import GraphGenerator, Split, is_correct, margins, number_of_weig
 from mimu.masking.order import FEW, ZeroingOrder, percent_above_zero
 from mimu.masking.rankings import Ranking, TrainedGCN
 from mimu.methods.erasing import Erasing, erased
-from mimu.model import WeightGraph
 from mimu.networks.masks import Mask
 from mimu.runs.files import InputError
 from mimu.unlearning.custom_model import CustomModel
@@ -199,7 +198,7 @@ class Forgetting:
     @cached_property
     def start(self) -> Mask:
         """What the model's own mask zeroes in the layers that are masked, as a mask on the classifier."""
-        return self.custom.carried(self.carried, WeightGraph(self.custom.classifier, self.custom.masked))
+        return self.custom.carried(self.carried)
 
     @torch.no_grad()
     def logits(self, mask: Mask, chosen: Tensor | slice = slice(None)) -> Tensor:
