@@ -133,8 +133,7 @@ class Trace:
             self.constants = {by_name[node]: program.constants[name] for node, name in constants.items()}
             self.images = by_name[signature.user_inputs[0]]
             self.output = by_name[signature.user_outputs[0]]
-            # Whole numbers: for two samples, and by how much for one more.
-            self.sizes: dict[fx.Node, tuple[int, int]] = {}
+            self.sizes: dict[fx.Node, tuple[int, int]] = {}  # whole numbers: for two samples, and more for one more
             self._plan()
             self._look(network, two, three)
         except Exception as error:  # of a model of the user's own
