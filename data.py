@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -169,18 +168,6 @@ def load_image_data(
     return ImageData(splits[0], splits[1], source.class_names)
 
 
-def mean_product(of_target: Tensor, of_source: Tensor) -> Tensor:
-    """Mean over the samples of of_target[s, r] * of_source[s, c], summed over positions, (classes, m, n)."""
-    if of_target.ndim == 4 and of_target.shape[2] > of_target.shape[3]:
-        return torch.einsum("csmp,csnp->cmn", of_target, of_source).div_(of_source.shape[1])
-    if of_target.ndim == 4:  # of many positions, what kernels read is more than the gradient: it is not copied
-        total = of_target.new_zeros(len(of_target), of_target.shape[2], of_source.shape[2])
-        for target, source in zip(of_target.unbind(1), of_source.unbind(1)):
-            total.baddbmm_(target, source.mT)
-        return total.div_(of_source.shape[1])
-    return of_target.transpose(1, 2) @ of_source / of_source.shape[1]
-
-
 def weighted_mean(x: Tensor, factor: Tensor) -> Tensor:
     """Mean over the samples of x (classes * groups, samples, m, n) times a factor (classes, samples)."""
     factor = factor.repeat_interleave(len(x) // len(factor), 0)
@@ -191,20 +178,21 @@ def mean_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
     """Mean over the samples of the gradient of their log-odds times a factor (classes, samples), (classes, m, n)."""
     if record.log_odds_gradient.ndim == 4:
         return weighted_mean(record.log_odds_gradient, factor)
-    return mean_product(record.times(factor).log_odds_gradient, record.inputs)
+    return (record.log_odds_gradient * factor[..., None]).mT @ record.inputs / factor.shape[1]
 
 
 def mean_squared_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
     """The same of its squares times a factor, which is not negative."""
     if record.log_odds_gradient.ndim == 4:
         return weighted_mean(record.log_odds_gradient.square(), factor)
-    return mean_product(record.times(factor.sqrt()).log_odds_gradient ** 2, record.inputs**2)
+    return ((record.log_odds_gradient * factor.sqrt()[..., None]) ** 2).mT @ record.inputs**2 / factor.shape[1]
 
 
 def mean_signal(record: LayerRecord) -> Tensor:
     """Mean over samples and positions of what a target neuron that is active is given, (classes, m, n)."""
-    positions = record.inputs.shape[3] if record.inputs.ndim == 4 else 1
-    return mean_product(record.active, record.inputs) / positions
+    if record.inputs.ndim == 4:
+        return (record.active @ record.inputs.mT).mean(1) / record.inputs.shape[3]
+    return record.active.mT @ record.inputs / record.inputs.shape[1]
 
 
 def mean_activation(x: Tensor) -> Tensor:
@@ -215,14 +203,13 @@ def mean_activation(x: Tensor) -> Tensor:
 def class_by_class(x: Tensor, classes: int) -> Tensor:
     """(classes * samples, [groups,] neurons[, positions]) as (classes[ * groups], samples, neurons[, positions])."""
     x = x.unflatten(0, (classes, -1))
-    x = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
-    return x[..., 0] if x.ndim == 4 and x.shape[3] == 1 else x
+    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
 
 
 def by_weight(layer: LayerRecord) -> LayerRecord:
     """A record of classes, its gradient that by the weights (classes * groups, samples, m, n) where it sums positions.
 
-    It is formed once for all means; of one position two factors say the same.
+    It is formed once for all means; of linear layers of features two factors say the same.
     """
     if layer.inputs.ndim < 4:
         return layer
@@ -233,11 +220,6 @@ def for_updates(layer: LayerRecord) -> LayerRecord:
     """What first-order updates need of a record `by_weight`: of positions the gradient alone."""
     nothing = layer.inputs.new_empty(0)
     return layer if layer.inputs.ndim < 4 else LayerRecord(nothing, nothing, nothing, layer.log_odds_gradient)
-
-
-def by_neuron(x: Tensor, classes: int) -> Tensor:
-    """(classes * groups, samples, neurons) as (classes * samples, groups * neurons)."""
-    return x.unflatten(0, (classes, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def loss_gradient(layer: LayerRecord, record: Record) -> Tensor:
@@ -317,33 +299,22 @@ class GraphConfig:
         return len(self.features) + self.other_classes * sum(name != "weight" for name in self.features)
 
 
-def vertex_features(features: list[Tensor]) -> Tensor:
-    """Features (groups, vertices), standardised over the vertices, as (groups, vertices, features). Clears the list."""
-    x = torch.stack(features)
-    features.clear()  # large ones would stay in memory with the copy
-    # torch.std_mean takes ten times as long.
-    x -= x.mean(-1, keepdim=True)
-    deviation = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / max(1, x.shape[-1] - 1) ** 0.5
-    x /= deviation.clamp_min(1e-12)
-    return x.permute(1, 2, 0).contiguous()
-
-
 def group_means(
     records: Iterable[Record], means: Iterable[Mean], group_size: int
 ) -> tuple[list[dict[Mean, Tensor]], Tensor]:
     """Of every masked layer its means over each group, and the log-odds (classes, group_size), by parts of these."""
-    found: dict[int, dict[Mean, Tensor]] = defaultdict(dict)
+    found: list[dict[Mean, Tensor]] = []
     log_odds = []
     for record in records:
         share = record.log_odds.shape[1] / group_size
-        for index, layer in enumerate(record.layers):
-            of_layer = found[index]
+        found = found or [{} for _ in record.layers]
+        for of_layer, layer in zip(found, record.layers):
             for mean in means:
                 part = mean(layer, record).mul_(share)  # in place: of large kernels it takes much memory
                 part = part.unflatten(0, (len(record.log_odds), -1))
                 of_layer[mean] = of_layer[mean].add_(part) if mean in of_layer else part
         log_odds.append(record.log_odds)
-    return [found[index] for index in range(len(record.layers))], torch.cat(log_odds, 1)
+    return found, torch.cat(log_odds, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -381,7 +352,13 @@ class Snapshot:
             if self.config.other_classes and name != "weight":
                 of_classes = (others or self).feature(name)
                 features.append((of_classes.sum(0) - of_classes[[row]]) / (len(of_classes) - 1))
-        return vertex_features(features)
+        x = torch.stack(features)
+        features.clear()  # large ones would stay in memory with the copy
+        # torch.std_mean takes ten times as long.
+        x -= x.mean(-1, keepdim=True)
+        deviation = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / max(1, x.shape[-1] - 1) ** 0.5
+        x /= deviation.clamp_min(1e-12)
+        return x.permute(1, 2, 0).contiguous()
 
     def first_order_update(self, vertices: Tensor) -> Snapshot:
         """What the groups would do without further weights, to first order: no sample goes through the network for it.
@@ -403,12 +380,10 @@ class Snapshot:
                     of_removed = gradient[:, group, :, row, column]  # (removed, classes, samples)
                     log_odds = log_odds - (weight.take(at) @ of_removed.flatten(1)).view_as(log_odds)
                     continue
-                _, m, n = weight.shape
-                row = at // n
-                column = row // m * n + at % n  # those of its group stand behind those of the groups before
+                n = weight.shape[2]
                 # Of a matrix columns are chosen thrice as fast.
-                g = by_neuron(layer.log_odds_gradient, len(log_odds)).index_select(1, row)
-                a = by_neuron(layer.inputs, len(log_odds)).index_select(1, column)
+                g = layer.log_odds_gradient.flatten(0, 1).index_select(1, at // n)
+                a = layer.inputs.flatten(0, 1).index_select(1, at % n)
                 log_odds = log_odds - ((g * a) @ weight.take(at)).view_as(log_odds)
             records.append(record._replace(log_odds=log_odds))
         changed = [mean for mean in self.means[0] if mean in OF_LOG_ODDS]
@@ -433,7 +408,7 @@ class GraphGenerator:
 
     def __post_init__(self) -> None:
         classifier = self.classifier.eval()
-        self.graph = WeightGraph.of(classifier, self.config.mask_layer)
+        self.graph = WeightGraph(classifier, self.config.mask_layer)
         classes, counts = self.train.labels.unique(return_counts=True)
         self.classes = classes.tolist()  # those that there are samples of; graphs and features stand in their order
         self.num_classes = len(self.classes)
@@ -451,13 +426,13 @@ class GraphGenerator:
         self.begun = classifier.begun_before(self.graph.layers)
         with torch.no_grad():
             self.predictions = self.begun(self.inputs)  # logits without a mask
-        positions = [classifier.positions(index) or 1 for index in self.graph.layers]
+        positions = [classifier.positions(index) for index in self.graph.layers]
         # Of a sample, where a gradient by the weights is formed.
-        self._num_gradients = sum(size for size, count in zip(self.graph.sizes, positions) if count > 1)
+        self._num_gradients = sum(size for size, count in zip(self.graph.sizes, positions) if count)
         fit = hooked.NUMBERS_AT_ONCE // max(1, self._num_gradients)
         self.at_once = min(self.begun.recorded_at_once(self.graph.layers), max(1, fit))
         # What layers read at many positions would be too much: it is recorded anew.
-        self.are_kept = all(classifier.positions(index) in (None, 1) for index in self.graph.layers)
+        self.are_kept = not any(positions)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -467,10 +442,8 @@ class GraphGenerator:
         """What every sample does in the masked layers without a mask, where it is kept."""
         everything = torch.arange(len(self), device=self.labels.device)
         parts = [self._record(rows) for rows in everything.split(self.at_once)]
-        layers = []
-        for index in range(len(self.graph.layers)):
-            of_layer = [part.layers[index] for part in parts]
-            layers.append(LayerRecord(*map(torch.cat, zip(*of_layer))))
+        of_layers = zip(*[part.layers for part in parts])
+        layers = [LayerRecord(*map(torch.cat, zip(*of_layer))) for of_layer in of_layers]
         log_odds = torch.cat([part.log_odds for part in parts])
         return Record(layers, log_odds, log_odds)
 

@@ -17,7 +17,6 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from mimu.networks.architectures import mlp
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
-from mimu.networks.neurons import Ends
 from mimu.networks.tracing import Trace
 
 
@@ -64,20 +63,15 @@ class WeightGraph:
     row: (m, channels, height, width) is a matrix (m, n), its columns that of a channel one after the other. A grouped
     convolution is several such matrices, (groups, m / groups, n): each row reads the columns of its own group alone.
 
-    ends: the neurons of every layer's columns and rows (`networks.neurons.Ends`)
-    names: of the layers' weights, by which masks are made; by default their indices
+    sources, targets: the neurons of each layer's columns and rows (`networks.neurons.Ends`)
+    names: of the layers' weights, by which masks are made
     """
 
-    def __init__(
-        self,
-        shapes: Sequence[tuple[int, ...]],
-        mask_layer: int | Sequence[int] | None,
-        ends: Sequence[Ends],
-        names: Sequence[str] | None = None,
-    ) -> None:
+    def __init__(self, classifier: HookedClassifier, mask_layer: int | Sequence[int] | None) -> None:
+        shapes, ends = classifier.shapes, classifier.trace.ends
         self.layers = resolve_mask_layer(mask_layer, len(shapes))
-        self.names = [names[index] if names else str(index) for index in self.layers]
-        self.shapes = [tuple(shapes[index]) for index in self.layers]
+        self.names = [classifier.names[index] for index in self.layers]
+        self.shapes = [shapes[index] for index in self.layers]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.num_vertices = sum(self.sizes)
         chosen: list[Tensor] = []
@@ -98,11 +92,6 @@ class WeightGraph:
             self.degrees.append(degree if (degree != degree[0, 0, 0]).any() else int(degree[0, 0, 0]))
         self.num_edges = int((counts * (counts - 1)).sum())
 
-    @staticmethod
-    def of(classifier: HookedClassifier, mask_layer: int | Sequence[int] | None) -> WeightGraph:
-        """The graph of some layers of a classifier, with the neurons that they share in it."""
-        return WeightGraph(classifier.shapes, mask_layer, classifier.trace.ends, classifier.names)
-
     def split(self, x: Tensor, dim: int = -1) -> list[Tensor]:
         """Cuts the vertex dimension into the masked layers: (..., vertices, ...) to (..., *shape, ...) of each."""
         return [part.unflatten(dim, shape) for part, shape in zip(x.split(self.sizes, dim), self.shapes)]
@@ -115,15 +104,12 @@ class WeightGraph:
     def zeroing(self, vertices: Tensor) -> Mask:
         """The mask that switches off the given vertices (kappa) and keeps all others."""
         keep = torch.ones(self.num_vertices, dtype=torch.float32, device=vertices.device).index_fill(0, vertices, 0)
-        return self._mask(keep)
+        return Mask({name: LayerMask.of(part) for name, part in zip(self.names, self.split(keep))})
 
     def keeping(self, vertices: Tensor) -> Mask:
         """The mask that keeps the given vertices (K) and switches off all others."""
-        keep = torch.zeros(self.num_vertices, dtype=torch.float32, device=vertices.device).index_fill(0, vertices, 1)
-        return self._mask(keep)
-
-    def _mask(self, keep: Tensor) -> Mask:
-        return Mask({name: LayerMask.of(part) for name, part in zip(self.names, self.split(keep))})
+        is_other = torch.ones(self.num_vertices, dtype=torch.bool, device=vertices.device)
+        return self.zeroing(is_other.index_fill(0, vertices, False).nonzero()[:, 0])
 
     def edge_index(self) -> Tensor:
         """Every directed edge, (2, edges), sorted. For export and tests: nothing in training or evaluation needs it."""

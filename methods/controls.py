@@ -61,7 +61,7 @@ def saliency_contrast(request: Request) -> Zeroing:
 @further("output_row", touches="a mask", needs="nothing")
 def output_row(request: Request) -> Mask:
     """The trivial mask: the forget class's row of the output layer, so that its logit is always 0 (or its bias)."""
-    output_layer = WeightGraph.of(request.graphs.classifier, -1)
+    output_layer = WeightGraph(request.graphs.classifier, -1)
     (vertices,) = output_layer.split(torch.arange(output_layer.num_vertices))
     return request.zeroing(vertices[request.forget_class], output_layer)
 

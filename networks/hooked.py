@@ -33,13 +33,6 @@ class LayerRecord(NamedTuple):
         """The same with every tensor changed."""
         return LayerRecord(*map(change, self))
 
-    def times(self, factor: Tensor) -> LayerRecord:
-        """The same with every sample's gradient times a factor (samples)."""
-        gradient = self.log_odds_gradient
-        ending = (1,) * (gradient.ndim - factor.ndim)
-        factor = factor.repeat_interleave(len(gradient) // len(factor), 0)
-        return self._replace(log_odds_gradient=gradient * factor.view(factor.shape + ending))
-
 
 class Record(NamedTuple):
     """What some layers did on a batch, and the log-odds log(p / (1 - p)) of the label of every sample.
@@ -107,10 +100,13 @@ class HookedClassifier(nn.Module):
         changed = {trace.layers[name].node: weight for name, weight in (weights or {}).items()}
 
         def compute(node: fx.Node, arguments: tuple, named: dict) -> Any:
-            if node in changed:
-                x, _, *others = arguments
-                return with_weight(node, x, changed[node], others)
-            return call(node, arguments, named)
+            if node not in changed:
+                return call(node, arguments, named)
+            x, _, *others = arguments
+            if name_of(node) == "linear" and x.ndim == 2:
+                z = (x @ changed[node][None].mT)[0]  # as one of a batch of products is rounded
+                return z + others[0] if others and others[0] is not None else z
+            return node.target(x, changed[node], *others)
 
         watched, is_constant = [trace.representation], bool(changed)
         values = trace.run(self.network, images, compute, watched, is_constant=is_constant)
@@ -196,11 +192,3 @@ def log_odds(logits: Tensor, labels: Tensor, left_out: Sequence[int] = ()) -> Te
         is_left_out[list(left_out)] = True
         others = others.masked_fill(is_left_out & ~is_left_out[labels][:, None], float("-inf"))
     return logits.gather(1, labels[:, None])[:, 0] - others.logsumexp(1)
-
-
-def with_weight(node: fx.Node, x: Tensor, weight: Tensor, others: Sequence[Any]) -> Tensor:
-    """What the operation of a layer gives with another weight; others: its arguments behind the weight."""
-    if name_of(node) == "linear" and x.ndim == 2:
-        z = (x @ weight[None].mT)[0]  # as one of a batch of products is rounded
-        return z + others[0] if others and others[0] is not None else z
-    return node.target(x, weight, *others)

@@ -151,9 +151,7 @@ class Neurons:
 
         arguments, named = fx.node.map_arg((node.args, node.kwargs), stand_in)
         if name == "getitem":
-            given = arguments[0]
-            is_there = arguments[1] < len(given)
-            return given[arguments[1]] if is_there else torch.zeros((), dtype=torch.double)
+            return dict(enumerate(arguments[0])).get(arguments[1], torch.zeros((), dtype=torch.double))
         if name in ("view", "_unsafe_view"):  # the numbers lie otherwise in memory
             found = arguments[0].reshape(arguments[1])
         else:

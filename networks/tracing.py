@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -125,23 +124,20 @@ class Trace:
         """example: some samples, on two of which the network is run."""
         try:
             two, three = example[[0, -1]], example[[-1, 0, -1]]
-            self._take(exported(network, two))
+            program = exported(network, two)
+            signature = program.graph_signature
+            by_name = {node.name: node for node in program.graph.nodes}
+            names = signature.inputs_to_parameters | signature.inputs_to_buffers
+            constants = signature.inputs_to_lifted_tensor_constants
+            self.parameters = {by_name[node]: name for node, name in names.items()}
+            self.constants = {by_name[node]: program.constants[name] for node, name in constants.items()}
+            self.images = by_name[signature.user_inputs[0]]
+            self.output = by_name[signature.user_outputs[0]]
+            self.sizes: dict[fx.Node, tuple[int, int]] = {}  # whole numbers: for two samples, and more for one more
+            self._plan()
             self._look(network, two, three)
         except Exception as error:  # of a model of the user's own
             raise ValueError(f"torch.export cannot take it for any number of samples ({one_line(error)})") from error
-        self._plan()
-
-    def _take(self, program: ExportedProgram) -> None:
-        """Finds what the nodes of an exported network stand for."""
-        signature = program.graph_signature
-        by_name = {node.name: node for node in program.graph.nodes}
-        names = signature.inputs_to_parameters | signature.inputs_to_buffers
-        constants = signature.inputs_to_lifted_tensor_constants
-        self.parameters = {by_name[node]: name for node, name in names.items()}
-        self.constants = {by_name[node]: program.constants[name] for node, name in constants.items()}
-        self.images = by_name[signature.user_inputs[0]]
-        self.output = by_name[signature.user_outputs[0]]
-        self.sizes: dict[fx.Node, tuple[int, int]] = {}  # whole numbers: for two samples, and by how much for one more
         self._plan()
 
     def __deepcopy__(self, memo: dict) -> Trace:
@@ -227,28 +223,24 @@ class Trace:
     def why_no_logits(self) -> str:
         """Why the output cannot be logits, in words, or ""."""
         layers = {layer.node for layer in self.layers.values()}
-        behind, seen = [self.output], set()
-        while behind:
-            node = behind.pop()
-            if name_of(node) in PROBABILITIES:
-                return f"ends in a {name_of(node)}: give it without"
-            if node not in layers | seen:
-                behind += [each for each in node.all_input_nodes if each in self.of_samples]
-            seen.add(node)
-        return "" if seen & layers else "ends in no layer that can be masked"
+        behind = {self.output}
+        for node in reversed(self.nodes):
+            if node in behind - layers:
+                if name_of(node) in PROBABILITIES:
+                    return f"ends in a {name_of(node)}: give it without"
+                behind |= self.of_samples.intersection(node.all_input_nodes)
+        return "" if behind & layers else "ends in no layer that can be masked"
 
     def _plan(self) -> None:
         """Finds the nodes that the output takes from the images on, and those that are spent after each."""
-        wanted, behind = {self.images}, [self.output]
-        while behind:
-            node = behind.pop()
-            if node not in wanted:
-                wanted.add(node)
-                behind += [] if node in self.sizes else node.all_input_nodes
+        wanted, begin = {self.images, self.output}, {self.images, *self.sizes}
+        for node in reversed(self.output.graph.nodes):
+            if node in wanted and node not in begin:
+                wanted.update(node.all_input_nodes)
         self.nodes = [node for node in self.output.graph.nodes if node in wanted]
         last: dict[fx.Node, fx.Node] = {}
         for node in self.nodes:
-            if node is not self.images and node not in self.sizes:
+            if node not in begin:
                 last.update(dict.fromkeys(node.all_input_nodes, node))
         self._last_uses: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node, user in last.items():
@@ -333,16 +325,8 @@ class Trace:
         positions = prod(of_places) * parts if is_convolution else prod(of_places) // 2
         has_positions = is_convolution or len(self.shapes[node]) > 2 or parts > 1
         activation, is_rectified = self._activation(node)
-        return Layer(
-            node=node,
-            shape=tuple(shape),
-            activation=activation,
-            is_rectified=is_rectified,
-            batch=batch,
-            parts=parts,
-            in_order=in_order,
-            positions=positions if has_positions else None,
-        )
+        positions = positions if has_positions else None
+        return Layer(node, tuple(shape), activation, is_rectified, batch, parts, in_order, positions)
 
     def _activation(self, layer: fx.Node) -> tuple[fx.Node, bool]:
         """The node of a layer's output activation, behind normalisation and addition, and whether it is rectified."""
@@ -370,9 +354,6 @@ def is_in_order(two: Tensor, three: Tensor, batch: int, parts: int) -> bool:
 
 def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
     """The operations of a network, none of them in place, for any number of samples. Raises whatever is wrong."""
-    for module in network.modules():
-        if getattr(module, "inplace", False):
-            module.inplace = False
     with EXPORTING, torch.enable_grad():  # without gradients nn.TransformerEncoderLayer is one operation
         program = export(network, (example,), dynamic_shapes=({0: Dim.AUTO},), strict=False)
         in_place = [node for node in program.graph.nodes if is_in_place(node)]
@@ -383,24 +364,13 @@ def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
         else:
             program = program.run_decompositions({})  # takes as long as the export
     for node in program.graph.nodes:
-        if name_of(node) == "_native_batch_norm_legit_no_training":  # as it was, of which vmap knows
+        if name_of(node) == "_native_batch_norm_legit_no_training":  # as it was, one value
             (first,) = [user for user in node.users if user.args[1] == 0]
             first.target, (*given, momentum, eps) = torch.ops.aten.batch_norm.default, node.args
             first.args = (*given, False, momentum, eps, True)
-        elif name_of(node) == "copy" or is_whole(node):  # the one has no derivative, of the other vmap does not know
+        elif name_of(node) == "copy":  # which has no derivative
             node.target, node.args, node.kwargs = torch.ops.aten.expand_as.default, node.args[1::-1], {}
-        elif name_of(node) == "slice_scatter":
-            dim, start, end, step = (argument(node, name) for name in ("dim", "start", "end", "step"))
-            size = node.meta["val"].shape[dim]
-            end = size if end == sys.maxsize and isinstance(size, int) else end  # vmap knows no end but a length
-            node.args = (*node.args[:2], dim, start, end, step)
     return program
-
-
-def is_whole(node: fx.Node) -> bool:
-    """Whether an operation puts values in the place of all others."""
-    limits = [argument(node, name) for name in ("start", "end", "step")] if name_of(node) == "slice_scatter" else []
-    return limits[:1] in ([0], [None]) and limits[1:] == [sys.maxsize, 1]
 
 
 def is_in_place(node: fx.Node) -> bool:

@@ -104,7 +104,7 @@ def forward_and_backward(gcn: nn.Module, x: Tensor, graph: object) -> Callable[[
 
 def layer_graph() -> tuple[WeightGraph, Tensor, dict[str, Tensor]]:
     """A 64x128 graph, vertex features, and the edges in the ways in which PyG takes them."""
-    graph = WeightGraph.of(HookedMNISTClassifier((), 128, 64), 0)
+    graph = WeightGraph(HookedMNISTClassifier((), 128, 64), 0)
     x, edges = torch.randn(1, graph.num_vertices, CONFIG.graphs.num_features), graph.edge_index()
     adjacency = torch.sparse_coo_tensor(edges, torch.ones(edges.shape[1]), [graph.num_vertices] * 2)
     return graph, x, {"edge list": edges, "CSR sparse product": adjacency.to_sparse_csr()}
@@ -181,7 +181,7 @@ def growth_part(table: Table, before: dict[str, Table]) -> None:
     table.add("GB that the process holds before, with all that it has imported", held)
     for scale in (0.27, 0.5, 1, 2, 3.5, 6):
         inputs, first, second = (round(scale * size) for size in (784, 128, 64))
-        graph = WeightGraph.of(HookedMNISTClassifier((first, second), inputs), None)
+        graph = WeightGraph(HookedMNISTClassifier((first, second), inputs), None)
         x = torch.randn(1, graph.num_vertices, CONFIG.graphs.num_features)
         runs = max(3, min(100, 10**6 // graph.num_vertices))
         name = f"{inputs}-{first}-{second}-10, {graph.num_vertices:,} weights"

@@ -77,7 +77,7 @@ def test_the_mask_is_that_of_the_zeroed_weights(tmp_path, mask_layer):
 
 
 def test_zeroed_weights_are_counted_in_every_layer_and_the_output_row_apart(classifier):
-    mask = WeightGraph.of(classifier, None).zeroing(torch.tensor([0, 41, 42, 78, 86]))
+    mask = WeightGraph(classifier, None).zeroing(torch.tensor([0, 41, 42, 78, 86]))
     expected = {"layer 0": 2, "layer 1": 1, "layer 2": 1, "output row of the class": 1}
     assert count_by_layer(mask, classifier.names, FORGET) == expected
 

@@ -18,8 +18,7 @@ from mimu.images.sources import seeded
 from mimu.masking.order import FEW, PRIOR, percent_above_zero
 from mimu.trainer import learn
 from mimu.unlearning import forgetting
-from mimu.unlearning.forgetting import FOLDS, Forgetting
-from mimu.unlearning.judgement import lower_end
+from mimu.unlearning.forgetting import FOLDS, Forgetting, lower_end
 
 
 @pytest.fixture

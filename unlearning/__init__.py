@@ -53,7 +53,7 @@ def unlearn(
     erase: takes the classes from what the last layer is given, too (`methods.erasing`), by one direction less in each
         layer before it that can be masked: without a GCN, and with mask_layer auto or None
     max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any
-    progress: shows a bar, on a terminal, and how long a class takes at most where that is long
+    progress: shows bars, on a terminal, and how long a class takes at most
 
     Warns where a class is left at the largest kappa, or samples are too few to show that it is not, where the model
     does not know the samples, and where less is masked than was asked for.
@@ -71,7 +71,7 @@ def unlearn(
         train = Split(custom.inputs, labels.to(custom.inputs.device))
         forget = classes_of(forget_class, train.labels, custom.num_classes, carried.forgets if carried else ())
         trained = TrainedGCN.of(gcn, custom.inputs.device)
-        if gcn is None and custom.has_positions and not erase:
+        if gcn is None and any(map(custom.classifier.positions, custom.masked)) and not erase:
             scorer, trained = "saliency", trained.for_kernels(custom.classifier.shapes[each] for each in custom.masked)
         trained = replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured"))
         bounds = (max_fall, max_class_fall)

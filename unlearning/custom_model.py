@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mimu.model import WeightGraph
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask, unwrapped
 from mimu.runs.files import InputError, one_line
@@ -100,11 +99,6 @@ class CustomModel:
             warnings.warn(f"of layers {[*row]} at the end of the model alone, as {why_not}", stacklevel=4)
         return CustomModel(copied_layers(row), tuple(row), masked, given, logits.shape[1])
 
-    @property
-    def has_positions(self) -> bool:
-        """Whether a layer to mask stands at several places of a sample, as kernels do and what reads tokens."""
-        return any(self.classifier.positions(index) for index in self.masked)
-
     def begun(self, progress: bool) -> CustomModel:
         """The same from where the layers to mask can be reached: what comes before runs once."""
         classifier, parts = self.classifier, self.inputs.split(min(AT_ONCE, self.classifier.samples_at_once))
@@ -113,14 +107,13 @@ class CustomModel:
         check_finite_rows(given, f"what layer {self.names[self.masked[0]]!r} is given for inputs")
         return replace(self, classifier=classifier.begun_before(self.masked), inputs=given)
 
-    def carried(self, mask: Mask | None, graph: WeightGraph) -> Mask:
-        """What a mask on the model, if there is one, switches off in those of its layers that a graph has."""
-        carried = mask.by_layer if mask else {}
-        found = {}
-        for name, layer, shape in zip(graph.names, graph.layers, graph.shapes):
+    def carried(self, mask: Mask | None) -> Mask:
+        """What a mask on the model, if there is one, switches off in the layers to mask."""
+        carried, found = mask.by_layer if mask else {}, {}
+        for layer in self.masked:
             on_model = carried.get(self.names[layer])
-            keep = torch.ones(shape, dtype=torch.float32) if on_model is None else on_model.keep
-            found[name] = LayerMask.of(keep.to(self.inputs.device, torch.float32))
+            keep = torch.ones(self.classifier.shapes[layer]) if on_model is None else on_model.keep
+            found[self.classifier.names[layer]] = LayerMask.of(keep.to(self.inputs.device, torch.float32))
         return Mask(found)
 
     def mask(self, mask: Mask) -> Mask:
@@ -146,7 +139,8 @@ def chosen(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str]) -> 
     found: set[int] = set()
     for each in asked or [mask_layer]:
         if isinstance(each, str):
-            of_name = {index for index, name in enumerate(names) if fnmatchcase(name, each) or is_in(name, each)}
+            is_asked = [fnmatchcase(name, each) or fnmatchcase(name.rpartition(".")[0], each) for name in names]
+            of_name = {index for index, is_one in enumerate(is_asked) if is_one}
         else:
             is_index = type(each) is int and -len(names) <= each < len(names)  # a bool is none
             of_name = {each % len(names)} if is_index else set()
@@ -157,19 +151,13 @@ def chosen(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str]) -> 
     return tuple(sorted(found))
 
 
-def is_in(name: str, module: str) -> bool:
-    """Whether a weight is of a module, or of modules of a pattern."""
-    return fnmatchcase(name.rpartition(".")[0], module)
-
-
 def check_model(model: nn.Module) -> None:
     """Raises InputError where a model is none, has no layer to mask, or holds numbers that are not finite."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not any(weight.ndim > 1 for weight in model.parameters()):
-        raise InputError(
-            f"model must have weights to mask, of linear layers or convolutions: {type(model).__name__} has none"
-        )
+        must = "model must have weights to mask, of linear layers or convolutions"
+        raise InputError(f"{must}: {type(model).__name__} has none")
     for name, value in model.named_parameters():
         if nn.parameter.is_lazy(value) or value.is_meta:
             raise InputError(f"model: {name} has no numbers yet (lazy, or on the device meta)")
