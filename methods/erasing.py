@@ -100,8 +100,8 @@ def projections(
         with together(start, found).applied_to(classifier):
             activations = begun.prefix_activations([index], activations)
             begun = classifier.begun_before([index])
-            u = class_direction(begun.mean_inputs(index, activations), samples.labels, label).to(activations)[:, None]
             weight = classifier.weights[index].flatten(1)
+            u = class_direction(begun.mean_inputs(index, activations), samples.labels, label).to(weight)[:, None]
             found[name] = found[name]._replace(left=weight @ u, right=u)
     with together(start, found).applied_to(classifier):
         weight = classifier.weights[classifier.names.index(last)]

@@ -157,7 +157,7 @@ class HookedClassifier(nn.Module):
         watched = [*calls, *(layer.activation for layer in recorded)]
         values = trace.run(self.network, images.detach(), compute, watched, is_constant=True)
         found = log_odds(values[trace.output], labels, left_out)
-        gradients = torch.autograd.grad(found.sum(), [values[layer.node] for layer in recorded])
+        gradients = torch.autograd.grad(found.sum(), [values[layer.node] for layer in recorded], materialize_grads=True)
         records = []
         for layer, gradient in zip(recorded, gradients):
             h = values[layer.activation].detach()

@@ -102,7 +102,7 @@ class Neurons:
             pooled = self._same(given[0], tuple(range(-over, 0)), True)
             return pooled if isinstance(value, Tensor) else [pooled]
         if not isinstance(value, Tensor):
-            return []
+            return [torch.zeros((1,) * each.ndim, dtype=torch.double) for each in value if isinstance(each, Tensor)]
         nothing = torch.zeros((1,) * value.ndim, dtype=torch.double)
         if name in REDUCING:
             dims = argument(node, "dim")
@@ -151,7 +151,9 @@ class Neurons:
 
         arguments, named = fx.node.map_arg((node.args, node.kwargs), stand_in)
         if name == "getitem":
-            return dict(enumerate(arguments[0])).get(arguments[1], torch.zeros((), dtype=torch.double))
+            return dict(enumerate(arguments[0])).get(
+                arguments[1], torch.zeros((1,) * node.meta["val"].ndim, dtype=torch.double)
+            )
         if name in ("view", "_unsafe_view"):  # the numbers lie otherwise in memory
             found = arguments[0].reshape(arguments[1])
         else:

@@ -36,7 +36,7 @@ class Layer:
     node: the operation; activation: that of its output activation
     batch: the dimension of the operation's values that holds the samples, `parts` of each: one sample after the other,
         or where they are not `in_order` one part of all samples after the other
-    positions: at how many places of a sample the weight stands, as tokens; None of a linear layer of features alone
+    positions: at how many places of a sample the weight stands, as tokens; None of a single one, as for features
     """
 
     node: fx.Node
@@ -69,28 +69,32 @@ class Layer:
 
     def by_position(self, x: Tensor) -> Tensor:
         """What it gives, or of that: (samples, groups, m / groups, positions), or of features (samples, m)."""
-        if self.positions is None:
+        if x.ndim == 2 and self.positions is None:
             return x
         x = self.by_sample(x)
         x = x.flatten(3).movedim(2, -1) if self.is_convolution else x  # (samples, parts, ..., m)
-        return x.reshape(len(x), self.positions, self.groups, -1).permute(0, 2, 3, 1)
+        return self._at_once(x.reshape(len(x), self.positions or 1, self.groups, -1).permute(0, 2, 3, 1))
 
     def read(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with, of what the operation is given: (samples, groups, n, positions).
 
         Or of features (samples, n). In memory position after position, as products over samples and positions want it.
         """
-        if self.positions is None:
+        if x.ndim == 2 and self.positions is None:
             return x
         if not self.is_convolution:
-            return self.by_sample(x).flatten(1, -2).mT[:, None]
+            return self._at_once(self.by_sample(x).flatten(1, -2).mT[:, None])
         node, kernel = self.node, self.shape[2:]
         x = padded(node, x, kernel)
         for dim, (size, step, apart) in enumerate(zip(kernel, spread(node, "stride"), spread(node, "dilation")), 2):
             x = x.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
         x = x.unflatten(1, (self.groups, -1)).movedim(2, 2 + len(kernel))  # (batch, groups, *places, channels, *kernel)
-        x = self.by_sample(x.reshape(len(x), self.groups, self.positions // self.parts, -1))
-        return x.movedim(1, 2).flatten(2, 3).mT
+        x = self.by_sample(x.reshape(len(x), self.groups, (self.positions or 1) // self.parts, -1))
+        return self._at_once(x.movedim(1, 2).flatten(2, 3).mT)
+
+    def _at_once(self, x: Tensor) -> Tensor:
+        """Values (samples, groups, neurons, positions), of a single place those of features (samples, neurons)."""
+        return x[:, 0, :, 0] if self.positions is None else x
 
 
 def spread(node: fx.Node, name: str) -> list[int]:
@@ -133,6 +137,7 @@ class Trace:
             self.constants = {by_name[node]: program.constants[name] for node, name in constants.items()}
             self.images = by_name[signature.user_inputs[0]]
             self.output = by_name[signature.user_outputs[0]]
+            self.module = program.graph_module
             self.sizes: dict[fx.Node, tuple[int, int]] = {}  # whole numbers: for two samples, and more for one more
             self._plan()
             self._look(network, two, three)
@@ -175,6 +180,8 @@ class Trace:
             elif node in self.sizes:
                 of_two, more = self.sizes[node]
                 values[node] = of_two + more * (len(value) - 2)
+            elif node.op == "get_attr":
+                values[node] = operator.attrgetter(node.target)(self.module)  # of operations in no_grad, for one
             elif node is not self.images:
                 arguments, named = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = (compute or call)(node, arguments, named)
@@ -284,6 +291,8 @@ class Trace:
         self.shapes, counts = seen[0], []
         for node, shape in seen[0].items():
             more = seen[1][node]
+            if isinstance(shape, float) and shape != more:
+                raise ValueError("a number that it computes with depends on the samples")
             if isinstance(shape, int | float):
                 self.sizes[node] = (shape, more - shape)
             elif node in self.of_samples and isinstance(shape, torch.Size):
@@ -301,8 +310,9 @@ class Trace:
             # As what it is given has them; linear layers on all tokens of all samples in one row are given parts.
             if batch is not None and self.batches.get(node.args[0]) == batch:
                 in_order = node not in given[0] or is_in_order(given[0][node], given[1][node], *batch)
-                self.layers[name] = self._layer(node, weight.shape, in_order)
-                self.ends.append(ends[node])
+                if in_order is not None:
+                    self.layers[name] = self._layer(node, weight.shape, in_order)
+                    self.ends.append(ends[node])
 
     def _readers(self, network: nn.Module) -> dict[fx.Node, str]:
         """The operations that read a weight which nothing else reads, and its name."""
@@ -323,9 +333,9 @@ class Trace:
         is_convolution, (batch, parts) = name_of(node) in CONVOLUTIONS, self.batches[node]
         of_places = self.shapes[node][2:] if is_convolution else self.shapes[node][:-1]
         positions = prod(of_places) * parts if is_convolution else prod(of_places) // 2
-        has_positions = is_convolution or len(self.shapes[node]) > 2 or parts > 1
+        is_single = positions == 1 and not (is_convolution and argument(node, "groups") > 1)
         activation, is_rectified = self._activation(node)
-        positions = positions if has_positions else None
+        positions = None if is_single else positions
         return Layer(node, tuple(shape), activation, is_rectified, batch, parts, in_order, positions)
 
     def _activation(self, layer: fx.Node) -> tuple[fx.Node, bool]:
@@ -346,10 +356,16 @@ def behind_dropout(node: fx.Node) -> fx.Node:
     return behind_dropout(node.args[0]) if name_of(node) == "dropout" else node
 
 
-def is_in_order(two: Tensor, three: Tensor, batch: int, parts: int) -> bool:
-    """Whether a dimension has one sample after the other, by the values of two, the last of three."""
+def is_in_order(two: Tensor, three: Tensor, batch: int, parts: int) -> bool | None:
+    """Whether a dimension has one sample after the other, by the values of two, the last of three.
+
+    Not where it has one part of all samples after the other; None where it has neither.
+    """
     two, three = two.movedim(batch, 0), three.movedim(batch, 0)
-    return torch.allclose(three.unflatten(0, (3, parts))[1:], two.unflatten(0, (2, parts)), 1e-3, 1e-4)
+    if torch.allclose(three.unflatten(0, (3, parts))[1:], two.unflatten(0, (2, parts)), 1e-3, 1e-4):
+        return True
+    is_in_parts = torch.allclose(three.unflatten(0, (parts, 3))[:, 1:], two.unflatten(0, (parts, 2)), 1e-3, 1e-4)
+    return False if is_in_parts else None
 
 
 def exported(network: nn.Module, example: Tensor) -> ExportedProgram:

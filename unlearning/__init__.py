@@ -39,7 +39,7 @@ def unlearn(
 
     A copy runs, in evaluation mode and float32, operation by operation (torch.export). What can be masked are weights
     that one linear operation or convolution reads; where the model cannot be exported, the linear layers at its end.
-    Nothing that other threads share is changed: they may predict meanwhile.
+    Other threads may predict meanwhile, but not export or compile (torch.export then switches off oneDNN for a moment).
 
     model: returns logits; inputs, labels: training samples as it takes them, (samples, ...), and their classes, from 0
         on; or, as inputs alone, a DataLoader or data set of pairs. Some of every class, but for those that a mask on
@@ -71,7 +71,7 @@ def unlearn(
         train = Split(custom.inputs, labels.to(custom.inputs.device))
         forget = classes_of(forget_class, train.labels, custom.num_classes, carried.forgets if carried else ())
         trained = TrainedGCN.of(gcn, custom.inputs.device)
-        if gcn is None and any(map(custom.classifier.positions, custom.masked)) and not erase:
+        if gcn is None and not custom.is_of_features and not erase:
             scorer, trained = "saliency", trained.for_kernels(custom.classifier.shapes[each] for each in custom.masked)
         trained = replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured"))
         bounds = (max_fall, max_class_fall)

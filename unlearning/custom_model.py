@@ -99,6 +99,12 @@ class CustomModel:
             warnings.warn(f"of layers {[*row]} at the end of the model alone, as {why_not}", stacklevel=4)
         return CustomModel(copied_layers(row), tuple(row), masked, given, logits.shape[1])
 
+    @property
+    def is_of_features(self) -> bool:
+        """Whether all layers to mask are linear ones of features, as those that the GCN has seen."""
+        shapes, positions = self.classifier.shapes, self.classifier.positions
+        return all(len(shapes[layer]) == 2 and positions(layer) is None for layer in self.masked)
+
     def begun(self, progress: bool) -> CustomModel:
         """The same from where the layers to mask can be reached: what comes before runs once."""
         classifier, parts = self.classifier, self.inputs.split(min(AT_ONCE, self.classifier.samples_at_once))
@@ -139,7 +145,7 @@ def chosen(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str]) -> 
     found: set[int] = set()
     for each in asked or [mask_layer]:
         if isinstance(each, str):
-            is_asked = [fnmatchcase(name, each) or fnmatchcase(name.rpartition(".")[0], each) for name in names]
+            is_asked = [fnmatchcase(name, each) or fnmatchcase(name, f"{each}.*") for name in names]
             of_name = {index for index, is_one in enumerate(is_asked) if is_one}
         else:
             is_index = type(each) is int and -len(names) <= each < len(names)  # a bool is none
@@ -177,7 +183,8 @@ def looked_into(model: nn.Module, example: Tensor, logits: Tensor) -> tuple[Hook
         if not classifier.names:
             return None, "no linear operation or convolution reads a parameter of its own once"
         found = classifier.outputs(example)[1]
-        classifier.record(example[:2], torch.zeros(2, dtype=torch.int64, device=example.device), [0])
+        last = classifier.names.index(classifier.trace.names_at_the_end[-1])
+        classifier.record(example[:2], torch.zeros(2, dtype=torch.int64, device=example.device), [last])
     except Exception as error:  # of a custom model, any
         return None, f"the model cannot be run operation by operation: {one_line(error)}"
     return (classifier, "") if is_close(found, logits) else (None, "in float32 the model gives other logits")

@@ -241,8 +241,9 @@ class Forgetting:
         said = [made.left] if made.left else []
         # Of fewer samples a mask that is made without one is not like that made of all.
         enough = replace(judgement, kept=[label for label in judgement.kept if judgement.counts[label] >= FOLDS])
-        if enough.kept and not enough.is_within(now):
-            raise self.too_much(now, enough, made.way)
+        for scores in (now, judgement.scores(made.logits)) if enough.kept else ():
+            if not enough.is_within(scores):
+                raise self.too_much(scores, enough, made.way)
         if not judgement.is_within(now):
             mean, worst = judgement.falls(now)
             said.append(f"by samples held out the classes to keep lose {mean:.0f} points, one of them {worst:.0f}")
