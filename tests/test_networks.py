@@ -628,7 +628,7 @@ def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(nam
 
 
 class Unmaskable(nn.Module):
-    """A layer that is called twice, a weight that is tied, one that is computed, one that is only added, others."""
+    """Layers called twice, tied, computed, in a list, of no sample, and of samples in no order that can be undone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -637,10 +637,13 @@ class Unmaskable(nn.Module):
         self.one, self.tied = nn.Linear(4, 4), nn.Linear(4, 4)
         self.computed, self.split = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(8, 4))
         self.listed, self.head = nn.ParameterList([torch.randn(4, 4)]), nn.Linear(4, NUM_CLASSES)
+        self.mingled = nn.Linear(4, 4)
         self.tied.weight = self.one.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.twice(self.twice(self.patches(x)).relu()).mean((2, 3))
+        x = self.twice(self.twice(self.patches(x)).relu())
+        halves = x.unflatten(2, (2, -1)).permute(2, 0, 3, 4, 1)  # samples neither in front nor last
+        x = self.mingled(halves.reshape(-1, 4)).unflatten(0, halves.shape[:-1]).mean((0, 2, 3))
         x = self.tied(self.one(x)) + self.of_no_sample(self.scale).sum(0)
         x = F.linear(x, self.computed / 2) + F.linear(x, self.split[:4])
         return self.head(F.linear(x, self.listed[0]))
@@ -660,6 +663,15 @@ def test_residual_networks_are_those_of_the_config(blocks, name, layers):
     assert config.architecture == name and config.num_vertices == 81
     assert config.shapes == HookedClassifier(network, torch.zeros(2, 784)).shapes and len(config.shapes) == layers
     assert network[:-3](torch.zeros(2, 784)).shape == (2, 5, 7, 7) and network(torch.zeros(2, 784)).shape == (2, 10)
+
+
+def test_networks_whose_numbers_depend_on_how_many_samples_there_are_are_refused():
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x / x.shape[0] ** 0.5)
+
+    with pytest.raises(ValueError, match=r"torch.export cannot take it for any number of samples \([^\n]*\)$"):
+        HookedClassifier(Scaled(5, 3), torch.randn(2, 5))
 
 
 VIT = "classifier.channels=[12]", "classifier.hidden_sizes=[20]", "classifier.heads=3", "classifier.patch=9"

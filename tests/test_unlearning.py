@@ -116,6 +116,21 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Attending(nn.Module):
+    """Attention behind what nobody trains, and the mean of what a recurrent layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.attention = nn.Linear(1, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.recurrent, self.last = nn.GRU(8, 8, batch_first=True), nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.first(x.view(-1, 7, 1))
+        x = self.attention(x, x, x, need_weights=False)[0]
+        return self.last(self.recurrent(x)[0].mean(1))
+
+
 def pooled() -> nn.Sequential:
     return convolved(nn.Conv2d(8, NUM_CLASSES, (7, 1)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -133,6 +148,7 @@ AT_THE_END = [
     (lambda: nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.ReLU(True), nn.Linear(9, 3)), "3", "0 3"),
     (lambda: nn.Sequential(nn.Linear(7, 3)), "0", "0"),
     (pooled, "7", "1 4 5 7"),
+    (Attending, "last", "attention.in_proj attention.out_proj last"),
     (called_twice, "11", "1 4 5 11"),
 ]
 
@@ -144,7 +160,7 @@ def test_what_is_masked_stands_at_the_end_and_the_classifier_is_the_model_from_t
     with plain_torch():
         custom = CustomModel.of(model, TRAIN.images)
     end = [f"{name}.weight" for name in at_the_end.split()]
-    assert custom.names == tuple(f"{name}.weight" for name in able.split())
+    assert custom.names == tuple(f"{name}.weight".replace("proj.", "proj_", "in_proj" in name) for name in able.split())
     assert [custom.names[each] for each in custom.masked] == [end[-2] if len(end) > 2 else end[-1]]
     assert state_of(model) == before, "buffers of the normalisations are, too"
     assert torch.allclose(custom.classifier(custom.inputs), model.eval()(TRAIN.images), atol=1e-5)
