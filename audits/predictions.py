@@ -52,9 +52,9 @@ def predictions_of(model: nn.Module, split: Split) -> Predictions:
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
         if x.ndim == 2:
-            hidden[layer].append(x)
-        else:  # (samples, tokens, n) or (samples, n, rows, columns)
-            pooled[layer].append(x.mean((2, 3)) if isinstance(layer, nn.Conv2d) else x.flatten(1, -2).mean(1))
+            return hidden[layer].append(x)
+        # (samples, n, rows, columns) or (samples, tokens, n)
+        pooled[layer].append(x.mean((2, 3)) if isinstance(layer, nn.Conv2d) else x.flatten(1, -2).mean(1))
 
     hooks = [layer.register_forward_pre_hook(note) for layer in hidden]
     logits = torch.cat([model(images) for images in split.images.split(10_000)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ def two_layer(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
 def neighbours(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
     """Shares of the classes among the nearest of some random training samples, by the Euclidean distance.
 
-    As if there were one more, of every class an equal part: no share is 0, which would cost infinitely many bits.
+    One more counts as of all classes in equal parts: a share of 0 could cost infinitely many bits.
     """
     order = torch.randperm(len(labels), generator=seeded("neighbours", seed))[:NEIGHBOURS_OF]
     x, x_test = standardised(train[order], test)
@@ -107,27 +108,23 @@ def prototype_recall(train: Predictions, test: Predictions, forget_class: int, c
 
 def found_by_probes(
     train: Predictions, test: Predictions, forget_class: int, seed: int, probes: Sequence[str] = ()
-) -> dict[str, dict[str, dict[str, float]]]:
-    """`probe_recall`, `probe_retain`, and `usable_bits`, each by the layer and the name of the probe.
+) -> dict[str, Any]:
+    """What `linear` and other probes, each by its name, find of a class in the test split.
 
-    Percent of the test samples of the forget class, and of the others, that get their label; and what is told about
-    "is it of the class", bits, which `two_class`, the logistic regression to that, tells too. `linear` always runs.
-    layers: `representation`, and with `hidden` among the probes `hidden_0`, `hidden_1` ..., those before it
+    In the representation percent of the class's samples that get its label, and of the others that `linear` has right;
+    `usable_bits` about "is it of the class" by layer, also of `two_class`, the logistic regression to just that. Layers
+    are `representation`, and where `hidden` is among the probes `hidden_0` and on, those before it.
     """
     is_forget = test.labels == forget_class
-    layers = {"representation": len(train.hidden) - 1}
-    if "hidden" in probes:
-        layers |= {f"hidden_{index}": index for index in range(len(train.hidden) - 1)}
-    found: dict[str, dict[str, dict[str, float]]] = {"probe_recall": {}, "probe_retain": {}, "usable_bits": {}}
-    for layer, index in layers.items():
-        recall, retain, bits = (of_layer.setdefault(layer, {}) for of_layer in found.values())
+    last, bits = len(train.hidden) - 1, {}
+    for index in range(last + 1) if "hidden" in probes else [last]:
         x, x_test = train.hidden[index], test.hidden[index]
-        of_class = linear(x, (train.labels == forget_class).long(), x_test, seed)[:, 1]
-        bits["two_class"] = usable_bits(of_class, is_forget)
-        for name in ("linear", *(each for each in probes if each != "hidden")):
-            probabilities = PROBES[name](x, train.labels, x_test, seed)
-            is_right = (probabilities.argmax(1) == test.labels).double()
-            recall[name] = 100 * is_right[is_forget].mean().item()
-            retain[name] = 100 * is_right[~is_forget].mean().item()
-            bits[name] = usable_bits(probabilities[:, forget_class], is_forget)
-    return found
+        given = {name: PROBES[name](x, train.labels, x_test, seed) for name in ("linear", *probes) if name in PROBES}
+        of_class = {name: probabilities[:, forget_class] for name, probabilities in given.items()}
+        of_class["two_class"] = linear(x, (train.labels == forget_class).long(), x_test, seed)[:, 1]
+        of_layer = {name: usable_bits(probability, is_forget) for name, probability in of_class.items()}
+        bits["representation" if index == last else f"hidden_{index}"] = of_layer
+    right = {name: (probabilities.argmax(1) == test.labels).double() for name, probabilities in given.items()}
+    recall = {name: 100 * each[is_forget].mean().item() for name, each in right.items()}
+    retain = 100 * right["linear"][~is_forget].mean().item()
+    return {"probe_recall": recall, "probe_retain": retain, "usable_bits": bits}

@@ -45,7 +45,7 @@ def found_by(ridge: float, rivals: list[int], features: Tensor, labels: Tensor, 
 def judged(model: HookedClassifier, data: ImageData, label: int, seed: int) -> Tensor:
     """Percent of a class's test samples that a linear probe finds, and the retain score, (2)."""
     test = predictions_of(model, data.test)
-    found = found_by_probes(predictions_of(model, data.train), test, label, seed)["probe_recall"]["representation"]
+    found = found_by_probes(predictions_of(model, data.train), test, label, seed)["probe_recall"]
     return torch.tensor([found["linear"], 100 * test.correct[test.labels != label].mean()])
 
 

@@ -283,26 +283,21 @@ def test_every_audit_is_that_of_its_samples_and_of_what_was_asked_for(trained, r
     steps, scores = again(data.train.forget(FORGET).batches(10, seeded("relearn", 4)))
     few = {str(count): some_of_every_class(data.train, count, "relearn from", 4) for count in (1, 2)}
 
-    layers, asked = (
-        {"representation": 1, "hidden_0": 0},
-        {"linear": linear, "neighbours": neighbours, "two_layer": two_layer},
-    )
-    recall, retain, bits = ({layer: {} for layer in layers} for _ in range(3))
-    for (layer, index), (name, probe) in product(layers.items(), asked.items()):
-        probabilities = probe(train.hidden[index], train.labels, test.hidden[index], 4)
-        right = (probabilities.argmax(1) == test.labels).double()
-        recall[layer][name] = pytest.approx(100 * right[forget].mean().item())
-        retain[layer][name] = pytest.approx(100 * right[~forget].mean().item())
-        bits[layer][name] = usable_bits(probabilities[:, FORGET], forget)
-        logistic = linear(train.hidden[index], member.long(), test.hidden[index], 4)
-        bits[layer]["two_class"] = usable_bits(logistic[:, 1], forget)
+    asked = {"linear": linear, "neighbours": neighbours, "two_layer": two_layer}
+    assert list(found["probe_recall"]) == list(asked)
+    bits: dict[str, dict[str, float]] = {"hidden_0": {}, "representation": {}}
+    for of_layer, x, x_test in zip(bits.values(), train.hidden, test.hidden):
+        given = {name: probe(x, train.labels, x_test, 4) for name, probe in asked.items()}
+        of_layer |= {name: usable_bits(given[name][:, FORGET], forget) for name in asked}
+        of_layer["two_class"] = usable_bits(linear(x, member.long(), x_test, 4)[:, 1], forget)
+    right = {name: 100 * (of_probe.argmax(1) == test.labels).double() for name, of_probe in given.items()}
     assert found == {
         "js_forget": jensen_shannon(test.logits[forget], after[forget]),
         "js_retain": jensen_shannon(test.logits[~forget], after[~forget]),
         "loss_attack": loss_attack(train.loss[member], test.loss[forget]),
         "entropy_attack": entropy_attack(train.logits[~member], test.logits, train.logits[member]),
-        "probe_recall": recall,
-        "probe_retain": retain,
+        "probe_recall": {name: pytest.approx(right[name][forget].mean().item()) for name in asked},
+        "probe_retain": pytest.approx(right["linear"][~forget].mean().item()),
         "usable_bits": bits,
         "prototype_recall": {str(count): prototype_recall(train, test, FORGET, count, 4) for count in (1, 2)},
         "relearn_steps": steps,
