@@ -29,15 +29,18 @@ def ridge_regression(features: Tensor, targets: Tensor, ridge: float) -> tuple[T
     return torch.linalg.solve(correlation, products), products
 
 
-def explained_variance(features: Tensor, num_own: int, ridge: float) -> Tensor:
-    """R^2 of the ridge regression to the centred indicator t of the first `num_own` samples, differentiable.
+def held_out_variance(features: Tensor, target: Tensor, ridge: float) -> Tensor:
+    """R^2 of the ridge regression to a target when each sample is predicted from all others, differentiable.
 
-        b^T (A + ridge I)^-1 b / var(t),  A = H^T H / N,  b = H^T t / N,  H the standardised features
+        1 - sum_i (e_i / (1 - h_i))^2 / sum_i t_i^2,  h_i = 1 / N + H_i (H^T H + ridge N I)^-1 H_i^T
 
-    From 0, where the features say nothing of these samples, to 1. Shapes: features (..., samples, n) to (...).
+    H the standardised features, t the centred target, e the residuals (PRESS; Allen 1974, Technometrics 16). At most 1;
+    0 or less where the features say nothing of the target. Shapes: features (samples, n), target (samples).
     """
-    is_own = torch.arange(features.shape[-2], device=features.device) < num_own
-    target = is_own.expand(features.shape[:-1]).to(features)
-    target = (target - target.mean(-1, keepdim=True))[..., None]
-    coefficients, products = ridge_regression(*standardised(features), target, ridge)
-    return (coefficients * products).sum((-2, -1)) / target.square().mean((-2, -1)).clamp_min(1e-12)
+    (h,) = standardised(features)
+    t = target - target.mean()
+    samples, n = h.shape
+    factor = torch.linalg.cholesky(h.T @ h + samples * ridge * torch.eye(n).to(h))
+    whitened = torch.linalg.solve_triangular(factor, h.T, upper=False)
+    left_out = (t - (whitened.T @ (whitened @ t))) / (1 - 1 / samples - whitened.square().sum(0))
+    return 1 - left_out.square().sum() / t.square().sum().clamp_min(1e-12)

@@ -1,14 +1,17 @@
-"""Erasure: a class is taken from the representation, not only from the output, by one direction of every layer.
+"""Erasure: a class is taken from the representation, not only from the output, by a few directions of late layers.
 
-The bar is a classifier that never saw the class. It tells the class from others all the same: about as well as
-features of the images do that were never trained.
+Attackers say what is left: each is a ridge regression from random ReLU features, in closed form, and a new one is drawn
+at every step, so that what is learned fools none of them. The bar is a classifier that never saw the class. It tells
+the class from others all the same: what attackers find in the inputs themselves says how well.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Annotated
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,38 +19,43 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from mimu.data import Count, NonNegative, Positive, Split, drawn_of_every_class, seeded, some_of_every_class
+from mimu.data import Count, NonNegative, Positive, Share, Split, drawn_of_every_class, seeded, some_of_every_class
 from mimu.eval import Request
-from mimu.masking.order import FEW, forgetting_loss
-from mimu.masking.regression import explained_variance, standardised
+from mimu.masking.order import forgetting_loss
+from mimu.masking.regression import held_out_variance, standardised
 from mimu.methods.controls import further
-from mimu.methods.projections import class_direction
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.files import PACKAGE, InputError
 from mimu.trainer import descend
+
+DEEPEST = 4  # late layers, at most, that are edited
+HELD_OUT = 5  # one sample of so many is not learned from, and says what is left
+ATTACKERS = 5  # whose mean says what is found
+NOTICED = 0.02  # of R^2 above the bar, from which on more is left than should be
 
 
 @dataclass(frozen=True)
 class Erasing:
     """How a class is erased.
 
-    samples: of every class, of which a step draws group_size; steps: of Adam, 0 for the projections alone
-    forget_weight, erase_weight: of the two terms beside the others' cross entropy
-    rivals: how many of the nearest classes must not be distinguished from the class; ridge: of the regressions
-    untrained: how many untrained features say how well a classifier does that never saw the class, for each feature of
-        the representation
+    samples: of every class; a step takes group_size of the class, and `others` of all others
+    steps: of Adam; forget_weight, erase_weight: of the two terms beside the others' cross entropy
+    directions: that a layer reads less of; units: random features of an attacker; ridge: of its regression
+    share: how far the bar is on the way from what is found in the inputs to what is found in the original
     """
 
     samples: Count
     group_size: Count
-    steps: Annotated[int, "at least 0"]
+    others: Count
+    steps: Count
     learning_rate: Positive
     forget_weight: NonNegative
     erase_weight: NonNegative
-    rivals: Count
-    untrained: Positive
+    directions: Count
+    units: Count
     ridge: Positive
+    share: Share
 
     @staticmethod
     def configured() -> Erasing:
@@ -55,11 +63,36 @@ class Erasing:
         config = yaml.safe_load((PACKAGE / "configs" / "methods.yaml").read_text())
         return Erasing(**config["eval"]["hyperparameters"]["erase"])
 
-    def untrained_features(self, images: Tensor, count: int, seed: int) -> Tensor:
-        """relu(V x) of images (samples, ...), V drawn as for a layer that is to be trained; they stand for `count`."""
-        x, units = images.flatten(1), max(1, round(self.untrained * count))
-        uniform = torch.rand(units, x.shape[1], generator=seeded("untrained", seed), dtype=torch.float32)
-        return (x @ (2 * uniform.to(x) - 1).T).relu()
+    def found(self, features: Tensor, is_own: Tensor, generator: torch.Generator) -> Tensor:
+        """How much a random attacker finds of a class in features (samples, ...), R^2 (`held_out_variance`).
+
+        It regresses whether a sample is of the class on relu(V z + b) of the standardised features z, V and b random.
+        """
+        (z,) = standardised(features.flatten(1))
+        directions = torch.randn(z.shape[1], self.units, generator=generator) * math.sqrt(2 / z.shape[1])
+        offsets = torch.randn(self.units, generator=generator)
+        f = (z @ directions.to(z) + offsets.to(z)).relu()
+        if LAB.get('lin') and z.shape[1] <= 600:
+            f = torch.cat([f, z], 1)
+        return held_out_variance(f, is_own.to(z), self.ridge)
+
+    def found_by_several(self, features: Tensor, is_own: Tensor, seed: int) -> float:
+        """The mean of what ATTACKERS find."""
+        generator = seeded("attackers", seed)
+        return sum(self.found(features, is_own, generator).item() for _ in range(ATTACKERS)) / ATTACKERS
+
+
+class Found(NamedTuple):
+    """What attackers find of a class in the representation, R^2 of samples that nothing was learned from, 0 to 1."""
+
+    before: float
+    left: float
+    bar: float
+
+    @property
+    def is_at_the_bar(self) -> bool:
+        """Whether no more is left than a classifier would know that never saw the class."""
+        return self.left <= self.bar + NOTICED
 
 
 def nearest(features: Tensor, labels: Tensor, label: int, count: int) -> list[int]:
@@ -71,49 +104,89 @@ def nearest(features: Tensor, labels: Tensor, label: int, count: int) -> list[in
     return classes[distances.argsort()[: 1 + count]].tolist()
 
 
-def together(start: Mask | None, edits: dict[str, LayerMask]) -> Mask:
-    """The mask that takes directions from layers, by their names, beside what a mask to start with does."""
-    return start & Mask(edits) if start else Mask(dict(edits))
+def directions_of(x: Tensor, labels: Tensor, label: int, count: int) -> Tensor:
+    """Orthonormal directions (n, count) that span what tells a class's mean x (samples, n) from those nearest to it."""
+    own, *others = (x[labels == each].mean(0) for each in nearest(x, labels, label, count))
+    return torch.linalg.qr(torch.stack([own - other for other in others], 1)).Q
 
 
-@torch.no_grad()
-def projections(
-    classifier: HookedClassifier, samples: Split, label: int, start: Mask | None = None
-) -> dict[str, LayerMask]:
-    """What of each layer reads the class: W u u^T, u what of the class's mean input the other classes' do not span.
+def late_layers(classifier: HookedClassifier) -> list[str]:
+    """The last layers in the order in which they are called, the one that gives the logits at the end.
 
-    After Hatami et al. 2026, arXiv:2604.15166; here layer after layer, each on what those before it give without
-    theirs, under a mask to start with. Of the last layer it is the class's row, e_d w_d^T.
-    Raises InputError where there is no layer before the last.
+    Raises InputError where there is no layer before it.
     """
     trace = classifier.trace
     name_of_call = {layer.node: name for name, layer in trace.layers.items() if layer.groups == 1}
-    *hidden, last = [name_of_call[node] for node in trace.nodes if node in name_of_call] or [None]
-    if not hidden or trace.layers[last].node is not trace.output:
+    names = [name_of_call[node] for node in trace.nodes if node in name_of_call]
+    if len(names) < 2 or trace.layers[names[-1]].node is not trace.output:
         must = "that must give the logits, and stand behind a layer that can be masked"
         raise InputError(f"a class is erased from what the last layer is given: {must}")
-    weights = dict(zip(classifier.names, classifier.weights))
-    found = {name: LayerMask.of(torch.ones_like(weights[name])) for name in (*hidden, last)}
-    activations, begun = samples.images, classifier
-    for name in hidden:
-        index = classifier.names.index(name)
-        with together(start, found).applied_to(classifier):
-            activations = begun.prefix_activations([index], activations)
-            begun = classifier.begun_before([index])
-            weight = classifier.weights[index].flatten(1)
-            u = class_direction(begun.mean_inputs(index, activations), samples.labels, label).to(weight)[:, None]
-            found[name] = found[name]._replace(left=weight @ u, right=u)
-    with together(start, found).applied_to(classifier):
-        weight = classifier.weights[classifier.names.index(last)]
-        is_row = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
-        found[last] = found[last]._replace(left=is_row, right=weight[label][:, None].clone())
-    return found
+    return names[-1 - DEEPEST :]
 
 
-def told_apart(features: Tensor, labels: Tensor, classes: list[int], ridge: float) -> Tensor:
-    """How well a ridge regression tells the first of some classes from the others: R^2 (`explained_variance`)."""
-    parts = [features[labels == each] for each in classes]
-    return explained_variance(torch.cat(parts), len(parts[0]), ridge)
+LAB = {'u': 0, 'init': 0}
+
+
+class Edit:
+    """Layers of a classifier that read less of some directions, W - left right^T, and another row for the class.
+
+    right: of each hidden layer the directions, fixed; left: by how much each neuron reads less of them, to be learned;
+    of the last layer the class's row alone, to be learned.
+    What the first layer gives, and how much of the directions it reads, is recorded once.
+    """
+
+    def __init__(
+        self, classifier: HookedClassifier, start: Mask | None, layers: Sequence[str], samples: Split, label: int, count: int
+    ) -> None:
+        """classifier: begun before the layers, under `start`; samples: as it is given them; count: of directions"""
+        self.weights = {name: classifier.weights[classifier.names.index(name)].clone() for name in layers}
+        parts = start.by_layer if start else {}
+        *hidden, last = layers
+        self.masks: dict[str, LayerMask] = {}
+        for name in hidden:
+            weight = self.weights[name]
+            x = classifier.mean_inputs(classifier.names.index(name), samples.images)
+            right = directions_of(x, samples.labels, label, count)
+            keep = parts[name].keep if name in parts else torch.ones_like(weight)
+            left = torch.zeros(len(weight), right.shape[1]).to(weight)
+            if LAB['u']:
+                from mimu.methods.projections import class_direction
+                u = class_direction(x, samples.labels, label).to(weight)
+                right = torch.linalg.qr(torch.cat([u[:, None], right[:, :-1]], 1)).Q
+            if LAB['init']: left[:, :LAB['init']] = weight.flatten(1) @ right[:, :LAB['init']]
+            self.masks[name] = LayerMask(keep, left.requires_grad_(), right)
+        row = self.weights[last][label][:, None].clone()
+        keep = parts[last].keep if last in parts else torch.ones_like(self.weights[last])
+        is_row = F.one_hot(torch.tensor([label]), len(keep)).T.to(row)
+        self.masks[last] = LayerMask(keep, is_row, row.requires_grad_())
+        self.learned = [*(self.masks[name].left for name in hidden), self.masks[last].right]
+        self.classifier, self.given, self.read = classifier, [samples.images], None
+        first, index = self.masks[hidden[0]], classifier.names.index(hidden[0])
+        if bool(first.keep.all()):
+            try:
+                directions = first.right.T.reshape(-1, *first.keep.shape[1:])
+                self.given, self.read = classifier.recorded(index, samples.images, directions)
+                self.classifier = classifier.begun_behind(index)
+            except ValueError:  # it is run again and again
+                pass
+        self.first = hidden[0]
+
+    def outputs(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The representation (samples, ...) and the logits of some samples, by their indices."""
+        given = [values[chosen] for values in self.given]
+        weights = {name: mask.applied(self.weights[name]) for name, mask in self.masks.items()}
+        if self.read is not None:
+            del weights[self.first]
+            left = self.masks[self.first].left
+            dim = -1 if self.weights[self.first].ndim == 2 else 1
+            given[0] = given[0] - (self.read[chosen].movedim(dim, -1) @ left.T).movedim(-1, dim)
+        # As the only one of several: the gradient of each is then laid out row after row.
+        return self.classifier.outputs(given, weights={name: weight[None][0] for name, weight in weights.items()})
+
+    def mask(self, start: Mask | None) -> Mask:
+        """What it does, beside what a mask to start with does."""
+        done = Mask({name: LayerMask(*map(torch.detach, mask)) for name, mask in self.masks.items()})
+        return start & done if start else done
 
 
 def erased(
@@ -124,52 +197,70 @@ def erased(
     seed: int,
     start: Mask | None = None,
     progress: bool = False,
-    bar: float | None = None,
-) -> Mask:
+) -> tuple[Mask, Found]:
     """The mask that takes a class from the representation and from the output, with as little harm to the others.
 
-    It begins as `projections`. By how much of its direction each neuron reads less, and the class's row of the last
-    layer, is learned (from fewer than FEW samples of a class, to which all layers overfit, the row alone), so that
+    The linear layers of features before the last one, two at most, or else the last layer before it, read less of
+    `directions_of` the class. By how much, and the class's row of the last layer, is learned so that
 
         cross entropy of the others - forget_weight E_d[log(1 - p_d)] + erase_weight max(0, R^2 - R_0^2)
 
-    is least: R^2 says how well a ridge regression tells the class from its rivals in the representation, R_0^2 how well
-    it does so in untrained features of the images, below which there is nothing to erase.
+    is least: R^2 says how much a random attacker finds in the representation, R_0^2 is the bar. While attackers find
+    more than that in samples that nothing was learned from, one layer more is edited, DEEPEST at most.
 
     split: samples of the class and of those to keep; start: a mask to begin with, to which this one adds
-    bar: R_0^2 where it is known; None: that of untrained features
     Raises InputError where there is no layer before the last, TrainingError where it diverges.
     """
     samples = some_of_every_class(split, config.samples, "erase", seed, label)
-    generator = seeded("erase", seed, label)
-    edits = projections(classifier, samples, label, start)
-    features = classifier.value_of(classifier.trace.representation, samples.images)
-    rivals = nearest(features, samples.labels, label, config.rivals)
-    probe = partial(told_apart, classes=rivals, ridge=config.ridge)
-    if bar is None:
-        bar = probe(config.untrained_features(samples.images, features.shape[1], seed), samples.labels)
-    *hidden, row = edits.values()
-    is_few = int(samples.labels.unique(return_counts=True)[1].min()) < FEW
-    learned = [row.right] if is_few else [*(edit.left for edit in hidden), row.right]
-    optimizer = torch.optim.Adam([each.requires_grad_() for each in learned], config.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
+    layers, at_the_end = late_layers(classifier), classifier.trace.names_at_the_end
+    with start.applied_to(classifier) if start else nullcontext():
+        indices = [classifier.names.index(name) for name in layers]
+        images = torch.cat([classifier.prefix_activations(indices, samples.images)])
+        begun = classifier.begun_before(indices)
+        given = Split(images, samples.labels)
+        answers = []
+        for count in range(min(2, max(1, len(at_the_end) - 1)), len(layers)):
+            edit = Edit(begun, start, layers[-1 - count :], given, label, config.directions)
+            found = learned(edit, samples, label, config, seed, progress)
+            answers.append((edit.mask(start), found))
+            if found.is_at_the_bar:
+                break
+    return min(answers, key=lambda answer: answer[1].left)
+
+
+def learned(edit: Edit, samples: Split, label: int, config: Erasing, seed: int, progress: bool) -> Found:
+    """Learns an edit, and says what attackers find in samples that are not learned from."""
+    labels, generator = samples.labels, seeded("erase", seed, label)
+    is_own, order = labels == label, torch.arange(len(labels), device=labels.device)
+    is_held_out = order % HELD_OUT == 0
+    held_out, parts = order[is_held_out], (order[is_own & ~is_held_out], order[~is_own & ~is_held_out])
+    with torch.no_grad():
+        before, _ = edit.outputs(held_out)
+        in_inputs = config.found_by_several(samples.images[held_out], is_own[held_out], seed)
+        in_original = config.found_by_several(before, is_own[held_out], seed)
+    bar = in_inputs + config.share * max(0.0, in_original - in_inputs)
+    optimizer = torch.optim.Adam(edit.learned, config.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     about = {"desc": f"class {label}", "unit": "step", "delay": 1, "leave": False}
     for step in tqdm(range(config.steps), **about, disable=None if progress else True):
-        chosen = samples[drawn_of_every_class(samples.labels, config.group_size, lambda _: generator)]
-        # As the only one of several: the gradient of each is then laid out row after row.
-        weights = {name: w[None][0] for name, w in together(start, edits).weights(classifier).items()}
-        features, logits = classifier.outputs(chosen.images, weights=weights)
-        is_forget = chosen.labels == label
-        forget = forgetting_loss(logits[is_forget].softmax(1)[:, label])
-        loss = F.cross_entropy(logits[~is_forget], chosen.labels[~is_forget]) + config.forget_weight * forget
-        loss = loss + config.erase_weight * (probe(features, chosen.labels) - bar).clamp_min(0)
-        descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.erase")
+        own, others = (
+            part[torch.randperm(len(part), generator=generator)[:size].to(part.device)]
+            for part, size in zip(parts, (config.group_size, config.others))
+        )
+        features, logits = edit.outputs(torch.cat([own, others]))
+        forget = forgetting_loss(logits[: len(own)].softmax(1)[:, label])
+        loss = F.cross_entropy(logits[len(own) :], labels[others]) + config.forget_weight * forget
+        is_first = torch.arange(len(logits), device=logits.device) < len(own)
+        excess = config.found(features, is_first, generator) - bar
+        descend(optimizer, {"loss": loss + config.erase_weight * excess.clamp_min(0)}, step, "eval.hyperparameters.erase")
         schedule.step()
-    done = {name: LayerMask(*map(torch.detach, edit)) for name, edit in edits.items()}
-    return together(start, done)
+    with torch.no_grad():
+        left = config.found_by_several(edit.outputs(held_out)[0], is_own[held_out], seed)
+    return Found(in_original, left, bar)
 
 
 @further("erase", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")
 def erase(request: Request, *, config: Erasing) -> Mask:
-    """One direction less in what every layer reads, the class's, by shares that are learned, and its output row."""
-    return erased(request.classifier, request.train, request.forget_class, config, request.seed)
+    """Late layers read less of a few directions, by shares that are learned against attackers, and the output row."""
+    mask, _ = erased(request.classifier, request.train, request.forget_class, config, request.seed)
+    return mask

@@ -86,15 +86,40 @@ class HookedClassifier(nn.Module):
         begun._is_begun = True
         return begun
 
+    def begun_behind(self, layer: int) -> HookedClassifier:
+        """The same network, which is given what `recorded` gives of a layer in the place of images."""
+        begun = copy.copy(self)
+        begun.trace = self.trace.begun_behind(self.names[layer])
+        begun._is_begun = True
+        return begun
+
+    @torch.no_grad()
+    def recorded(self, layer: int, images: Tensor, directions: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What stands for images behind a layer, what the layer gives first, and how much of directions it reads.
+
+        Shapes: directions (rank, ...), as rows of the weight, to (batch, rank, ...), of a linear layer (batch, ..., rank)
+        Raises ValueError where `Trace.begun_behind` does.
+        """
+        node, watched = self.trace.layers[self.names[layer]].node, self.trace.begun_behind(self.names[layer]).given
+        parts = []
+        for part in images.split(self.samples_at_once):
+            values = self.trace.run(self.network, part, watched=[*watched, node.args[0]], end=node)
+            read = node.target(values[node.args[0]], directions, None, *node.args[3:])
+            parts.append([*(values[each] for each in watched), read])
+        *values, read = map(torch.cat, zip(*parts))
+        return values, read
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes)."""
         run = (lambda x: self.outputs(x)[1]) if self._is_begun else self.network
         return run(images) if torch.is_grad_enabled() else torch.cat([*map(run, images.split(self.samples_at_once))])
 
-    def outputs(self, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def outputs(
+        self, images: Tensor | Sequence[Tensor], weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The representation, which the last layer is given, (batch, n), and the logits (batch, classes).
 
-        In evaluation mode. weights: by name, in the place of its own; gradients then reach these and no parameter
+        In evaluation mode. images: or `recorded` values. weights: by name, in the place of its own; gradients then reach these and no parameter
         """
         trace = self.trace
         changed = {trace.layers[name].node: weight for name, weight in (weights or {}).items()}

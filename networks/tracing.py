@@ -6,7 +6,7 @@ import copy
 import operator
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -119,7 +119,7 @@ class Trace:
 
     layers: the weights that one linear operation or convolution reads, and nothing else, by their names, in the order
         of `named_parameters`; ends: the neurons that each joins
-    images: the node that stands for what the network is given; output: that of the logits
+    given: the nodes that stand for what the network is given, here one; output: that of the logits
     of_samples: the nodes whose values depend on what the network is given; others are the same for all samples
     Raises ValueError where the network cannot be exported, or gives other logits than its operations.
     """
@@ -135,7 +135,7 @@ class Trace:
             constants = signature.inputs_to_lifted_tensor_constants
             self.parameters = {by_name[node]: name for node, name in names.items()}
             self.constants = {by_name[node]: program.constants[name] for node, name in constants.items()}
-            self.images = by_name[signature.user_inputs[0]]
+            self.given = (by_name[signature.user_inputs[0]],)
             self.output = by_name[signature.user_outputs[0]]
             self.module = program.graph_module
             self.sizes: dict[fx.Node, tuple[int, int]] = {}  # whole numbers: for two samples, and more for one more
@@ -150,15 +150,31 @@ class Trace:
 
     def begun_before(self, layers: Sequence[str]) -> Trace:
         """The same from `start_of` layers on, whose value it is then given in the place of images."""
+        return self._begun([self.start_of(layers)])
+
+    def begun_behind(self, layer: str) -> Trace:
+        """The same from behind a layer on, given what it gives and all other values of samples that the rest needs.
+
+        Raises ValueError where the samples are not in front of each.
+        """
+        node = self.layers[layer].node
+        for each, alive in self._alive():
+            if each is node:
+                break
+        if any(self.batches.get(each) != (0, 1) for each in alive):
+            raise ValueError(f"behind {layer} values have no dimension of samples in front")
+        return self._begun([node, *(each for each in alive if each is not node)])
+
+    def _begun(self, nodes: Sequence[fx.Node]) -> Trace:
         begun = copy.copy(self)
-        begun.images = self.start_of(layers)
+        begun.given = tuple(nodes)
         begun._plan()
         return begun
 
     def run(
         self,
         network: nn.Module,
-        value: Tensor,
+        value: Tensor | Sequence[Tensor],
         compute: Callable[[fx.Node, tuple, dict], Any] | None = None,
         watched: Sequence[fx.Node] = (),
         end: fx.Node | None = None,
@@ -166,23 +182,25 @@ class Trace:
     ) -> dict[fx.Node, Any]:
         """The values of the output and of `watched` nodes.
 
+        value: what it is given, one for each node of `given`
         compute: gives the value of an operation from its arguments; end: the node to stop at
         is_constant: whether the weights are left out of the autograd graph
         """
-        values: dict[fx.Node, Any] = {self.images: value}
+        given = [value] if isinstance(value, Tensor) else value
+        values: dict[fx.Node, Any] = dict(zip(self.given, given))
         keep = {self.output, end, *watched}
         for node in self.nodes:
             if node in self.parameters:
                 weight = operator.attrgetter(self.parameters[node])(network)
                 values[node] = weight.detach() if is_constant else weight
             elif node in self.constants:
-                values[node] = self.constants[node].to(value.device)
+                values[node] = self.constants[node].to(given[0].device)
             elif node in self.sizes:
                 of_two, more = self.sizes[node]
-                values[node] = of_two + more * (len(value) - 2)
+                values[node] = of_two + more * (len(given[0]) - 2)
             elif node.op == "get_attr":
                 values[node] = operator.attrgetter(node.target)(self.module)  # of operations in no_grad, for one
-            elif node is not self.images:
+            elif node not in values:
                 arguments, named = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = (compute or call)(node, arguments, named)
             for spent in self._last_uses[node]:
@@ -195,16 +213,22 @@ class Trace:
     def start_of(self, layers: Sequence[str]) -> fx.Node:
         """The last node before all of these layers whose value, samples in front, is all that the rest needs."""
         calls = {self.layers[layer].node for layer in layers}
-        start, alive = self.images, set()
-        for node in self.nodes:
+        (start,) = self.given
+        for node, alive in self._alive():
             if node in calls:
                 break
-            if node in self.of_samples:
-                alive.add(node)
-            alive.difference_update(self._last_uses[node])
             if len(alive) == 1 and self.batches.get(single := next(iter(alive))) == (0, 1):
                 start = single
         return start
+
+    def _alive(self) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
+        """Every node, and the nodes of samples whose values the rest needs once it has been computed."""
+        alive: set[fx.Node] = set()
+        for node in self.nodes:
+            if node in self.of_samples:
+                alive.add(node)
+            alive.difference_update(self._last_uses[node])
+            yield node, alive
 
     @property
     def representation(self) -> fx.Node:
@@ -239,8 +263,8 @@ class Trace:
         return "" if behind & layers else "ends in no layer that can be masked"
 
     def _plan(self) -> None:
-        """Finds the nodes that the output takes from the images on, and those that are spent after each."""
-        wanted, begin = {self.images, self.output}, {self.images, *self.sizes}
+        """Finds the nodes that the output takes from what is given on, and those that are spent after each."""
+        wanted, begin = {*self.given, self.output}, {*self.given, *self.sizes}
         for node in reversed(self.output.graph.nodes):
             if node in wanted and node not in begin:
                 wanted.update(node.all_input_nodes)
@@ -259,7 +283,7 @@ class Trace:
 
         batches: of a node of samples, the dimension that holds them, and how many parts of each
         """
-        self.of_samples, neurons = {self.images}, Neurons()
+        self.of_samples, neurons = {*self.given}, Neurons()
         readers = self._readers(network)
         seen: list[dict[fx.Node, Any]] = []
         given: list[dict[fx.Node, Tensor]] = []
@@ -279,10 +303,10 @@ class Trace:
 
         logits = []
         for x in (two, three):
-            seen.append({self.images: x.shape})
+            seen.append(dict.fromkeys(self.given, x.shape))
             given.append({})
             if len(seen) == 1:
-                neurons.follow(self.images, x, True)
+                neurons.follow(*self.given, x, True)
             logits.append(self.run(network, x, note)[self.output])
         is_as_exported = torch.allclose(logits[0], network(two), 1e-3, 1e-4, equal_nan=True)
         if not is_as_exported or not torch.allclose(logits[1][1:], logits[0], 1e-2, 1e-3, equal_nan=True):
