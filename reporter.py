@@ -50,13 +50,16 @@ class Column:
     spec: str = ".2f"
     is_gap: bool = False  # less the figure of the classifier retrained without the class
     is_share: bool = False  # percent of the masked weights
+    is_index: bool = False  # of a gap: the information difference index, see Reporter.index
     is_worst: bool = False  # not the mean over the digits, but the largest of any digit and seed, of gaps the smallest
 
     def of(self, method: str, experiment: Mapping[str, Any], retrained: Mapping[str, Any]) -> float:
-        """A method's figure in an experiment (JSON); not a number where it has no such key, or null there."""
+        """A method's figure in an experiment (JSON), the largest of several; nan where it has no such key, or null."""
         found: Any = experiment
         for key in (self.keys[0], method, *self.keys[1:]):
             found = (found or {}).get(key)
+        if isinstance(found, Mapping):
+            found = max(found.values())
         if found is None:
             return math.nan
         if self.is_gap:
@@ -260,11 +263,33 @@ class Reporter:
         numbers = self.numbers(column, method, kappa)
         if column.is_worst:
             return [float(np.min(numbers) if column.is_gap else np.max(numbers))]
-        return list(map(fmean, numbers))
+        figures = list(map(fmean, numbers))
+        return self.index(column, figures) if column.is_index else figures
+
+    def index(self, column: Column, excess: Sequence[float]) -> list[float]:
+        """The information difference index of every seed: 1 as in the original, 0 as after retraining.
+
+            IDI = sum_d (b(unlearned) - b(retrained)) / sum_d (b(original) - b(retrained))
+
+        over the digits d, one of which may have too little to forget; b: the most bits that a probe of the layer finds.
+        Not a number where another retrained one is as far from the retrained one as the original. After Jeon et al.
+        2024, arXiv:2405.17878: there, b is InfoNCE's estimate of mutual information, and layers are summed up, too.
+
+        excess: b(unlearned) - b(retrained), mean over the digits, of every seed
+        """
+        found = []
+        for seed, bits in zip(self.seeds, excess):
+            beside = [self.retrained.get((seed, digit), {}) for digit in self.digits]
+            methods = ("original", "retrain_again", "retrain_third")
+            most, *others = (fmean(column.of(method, each, each) for each in beside) for method in methods)
+            band = max((abs(other) for other in others if math.isfinite(other)), default=0.0)
+            found.append(bits / most if most > band else math.nan)
+        return found
 
     def spread(self, column: Column, method: str) -> list[float]:
         """A method's figures for every seed, or where there is only one seed for every digit."""
-        return self.figures(column, method) if len(self.seeds) > 1 else self.numbers(column, method)[0]
+        has_one = len(self.seeds) > 1 or column.is_index  # the index is that of all digits
+        return self.figures(column, method) if has_one else self.numbers(column, method)[0]
 
     def mean(self, column: Column, method: str, kappa: Kappa = None) -> float:
         """A method's figure, mean over digits and seeds."""

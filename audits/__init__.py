@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimu.audits.predictions import entropy_attack, jensen_shannon, loss_attack, neighbour_attack, predictions_of
-from mimu.audits.probes import probe_scores, prototype_recall
+from mimu.audits.probes import found_by_probes, prototype_recall
 from mimu.data import Count, ImageData, Split, seeded, some_of_every_class
 from mimu.networks.masks import Mask
 
@@ -23,7 +23,8 @@ LEARNING_RATE = 0.0003
 LEARNING_RATE_FROM_FEW = 0.003  # where all samples are in each step
 AUDITS = (
     "js_forget", "js_retain", "loss_attack", "entropy_attack", "neighbour_attack", "probe_recall", "probe_retain",
-    "prototype_recall", "relearn_steps", "came_back", "relearn_scores", "relearn_from", "weights_changed",
+    "usable_bits", "prototype_recall", "relearn_steps", "came_back", "relearn_scores", "relearn_from",
+    "weights_changed",
 )  # fmt: skip
 
 
@@ -32,7 +33,7 @@ class AuditConfig:
     """Whether audits are made, and which."""
 
     enabled: bool
-    # Beside the linear one, which always runs; `hidden` is the linear one at the layers before the last.
+    # Beside the linear ones, which always run; `hidden`: at the layers before the last, too.
     probes: tuple[Literal["two_layer", "neighbours", "hidden"], ...]
     relearn_steps: Count  # at most
     relearn_from: tuple[Count, ...]  # so few samples of every class, too
@@ -99,7 +100,6 @@ class Audit:
         def from_retrained(chosen: Tensor) -> float | None:
             return self.reference and jensen_shannon(test.logits[chosen], self.reference.logits[chosen])
 
-        probe_recall, probe_retain = probe_scores(train, test, label, seed, self.config.probes)
         again = partial(relearn, model, data.test.forget(label), self.goal, self.config.relearn_steps)
         of_class = data.train.forget(label).batches(BATCH_SIZE, seeded("relearn", seed))
         steps, scores = again(LEARNING_RATE, of_class)
@@ -114,8 +114,7 @@ class Audit:
             "loss_attack": loss_attack(train.loss[is_member], test.loss[is_forget]),
             "entropy_attack": entropy_attack(train.logits[~is_member], test.logits, train.logits[is_member]),
             "neighbour_attack": self.reference and neighbour_attack(train, test, self.reference, label),
-            "probe_recall": probe_recall,  # by the name of the probe
-            "probe_retain": probe_retain,  # of the linear one
+            **found_by_probes(train, test, label, seed, self.config.probes),
             "prototype_recall": recovered,  # by the number of samples of every class
             "relearn_steps": steps,
             "came_back": scores[-1] >= self.goal,

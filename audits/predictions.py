@@ -17,8 +17,8 @@ class Predictions:
     """What a classifier does with a split, on the CPU.
 
     logits: (samples, classes); labels: (samples)
-    hidden: inputs of the layers after the first, but for those on tokens, (samples, n) each; the last is the
-        representation
+    hidden: inputs of the linear layers after the first, (samples, n) each, the last of them the representation; where
+        one alone reads features, of the last layer before it, too: its mean over tokens or pixels
     """
 
     logits: Tensor
@@ -44,20 +44,26 @@ class Predictions:
 @torch.no_grad()
 def predictions_of(model: nn.Module, split: Split) -> Predictions:
     """Runs a classifier of one or several linear layers on a split."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     # A classifier of one layer represents the images by themselves.
     hidden: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers[1:] or layers}
+    pooled: dict[nn.Module, list[Tensor]] = {layer: [] for layer in hidden}
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0].ndim == 2:
-            hidden[layer].append(inputs[0])
+        x = inputs[0]
+        if x.ndim == 2:
+            return hidden[layer].append(x)
+        # (samples, n, rows, columns) or (samples, tokens, n)
+        pooled[layer].append(x.mean((2, 3)) if isinstance(layer, nn.Conv2d) else x.flatten(1, -2).mean(1))
 
     hooks = [layer.register_forward_pre_hook(note) for layer in hidden]
     logits = torch.cat([model(images) for images in split.images.split(10_000)])
     for hook in hooks:
         hook.remove()
-    recorded = tuple(torch.cat(inputs).cpu() for inputs in hidden.values() if inputs)
-    return Predictions(logits.cpu(), recorded, split.labels.cpu())
+    recorded, before = ([each for each in of.values() if each] for of in (hidden, pooled))
+    if len(recorded) == 1:
+        recorded = before[-1:] + recorded
+    return Predictions(logits.cpu(), tuple(torch.cat(inputs).cpu() for inputs in recorded), split.labels.cpu())
 
 
 def jensen_shannon(logits: Tensor, others: Tensor) -> float:

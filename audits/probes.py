@@ -1,12 +1,14 @@
 """What a probe reads in a representation, whatever the classifier's own output layer makes of it.
 
 A probe goes from features (samples, n) and labels (samples) of the training split, features of others (others, n) and a
-seed to the predicted classes (others). Alain and Bengio 2016, arXiv:1610.01644.
+seed to the probabilities of the classes (others, classes). Alain and Bengio 2016, arXiv:1610.01644.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +22,12 @@ from mimu.trainer import learn
 
 PENALTY = 0.0001  # of the linear probe's squared coefficients
 STEPS = 300  # of L-BFGS, at most
+WIDEST = 256  # principal components, at most, that the linear probe is given: in seconds, and more bits than all 1,568
 UNITS = 64  # in the hidden layer of the perceptron
 EPOCHS = 5
 BATCH_SIZE = 1024
 LEARNING_RATE = 0.01  # Adam
-NEIGHBOURS = 20  # whose majority decides
+NEIGHBOURS = 20  # whose shares are the probabilities
 NEIGHBOURS_OF = 10_000  # among so many training samples
 
 
@@ -32,7 +35,7 @@ def linear(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
     """Softmax regression, trained to convergence by L-BFGS."""
     x, x_test = standardised(train, test)
     # In the directions of the principal components, each of variance 1, few steps do.
-    values, vectors = torch.linalg.eigh((x.T @ x / len(x)).double())
+    values, vectors = (each[..., -WIDEST:] for each in torch.linalg.eigh((x.T @ x / len(x)).double()))
     whiten = (vectors / (values.clamp_min(0) + 1e-6).sqrt()).float()
     x, x_test = (F.pad(each @ whiten, (0, 1), value=1.0) for each in (x, x_test))
     solution = torch.zeros(x.shape[1], int(labels.max()) + 1, requires_grad=True)
@@ -46,7 +49,7 @@ def linear(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
         return loss
 
     optimizer.step(closure)
-    return (x_test @ solution.detach()).argmax(1)
+    return (x_test @ solution.detach()).double().softmax(1)
 
 
 def two_layer(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
@@ -57,17 +60,37 @@ def two_layer(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
     optimizer = torch.optim.Adam(probe.parameters(), LEARNING_RATE)
     learn(probe, Split(x, labels), EPOCHS, BATCH_SIZE, optimizer, seeded("probe", seed), setting="audit.probes")
     with torch.no_grad():
-        return probe(x_test).argmax(1)
+        return probe(x_test).double().softmax(1)
 
 
 def neighbours(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
-    """The most frequent class among the nearest of some random training samples, by the Euclidean distance."""
+    """Shares of the classes among the nearest of some random training samples, by the Euclidean distance.
+
+    One more counts as of all classes in equal parts: a share of 0 could cost infinitely many bits.
+    """
     order = torch.randperm(len(labels), generator=seeded("neighbours", seed))[:NEIGHBOURS_OF]
     x, x_test = standardised(train[order], test)
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a b: |a|^2 is the same for all neighbours of a.
     distances = torch.addmm(x.square().sum(1), x_test, x.T, alpha=-2)
     nearest = distances.topk(min(NEIGHBOURS, len(x)), largest=False).indices
-    return F.one_hot(labels[order][nearest]).sum(1).argmax(1)
+    counts = F.one_hot(labels[order][nearest], int(labels.max()) + 1).sum(1).double()
+    return (counts + 1 / counts.shape[1]) / (nearest.shape[1] + 1)
+
+
+PROBES = {"linear": linear, "two_layer": two_layer, "neighbours": neighbours}
+
+
+def usable_bits(probability: Tensor, is_class: Tensor) -> float:
+    """Usable information about "is it of the class": H(Y) less the log loss of its probability, both (samples), bits.
+
+    H(Y) is the log loss of the class's share of the samples: 0 bits where the probabilities say no more, fewer where
+    they mislead. Xu et al. 2020, V-information, arXiv:2002.10689.
+    """
+    target = is_class.double()
+    share = target.mean().expand_as(target)
+    # Of what is certain and wrong, PyTorch counts 100 nats.
+    before, after = (F.binary_cross_entropy(each, target) for each in (share, probability.double()))
+    return (before - after).item() / math.log(2)
 
 
 def prototype_recall(train: Predictions, test: Predictions, forget_class: int, count: int, seed: int) -> float:
@@ -83,20 +106,25 @@ def prototype_recall(train: Predictions, test: Predictions, forget_class: int, c
     return 100 * (torch.cdist(of_class, torch.stack(means)).argmin(1) == forget_class).double().mean().item()
 
 
-def probe_scores(
+def found_by_probes(
     train: Predictions, test: Predictions, forget_class: int, seed: int, probes: Sequence[str] = ()
-) -> tuple[dict[str, float], float]:
-    """Percent of the forget class's test samples that each probe finds, and of the others that `linear` has right.
+) -> dict[str, Any]:
+    """What `linear` and other probes, each by its name, find of a class in the test split.
 
-    `linear` comes first, then those given; `hidden` gives `hidden_0`, `hidden_1` ..., one for every layer.
+    In the representation percent of the class's samples that get its label, and of the others that `linear` has right;
+    `usable_bits` about "is it of the class" by layer, also of `two_class`, the logistic regression to just that. Layers
+    are `representation`, and where `hidden` is among the probes `hidden_0` and on, those before it.
     """
     is_forget = test.labels == forget_class
-    is_right = linear(train.hidden[-1], train.labels, test.hidden[-1], seed) == test.labels
-    found = {"linear": is_right[is_forget]}
-    for name in probes:
-        probe = {"two_layer": two_layer, "neighbours": neighbours, "hidden": linear}[name]
-        for layer in range(len(train.hidden) - 1) if name == "hidden" else [-1]:
-            classes = probe(train.hidden[layer], train.labels, test.hidden[layer][is_forget], seed)
-            found[name if layer < 0 else f"{name}_{layer}"] = classes == forget_class
-    recalls = {name: 100 * of_probe.double().mean().item() for name, of_probe in found.items()}
-    return recalls, 100 * is_right[~is_forget].double().mean().item()
+    last, bits = len(train.hidden) - 1, {}
+    for index in range(last + 1) if "hidden" in probes else [last]:
+        x, x_test = train.hidden[index], test.hidden[index]
+        given = {name: PROBES[name](x, train.labels, x_test, seed) for name in ("linear", *probes) if name in PROBES}
+        of_class = {name: probabilities[:, forget_class] for name, probabilities in given.items()}
+        of_class["two_class"] = linear(x, (train.labels == forget_class).long(), x_test, seed)[:, 1]
+        of_layer = {name: usable_bits(probability, is_forget) for name, probability in of_class.items()}
+        bits["representation" if index == last else f"hidden_{index}"] = of_layer
+    right = {name: (probabilities.argmax(1) == test.labels).double() for name, probabilities in given.items()}
+    recall = {name: 100 * each[is_forget].mean().item() for name, each in right.items()}
+    retain = 100 * right["linear"][~is_forget].mean().item()
+    return {"probe_recall": recall, "probe_retain": retain, "usable_bits": bits}

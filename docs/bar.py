@@ -15,7 +15,7 @@ from build import ROOT, write_block
 from torch import Tensor
 
 from mimu.audits.predictions import predictions_of
-from mimu.audits.probes import probe_scores
+from mimu.audits.probes import found_by_probes
 from mimu.configs import load_config
 from mimu.data import ImageData, load_image_data, some_of_every_class
 from mimu.masking.regression import ridge_regression, standardised
@@ -45,8 +45,8 @@ def found_by(ridge: float, rivals: list[int], features: Tensor, labels: Tensor, 
 def judged(model: HookedClassifier, data: ImageData, label: int, seed: int) -> Tensor:
     """Percent of a class's test samples that a linear probe finds, and the retain score, (2)."""
     test = predictions_of(model, data.test)
-    recalls, _ = probe_scores(predictions_of(model, data.train), test, label, seed)
-    return torch.tensor([recalls["linear"], 100 * test.correct[test.labels != label].mean()])
+    found = found_by_probes(predictions_of(model, data.train), test, label, seed)["probe_recall"]
+    return torch.tensor([found["linear"], 100 * test.correct[test.labels != label].mean()])
 
 
 def measured(overrides: list[str]) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -344,7 +344,7 @@ class Chosen:
     def recall(self, model: nn.Module, digit: int) -> float:
         """Percent of a digit's test samples that a linear probe finds in the representation."""
         learned_from, test = looked_into(model, self.few.images)[0], looked_into(model, self.test.images)[0]
-        found = linear(learned_from, self.few.labels, test, SEED)
+        found = linear(learned_from, self.few.labels, test, SEED).argmax(1)
         return score(found == digit, self.test.labels == digit)
 
     def cells(self, forget: Way, requests: Sequence[list[int]]) -> dict[str, str]:

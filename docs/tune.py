@@ -3,7 +3,8 @@
 Run it with `uv run docs/tune.py`, or with the names of some methods, the others staying as they are written:
 `uv run docs/tune.py sft scrub`. What it chooses stands in configs/config.yaml (sft) and configs/methods.yaml. A first
 argument as cnn tries docs/tuning_cnn.yaml, whose choices stand in configs/cnn.yaml. Where the settings say `by_probe`,
-the distance to retraining is that of what the linear probe finds of the class, and of the retain score lost.
+the distance to retraining is the information difference index of the representation (see `Column.is_index`), its
+absolute value, plus the points of the retain score lost.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mimu.audits.predictions import Predictions, jensen_shannon, predictions_of
-from mimu.audits.probes import probe_scores
+from mimu.audits.probes import found_by_probes
 from mimu.configs import load_config
 from mimu.data import GraphGenerator, load_image_data, number_of_weights
 from mimu.eval import Request, answer
@@ -34,7 +36,7 @@ Values = dict[str, int | float]  # of the hyperparameters of a method
 
 @dataclass(frozen=True)
 class Trial:
-    """What a candidate comes to, mean over the digits: scores in percent, distance to retraining in bits, or points."""
+    """What a candidate comes to, mean over the digits: scores in percent, distance to retraining."""
 
     values: Values
     forget: float
@@ -63,8 +65,10 @@ class Tuning:
         ]
         retrained = [answer(request, "retrain").model for request in self.requests]
         self.retrained = [self.seen(model) for model in retrained]
-        by_probe = settings.get("by_probe", False)
-        self.found = [self.probed(each, model) for each, model in zip(self.requests, retrained)] if by_probe else None
+        self.by_probe = settings.get("by_probe", False)
+        if self.by_probe:
+            self.known = [self.bits(*each) for each in zip(self.requests, retrained)]
+            self.learned = fmean(self.bits(request, classifier) for request in self.requests) - fmean(self.known)
         original = self.seen(classifier)
         scores = [self.scores(original, request.forget_class)[1] for request in self.requests]
         self.smallest_retain = sum(scores) / len(scores) - settings["largest_retain_loss"]
@@ -78,10 +82,11 @@ class Tuning:
         is_forget = seen.labels == digit
         return 100 * seen.correct[is_forget].mean().item(), 100 * seen.correct[~is_forget].mean().item()
 
-    def probed(self, request: Request, model: nn.Module) -> float:
-        """Percent of the class's held-out samples that the linear probe finds."""
-        train, digit = predictions_of(model, request.train), request.forget_class
-        return probe_scores(train, self.seen(model), digit, request.seed)[0]["linear"]
+    def bits(self, request: Request, model: nn.Module) -> float:
+        """The most that any probe of the representation says of the class or not, of held-out samples."""
+        train, held_out = predictions_of(model, request.train), self.seen(model)
+        found = found_by_probes(train, held_out, request.forget_class, request.seed, ["two_layer", "neighbours"])
+        return max(found["usable_bits"]["representation"].values())
 
     def trial(self, method: str, values: Values) -> Trial:
         """Lets a method with these hyperparameters answer the requests; a candidate that diverges keeps nothing."""
@@ -95,15 +100,15 @@ class Tuning:
                 return Trial(values, 100.0, 0.0, math.inf)
             seen = self.seen(model)
             forget, retain = self.scores(seen, digit)
-            if self.found is None:
+            if not self.by_probe:
                 parts = [seen.labels == digit, seen.labels != digit]
                 distance = sum(jensen_shannon(seen.logits[part], retrained.logits[part]) for part in parts) / 2
                 figures.append((forget, retain, distance))
             else:
-                excess = self.probed(request, model) - self.found[place]
-                figures.append((forget, retain, excess, self.scores(retrained, digit)[1] - retain))
+                index = (self.bits(request, model) - self.known[place]) / self.learned
+                figures.append((forget, retain, index, self.scores(retrained, digit)[1] - retain))
         forget, retain, *away = torch.tensor(figures, dtype=torch.double).mean(0).tolist()
-        return Trial(values, forget, retain, away[0] if self.found is None else abs(away[0]) + max(0.0, away[1]))
+        return Trial(values, forget, retain, abs(away[0]) + max(0.0, away[1]) if self.by_probe else away[0])
 
     def best(self, trials: list[Trial]) -> Trial:
         """The nearest to retraining of those that forget and keep enough; else what falls short by fewest points."""
@@ -142,7 +147,7 @@ def main(arguments: list[str]) -> None:
         tried = [row(method, trial, "chosen" if trial is best else "") for trial in trials]
         print("\n".join(map(" ".join, tried)), flush=True)
         rows += tried
-    distance = f"distance to retraining, {'points' if tuning.found else 'bits'}"
+    distance = f"distance to retraining, {'IDI + points' if tuning.by_probe else 'bits'}"
     header = ["method", "hyperparameters", "forget score, %", "retain score, %", distance, ""]
     table = markdown_table(header, rows, texts=2)
     write_block(name, table, before.made_by if methods else None)  # some rows are no newer than they were

@@ -88,3 +88,9 @@ def logit_removed(request: Request) -> nn.Module:
 def retrain_again(request: Request) -> nn.Module:
     """Retrained from other initial weights: how far two classifiers are apart that never saw the class."""
     return request.retrained(request.other_seed)
+
+
+@unlearning_method("retrain_third", needs="retain set", runs_with="name")
+def retrain_third(request: Request) -> nn.Module:
+    """Retrained from yet other initial weights: with `retrain_again`, how much retraining varies in what it leaves."""
+    return request.retrained(request.other_seed + 1_000_000)

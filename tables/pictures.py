@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from mimu.reporter import FORGET_SCORE, RETAIN_GAP, Column, Reporter, ReporterCo
 
 # Recall of the linear probe that is trained to convergence, less that of the same probe on the retrained classifier.
 PROBE = Column(("audit_metrics", "probe_recall", "linear"), "probe recall against retrain, points", "+.1f", is_gap=True)
+INDEX = replace(PROBE, keys=("audit_metrics", "usable_bits", "representation"), name="IDI", spec="+.2f", is_index=True)
 
 
 class Row(NamedTuple):
@@ -72,15 +74,17 @@ def symmetric_log(axes: Axes, linear: float) -> None:
 
 
 def draw_frontier(reporters: Sequence[Reporter], path: Path, config: ReporterConfig) -> None:
-    """Draws the retain score of variants against what a probe finds of the class: a method is a curve over them.
+    """Draws the retain score of variants against IDI, or if none is given the probe: a method is a curve over them.
 
     Of more than ten, those that any variant brings nearest to retraining; hollow: other layers than the first's masked.
     """
     mask_layers = [reporter.experiments[0]["mask_layer"] for reporter in reporters]
+    given = [reporter.mean(INDEX, method) for reporter in reporters for method in reporter.methods]
+    left = INDEX if np.isfinite(given).any() else PROBE
     marks: dict[str, list[tuple[float, float, bool]]] = {}
     for reporter, mask_layer in zip(reporters, mask_layers):
         for method in reporter.methods:
-            mark = (reporter.mean(PROBE, method), reporter.mean(RETAIN_GAP, method), mask_layer != mask_layers[0])
+            mark = (reporter.mean(left, method), reporter.mean(RETAIN_GAP, method), mask_layer != mask_layers[0])
             if np.isfinite(mark).all():
                 marks.setdefault(method, []).append(mark)
     figure = Figure(figsize=(8.5, 5), layout="constrained")
@@ -93,7 +97,7 @@ def draw_frontier(reporters: Sequence[Reporter], path: Path, config: ReporterCon
     axes.axhline(0, color="0.6", linewidth=0.8, zorder=1)
     axes.axvline(0, color="0.6", linewidth=0.8, zorder=1)
     other = " (hollow: masks of other layers)" if any(each != mask_layers[0] for each in mask_layers) else ""
-    axes.set(xlabel=f"{PROBE.name}{other}", ylabel=RETAIN_GAP.name)
+    axes.set(xlabel=f"{left.name}{other}", ylabel=RETAIN_GAP.name)
     axes.set_title(title(reporters), fontsize=9)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)

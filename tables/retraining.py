@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from mimu.reporter import METRICS, SECONDS, Column, Reporter, markdown_table, save_figure
-from mimu.tables.pictures import Row, draw_panels, symmetric_log
+from mimu.tables.pictures import INDEX, Row, draw_panels, symmetric_log
 
 DIVERGENCES = (
     Column(("audit_metrics", "js_forget"), "divergence on the forget set, bits", ".3f"),
@@ -17,6 +17,7 @@ RELEARN_STEPS = Column(("audit_metrics", "relearn_steps"), "relearn time, steps"
 LEFT_BEHIND = (
     Column(("audit_metrics", "loss_attack"), "loss attack, area under the curve", ".3f"),
     Column(("audit_metrics", "entropy_attack"), "entropy attack, % members", ".1f"),
+    INDEX,
     Column(("audit_metrics", "probe_recall", "linear"), "probe, recall of the forget class, %", ".1f"),
     Column(("audit_metrics", "probe_retain"), "probe, score on the retain set, %", ".1f"),
     RELEARN_STEPS,
@@ -46,8 +47,9 @@ def audit_sections(reporter: Reporter) -> list[str]:
         f"± standard deviation over the {'seeds' if len(reporter.seeds) > 1 else 'classes'}.",
         audit_table(reporter, DIVERGENCES + GAPS),
         "## Audits",
-        "Loss attack: 0.5 tells nothing. Relearn time: '>' where a class was not back by the last step; – where it "
-        "has no logit to learn with.",
+        "Loss attack: 0.5 tells nothing. IDI: what the best probe finds, 0 as after retraining, 1 as in the original; "
+        "– where no more is to forget than other retrained classifiers differ by. Relearn time: '>' where a class was "
+        "not back by the last step; – where it has no logit to learn with.",
         audit_table(reporter, LEFT_BEHIND),
         "## Cost",
         f"Training the masking GCN, once for all requests, takes {gcn} s, which is not in mimu's seconds.",

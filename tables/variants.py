@@ -8,7 +8,7 @@ from typing import Any
 
 from mimu.reporter import FORGET_SCORE, RETAIN_GAP, SECONDS, WORST, Column, Reporter, markdown_table
 from mimu.runs.files import write_text
-from mimu.tables.pictures import PROBE, Row, draw_frontier, draw_scores
+from mimu.tables.pictures import INDEX, PROBE, Row, draw_frontier, draw_scores
 
 WORST_FORGET, WORST_GAP = (replace(column, name="worst") for column in WORST)
 SHARE = Column(("num_zeroed",), "weights zeroed, %", is_share=True)
@@ -49,19 +49,20 @@ def share_retrained(reporters: Iterable[Reporter]) -> None:
 
 
 def audits_of(reporters: Iterable[Reporter]) -> list[Column]:
-    """What any variant's probes and prototypes found above the retrained one's, points, and steps of relearning."""
-    probes: dict[str, None] = {}
+    """What probes find in every layer of any variant, and prototypes, beside retraining, and steps of relearning."""
+    layers: dict[str, None] = {}
     counts: dict[str, None] = {}
     for reporter in reporters:
         for audits in reporter.experiments[0]["audit_metrics"].values():
-            probes |= dict.fromkeys(audits["probe_recall"] or ())
+            layers |= dict.fromkeys(audits["usable_bits"] or ())
             counts |= dict.fromkeys(audits["relearn_from"] or ())
 
-    def gap(audit: str, key: str, name: str) -> Column:
-        return replace(PROBE, keys=("audit_metrics", audit, key), name=name)
+    def column(of: Column, audit: str, key: str, name: str) -> Column:
+        return replace(of, keys=("audit_metrics", audit, key), name=name.replace("hidden_", "hidden layer "))
 
-    columns = [gap("probe_recall", each, each.replace("hidden_", "hidden layer ").replace("_", " ")) for each in probes]
-    columns += [gap("prototype_recall", each, f"prototype, {each} a class") for each in counts]
+    columns = [column(INDEX, "usable_bits", each, f"IDI, {each}") for each in layers]
+    columns += [PROBE] if layers else []
+    columns += [column(PROBE, "prototype_recall", each, f"prototype, {each} a class") for each in counts]
     columns += [Column(("audit_metrics", "relearn_from", each), f"steps, {each} a class", ".0f") for each in counts]
     return columns
 

@@ -184,7 +184,7 @@ def test_what_is_stale_is_measured_piece_by_piece_and_what_is_named_in_any_case(
 def test_a_tuning_of_some_methods_leaves_the_rows_and_the_digest_of_the_others(pages, monkeypatch):
     build, tune = map(importlib.import_module, ("build", "tune"))
     trial = lambda method, values: tune.Trial(values, 0.25, 99.0, 0.125)  # noqa: E731
-    tried = SimpleNamespace(found=None, trial=trial, best=lambda trials: trials[-1])
+    tried = SimpleNamespace(by_probe=False, trial=trial, best=lambda trials: trials[-1])
     monkeypatch.setattr(tune, "Tuning", lambda settings: setattr(tried, "settings", settings) or tried)
     rows = build.cells(build.block("tuning").content)
     tune.main(["sft"])

@@ -20,7 +20,7 @@ from mimu.reporter import FORGET, FORGET_SCORE, KEPT, RETAIN, RETAIN_GAP, WORST,
 from mimu.runs.files import write_text
 from mimu.tables import experiment as plots
 from mimu.tables import report
-from mimu.tables.pictures import PROBE, Row, draw_frontier, draw_masks, draw_scores
+from mimu.tables.pictures import INDEX, PROBE, Row, draw_frontier, draw_masks, draw_scores
 from mimu.tables.retraining import COST, DIVERGENCES, GAPS, LEFT_BEHIND, audit_table, by_distance, draw_audits
 from mimu.tables.variants import compare
 
@@ -338,6 +338,7 @@ def audited(digit) -> dict:
         audits[name] = {
             "js_forget": js_forget + (digit - 5) / 100, "js_retain": js_retain, "loss_attack": 0.5,
             "entropy_attack": 10.0, "probe_recall": {"linear": recall}, "probe_retain": 97.0, "relearn_from": {},
+            "usable_bits": {"representation": {"linear": recall / 200, "neighbours": 0.0}},
             "relearn_steps": steps or 0, "came_back": steps is not None, "weights_changed": 6,
         }  # fmt: skip
     retain = dict.fromkeys(AUDITED, {"loss": 0.1, "score": 97.0})
@@ -364,7 +365,8 @@ def test_the_methods_stand_in_the_order_of_their_distance_to_retraining(beside):
     assert rows_of(distances)["far"][0] == f"0.300 ± {stdev([0.29, 0.31]):.3f}", "with one seed it is over the digits"
     assert column(distances, 0) == ["0.000", "0.100", "0.200", "0.300", "0.900"]
     assert column(distances, 1) == ["0.0000", "0.0100", "0.0010", "0.0200", "0.0100"]
-    assert column(left, 2) == ["88.0", "94.0", "88.0", "90.0", "95.0"] and column(left, 0) == ["0.500"] * 5
+    assert column(left, 3) == ["88.0", "94.0", "88.0", "90.0", "95.0"] and column(left, 0) == ["0.500"] * 5
+    assert column(left, 2) == ["+0.00", "+0.86", "+0.00", "+0.29", "+1.00"]
     assert column(gaps, 0) == ["+0.00", "+0.00", "+50.00", "+0.50", "+95.00"]
     assert rows_of(gaps)["method"][:2] == ["forget score, points", "retain score, points"]
     assert column(cost, 1)[0] == "6"
@@ -374,14 +376,14 @@ def test_a_class_that_does_not_come_back_is_marked(beside):
     for steps, text in ((200, "> 200.0"), (None, "–")):
         for each in beside.experiments:
             each["audit_metrics"]["far"]["relearn_steps"] = steps
-        assert column(audit_table(beside, LEFT_BEHIND), 4) == ["30.0", "10.0", "30.0", text, "0.0"]
+        assert column(audit_table(beside, LEFT_BEHIND), 5) == ["30.0", "10.0", "30.0", text, "0.0"]
 
 
 def test_every_audit_has_a_panel_with_a_line_at_retraining(beside, drawn):
     draw_audits(beside)
-    assert len(drawn[0].axes) == 8 and all(axes.get_xlabel() for axes in drawn[0].axes)
+    assert len(drawn[0].axes) == 9 and all(axes.get_xlabel() for axes in drawn[0].axes)
     assert texts(drawn[0].axes[0].get_yticklabels()) == by_distance(beside)
-    recall = drawn[0].axes[4]
+    recall = drawn[0].axes[5]
     assert list(recall.lines[-1].get_xdata()) == [88.0, 88.0]
     small, large = recall.lines[2:4]  # of mimu
     assert list(small.get_xdata()) == [94.0, 94.0] and large.get_xydata().tolist() == [[94.0, 1.0]]
@@ -417,7 +419,7 @@ def test_the_picture_of_the_masks_shows_what_digits_have_in_common(beside, drawn
     assert texts(shares.get_xticklabels()) == ["4", "6"]
 
 
-# method: retain score, recall of the probe
+# method: retain score, recall of the probe; hundredths of that are bits of one probe
 KNOWN = {"original": (95.0, 96.0), "mimu": (93.0, 91.0), "retrain": (97.0, 80.0)}
 
 
@@ -430,7 +432,11 @@ def result(seed, digit, kappa, methods, cost) -> dict:
         far = -more if method == "retrain" else more - lost * (method == "mimu")
         retain[method] = {"score": score + far}
         audits[method] = {
-            "probe_recall": {"linear": recall + far, "two_layer": recall, "hidden_0": 99.0},
+            "probe_recall": {"linear": recall + far},
+            "usable_bits": {
+                "representation": {"linear": 0.1, "two_layer": (recall + far) / 100},
+                "hidden_0": {"linear": 0.4},
+            },
             "prototype_recall": {"1": recall + 2 * far, "10": 50.0},
             "relearn_from": {"1": 40 + seed, "10": None if method == "mimu" else 10},
         }
@@ -467,11 +473,25 @@ def test_variants_are_compared_with_retraining_the_same_classifier(variants, tmp
     assert table["strong"] == ["0.60 ± 0.00", "0.90", "-4.75 ± 1.41", "-6.00", "8.00 ± 0.00", "0.25 ± 0.00"]
     assert table["other"][2:4] == ["–", "–"] and "none: retrain" not in table and "none: original" in table
     names = [f"{each} a class" for each in ("prototype, 1", "prototype, 10", "steps, 1", "steps, 10")]
-    assert left_behind["variant"] == ["linear", "two layer", "hidden layer 0", *names]
-    probes = ["+10.2 ± 1.4", "+11.0 ± 0.0", "+0.0 ± 0.0", "+9.5 ± 2.8", "+0.0 ± 0.0"]
+    assert left_behind["variant"] == ["IDI, representation", "IDI, hidden layer 0", PROBE.name, *names]
+    by_hand = [18.5 / 32.5, 22.5 / 36.5]  # of each seed
+    assert (
+        variants["strong"].figures(INDEX, "mimu") == variants["strong"].spread(INDEX, "mimu") == pytest.approx(by_hand)
+    )
+    probes = [f"{fmean(by_hand):+.2f} ± {stdev(by_hand):.2f}", "–", "+10.2 ± 1.4", "+9.5 ± 2.8", "+0.0 ± 0.0"]
     assert left_behind["strong"] == [*probes, "40 ± 1", "–"]
-    assert left_behind["none: retrain"] == ["+0.0 ± 0.0"] * 5 + ["40 ± 1", "10 ± 0"]
+    assert left_behind["none: retrain"] == ["+0.00 ± 0.00", "–"] + ["+0.0 ± 0.0"] * 3 + ["40 ± 1", "10 ± 0"]
+    assert left_behind["none: original"][0] == "+1.00 ± 0.00"
     assert left_behind["other"] == ["–"] * 5 + ["40 ± 1", "–"] and "silent" not in left_behind
+
+
+@pytest.mark.parametrize(("again", "is_given"), [((85.0, 66.0), True), ((85.0, 97.0), False), ((62.0, 85.0), False)])
+def test_the_index_is_not_given_where_another_retrained_classifier_is_as_far(tmp_path, monkeypatch, again, is_given):
+    for name, recall in zip(("retrain_again", "retrain_third"), again):
+        monkeypatch.setitem(KNOWN, name, (97.0, recall))
+    alone = variant(tmp_path / "alone", [*KNOWN])
+    assert not is_given or alone.figures(INDEX, "retrain_again") == pytest.approx([10.5 / 32.5, 14.5 / 36.5])
+    assert alone.cells([INDEX], "original") == ["+1.00 ± 0.00" if is_given else "–"]
 
 
 def test_variants_and_the_frontier_are_drawn(variants, tmp_path, drawn):
@@ -481,14 +501,20 @@ def test_variants_and_the_frontier_are_drawn(variants, tmp_path, drawn):
     assert texts(panels[0].get_yticklabels()) == ["strong", "none", "weak", "other", "silent", "elsewhere"]
     assert [line.get_xdata()[0] for line in panels[1].lines[1:4:2]] == pytest.approx([-4.75, -2.75])
     (axes,) = frontier
-    assert texts(drawn[1].legends[0].get_texts()) == ["retrain", "mimu", "original"], "the nearest first"
-    assert axes.get_xlabel() == "probe recall against retrain, points (hollow: masks of other layers)"
+    assert texts(drawn[1].legends[0].get_texts()) == ["retrain", "original", "mimu"], "the nearest first"
+    assert axes.get_xlabel() == "IDI (hollow: masks of other layers)"
     assert axes.get_ylabel() == RETAIN_GAP.name
     (line,) = (each for each in axes.lines if each.get_color() == BLUE and each.get_linestyle() == "-")
-    curve = [[12.25 - lost, -2.75 - lost] for lost in (2, 0.5, 0)]
-    assert line.get_xydata().tolist() == curve, "in the order of what the probe finds"
+    index = lambda lost: fmean([(22.5 - 2 * lost) / 32.5, (26.5 - 2 * lost) / 36.5])  # noqa: E731
+    curve = [[pytest.approx(index(lost)), -2.75 - lost] for lost in (2, 0.5, 0)]
+    assert line.get_xydata().tolist() == curve, "in the order of what the probes find"
     (hollow,) = (line for line in axes.lines if line.get_fillstyle() == "none" and len(line.get_xdata()))
-    assert hollow.get_xydata().tolist() == [[10.25, -4.75]]
+    assert hollow.get_xydata().tolist() == [[pytest.approx(index(2)), -4.75]]
+    for reporter in variants.values():
+        for each in [*reporter.experiments, *reporter.retrained.values()]:
+            each["audit_metrics"].pop("original", None)
+    draw_frontier([variants["weak"]], tmp_path / "frontier.png", CONFIG)
+    assert drawn[2].axes[0].get_xlabel() == PROBE.name, "where no index is known"
 
 
 def test_titles_name_all_that_differs_and_of_many_methods_the_nearest_are_drawn(tmp_path, monkeypatch, drawn):
