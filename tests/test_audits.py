@@ -19,7 +19,14 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 from mimu import audits
 from mimu.audits import Audit, AuditConfig, probes, relearn
-from mimu.audits.predictions import entropy_attack, jensen_shannon, loss_attack, neighbour_attack, predictions_of
+from mimu.audits.predictions import (
+    Predictions,
+    entropy_attack,
+    jensen_shannon,
+    loss_attack,
+    neighbour_attack,
+    predictions_of,
+)
 from mimu.audits.probes import found_by_probes, linear, neighbours, prototype_recall, two_layer, usable_bits
 from mimu.data import ImageData, Split, seeded, seeded_initialisation, some_of_every_class
 from mimu.methods.controls import logit_removed
@@ -202,10 +209,7 @@ def test_probes_find_all_bits_of_a_feature_that_is_the_class_and_none_where_feat
     monkeypatch.setattr(probes, "EPOCHS", 20)
     labels, noise = random_split(200).labels, torch.randn(600, 2, generator=seeded(1))
     hidden = (F.one_hot(labels).float(), noise)
-    train, test = (
-        audits.predictions.Predictions(noise, tuple(each[part] for each in hidden), labels[part])
-        for part in (HALF, ~HALF)
-    )
+    train, test = (Predictions(noise, tuple(each[part] for each in hidden), labels[part]) for part in (HALF, ~HALF))
     bits = found_by_probes(train, test, FORGET, 0, ("hidden", "two_layer", "neighbours"))["usable_bits"]
     entropy = usable_bits(test.labels == FORGET, test.labels == FORGET)
     assert bits["hidden_0"] == pytest.approx(dict.fromkeys(bits["hidden_0"], entropy), abs=0.2) and entropy > 0.9
