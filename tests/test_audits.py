@@ -18,15 +18,8 @@ from sklearn.metrics import log_loss
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 from mimu import audits
-from mimu.audits import Audit, AuditConfig, probes, relearn
-from mimu.audits.predictions import (
-    Predictions,
-    entropy_attack,
-    jensen_shannon,
-    loss_attack,
-    neighbour_attack,
-    predictions_of,
-)
+from mimu.audits import Audit, AuditConfig, neighbour_attack, probes, relearn
+from mimu.audits.predictions import Predictions, entropy_attack, jensen_shannon, loss_attack, predictions_of
 from mimu.audits.probes import found_by_probes, linear, neighbours, prototype_recall, two_layer, usable_bits
 from mimu.data import ImageData, Split, seeded, seeded_initialisation, some_of_every_class
 from mimu.methods.controls import logit_removed
