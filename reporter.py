@@ -287,9 +287,9 @@ class Reporter:
         return found
 
     def spread(self, column: Column, method: str) -> list[float]:
-        """A method's figures for every seed, or where there is only one seed for every digit."""
-        has_one = len(self.seeds) > 1 or column.is_index  # the index is that of all digits
-        return self.figures(column, method) if has_one else self.numbers(column, method)[0]
+        """A method's figures for every seed, or where there is only one seed for every digit, which has no index."""
+        of_seeds = len(self.seeds) > 1 or column.is_index
+        return self.figures(column, method) if of_seeds else self.numbers(column, method)[0]
 
     def mean(self, column: Column, method: str, kappa: Kappa = None) -> float:
         """A method's figure, mean over digits and seeds."""

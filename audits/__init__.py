@@ -22,9 +22,8 @@ BATCH_SIZE = 128  # of the forget class's training samples, from which it is rel
 LEARNING_RATE = 0.0003
 LEARNING_RATE_FROM_FEW = 0.003  # where all samples are in each step
 AUDITS = (
-    "js_forget", "js_retain", "loss_attack", "entropy_attack", "neighbour_attack", "probe_recall", "probe_retain",
-    "usable_bits", "prototype_recall", "relearn_steps", "came_back", "relearn_scores", "relearn_from",
-    "weights_changed",
+    "js_forget", "js_retain", "loss_attack", "entropy_attack", "neighbour_attack", "probe_recall", "usable_bits",
+    "prototype_recall", "relearn_steps", "came_back", "relearn_scores", "relearn_from", "weights_changed",
 )  # fmt: skip
 
 

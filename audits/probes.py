@@ -64,31 +64,25 @@ def two_layer(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
 
 
 def neighbours(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
-    """Shares of the classes among the nearest of some random training samples, by the Euclidean distance.
-
-    One more counts as of all classes in equal parts: a share of 0 could cost infinitely many bits.
-    """
+    """Shares of the classes among the nearest of some random training samples, by the Euclidean distance."""
     order = torch.randperm(len(labels), generator=seeded("neighbours", seed))[:NEIGHBOURS_OF]
     x, x_test = standardised(train[order], test)
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a b: |a|^2 is the same for all neighbours of a.
     distances = torch.addmm(x.square().sum(1), x_test, x.T, alpha=-2)
     nearest = distances.topk(min(NEIGHBOURS, len(x)), largest=False).indices
     counts = F.one_hot(labels[order][nearest], int(labels.max()) + 1).sum(1).double()
+    # One more counts as of all classes in equal parts: a share of 0 could cost infinitely many bits.
     return (counts + 1 / counts.shape[1]) / (nearest.shape[1] + 1)
-
-
-PROBES = {"linear": linear, "two_layer": two_layer, "neighbours": neighbours}
 
 
 def usable_bits(probability: Tensor, is_class: Tensor) -> float:
     """Usable information about "is it of the class": H(Y) less the log loss of its probability, both (samples), bits.
 
     H(Y) is the log loss of the class's share of the samples: 0 bits where the probabilities say no more, fewer where
-    they mislead. Xu et al. 2020, V-information, arXiv:2002.10689.
+    they mislead, down to the 100 nats a sample at which PyTorch ends. Xu et al. 2020, V-information, arXiv:2002.10689.
     """
     target = is_class.double()
     share = target.mean().expand_as(target)
-    # Of what is certain and wrong, PyTorch counts 100 nats.
     before, after = (F.binary_cross_entropy(each, target) for each in (share, probability.double()))
     return (before - after).item() / math.log(2)
 
@@ -112,20 +106,19 @@ def found_by_probes(
 ) -> dict[str, Any]:
     """What `linear` and other probes, each by its name, find of a class in the test split.
 
-    In the representation percent of the class's samples that get its label, and of the others that `linear` has right;
-    `usable_bits` about "is it of the class" by layer, also of `two_class`, the logistic regression to just that. Layers
-    are `representation`, and where `hidden` is among the probes `hidden_0` and on, those before it.
+    `probe_recall`: percent of the class's samples that get its label, in the representation. `usable_bits`: about "is
+    it of the class", by layer, also of `two_class`, the logistic regression to just that; layers are `representation`,
+    and where `hidden` is among the probes `hidden_0` and on, those before it.
     """
+    known = {"linear": linear, "two_layer": two_layer, "neighbours": neighbours}
     is_forget = test.labels == forget_class
     last, bits = len(train.hidden) - 1, {}
     for index in range(last + 1) if "hidden" in probes else [last]:
         x, x_test = train.hidden[index], test.hidden[index]
-        given = {name: PROBES[name](x, train.labels, x_test, seed) for name in ("linear", *probes) if name in PROBES}
+        given = {name: known[name](x, train.labels, x_test, seed) for name in ("linear", *probes) if name in known}
         of_class = {name: probabilities[:, forget_class] for name, probabilities in given.items()}
         of_class["two_class"] = linear(x, (train.labels == forget_class).long(), x_test, seed)[:, 1]
         of_layer = {name: usable_bits(probability, is_forget) for name, probability in of_class.items()}
         bits["representation" if index == last else f"hidden_{index}"] = of_layer
-    right = {name: (probabilities.argmax(1) == test.labels).double() for name, probabilities in given.items()}
-    recall = {name: 100 * each[is_forget].mean().item() for name, each in right.items()}
-    retain = 100 * right["linear"][~is_forget].mean().item()
-    return {"probe_recall": recall, "probe_retain": retain, "usable_bits": bits}
+    named = {name: (each[is_forget].argmax(1) == forget_class).double().mean().item() for name, each in given.items()}
+    return {"probe_recall": {name: 100 * share for name, share in named.items()}, "usable_bits": bits}

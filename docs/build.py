@@ -369,9 +369,9 @@ def erasure(commands: Sequence[str]) -> str:
         "Ten digits, three classifiers (mean ± standard deviation over them), test split; kappa is chosen for each "
         "request on the training split.",
         scores,
-        "What is left in the representation: recall of the class by each probe against that of the same probe on the "
-        "retrained classifier, points; and the steps of relearning from 1, 10 and 100 samples of every class, at most "
-        "100.",
+        "What is left: IDI of the representation and of each layer before it, 1 as in the original, 0 as after "
+        "retraining; recall of the linear probe and of prototypes against that on the retrained classifier, points; "
+        "and the steps of relearning from 1, 10 and 100 samples of every class, at most 100.",
         representations,
         f"One classifier: {one}. Here, three: {three}.",
     ]

@@ -3,7 +3,6 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from mimu.reporter import FORGET_SCORE, RETAIN_GAP, Column, Reporter, ReporterCo
 
 # Recall of the linear probe that is trained to convergence, less that of the same probe on the retrained classifier.
 PROBE = Column(("audit_metrics", "probe_recall", "linear"), "probe recall against retrain, points", "+.1f", is_gap=True)
-INDEX = replace(PROBE, keys=("audit_metrics", "usable_bits", "representation"), name="IDI", spec="+.2f", is_index=True)
+INDEX = Column(("audit_metrics", "usable_bits", "representation"), "IDI", "+.2f", is_gap=True, is_index=True)
 
 
 class Row(NamedTuple):

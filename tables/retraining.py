@@ -19,7 +19,6 @@ LEFT_BEHIND = (
     Column(("audit_metrics", "entropy_attack"), "entropy attack, % members", ".1f"),
     INDEX,
     Column(("audit_metrics", "probe_recall", "linear"), "probe, recall of the forget class, %", ".1f"),
-    Column(("audit_metrics", "probe_retain"), "probe, score on the retain set, %", ".1f"),
     RELEARN_STEPS,
 )
 COST = (SECONDS, Column(("audit_metrics", "weights_changed"), "weights changed", ".0f"))

@@ -60,8 +60,7 @@ def audits_of(reporters: Iterable[Reporter]) -> list[Column]:
     def column(of: Column, audit: str, key: str, name: str) -> Column:
         return replace(of, keys=("audit_metrics", audit, key), name=name.replace("hidden_", "hidden layer "))
 
-    columns = [column(INDEX, "usable_bits", each, f"IDI, {each}") for each in layers]
-    columns += [PROBE] if layers else []
+    columns = [column(INDEX, "usable_bits", each, f"IDI, {each}") for each in layers] + [PROBE] * bool(layers)
     columns += [column(PROBE, "prototype_recall", each, f"prototype, {each} a class") for each in counts]
     columns += [Column(("audit_metrics", "relearn_from", each), f"steps, {each} a class", ".0f") for each in counts]
     return columns
