@@ -137,7 +137,6 @@ def test_the_neighbour_attack_is_a_balanced_logistic_regression_on_the_nearest_c
     regression = LogisticRegression(class_weight="balanced", tol=1e-10)
     regression.fit(p[retain][:, [nearest]], train.labels[retain] == nearest)
     assert regression.predict(asked[:, [nearest]]).mean() == neighbour_attack(train, test, test, FORGET) / 100 > 0.5
-    assert neighbour_attack(train, predictions_of(trained, data.test), test, FORGET) < 50
 
 
 def standardised(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
