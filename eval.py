@@ -162,7 +162,7 @@ class Method:
     most_needed: gives the K = `request.top_k` vertices that the class needs, for the mask efficacy; or (choices, K),
         whose metrics are averaged; None where the method cannot say
     paper, needs: the source, and which training samples the method needs
-    touches: nothing, a mask, the output, the representation, one layer, or all weights
+    touches: nothing, a mask, the output, the representation, one layer, the last layers, or all weights
     runs_with: where it runs: with the default run, whose config names no methods; with `all`; or by its name alone
     """
 

@@ -92,15 +92,11 @@ def loss_attack(members: Tensor, others: Tensor) -> float:
     return ((above + not_below).double().mean() / (2 * len(others))).item()
 
 
-def entropy_attack(retain: Tensor, test: Tensor, forget: Tensor) -> float:
-    """The membership attack of the SSD paper: percent of the forget class's training samples that pass for members.
+def passing(members: Tensor, others: Tensor, asked: Tensor) -> float:
+    """Percent of some numbers that pass for members, by logistic regression on them, both kinds with the same weight.
 
-    Logistic regression on the entropy of the prediction, the retain set's training samples as members and the test
-    split as non-members, both with the same weight; all are logits (samples, classes). Not a number where all entropies
-    are the same. Foster et al. 2023, arXiv:2308.07707, after Chundawat et al. 2022, arXiv:2205.08096.
+    Shapes: (samples) each. Not a number where all those of the first two kinds are the same.
     """
-    splits = (retain, test, forget)
-    members, others, asked = (torch.special.entr(logits.double().softmax(1)).sum(1) for logits in splits)
     x = torch.cat([members, others])
     if x.max() == x.min():
         return math.nan
@@ -116,3 +112,26 @@ def entropy_attack(retain: Tensor, test: Tensor, forget: Tensor) -> float:
         solution = solution - torch.linalg.solve(hessian + 1e-9 * torch.eye(2).to(hessian), gradient)
     slope, offset = solution
     return 100 * (slope * asked + offset > 0).double().mean().item()
+
+
+def entropy_attack(retain: Tensor, test: Tensor, forget: Tensor) -> float:
+    """The membership attack of the SSD paper: percent of the forget class's training samples that pass for members.
+
+    By the entropy of the prediction, the retain set's training samples as members and the test split as non-members;
+    all are logits (samples, classes). Foster et al. 2023, arXiv:2308.07707, after arXiv:2205.08096.
+    """
+    return passing(*(torch.special.entr(x.double().softmax(1)).sum(1) for x in (retain, test, forget)))
+
+
+def neighbour_attack(train: Predictions, test: Predictions, retrained: Predictions, forget_class: int) -> float:
+    """Percent of the class's test samples that pass for members of the nearest class, to compare with the retrained's.
+
+    By the probability of the class that the retrained classifier sees most of in them, against the retain set's others.
+    After CMIA, arXiv:2506.20893, as its reviewers describe it, with an SVM.
+    """
+    is_forget = test.labels == forget_class
+    likeness = retrained.logits[is_forget].double().softmax(1).mean(0)
+    nearest = int(likeness.index_fill(0, torch.tensor(forget_class), -1).argmax())
+    known, asked = (logits.double().softmax(1)[:, nearest] for logits in (train.logits, test.logits[is_forget]))
+    is_nearest, is_retain = train.labels == nearest, train.labels != forget_class
+    return passing(known[is_nearest], known[is_retain & ~is_nearest], asked)

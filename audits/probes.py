@@ -91,7 +91,8 @@ def prototype_recall(train: Predictions, test: Predictions, forget_class: int, c
     """Percent of the forget class's test samples that are nearest to its mean: what a thief with few samples gets back.
 
     The mean is that of the representations of `count` random training samples, as those of the other classes are, by
-    the Euclidean distance: no training (Mensink et al. 2013, IEEE TPAMI 35(11); prototypes in few-shot learning).
+    the Euclidean distance: no training (Mensink et al. 2013, IEEE TPAMI 35(11)). Prototypical relearning (Ha et al.
+    2025, arXiv:2506.01318) sets the class's output row alone: features that are all positive then give it every sample.
     """
     order = torch.randperm(len(train.labels), generator=seeded("prototypes", seed))
     features, labels = train.hidden[-1][order], train.labels[order]

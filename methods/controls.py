@@ -11,10 +11,16 @@ from torch import Tensor, nn
 from mimu.eval import Request, unlearning_method
 from mimu.masking.order import Zeroing
 from mimu.model import WeightGraph
+from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import Mask
 
 further = partial(unlearning_method, runs_with="all")
 MOZER = "after Mozer and Smolensky 1988, NIPS"
+
+
+def output_layer(classifier: HookedClassifier) -> nn.Module:
+    """The last of its layers, which is given the representation."""
+    return classifier.network.get_submodule(classifier.names[-1].rpartition(".")[0])
 
 
 @unlearning_method("saliency", uses_kappa=True, touches="a mask")

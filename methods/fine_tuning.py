@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimu.data import (
-    Count,
-    NonNegative,
-    Positive,
-    Share,
-    Split,
-    by_weight,
-    class_by_class,
-    mean_squared_gradient,
-    seeded,
-)
+from mimu import data
+from mimu.data import Count, NonNegative, Positive, Share, Split, seeded
 from mimu.eval import Request
 from mimu.masking.order import forgetting_loss
-from mimu.methods.controls import further
+from mimu.methods.controls import further, output_layer
 from mimu.networks.hooked import NUMBERS_AT_ONCE, HookedClassifier
 from mimu.networks.masks import Mask
 from mimu.trainer import UnlearningSFTConfig, descend, learn, masked_weights, other_labels
+
+MOMENTUM = partial(torch.optim.SGD, momentum=0.9)
 
 
 @dataclass(frozen=True)
 class FineTuning(UnlearningSFTConfig):
     """How long and how fast a classifier is trained further."""
 
-    def train(self, classifier: nn.Module, samples: Split, generator: torch.Generator, **given: Any) -> nn.Module:
-        """Trains a classifier by `learn` with what is given, without an optimizer by SGD with momentum."""
-        sgd = torch.optim.SGD(classifier.parameters(), self.learning_rate, momentum=0.9)
-        given = {"optimizer": sgd, "generator": generator} | given
-        return learn(classifier, samples, self.epochs, self.batch_size, **given)
+    def train(
+        self, model: nn.Module, samples: Split, generator: torch.Generator, by: Callable = MOMENTUM, **given: Any
+    ) -> nn.Module:
+        """Trains a model by `learn` with what is given; by: makes the optimizer of parameters and a rate."""
+        given = {"optimizer": by(model.parameters(), self.learning_rate), "generator": generator} | given
+        return learn(model, samples, self.epochs, self.batch_size, **given)
 
 
 def draws(request: Request, name: str) -> torch.Generator:
@@ -80,9 +76,8 @@ def random_labels(request: Request, *, config: FineTuning) -> nn.Module:
 @further("gradient_ascent", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="forget set")
 def gradient_ascent(request: Request, *, config: FineTuning) -> nn.Module:
     """Negative gradient: ascent of the cross entropy on the forget set (SGD)."""
-    classifier = request.classifier
-    ascent = torch.optim.SGD(classifier.parameters(), config.learning_rate, maximize=True)
-    return config.train(classifier, request.forget, draws(request, "gradient_ascent"), optimizer=ascent)
+    ascent = partial(torch.optim.SGD, maximize=True)
+    return config.train(request.classifier, request.forget, draws(request, "gradient_ascent"), ascent)
 
 
 @further("neg_grad_plus", paper="Kurmanji et al. 2023, arXiv:2302.09880")
@@ -113,7 +108,7 @@ def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tenso
         share = len(labels) / len(split.labels)
         factor = (-record.log_odds).sigmoid().square()[None]  # (1 - p)^2, of the loss
         for index, layer in enumerate(record.layers):
-            mean = mean_squared_gradient(by_weight(layer.each(lambda x: class_by_class(x, 1))), factor)
+            mean = data.mean_squared_gradient(data.by_weight(layer.each(lambda x: data.class_by_class(x, 1))), factor)
             means[index] += share * mean.flatten(0, 1)
     return means
 
@@ -189,17 +184,80 @@ def bad_teacher(request: Request, *, config: FineTuning, retain_share: Share) ->
     """Bad teaching: towards a random classifier on the forget set, the original on a part of the retain set (Adam)."""
     classifier = request.classifier
     generator = draws(request, "bad_teacher")
-    untrained = replace(request.trainer, seed=request.other_seed)
-    random = untrained.initial(request.train.images, request.graphs.num_classes)
+    random = replace(request.trainer, seed=request.other_seed).initial(request.train.images, request.graphs.num_classes)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
-        is_forget = (labels == request.forget_class)[:, None]
-        target = torch.where(is_forget, random(images), request.original(images))
+        target = torch.where((labels == request.forget_class)[:, None], random(images), request.original(images))
         return divergence(classifier(images), target.detach())
 
     samples = joined(random_part(request.retain, retain_share, generator), request.forget)
-    optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
-    return config.train(classifier, samples, generator, loss=loss, optimizer=optimizer)
+    return config.train(classifier, samples, generator, torch.optim.Adam, loss=loss)
+
+
+def contrastive_loss(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Supervised contrastive loss of features (samples, n), mean: Khosla et al. 2020, arXiv:2004.11362, equation 2."""
+    z = F.normalize(features)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_p = (z @ z.T / temperature).masked_fill(itself, float("-inf")).log_softmax(1)
+    is_alike = (labels[:, None] == labels) & ~itself
+    return -(log_p.where(is_alike, 0.0).sum(1) / is_alike.sum(1).clamp_min(1)).mean()
+
+
+@further("cola", paper="Jeon et al. 2024, arXiv:2405.17878", needs="retain set")
+def cola(request: Request, *, config: FineTuning, temperature: Positive, align_epochs: Count) -> nn.Module:
+    """COLA: on the retain set, first the supervised contrastive loss of the representation, then cross entropy (Adam).
+
+    By the first (collapse) the class, which it does not see, falls into the clusters of the others; the second (align)
+    trains the output layer and all before it. After summaries of the paper, not its text.
+    """
+    classifier = request.classifier
+    generator = draws(request, "cola")
+
+    def collapse(images: Tensor, labels: Tensor) -> Tensor:
+        return contrastive_loss(classifier.outputs(images)[0], labels, temperature)
+
+    config.train(classifier, request.retain, generator, torch.optim.Adam, loss=collapse)
+    return replace(config, epochs=align_epochs).train(classifier, request.retain, generator, torch.optim.Adam)
+
+
+@further("cmf", paper="Gao et al. 2026, arXiv:2604.08271")
+def cmf(request: Request, *, config: FineTuning, retain_weight: Share) -> nn.Module:
+    """CMF: NegGrad+ with the class-mean features as the rows of the output layer, anew after every epoch.
+
+    The layer is given u(u(z) - mu), u(x) = x / |x|, in the place of the representation z, mu the mean of u(z) over the
+    training split; row c is u of class c's mean of u(z) - mu. One of five published combinations, its warm-up left out.
+    """
+    classifier, train = request.classifier, request.train
+    is_of_class = F.one_hot(train.labels, request.graphs.num_classes).float()
+    layer = output_layer(classifier)
+    layer.bias, centre = None, torch.zeros_like(layer.weight[0]).detach()
+    layer.register_forward_pre_hook(lambda _, z: (F.normalize(F.normalize(z[0]) - centre),))
+    for epoch in range(config.epochs + 1):
+        if epoch:
+            once = replace(request, original=classifier)
+            classifier = neg_grad_plus(once, config=replace(config, epochs=1), retain_weight=retain_weight)
+        z = F.normalize(classifier.mean_inputs(-1, train.images))
+        centre.copy_(z.mean(0))
+        layer = output_layer(classifier).requires_grad_(False)
+        layer.weight.copy_(F.normalize(is_of_class.T @ (z - centre)))
+    return classifier.requires_grad_(True)
+
+
+@further("eu_k", paper="Goel et al. 2022, arXiv:2201.06640", touches="the last layers", needs="retain set")
+def eu_k(request: Request, *, config: FineTuning, layers: Count) -> nn.Module:
+    """EU-k: the last k layers are trained on the retain set from their initial weights, all else stays (Adam)."""
+    classifier = request.trainer.initial(request.train.images, request.graphs.num_classes)
+    trace, network = classifier.trace, classifier.network
+    place = {node: index for index, node in enumerate(trace.nodes)}
+    first = sorted(place[layer.node] for layer in trace.layers.values())[-layers:][0]
+    read = {name for node, name in trace.parameters.items() if any(place.get(user, -1) >= first for user in node.users)}
+    kept = {name: x for name, x in request.original.network.state_dict().items() if name not in read}
+    network.load_state_dict(kept, strict=False)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in read)
+    config.train(classifier, request.retain, draws(request, "eu_k"), torch.optim.Adam)
+    network.load_state_dict(kept, strict=False)  # means and variances of batch normalisation
+    return classifier.requires_grad_(True)
 
 
 @further("unsir", paper="Tarun et al. 2021, arXiv:2111.08947", needs="retain set")
@@ -231,8 +289,7 @@ def unsir(
     noisy = Split(noise.detach().repeat(noise_batches, 1), labels.repeat(noise_batches))
     retain = random_part(request.retain, retain_share, generator)
     for samples, learning_rate in ((joined(retain, noisy), impair_rate), (retain, repair_rate)):
-        optimizer = torch.optim.Adam(classifier.parameters(), learning_rate)
-        learn(classifier, samples, 1, batch_size, optimizer, generator)
+        FineTuning(1, batch_size, learning_rate).train(classifier, samples, generator, torch.optim.Adam)
     return classifier
 
 

@@ -1,4 +1,4 @@
-"""Published ways to forget by projecting what layers are given, without any training.
+"""Published ways to forget by projecting what layers are given; only the mask of ESC-T is trained.
 
 Where a layer is given x, its weight becomes W (I - P), or it is given Q x itself; biases stay. A convolution is given
 what its kernels read, at every position. They measure the original classifier, in double precision.
@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimu.data import Count, NonNegative, Positive, Share, some_of_every_class
+from mimu.data import Count, NonNegative, Positive, Share, Split, some_of_every_class
 from mimu.eval import Request
 from mimu.masking.regression import ridge_regression, standardised
-from mimu.methods.controls import further
+from mimu.methods.controls import further, output_layer
+from mimu.methods.fine_tuning import FineTuning, draws
 from mimu.networks.hooked import HookedClassifier
 
 
@@ -37,7 +38,7 @@ def projected(request: Request, removed: Callable[[int], Tensor]) -> nn.Module:
 def with_representation(request: Request, projection: Tensor) -> nn.Module:
     """The classifier whose last layer is given Q z in the place of the representation z; Q (n, n), symmetric."""
     classifier = request.classifier
-    last = classifier.network.get_submodule(classifier.names[-1].rpartition(".")[0])
+    last = output_layer(classifier)
     projection = projection.to(last.weight)
     # Not in its weight, where the class would stay in the representation; ESC's code projects in the forward pass, too.
     last.register_forward_pre_hook(lambda layer, inputs: (inputs[0] @ projection,))
@@ -127,8 +128,33 @@ def esc(request: Request, *, share: Share) -> nn.Module:
 
     z' = U U^T z, U the left singular vectors of the forget set's z (not centred) but for the first, one at least.
     """
-    _, vectors = moments(request.original, request.forget.images, len(request.original.names) - 1)
+    _, vectors = moments(request.original, request.forget.images, -1)
     kept = vectors[:, : len(vectors) - max(1, int(share * len(vectors)))]
+    return with_representation(request, kept @ kept.T)
+
+
+@further("esc_t", paper="Lee et al. 2025, arXiv:2504.02199", touches="the representation", needs="forget set")
+def esc_t(request: Request, *, config: FineTuning, threshold: Share) -> nn.Module:
+    """ESC-T: the representation loses the entries of its directions on the forget set that a trained mask names.
+
+    z' = V V^T z, V = U o [M > threshold], U all left singular vectors of ESC; M, ones at first and kept in [0, 1],
+    descends (SGD) along log p(label), the mean of the samples that U o M still leaves classified as their class.
+    """
+    representation = request.original.mean_inputs(-1, request.forget.images)
+    vectors = moments(request.original, request.forget.images, -1)[1].to(representation)
+    mask = torch.ones_like(vectors, requires_grad=True)
+    optimizer = torch.optim.SGD([mask], config.learning_rate)
+    optimizer.register_step_post_hook(lambda *_: mask.data.clamp_(0, 1))
+    logits_of = output_layer(request.classifier)
+
+    def log_p_where_right(z: Tensor, labels: Tensor) -> Tensor:
+        logits = logits_of(z @ (vectors * mask) @ (vectors * mask).T)
+        is_right = logits.argmax(1) == labels
+        return -F.cross_entropy(logits[is_right], labels[is_right], reduction="sum") / is_right.sum().clamp_min(1)
+
+    given = {"optimizer": optimizer, "loss": log_p_where_right}
+    config.train(logits_of, Split(representation, request.forget.labels), draws(request, "esc_t"), **given)
+    kept = vectors * (mask.detach() > threshold)
     return with_representation(request, kept @ kept.T)
 
 

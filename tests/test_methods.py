@@ -35,6 +35,9 @@ HYPERPARAMETERS = yaml.safe_load("""
   salun: {epochs: 10, batch_size: 16, learning_rate: 0.05, share: 0.5}
   scrub: {epochs: 6, batch_size: 16, learning_rate: 0.01, max_epochs: 3, divergence_weight: 0.5, label_weight: 0.99}
   bad_teacher: {epochs: 20, batch_size: 16, learning_rate: 0.01, retain_share: 0.5}
+  cola: {epochs: 5, batch_size: 16, learning_rate: 0.03, temperature: 0.1, align_epochs: 5}
+  cmf: {epochs: 10, batch_size: 16, learning_rate: 0.1, retain_weight: 0.5}
+  eu_k: {epochs: 10, batch_size: 16, learning_rate: 0.02, layers: 2}
   unsir: {noise_steps: 20, noise_rate: 0.1, noise_penalty: 0.01, batch_size: 16, noise_batches: 6, retain_share: 1.0,
     impair_rate: 0.03, repair_rate: 0.015}
   optimised_mask: {steps: 70, samples: 60, learning_rate: 0.1, forget_weight: 1.0, sparsity: 0.1}
@@ -42,6 +45,7 @@ HYPERPARAMETERS = yaml.safe_load("""
   damp: {samples: 40, ridge: 0.01, row: 1.0}
   svd: {samples: 60, retain_alpha: 30.0, forget_alpha: 10.0}
   esc: {share: 0.1}
+  esc_t: {epochs: 20, batch_size: 16, learning_rate: 0.03, threshold: 0.7}
   erase: {samples: 60, group_size: 20, steps: 30, learning_rate: 0.05, forget_weight: 1.0, erase_weight: 0.1,
     rivals: 1, untrained: 0.5, ridge: 0.01}
 """)
@@ -176,6 +180,40 @@ def test_the_student_of_two_teachers_comes_near_to_both(request_to_forget):
     assert divergence(student(retain), good(retain)) < divergence(bad(retain), good(retain)) / 10
 
 
+def test_the_contrastive_loss_draws_samples_of_a_class_together():
+    z, labels, expected = torch.randn(6, 3, generator=data.seeded("test")).double(), [0, 0, 1, 0, 1, 2], 0.0
+    for i, own in enumerate(labels):
+        others = [j for j in range(6) if j != i]
+        log_p = (F.cosine_similarity(z[i], z[others]) / 0.2).log_softmax(0)
+        alike = [-each.item() for j, each in zip(others, log_p) if labels[j] == own]
+        expected += sum(alike) / max(1, len(alike)) / 6
+    assert fine_tuning.contrastive_loss(z, torch.tensor(labels), 0.2).item() == pytest.approx(expected)
+
+
+def test_class_means_are_what_an_output_layer_compares_with(request_to_forget):
+    model, train = made_by("cmf", request_to_forget), request_to_forget.train
+    z = F.normalize(torch.tensor(inputs_of_layers(model, train.images)[2]))
+    means = torch.stack([z[train.labels == label].mean(0) for label in range(NUM_CLASSES)])
+    expected = F.cosine_similarity((z - z.mean(0))[:, None], means - z.mean(0), dim=2)
+    assert torch.allclose(model(train.images).double(), expected, atol=1e-5)
+
+
+LAST = [("mlp", (4,), 1, "3."), ("resnet", (4, 6), 1, "9."), ("vit", (8,), 2, "blocks.0.linear2. norm. head.")]
+
+
+@pytest.mark.parametrize("architecture, channels, layers, trained", LAST)
+def test_the_last_layers_are_trained_from_fresh_weights(request_to_forget, architecture, channels, layers, trained):
+    trainer = Trainer(trainer_config((6,), 1, architecture=architecture, channels=channels, patch=4), 0, (8, 8))
+    train = Split(torch.randn(180, 64, generator=data.seeded("test")), request_to_forget.train.labels)
+    request = replace(request_to_forget, trainer=trainer, train=train, original=trainer.train(train, NUM_CLASSES))
+    before, after = request.original.network.state_dict(), made_by("eu_k", request, layers=layers).network.state_dict()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == [name for name in before if name.startswith(tuple(trained.split()))]
+    config, draws = fine_tuning.FineTuning(10, 16, 0.02), fine_tuning.draws(request, "eu_k")
+    fresh = config.train(trainer.initial(train.images, NUM_CLASSES), request.retain, draws, torch.optim.Adam)
+    assert torch.equal(made_by("eu_k", request, layers=99)(train.images), fresh(train.images))
+
+
 @pytest.mark.parametrize("name", ["gradient_ascent", "delete"])
 def test_a_step_on_the_whole_forget_set_is_that_of_its_loss(name, request_to_forget):
     """Ascent of the cross entropy, or descent towards the original's predictions without the class."""
@@ -257,6 +295,17 @@ def test_esc_takes_the_leading_directions_of_the_class_out_of_the_representation
     expected = torch.tensor(inputs_of_layers(classifier, x)[2] @ u @ u.T).float()
     assert torch.allclose(predictions_of(model, request_to_forget.train).hidden[-1], expected, atol=1e-5)
     assert torch.allclose(model(x), expected @ classifier.weights[2].T, atol=1e-5)
+
+
+def test_the_mask_of_esc_t_is_a_step_away_from_what_is_still_classified(request_to_forget):
+    classifier, forget = request_to_forget.classifier, request_to_forget.forget
+    model = made_by("esc_t", request_to_forget, epochs=1, batch_size=1000, learning_rate=3.0)
+    z = torch.tensor(inputs_of_layers(classifier, forget.images)[2])
+    u, mask = torch.linalg.svd(z.T)[0], torch.ones(8, 8, dtype=torch.double, requires_grad=True)
+    logits = z @ (u * mask) @ (u * mask).T @ classifier.weights[2].detach().double().T
+    logits.log_softmax(1)[logits.argmax(1) == FORGET, FORGET].mean().backward()
+    left = u * (1 - 3 * mask.grad > 0.7)
+    assert torch.allclose(predictions_of(model, forget).hidden[-1].double(), z @ left @ left.T, atol=1e-5)
 
 
 def test_pour_takes_the_direction_of_the_class_in_the_output_layer_out_of_the_representation(request_to_forget):
