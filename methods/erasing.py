@@ -1,6 +1,6 @@
-"""Erasure: a class is taken from the representation, not only from the output, by a few directions of late layers.
+"""Erasure: a class is taken from the representation, not only from the output, by one direction of a few late layers.
 
-Attackers say what is left: each is a ridge regression from random ReLU features, in closed form, and a new one is drawn
+Attackers say what is left: each is a ridge regression from random features, in closed form, and a new one is drawn
 at every step, so that what is learned fools none of them. The bar is a classifier that never saw the class. It tells
 the class from others all the same: what attackers find in the inputs themselves says how well.
 """
@@ -19,11 +19,12 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from mimu.data import Count, NonNegative, Positive, Share, Split, drawn_of_every_class, seeded, some_of_every_class
+from mimu.data import Count, NonNegative, Positive, Share, Split, seeded, some_of_every_class
 from mimu.eval import Request
 from mimu.masking.order import forgetting_loss
 from mimu.masking.regression import held_out_variance, standardised
 from mimu.methods.controls import further
+from mimu.methods.projections import class_direction
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.files import PACKAGE, InputError
@@ -41,7 +42,7 @@ class Erasing:
 
     samples: of every class; a step takes group_size of the class, and `others` of all others
     steps: of Adam; forget_weight, erase_weight: of the two terms beside the others' cross entropy
-    directions: that a layer reads less of; units: random features of an attacker; ridge: of its regression
+    units: random features of an attacker; ridge: of its regression
     share: how far the bar is on the way from what is found in the inputs to what is found in the original
     """
 
@@ -52,7 +53,6 @@ class Erasing:
     learning_rate: Positive
     forget_weight: NonNegative
     erase_weight: NonNegative
-    directions: Count
     units: Count
     ridge: Positive
     share: Share
@@ -66,15 +66,14 @@ class Erasing:
     def found(self, features: Tensor, is_own: Tensor, generator: torch.Generator) -> Tensor:
         """How much a random attacker finds of a class in features (samples, ...), R^2 (`held_out_variance`).
 
-        It regresses whether a sample is of the class on relu(V z + b) of the standardised features z, V and b random.
+        It regresses whether a sample is of the class on V z + b, half of it rectified; z are the standardised features,
+        V and b random.
         """
         (z,) = standardised(features.flatten(1))
         directions = torch.randn(z.shape[1], self.units, generator=generator) * math.sqrt(2 / z.shape[1])
         offsets = torch.randn(self.units, generator=generator)
-        f = (z @ directions.to(z) + offsets.to(z)).relu()
-        if LAB.get('lin') and z.shape[1] <= 600:
-            f = torch.cat([f, z], 1)
-        return held_out_variance(f, is_own.to(z), self.ridge)
+        linear, rectified = (z @ directions.to(z) + offsets.to(z)).tensor_split(2, 1)
+        return held_out_variance(torch.cat([linear, rectified.relu()], 1), is_own.to(z), self.ridge)
 
     def found_by_several(self, features: Tensor, is_own: Tensor, seed: int) -> float:
         """The mean of what ATTACKERS find."""
@@ -95,21 +94,6 @@ class Found(NamedTuple):
         return self.left <= self.bar + NOTICED
 
 
-def nearest(features: Tensor, labels: Tensor, label: int, count: int) -> list[int]:
-    """A class, and those whose means of the standardised features (samples, n) are nearest to its own."""
-    (x,) = standardised(features)
-    classes = labels.unique()
-    means = torch.stack([x[labels == each].mean(0) for each in classes])
-    distances = (means - x[labels == label].mean(0)).norm(dim=1).masked_fill(classes == label, -1)
-    return classes[distances.argsort()[: 1 + count]].tolist()
-
-
-def directions_of(x: Tensor, labels: Tensor, label: int, count: int) -> Tensor:
-    """Orthonormal directions (n, count) that span what tells a class's mean x (samples, n) from those nearest to it."""
-    own, *others = (x[labels == each].mean(0) for each in nearest(x, labels, label, count))
-    return torch.linalg.qr(torch.stack([own - other for other in others], 1)).Q
-
-
 def late_layers(classifier: HookedClassifier) -> list[str]:
     """The last layers in the order in which they are called, the one that gives the logits at the end.
 
@@ -124,52 +108,44 @@ def late_layers(classifier: HookedClassifier) -> list[str]:
     return names[-1 - DEEPEST :]
 
 
-LAB = {'u': 0, 'init': 0}
-
-
 class Edit:
-    """Layers of a classifier that read less of some directions, W - left right^T, and another row for the class.
+    """Layers of a classifier that read less of one direction each, W - left right^T, and another row for the class.
 
-    right: of each hidden layer the directions, fixed; left: by how much each neuron reads less of them, to be learned;
-    of the last layer the class's row alone, to be learned.
-    What the first layer gives, and how much of the directions it reads, is recorded once.
+    right: of each hidden layer `class_direction` of what it is given; left: by how much each neuron reads less of it,
+    to be learned, W right at first; of the last layer the class's row alone, to be learned, zeros at first.
+    What the first layer gives, and how much of the direction it reads, is recorded once.
     """
 
     def __init__(
-        self, classifier: HookedClassifier, start: Mask | None, layers: Sequence[str], samples: Split, label: int, count: int
+        self, classifier: HookedClassifier, start: Mask | None, layers: Sequence[str], samples: Split, label: int
     ) -> None:
-        """classifier: begun before the layers, under `start`; samples: as it is given them; count: of directions"""
-        self.weights = {name: classifier.weights[classifier.names.index(name)].clone() for name in layers}
-        parts = start.by_layer if start else {}
-        *hidden, last = layers
+        """classifier: begun before the layers, under `start`, and samples as it is given them."""
+        indices = {name: classifier.names.index(name) for name in layers}
+        self.weights = {name: classifier.weights[index].clone() for name, index in indices.items()}
+        self.first, *_, last = layers
         self.masks: dict[str, LayerMask] = {}
-        for name in hidden:
-            weight = self.weights[name]
-            x = classifier.mean_inputs(classifier.names.index(name), samples.images)
-            right = directions_of(x, samples.labels, label, count)
-            keep = parts[name].keep if name in parts else torch.ones_like(weight)
-            left = torch.zeros(len(weight), right.shape[1]).to(weight)
-            if LAB['u']:
-                from mimu.methods.projections import class_direction
-                u = class_direction(x, samples.labels, label).to(weight)
-                right = torch.linalg.qr(torch.cat([u[:, None], right[:, :-1]], 1)).Q
-            if LAB['init']: left[:, :LAB['init']] = weight.flatten(1) @ right[:, :LAB['init']]
-            self.masks[name] = LayerMask(keep, left.requires_grad_(), right)
-        row = self.weights[last][label][:, None].clone()
-        keep = parts[last].keep if last in parts else torch.ones_like(self.weights[last])
-        is_row = F.one_hot(torch.tensor([label]), len(keep)).T.to(row)
-        self.masks[last] = LayerMask(keep, is_row, row.requires_grad_())
-        self.learned = [*(self.masks[name].left for name in hidden), self.masks[last].right]
+        for name, weight in self.weights.items():
+            keep = start.by_layer[name].keep if start and name in start.by_layer else torch.ones_like(weight)
+            if name == last:
+                left = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
+                right = weight[label][:, None].clone()
+            else:
+                x = classifier.mean_inputs(indices[name], samples.images)
+                right = class_direction(x, samples.labels, label).to(weight)[:, None]
+                left = weight.flatten(1) @ right
+            self.masks[name] = LayerMask(keep, left, right)
+        self.learned = [mask.right if name == last else mask.left for name, mask in self.masks.items()]
+        for each in self.learned:
+            each.requires_grad_()
         self.classifier, self.given, self.read = classifier, [samples.images], None
-        first, index = self.masks[hidden[0]], classifier.names.index(hidden[0])
-        if bool(first.keep.all()):
+        first = self.masks[self.first]
+        if first.keep.all():
+            direction = first.right.T.reshape(1, *first.keep.shape[1:])
             try:
-                directions = first.right.T.reshape(-1, *first.keep.shape[1:])
-                self.given, self.read = classifier.recorded(index, samples.images, directions)
-                self.classifier = classifier.begun_behind(index)
-            except ValueError:  # it is run again and again
+                self.given, self.read = classifier.recorded(indices[self.first], samples.images, direction)
+                self.classifier = classifier.begun_behind(indices[self.first])
+            except ValueError:  # then all of it is run again and again
                 pass
-        self.first = hidden[0]
 
     def outputs(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The representation (samples, ...) and the logits of some samples, by their indices."""
@@ -177,9 +153,9 @@ class Edit:
         weights = {name: mask.applied(self.weights[name]) for name, mask in self.masks.items()}
         if self.read is not None:
             del weights[self.first]
-            left = self.masks[self.first].left
-            dim = -1 if self.weights[self.first].ndim == 2 else 1
-            given[0] = given[0] - (self.read[chosen].movedim(dim, -1) @ left.T).movedim(-1, dim)
+            channels = -1 if self.weights[self.first].ndim == 2 else 1
+            less = self.read[chosen].movedim(channels, -1) @ self.masks[self.first].left.T
+            given[0] = given[0] - less.movedim(-1, channels)
         # As the only one of several: the gradient of each is then laid out row after row.
         return self.classifier.outputs(given, weights={name: weight[None][0] for name, weight in weights.items()})
 
@@ -200,8 +176,9 @@ def erased(
 ) -> tuple[Mask, Found]:
     """The mask that takes a class from the representation and from the output, with as little harm to the others.
 
-    The linear layers of features before the last one, two at most, or else the last layer before it, read less of
-    `directions_of` the class. By how much, and the class's row of the last layer, is learned so that
+    The linear layers of features before the last one, two at most, or else the last layer before it, read less of the
+    class's direction (after Hatami et al. 2026, arXiv:2604.15166). By how much each neuron does, and the class's row of
+    the last layer, is learned so that
 
         cross entropy of the others - forget_weight E_d[log(1 - p_d)] + erase_weight max(0, R^2 - R_0^2)
 
@@ -215,12 +192,11 @@ def erased(
     layers, at_the_end = late_layers(classifier), classifier.trace.names_at_the_end
     with start.applied_to(classifier) if start else nullcontext():
         indices = [classifier.names.index(name) for name in layers]
-        images = torch.cat([classifier.prefix_activations(indices, samples.images)])
         begun = classifier.begun_before(indices)
-        given = Split(images, samples.labels)
+        given = Split(classifier.prefix_activations(indices, samples.images), samples.labels)
         answers = []
         for count in range(min(2, max(1, len(at_the_end) - 1)), len(layers)):
-            edit = Edit(begun, start, layers[-1 - count :], given, label, config.directions)
+            edit = Edit(begun, start, layers[-1 - count :], given, label)
             found = learned(edit, samples, label, config, seed, progress)
             answers.append((edit.mask(start), found))
             if found.is_at_the_bar:
@@ -252,7 +228,8 @@ def learned(edit: Edit, samples: Split, label: int, config: Erasing, seed: int, 
         loss = F.cross_entropy(logits[len(own) :], labels[others]) + config.forget_weight * forget
         is_first = torch.arange(len(logits), device=logits.device) < len(own)
         excess = config.found(features, is_first, generator) - bar
-        descend(optimizer, {"loss": loss + config.erase_weight * excess.clamp_min(0)}, step, "eval.hyperparameters.erase")
+        loss = loss + config.erase_weight * excess.clamp_min(0)
+        descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.erase")
         schedule.step()
     with torch.no_grad():
         left = config.found_by_several(edit.outputs(held_out)[0], is_own[held_out], seed)
@@ -261,6 +238,6 @@ def learned(edit: Edit, samples: Split, label: int, config: Erasing, seed: int, 
 
 @further("erase", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")
 def erase(request: Request, *, config: Erasing) -> Mask:
-    """Late layers read less of a few directions, by shares that are learned against attackers, and the output row."""
+    """Late layers read less of the class's direction, by shares learned against attackers, and its output row."""
     mask, _ = erased(request.classifier, request.train, request.forget_class, config, request.seed)
     return mask

@@ -158,12 +158,10 @@ class Trace:
         Raises ValueError where the samples are not in front of each.
         """
         node = self.layers[layer].node
-        for each, alive in self._alive():
-            if each is node:
-                break
+        alive = next({*alive} for each, alive in self._alive() if each is node)
         if any(self.batches.get(each) != (0, 1) for each in alive):
             raise ValueError(f"behind {layer} values have no dimension of samples in front")
-        return self._begun([node, *(each for each in alive if each is not node)])
+        return self._begun([node, *(alive - {node})])
 
     def _begun(self, nodes: Sequence[fx.Node]) -> Trace:
         begun = copy.copy(self)
