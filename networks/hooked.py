@@ -97,7 +97,7 @@ class HookedClassifier(nn.Module):
     def recorded(self, layer: int, images: Tensor, directions: Tensor) -> tuple[list[Tensor], Tensor]:
         """What stands for images behind a layer, what the layer gives first, and how much of directions it reads.
 
-        Shapes: directions (rank, ...), as rows of the weight; read (batch, rank, ...), of a linear layer (batch, ..., rank)
+        Shapes: directions (rank, ...) as the weight, to (batch, rank, ...); of a linear layer (batch, ..., rank)
         Raises ValueError where `Trace.begun_behind` does.
         """
         node, watched = self.trace.layers[self.names[layer]].node, self.trace.begun_behind(self.names[layer]).given
@@ -119,8 +119,8 @@ class HookedClassifier(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The representation, which the last layer is given, (batch, n), and the logits (batch, classes).
 
-        In evaluation mode. images: or `recorded` values; weights: by name, in the place of its own; gradients then reach
-        these and no parameter
+        In evaluation mode. images: or `recorded` values
+        weights: by name, in the place of its own; gradients then reach these and no parameter
         """
         trace = self.trace
         changed = {trace.layers[name].node: weight for name, weight in (weights or {}).items()}
