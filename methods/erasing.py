@@ -69,7 +69,8 @@ class Erasing:
         It regresses whether a sample is of the class on V z + b, half of it rectified; z are the standardised features,
         V and b random.
         """
-        (z,) = standardised(features.flatten(1))
+        x = features.flatten(1)
+        (z,) = standardised(x if x.is_floating_point() else x.float())  # ids of words are whole numbers
         directions = torch.randn(z.shape[1], self.units, generator=generator) * math.sqrt(2 / z.shape[1])
         offsets = torch.randn(self.units, generator=generator)
         linear, rectified = (z @ directions.to(z) + offsets.to(z)).tensor_split(2, 1)
