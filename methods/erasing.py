@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mimu.data import Count, NonNegative, Positive, Share, Split, seeded, some_of_every_class
 from mimu.eval import Request
-from mimu.masking.order import forgetting_loss
+from mimu.masking.order import FEW, forgetting_loss
 from mimu.masking.regression import held_out_variance, standardised
 from mimu.methods.controls import further
 from mimu.methods.projections import class_direction
@@ -77,13 +77,13 @@ class Erasing:
         return held_out_variance(torch.cat([linear, rectified.relu()], 1), is_own.to(z), self.ridge)
 
     def found_by_several(self, features: Tensor, is_own: Tensor, seed: int) -> float:
-        """The mean of what ATTACKERS find."""
+        """The mean of what ATTACKERS find, at least 0."""
         generator = seeded("attackers", seed)
-        return sum(self.found(features, is_own, generator).item() for _ in range(ATTACKERS)) / ATTACKERS
+        return max(0.0, sum(self.found(features, is_own, generator).item() for _ in range(ATTACKERS)) / ATTACKERS)
 
 
 class Found(NamedTuple):
-    """What attackers find of a class in the representation, R^2 of samples that nothing was learned from, 0 to 1."""
+    """What attackers find of a class in the representation, R^2 from 0 to 1, where they can in samples held out."""
 
     before: float
     left: float
@@ -206,11 +206,12 @@ def erased(
 
 
 def learned(edit: Edit, samples: Split, label: int, config: Erasing, seed: int, progress: bool) -> Found:
-    """Learns an edit, and says what attackers find in samples that are not learned from."""
+    """Learns an edit, and says what attackers find in samples that are not learned from, or if these are few in all."""
     labels, generator = samples.labels, seeded("erase", seed, label)
     is_own, order = labels == label, torch.arange(len(labels), device=labels.device)
-    is_held_out = order % HELD_OUT == 0
-    held_out, parts = order[is_held_out], (order[is_own & ~is_held_out], order[~is_own & ~is_held_out])
+    is_few = min(is_own.sum(), (~is_own).sum()) < HELD_OUT * FEW
+    held_out, rest = (order, order) if is_few else (order[::HELD_OUT], order[order % HELD_OUT > 0])
+    parts = rest[is_own[rest]], rest[~is_own[rest]]
     with torch.no_grad():
         before, _ = edit.outputs(held_out)
         in_inputs = config.found_by_several(samples.images[held_out], is_own[held_out], seed)
