@@ -212,6 +212,11 @@ def learned(edit: Edit, samples: Split, label: int, config: Erasing, seed: int, 
     is_few = min(is_own.sum(), (~is_own).sum()) < HELD_OUT * FEW
     held_out, rest = (order, order) if is_few else (order[::HELD_OUT], order[order % HELD_OUT > 0])
     parts = rest[is_own[rest]], rest[~is_own[rest]]
+    # The rarer the class among the samples, the less R^2 is found of it: as rare here as in every step.
+    others_to_one = min(config.others / config.group_size, len(parts[1]) / len(parts[0]))
+    own, others = held_out[is_own[held_out]], held_out[~is_own[held_out]]
+    drawn = torch.randperm(len(others), generator=seeded("held out", seed))[: int(others_to_one * len(own))]
+    held_out = torch.cat([own, others[drawn.to(others.device)]]).sort().values
     with torch.no_grad():
         before, _ = edit.outputs(held_out)
         in_inputs = config.found_by_several(samples.images[held_out], is_own[held_out], seed)
@@ -228,7 +233,8 @@ def learned(edit: Edit, samples: Split, label: int, config: Erasing, seed: int, 
         features, logits = edit.outputs(torch.cat([own, others]))
         forget = forgetting_loss(logits[: len(own)].softmax(1)[:, label])
         loss = F.cross_entropy(logits[len(own) :], labels[others]) + config.forget_weight * forget
-        is_first = torch.arange(len(logits), device=logits.device) < len(own)
+        features = features[: int((1 + others_to_one) * len(own))]
+        is_first = torch.arange(len(features), device=features.device) < len(own)
         excess = config.found(features, is_first, generator) - bar
         loss = loss + config.erase_weight * excess.clamp_min(0)
         descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.erase")
