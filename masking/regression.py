@@ -40,7 +40,7 @@ def held_out_variance(features: Tensor, target: Tensor, ridge: float) -> Tensor:
     (h,) = standardised(features)
     t = target - target.mean()
     samples, n = h.shape
-    factor = torch.linalg.cholesky(h.T @ h + samples * ridge * torch.eye(n).to(h))
-    whitened = torch.linalg.solve_triangular(factor, h.T, upper=False)
-    left_out = (t - (whitened.T @ (whitened @ t))) / (1 - 1 / samples - whitened.square().sum(0))
+    inverse = torch.linalg.inv(h.T @ h + samples * ridge * torch.eye(n).to(h))
+    hat = h @ inverse
+    left_out = (t - hat @ (h.T @ t)) / (1 - 1 / samples - (hat * h).sum(1))
     return 1 - left_out.square().sum() / t.square().sum().clamp_min(1e-12)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,9 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from mimu.data import Count, NonNegative, Positive, Share, Split, seeded, some_of_every_class
+from mimu.data import Count, NonNegative, Positive, Share, Split, drawn_of_every_class, seeded
 from mimu.eval import Request
-from mimu.masking.order import FEW, forgetting_loss
+from mimu.masking.order import forgetting_loss
 from mimu.masking.regression import held_out_variance, standardised
 from mimu.methods.controls import further
 from mimu.methods.projections import class_direction
@@ -79,20 +80,49 @@ class Erasing:
     def found_by_several(self, features: Tensor, is_own: Tensor, seed: int) -> float:
         """The mean of what ATTACKERS find, at least 0."""
         generator = seeded("attackers", seed)
-        return max(0.0, sum(self.found(features, is_own, generator).item() for _ in range(ATTACKERS)) / ATTACKERS)
+        return max(0.0, fmean(self.found(features, is_own, generator).item() for _ in range(ATTACKERS)))
 
 
 class Found(NamedTuple):
-    """What attackers find of a class in the representation, R^2 from 0 to 1, where they can in samples held out."""
+    """What attackers find of a class in the representation, R^2 of samples that nothing was learned from, 0 to 1."""
 
     before: float
     left: float
     bar: float
 
+    def __str__(self) -> str:
+        return f"attackers find R^2 {self.left:.2f}, before {self.before:.2f}, bar {self.bar:.2f}"
+
     @property
     def is_at_the_bar(self) -> bool:
         """Whether no more is left than a classifier would know that never saw the class."""
         return self.left <= self.bar + NOTICED
+
+
+def held_out(labels: Tensor) -> Tensor:
+    """Which samples are not learned from: of every class one of HELD_OUT, (samples)."""
+    is_held_out = torch.zeros_like(labels, dtype=torch.bool)
+    for label in labels.unique():
+        of_class = (labels == label).nonzero()[:, 0]
+        is_held_out[of_class[HELD_OUT - 1 :: HELD_OUT]] = True
+    return is_held_out
+
+
+def parted(labels: Tensor, label: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of random samples: `count` of every class to learn from, and some that are `held_out`.
+
+    Where none of a class is held out, for it has fewer than HELD_OUT samples, those that are learned from say it all.
+    """
+
+    def drawn(chosen: Tensor, count: int) -> Tensor:
+        found = drawn_of_every_class(labels[chosen], count, lambda each: seeded("erase", seed, label, each))
+        return chosen[found]
+
+    is_held_out = held_out(labels)
+    known, rest = ((~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0])
+    known = drawn(known, count)
+    has_own = labels[rest] == label
+    return known, drawn(rest, max(1, count // (HELD_OUT - 1))) if has_own.any() and not has_own.all() else known
 
 
 def late_layers(classifier: HookedClassifier) -> list[str]:
@@ -118,9 +148,16 @@ class Edit:
     """
 
     def __init__(
-        self, classifier: HookedClassifier, start: Mask | None, layers: Sequence[str], samples: Split, label: int
+        self,
+        classifier: HookedClassifier,
+        start: Mask | None,
+        layers: Sequence[str],
+        samples: Split,
+        label: int,
+        known: int,
     ) -> None:
-        """classifier: begun before the layers, under `start`, and samples as it is given them."""
+        """classifier: begun before the layers, under `start`; samples: as given to it, `known` to learn from."""
+        self.labels, self.label, self.known = samples.labels, label, known
         indices = {name: classifier.names.index(name) for name in layers}
         self.weights = {name: classifier.weights[index].detach().clone() for name, index in indices.items()}
         self.first, *_, last = layers
@@ -131,8 +168,8 @@ class Edit:
                 left = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
                 right = weight[label][:, None].clone()
             else:
-                x = classifier.mean_inputs(indices[name], samples.images)
-                right = class_direction(x, samples.labels, label).to(weight)[:, None]
+                x = classifier.mean_inputs(indices[name], samples.images[:known])
+                right = class_direction(x, samples.labels[:known], label).to(weight)[:, None]
                 left = weight.flatten(1) @ right
             self.masks[name] = LayerMask(keep, left, right)
         self.learned = [mask.right if name == last else mask.left for name, mask in self.masks.items()]
@@ -148,8 +185,12 @@ class Edit:
             except ValueError:  # then all of it is run again and again
                 pass
 
+    def original(self, chosen: Tensor) -> Tensor:
+        """The representation of some samples, by their indices, without the edit (samples, ...)."""
+        return self.classifier.outputs([values[chosen] for values in self.given])[0]
+
     def outputs(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """The representation (samples, ...) and the logits of some samples, by their indices."""
+        """The representation and the logits of some samples."""
         given = [values[chosen] for values in self.given]
         weights = {name: mask.applied(self.weights[name]) for name, mask in self.masks.items()}
         if self.read is not None:
@@ -174,6 +215,7 @@ def erased(
     seed: int,
     start: Mask | None = None,
     progress: bool = False,
+    inputs: Tensor | None = None,
 ) -> tuple[Mask, Found]:
     """The mask that takes a class from the representation and from the output, with as little harm to the others.
 
@@ -187,41 +229,43 @@ def erased(
     more than that in samples that nothing was learned from, one layer more is edited, DEEPEST at most.
 
     split: samples of the class and of those to keep; start: a mask to begin with, to which this one adds
+    inputs: what the whole network is given for the samples, where the classifier is begun within it
     Raises InputError where there is no layer before the last, TrainingError where it diverges.
     """
-    samples = some_of_every_class(split, config.samples, "erase", seed, label)
     layers, at_the_end = late_layers(classifier), classifier.trace.names_at_the_end
+    known, unseen = parted(split.labels, label, config.samples, seed)
+    chosen = torch.cat([known, unseen])
+    labels = split.labels[chosen]
+    in_inputs = (split.images if inputs is None else inputs)[unseen]
+    answers = []
     with start.applied_to(classifier) if start else nullcontext():
         indices = [classifier.names.index(name) for name in layers]
+        images = classifier.prefix_activations(indices, split.images.index_select(0, chosen))
         begun = classifier.begun_before(indices)
-        given = Split(classifier.prefix_activations(indices, samples.images), samples.labels)
-        answers = []
         for count in range(min(2, max(1, len(at_the_end) - 1)), len(layers)):
-            edit = Edit(begun, start, layers[-1 - count :], given, label)
-            found = learned(edit, samples, label, config, seed, progress)
+            edit = Edit(begun, start, layers[-1 - count :], Split(images, labels), label, len(known))
+            found = learned(edit, in_inputs, config, seed, progress)
             answers.append((edit.mask(start), found))
             if found.is_at_the_bar:
                 break
     return min(answers, key=lambda answer: answer[1].left)
 
 
-def learned(edit: Edit, samples: Split, label: int, config: Erasing, seed: int, progress: bool) -> Found:
-    """Learns an edit, and says what attackers find in samples that are not learned from, or if these are few in all."""
-    labels, generator = samples.labels, seeded("erase", seed, label)
-    is_own, order = labels == label, torch.arange(len(labels), device=labels.device)
-    is_few = min(is_own.sum(), (~is_own).sum()) < HELD_OUT * FEW
-    held_out, rest = (order, order) if is_few else (order[::HELD_OUT], order[order % HELD_OUT > 0])
-    parts = rest[is_own[rest]], rest[~is_own[rest]]
+def learned(edit: Edit, in_inputs: Tensor, config: Erasing, seed: int, progress: bool) -> Found:
+    """Learns an edit, and says what attackers find in samples that are not learned from; in_inputs: these as inputs."""
+    labels, label, known = edit.labels, edit.label, edit.known
+    order, generator = torch.arange(len(labels), device=labels.device), seeded("erase", seed, label)
+    is_own, unseen = labels == label, order[known:]
+    parts = order[:known][is_own[:known]], order[:known][~is_own[:known]]
     # The rarer the class among the samples, the less R^2 is found of it: as rare here as in every step.
     others_to_one = min(config.others / config.group_size, len(parts[1]) / len(parts[0]))
-    own, others = held_out[is_own[held_out]], held_out[~is_own[held_out]]
-    drawn = torch.randperm(len(others), generator=seeded("held out", seed))[: int(others_to_one * len(own))]
-    held_out = torch.cat([own, others[drawn.to(others.device)]]).sort().values
+    own, others = unseen[is_own[unseen]], unseen[~is_own[unseen]]
+    drawn = torch.randperm(len(others), generator=seeded("unseen", seed))[: math.ceil(others_to_one * len(own))]
+    unseen = torch.cat([own, others[drawn.to(others.device)]]).sort().values
     with torch.no_grad():
-        before, _ = edit.outputs(held_out)
-        in_inputs = config.found_by_several(samples.images[held_out], is_own[held_out], seed)
-        in_original = config.found_by_several(before, is_own[held_out], seed)
-    bar = in_inputs + config.share * max(0.0, in_original - in_inputs)
+        each = in_inputs[unseen - known], edit.original(unseen)
+        found = [config.found_by_several(x, is_own[unseen], seed) for x in each]
+    bar = found[0] + config.share * max(0.0, found[1] - found[0])
     optimizer = torch.optim.Adam(edit.learned, config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     about = {"desc": f"class {label}", "unit": "step", "delay": 1, "leave": False}
@@ -233,15 +277,15 @@ def learned(edit: Edit, samples: Split, label: int, config: Erasing, seed: int, 
         features, logits = edit.outputs(torch.cat([own, others]))
         forget = forgetting_loss(logits[: len(own)].softmax(1)[:, label])
         loss = F.cross_entropy(logits[len(own) :], labels[others]) + config.forget_weight * forget
-        features = features[: int((1 + others_to_one) * len(own))]
-        is_first = torch.arange(len(features), device=features.device) < len(own)
+        features = features[: len(own) + math.ceil(others_to_one * len(own))]
+        is_first = order[: len(features)] < len(own)
         excess = config.found(features, is_first, generator) - bar
         loss = loss + config.erase_weight * excess.clamp_min(0)
         descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.erase")
         schedule.step()
     with torch.no_grad():
-        left = config.found_by_several(edit.outputs(held_out)[0], is_own[held_out], seed)
-    return Found(in_original, left, bar)
+        features, _ = edit.outputs(unseen)
+    return Found(found[1], config.found_by_several(features, is_own[unseen], seed), bar)
 
 
 @further("erase", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")

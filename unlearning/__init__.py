@@ -50,13 +50,14 @@ def unlearn(
     mask_layer: names, as named_parameters has them, of modules or with * and ?, or indices among what can be masked;
         one or several; None: all; auto: of linear layers at the end the last but one if they are three, else the last
     seed: of the samples that are drawn; scorer: the GCN, or the saliency that it adapts
-    erase: takes the classes from what the last layer is given, too (`methods.erasing`), by one direction less in each
-        layer before it that can be masked: without a GCN, and with mask_layer auto or None
+    erase: takes the classes from what the last layer is given, too (`methods.erasing`), by one direction less in as few
+        layers before it as do it: without a GCN, and with mask_layer auto or None
     max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any
     progress: shows bars, on a terminal, and how long a class takes at most
 
-    Warns where a class is left at the largest kappa, or samples are too few to show that it is not, where the model
-    does not know the samples, and where less is masked than was asked for.
+    Warns where a class is left at the largest kappa, or samples are too few to show that it is not, where an attacker
+    still finds one that was to be erased, where the model does not know the samples, and where less is masked than was
+    asked for.
     Raises RetainScoreError, which has the last mask within the bounds, where the others lose more; InputError, another
     ValueError, where the model is something else, or samples do not fit it or are not finite.
     """
@@ -66,7 +67,7 @@ def unlearn(
         inputs, labels = samples_of(inputs, labels, progress)
         if erase and mask_layer not in ("auto", None):
             raise InputError(f"mask_layer must be auto or None where classes are erased, not {mask_layer!r}")
-        custom = CustomModel.of(model, inputs, None if erase else mask_layer, progress)
+        custom = CustomModel.of(model, inputs, mask_layer, progress, erase)
         carried = Mask.on(model)
         train = Split(custom.inputs, labels.to(custom.inputs.device))
         forget = classes_of(forget_class, train.labels, custom.num_classes, carried.forgets if carried else ())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mimu.methods.erasing import late_layers
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask, unwrapped
 from mimu.runs.files import InputError, one_line
@@ -62,6 +63,7 @@ class CustomModel:
     classifier: a copy in float32, masked where the model is, begun before the layers that are to be masked
     names: of its layers in the model; masked: the indices of those that are to be masked
     inputs: what it is given for all samples, (samples, ...)
+    images: what the model itself is given for them
     num_classes: how many logits it gives
     """
 
@@ -69,14 +71,18 @@ class CustomModel:
     names: tuple[str, ...]
     masked: tuple[int, ...]
     inputs: Tensor
+    images: Tensor
     num_classes: int
 
     @staticmethod
     @torch.no_grad()
-    def of(model: nn.Module, inputs: Tensor, mask_layer: Any = "auto", progress: bool = True) -> CustomModel:
+    def of(
+        model: nn.Module, inputs: Tensor, mask_layer: Any = "auto", progress: bool = True, erase: bool = False
+    ) -> CustomModel:
         """Takes a model as it is, and looks at what it does with a few samples.
 
         inputs: (samples, ...), as the model takes them but for device and type, which are made those of the model.
+        erase: whether the layers to mask are the late ones, which classes are erased from
         Warns where a model cannot be exported, and other layers were asked for than those at its end.
         Raises InputError where it gives no logits, is not finite, or a layer of mask_layer cannot be masked.
         """
@@ -90,14 +96,15 @@ class CustomModel:
         if whole is not None:
             if why_no_logits := whole.trace.why_no_logits:
                 raise InputError(f"model must end in a layer that gives the logits, but {why_no_logits}")
-            masked = chosen(mask_layer, whole.names, whole.trace.names_at_the_end)
+            asked = late_layers(whole) if erase else mask_layer
+            masked = chosen(asked, whole.names, whole.trace.names_at_the_end)
             given = inputs.float() if inputs.is_floating_point() else inputs
-            return CustomModel(whole, tuple(whole.names), masked, given, logits.shape[1]).begun(progress)
+            return CustomModel(whole, tuple(whole.names), masked, given, inputs, logits.shape[1]).begun(progress)
         row, given = last_in_a_row(model, inputs, few, why_not, progress)
-        masked = chosen(mask_layer, [*row], [*row])
+        masked = chosen(None if erase else mask_layer, [*row], [*row])
         if mask_layer != "auto":
             warnings.warn(f"of layers {[*row]} at the end of the model alone, as {why_not}", stacklevel=4)
-        return CustomModel(copied_layers(row), tuple(row), masked, given, logits.shape[1])
+        return CustomModel(copied_layers(row), tuple(row), masked, given, inputs, logits.shape[1])
 
     @property
     def is_of_features(self) -> bool:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mimu.data import GraphGenerator, Split, is_correct, margins, number_of_weights
 from mimu.masking.order import FEW, ZeroingOrder, percent_above_zero
 from mimu.masking.rankings import Ranking, TrainedGCN
-from mimu.methods.erasing import Erasing, erased
+from mimu.methods.erasing import Erasing, Found, erased, held_out
 from mimu.networks.masks import Mask
 from mimu.runs.files import InputError
 from mimu.unlearning.custom_model import CustomModel
@@ -48,6 +48,7 @@ class Made(NamedTuple):
     """What samples make of a request: the masks on the way, by what ranks.
 
     logits, left, fall: of the last, the samples' logits, what is left in words, and the points that the others lose
+    found: what attackers find of each class that was erased
     """
 
     scorer: str
@@ -55,6 +56,7 @@ class Made(NamedTuple):
     logits: Tensor
     left: str
     fall: float
+    found: dict[int, Found]
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,6 +223,8 @@ class Forgetting:
         """A mask on the classifier, with the scores under it, as one on the model, with what that carries."""
         gone = sorted(label for label in self.forget if scores.get(label, 0.0) < self.trained.masking.target)
         mask = replace(self.custom.mask(mask), forgets=tuple(gone), about=about)
+        if self.erase and (edited := {name: part for name, part in mask.by_layer.items() if part.rank}):
+            mask = replace(mask, by_layer=edited)
         return (mask & self.carried if self.carried else mask).made_on(self.model)
 
     def answer(self) -> Mask:
@@ -236,23 +240,28 @@ class Forgetting:
         if self.scorer == "gcn" and not self.erase and (made.left or made.fall > WORTH_A_TRY):
             formula = self.made(judgement, "saliency")
             made = min(made, formula, key=lambda each: (each.left != "", each.fall))
-        logits = self.held_out_logits(made, judgement)
-        now = judgement.scores(logits)
+        judged, logits = self.held_out(made, judgement)
+        now = judged.scores(logits)
         said = [made.left] if made.left else []
-        # Of fewer samples a mask that is made without one is not like that made of all.
-        enough = replace(judgement, kept=[label for label in judgement.kept if judgement.counts[label] >= FOLDS])
-        for scores in (now, judgement.scores(made.logits)) if enough.kept else ():
-            if not enough.is_within(scores):
+        for each, scores in ((judged, now), (judgement, judgement.scores(made.logits))):
+            # Of fewer samples a mask that is made without one is not like that made of all.
+            enough = replace(each, kept=[label for label in each.kept if each.counts[label] >= FOLDS])
+            if enough.kept and not enough.is_within(scores):
                 raise self.too_much(scores, enough, made.way)
-        if not judgement.is_within(now):
-            mean, worst = judgement.falls(now)
+        if not judged.is_within(now):
+            mean, worst = judged.falls(now)
             said.append(f"by samples held out the classes to keep lose {mean:.0f} points, one of them {worst:.0f}")
-        said += judgement.not_shown(logits)
+        said += judgement.not_shown(made.logits if self.erase else logits)
+        for label, found in made.found.items():
+            if not found.is_at_the_bar:
+                said.append(f"of class {label} attackers find more than the bar")
         if said:
             warnings.warn(f"{'; '.join(said)} ({OTHER_WAYS})", stacklevel=3)
-        by = "erased" if self.erase else f"ranked by the {'GCN' if made.scorer == 'gcn' else 'formula'}"
-        by = f"{by} in {len(self.custom.masked)} of {len(self.custom.names)} layers that can be masked"
-        return self.of_model(made.way[-1], judgement.scores(made.logits), "; ".join([by, *said]))
+        by = f"ranked by the {'GCN' if made.scorer == 'gcn' else 'formula'}"
+        by = [f"{by} in {len(self.custom.masked)} of {len(self.custom.names)} layers that can be masked"]
+        if self.erase:
+            by = [f"class {label} erased: {found}" for label, found in made.found.items()]
+        return self.of_model(made.way[-1], judgement.scores(made.logits), "; ".join([*by, *said]))
 
     def made(self, judgement: Judgement, scorer: str) -> Made:
         """What the samples make of a request.
@@ -260,19 +269,28 @@ class Forgetting:
         The classes go one after the other, the one that most is left of first; none of them is spared for another.
         """
         target = self.trained.masking.target
-        way, logits, left = [self.start], judgement.before, ""
+        way, logits, left, found = [self.start], judgement.before, "", {}
         for _ in range(2 * len(judgement.lost)):  # where one goes another may come back, which then goes again
             of_class = {label: judgement.left(label, logits) for label in judgement.lost}
             label = max(of_class, key=of_class.__getitem__)
             if left or of_class[label] < target or judgement.is_ruined(logits):
                 break
-            left = self.forget_one(label, judgement, scorer, way)
+            left = self.forget_one(label, judgement, scorer, way, found)
             logits = self.logits(way[-1])
         now = judgement.scores(logits)
         still = [f"{now[each]:.1f} % of class {each} are left" for each in judgement.lost if now[each] >= target]
         left = ", ".join(still) or ("" if judgement.are_few else left)
         left = f"{left} after {way[-1].num_zeroed} zeroed weights" if left else ""
-        return Made(scorer, way, logits, left, judgement.falls(now)[0])
+        return Made(scorer, way, logits, left, judgement.falls(now)[0], found)
+
+    def held_out(self, made: Made, judgement: Judgement) -> tuple[Judgement, Tensor]:
+        """The samples that judge the mask made, and their logits: of an erasure those that it has not learned from."""
+        if not self.erase:
+            return judgement, self.held_out_logits(made, judgement)
+        chosen = held_out(judgement.labels)
+        judged = judgement[chosen]
+        kept = [label for label in judged.kept if label in judged.counts]
+        return (replace(judged, kept=kept), made.logits[chosen]) if kept else (judgement, made.logits)
 
     def held_out_logits(self, made: Made, judgement: Judgement) -> Tensor:
         """The logits of all samples under the mask made; of classes with few, each under one that is made without it.
@@ -322,16 +340,24 @@ class Forgetting:
         )
         return RetainScoreError(message, judgement.scores_before, now, self.of_model(mask, under))
 
-    def forget_one(self, label: int, judgement: Judgement, scorer: str, way: list[Mask]) -> str:
+    def forget_one(
+        self, label: int, judgement: Judgement, scorer: str, way: list[Mask], found: dict[int, Found]
+    ) -> str:
         """Adds masks to the way until a class is forgotten, or the kept ones have lost twice what they may.
 
-        Returns what is to be said where it is neither.
+        Returns what is to be said where it is neither; adds what attackers find where the class is erased.
         """
         labels, classifier = self.train.labels, self.custom.classifier
-        samples = self.train[torch.isin(labels, labels.new_tensor([label, *judgement.kept]))]
+        chosen = torch.isin(labels, labels.new_tensor([label, *judgement.kept]))
+        samples = self.train[chosen]
         if self.erase:
-            config = Erasing.configured()
-            way.append(erased(classifier, samples, label, config, self.seed, start=way[-1], progress=self.progress))
+            images = self.custom.images[chosen]
+            about = {"start": way[-1], "progress": self.progress}
+            about["inputs"] = (
+                images if images.is_floating_point() else None
+            )  # of indices, as of words, what is recorded
+            mask, found[label] = erased(classifier, samples, label, Erasing.configured(), self.seed, **about)
+            way.append(mask)
             return ""
         graphs, config = GraphGenerator(classifier, samples, self.trained.graphs, self.seed), self.trained.masking
         forget_row = graphs.row_of(label)
@@ -346,9 +372,9 @@ class Forgetting:
                 bar.update(len(zeroed) - begun - bar.n)
                 return (len(way) - before) % 10 == 0 and judgement.is_ruined(self.logits(way[-1]))
 
-            found = order.answer("auto", self.train.forget(label), is_too_much)
-        way.append(graphs.graph.zeroing(found.vertices))
-        return found.left
+            answer = order.answer("auto", self.train.forget(label), is_too_much)
+        way.append(graphs.graph.zeroing(answer.vertices))
+        return answer.left
 
 
 def classes_of(forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]) -> set[int]:
