@@ -111,7 +111,7 @@ def held_out(labels: Tensor) -> Tensor:
 def parted(labels: Tensor, label: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of random samples: `count` of every class to learn from, and some that are `held_out`.
 
-    Where none of a class is held out, for it has fewer than HELD_OUT samples, those that are learned from say it all.
+    Where fewer than two of the class, or of the others, are held out, those that are learned from say it all.
     """
 
     def drawn(chosen: Tensor, count: int) -> Tensor:
@@ -121,8 +121,8 @@ def parted(labels: Tensor, label: int, count: int, seed: int) -> tuple[Tensor, T
     is_held_out = held_out(labels)
     known, rest = ((~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0])
     known = drawn(known, count)
-    has_own = labels[rest] == label
-    return known, drawn(rest, max(1, count // (HELD_OUT - 1))) if has_own.any() and not has_own.all() else known
+    own = int((labels[rest] == label).sum())
+    return known, drawn(rest, max(1, count // (HELD_OUT - 1))) if min(own, len(rest) - own) > 1 else known
 
 
 def late_layers(classifier: HookedClassifier) -> list[str]:
