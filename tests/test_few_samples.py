@@ -16,6 +16,7 @@ from mimu import Mask, RetainScoreError, unlearn
 from mimu.data import GraphGenerator, Split, margins
 from mimu.images.sources import seeded
 from mimu.masking.order import FEW, PRIOR, percent_above_zero
+from mimu.methods.erasing import held_out, parted
 from mimu.trainer import learn
 from mimu.unlearning import forgetting
 from mimu.unlearning.forgetting import FOLDS, Forgetting, lower_end
@@ -157,14 +158,24 @@ def test_one_lost_sample_of_few_is_no_error_and_harm_that_is_shown_is_one(model,
         asked(model, samples)
 
 
-def test_of_few_samples_erasing_learns_the_output_row_alone(model):
-    few, many = (asked(model, of_each(*[count] * 3), erase=True, **FREE)[0] for count in (20, 120))
-    for name in ("1.weight", "3.weight"):
-        edit, weight = few.by_layer[name], model.get_parameter(name).detach()
-        assert torch.allclose(edit.left, weight @ edit.right, atol=1e-5), "the whole direction, as it was found"
-    edit = many.by_layer["3.weight"]
-    assert not torch.allclose(edit.left, model[3].weight @ edit.right, atol=1e-2)
-    assert "erased" in repr(few)
+@pytest.mark.parametrize("counts", [(20, 20, 20), (5, 5, 5), (30, 1, 30), (1, 1, 1)])
+def test_of_few_samples_a_class_is_erased_all_the_same(model, counts):
+    mask, said = asked(model, of_each(*counts), erase=True, **FREE)
+    with mask.applied_to(model):
+        forget, retain = scores(model, TEST, 1)
+    assert forget < 5 and retain > 90 and ("one sample of class 1" in said) == (counts[1] == 1)
+    assert "class 1 erased: attackers find R^2" in repr(mask)
+    edit = mask.by_layer["3.weight"]
+    assert not torch.allclose(edit.left, model[3].weight @ edit.right, atol=1e-2), "by how much is learned"
+
+
+@pytest.mark.parametrize("own, others, is_held_out", [(10, 40, True), (9, 40, False), (40, 10, True), (40, 9, False)])
+def test_what_was_not_learned_from_says_what_is_left_where_it_can(own, others, is_held_out):
+    labels = torch.cat([torch.ones(own), torch.zeros(others)]).long()
+    known, unseen = parted(labels, 1, 30, 0)
+    assert set(known.tolist()).isdisjoint(unseen.tolist()) == is_held_out and torch.equal(known, unseen) != is_held_out
+    assert held_out(labels)[unseen].all() == is_held_out and not held_out(labels)[known].any()
+    assert max(labels[known].bincount().tolist()) == 30 and len(known) > 30
 
 
 def coloured_shapes(count: int, seed: int) -> Split:
