@@ -71,9 +71,9 @@ class Erasing:
         V and b random.
         """
         (z,) = standardised(features.flatten(1))
-        directions = torch.randn(z.shape[1], self.units, generator=generator) * math.sqrt(2 / z.shape[1])
-        offsets = torch.randn(self.units, generator=generator)
-        linear, rectified = (z @ directions.to(z) + offsets.to(z)).tensor_split(2, 1)
+        drawn = torch.randn(z.shape[1] + 1, self.units, generator=generator, dtype=torch.float32).to(z)
+        directions, offsets = drawn[1:] * math.sqrt(2 / z.shape[1]), drawn[0]
+        linear, rectified = (z @ directions + offsets).tensor_split(2, 1)
         return held_out_variance(torch.cat([linear, rectified.relu()], 1), is_own.to(z), self.ridge)
 
     def found_by_several(self, features: Tensor, is_own: Tensor, seed: int) -> float:

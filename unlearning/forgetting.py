@@ -284,13 +284,12 @@ class Forgetting:
         return Made(scorer, way, logits, left, judgement.falls(now)[0], found)
 
     def held_out(self, made: Made, judgement: Judgement) -> tuple[Judgement, Tensor]:
-        """The samples that judge the mask made, and their logits: of an erasure those that it has not learned from."""
-        if not self.erase:
-            return judgement, self.held_out_logits(made, judgement)
+        """The samples that judge the mask made, and their logits: of an erasure, if enough, those not learned from."""
         chosen = held_out(judgement.labels)
         judged = judgement[chosen]
-        kept = [label for label in judged.kept if label in judged.counts]
-        return (replace(judged, kept=kept), made.logits[chosen]) if kept else (judgement, made.logits)
+        if self.erase and all(judged.counts.get(label, 0) >= FOLDS for label in judgement.kept):
+            return judged, made.logits[chosen]
+        return judgement, self.held_out_logits(made, judgement)
 
     def held_out_logits(self, made: Made, judgement: Judgement) -> Tensor:
         """The logits of all samples under the mask made; of classes with few, each under one that is made without it.
