@@ -33,6 +33,7 @@ from mimu.trainer import descend
 
 DEEPEST = 4  # late layers, at most, that are edited
 HELD_OUT = 5  # one sample of so many is not learned from, and says what is left
+FEWEST = 20  # samples of a class to learn from, below which the class's row alone is learned: all else fits them
 ATTACKERS = 5  # whose mean says what is found
 NOTICED = 0.02  # of R^2 above the bar, from which on more is left than should be
 
@@ -171,7 +172,9 @@ class Edit:
                 right = class_direction(x, samples.labels[:known], label).to(weight)[:, None]
                 left = weight.flatten(1) @ right
             self.masks[name] = LayerMask(keep, left, right)
-        self.learned = [mask.right if name == last else mask.left for name, mask in self.masks.items()]
+        is_few = int(samples.labels[:known].unique(return_counts=True)[1].min()) < FEWEST
+        rows = [self.masks[last].right]
+        self.learned = rows if is_few else [*(self.masks[name].left for name in layers if name != last), *rows]
         for each in self.learned:
             each.requires_grad_()
         self.classifier, self.given, self.read = classifier, [samples.images], None
@@ -219,8 +222,8 @@ def erased(
     """The mask that takes a class from the representation and from the output, with as little harm to the others.
 
     The linear layers of features before the last one, two at most, or else the last layer before it, read less of the
-    class's direction (after Hatami et al. 2026, arXiv:2604.15166). By how much each neuron does, and the class's row of
-    the last layer, is learned so that
+    class's direction (after Hatami et al. 2026, arXiv:2604.15166). By how much each neuron does (but from fewer than
+    FEWEST samples of a class), and the class's row of the last layer, is learned so that
 
         cross entropy of the others - forget_weight E_d[log(1 - p_d)] + erase_weight max(0, R^2 - R_0^2)
 

@@ -304,7 +304,8 @@ class Forgetting:
         for fold in range(int(folds.min()), FOLDS):
             is_held_out = folds == fold
             if is_held_out.any():
-                others = replace(self, train=self.train[~is_held_out], progress=False)
+                custom = replace(self.custom, images=self.custom.images[~is_held_out])
+                others = replace(self, custom=custom, train=self.train[~is_held_out], progress=False)
                 mask = others.made(judgement[~is_held_out], made.scorer).way[-1]
                 logits[is_held_out] = self.logits(mask, is_held_out)
         return logits
