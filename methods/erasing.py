@@ -33,6 +33,7 @@ from mimu.trainer import descend
 
 DEEPEST = 4  # late layers, at most, that are edited
 HELD_OUT = 5  # one sample of so many is not learned from, and says what is left
+FEWEST = 20  # samples of a class to learn from, below which the class's row alone is learned: all else fits them
 ATTACKERS = 5  # whose mean says what is found
 NOTICED = 0.02  # of R^2 above the bar, from which on more is left than should be
 
@@ -72,9 +73,9 @@ class Erasing:
         """
         x = features.flatten(1)
         (z,) = standardised(x if x.is_floating_point() else x.float())  # ids of words are whole numbers
-        directions = torch.randn(z.shape[1], self.units, generator=generator) * math.sqrt(2 / z.shape[1])
-        offsets = torch.randn(self.units, generator=generator)
-        linear, rectified = (z @ directions.to(z) + offsets.to(z)).tensor_split(2, 1)
+        drawn = torch.randn(z.shape[1] + 1, self.units, generator=generator, dtype=torch.float32).to(z)
+        directions, offsets = drawn[1:] * math.sqrt(2 / z.shape[1]), drawn[0]
+        linear, rectified = (z @ directions + offsets).tensor_split(2, 1)
         return held_out_variance(torch.cat([linear, rectified.relu()], 1), is_own.to(z), self.ridge)
 
     def found_by_several(self, features: Tensor, is_own: Tensor, seed: int) -> float:
@@ -172,7 +173,9 @@ class Edit:
                 right = class_direction(x, samples.labels[:known], label).to(weight)[:, None]
                 left = weight.flatten(1) @ right
             self.masks[name] = LayerMask(keep, left, right)
-        self.learned = [mask.right if name == last else mask.left for name, mask in self.masks.items()]
+        is_few = int(samples.labels[:known].unique(return_counts=True)[1].min()) < FEWEST
+        rows = [self.masks[last].right]
+        self.learned = rows if is_few else [*(self.masks[name].left for name in layers if name != last), *rows]
         for each in self.learned:
             each.requires_grad_()
         self.classifier, self.given, self.read = classifier, [samples.images], None
@@ -220,8 +223,8 @@ def erased(
     """The mask that takes a class from the representation and from the output, with as little harm to the others.
 
     The linear layers of features before the last one, two at most, or else the last layer before it, read less of the
-    class's direction (after Hatami et al. 2026, arXiv:2604.15166). By how much each neuron does, and the class's row of
-    the last layer, is learned so that
+    class's direction (after Hatami et al. 2026, arXiv:2604.15166). By how much each neuron does (but from fewer than
+    FEWEST samples of a class), and the class's row of the last layer, is learned so that
 
         cross entropy of the others - forget_weight E_d[log(1 - p_d)] + erase_weight max(0, R^2 - R_0^2)
 

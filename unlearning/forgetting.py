@@ -284,13 +284,12 @@ class Forgetting:
         return Made(scorer, way, logits, left, judgement.falls(now)[0], found)
 
     def held_out(self, made: Made, judgement: Judgement) -> tuple[Judgement, Tensor]:
-        """The samples that judge the mask made, and their logits: of an erasure those that it has not learned from."""
-        if not self.erase:
-            return judgement, self.held_out_logits(made, judgement)
+        """The samples that judge the mask made, and their logits: of an erasure, if enough, those not learned from."""
         chosen = held_out(judgement.labels)
         judged = judgement[chosen]
-        kept = [label for label in judged.kept if label in judged.counts]
-        return (replace(judged, kept=kept), made.logits[chosen]) if kept else (judgement, made.logits)
+        if self.erase and all(judged.counts.get(label, 0) >= FOLDS for label in judgement.kept):
+            return judged, made.logits[chosen]
+        return judgement, self.held_out_logits(made, judgement)
 
     def held_out_logits(self, made: Made, judgement: Judgement) -> Tensor:
         """The logits of all samples under the mask made; of classes with few, each under one that is made without it.
@@ -305,7 +304,8 @@ class Forgetting:
         for fold in range(int(folds.min()), FOLDS):
             is_held_out = folds == fold
             if is_held_out.any():
-                others = replace(self, train=self.train[~is_held_out], progress=False)
+                custom = replace(self.custom, images=self.custom.images[~is_held_out])
+                others = replace(self, custom=custom, train=self.train[~is_held_out], progress=False)
                 mask = others.made(judgement[~is_held_out], made.scorer).way[-1]
                 logits[is_held_out] = self.logits(mask, is_held_out)
         return logits
