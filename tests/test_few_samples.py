@@ -158,7 +158,7 @@ def test_one_lost_sample_of_few_is_no_error_and_harm_that_is_shown_is_one(model,
         asked(model, samples)
 
 
-@pytest.mark.parametrize("counts", [(25, 25, 25), (24, 24, 24), (30, 1, 30), (1, 1, 1)])
+@pytest.mark.parametrize("counts", [(24, 24, 24), (23, 23, 23), (30, 1, 30), (1, 1, 1)])
 def test_of_few_samples_a_class_is_erased_all_the_same(model, counts):
     mask, said = asked(model, of_each(*counts), erase=True, **FREE)
     with mask.applied_to(model):
@@ -167,7 +167,7 @@ def test_of_few_samples_a_class_is_erased_all_the_same(model, counts):
     assert "class 1 erased: attackers find R^2" in repr(mask)
     edit = mask.by_layer["3.weight"]
     is_whole = torch.allclose(edit.left, model[3].weight @ edit.right, atol=1e-5)
-    assert is_whole == (min(counts) < 25), "of 25 samples one learns from 20, the fewest that say by how much"
+    assert is_whole == (min(counts) < 24), "of 24 samples one learns from 20, the fewest that say by how much"
 
 
 @pytest.mark.parametrize("own, others, is_held_out", [(10, 40, True), (9, 40, False), (40, 10, True), (40, 9, False)])
