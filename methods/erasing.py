@@ -121,7 +121,7 @@ class Edit:
     ) -> None:
         """classifier: begun before the layers, under `start`, and samples as it is given them."""
         indices = {name: classifier.names.index(name) for name in layers}
-        self.weights = {name: classifier.weights[index].clone() for name, index in indices.items()}
+        self.weights = {name: classifier.weights[index].detach().clone() for name, index in indices.items()}
         self.first, *_, last = layers
         self.masks: dict[str, LayerMask] = {}
         for name, weight in self.weights.items():
