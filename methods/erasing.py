@@ -42,7 +42,7 @@ NOTICED = 0.02  # of R^2 above the bar, from which on more is left than should b
 class Erasing:
     """How a class is erased.
 
-    samples: of every class; a step takes group_size of the class, and `others` of all others
+    samples: of every class; a step takes group_size of the class, and for each of them so many others
     steps: of Adam; forget_weight, erase_weight: of the two terms beside the others' cross entropy
     units: random features of an attacker; ridge: of its regression
     share: how far the bar is on the way from what is found in the inputs to what is found in the original
@@ -256,39 +256,36 @@ def erased(
 
 def learned(edit: Edit, in_inputs: Tensor, config: Erasing, seed: int, progress: bool) -> Found:
     """Learns an edit, and says what attackers find in samples that are not learned from; in_inputs: these as inputs."""
-    labels, label, known = edit.labels, edit.label, edit.known
-    order, generator = torch.arange(len(labels), device=labels.device), seeded("erase", seed, label)
-    is_own, unseen = labels == label, order[known:]
-    parts = order[:known][is_own[:known]], order[:known][~is_own[:known]]
-    # The rarer the class among the samples, the less R^2 is found of it: as rare here as in every step.
-    others_to_one = min(config.others / config.group_size, len(parts[1]) / len(parts[0]))
-    own, others = unseen[is_own[unseen]], unseen[~is_own[unseen]]
-    drawn = torch.randperm(len(others), generator=seeded("unseen", seed))[: math.ceil(others_to_one * len(own))]
-    unseen = torch.cat([own, others[drawn.to(others.device)]]).sort().values
+    is_own, order = edit.labels == edit.label, torch.arange(len(edit.labels), device=edit.labels.device)
+    generator = seeded("erase", seed, edit.label)
+
+    def drawn(chosen: Tensor, count: int) -> Tensor:
+        """Some of the class, and others in the same ratio always: the rarer a class is, the less R^2 is found of it."""
+        chosen = chosen[torch.randperm(len(chosen), generator=generator).to(chosen.device)]
+        own, others = chosen[is_own[chosen]][:count], chosen[~is_own[chosen]]
+        return torch.cat([own, others[: config.others * len(own)]])
+
+    unseen = drawn(order[edit.known :], len(order))
     with torch.no_grad():
-        each = in_inputs[unseen - known], edit.original(unseen)
-        found = [config.found_by_several(x, is_own[unseen], seed) for x in each]
-    bar = found[0] + config.share * max(0.0, found[1] - found[0])
+        features = in_inputs[unseen - edit.known], edit.original(unseen)
+        in_inputs, before = (config.found_by_several(each, is_own[unseen], seed) for each in features)
+    bar = in_inputs + config.share * max(0.0, before - in_inputs)
     optimizer = torch.optim.Adam(edit.learned, config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    about = {"desc": f"class {label}", "unit": "step", "delay": 1, "leave": False}
+    about = {"desc": f"class {edit.label}", "unit": "step", "delay": 1, "leave": False}
     for step in tqdm(range(config.steps), **about, disable=None if progress else True):
-        own, others = (
-            part[torch.randperm(len(part), generator=generator)[:size].to(part.device)]
-            for part, size in zip(parts, (config.group_size, config.others))
-        )
-        features, logits = edit.outputs(torch.cat([own, others]))
-        forget = forgetting_loss(logits[: len(own)].softmax(1)[:, label])
-        loss = F.cross_entropy(logits[len(own) :], labels[others]) + config.forget_weight * forget
-        features = features[: len(own) + math.ceil(others_to_one * len(own))]
-        is_first = order[: len(features)] < len(own)
-        excess = config.found(features, is_first, generator) - bar
-        loss = loss + config.erase_weight * excess.clamp_min(0)
+        chosen = drawn(order[: edit.known], config.group_size)
+        is_forget = is_own[chosen]
+        features, logits = edit.outputs(chosen)
+        forget = forgetting_loss(logits[is_forget].softmax(1)[:, edit.label])
+        kept = F.cross_entropy(logits[~is_forget], edit.labels[chosen[~is_forget]])
+        excess = (config.found(features, is_forget, generator) - bar).clamp_min(0)
+        loss = kept + config.forget_weight * forget + config.erase_weight * excess
         descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.erase")
         schedule.step()
     with torch.no_grad():
         features, _ = edit.outputs(unseen)
-    return Found(found[1], config.found_by_several(features, is_own[unseen], seed), bar)
+    return Found(before, config.found_by_several(features, is_own[unseen], seed), bar)
 
 
 @further("erase", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")

@@ -28,7 +28,7 @@ from mimu.runs.files import InputError
 from mimu.trainer import learn
 from mimu.unlearning import unlearn
 
-CONFIG = replace(Erasing.configured(), samples=100, group_size=60, others=120, steps=60, units=32)
+CONFIG = replace(Erasing.configured(), samples=100, group_size=60, others=2, steps=60, units=32)
 TEST = random_split(100, seed=7)
 
 
@@ -188,7 +188,7 @@ def test_a_class_goes_from_output_and_representation_and_what_was_zeroed_stays()
     model, train = HookedMNISTClassifier((64, 24), 12, 4, bias=True), hidden_classes(3000, 0)
     learn(model, train, 15, 60, torch.optim.Adam(model.parameters(), 0.01), seeded("hidden"))
     start = Mask({model.names[1]: LayerMask.of((torch.rand(24, 64) > 0.05).float())})
-    config = replace(CONFIG, samples=600, group_size=100, others=300, steps=100, units=128, share=0.0)
+    config = replace(CONFIG, samples=600, group_size=100, others=3, steps=100, units=128, share=0.0)
     answers = {weight: erased(model, train, 1, replace(config, erase_weight=weight), 0, start) for weight in (0.0, 3.0)}
     for mask, _ in answers.values():
         assert mask.includes(start) and ranks(mask) == [1, 1, 1] and mask.num_zeroed == start.num_zeroed
@@ -221,7 +221,7 @@ def test_layers_are_added_until_the_bar_is_reached_and_else_those_that_leave_lea
 
 
 def test_what_is_found_does_not_depend_on_how_many_others_there_are(learned):
-    train, config, before = random_split(10000), replace(CONFIG, samples=10000, others=60, steps=1, units=16), []
+    train, config, before = random_split(10000), replace(CONFIG, samples=10000, others=1, steps=1, units=16), []
     train = Split(train.images + 3 * torch.randn(train.images.shape, generator=seeded("noise")), train.labels)
     for count in (1000, 20000):
         is_own, is_other = train.labels == 1, train.labels != 1
