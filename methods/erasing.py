@@ -262,8 +262,9 @@ def learned(edit: Edit, in_inputs: Tensor, config: Erasing, seed: int, progress:
     def drawn(chosen: Tensor, count: int) -> Tensor:
         """Some of the class, and others in the same ratio always: the rarer a class is, the less R^2 is found of it."""
         chosen = chosen[torch.randperm(len(chosen), generator=generator).to(chosen.device)]
-        own, others = chosen[is_own[chosen]][:count], chosen[~is_own[chosen]]
-        return torch.cat([own, others[: config.others * len(own)]])
+        own, others = chosen[is_own[chosen]], chosen[~is_own[chosen]]
+        others_to_one, own = min(config.others, len(others) / len(own)), own[:count]
+        return torch.cat([own, others[: math.ceil(others_to_one * len(own))]])
 
     unseen = drawn(order[edit.known :], len(order))
     with torch.no_grad():
