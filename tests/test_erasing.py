@@ -227,7 +227,7 @@ def test_what_is_found_does_not_depend_on_how_many_others_there_are(learned):
         is_own, is_other = train.labels == 1, train.labels != 1
         is_there = is_own & (is_own.cumsum(0) <= 500) | is_other & (is_other.cumsum(0) <= count)
         before.append(erased(learned, train[is_there], 1, config, 0)[1].before)
-    assert before[0] == pytest.approx(before[1], abs=0.08) and before[0] > 0.2
+    assert before[0] == pytest.approx(before[1], abs=0.12) and before[0] > 0.2
 
 
 def test_models_of_the_users_own_are_erased_from_one_class_after_the_other(learned):
