@@ -33,7 +33,7 @@ from mimu.trainer import descend
 
 DEEPEST = 4  # late layers, at most, that are edited
 HELD_OUT = 5  # one sample of so many is not learned from, and says what is left
-FEWEST = 20  # samples of a class to learn from, below which the class's row alone is learned: all else fits them
+FEWEST = 20  # samples of the class to learn from, below which its row alone is learned: all else fits them
 ATTACKERS = 5  # whose mean says what is found
 NOTICED = 0.02  # of R^2 above the bar, from which on more is left than should be
 
@@ -109,21 +109,28 @@ def held_out(labels: Tensor) -> Tensor:
     return is_held_out
 
 
-def parted(labels: Tensor, label: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of random samples: `count` of every class to learn from, and some that are `held_out`.
+def drawn(chosen: Tensor, is_own: Tensor, count: int, others: int, generator: torch.Generator) -> Tensor:
+    """At random `count` of the chosen samples that are of a class, and for each of them `others`, or as many as it can.
+
+    The rarer a class is, the less R^2 is found of it: so it is as rare in all that is compared.
+    """
+    chosen = chosen[torch.randperm(len(chosen), generator=generator).to(chosen.device)]
+    own, rest = chosen[is_own[chosen]], chosen[~is_own[chosen]]
+    ratio, own = min(others, len(rest) / len(own)), own[:count]
+    return torch.cat([own, rest[: math.ceil(ratio * len(own))]])
+
+
+def parted(labels: Tensor, label: int, config: Erasing, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of random samples: of every class to learn from, and some that are `held_out`, as `drawn`.
 
     Where fewer than two of the class, or of the others, are held out, those that are learned from say it all.
     """
-
-    def drawn(chosen: Tensor, count: int) -> Tensor:
-        found = drawn_of_every_class(labels[chosen], count, lambda each: seeded("erase", seed, label, each))
-        return chosen[found]
-
-    is_held_out = held_out(labels)
-    known, rest = ((~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0])
-    known = drawn(known, count)
-    own = int((labels[rest] == label).sum())
-    return known, drawn(rest, max(1, count // (HELD_OUT - 1))) if min(own, len(rest) - own) > 1 else known
+    is_own, is_held_out, generator = labels == label, held_out(labels), seeded("held out", seed, label)
+    rest, unseen = (part.nonzero()[:, 0] for part in (~is_held_out, is_held_out))
+    known = rest[drawn_of_every_class(labels[rest], config.samples, lambda each: seeded("erase", seed, label, each))]
+    own = int(is_own[unseen].sum())
+    unseen = unseen if min(own, len(unseen) - own) > 1 else known
+    return known, drawn(unseen, is_own, config.samples // (HELD_OUT - 1), config.others, generator)
 
 
 def late_layers(classifier: HookedClassifier) -> list[str]:
@@ -173,7 +180,7 @@ class Edit:
                 right = class_direction(x, samples.labels[:known], label).to(weight)[:, None]
                 left = weight.flatten(1) @ right
             self.masks[name] = LayerMask(keep, left, right)
-        is_few = int(samples.labels[:known].unique(return_counts=True)[1].min()) < FEWEST
+        is_few = int((samples.labels[:known] == label).sum()) < FEWEST
         rows = [self.masks[last].right]
         self.learned = rows if is_few else [*(self.masks[name].left for name in layers if name != last), *rows]
         for each in self.learned:
@@ -224,7 +231,7 @@ def erased(
 
     The linear layers of features before the last one, two at most, or else the last layer before it, read less of the
     class's direction (after Hatami et al. 2026, arXiv:2604.15166). By how much each neuron does (but from fewer than
-    FEWEST samples of a class), and the class's row of the last layer, is learned so that
+    FEWEST samples of the class), and the class's row of the last layer, is learned so that
 
         cross entropy of the others - forget_weight E_d[log(1 - p_d)] + erase_weight max(0, R^2 - R_0^2)
 
@@ -236,10 +243,11 @@ def erased(
     Raises InputError where there is no layer before the last, TrainingError where it diverges.
     """
     layers, at_the_end = late_layers(classifier), classifier.trace.names_at_the_end
-    known, unseen = parted(split.labels, label, config.samples, seed)
+    known, unseen = parted(split.labels, label, config, seed)
     chosen = torch.cat([known, unseen])
     labels = split.labels[chosen]
-    in_inputs = (split.images if inputs is None else inputs)[unseen]
+    unseen_inputs = (split.images if inputs is None else inputs)[unseen]
+    in_inputs = config.found_by_several(unseen_inputs, labels[len(known) :] == label, seed)
     answers = []
     with start.applied_to(classifier) if start else nullcontext():
         indices = [classifier.names.index(name) for name in layers]
@@ -254,28 +262,18 @@ def erased(
     return min(answers, key=lambda answer: answer[1].left)
 
 
-def learned(edit: Edit, in_inputs: Tensor, config: Erasing, seed: int, progress: bool) -> Found:
-    """Learns an edit, and says what attackers find in samples that are not learned from; in_inputs: these as inputs."""
+def learned(edit: Edit, in_inputs: float, config: Erasing, seed: int, progress: bool) -> Found:
+    """Learns an edit, and says what attackers find in samples that are not learned from; in_inputs: in their inputs."""
     is_own, order = edit.labels == edit.label, torch.arange(len(edit.labels), device=edit.labels.device)
-    generator = seeded("erase", seed, edit.label)
-
-    def drawn(chosen: Tensor, count: int) -> Tensor:
-        """Some of the class, and others in the same ratio always: the rarer a class is, the less R^2 is found of it."""
-        chosen = chosen[torch.randperm(len(chosen), generator=generator).to(chosen.device)]
-        own, others = chosen[is_own[chosen]], chosen[~is_own[chosen]]
-        others_to_one, own = min(config.others, len(others) / len(own)), own[:count]
-        return torch.cat([own, others[: math.ceil(others_to_one * len(own))]])
-
-    unseen = drawn(order[edit.known :], len(order))
+    known, unseen, generator = order[: edit.known], order[edit.known :], seeded("erase", seed, edit.label)
     with torch.no_grad():
-        features = in_inputs[unseen - edit.known], edit.original(unseen)
-        in_inputs, before = (config.found_by_several(each, is_own[unseen], seed) for each in features)
+        before = config.found_by_several(edit.original(unseen), is_own[unseen], seed)
     bar = in_inputs + config.share * max(0.0, before - in_inputs)
     optimizer = torch.optim.Adam(edit.learned, config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     about = {"desc": f"class {edit.label}", "unit": "step", "delay": 1, "leave": False}
     for step in tqdm(range(config.steps), **about, disable=None if progress else True):
-        chosen = drawn(order[: edit.known], config.group_size)
+        chosen = drawn(known, is_own, config.group_size, config.others, generator)
         is_forget = is_own[chosen]
         features, logits = edit.outputs(chosen)
         forget = forgetting_loss(logits[is_forget].softmax(1)[:, edit.label])
