@@ -15,7 +15,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ from build import write_block
 from torch import Tensor, nn
 
 from mimu import Mask, RetainScoreError, unlearn
-from mimu.audits.probes import linear
+from mimu.audits.predictions import Predictions
+from mimu.audits.probes import found_by_probes
 from mimu.configs import load_config
 from mimu.data import Split, load_image_data, some_of_every_class
 from mimu.networks.architectures import VisionTransformer
@@ -323,11 +324,12 @@ def looked_into(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(given), torch.cat(named)
 
 
-@dataclass
+@dataclass(eq=False)
 class Chosen:
     """A classifier of the README's table of choices: how and on what it is trained, and what requests are made with.
 
-    few: the samples of requests and probes; recalls: of the classifier retrained without a digit, once that was done
+    few: the samples of requests and probes
+    retrained: by digit the bits that are found in the classifier retrained without it, once that was done
     """
 
     name: str
@@ -335,17 +337,24 @@ class Chosen:
     train: Split
     few: Split
     test: Split
-    recalls: dict[int, float] = field(default_factory=dict)
+    retrained: dict[int, float] = field(default_factory=dict)
 
     @cached_property
     def original(self) -> nn.Module:
         return self.trainer.train(self.train, 10).network
 
-    def recall(self, model: nn.Module, digit: int) -> float:
-        """Percent of a digit's test samples that a linear probe finds in the representation."""
-        learned_from, test = looked_into(model, self.few.images)[0], looked_into(model, self.test.images)[0]
-        found = linear(learned_from, self.few.labels, test, SEED).argmax(1)
-        return score(found == digit, self.test.labels == digit)
+    def bits(self, model: nn.Module, digit: int) -> float:
+        """The most bits about "is it this digit" that a probe finds in the representation of the test samples."""
+        seen = []
+        for split in (self.few, self.test):
+            features, logits = looked_into(model, split.images)
+            seen.append(Predictions(logits, (features,), split.labels))
+        found = found_by_probes(*seen, digit, SEED, ("two_layer", "neighbours"))
+        return max(found["usable_bits"]["representation"].values())
+
+    @cache
+    def bits_before(self, digit: int) -> float:
+        return self.bits(self.original, digit)
 
     def cells(self, forget: Way, requests: Sequence[list[int]]) -> dict[str, str]:
         """Of the requests: the worst of what is left, and the means of the rest; how many `unlearn` refused."""
@@ -362,16 +371,17 @@ class Chosen:
             after = looked_into(model, self.test.images)[1] == labels
             is_other = torch.isin(labels, torch.tensor(classes), invert=True)
             left = max(score(after, labels == each) for each in classes)
-            excess = math.nan
+            excess = to_forget = math.nan
             if len(classes) == 1:
-                recall = self.recall(model, classes[0])
-                excess = recall - self.recalls.setdefault(classes[0], recall)  # the first way to forget is retraining
-            rows.append([left, score(after, is_other) - score(before, is_other), excess, seconds])
-        left, others, excess, seconds = torch.tensor(rows).T
+                bits = self.bits(model, classes[0])
+                retrained = self.retrained.setdefault(classes[0], bits)  # the first way to forget is retraining
+                excess, to_forget = bits - retrained, self.bits_before(classes[0]) - retrained
+            rows.append([left, score(after, is_other) - score(before, is_other), excess, to_forget, seconds])
+        left, others, excess, to_forget, seconds = torch.tensor(rows).T
         return {
             "left of the class, %": f"{left.max():.1f}" + f" ({refused} refused)" * bool(refused),
             "others, points": f"{others.mean():+.1f}",
-            "probe, points": "–" if excess.isnan().any() else f"{excess.mean():+.1f}",
+            "IDI": "–" if excess.isnan().any() else f"{excess.sum() / to_forget.sum():+.1f}",
             "seconds": f"{seconds.mean():.1f}",
         }
 
