@@ -15,7 +15,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -324,12 +324,12 @@ def looked_into(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(given), torch.cat(named)
 
 
-@dataclass(eq=False)
+@dataclass
 class Chosen:
     """A classifier of the README's table of choices: how and on what it is trained, and what requests are made with.
 
     few: the samples of requests and probes
-    retrained: by digit the bits that are found in the classifier retrained without it, once that was done
+    found: by digit the bits in the classifier retrained without it, once that was done, and in the original
     """
 
     name: str
@@ -337,7 +337,7 @@ class Chosen:
     train: Split
     few: Split
     test: Split
-    retrained: dict[int, float] = field(default_factory=dict)
+    found: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     @cached_property
     def original(self) -> nn.Module:
@@ -351,10 +351,6 @@ class Chosen:
             seen.append(Predictions(logits, (features,), split.labels))
         found = found_by_probes(*seen, digit, SEED, ("two_layer", "neighbours"))
         return max(found["usable_bits"]["representation"].values())
-
-    @cache
-    def bits_before(self, digit: int) -> float:
-        return self.bits(self.original, digit)
 
     def cells(self, forget: Way, requests: Sequence[list[int]]) -> dict[str, str]:
         """Of the requests: the worst of what is left, and the means of the rest; how many `unlearn` refused."""
@@ -373,9 +369,11 @@ class Chosen:
             left = max(score(after, labels == each) for each in classes)
             excess = to_forget = math.nan
             if len(classes) == 1:
-                bits = self.bits(model, classes[0])
-                retrained = self.retrained.setdefault(classes[0], bits)  # the first way to forget is retraining
-                excess, to_forget = bits - retrained, self.bits_before(classes[0]) - retrained
+                digit, bits = classes[0], self.bits(model, classes[0])
+                if digit not in self.found:  # the first way to forget is retraining
+                    self.found[digit] = bits, self.bits(self.original, digit)
+                retrained, before = self.found[digit]
+                excess, to_forget = bits - retrained, before - retrained
             rows.append([left, score(after, is_other) - score(before, is_other), excess, to_forget, seconds])
         left, others, excess, to_forget, seconds = torch.tensor(rows).T
         return {
