@@ -443,7 +443,7 @@ MEASUREMENTS = {
     "transfer_fashion": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/transfer_fashion.yaml"]),
     "baselines": Measurement(baselines, [f"main.py --fresh {BASELINES}", f"{ON_TWO} --fresh {BASELINES} {THREE}"]),
     "erasure": Measurement(erasure, [f"{ON_TWO} --fresh {ERASURE}"]),
-    "erasure_networks": Measurement(variants, [f"{ON_TWO} --fresh {NETWORKS}"]),
+    "erasure_networks": Measurement(variants, [f"{ON_TWO} {NETWORKS}"]),
     "cnn": Measurement(variants, [f"{ON_TWO} --config configs/cnn.yaml"]),
     "vit": Measurement(variants, [f"{ON_TWO} --config configs/vit.yaml"]),
     "cifar10": Measurement(cifar10, [f"{ON_TWO} --config configs/cifar10.yaml 'dataset=cifar10-images'"]),
