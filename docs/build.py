@@ -366,8 +366,8 @@ def erasure(commands: Sequence[str]) -> str:
     take_pictures(frontier="frontier")
     scores, representations = map(without_repeats, variant_tables().split("\n\n"))
     parts = [
-        "Ten digits, test split; `MNIST`, `stronger` and `stronger still`: three classifiers (mean ± standard "
-        "deviation over them), the others: one. `MNIST` alone is mimu, its kappa chosen on the training split.",
+        "Ten digits, test split; `MNIST`: three classifiers (mean ± standard deviation over them), the others: one. "
+        "`MNIST` alone is mimu, its kappa chosen on the training split.",
         scores,
         "What is left: IDI of the representation and of the layer before it, 1 as in the original, 0 as after "
         "retraining; recall of the linear probe and of prototypes less that on the retrained classifier, points; and "
