@@ -95,10 +95,10 @@ def loss_attack(members: Tensor, others: Tensor) -> float:
 def passing(members: Tensor, others: Tensor, asked: Tensor) -> float:
     """Percent of some numbers that pass for members, by logistic regression on them, both kinds with the same weight.
 
-    Shapes: (samples) each. Not a number where all those of the first two kinds are the same.
+    Shapes: (samples) each. Not a number where all those of the first two kinds are the same, or others are missing.
     """
     x = torch.cat([members, others])
-    if x.max() == x.min():
+    if not len(others) or x.max() == x.min():
         return math.nan
     is_member = torch.cat([torch.ones_like(members), torch.zeros_like(others)])
     weight = is_member * len(x) / (2 * len(members)) + (1 - is_member) * len(x) / (2 * len(others))

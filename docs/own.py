@@ -372,8 +372,8 @@ class Chosen:
                 digit, bits = classes[0], self.bits(model, classes[0])
                 if digit not in self.found:  # the first way to forget is retraining
                     self.found[digit] = bits, self.bits(self.original, digit)
-                retrained, before = self.found[digit]
-                excess, to_forget = bits - retrained, before - retrained
+                retrained, known = self.found[digit]
+                excess, to_forget = bits - retrained, known - retrained
             rows.append([left, score(after, is_other) - score(before, is_other), excess, to_forget, seconds])
         left, others, excess, to_forget, seconds = torch.tensor(rows).T
         return {

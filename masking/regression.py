@@ -18,15 +18,14 @@ def standardised(features: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return centred / deviation, *((other - mean) / deviation for other in others)
 
 
-def ridge_regression(features: Tensor, targets: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Coefficients (A + ridge I)^-1 B, and B: A = H^T H / N and B = H^T T / N, of standardised features H.
+def ridge_regression(features: Tensor, targets: Tensor, ridge: float) -> Tensor:
+    """Coefficients (A + ridge I)^-1 B, A = H^T H / N and B = H^T T / N, of standardised features H.
 
-    Shapes: features H (..., samples, n), targets T (..., samples, k) to (..., n, k) both.
+    Shapes: features H (..., samples, n), targets T (..., samples, k) to (..., n, k).
     """
     transposed = features.mT / features.shape[-2]
     correlation = transposed @ features + ridge * torch.eye(features.shape[-1]).to(features)
-    products = transposed @ targets
-    return torch.linalg.solve(correlation, products), products
+    return torch.linalg.solve(correlation, transposed @ targets)
 
 
 def held_out_variance(features: Tensor, target: Tensor, ridge: float) -> Tensor:

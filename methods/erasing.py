@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
@@ -34,6 +34,7 @@ from mimu.trainer import descend
 DEEPEST = 4  # late layers, at most, that are edited
 HELD_OUT = 5  # one sample of so many is not learned from, and says what is left
 FEWEST = 20  # samples of the class to learn from, below which its row alone is learned: all else fits them
+JUDGES = 50  # samples of the class, and of the others, of which fewer say little of what is left
 ATTACKERS = 5  # whose mean says what is found
 NOTICED = 0.02  # of R^2 above the bar, from which on more is left than should be
 
@@ -71,8 +72,7 @@ class Erasing:
         It regresses whether a sample is of the class on V z + b, half of it rectified; z are the standardised features,
         V and b random.
         """
-        x = features.flatten(1)
-        (z,) = standardised(x if x.is_floating_point() else x.float())  # ids of words are whole numbers
+        (z,) = standardised(features.flatten(1).float())
         drawn = torch.randn(z.shape[1] + 1, self.units, generator=generator, dtype=torch.float32).to(z)
         directions, offsets = drawn[1:] * math.sqrt(2 / z.shape[1]), drawn[0]
         linear, rectified = (z @ directions + offsets).tensor_split(2, 1)
@@ -81,11 +81,14 @@ class Erasing:
     def found_by_several(self, features: Tensor, is_own: Tensor, seed: int) -> float:
         """The mean of what ATTACKERS find, at least 0."""
         generator = seeded("attackers", seed)
-        return max(0.0, fmean(self.found(features, is_own, generator).item() for _ in range(ATTACKERS)))
+        return max(fmean(self.found(features, is_own, generator).item() for _ in range(ATTACKERS)), 0.0)
 
 
 class Found(NamedTuple):
-    """What attackers find of a class in the representation, R^2 of samples that nothing was learned from, 0 to 1."""
+    """What attackers find of a class in the representation, R^2, 0 to 1.
+
+    Of samples that nothing was learned from, if they are enough (`parted`).
+    """
 
     before: float
     left: float
@@ -123,14 +126,20 @@ def drawn(chosen: Tensor, is_own: Tensor, count: int, others: int, generator: to
 def parted(labels: Tensor, label: int, config: Erasing, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of random samples: of every class to learn from, and some that are `held_out`, as `drawn`.
 
-    Where fewer than two of the class, or of the others, are held out, those that are learned from say it all.
+    Where fewer than JUDGES of the class, or of the others, are held out, those that are learned from judge, too.
     """
     is_own, is_held_out, generator = labels == label, held_out(labels), seeded("held out", seed, label)
     rest, unseen = (part.nonzero()[:, 0] for part in (~is_held_out, is_held_out))
     known = rest[drawn_of_every_class(labels[rest], config.samples, lambda each: seeded("erase", seed, label, each))]
     own = int(is_own[unseen].sum())
-    unseen = unseen if min(own, len(unseen) - own) > 1 else known
+    unseen = unseen if min(own, len(unseen) - own) >= JUDGES else known
     return known, drawn(unseen, is_own, config.samples // (HELD_OUT - 1), config.others, generator)
+
+
+def direction_of(x: Tensor, labels: Tensor, label: int) -> Tensor:
+    """`class_direction`, or where the other classes' means span that, too, the class's mean less theirs, normalised."""
+    found, is_own = class_direction(x, labels, label), labels == label
+    return found if found.any() else F.normalize((x[is_own].mean(0) - x[~is_own].mean(0)).double(), dim=0)
 
 
 def late_layers(classifier: HookedClassifier) -> list[str]:
@@ -150,7 +159,7 @@ def late_layers(classifier: HookedClassifier) -> list[str]:
 class Edit:
     """Layers of a classifier that read less of one direction each, W - left right^T, and another row for the class.
 
-    right: of each hidden layer `class_direction` of what it is given; left: by how much each neuron reads less of it,
+    right: of each hidden layer `direction_of` what it is given; left: by how much each neuron reads less of it,
     to be learned, W right at first; of the last layer the class's row alone, to be learned, zeros at first.
     What the first layer gives, and how much of the direction it reads, is recorded once.
     """
@@ -177,7 +186,7 @@ class Edit:
                 right = weight[label][:, None].clone()
             else:
                 x = classifier.mean_inputs(indices[name], samples.images[:known])
-                right = class_direction(x, samples.labels[:known], label).to(weight)[:, None]
+                right = direction_of(x, samples.labels[:known], label).to(weight)[:, None]
                 left = weight.flatten(1) @ right
             self.masks[name] = LayerMask(keep, left, right)
         is_few = int((samples.labels[:known] == label).sum()) < FEWEST
@@ -189,18 +198,12 @@ class Edit:
         first = self.masks[self.first]
         if first.keep.all():
             direction = first.right.T.reshape(1, *first.keep.shape[1:])
-            try:
+            with suppress(ValueError):  # then all of it is run again and again
                 self.given, self.read = classifier.recorded(indices[self.first], samples.images, direction)
                 self.classifier = classifier.begun_behind(indices[self.first])
-            except ValueError:  # then all of it is run again and again
-                pass
-
-    def original(self, chosen: Tensor) -> Tensor:
-        """The representation of some samples, by their indices, without the edit (samples, ...)."""
-        return self.classifier.outputs([values[chosen] for values in self.given])[0]
 
     def outputs(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """The representation and the logits of some samples."""
+        """The representation (samples, ...) and the logits of some samples, by their indices."""
         given = [values[chosen] for values in self.given]
         weights = {name: mask.applied(self.weights[name]) for name, mask in self.masks.items()}
         if self.read is not None:
@@ -246,29 +249,29 @@ def erased(
     known, unseen = parted(split.labels, label, config, seed)
     chosen = torch.cat([known, unseen])
     labels = split.labels[chosen]
-    unseen_inputs = (split.images if inputs is None else inputs)[unseen]
-    in_inputs = config.found_by_several(unseen_inputs, labels[len(known) :] == label, seed)
+    in_inputs = (split.images if inputs is None else inputs)[unseen]
     answers = []
     with start.applied_to(classifier) if start else nullcontext():
         indices = [classifier.names.index(name) for name in layers]
         images = classifier.prefix_activations(indices, split.images.index_select(0, chosen))
         begun = classifier.begun_before(indices)
+        in_original = begun.value_of(begun.trace.representation, images[len(known) :])
+        is_own = labels[len(known) :] == label
+        least, before = (config.found_by_several(each, is_own, seed) for each in (in_inputs, in_original))
+        bar = least + config.share * max(0.0, before - least)
         for count in range(min(2, max(1, len(at_the_end) - 1)), len(layers)):
             edit = Edit(begun, start, layers[-1 - count :], Split(images, labels), label, len(known))
-            found = learned(edit, in_inputs, config, seed, progress)
+            found = Found(before, learned(edit, bar, config, seed, progress), bar)
             answers.append((edit.mask(start), found))
             if found.is_at_the_bar:
                 break
     return min(answers, key=lambda answer: answer[1].left)
 
 
-def learned(edit: Edit, in_inputs: float, config: Erasing, seed: int, progress: bool) -> Found:
-    """Learns an edit, and says what attackers find in samples that are not learned from; in_inputs: in their inputs."""
+def learned(edit: Edit, bar: float, config: Erasing, seed: int, progress: bool) -> float:
+    """Learns an edit, and returns what attackers then find."""
     is_own, order = edit.labels == edit.label, torch.arange(len(edit.labels), device=edit.labels.device)
     known, unseen, generator = order[: edit.known], order[edit.known :], seeded("erase", seed, edit.label)
-    with torch.no_grad():
-        before = config.found_by_several(edit.original(unseen), is_own[unseen], seed)
-    bar = in_inputs + config.share * max(0.0, before - in_inputs)
     optimizer = torch.optim.Adam(edit.learned, config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     about = {"desc": f"class {edit.label}", "unit": "step", "delay": 1, "leave": False}
@@ -284,7 +287,7 @@ def learned(edit: Edit, in_inputs: float, config: Erasing, seed: int, progress: 
         schedule.step()
     with torch.no_grad():
         features, _ = edit.outputs(unseen)
-    return Found(before, config.found_by_several(features, is_own[unseen], seed), bar)
+    return config.found_by_several(features, is_own[unseen], seed)
 
 
 @further("erase", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")

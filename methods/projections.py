@@ -62,7 +62,7 @@ def separability(own: Tensor, others: Tensor, ridge: float) -> Tensor:
     x = torch.cat([own, others])
     sign = torch.cat([own.new_ones(len(own)), -own.new_ones(len(others))])
     known, held_out = standardised(x[::2], x[1::2])
-    coefficients, _ = ridge_regression(known, sign[::2, None], ridge)
+    coefficients = ridge_regression(known, sign[::2, None], ridge)
     is_right = (held_out @ coefficients)[:, 0] * sign[1::2] > 0
     return (2 * is_right.double().mean() - 1).clamp_min(0)
 

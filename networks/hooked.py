@@ -81,16 +81,15 @@ class HookedClassifier(nn.Module):
 
     def begun_before(self, layers: Layers) -> HookedClassifier:
         """The same network, which is given `prefix_activations` of the layers in the place of images."""
-        begun = copy.copy(self)
-        begun.trace = self.trace.begun_before([self.names[layer] for layer in layers])
-        begun._is_begun = True
-        return begun
+        return self._begun(self.trace.begun_before([self.names[layer] for layer in layers]))
 
     def begun_behind(self, layer: int) -> HookedClassifier:
-        """The same network, which is given what `recorded` gives of a layer in the place of images."""
+        """The same network, whose `outputs` are given what `recorded` gives of a layer in the place of images."""
+        return self._begun(self.trace.begun_behind(self.names[layer]))
+
+    def _begun(self, trace: Trace) -> HookedClassifier:
         begun = copy.copy(self)
-        begun.trace = self.trace.begun_behind(self.names[layer])
-        begun._is_begun = True
+        begun.trace, begun._is_begun = trace, True
         return begun
 
     @torch.no_grad()

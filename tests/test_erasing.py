@@ -1,6 +1,7 @@
 """Erasure against brute force and scikit-learn: regressions, edits of low rank run from midway, what they leave."""
 
 import copy
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -19,14 +20,15 @@ from torch import nn
 from mimu.data import Split, seeded
 from mimu.masking.regression import held_out_variance
 from mimu.methods import erasing
-from mimu.methods.erasing import Edit, Erasing, Found, erased, late_layers
+from mimu.methods.erasing import Edit, Erasing, direction_of, erased, late_layers
+from mimu.methods.projections import class_direction
 from mimu.model import HookedMNISTClassifier
 from mimu.networks.architectures import VisionTransformer, cnn, mlp, resnet
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.files import InputError
 from mimu.trainer import learn
-from mimu.unlearning import unlearn
+from mimu.unlearning import RetainScoreError, unlearn
 
 CONFIG = replace(Erasing.configured(), samples=100, group_size=60, others=2, steps=60, units=32)
 TEST = random_split(100, seed=7)
@@ -210,11 +212,12 @@ def test_a_class_goes_from_output_and_representation_and_what_was_zeroed_stays()
 def test_layers_are_added_until_the_bar_is_reached_and_else_those_that_leave_least_are_edited(left, count, monkeypatch):
     train, network, tried = random_split(), mlp([7, 6, 6, 5, 5, 3], True), []
 
-    def learned(edit: Edit, *_) -> Found:
+    def learned(edit: Edit, *_) -> float:
         tried.append(len(edit.masks) - 1)
-        return Found(0.9, left[len(tried) - 1], 0.2)
+        return left[len(tried) - 1]
 
     monkeypatch.setattr(erasing, "learned", learned)
+    monkeypatch.setattr(Erasing, "found_by_several", lambda *_: 0.2)
     mask, found = erased(HookedClassifier(network, train.images), train, 1, CONFIG, 0)
     assert tried == [2, 3, 4][: len(left)] and found.left == min(left) and found.is_at_the_bar == (min(left) < 0.3)
     assert [*mask.by_layer] == [f"{index}.weight" for index in range(1, 10, 2)][-1 - count :]
@@ -242,6 +245,29 @@ def test_models_of_the_users_own_are_erased_from_one_class_after_the_other(learn
     assert scores(model, TEST, 0)[0] < 2 and scores(model, TEST, 1)[0] < 2
     second.remove(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_hidden_is_erased_when_it_is_asked_for(learned):
+    train, model = random_split(200), copy.deepcopy(learned.network)
+    unlearn(model, train.images, train.labels, 1, mask_layer=1, max_fall=None, max_class_fall=None).apply(model)
+    both = unlearn(model, train.images, train.labels, 1, erase=True, max_fall=None, max_class_fall=None)
+    assert ranks(both) == [1, 1, 1] and both.num_zeroed > 0 and both.forgets == (1,)
+    assert re.search(r"class 1 erased: attackers find R\^2 0\.\d\d, before 0\.\d\d, bar 0\.\d\d", repr(both))
+
+
+def test_others_that_lose_too_much_in_samples_held_out_are_told_of(learned, monkeypatch):
+    train, calm = random_split(200), Erasing.configured()
+    monkeypatch.setattr(Erasing, "configured", lambda: replace(calm, learning_rate=3.0))
+    with pytest.raises(RetainScoreError, match=r"lose \d+.* \(more samples may do better\)"):
+        unlearn(learned.network, train.images, train.labels, 1, erase=True)
+
+
+def test_where_the_other_classes_span_what_a_layer_is_given_its_direction_is_the_difference_of_means():
+    x, labels = torch.randn(60, 3, generator=seeded("spanned")), torch.arange(6).repeat(10)
+    assert not class_direction(x, labels, 0).any()
+    own, others = x[labels == 0].mean(0), x[labels != 0].mean(0)
+    assert torch.allclose(direction_of(x, labels, 0).float(), F.normalize(own - others, dim=0), atol=1e-5)
+    assert torch.equal(direction_of(x[:, :2], labels % 2, 0), class_direction(x[:, :2], labels % 2, 0))
 
 
 def test_what_cannot_be_erased_is_refused(learned):

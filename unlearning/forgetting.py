@@ -27,6 +27,7 @@ Scores = dict[int, float]  # percent classified correctly, by class
 FOLDS = 5  # parts of few samples that are held out in turn
 WORTH_A_TRY = 1.0  # points that the others lose by the GCN, where the formula is tried
 OTHER_WAYS = "mask_layer=-1 or another, scorer='saliency', or more samples may do better"
+MORE_SAMPLES = "more samples may do better"  # of which alone an erasure can make use
 TRUSTED = 50.0  # percent: a mean score of the classes below which samples and model hardly belong together
 CONFIDENCE = 0.95  # one-sided, of what few samples show
 SHOWN = 1.0  # percent of a class that samples may say to be left before it is said
@@ -75,7 +76,7 @@ class Judgement:
     bounds: tuple[float | None, float | None]
     erase: bool
 
-    def __getitem__(self, chosen: Tensor) -> Judgement:
+    def __getitem__(self, chosen: Tensor | slice) -> Judgement:
         """That of some of the samples."""
         return replace(self, labels=self.labels[chosen], before=self.before[chosen])
 
@@ -173,7 +174,8 @@ class Forgetting:
     """A request: what makes masks. What its samples say of them is a `Judgement`.
 
     model: of the user; carried: the mask on it; train: the samples, as the classifier is given them
-    forget: the classes to forget, samples of which may be missing where they are forgotten
+    forget: the classes to forget, samples of which may be missing where they are forgotten; asked: without those
+        that the mask on the model forgets, but for what is asked for again
     trained: the GCN; scorer: what ranks, it or the saliency; erase: whether classes are erased, without a ranking
     bounds: as a judgement takes them
     """
@@ -183,6 +185,7 @@ class Forgetting:
     custom: CustomModel
     train: Split
     forget: set[int]
+    asked: set[int]
     trained: TrainedGCN
     scorer: str
     erase: bool
@@ -196,6 +199,11 @@ class Forgetting:
         for name, bound in zip(("max_fall", "max_class_fall"), self.bounds):
             if bound is not None and not (isinstance(bound, int | float) and bound > 0):
                 raise InputError(f"{name} must be a number of points above 0, or None, not {bound!r}")
+
+    @property
+    def other_ways(self) -> str:
+        """What a user may try where a request falls short."""
+        return MORE_SAMPLES if self.erase else OTHER_WAYS
 
     @cached_property
     def start(self) -> Mask:
@@ -240,23 +248,25 @@ class Forgetting:
         if self.scorer == "gcn" and not self.erase and (made.left or made.fall > WORTH_A_TRY):
             formula = self.made(judgement, "saliency")
             made = min(made, formula, key=lambda each: (each.left != "", each.fall))
-        judged, logits = self.held_out(made, judgement)
+        chosen, logits = self.held_out(made, judgement)
+        judged = judgement[chosen]
         now = judged.scores(logits)
         said = [made.left] if made.left else []
-        for each, scores in ((judged, now), (judgement, judgement.scores(made.logits))):
+        for part, scores in ((chosen, now), (slice(None), judgement.scores(made.logits))):
             # Of fewer samples a mask that is made without one is not like that made of all.
+            each = judgement[part]
             enough = replace(each, kept=[label for label in each.kept if each.counts[label] >= FOLDS])
             if enough.kept and not enough.is_within(scores):
-                raise self.too_much(scores, enough, made.way)
+                raise self.too_much(scores, enough, made.way, part)
         if not judged.is_within(now):
             mean, worst = judged.falls(now)
             said.append(f"by samples held out the classes to keep lose {mean:.0f} points, one of them {worst:.0f}")
         said += judgement.not_shown(made.logits if self.erase else logits)
         for label, found in made.found.items():
             if not found.is_at_the_bar:
-                said.append(f"of class {label} attackers find more than the bar")
+                said.append(f"of class {label} {found}")
         if said:
-            warnings.warn(f"{'; '.join(said)} ({OTHER_WAYS})", stacklevel=3)
+            warnings.warn(f"{'; '.join(said)} ({self.other_ways})", stacklevel=3)
         by = f"ranked by the {'GCN' if made.scorer == 'gcn' else 'formula'}"
         by = [f"{by} in {len(self.custom.masked)} of {len(self.custom.names)} layers that can be masked"]
         if self.erase:
@@ -272,8 +282,10 @@ class Forgetting:
         way, logits, left, found = [self.start], judgement.before, "", {}
         for _ in range(2 * len(judgement.lost)):  # where one goes another may come back, which then goes again
             of_class = {label: judgement.left(label, logits) for label in judgement.lost}
-            label = max(of_class, key=of_class.__getitem__)
-            if left or of_class[label] < target or judgement.is_ruined(logits):
+            # What is hidden can be erased.
+            due = [label for label in judgement.lost if self.erase and label in self.asked and label not in found]
+            label = max(due or of_class, key=of_class.__getitem__)
+            if left or (of_class[label] < target and not due) or judgement.is_ruined(logits):
                 break
             left = self.forget_one(label, judgement, scorer, way, found)
             logits = self.logits(way[-1])
@@ -283,13 +295,13 @@ class Forgetting:
         left = f"{left} after {way[-1].num_zeroed} zeroed weights" if left else ""
         return Made(scorer, way, logits, left, judgement.falls(now)[0], found)
 
-    def held_out(self, made: Made, judgement: Judgement) -> tuple[Judgement, Tensor]:
-        """The samples that judge the mask made, and their logits: of an erasure, if enough, those not learned from."""
+    def held_out(self, made: Made, judgement: Judgement) -> tuple[Tensor | slice, Tensor]:
+        """Which samples judge the mask made, and their logits: of an erasure, if enough, those not learned from."""
         chosen = held_out(judgement.labels)
-        judged = judgement[chosen]
-        if self.erase and all(judged.counts.get(label, 0) >= FOLDS for label in judgement.kept):
-            return judged, made.logits[chosen]
-        return judgement, self.held_out_logits(made, judgement)
+        counts = judgement[chosen].counts
+        if self.erase and all(counts.get(label, 0) >= FOLDS for label in judgement.kept):
+            return chosen, made.logits[chosen]
+        return slice(None), self.held_out_logits(made, judgement)
 
     def held_out_logits(self, made: Made, judgement: Judgement) -> Tensor:
         """The logits of all samples under the mask made; of classes with few, each under one that is made without it.
@@ -321,14 +333,14 @@ class Forgetting:
         if right < TRUSTED:
             does = f"the model classifies {right:.1f} % of the samples correctly as it is"
             warnings.warn(f"{does}: {about}", stacklevel=4)
-        for label in sorted(self.forget - set(forgotten)):
+        for label in () if self.erase else sorted(self.forget - set(forgotten)):
             if judgement.left(label, judgement.before) < self.trained.masking.target:
                 warnings.warn(f"class {label} is not classified in the first place: there is no mask", stacklevel=4)
 
-    def too_much(self, now: Scores, judgement: Judgement, way: list[Mask]) -> RetainScoreError:
-        """The error where the kept classes lose more than they may, with the last mask that keeps to the bounds."""
+    def too_much(self, now: Scores, judgement: Judgement, way: list[Mask], chosen: Tensor | slice) -> RetainScoreError:
+        """The error where the kept classes of chosen samples lose too much, with the last mask within the bounds."""
         for mask in reversed(way[:-1] or way):
-            under = judgement.scores(self.logits(mask))
+            under = judgement.scores(self.logits(mask, chosen))
             if judgement.is_within(under):
                 break
         mean, worst = judgement.falls(now)
@@ -336,7 +348,7 @@ class Forgetting:
         message = (
             f"the classes to keep lose {mean:.1f} points (max_fall {self.bounds[0]}), one of them {worst:.1f} "
             f"(max_class_fall {self.bounds[1]}); the mask of this error, of {mask.num_zeroed} zeroed "
-            f"weights, keeps to that on its samples and leaves {left} ({OTHER_WAYS})"
+            f"weights, keeps to that on its samples and leaves {left} ({self.other_ways})"
         )
         return RetainScoreError(message, judgement.scores_before, now, self.of_model(mask, under))
 
@@ -377,8 +389,13 @@ class Forgetting:
         return answer.left
 
 
-def classes_of(forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]) -> set[int]:
-    """The classes to forget, and those that are `forgotten`. Raises InputError where classes or labels do not fit."""
+def classes_of(
+    forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]
+) -> tuple[set[int], set[int]]:
+    """The classes to forget, those that are `forgotten` too, and those asked for alone.
+
+    Raises InputError where classes or labels do not fit.
+    """
     given = torch.empty(0) if forget_class is None else tensor_of(forget_class, "forget_class")
     if given.ndim > 1 or given.is_floating_point() or given.dtype == torch.bool:
         must = f"a class, from 0 to {num_classes - 1}, or several"
@@ -392,4 +409,4 @@ def classes_of(forget_class: Any, labels: Tensor, num_classes: int, forgotten: S
         but = f", but for those that the mask on the model forgets: {sorted(forgotten)}" if forgotten else ""
         shown = str(sorted(missing))[:100]
         raise InputError(f"there must be samples of every class, not none of {shown}{but}")
-    return forget | set(forgotten)
+    return forget | set(forgotten), forget
