@@ -256,8 +256,8 @@ def test_what_is_hidden_is_erased_when_it_is_asked_for(learned):
 
 
 def test_others_that_lose_too_much_in_samples_held_out_are_told_of(learned, monkeypatch):
-    train, calm = random_split(200), Erasing.configured()
-    monkeypatch.setattr(Erasing, "configured", lambda: replace(calm, learning_rate=3.0))
+    train, calm = random_split(600), Erasing.configured()
+    monkeypatch.setattr(Erasing, "configured", lambda: replace(calm, learning_rate=30.0, steps=10))
     with pytest.raises(RetainScoreError, match=r"lose \d+.* \(more samples may do better\)"):
         unlearn(learned.network, train.images, train.labels, 1, erase=True)
 
