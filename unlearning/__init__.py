@@ -70,13 +70,13 @@ def unlearn(
         custom = CustomModel.of(model, inputs, mask_layer, progress, erase)
         carried = Mask.on(model)
         train = Split(custom.inputs, labels.to(custom.inputs.device))
-        forget, asked = classes_of(forget_class, train.labels, custom.num_classes, carried.forgets if carried else ())
+        asked = classes_of(forget_class, train.labels, custom.num_classes, carried.forgets if carried else ())
         trained = TrainedGCN.of(gcn, custom.inputs.device)
         if gcn is None and not custom.is_of_features and not erase:
             scorer, trained = "saliency", trained.for_kernels(custom.classifier.shapes[each] for each in custom.masked)
         trained = replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured"))
         bounds = (max_fall, max_class_fall)
         about = {"scorer": scorer, "erase": erase, "seed": seed, "bounds": bounds, "progress": progress}
-        request = Forgetting(model, carried, custom, train, forget, asked, trained, **about)
+        request = Forgetting(model, carried, custom, train, asked, trained, **about)
         request.of_model(request.start, {})  # raises before any work
         return request.answer()

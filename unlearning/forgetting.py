@@ -174,8 +174,7 @@ class Forgetting:
     """A request: what makes masks. What its samples say of them is a `Judgement`.
 
     model: of the user; carried: the mask on it; train: the samples, as the classifier is given them
-    forget: the classes to forget, samples of which may be missing where they are forgotten; asked: without those
-        that the mask on the model forgets, but for what is asked for again
+    asked: the classes that are asked for, samples of which may be missing where they are forgotten
     trained: the GCN; scorer: what ranks, it or the saliency; erase: whether classes are erased, without a ranking
     bounds: as a judgement takes them
     """
@@ -184,7 +183,6 @@ class Forgetting:
     carried: Mask | None
     custom: CustomModel
     train: Split
-    forget: set[int]
     asked: set[int]
     trained: TrainedGCN
     scorer: str
@@ -199,6 +197,11 @@ class Forgetting:
         for name, bound in zip(("max_fall", "max_class_fall"), self.bounds):
             if bound is not None and not (isinstance(bound, int | float) and bound > 0):
                 raise InputError(f"{name} must be a number of points above 0, or None, not {bound!r}")
+
+    @cached_property
+    def forget(self) -> set[int]:
+        """The classes to forget: with those that are asked for those of a mask on the model stay forgotten."""
+        return self.asked | set(self.carried.forgets if self.carried else ())
 
     @property
     def other_ways(self) -> str:
@@ -248,7 +251,7 @@ class Forgetting:
         if self.scorer == "gcn" and not self.erase and (made.left or made.fall > WORTH_A_TRY):
             formula = self.made(judgement, "saliency")
             made = min(made, formula, key=lambda each: (each.left != "", each.fall))
-        chosen, logits = self.held_out(made, judgement)
+        chosen, logits = self.judges(made, judgement)
         judged = judgement[chosen]
         now = judged.scores(logits)
         said = [made.left] if made.left else []
@@ -295,7 +298,7 @@ class Forgetting:
         left = f"{left} after {way[-1].num_zeroed} zeroed weights" if left else ""
         return Made(scorer, way, logits, left, judgement.falls(now)[0], found)
 
-    def held_out(self, made: Made, judgement: Judgement) -> tuple[Tensor | slice, Tensor]:
+    def judges(self, made: Made, judgement: Judgement) -> tuple[Tensor | slice, Tensor]:
         """Which samples judge the mask made, and their logits: of an erasure, if enough, those not learned from."""
         chosen = held_out(judgement.labels)
         counts = judgement[chosen].counts
@@ -389,13 +392,8 @@ class Forgetting:
         return answer.left
 
 
-def classes_of(
-    forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]
-) -> tuple[set[int], set[int]]:
-    """The classes to forget, those that are `forgotten` too, and those asked for alone.
-
-    Raises InputError where classes or labels do not fit.
-    """
+def classes_of(forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]) -> set[int]:
+    """The classes that are asked for. Raises InputError where they, labels or those `forgotten` do not fit."""
     given = torch.empty(0) if forget_class is None else tensor_of(forget_class, "forget_class")
     if given.ndim > 1 or given.is_floating_point() or given.dtype == torch.bool:
         must = f"a class, from 0 to {num_classes - 1}, or several"
@@ -409,4 +407,4 @@ def classes_of(
         but = f", but for those that the mask on the model forgets: {sorted(forgotten)}" if forgotten else ""
         shown = str(sorted(missing))[:100]
         raise InputError(f"there must be samples of every class, not none of {shown}{but}")
-    return forget | set(forgotten), forget
+    return forget
