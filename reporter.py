@@ -30,9 +30,10 @@ COLORS = {
     "random_labels": "#F2A46B", "salun": "#8F3F00", "fine_tune": "#8C564B", "gradient_ascent": "#C49C94",
     "neg_grad_plus": "#5A2E26", "delete": "#B8860B", "ssd": "#7E4FA8", "scrub": "#BC8FDB", "bad_teacher": "#4B2A6B",
     "unsir": "#AA4499", "damp": "#2E8B57", "svd": "#6B8E23", "esc": "#B22222", "pour": "#4682B4", "erase": "#DC267F",
+    "cola": "#17BECF", "retrain_third": "#F0E442", "eu_k": "#A6761D", "cmf": "#6A5ACD", "esc_t": "#E57373",
 }  # fmt: skip
 FORMATS = ("png", "pdf", "svg")
-FREE_COLORS = ("#17BECF", "#F0E442", "#56B4E9", "#44AA99", "#117733", "#882255")  # lines by hand: from the last on
+FREE_COLORS = ("#DDCC77", "#999933", "#56B4E9", "#44AA99", "#117733", "#882255")  # lines by hand: from the last on
 MARKERS = "D*pov^<sPXdh>"
 DASHES = 14.0  # the period of dashed lines, in units of their width
 FORGOTTEN = 5.0  # percent: marks with at most that forget score are enlarged in the summary
