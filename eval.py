@@ -26,7 +26,7 @@ from mimu.model import MaskingGCN, WeightGraph
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import Mask
 from mimu.runs.files import Artifact
-from mimu.trainer import Trainer, TrainingError, UnlearningSFT, UnlearningSFTConfig, check_weights
+from mimu.trainer import Trained, Trainer, TrainingError, UnlearningSFT, UnlearningSFTConfig, check_weights
 
 RANDOM_MASKS = 20  # random keep masks that the control of the mask efficacy averages
 
@@ -73,6 +73,7 @@ class Request:
     orders: in which weights are zeroed, by the name of the method; kept from one kappa to the next
     kept: what methods keep from one request to the next on the same classifier, by names of theirs
     trained_on: what the original was trained on, where a request has fewer samples; for retraining alone
+    checkpoint: from a seed to where the classifier retrained with it is kept; None: nowhere
     """
 
     config: EvalConfig
@@ -88,6 +89,7 @@ class Request:
     orders: dict[str, ZeroingOrder] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     trained_on: Split | None = None
+    checkpoint: Callable[[int], Artifact] | None = None
 
     @property
     def classifier(self) -> HookedClassifier:
@@ -104,10 +106,11 @@ class Request:
         """The training samples of all other classes."""
         return self.train.retain(self.forget_class)
 
-    def retrained(self, seed: int) -> HookedClassifier:
+    def retrained(self, seed: int) -> Trained:
         """A classifier trained from scratch as the original was, on all its samples but those of the forget class."""
         samples = (self.trained_on or self.train).retain(self.forget_class)
-        return replace(self.trainer, seed=seed).train(samples, self.graphs.num_classes)
+        checkpoint = self.checkpoint and self.checkpoint(seed)
+        return replace(self.trainer, seed=seed).kept(samples, self.graphs.num_classes, checkpoint)
 
     @property
     def other_seed(self) -> int:
@@ -148,7 +151,7 @@ class Request:
 
 
 # From a request, and the hyperparameters as keywords, to an unlearned classifier or what to zero in the original.
-Unlearning = Callable[..., nn.Module | Mask | Zeroing]
+Unlearning = Callable[..., nn.Module | Trained | Mask | Zeroing]
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,7 @@ def sft(request: Request, *, config: UnlearningSFTConfig) -> nn.Module:
 
 
 @unlearning_method("retrain", needs="retain set")
-def retrain(request: Request) -> nn.Module:
+def retrain(request: Request) -> Trained:
     """The gold standard: trained from scratch on the retain set alone, from the original's own initial weights."""
     return request.retrained(request.trainer.seed)
 
@@ -292,6 +295,8 @@ def answer(request: Request, name: str) -> Answer:
         if isinstance(made, Zeroing):
             # Steps that were made before, for a smaller kappa, count as spent: of them the clock knows nothing.
             made, seconds, left = request.zeroing(made.vertices), made.seconds, made.left
+        if isinstance(made, Trained):
+            made, seconds = made  # before, where its checkpoint is there
         model, mask = (request.classifier, made) if isinstance(made, Mask) else (made, None)
         if mask is not None:
             mask.apply(model)

@@ -24,7 +24,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -142,7 +142,7 @@ class Stages:
         artifact = self.files.of_training(training)["classifier"]
 
         def train() -> dict[str, Any]:
-            classifier = trainer.train(data.train, num_classes, artifact)
+            classifier = trainer.trained(data.train, num_classes, artifact).model
             correct = is_correct(classifier(data.test.images), data.test.labels)
             self.log(f"{name}: {100 * correct.double().mean():.2f} % of {config.split} classified correctly")
             return checkpoint_of(classifier, training)
@@ -213,6 +213,7 @@ class Stages:
                 orders=orders,
                 kept=self._kept,
                 trained_on=data.train,
+                checkpoint=partial(self.files.retrained, training, forget_class),
             )
             paths = self.files.of_training(training) | {"mask": mask}
             about = {
@@ -271,6 +272,12 @@ class Files:
         paths = f"eval/Metrics and Plots/metrics/{name}.json", f"eval/masks/{name}.pt"
         return tuple(self._artifact(path, training, settings, self._code) for path in paths)
 
+    def retrained(self, training: Training, forget_class: int, seed: int | Literal["*"]) -> Artifact:
+        """A classifier trained as the original, with a seed, without a class; of every seed: its name is a pattern."""
+        settings = training.settings["classifier"] | {"forget_digit": forget_class}
+        path = f"checkpoints/retrained_seed_{seed}_digit_{forget_class}.pt"
+        return self._artifact(path, training, settings, self._training_code)
+
     def every(self, training: Training, forget_class: int | None = None) -> list[Artifact]:
         """The files of a training, and the JSON and the mask of every kappa: of all forget classes, or of one."""
         found = [*self.of_training(training).values()]
@@ -327,8 +334,12 @@ def begin(stages: Stages, configs: Mapping[str, Config], is_fresh: bool) -> None
         for config in configs.values():
             stages.data(config)  # all of it first, so that a missing or damaged file is told before any work
     if is_fresh:
+        for training in trainings_of(configs):
+            for forget_class in training.config.forget_digits:
+                artifacts.append(stages.files.retrained(training, forget_class, "*"))
         for artifact in artifacts:
-            artifact.path.unlink(missing_ok=True)
+            for path in artifact.path.parent.glob(artifact.path.name):
+                path.unlink()
     stages.log(how_many(artifacts))
 
 

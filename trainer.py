@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
 
 from mimu import data
@@ -69,30 +70,38 @@ class Progress:
 
     parts: all that has a `state_dict` and changes from step to step
     step: the one to begin with
+    seconds: that the training has taken, before an interrupt, too
     """
 
     def __init__(self, checkpoint: Artifact | None, generator: torch.Generator, *parts: Any) -> None:
         self.file = checkpoint and replace(checkpoint, made_by=checkpoint.made_by | {"training": "begun"})
         self.generator, self.parts = generator, parts
         self.step, self._saved = 0, time.monotonic()
+        self._started = self._saved
         if self.file and self.file.is_there:
             state = self.file.load()
             self.step = state["step"]
+            self._started -= state["seconds"]
             generator.set_state(state["generator"])
             for part, of_part in zip(parts, state["parts"]):
                 part.load_state_dict(of_part)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
 
     def save(self, step: int) -> None:
         """Keeps the state before a step, where the last one is of `SAVED_EVERY` seconds ago."""
         if self.file and time.monotonic() - self._saved >= SAVED_EVERY:
             states = [part.state_dict() for part in self.parts]
-            self.file.save({"step": step, "generator": self.generator.get_state(), "parts": states})
+            state = {"step": step, "seconds": self.seconds, "generator": self.generator.get_state(), "parts": states}
+            self.file.save(state)
             self._saved = time.monotonic()
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """What a classifier is, and how it is trained: Adam on the cross entropy, the rate falling linearly to zero."""
+    """What a classifier is, and how it is trained: on the cross entropy, the rate at last falling linearly to zero."""
 
     architecture: Literal["mlp", "cnn", "resnet", "vit"]
     hidden_sizes: tuple[Count, ...]
@@ -105,6 +114,13 @@ class TrainerConfig:
     epochs: Count
     batch_size: Count
     learning_rate: Positive
+    momentum: Annotated[float, "at least 0, below 1"] | None
+    weight_decay: NonNegative
+    warm_up: Annotated[float, "at least 0, below 1"]
+    label_smoothing: Annotated[float, "at least 0, below 1"]
+    shift: Annotated[int, "at least 0"]
+    flip: bool
+    bfloat16: bool
 
     def network(self, size: Sequence[int], num_classes: int) -> nn.Module:
         """The classifier as a module, with weights as PyTorch draws them.
@@ -118,13 +134,42 @@ class TrainerConfig:
             raise ValueError(f"channels must name at least one for {self.architecture}, not {list(self.channels)}")
         size = (1, *size) if len(size) == 2 else tuple(size)  # channels, height, width
         if self.architecture == "cnn":
-            return cnn(size, self.channels, [*self.hidden_sizes, num_classes], self.bias, self.batch_norm)
+            return cnn(size, self.channels, [*self.hidden_sizes, num_classes], self.bias, self.batch_norm, self.blocks)
         if self.architecture == "vit":
             widths = [*self.channels, *self.hidden_sizes]
             if len(self.channels) != 1 or len(self.hidden_sizes) != 1:
                 raise ValueError(f"channels and hidden_sizes must each be one number for vit, not {widths}")
             return VisionTransformer(size, self.patch, *widths, self.heads, self.blocks, num_classes)
         return resnet(size, self.channels, self.blocks, num_classes)
+
+    def optimizer(self, model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        """What takes the steps, Adam or SGD with Nesterov's momentum, and their rate: it rises first or falls alone."""
+        decay = {"weight_decay": self.weight_decay}
+        if self.momentum is None:
+            optimizer = torch.optim.Adam(model.parameters(), self.learning_rate, **decay)
+        else:
+            nesterov = {"momentum": self.momentum, "nesterov": self.momentum > 0}
+            optimizer = torch.optim.SGD(model.parameters(), self.learning_rate, **nesterov, **decay)
+        if not self.warm_up:
+            return optimizer, LinearLR(optimizer, 1.0, 0.0, steps)
+        triangle = {"pct_start": self.warm_up, "anneal_strategy": "linear", "cycle_momentum": False}
+        return optimizer, OneCycleLR(optimizer, self.learning_rate, steps, **triangle)
+
+
+def varied(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Images (samples, [channels,] height, width), each moved by up to `shift` pixels, half of them mirrored, too.
+
+    What comes in at an edge are its own pixels again.
+    """
+    count, (height, width), device = len(images), images.shape[-2:], images.device
+    moves = torch.randint(2 * shift + 1, (2, count, 1), generator=generator).to(device)
+    is_mirrored = (torch.rand(count, 1, generator=generator) < 0.5 * flip).to(device)
+    rows = torch.arange(height, device=device) + moves[0]
+    columns = torch.arange(width, device=device) + moves[1]
+    columns = torch.where(is_mirrored, columns.flip(1), columns)
+    by_pixel = F.pad(images.view(count, -1, height, width), (shift,) * 4, mode="replicate").permute(0, 2, 3, 1)
+    sample = torch.arange(count, device=device)[:, None, None]
+    return by_pixel[sample, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2).reshape(images.shape)
 
 
 def learn(
@@ -157,37 +202,65 @@ def learn(
     return model.eval()
 
 
+class Trained(NamedTuple):
+    """A classifier after its training, and the seconds that this took."""
+
+    model: HookedClassifier
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Trainer:
     """Trains a classifier from scratch. On the retain set alone this is the gold standard of unlearning."""
 
     config: TrainerConfig
     seed: int
-    size: tuple[int, ...] | None = None  # of the images; None: that they have of pixels, for an mlp
+    size: tuple[int, ...] | None = None  # of the images; None: that they have of pixels, for an mlp without variation
 
     def initial(self, images: Tensor, num_classes: int) -> HookedClassifier:
         """The classifier of images (samples, pixels) before its training, on their device."""
         with data.seeded_initialisation(self.seed):
             network = self.config.network(self.size or images.shape[1:], num_classes)
         of_images = (self.config, self.size, images.shape[1:], images.device, num_classes)
-        classifier = HookedClassifier(network.to(images.device), TRACES.get(of_images, images[:2]))
+        example = TRACES.get(of_images, images[:2])
+        classifier = HookedClassifier(network.to(images.device), example, self.config.bfloat16)
         TRACES[of_images] = classifier.trace
         return classifier
 
-    def train(self, train: Split, num_classes: int, checkpoint: Artifact | None = None) -> HookedClassifier:
+    def kept(self, train: Split, num_classes: int, checkpoint: Artifact | None) -> Trained:
+        """The same as `trained`, once: kept in its checkpoint, and taken from there."""
+        if checkpoint is None:
+            return self.trained(train, num_classes)
+        if not checkpoint.is_there:
+            model, seconds = self.trained(train, num_classes, checkpoint)
+            checkpoint.save({"state_dict": model.state_dict(), "seconds": seconds})
+        content = checkpoint.load()
+        classifier = self.initial(train.images, num_classes)
+        classifier.load_state_dict(content["state_dict"])
+        return Trained(classifier, content["seconds"])
+
+    def train(self, train: Split, num_classes: int) -> HookedClassifier:
+        """The classifier after its training."""
+        return self.trained(train, num_classes).model
+
+    def trained(self, train: Split, num_classes: int, checkpoint: Artifact | None = None) -> Trained:
         """The classifier after its training, whose `Progress` is kept where its checkpoint will be."""
         config, setting = self.config, "classifier.learning_rate"
         classifier = self.initial(train.images, num_classes)
-        optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
-        steps = config.epochs * -(-len(train.labels) // config.batch_size)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+        optimizer, schedule = config.optimizer(classifier, config.epochs * -(-len(train.labels) // config.batch_size))
         optimizer.register_step_post_hook(lambda *_: schedule.step())
         generator = data.seeded("classifier", self.seed)
         progress = Progress(checkpoint, generator, classifier, optimizer, schedule)
+
+        def loss(images: Tensor, labels: Tensor) -> Tensor:
+            if config.shift or config.flip:
+                images = varied(images.unflatten(1, self.size), config.shift, config.flip, generator).flatten(1)
+            return F.cross_entropy(classifier(images), labels, label_smoothing=config.label_smoothing)
+
         epochs, size = config.epochs, config.batch_size
-        learn(classifier, train, epochs, size, optimizer, generator, setting=setting, progress=progress)
+        learn(classifier, train, epochs, size, optimizer, generator, loss, setting, progress)
         check_weights(classifier, "classifier", setting)
-        return classifier
+        return Trained(classifier, progress.seconds)
 
 
 def top_k_mask(logits: Tensor, k: int, temperature: float) -> Tensor:
@@ -326,7 +399,7 @@ class GCNTrainer:
         config, gcn = self.config, self.initial()
         losses = [GCNLoss(config, of_classifier, self.retain_weight) for of_classifier in self.graphs]
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+        schedule = CosineAnnealingLR(optimizer, config.steps)
         generator = data.seeded("gcn", self.seed)
         loss_on, zeroed = losses[0], self.graphs[0].nothing
         progress = Progress(checkpoint, generator, gcn, optimizer, schedule)

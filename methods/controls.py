@@ -13,6 +13,7 @@ from mimu.masking.order import Zeroing
 from mimu.model import WeightGraph
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import Mask
+from mimu.trainer import Trained
 
 further = partial(unlearning_method, runs_with="all")
 MOZER = "after Mozer and Smolensky 1988, NIPS"
@@ -85,12 +86,12 @@ def logit_removed(request: Request) -> nn.Module:
 
 
 @further("retrain_again", needs="retain set")
-def retrain_again(request: Request) -> nn.Module:
+def retrain_again(request: Request) -> Trained:
     """Retrained from other initial weights: how far two classifiers are apart that never saw the class."""
     return request.retrained(request.other_seed)
 
 
 @unlearning_method("retrain_third", needs="retain set", runs_with="name")
-def retrain_third(request: Request) -> nn.Module:
+def retrain_third(request: Request) -> Trained:
     """Retrained from yet other initial weights: with `retrain_again`, how much retraining varies in what it leaves."""
     return request.retrained(request.other_seed + 1_000_000)

@@ -57,8 +57,10 @@ class HookedClassifier(nn.Module):
     Shapes: images (batch, ...), as the network takes them, to logits (batch, classes).
     """
 
-    def __init__(self, network: nn.Module, example: Tensor | Trace) -> None:
+    def __init__(self, network: nn.Module, example: Tensor | Trace, bfloat16: bool = False) -> None:
         """example: some images, on which the network is traced, or the trace of another of the same architecture.
+
+        bfloat16: whether it is trained further in mixed precision, where the processor has it
 
         Raises ValueError where it cannot be.
         """
@@ -67,6 +69,7 @@ class HookedClassifier(nn.Module):
         self.eval()
         self.trace = example if isinstance(example, Trace) else Trace(network, example)
         self.names = [*self.trace.layers]
+        self.bfloat16 = bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self._is_begun = False
 
     @property
@@ -111,6 +114,9 @@ class HookedClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes)."""
         run = (lambda x: self.outputs(x)[1]) if self._is_begun else self.network
+        if self.training and self.bfloat16:
+            with torch.autocast(images.device.type, torch.bfloat16):
+                return run(images).float()
         return run(images) if torch.is_grad_enabled() else torch.cat([*map(run, images.split(self.samples_at_once))])
 
     def outputs(

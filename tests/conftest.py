@@ -43,7 +43,8 @@ def random_classifier(seed: int = 0, dtype: torch.dtype = torch.float32, bias: b
 
 def trainer_config(hidden_sizes: tuple[int, ...], epochs: int, batch_size: int = 16, **changes) -> TrainerConfig:
     settings = {"architecture": "mlp", "channels": (4, 6), "blocks": 1, "batch_norm": False, "bias": False}
-    settings |= {"patch": 7, "heads": 2}
+    settings |= {"patch": 7, "heads": 2, "momentum": None, "weight_decay": 0.0, "warm_up": 0.0}
+    settings |= {"label_smoothing": 0.0, "shift": 0, "flip": False, "bfloat16": False}
     settings |= {"hidden_sizes": hidden_sizes, "epochs": epochs, "batch_size": batch_size, "learning_rate": 0.01}
     return TrainerConfig(**settings | changes)
 

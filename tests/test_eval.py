@@ -150,7 +150,7 @@ def test_the_methods_are_what_they_say(tmp_path):
     request.classifier.weights[0].data.zero_()  # a copy
     weights, original = answers(scored), weights_of(trained_problem()[2])
     alone = weights_of(request.trainer.train(request.train.retain(FORGET), NUM_CLASSES))
-    again = weights_of(replace(request, train=request.train[:20], trained_on=request.train).retrained(0))
+    again = weights_of(replace(request, train=request.train[:20], trained_on=request.train).retrained(0).model)
     same = [(weights["original"], original), (weights["retrain"], alone), (again, alone)]
     for found, expected in [*same, (weights["saliency"], weights["mimu"])]:  # its GCN is untrained
         assert all(torch.equal(w, v) for w, v in zip(found, expected, strict=True))

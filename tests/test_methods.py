@@ -21,7 +21,7 @@ from mimu.methods.controls import removal_effect
 from mimu.methods.published import FEATURES, Published, importance, mean_importance, set_difference
 from mimu.model import HookedMNISTClassifier, Mask, MaskingGCN
 from mimu.runs.settings import ConfigError, converted
-from mimu.trainer import Trainer, TrainingError, descend
+from mimu.trainer import Trained, Trainer, TrainingError, descend
 
 FORGET = 1
 PUBLISHED = "mimu.methods.fine_tuning", "mimu.methods.projections"
@@ -72,7 +72,7 @@ def made_by(name: str, request: Request, **changes) -> torch.nn.Module:
     found = method.unlearn(request, **method.arguments(HYPERPARAMETERS.get(name, {}) | changes))
     found = request.zeroing(found.vertices) if isinstance(found, Zeroing) else found
     if not isinstance(found, Mask):
-        return found
+        return found.model if isinstance(found, Trained) else found
     model = request.classifier
     found.apply(model)
     return model

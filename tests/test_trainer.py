@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from mimu import trainer
 from mimu.data import FORGETTING_TEMPERATURE as T
-from mimu.data import GraphGenerator, Split, seeded
+from mimu.data import GraphGenerator, Split, is_correct, seeded
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import TERMS, MaskingConfig, Ranking, TrainedGCN, ranked, saliency
 from mimu.model import MaskingGCN
@@ -224,7 +224,54 @@ def test_training_is_the_same_with_the_same_seed_alone(split):
     assert not any(torch.equal(one, two) for one, two in zip(first, other))
 
 
-@pytest.mark.parametrize("kind", ["classifier", "gcn", "gcn that soon zeroes half"])
+def test_varied_images_are_cuts_of_the_padded_one_or_of_its_mirror_image_and_each_of_them_comes():
+    images = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), "edge")
+    expected = [set(), set()]
+    for image, (y, x), mirrored in product(range(2), product(range(5), repeat=2), (False, True)):
+        cut = padded[image, :, y : y + 4, x : x + 5]
+        expected[image].add((cut[..., ::-1] if mirrored else cut).tobytes())
+    generator, found = seeded("varied"), [set(), set()]
+    for _ in range(1000):
+        for image, varied in enumerate(trainer.varied(images, 2, True, generator)):
+            found[image].add(varied.numpy().tobytes())
+    assert found == expected
+    assert torch.equal(trainer.varied(images, 0, False, generator), images)
+
+
+def test_the_rate_of_a_training_with_a_warm_up_rises_and_falls_to_zero_linearly(split, monkeypatch):
+    rates, losses, descend = [], [], trainer.descend
+
+    def seen(optimizer, of_step, *others) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+        losses.append(of_step["loss"].item())
+        descend(optimizer, of_step, *others)
+
+    monkeypatch.setattr(trainer, "descend", seen)
+    recipe = {"momentum": 0.9, "weight_decay": 0.001, "warm_up": 0.25, "label_smoothing": 0.5, "learning_rate": 0.1}
+    classifier = Trainer(trainer_config((6, 5), 10, **recipe), 0).train(split, NUM_CLASSES)
+    top = rates.index(max(rates))
+    assert max(rates) == pytest.approx(0.1, rel=0.05) and top / len(rates) == pytest.approx(0.25, abs=0.03)
+    assert rates == sorted(rates[:top]) + sorted(rates[top:], reverse=True) and rates[-1] < 0.005
+    for part in (rates[: top + 1], rates[top + 1 :]):
+        steps = np.diff(part)
+        assert np.allclose(steps, steps[0], rtol=0.05)
+    smoothed = F.cross_entropy(classifier(split.images), split.labels, label_smoothing=0.5)
+    assert losses[-1] == pytest.approx(smoothed.item(), rel=0.3)
+    assert is_correct(classifier(split.images), split.labels).double().mean() > 0.9
+
+
+def test_mixed_precision_is_of_trainings_alone_and_changes_little(split):
+    exact, mixed = (Trainer(trainer_config((6, 5), 3, bfloat16=given), 0) for given in (False, True))
+    assert torch.equal(exact.initial(split.images, 3)(split.images), mixed.initial(split.images, 3)(split.images))
+    models = [each.train(split, NUM_CLASSES) for each in (exact, mixed)]
+    one, other = (torch.cat([weight.flatten() for weight in model.weights]) for model in models)
+    assert 0 < (one - other).norm() < 0.05 * one.norm()
+    logits = mixed.initial(split.images, 3).train()(split.images)
+    assert logits.dtype == torch.float32 and torch.equal(logits, logits.bfloat16().float())
+
+
+@pytest.mark.parametrize("kind", ["classifier", "classifier by a recipe", "gcn", "gcn that soon zeroes half"])
 def test_an_interrupted_training_goes_on_to_the_same_weights_but_not_from_another_ones_file(
     kind, split, tmp_path, monkeypatch
 ):
@@ -238,8 +285,9 @@ def test_an_interrupted_training_goes_on_to_the_same_weights_but_not_from_anothe
         check(losses, step, setting)
 
     def train(file: Artifact | None) -> list[Tensor]:
-        if kind == "classifier":
-            model = Trainer(trainer_config((6, 5), 4), 0).train(split, NUM_CLASSES, file)
+        if "classifier" in kind:
+            recipe = {"momentum": 0.9, "warm_up": 0.2, "shift": 1, "flip": True} if "recipe" in kind else {}
+            model = Trainer(trainer_config((6, 5), 4, **recipe), 0, (1, 7)).trained(split, NUM_CLASSES, file).model
         else:
             soon = {"snapshots": 5, "partly_masked": (0.4, 0.45)} if "half" in kind else {}
             config = gcn_config(steps=16, **soon)
