@@ -148,8 +148,7 @@ def late_layers(classifier: HookedClassifier) -> list[str]:
     Raises InputError where there is no layer before it.
     """
     trace = classifier.trace
-    name_of_call = {layer.node: name for name, layer in trace.layers.items() if layer.groups == 1}
-    names = [name_of_call[node] for node in trace.nodes if node in name_of_call]
+    names = [name for name in trace.called.values() if trace.layers[name].groups == 1]
     if len(names) < 2 or trace.layers[names[-1]].node is not trace.output:
         must = "that must give the logits, and stand behind a layer that can be masked"
         raise InputError(f"a class is erased from what the last layer is given: {must}")

@@ -248,9 +248,9 @@ def eu_k(request: Request, *, config: FineTuning, layers: Count) -> nn.Module:
     """EU-k: the last k layers are trained on the retain set from their initial weights, all else stays (Adam)."""
     classifier = request.trainer.initial(request.train.images, request.graphs.num_classes)
     trace, network = classifier.trace, classifier.network
-    place = {node: index for index, node in enumerate(trace.nodes)}
-    first = sorted(place[layer.node] for layer in trace.layers.values())[-layers:][0]
-    read = {name for node, name in trace.parameters.items() if any(place.get(user, -1) >= first for user in node.users)}
+    first = [*trace.called][-layers:][0]
+    behind = {*trace.nodes[trace.nodes.index(first) :]}
+    read = {name for weight, name in trace.parameters.items() if not behind.isdisjoint(weight.users)}
     kept = {name: x for name, x in request.original.network.state_dict().items() if name not in read}
     network.load_state_dict(kept, strict=False)
     for name, parameter in network.named_parameters():

@@ -638,7 +638,7 @@ class Unmaskable(nn.Module):
         self.computed, self.split = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(8, 4))
         self.listed, self.head = nn.ParameterList([torch.randn(4, 4)]), nn.Linear(4, NUM_CLASSES)
         self.mingled = nn.Linear(4, 4)
-        self.tied.weight = self.one.weight
+        self.tied.weight, self.second_name = self.one.weight, self.patches  # the latter does no harm
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.twice(self.patches(x)).relu())
