@@ -43,7 +43,7 @@ HYPERPARAMETERS = yaml.safe_load("""
   svd: {samples: 60, retain_alpha: 30.0, forget_alpha: 10.0}
   esc: {share: 0.1}
   esc_t: {epochs: 20, batch_size: 16, learning_rate: 0.03, threshold: 0.7}
-  erase: {samples: 60, group_size: 20, others: 2, steps: 30, learning_rate: 0.05, forget_weight: 1.0,
+  erase: {samples: 60, group_size: 20, others_ratio: 2, steps: 30, learning_rate: 0.05, forget_weight: 1.0,
     erase_weight: 0.1, units: 16, ridge: 0.01, share: 0.5}
 """)
 
