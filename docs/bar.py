@@ -39,10 +39,9 @@ def measured(overrides: Sequence[str]) -> dict[str, list[float]]:
             with torch.no_grad():
                 features = [each.outputs(samples.images)[0] for each in (*classifiers, untrained, original)]
             features.insert(2, samples.images)
-            values = [erasing.found_by_several(each, samples.labels == label, seed) for each in features]
+            values = [erasing.mean_r_squared(each, samples.labels == label, seed) for each in features]
             _, _, in_inputs, _, in_original = values
-            bar = in_inputs + erasing.share * max(0.0, in_original - in_inputs)
-            found[f"{seed}, {data.class_names[label]}"] = [*values, bar]
+            found[f"{seed}, {data.class_names[label]}"] = [*values, erasing.bar(in_inputs, in_original)]
     return found
 
 

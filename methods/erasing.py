@@ -43,7 +43,7 @@ NOTICED = 0.02  # of R^2 above the bar, from which on more is left than should b
 class Erasing:
     """How a class is erased.
 
-    samples: of every class; a step takes group_size of the class, and for each of them so many others
+    samples: of every class; a step takes group_size of the class, and others_ratio times as many others
     steps: of Adam; forget_weight, erase_weight: of the two terms beside the others' cross entropy
     units: random features of an attacker; ridge: of its regression
     share: how far the bar is on the way from what is found in the inputs to what is found in the original
@@ -51,7 +51,7 @@ class Erasing:
 
     samples: Count
     group_size: Count
-    others: Count
+    others_ratio: Count
     steps: Count
     learning_rate: Positive
     forget_weight: NonNegative
@@ -66,7 +66,7 @@ class Erasing:
         config = yaml.safe_load((PACKAGE / "configs" / "methods.yaml").read_text())
         return Erasing(**config["eval"]["hyperparameters"]["erase"])
 
-    def found(self, features: Tensor, is_own: Tensor, generator: torch.Generator) -> Tensor:
+    def r_squared(self, features: Tensor, is_own: Tensor, generator: torch.Generator) -> Tensor:
         """How much a random attacker finds of a class in features (samples, ...), R^2 (`held_out_variance`).
 
         It regresses whether a sample is of the class on V z + b, half of it rectified; z are the standardised features,
@@ -78,16 +78,20 @@ class Erasing:
         linear, rectified = (z @ directions + offsets).tensor_split(2, 1)
         return held_out_variance(torch.cat([linear, rectified.relu()], 1), is_own.to(z), self.ridge)
 
-    def found_by_several(self, features: Tensor, is_own: Tensor, seed: int) -> float:
+    def mean_r_squared(self, features: Tensor, is_own: Tensor, seed: int) -> float:
         """The mean of what ATTACKERS find, at least 0."""
         generator = seeded("attackers", seed)
-        return max(fmean(self.found(features, is_own, generator).item() for _ in range(ATTACKERS)), 0.0)
+        return max(fmean(self.r_squared(features, is_own, generator).item() for _ in range(ATTACKERS)), 0.0)
+
+    def bar(self, in_inputs: float, in_original: float) -> float:
+        """How much may be found in the representation, by what is found in the inputs and in the original's."""
+        return in_inputs + self.share * max(0.0, in_original - in_inputs)
 
 
 class Found(NamedTuple):
     """What attackers find of a class in the representation, R^2, 0 to 1.
 
-    Of samples that nothing was learned from, if they are enough (`parted`).
+    Of samples that nothing was learned from, if they are enough (`train_and_held_out`).
     """
 
     before: float
@@ -112,18 +116,18 @@ def held_out(labels: Tensor) -> Tensor:
     return is_held_out
 
 
-def drawn(chosen: Tensor, is_own: Tensor, count: int, others: int, generator: torch.Generator) -> Tensor:
-    """At random `count` of the chosen samples that are of a class, and for each of them `others`, or as many as it can.
+def drawn(chosen: Tensor, is_own: Tensor, count: int, ratio: int, generator: torch.Generator) -> Tensor:
+    """At random `count` of the chosen samples that are of a class, and `ratio` times as many others, or all it can.
 
     The rarer a class is, the less R^2 is found of it: so it is as rare in all that is compared.
     """
     chosen = chosen[torch.randperm(len(chosen), generator=generator).to(chosen.device)]
     own, rest = chosen[is_own[chosen]], chosen[~is_own[chosen]]
-    ratio, own = min(others, len(rest) / len(own)), own[:count]
+    ratio, own = min(ratio, len(rest) / len(own)), own[:count]
     return torch.cat([own, rest[: math.ceil(ratio * len(own))]])
 
 
-def parted(labels: Tensor, label: int, config: Erasing, seed: int) -> tuple[Tensor, Tensor]:
+def train_and_held_out(labels: Tensor, label: int, config: Erasing, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of random samples: of every class to learn from, and some that are `held_out`, as `drawn`.
 
     Where fewer than JUDGES of the class, or of the others, are held out, those that are learned from judge, too.
@@ -133,13 +137,13 @@ def parted(labels: Tensor, label: int, config: Erasing, seed: int) -> tuple[Tens
     known = rest[drawn_of_every_class(labels[rest], config.samples, lambda each: seeded("erase", seed, label, each))]
     own = int(is_own[unseen].sum())
     unseen = unseen if min(own, len(unseen) - own) >= JUDGES else known
-    return known, drawn(unseen, is_own, config.samples // (HELD_OUT - 1), config.others, generator)
+    return known, drawn(unseen, is_own, config.samples // (HELD_OUT - 1), config.others_ratio, generator)
 
 
 def direction_of(x: Tensor, labels: Tensor, label: int) -> Tensor:
     """`class_direction`, or where the other classes' means span that, too, the class's mean less theirs, normalised."""
-    found, is_own = class_direction(x, labels, label), labels == label
-    return found if found.any() else F.normalize((x[is_own].mean(0) - x[~is_own].mean(0)).double(), dim=0)
+    direction, is_own = class_direction(x, labels, label), labels == label
+    return direction if direction.any() else F.normalize((x[is_own].mean(0) - x[~is_own].mean(0)).double(), dim=0)
 
 
 def late_layers(classifier: HookedClassifier) -> list[str]:
@@ -148,8 +152,7 @@ def late_layers(classifier: HookedClassifier) -> list[str]:
     Raises InputError where there is no layer before it.
     """
     trace = classifier.trace
-    name_of_call = {layer.node: name for name, layer in trace.layers.items() if layer.groups == 1}
-    names = [name_of_call[node] for node in trace.nodes if node in name_of_call]
+    names = [name for name in trace.called.values() if trace.layers[name].groups == 1]
     if len(names) < 2 or trace.layers[names[-1]].node is not trace.output:
         must = "that must give the logits, and stand behind a layer that can be masked"
         raise InputError(f"a class is erased from what the last layer is given: {must}")
@@ -176,7 +179,7 @@ class Edit:
         """classifier: begun before the layers, under `start`; samples: as given to it, `known` to learn from."""
         self.labels, self.label, self.known = samples.labels, label, known
         indices = {name: classifier.names.index(name) for name in layers}
-        self.weights = {name: classifier.weights[index].detach().clone() for name, index in indices.items()}
+        self.weights = {name: classifier.weights[index].detach() for name, index in indices.items()}
         self.first, *_, last = layers
         self.masks: dict[str, LayerMask] = {}
         for name, weight in self.weights.items():
@@ -245,8 +248,8 @@ def erased(
     inputs: what the whole network is given for the samples, where the classifier is begun within it
     Raises InputError where there is no layer before the last, TrainingError where it diverges.
     """
-    layers, at_the_end = late_layers(classifier), classifier.trace.names_at_the_end
-    known, unseen = parted(split.labels, label, config, seed)
+    layers, hidden = late_layers(classifier), len(classifier.trace.names_at_the_end) - 1
+    known, unseen = train_and_held_out(split.labels, label, config, seed)
     chosen = torch.cat([known, unseen])
     labels = split.labels[chosen]
     in_inputs = (split.images if inputs is None else inputs)[unseen]
@@ -257,9 +260,9 @@ def erased(
         begun = classifier.begun_before(indices)
         in_original = begun.value_of(begun.trace.representation, images[len(known) :])
         is_own = labels[len(known) :] == label
-        least, before = (config.found_by_several(each, is_own, seed) for each in (in_inputs, in_original))
-        bar = least + config.share * max(0.0, before - least)
-        for count in range(min(2, max(1, len(at_the_end) - 1)), len(layers)):
+        least, before = (config.mean_r_squared(each, is_own, seed) for each in (in_inputs, in_original))
+        bar = config.bar(least, before)
+        for count in range(min(2, hidden) or 1, len(layers)):
             edit = Edit(begun, start, layers[-1 - count :], Split(images, labels), label, len(known))
             found = Found(before, learned(edit, bar, config, seed, progress), bar)
             answers.append((edit.mask(start), found))
@@ -276,18 +279,18 @@ def learned(edit: Edit, bar: float, config: Erasing, seed: int, progress: bool) 
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     about = {"desc": f"class {edit.label}", "unit": "step", "delay": 1, "leave": False}
     for step in tqdm(range(config.steps), **about, disable=None if progress else True):
-        chosen = drawn(known, is_own, config.group_size, config.others, generator)
+        chosen = drawn(known, is_own, config.group_size, config.others_ratio, generator)
         is_forget = is_own[chosen]
         features, logits = edit.outputs(chosen)
         forget = forgetting_loss(logits[is_forget].softmax(1)[:, edit.label])
         kept = F.cross_entropy(logits[~is_forget], edit.labels[chosen[~is_forget]])
-        excess = (config.found(features, is_forget, generator) - bar).clamp_min(0)
+        excess = (config.r_squared(features, is_forget, generator) - bar).clamp_min(0)
         loss = kept + config.forget_weight * forget + config.erase_weight * excess
         descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.erase")
         schedule.step()
     with torch.no_grad():
         features, _ = edit.outputs(unseen)
-    return config.found_by_several(features, is_own[unseen], seed)
+    return config.mean_r_squared(features, is_own[unseen], seed)
 
 
 @further("erase", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")

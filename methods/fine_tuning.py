@@ -49,13 +49,6 @@ def random_part(split: Split, share: Share, generator: torch.Generator) -> Split
     return next(split.batches(max(1, round(share * len(split.labels))), generator))
 
 
-def with_random_labels(request: Request) -> Split:
-    """The training samples, those of the forget class labelled as a random other class each."""
-    forget, generator = request.forget, draws(request, "random labels")
-    labels = other_labels(forget.labels, request.graphs.num_classes, generator)
-    return joined(request.retain, Split(forget.images, labels))
-
-
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
     """KL(target || prediction) in nats, mean over the batch; both are logits (batch, classes)."""
     return F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True)
@@ -65,19 +58,6 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
 def fine_tune(request: Request, *, config: FineTuning) -> nn.Module:
     """Fine-tuning on the retain set alone (SGD with momentum): the class fades as it is no longer seen."""
     return config.train(request.classifier, request.retain, draws(request, "fine_tune"))
-
-
-@further("random_labels", paper="Graves et al. 2021, arXiv:2010.10981")
-def random_labels(request: Request, *, config: FineTuning) -> nn.Module:
-    """Fine-tuning of the whole network (SGD with momentum) on the retain set and the relabelled forget set together."""
-    return config.train(request.classifier, with_random_labels(request), draws(request, "random_labels"))
-
-
-@further("gradient_ascent", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="forget set")
-def gradient_ascent(request: Request, *, config: FineTuning) -> nn.Module:
-    """Negative gradient: ascent of the cross entropy on the forget set (SGD)."""
-    ascent = partial(torch.optim.SGD, maximize=True)
-    return config.train(request.classifier, request.forget, draws(request, "gradient_ascent"), ascent)
 
 
 @further("neg_grad_plus", paper="Kurmanji et al. 2023, arXiv:2302.09880")
@@ -143,7 +123,9 @@ def salun(request: Request, *, config: FineTuning, share: Share) -> nn.Module:
     threshold = largest[round(share * (len(largest) - 1))]
     for parameter, each in zip(classifier.parameters(), saliency):
         parameter.register_hook((each >= threshold).float().mul)  # of its gradient
-    return config.train(classifier, with_random_labels(request), draws(request, "salun"))
+    labels = other_labels(forget.labels, request.graphs.num_classes, draws(request, "random labels"))
+    samples = joined(request.retain, Split(forget.images, labels))
+    return config.train(classifier, samples, draws(request, "salun"))
 
 
 @further("scrub", paper="Kurmanji et al. 2023, arXiv:2302.09880")
@@ -177,21 +159,6 @@ def scrub(
             train_once(classifier, request.forget, generator, loss=apart, optimizer=optimizer)
         train_once(classifier, request.retain, generator, loss=together, optimizer=optimizer)
     return classifier
-
-
-@further("bad_teacher", paper="Chundawat et al. 2022, arXiv:2205.08096")
-def bad_teacher(request: Request, *, config: FineTuning, retain_share: Share) -> nn.Module:
-    """Bad teaching: towards a random classifier on the forget set, the original on a part of the retain set (Adam)."""
-    classifier = request.classifier
-    generator = draws(request, "bad_teacher")
-    random = replace(request.trainer, seed=request.other_seed).initial(request.train.images, request.graphs.num_classes)
-
-    def loss(images: Tensor, labels: Tensor) -> Tensor:
-        target = torch.where((labels == request.forget_class)[:, None], random(images), request.original(images))
-        return divergence(classifier(images), target.detach())
-
-    samples = joined(random_part(request.retain, retain_share, generator), request.forget)
-    return config.train(classifier, samples, generator, torch.optim.Adam, loss=loss)
 
 
 def contrastive_loss(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -248,9 +215,9 @@ def eu_k(request: Request, *, config: FineTuning, layers: Count) -> nn.Module:
     """EU-k: the last k layers are trained on the retain set from their initial weights, all else stays (Adam)."""
     classifier = request.trainer.initial(request.train.images, request.graphs.num_classes)
     trace, network = classifier.trace, classifier.network
-    place = {node: index for index, node in enumerate(trace.nodes)}
-    first = sorted(place[layer.node] for layer in trace.layers.values())[-layers:][0]
-    read = {name for node, name in trace.parameters.items() if any(place.get(user, -1) >= first for user in node.users)}
+    first = [*trace.called][-layers:][0]
+    behind = {*trace.nodes[trace.nodes.index(first) :]}
+    read = {name for weight, name in trace.parameters.items() if not behind.isdisjoint(weight.users)}
     kept = {name: x for name, x in request.original.network.state_dict().items() if name not in read}
     network.load_state_dict(kept, strict=False)
     for name, parameter in network.named_parameters():

@@ -193,8 +193,8 @@ class HookedClassifier(nn.Module):
         for layer, gradient in zip(recorded, gradients):
             h = values[layer.activation].detach()
             active = (h > 0).to(h.dtype) if layer.is_rectified else torch.ones_like(h)
-            of_layer = [layer.by_position(each) for each in (h, active, gradient)]
-            records.append(LayerRecord(layer.read(given[layer.node]), *of_layer))
+            h, active, gradient = map(layer.by_position, (h, active, gradient))
+            records.append(LayerRecord(layer.read(given[layer.node]), h, active, gradient))
         return Record(records, found.detach(), found.detach())
 
     def positions(self, index: int) -> int | None:

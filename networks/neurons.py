@@ -79,7 +79,7 @@ class Neurons:
 
     def resolved(self) -> dict[fx.Node, Ends]:
         """The ends of every linear operation and convolution, neurons that are one by one number."""
-        return {node: Ends(*(self._root(part).long() for part in ends)) for node, ends in self.ends.items()}
+        return {node: Ends(*map(self._root, ends)) for node, ends in self.ends.items()}
 
     def follow(self, node: fx.Node, value: Any, is_of_samples: bool) -> None:
         """Numbers the value of an operation, those before it being numbered."""

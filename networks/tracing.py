@@ -8,6 +8,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -133,7 +134,9 @@ class Trace:
             by_name = {node.name: node for node in program.graph.nodes}
             names = signature.inputs_to_parameters | signature.inputs_to_buffers
             constants = signature.inputs_to_lifted_tensor_constants
-            self.parameters = {by_name[node]: name for node, name in names.items()}
+            first = {id(weight): name for name, weight in network.named_parameters()}
+            first_names = {name: first.get(id(operator.attrgetter(name)(network)), name) for name in names.values()}
+            self.parameters = {by_name[node]: first_names[name] for node, name in names.items()}
             self.constants = {by_name[node]: program.constants[name] for node, name in constants.items()}
             self.given = (by_name[signature.user_inputs[0]],)
             self.output = by_name[signature.user_outputs[0]]
@@ -210,10 +213,9 @@ class Trace:
 
     def start_of(self, layers: Sequence[str]) -> fx.Node:
         """The last node before all of these layers whose value, samples in front, is all that the rest needs."""
-        calls = {self.layers[layer].node for layer in layers}
-        (start,) = self.given
+        names, (start,) = self.called, self.given
         for node, alive in self._alive():
-            if node in calls:
+            if names.get(node) in layers:
                 break
             if len(alive) == 1 and self.batches.get(single := next(iter(alive))) == (0, 1):
                 start = single
@@ -229,6 +231,12 @@ class Trace:
             yield node, alive
 
     @property
+    def called(self) -> dict[fx.Node, str]:
+        """The names of the layers in the order in which they are called, by their operations."""
+        names = {layer.node: name for name, layer in self.layers.items()}
+        return {node: names[node] for node in self.nodes if node in names}
+
+    @property
     def representation(self) -> fx.Node:
         """What the last layer is given; the output itself where the network does not end in a linear layer."""
         is_last = any(layer.node is self.output and layer.positions is None for layer in self.layers.values())
@@ -237,22 +245,20 @@ class Trace:
     @property
     def names_at_the_end(self) -> list[str]:
         """The linear layers of features in a row that it ends in, a ReLU between two; without any its last layer."""
-        name_of_call = {layer.node: name for name, layer in self.layers.items()}
+        names, node = self.called, self.output
         row: list[str] = []
-        node = self.output
-        while node in name_of_call and self.layers[name_of_call[node]].positions is None:
-            row.insert(0, name_of_call[node])
+        while node in names and self.layers[names[node]].positions is None:
+            row.insert(0, names[node])
             node = behind_dropout(node.args[0])
             if name_of(node) != "relu":
                 break
             node = behind_dropout(node.args[0])
-        return row or [name_of_call[[node for node in self.nodes if node in name_of_call][-1]]]
+        return row or [*names.values()][-1:]
 
     @property
     def why_no_logits(self) -> str:
         """Why the output cannot be logits, in words, or ""."""
-        layers = {layer.node for layer in self.layers.values()}
-        behind = {self.output}
+        layers, behind = {*self.called}, {self.output}
         for node in reversed(self.nodes):
             if node in behind - layers:
                 if name_of(node) in PROBABILITIES:
@@ -338,8 +344,9 @@ class Trace:
 
     def _readers(self, network: nn.Module) -> dict[fx.Node, str]:
         """The operations that read a weight which nothing else reads, and its name."""
-        holders = Counter(map(id, dict(network.named_parameters(remove_duplicate=False)).values()))
-        own = {name for name, weight in network.named_parameters() if holders[id(weight)] == 1}
+        of_modules = chain.from_iterable(module._parameters.values() for module in network.modules())
+        owners = Counter(map(id, of_modules))  # a module under two names is one
+        own = {name for name, weight in network.named_parameters() if owners[id(weight)] == 1}
         readers, live = {}, set(self.nodes)
         for weight, name in self.parameters.items():
             users = [node for node in weight.users if node in live]

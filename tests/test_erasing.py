@@ -30,7 +30,7 @@ from mimu.runs.files import InputError
 from mimu.trainer import learn
 from mimu.unlearning import RetainScoreError, unlearn
 
-CONFIG = replace(Erasing.configured(), samples=100, group_size=60, others=2, steps=60, units=32)
+CONFIG = replace(Erasing.configured(), samples=100, group_size=60, others_ratio=2, steps=60, units=32)
 TEST = random_split(100, seed=7)
 
 
@@ -69,12 +69,12 @@ def test_the_gradient_is_that_of_finite_differences_and_what_never_changes_has_n
 def test_random_attackers_find_what_no_line_tells_apart_and_nothing_in_noise():
     noise, is_own = torch.randn(400, 2, generator=seeded("noise")), torch.arange(400) < 100
     ring = F.normalize(noise) * (1 + 2 * is_own[:, None])
-    assert held_out_variance(ring, is_own.float(), 0.02) <= 0 < 0.8 < CONFIG.found_by_several(ring, is_own, 0)
-    assert CONFIG.found_by_several(noise, is_own, 0) < 0.02
+    assert held_out_variance(ring, is_own.float(), 0.02) <= 0 < 0.8 < CONFIG.mean_r_squared(ring, is_own, 0)
+    assert CONFIG.mean_r_squared(noise, is_own, 0) < 0.02
     ids = torch.stack([is_own, noise[:, 0] > 0], 1)[:, None].long()
-    assert 0.97 < CONFIG.found_by_several(ids, is_own, 0) <= 1
+    assert 0.97 < CONFIG.mean_r_squared(ids, is_own, 0) <= 1
     draws = seeded("draws")
-    one, other, again = (CONFIG.found(noise, is_own, each) for each in (draws, draws, seeded("draws")))
+    one, other, again = (CONFIG.r_squared(noise, is_own, each) for each in (draws, draws, seeded("draws")))
     assert one == again != other
 
 
@@ -190,7 +190,7 @@ def test_a_class_goes_from_output_and_representation_and_what_was_zeroed_stays()
     model, train = HookedMNISTClassifier((64, 24), 12, 4, bias=True), hidden_classes(3000, 0)
     learn(model, train, 15, 60, torch.optim.Adam(model.parameters(), 0.01), seeded("hidden"))
     start = Mask({model.names[1]: LayerMask.of((torch.rand(24, 64) > 0.05).float())})
-    config = replace(CONFIG, samples=600, group_size=100, others=3, steps=100, units=128, share=0.0)
+    config = replace(CONFIG, samples=600, group_size=100, others_ratio=3, steps=100, units=128, share=0.0)
     answers = {weight: erased(model, train, 1, replace(config, erase_weight=weight), 0, start) for weight in (0.0, 3.0)}
     for mask, _ in answers.values():
         assert mask.includes(start) and ranks(mask) == [1, 1, 1] and mask.num_zeroed == start.num_zeroed
@@ -217,14 +217,14 @@ def test_layers_are_added_until_the_bar_is_reached_and_else_those_that_leave_lea
         return left[len(tried) - 1]
 
     monkeypatch.setattr(erasing, "learned", learned)
-    monkeypatch.setattr(Erasing, "found_by_several", lambda *_: 0.2)
+    monkeypatch.setattr(Erasing, "mean_r_squared", lambda *_: 0.2)
     mask, found = erased(HookedClassifier(network, train.images), train, 1, CONFIG, 0)
     assert tried == [2, 3, 4][: len(left)] and found.left == min(left) and found.is_at_the_bar == (min(left) < 0.3)
     assert [*mask.by_layer] == [f"{index}.weight" for index in range(1, 10, 2)][-1 - count :]
 
 
 def test_what_is_found_does_not_depend_on_how_many_others_there_are(learned):
-    train, config, before = random_split(10000), replace(CONFIG, samples=10000, others=1, steps=1, units=16), []
+    train, config, before = random_split(10000), replace(CONFIG, samples=10000, others_ratio=1, steps=1, units=16), []
     train = Split(train.images + 3 * torch.randn(train.images.shape, generator=seeded("noise")), train.labels)
     for count in (1000, 20000):
         is_own, is_other = train.labels == 1, train.labels != 1

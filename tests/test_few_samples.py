@@ -17,7 +17,7 @@ from mimu import Mask, RetainScoreError, unlearn
 from mimu.data import GraphGenerator, Split, margins
 from mimu.images.sources import seeded
 from mimu.masking.order import FEW, PRIOR, percent_above_zero
-from mimu.methods.erasing import Erasing, held_out, parted
+from mimu.methods.erasing import Erasing, held_out, train_and_held_out
 from mimu.trainer import learn
 from mimu.unlearning import forgetting
 from mimu.unlearning.forgetting import FOLDS, Forgetting, lower_end
@@ -176,7 +176,7 @@ def test_of_few_samples_a_class_is_erased_all_the_same(model, counts):
 )
 def test_what_was_not_learned_from_says_what_is_left_where_it_can(own, others, is_held_out):
     labels = torch.cat([torch.ones(own), torch.zeros(others)]).long()
-    known, unseen = parted(labels, 1, replace(Erasing.configured(), samples=30), 0)
+    known, unseen = train_and_held_out(labels, 1, replace(Erasing.configured(), samples=30), 0)
     assert set(known.tolist()).isdisjoint(unseen.tolist()) == is_held_out
     assert set(known.tolist()).issuperset(unseen.tolist()) != is_held_out
     assert held_out(labels)[unseen].all() == is_held_out and not held_out(labels)[known].any()

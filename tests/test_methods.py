@@ -28,13 +28,10 @@ PUBLISHED = "mimu.methods.fine_tuning", "mimu.methods.projections"
 # What they take on so small a problem.
 HYPERPARAMETERS = yaml.safe_load("""
   fine_tune: {epochs: 15, batch_size: 16, learning_rate: 0.1}
-  random_labels: {epochs: 10, batch_size: 16, learning_rate: 0.05}
-  gradient_ascent: {epochs: 8, batch_size: 16, learning_rate: 0.02}
   neg_grad_plus: {epochs: 5, batch_size: 16, learning_rate: 0.01, retain_weight: 0.8}
   ssd: {selection: 1.2, dampening: 0.3}
   salun: {epochs: 10, batch_size: 16, learning_rate: 0.05, share: 0.5}
   scrub: {epochs: 6, batch_size: 16, learning_rate: 0.01, max_epochs: 3, divergence_weight: 0.5, label_weight: 0.99}
-  bad_teacher: {epochs: 20, batch_size: 16, learning_rate: 0.01, retain_share: 0.5}
   cola: {epochs: 5, batch_size: 16, learning_rate: 0.03, temperature: 0.1, align_epochs: 5}
   cmf: {epochs: 10, batch_size: 16, learning_rate: 0.1, retain_weight: 0.5}
   eu_k: {epochs: 10, batch_size: 16, learning_rate: 0.02, layers: 2}
@@ -46,7 +43,7 @@ HYPERPARAMETERS = yaml.safe_load("""
   svd: {samples: 60, retain_alpha: 30.0, forget_alpha: 10.0}
   esc: {share: 0.1}
   esc_t: {epochs: 20, batch_size: 16, learning_rate: 0.03, threshold: 0.7}
-  erase: {samples: 60, group_size: 20, others: 2, steps: 30, learning_rate: 0.05, forget_weight: 1.0,
+  erase: {samples: 60, group_size: 20, others_ratio: 2, steps: 30, learning_rate: 0.05, forget_weight: 1.0,
     erase_weight: 0.1, units: 16, ridge: 0.01, share: 0.5}
 """)
 
@@ -134,7 +131,7 @@ def test_a_method_forgets_and_is_the_same_again_on_the_samples_that_it_declares(
     model = made_by(name, request)
     forget, retain = scores(model, request.train, FORGET)
     before_forget, before_retain = scores(request.classifier, request.train, FORGET)
-    assert forget < before_forget - 60 or name == "bad_teacher"  # whose teacher may guess the class
+    assert forget < before_forget - 60
     # One takes the rest along here, one starts where more epochs are needed.
     assert retain > before_retain - 12 or name in ("ssd", "retrain_again")
     images = random_split(20, seed=4).images
@@ -167,17 +164,11 @@ def test_salun_changes_its_share_of_the_weights(request_to_forget):
     assert saliency[changed].min() > saliency[~changed].max() * 0.999
 
 
-def test_the_student_of_two_teachers_comes_near_to_both(request_to_forget):
-    request, divergence = request_to_forget, fine_tuning.divergence
+def test_the_divergence_is_that_of_two_softmaxes():
     student, teacher = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
     p, q = teacher.softmax(1), student.softmax(1)
-    assert divergence(student, teacher) == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-5)
-    good, forget, retain = request.classifier, request.forget.images, request.retain.images
-    with data.seeded_initialisation(request.other_seed):
-        bad = HookedMNISTClassifier((12, 8), 7, NUM_CLASSES)
-    student = made_by("bad_teacher", request)
-    assert divergence(student(forget), bad(forget)) < divergence(good(forget), bad(forget)) / 10
-    assert divergence(student(retain), good(retain)) < divergence(bad(retain), good(retain)) / 10
+    expected = (p * (p / q).log()).sum(1).mean().item()
+    assert fine_tuning.divergence(student, teacher) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_contrastive_loss_draws_samples_of_a_class_together():
@@ -214,17 +205,13 @@ def test_the_last_layers_are_trained_from_fresh_weights(request_to_forget, archi
     assert torch.equal(made_by("eu_k", request, layers=99)(train.images), fresh(train.images))
 
 
-@pytest.mark.parametrize("name", ["gradient_ascent", "delete"])
-def test_a_step_on_the_whole_forget_set_is_that_of_its_loss(name, request_to_forget):
-    """Ascent of the cross entropy, or descent towards the original's predictions without the class."""
+def test_a_step_of_delete_is_towards_the_originals_predictions_without_the_class(request_to_forget):
     classifier, forget = request_to_forget.classifier, request_to_forget.forget
-    model = made_by(name, request_to_forget, epochs=1, batch_size=1000, learning_rate=0.3)
+    model = made_by("delete", request_to_forget, epochs=1, batch_size=1000, learning_rate=0.3)
     logits = classifier(forget.images)
     p = logits.detach().softmax(1)
     p[:, FORGET] = 0
-    to_others = -(p / p.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
-    loss = to_others if name == "delete" else -F.cross_entropy(logits, forget.labels)
-    loss.backward()
+    (-(p / p.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()).backward()
     for before, after in zip(classifier.weights, model.weights):
         assert torch.allclose(after, before - 0.3 * before.grad, atol=1e-6)
 
@@ -356,8 +343,8 @@ def test_the_trivial_ways_take_the_logit_or_the_output_row_and_the_control_other
     assert not any(torch.equal(retrained[one], retrained[one - 1]) for one in range(3))
 
 
-DIVERGING = {"fine_tune": "learning_rate", "gradient_ascent": "learning_rate", "scrub": "learning_rate",
-             "unsir": "noise_rate impair_rate", "optimised_mask": "sparsity"}  # fmt: skip
+DIVERGING = {"fine_tune": "learning_rate", "scrub": "learning_rate", "unsir": "noise_rate impair_rate",
+             "optimised_mask": "sparsity"}  # fmt: skip
 CASES = [(name, rate) for name, rates in DIVERGING.items() for rate in rates.split()]
 
 

@@ -222,46 +222,33 @@ def tokens() -> nn.Sequential:
     return nn.Sequential(*begin, nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(16, NUM_CLASSES))
 
 
+ENCODER = "i2*16-a4 a4-q8+v4 v4-a4 a4-h6 h6-a4 a4-o3", {1: (4, 4), 2: (4, 4), 4: (4, 4), 5: (4,)}
+# What makes each; whose the columns and the rows of every layer are, by hand: `a3*9-b4`, nine columns of each a, a row
+# of each b; in so many groups, `a4*9-b4/2`, of which each has its own columns and rows; the shape of what is given by
+# layers at which it begins midway.
 NETWORKS = {
-    "mlp": lambda: mlp([128, 6, 5, NUM_CLASSES], False),
-    "biased": lambda: mlp([128, 6, 5, NUM_CLASSES], True),
-    "cnn": lambda: cnn(SIZE, (3, 4), (5, NUM_CLASSES), True, True),
-    "resnet": lambda: resnet(SIZE, (3, 4), 1, NUM_CLASSES),
-    "joined": Joined,
-    "varied": Varied,
-    "grouped": grouped,
-    "averaged": Averaged,
-    "encoder": lambda: Encoder(True),
-    "samples behind": lambda: Encoder(False),
-    "windows": Windows,
-    "mixer": Mixer,
-    "spaced": Spaced,
-    "functional": Functional,
-    "squeezed": Squeezed,
-    "heads": Heads,
-    "tokens": tokens,
-}
-# Whose the columns and the rows of every layer are, by hand: `a3*9-b4`, nine columns of each a, a row of each b; in so
-# many groups, `a4*9-b4/2`, of which each has its own columns and rows.
-ENDS = {
-    "mlp": "i128-a6 a6-b5 b5-o3",
-    "biased": "i128-a6 a6-b5 b5-o3",
-    "cnn": "i2*9-a3 a3*9-b4 b4*4-c5 c5-o3",
-    "resnet": "i2*9-a3 a3*9-b3 b3*9-a3 a3-d4 a3*9-c4 c4*9-d4 d4-o3",
-    "joined": "i2*9-a3 a3-a3 i2-b2 d10*9-c4 a3*3+b2*3-d10/5 c4*4-o3",
-    "varied": "i2*9-a4 a4*6-a4 g4*6-b3 a4-g4/2 b3*6-o3",
-    "grouped": "i2*9-a4 a4*9-b8/4 b8*9-c6/2 c6*4-o3",
-    "averaged": "i2*9-a4 r16-b5 b5+a4-o3",
-    "encoder": "i2*16-a4 a4-q8+v4 v4-a4 a4-h6 h6-a4 a4-o3",
-    "samples behind": "i2*16-a4 a4-q8+v4 v4-a4 a4-h6 h6-a4 a4-o3",
-    "windows": "i2*4-a4 a4-h5 h5-a4 a4-g1 a4-o3",
-    "mixer": "i2*8-a4 t8-u3 u3-s8 a4-h6 h6-a4 a4-o3",
-    "spaced": "i2*5-a6/2 j1*18-b3 a6+b3-c4 c4-o3",
-    "functional": "a4*4-r6 i2*16-a4 r6-o3",
-    "squeezed": "i2*9-a4 a4-s2 s2-b3 s2*9-c3 b3+c3-o3",
-    "heads": "i128-a6 a6-o3 a6-o3",
-    "tokens": "i2*16-a4 a4-b5 b5-c4 c4+c4+c4+c4-o3",
-}
+    "mlp": (lambda: mlp([128, 6, 5, NUM_CLASSES], False), "i128-a6 a6-b5 b5-o3", {1: (6,), 2: (5,)}),
+    "biased": (lambda: mlp([128, 6, 5, NUM_CLASSES], True), "i128-a6 a6-b5 b5-o3", {1: (6,), 2: (5,)}),
+    "cnn": (lambda: cnn(SIZE, (3, 4), (5, NUM_CLASSES), True, True), "i2*9-a3 a3*9-b4 b4*4-c5 c5-o3",
+            {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}),
+    "resnet": (lambda: resnet(SIZE, (3, 4), 1, NUM_CLASSES), "i2*9-a3 a3*9-b3 b3*9-a3 a3-d4 a3*9-c4 c4*9-d4 d4-o3",
+               {1: (3, 8, 8), 2: (3, 8, 8), 3: (3, 8, 8), 5: (3, 8, 8), 6: (4,)}),
+    "joined": (Joined, "i2*9-a3 a3-a3 i2-b2 d10*9-c4 a3*3+b2*3-d10/5 c4*4-o3", {1: (2, 8, 8), 4: (5, 8, 8), 5: (16,)}),
+    "varied": (Varied, "i2*9-a4 a4*6-a4 g4*6-b3 a4-g4/2 b3*6-o3", {1: (4, 4, 4), 4: (18,)}),
+    "grouped": (grouped, "i2*9-a4 a4*9-b8/4 b8*9-c6/2 c6*4-o3", {1: (4, 8, 8), 2: (8, 4, 4), 3: (24,)}),
+    "averaged": (Averaged, "i2*9-a4 r16-b5 b5+a4-o3", {1: (4, 4, 4), 2: (9,)}),
+    "encoder": (lambda: Encoder(True), *ENCODER),
+    "samples behind": (lambda: Encoder(False), *ENCODER),
+    "windows": (Windows, "i2*4-a4 a4-h5 h5-a4 a4-g1 a4-o3", {1: (2, 2, 2, 2, 4), 3: (16, 4), 4: (4,)}),
+    "mixer": (Mixer, "i2*8-a4 t8-u3 u3-s8 a4-h6 h6-a4 a4-o3", {1: (8, 4), 2: (8, 4), 3: (8, 4), 4: (8, 4), 5: (4,)}),
+    "spaced": (Spaced, "i2*5-a6/2 j1*18-b3 a6+b3-c4 c4-o3", {1: (2, 8, 8), 2: (9, 6), 3: (4,)}),
+    "functional": (Functional, "a4*4-r6 i2*16-a4 r6-o3", {0: (16,), 1: (2, 8, 8), 2: (6,)}),
+    "squeezed": (Squeezed, "i2*9-a4 a4-s2 s2-b3 s2*9-c3 b3+c3-o3",
+                 {1: (4, 3, 3), 2: (2, 3, 3), 3: (2, 3, 3), 4: (6, 3, 3)}),
+    "heads": (Heads, "i128-a6 a6-o3 a6-o3", {0: (128,), 1: (6,), 2: (6,)}),
+    "tokens": (tokens, "i2*16-a4 a4-b5 b5-c4 c4+c4+c4+c4-o3", {1: (4, 4), 2: (4, 5), 3: (16,)}),
+}  # fmt: skip
+ENDS = {name: ends for name, (_, ends, _) in NETWORKS.items()}
 COUNTS = {name: len(ends.split()) for name, ends in ENDS.items()}
 LAYERS = [(name, layers) for name, count in COUNTS.items() for layers in ([1], [2], [0, 2], range(count))]
 some_layers = pytest.mark.parametrize("name, layers", LAYERS)
@@ -272,7 +259,7 @@ TRACES: dict[str, Trace] = {}
 
 def classifier_of(name: str) -> HookedClassifier:
     torch.manual_seed(0)
-    network = NETWORKS[name]().double()
+    network = NETWORKS[name][0]().double()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             for values in (module.running_mean, module.bias.data):
@@ -496,18 +483,8 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
     for layers in some[:: 4 if is_large else 1]:
         logits = classifier.begun_before(layers)(classifier.prefix_activations(layers, x))
         assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
-    begins = {
-        "cnn": {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}, "joined": {1: (2, 8, 8), 4: (5, 8, 8), 5: (16,)},
-        "resnet": {1: (3, 8, 8), 2: (3, 8, 8), 3: (3, 8, 8), 5: (3, 8, 8), 6: (4,)}, "varied": {1: (4, 4, 4), 4: (18,)},
-        "mlp": {1: (6,), 2: (5,)}, "biased": {1: (6,), 2: (5,)}, "averaged": {1: (4, 4, 4), 2: (9,)},
-        "grouped": {1: (4, 8, 8), 2: (8, 4, 4), 3: (24,)}, "encoder": {1: (4, 4), 2: (4, 4), 4: (4, 4), 5: (4,)},
-        "samples behind": {1: (4, 4), 2: (4, 4), 4: (4, 4), 5: (4,)}, "functional": {0: (16,), 1: (2, 8, 8), 2: (6,)},
-        "mixer": {1: (8, 4), 2: (8, 4), 3: (8, 4), 4: (8, 4), 5: (4,)}, "spaced": {1: (2, 8, 8), 2: (9, 6), 3: (4,)},
-        "windows": {1: (2, 2, 2, 2, 4), 3: (16, 4), 4: (4,)}, "heads": {0: (128,), 1: (6,), 2: (6,)},
-        "tokens": {1: (4, 4), 2: (4, 5), 3: (16,)},
-        "squeezed": {1: (4, 3, 3), 2: (2, 3, 3), 3: (2, 3, 3), 4: (6, 3, 3)},
-        "resnet18": {1: (64, 8, 8), 2: (64, 8, 8), 19: (512, 1, 1), 20: (512,)},
-    }[name]  # fmt: skip
+    of_resnet18 = {1: (64, 8, 8), 2: (64, 8, 8), 19: (512, 1, 1), 20: (512,)}
+    begins = of_resnet18 if is_large else NETWORKS[name][2]
     assert {layer: tuple(classifier.prefix_activations([layer], x).shape[1:]) for layer in begins} == begins
 
 
@@ -638,7 +615,7 @@ class Unmaskable(nn.Module):
         self.computed, self.split = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(8, 4))
         self.listed, self.head = nn.ParameterList([torch.randn(4, 4)]), nn.Linear(4, NUM_CLASSES)
         self.mingled = nn.Linear(4, 4)
-        self.tied.weight = self.one.weight
+        self.tied.weight, self.second_name = self.one.weight, self.patches  # the latter does no harm
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.twice(self.patches(x)).relu())
