@@ -60,7 +60,7 @@ def predictions_of(model: nn.Module, split: Split) -> Predictions:
     logits = torch.cat([model(images) for images in split.images.split(10_000)])
     for hook in hooks:
         hook.remove()
-    recorded, before = ([each for each in of.values() if each] for of in (hidden, pooled))
+    recorded, before = ([*filter(None, of.values())] for of in (hidden, pooled))
     if len(recorded) == 1:
         recorded = before[-1:] + recorded
     return Predictions(logits.cpu(), tuple(torch.cat(inputs).cpu() for inputs in recorded), split.labels.cpu())

@@ -112,8 +112,8 @@ class Ranking:
         else:
             self._snapshot = last = None  # not two at a time in memory
             names = [*TERMS] if self.gcn is None else [*TERMS, *self.graphs.config.features]
-            key = ("request", self.seed, self.graphs.classes[self.forget_row], step)
-            samples = self.graphs.draw(self.config.group_size, data.seeded(*key))
+            generator = data.seeded("request", self.seed, self.graphs.classes[self.forget_row], step)
+            samples = self.graphs.draw(self.config.group_size, generator)
             self._snapshot = self.graphs.snapshot(samples, names, self.graphs.mask_of(zeroed), self.forget_row)
         self._zeroed = len(zeroed)
         return self._snapshot

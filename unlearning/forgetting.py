@@ -366,11 +366,8 @@ class Forgetting:
         chosen = torch.isin(labels, labels.new_tensor([label, *judgement.kept]))
         samples = self.train[chosen]
         if self.erase:
-            images = self.custom.images[chosen]
-            about = {"start": way[-1], "progress": self.progress}
-            about["inputs"] = (
-                images if images.is_floating_point() else None
-            )  # of indices, as of words, what is recorded
+            images, about = self.custom.images[chosen], {"start": way[-1], "progress": self.progress}
+            about["inputs"] = images if images.is_floating_point() else None  # of words what is recorded
             mask, found[label] = erased(classifier, samples, label, Erasing.configured(), self.seed, **about)
             way.append(mask)
             return ""
