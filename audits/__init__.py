@@ -34,6 +34,7 @@ class AuditConfig:
     enabled: bool
     # Beside the linear ones, which always run; `hidden`: at the layers before the last, too.
     probes: tuple[Literal["two_layer", "neighbours", "hidden"], ...]
+    samples: Count | None
     relearn_steps: Count  # at most
     relearn_from: tuple[Count, ...]  # so few samples of every class, too
 
@@ -77,6 +78,9 @@ class Audit:
     retrained: nn.Module | None
 
     def __post_init__(self) -> None:
+        self.train, count = self.data.train, self.config.samples
+        if count is not None:
+            self.train = some_of_every_class(self.train, count, "audit", self.seed)
         before = predictions_of(self.original, self.data.test)
         self.goal = 50 * before.correct[before.labels == self.forget_class].mean().item()
         self.reference = None if self.retrained is None else predictions_of(self.retrained, self.data.test)
@@ -88,7 +92,7 @@ class Audit:
         the class's score is half of the original's; of a loss that is infinite there is nothing to learn: null.
         """
         label, seed, data = self.forget_class, self.seed, self.data
-        train = predictions_of(model, data.train)
+        train = predictions_of(model, self.train)
         test = predictions_of(model, data.test)
         changed = sum(int((one != other).sum()) for one, other in zip(model.weights, self.original.weights))
         if train.has_diverged or test.has_diverged:

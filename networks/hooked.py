@@ -69,7 +69,7 @@ class HookedClassifier(nn.Module):
         self.eval()
         self.trace = example if isinstance(example, Trace) else Trace(network, example)
         self.names = [*self.trace.layers]
-        self.bfloat16 = bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.bfloat16 = bfloat16
         self._is_begun = False
 
     @property
@@ -114,7 +114,8 @@ class HookedClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes)."""
         run = (lambda x: self.outputs(x)[1]) if self._is_begun else self.network
-        if self.training and self.bfloat16:
+        of_processor = images.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if self.training and self.bfloat16 and of_processor:
             with torch.autocast(images.device.type, torch.bfloat16):
                 return run(images).float()
         return run(images) if torch.is_grad_enabled() else torch.cat([*map(run, images.split(self.samples_at_once))])

@@ -29,7 +29,7 @@ from mimu.networks.architectures import VisionTransformer, cnn, resnet
 from mimu.trainer import Trainer
 
 FORGET = 1
-CONFIG = AuditConfig(enabled=True, probes=(), relearn_steps=40, relearn_from=())
+CONFIG = AuditConfig(enabled=True, probes=(), samples=None, relearn_steps=40, relearn_from=())
 
 
 @pytest.fixture(autouse=True)
