@@ -7,15 +7,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
+from statistics import fmean, stdev
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from conftest import TRACKED, copy_to
 from running import PROJECT, of_copy
+from scipy.stats import norm
 
-SCRIPTS = ("build", "tune", "bar", "own")
+from mimu.data import seeded
+
+SCRIPTS = ("build", "tune", "bar", "own", "shadow")
 PRETRAIN = {"pretrain"}
 OWN = {"own_layers", "own_several", "own_networks", "own_kinds", "own_few", "choice"}
 TUNING = {"tuning", "tuning_erasure", "tuning_cnn", "tuning_resnet", "tuning_cifar10"}
@@ -134,7 +140,7 @@ def test_stale_blocks_are_named_with_their_pages(pages):
     edit(pages, "configs/methods.yaml", lambda text: text.replace("row: 0.0 ", "row: 0.5 "))
     command = [sys.executable, "docs/build.py", "--stale"]
     done = subprocess.run(command, cwd=pages, env=of_copy(pages), capture_output=True, text=True)
-    with_damp = ["docs/erasure.md: erasure", "docs/few.md: few", "docs/methods.md: baselines"]
+    with_damp = ["docs/erasure.md: erasure", "docs/few.md: few", "docs/methods.md: baselines", "docs/shadow.md: shadow"]
     assert (done.returncode, sorted(done.stdout.splitlines())) == (1, with_damp), done.stderr
 
 
@@ -208,6 +214,44 @@ def test_the_nearest_of_the_candidates_that_forget_and_keep_is_chosen(pages):
     far, near, leaves, loses = (tune.Trial({}, forget, retain, distance) for forget, retain, distance in of)
     assert tuning.best([far, near, leaves, loses]) is near
     assert tuning.best([leaves, loses]) is leaves  # half a point is missing, not a whole one
+
+
+def test_the_attack_by_shadow_models_leaves_each_pair_out_of_its_gaussians(pages):
+    shadow = importlib.import_module("shadow")
+    kinds = 3 * torch.randn(2, 5, 4, generator=seeded("kinds")).double()
+    kinds[1] += 4.0
+
+    def density(kind: int, pair: int, sample: int, x: float) -> float:
+        others = [*kinds[kind, :pair, sample].tolist(), *kinds[kind, pair + 1 :, sample].tolist()]
+        return norm(fmean(others), stdev(others)).logpdf(x)
+
+    right = torch.zeros(5, 4, 2)
+    for pair, sample, kind in product(range(5), range(4), range(2)):
+        own, other = (density(each, pair, sample, kinds[kind, pair, sample].item()) for each in (kind, 1 - kind))
+        right[pair, sample, kind] = float(own > other)
+    torch.testing.assert_close(shadow.likelihood_ratio_attack(*kinds), right.mean((1, 2)).double())
+
+
+@pytest.mark.parametrize("mean, deviation", [(0.0, 1.0), (1.5, 1.0), (0.0, 3.0)])
+def test_the_attack_by_shadow_models_reaches_the_best_accuracy_that_there_is(pages, mean, deviation):
+    shadow = importlib.import_module("shadow")
+    members, others = torch.randn(2, 200, 500, generator=seeded("known")).double()
+    x = torch.linspace(-40, 40, 100_001).double()
+    apart = abs(norm(0, 1).pdf(x) - norm(mean, deviation).pdf(x))
+    best = 0.5 + torch.trapezoid(torch.from_numpy(apart), x).item() / 4  # half the total variation
+    found = shadow.likelihood_ratio_attack(members, mean + deviation * others)
+    assert found.mean().item() == pytest.approx(best, abs=0.006)
+    assert shadow.likelihood_ratio_attack(members, members).tolist() == [0.5] * 200
+
+
+def test_the_models_of_a_pair_are_told_apart_by_which_of_them_had_a_sample(pages, monkeypatch):
+    shadow = importlib.import_module("shadow")
+    data = SimpleNamespace(train=SimpleNamespace(labels=torch.tensor([9, 3] * 50)))
+    had = lambda _, data, chosen, seed: {"retrain": chosen[data.train.labels == 9].double()}  # noqa: E731
+    monkeypatch.setattr(shadow, "load_image_data", lambda *_: data)
+    monkeypatch.setattr(shadow, "odds_by_method", had)
+    with_it, without_it = shadow.measured([])["retrain"]
+    assert with_it.shape == (shadow.PAIRS, 50) and with_it.all() and not without_it.any()
 
 
 def test_the_configs_have_the_candidates_that_were_chosen(pages):
