@@ -506,7 +506,7 @@ CHANGES = (
     "classifier.channels=[3, 4]", "classifier.hidden_sizes=[5]", "classifier.batch_size=8", "classifier.epochs=2",
     "classifier.batch_norm=true", "graphs.mask_layer=null",
 )  # fmt: skip
-TINY = {"epochs": 1, "batch_size": 8, "steps": 3, "samples": 12, "noise_steps": 2, "noise_batches": 1}
+TINY = {"epochs": 1, "batch_size": 8, "steps": 3, "samples": 12}
 
 
 TINY_VIT = "classifier.channels=[4]", "classifier.hidden_sizes=[5]", "classifier.heads=2", "classifier.patch=4"
