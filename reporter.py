@@ -28,9 +28,8 @@ COLORS = {
     "magnitude": "#BCBD22", "optimised_mask": "#332288", "saliency": "#CC79A7", "first_order": "#E8BFD6",
     "saliency_contrast": "#9A4F7C", "output_row": "#E69F00", "logit_removed": "#F0C75E", "sft": "#D55E00",
     "salun": "#8F3F00", "fine_tune": "#8C564B", "neg_grad_plus": "#5A2E26", "delete": "#B8860B", "ssd": "#7E4FA8",
-    "scrub": "#BC8FDB", "unsir": "#AA4499", "damp": "#2E8B57", "svd": "#6B8E23", "esc": "#B22222", "pour": "#4682B4",
-    "erase": "#DC267F", "cola": "#17BECF", "retrain_third": "#F0E442", "eu_k": "#A6761D", "cmf": "#6A5ACD",
-    "esc_t": "#E57373",
+    "scrub": "#BC8FDB", "damp": "#2E8B57", "svd": "#6B8E23", "esc": "#B22222", "pour": "#4682B4", "erase": "#DC267F",
+    "cola": "#17BECF", "retrain_third": "#F0E442", "eu_k": "#A6761D", "cmf": "#6A5ACD", "esc_t": "#E57373",
 }  # fmt: skip
 FORMATS = ("png", "pdf", "svg")
 FREE_COLORS = ("#DDCC77", "#999933", "#56B4E9", "#44AA99", "#117733", "#882255")  # lines by hand: from the last on

@@ -156,15 +156,11 @@ class Config:
         """What is scored, in words."""
         return f"{self.held_out} held-out training samples" if self.held_out else "the test split"
 
-    @cached_property
-    def masked_shapes(self) -> list[tuple[int, ...]]:
-        """The shape of every masked weight. Raises ValueError where mask_layer is not there."""
-        return [self.shapes[layer] for layer in resolve_mask_layer(self.graphs.mask_layer, len(self.shapes))]
-
     @property
     def num_vertices(self) -> int:
         """The number of masked weights. Raises ValueError where mask_layer is not there."""
-        return sum(map(math.prod, self.masked_shapes))
+        masked = resolve_mask_layer(self.graphs.mask_layer, len(self.shapes))
+        return sum(math.prod(self.shapes[layer]) for layer in masked)
 
     @property
     def seeds(self) -> tuple[int, ...]:

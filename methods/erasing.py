@@ -193,8 +193,8 @@ class Edit:
                 left = weight.flatten(1) @ right
             self.masks[name] = LayerMask(keep, left, right)
         is_few = int((samples.labels[:known] == label).sum()) < FEWEST
-        rows = [self.masks[last].right]
-        self.learned = rows if is_few else [*(self.masks[name].left for name in layers if name != last), *rows]
+        hidden = [] if is_few else layers[:-1]
+        self.learned = [*(self.masks[name].left for name in hidden), self.masks[last].right]
         for each in self.learned:
             each.requires_grad_()
         self.classifier, self.given, self.read = classifier, [samples.images], None

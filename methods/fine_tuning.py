@@ -40,15 +40,6 @@ def draws(request: Request, name: str) -> torch.Generator:
     return seeded(name, request.seed, request.forget_class)
 
 
-def joined(*splits: Split) -> Split:
-    return Split(torch.cat([split.images for split in splits]), torch.cat([split.labels for split in splits]))
-
-
-def random_part(split: Split, share: Share, generator: torch.Generator) -> Split:
-    """A random share of the samples."""
-    return next(split.batches(max(1, round(share * len(split.labels))), generator))
-
-
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
     """KL(target || prediction) in nats, mean over the batch; both are logits (batch, classes)."""
     return F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True)
@@ -114,7 +105,7 @@ def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> 
 @further("salun", paper="Fan et al. 2023, arXiv:2310.12508")
 def salun(request: Request, *, config: FineTuning, share: Share) -> nn.Module:
     """SalUn: fine-tuning with random labels of the share of weights alone that has the largest forget gradient."""
-    classifier, forget = request.classifier, request.forget
+    classifier, forget, retain = request.classifier, request.forget, request.retain
     at_once = classifier.recorded_at_once(())
     for images, labels in zip(forget.images.split(at_once), forget.labels.split(at_once)):
         (F.cross_entropy(classifier(images), labels) * len(labels) / len(forget.labels)).backward()
@@ -124,7 +115,7 @@ def salun(request: Request, *, config: FineTuning, share: Share) -> nn.Module:
     for parameter, each in zip(classifier.parameters(), saliency):
         parameter.register_hook((each >= threshold).float().mul)  # of its gradient
     labels = other_labels(forget.labels, request.graphs.num_classes, draws(request, "random labels"))
-    samples = joined(request.retain, Split(forget.images, labels))
+    samples = Split(torch.cat([retain.images, forget.images]), torch.cat([retain.labels, labels]))
     return config.train(classifier, samples, draws(request, "salun"))
 
 
@@ -225,39 +216,6 @@ def eu_k(request: Request, *, config: FineTuning, layers: Count) -> nn.Module:
     config.train(classifier, request.retain, draws(request, "eu_k"), torch.optim.Adam)
     network.load_state_dict(kept, strict=False)  # means and variances of batch normalisation
     return classifier.requires_grad_(True)
-
-
-@further("unsir", paper="Tarun et al. 2021, arXiv:2111.08947", needs="retain set")
-def unsir(
-    request: Request,
-    *,
-    noise_steps: Count,
-    noise_rate: Positive,
-    noise_penalty: NonNegative,
-    batch_size: Count,
-    noise_batches: Count,
-    retain_share: Share,
-    impair_rate: Positive,
-    repair_rate: Positive,
-) -> nn.Module:
-    """UNSIR: an epoch on retain samples and on noise that maximises the class's loss (impair), one without it (repair).
-
-    The noise is a batch of images of the forget class, made by Adam on -L + penalty E[|noise|^2]; the epochs use Adam.
-    """
-    classifier = request.classifier
-    generator = draws(request, "unsir")
-    images = request.train.images
-    noise = torch.randn(batch_size, images.shape[1], generator=generator).to(images.device).requires_grad_()
-    labels = torch.full((batch_size,), request.forget_class, device=images.device)
-    optimizer = torch.optim.Adam([noise], noise_rate)
-    for step in range(noise_steps):
-        loss = -F.cross_entropy(classifier(noise), labels) + noise_penalty * noise.square().sum(1).mean()
-        descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.unsir")
-    noisy = Split(noise.detach().repeat(noise_batches, 1), labels.repeat(noise_batches))
-    retain = random_part(request.retain, retain_share, generator)
-    for samples, learning_rate in ((joined(retain, noisy), impair_rate), (retain, repair_rate)):
-        FineTuning(1, batch_size, learning_rate).train(classifier, samples, generator, torch.optim.Adam)
-    return classifier
 
 
 @further("delete", paper="Zhou et al. 2025, arXiv:2503.23751", needs="forget set")

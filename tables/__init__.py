@@ -20,8 +20,6 @@ FIGURES = (
     "summary", "mask_efficacy", "trade_off", "masks", "audits", "variants", "frontier",
 )  # fmt: skip
 REPORTS = ("summary.md", "variants.md", *map(".".join, product(FIGURES, FORMATS)))
-
-
 # By variants ("" without them) and top_k: the settings of figures, and the JSON of experiments. Figures that compare
 # variants have the settings of the first.
 Results = Mapping[tuple[str, int], tuple[ReporterConfig, Sequence[Path]]]

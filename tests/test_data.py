@@ -14,16 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import (
-    HIDDEN,
-    IN_FEATURES,
-    NUM_CLASSES,
-    Group,
-    assert_by_hand,
-    graph_config,
-    graph_generator,
-    random_split,
-)
+from conftest import IN_FEATURES, NUM_CLASSES, Group, assert_by_hand, graph_config, graph_generator, random_split
 from PIL import Image
 from running import write_image
 from scipy.io import savemat
@@ -311,7 +302,7 @@ def graphs_of(present: list[int], mask_layer: int | None = -2, size: tuple[int, 
     torch.manual_seed(0)
     split = random_split(dtype=torch.float64, num_classes=4)
     split = split[torch.isin(split.labels, torch.tensor(present))]
-    classifier = HookedMNISTClassifier(HIDDEN, IN_FEATURES, 4)
+    classifier = HookedMNISTClassifier((6, 5), IN_FEATURES, 4)
     if size:
         first, grouped = nn.Conv2d(size[0], 14, 3, 1, 1, groups=size[0]), nn.Conv2d(14, 6, 3, 1, 1, groups=2)
         behind = nn.Flatten(), nn.Linear(42 // size[0], 4)

@@ -119,17 +119,12 @@ def test_words_plots_and_pages_make_no_block_stale(pages, before):
     assert changed(before) == set()
 
 
-OF_GCN = [
-    ("gcn.pt", {"transfer", "few", "benchmark", "tuning", "own_layers", "cifar10"}, {"all_digits", *PRETRAIN}),
-]
-
-
-@pytest.mark.parametrize("gcn, taken_by, not_by", OF_GCN)
-def test_another_tracked_gcn_makes_what_takes_it_stale(pages, before, gcn, taken_by, not_by):
-    path = pages / "checkpoints" / "pretrained" / gcn
+def test_another_tracked_gcn_makes_what_takes_it_stale(pages, before):
+    path = pages / "checkpoints" / "pretrained" / "gcn.pt"
     path.write_bytes(path.read_bytes() + b"0")
     stale = changed(before)
-    assert taken_by <= stale and not not_by & stale, stale
+    assert stale >= {"transfer", "few", "benchmark", "tuning", "own_layers", "cifar10"}
+    assert not stale & {"all_digits", *PRETRAIN}
 
 
 def test_stale_blocks_are_named_with_their_pages(pages):

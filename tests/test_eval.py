@@ -34,12 +34,8 @@ def make_eval(folder, test=None, asked=KAPPA, mask_layer=-2, audit=None, draw=No
     return Eval(request, data, metrics, mask, {"id": "metrics", "seconds": {"gcn": 1.5}}, {}, audit, draw)
 
 
-def weights_of(model) -> list[torch.Tensor]:
-    return model.weights
-
-
 def answers(scored: Eval) -> dict[str, list[torch.Tensor]]:
-    return {name: weights_of(scored._answer(name).model) for name in scored.names}
+    return {name: scored._answer(name).model.weights for name in scored.names}
 
 
 def test_metrics_are_sums_over_the_test_samples_divided_by_their_number(tmp_path):
@@ -125,7 +121,7 @@ def test_a_method_or_keep_mask_that_asks_for_the_test_split_fails(tmp_path, regi
 
 
 def filled(model, value):
-    weights_of(model)[0].data.fill_(value)
+    model.weights[0].data.fill_(value)
     return model
 
 
@@ -148,9 +144,9 @@ def test_the_methods_are_what_they_say(tmp_path):
     scored = make_eval(tmp_path, methods=(*CORE, "saliency"))
     request = scored.request
     request.classifier.weights[0].data.zero_()  # a copy
-    weights, original = answers(scored), weights_of(trained_problem()[2])
-    alone = weights_of(request.trainer.train(request.train.retain(FORGET), NUM_CLASSES))
-    again = weights_of(replace(request, train=request.train[:20], trained_on=request.train).retrained(0).model)
+    weights, original = answers(scored), trained_problem()[2].weights
+    alone = request.trainer.train(request.train.retain(FORGET), NUM_CLASSES).weights
+    again = replace(request, train=request.train[:20], trained_on=request.train).retrained(0).model.weights
     same = [(weights["original"], original), (weights["retrain"], alone), (again, alone)]
     for found, expected in [*same, (weights["saliency"], weights["mimu"])]:  # its GCN is untrained
         assert all(torch.equal(w, v) for w, v in zip(found, expected, strict=True))
@@ -229,7 +225,7 @@ def test_every_answer_is_audited_beside_the_original_and_the_retrained_if_it_is_
 
     def audit(original, retrained):
         given.extend([original, retrained])
-        return lambda model: {"sum": sum(weight.sum().item() for weight in weights_of(model)), "far": float("inf")}
+        return lambda model: {"sum": sum(weight.sum().item() for weight in model.weights), "far": float("inf")}
 
     scored = make_eval(tmp_path, methods=methods, audit=audit)
     results = scored.eval()

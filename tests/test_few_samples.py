@@ -104,19 +104,13 @@ def test_a_single_sample_that_others_classify_wrongly_is_no_class_to_forget(mode
 
 
 def test_a_class_with_few_samples_leaves_those_of_the_others(model):
-    graphs_of = lambda split: GraphGenerator(trained_classifier(), split, patient_gcn().graphs, 0)  # noqa: E731
-    graphs = graphs_of(of_each(50, 3, 20))
+    graphs = GraphGenerator(trained_problem()[2], of_each(50, 3, 20), patient_gcn().graphs, 0)
     expected = [[*range(50)], [50, 51, 52] * 16 + [50, 51], [*range(53, 73), *range(53, 73), *range(53, 63)]]
     assert graphs.by_class().tolist() == expected and len(graphs) == 73
     mask = asked(model, of_each(200, 200, 1), **FREE)[0]
     with mask.applied_to(model):
         forget, retain = scores(model, TEST, 1)
     assert forget < 5 and retain > 80
-
-
-@cache
-def trained_classifier():
-    return trained_problem()[2]
 
 
 def test_a_class_with_a_sample_or_two_leaves_the_bounds_of_the_others(model):
@@ -199,18 +193,14 @@ def coloured_shapes(count: int, seed: int) -> Split:
     return Split((torch.where(inside[:, None], 0.4 + 0.6 * colour, ground) - 0.4).flatten(1), labels)
 
 
-def network_of_shapes() -> nn.Sequential:
+@cache
+def fitted() -> nn.Module:
+    torch.manual_seed(0)
     convolutions = [nn.Unflatten(1, (3, 32, 32)), nn.Conv2d(3, 8, 5, 2), nn.ReLU(), nn.Conv2d(8, 16, 5, 2), nn.ReLU()]
     head = [nn.Linear(400, 60), nn.ReLU(), nn.Linear(60, 30), nn.ReLU(), nn.Linear(30, 4)]
-    return nn.Sequential(*convolutions, nn.Flatten(), *head)
-
-
-@cache
-def fitted(count: int = 200) -> nn.Module:
-    torch.manual_seed(0)
-    model = network_of_shapes()
+    model = nn.Sequential(*convolutions, nn.Flatten(), *head)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    return learn(model, coloured_shapes(count, 0), 25, 50, optimizer, seeded("shapes"))
+    return learn(model, coloured_shapes(200, 0), 25, 50, optimizer, seeded("shapes"))
 
 
 @pytest.mark.parametrize("forget_class", [0, 2])

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import operator
-import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -218,11 +217,8 @@ def interrupted(act: Callable[[], object], at: int) -> bool:
 
 def seen(model: nn.Module) -> list:
     x = torch.linspace(-1, 1, 12).view(4, 3)
-    return [
-        model(x).tolist(),
-        list(model.state_dict()),
-        *((type(each).__name__, *vars(each)) for each in model.modules()),
-    ]
+    modules = [(type(each).__name__, *vars(each)) for each in model.modules()]
+    return [model(x).tolist(), list(model.state_dict()), *modules]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -329,10 +325,7 @@ def test_parts_that_are_no_matrices_of_numbers_are_refused_in_a_line(parts, tmp_
 
 def test_where_no_mask_can_be_is_said_in_a_line(tmp_path):
     mask = lower_left(network())
-    for path, line in (
-        (None, "^None: is not a mask .*$"),
-        (tmp_path / "no.pt", f"^{re.escape(str(tmp_path))}/no.pt: cannot be read "),
-    ):
+    for path, line in ((None, "^None: is not a mask .*$"), (tmp_path / "no.pt", "/no.pt: cannot be read ")):
         with pytest.raises(ArtifactError, match=line):
             Mask.load(path)
     weights = mask.origins[FIRST]

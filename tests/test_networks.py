@@ -10,16 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import (
-    NUM_CLASSES,
-    Group,
-    assert_by_hand,
-    graph_config,
-    log_odds,
-    mask_of,
-    random_classifier,
-    random_split,
-)
+from conftest import NUM_CLASSES, Group, assert_by_hand, graph_config, log_odds, mask_of, random_classifier
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
@@ -343,12 +334,6 @@ def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(na
         assert torch.allclose(gradient, of_edges, rtol=1e-9, atol=1e-10)
 
 
-def gradients_by_layer(classifier: HookedClassifier, values: Tensor) -> list[Tensor]:
-    """The gradients of every sample's value by the weights of the layers, (samples, *shape) of each."""
-    rows = [torch.autograd.grad(value, classifier.weights, retain_graph=True) for value in values]
-    return [torch.stack(of_layer) for of_layer in zip(*rows)]
-
-
 @pytest.mark.parametrize("begins", [None, [1, 2]], ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_recorded_gradients_of_kernels_are_those_of_autograd_one_sample_at_a_time(name, begins):
@@ -359,7 +344,8 @@ def test_recorded_gradients_of_kernels_are_those_of_autograd_one_sample_at_a_tim
     record = begun.record(inputs, split.labels, layers)
     pairs = zip(split.images, split.labels.tolist())
     odds = torch.stack([log_odds(classifier.network, x, label, [0, 1, 2]) for x, label in pairs])
-    singles = gradients_by_layer(classifier, odds)
+    by_sample = [torch.autograd.grad(value, classifier.weights, retain_graph=True) for value in odds]
+    singles = [torch.stack(of_layer) for of_layer in zip(*by_sample)]
     assert torch.allclose(record.log_odds, odds) and torch.equal(record.kept_log_odds, record.log_odds)
     for index, layer in zip(layers, record.layers, strict=True):
         delta, a, single = layer.log_odds_gradient, layer.inputs, singles[index]
@@ -460,8 +446,8 @@ def test_a_trace_serves_every_network_of_its_architecture(name):
     assert not torch.allclose(other.network(split.images), classifier.network(split.images), rtol=1e-3)
 
 
-def test_classifiers_of_one_config_share_a_trace_and_making_one_draws_its_own_weights_alone():
-    split, config = random_split(), configured("mlp")
+def test_classifiers_of_one_config_share_a_trace_and_making_one_draws_its_own_weights_alone(split):
+    config = configured("mlp")
     one, other = (Trainer(config.classifier, seed).initial(split.images, NUM_CLASSES) for seed in (0, 1))
     assert one.trace is other.trace and not torch.equal(one.weights[0], other.weights[0])
     states = []
@@ -520,7 +506,7 @@ CHANGES = (
     "classifier.channels=[3, 4]", "classifier.hidden_sizes=[5]", "classifier.batch_size=8", "classifier.epochs=2",
     "classifier.batch_norm=true", "graphs.mask_layer=null",
 )  # fmt: skip
-TINY = {"epochs": 1, "batch_size": 8, "steps": 3, "samples": 12, "noise_steps": 2, "noise_batches": 1}
+TINY = {"epochs": 1, "batch_size": 8, "steps": 3, "samples": 12}
 
 
 TINY_VIT = "classifier.channels=[4]", "classifier.hidden_sizes=[5]", "classifier.heads=2", "classifier.patch=4"

@@ -389,11 +389,6 @@ def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(problem, step, t
     assert not any(map(parametrize.is_parametrized, graphs.classifier.modules()))
 
 
-def as_classified(graphs: GraphGenerator, label: int) -> Split:
-    images = graphs.samples.images
-    return Split(images, graphs.classifier(images).argmax(1)).forget(label)
-
-
 ENDINGS = [(0, 101, 99, 4, True), (0, 1e-9, 99, 20, False), (0, 1e-9, 8, 8, False), (5, 1e-9, 99, 25, False),
            (28, 1e-9, 99, 30, False), (30, 101, 99, 30, False)]  # fmt: skip
 
@@ -401,7 +396,8 @@ ENDINGS = [(0, 101, 99, 4, True), (0, 1e-9, 99, 20, False), (0, 1e-9, 8, 8, Fals
 @pytest.mark.parametrize("gone, target, stops_at, kappa, is_forgotten", ENDINGS)
 def test_auto_stops_where_it_forgets_where_it_is_too_much_or_gives_up(gone, target, stops_at, kappa, is_forgotten):
     graphs = graph_generator()
-    forget = as_classified(graphs, 0)
+    images = graphs.samples.images
+    forget = Split(images, graphs.classifier(images).argmax(1)).forget(0)
     order = zeroing_order(graphs, zeroed=torch.arange(gone), target=target)
     found = order.answer("auto", forget, lambda zeroed: len(zeroed) >= stops_at)
     assert found.vertices[:gone].tolist() == list(range(gone)) and len(found.vertices) == kappa
