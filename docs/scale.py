@@ -1,7 +1,7 @@
 """What a request costs as the network grows: `uv run docs/scale.py`; it writes docs/scale.md.
 
-All of it takes twelve minutes of one core. With a network, its image size, the number of classes, the samples of each,
-and a request, as in `uv run docs/scale.py resnet18 32 10 25 mask`, it measures that request in this process.
+With a network, its image size, the number of classes, the samples of each and a request, as in
+`uv run docs/scale.py resnet18 32 10 25 mask`, it measures that request in this process.
 """
 
 from __future__ import annotations
