@@ -472,6 +472,7 @@ MEASUREMENTS = {
     "coverage": Measurement(coverage, ["--with timm --with transformers docs/coverage.py"], code=["networks/*.py"]),
     "bar": Measurement(by_script, ["docs/bar.py"], [ERASING]),
     "shadow": Measurement(by_script, ["docs/shadow.py"], [f"{BY_PRETRAINED} eval.methods=all"]),
+    "scale": Measurement(by_script, ["docs/scale.py"], [BY_PRETRAINED, ERASING], UNLEARN_CODE),
     "tuning": Measurement(by_script, ["docs/tune.py"], ["docs/tuning.yaml"]),
     "tuning_erasure": Measurement(by_script, ["docs/tune.py erasure"], ["docs/tuning_erasure.yaml"]),
     "tuning_cnn": Measurement(by_script, ["docs/tune.py cnn"], ["docs/tuning_cnn.yaml"]),

@@ -21,7 +21,7 @@ from scipy.stats import norm
 
 from mimu.data import seeded
 
-SCRIPTS = ("build", "tune", "bar", "own", "shadow")
+SCRIPTS = ("build", "tune", "bar", "own", "shadow", "scale")
 PRETRAIN = {"pretrain"}
 OWN = {"own_layers", "own_several", "own_networks", "own_kinds", "own_few", "choice"}
 TUNING = {"tuning", "tuning_erasure", "tuning_cnn", "tuning_resnet", "tuning_cifar10"}
@@ -72,7 +72,7 @@ ONLY, ALL_BUT = set.intersection, set.difference
 CHANGES = {
     "a function of a method": ("methods/fine_tuning.py", other_body, ALL_BUT, {"coverage", *PRETRAIN}),
     "a function of the training": ("trainer.py", other_body, ALL_BUT, {"coverage"}),
-    "a function for custom models": ("unlearning/forgetting.py", other_body, ONLY, OWN),
+    "a function for custom models": ("unlearning/forgetting.py", other_body, ONLY, {"scale", *OWN}),
     "a function of a script": ("docs/own.py", other_body, ONLY, OWN),
     "the script of tunings": ("docs/tune.py", other_body, ONLY, TUNING),
     "the script of a page": ("docs/bar.py", other_body, ONLY, {"bar"}),
