@@ -130,8 +130,9 @@ class TrainerConfig:
         """
         if self.architecture == "mlp":
             return mlp([math.prod(size), *self.hidden_sizes, num_classes], self.bias)
-        if not self.channels:
-            raise ValueError(f"channels must name at least one for {self.architecture}, not {list(self.channels)}")
+        fewest = 2 if self.architecture == "cnn" and self.blocks > 1 else 1
+        if len(self.channels) < fewest:
+            raise ValueError(f"channels must name {fewest} at least for {self.architecture}, not {list(self.channels)}")
         size = (1, *size) if len(size) == 2 else tuple(size)  # channels, height, width
         if self.architecture == "cnn":
             return cnn(size, self.channels, [*self.hidden_sizes, num_classes], self.bias, self.batch_norm, self.blocks)

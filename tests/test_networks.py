@@ -222,6 +222,8 @@ NETWORKS = {
     "biased": (lambda: mlp([128, 6, 5, NUM_CLASSES], True), "i128-a6 a6-b5 b5-o3", {1: (6,), 2: (5,)}),
     "cnn": (lambda: cnn(SIZE, (3, 4), (5, NUM_CLASSES), True, True), "i2*9-a3 a3*9-b4 b4*4-c5 c5-o3",
             {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}),
+    "cnn of two a stage": (lambda: cnn(SIZE, (3, 4), (5, NUM_CLASSES), False, True, 2),
+                           "i2*9-a3 a3*9-b4 b4*9-c4 c4-d5 d5-o3", {1: (3, 8, 8), 2: (4, 4, 4), 3: (4,), 4: (5,)}),
     "resnet": (lambda: resnet(SIZE, (3, 4), 1, NUM_CLASSES), "i2*9-a3 a3*9-b3 b3*9-a3 a3-d4 a3*9-c4 c4*9-d4 d4-o3",
                {1: (3, 8, 8), 2: (3, 8, 8), 3: (3, 8, 8), 5: (3, 8, 8), 6: (4,)}),
     "joined": (Joined, "i2*9-a3 a3-a3 i2-b2 d10*9-c4 a3*3+b2*3-d10/5 c4*4-o3", {1: (2, 8, 8), 4: (5, 8, 8), 5: (16,)}),
@@ -675,7 +677,7 @@ def test_convolutional_networks_are_those_of_the_config():
     config = configured("cnn", "classifier.channels=[4, 6]", "classifier.hidden_sizes=[9]", "classifier.bias=true")
     assert config.shapes == [(4, 1, 3, 3), (6, 4, 3, 3), (9, 294), (10, 9)] and config.num_vertices == 36 + 216 + 2736
     assert config.architecture == "cnn 1-4-6-9-10 with biases"
-    for channels, message in (([1] * 5, "must be fewer than 5: nothing is left"), ([], "must name at least one for")):
+    for channels, message in (([1] * 5, "must be fewer than 5: nothing is left"), ([], "must name 1 at least for")):
         with pytest.raises(ConfigError, match=rf"^[^\n]*: classifier.channels {message}[^\n]*$"):
             configured("cnn", f"classifier.channels={channels}")
 
