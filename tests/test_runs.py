@@ -126,6 +126,32 @@ def test_a_change_makes_anew_what_depends_on_it_and_nothing_else_and_a_dry_run_s
     assert there(here) == dict.fromkeys(names, 0) and "made with other data: 5" in said_of(here, capsys)
 
 
+def test_a_retrained_classifier_is_kept_with_the_seconds_that_it_took_until_a_run_begins_anew(here, monkeypatch):
+    made, trained = [], Trainer.trained
+
+    def noted(self, train, *others):
+        made.append((self.seed, *train.labels.unique().tolist()))
+        return trained(self, train, *others)
+
+    def seconds() -> float:
+        (path,) = here.glob("eval/*/metrics/*.json")
+        return json.loads(path.read_text())["seconds"]["retrain"]
+
+    monkeypatch.setattr(Trainer, "trained", noted)
+    run_here(here, *TINY)
+    original, without_3, without_5 = (0, *range(10)), (0, *range(3), *range(4, 10)), (0, *range(5), *range(6, 10))
+    took = seconds()
+    assert made == [original, without_3] and took > 0
+    (path,) = here.glob("eval/*/metrics/*.json")
+    path.unlink()
+    run_here(here, *TINY, "eval.methods=[original, mimu, sft, retrain]")
+    assert made == [original, without_3] and seconds() == took
+    run_here(here, *TINY, "sweep.forget_digits=[5]")
+    assert made == [original, without_3, without_5]
+    run_here(here, *TINY, is_fresh=True)
+    assert made == [original, without_3, without_5, original, without_3]
+
+
 def test_a_finished_run_computes_nothing_again_and_what_is_missing_or_damaged_is_made_again(here, capsys, monkeypatch):
     assert said_of(here, capsys) == "seed 0, top-K 128: 0 of 5 files are there\n"
     assert [path.name for path in here.iterdir()] == ["datasets"]

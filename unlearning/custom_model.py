@@ -23,7 +23,7 @@ from mimu.networks.masks import LayerMask, Mask, unwrapped
 from mimu.runs.files import InputError, one_line
 from mimu.unlearning.samples import AT_ONCE, check_finite_rows
 
-TRIED = 64  # samples on which it is seen what a model does
+TRIED = 16  # samples on which it is seen what a model does
 
 
 @contextmanager
