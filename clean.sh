@@ -13,7 +13,7 @@ if command -v flock >/dev/null; then
 fi
 # What killed runs have left half written.
 find checkpoints datasets eval reports -name '*.mimu-partial' -type f -delete 2>/dev/null || true
-rm -f checkpoints/{classifier,gcn,published}_seed_[0-9]*.pt datasets/Graphs/seed_[0-9]*.pt eval/masks/seed_[0-9]*_digit_*.pt
+rm -f checkpoints/{classifier,retrained,gcn,published}_seed_[0-9]*.pt datasets/Graphs/seed_[0-9]*.pt eval/masks/seed_[0-9]*_digit_*.pt
 rm -f "eval/Metrics and Plots/metrics"/seed_[0-9]*_digit_*.json
 rm -rf "eval/Metrics and Plots/plots"/seed_[0-9]*_digit_*
 for folder in reports reports/{,variants/*/}top_k_[0-9]* reports/variants/*; do

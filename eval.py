@@ -73,7 +73,7 @@ class Request:
     orders: in which weights are zeroed, by the name of the method; kept from one kappa to the next
     kept: what methods keep from one request to the next on the same classifier, by names of theirs
     trained_on: what the original was trained on, where a request has fewer samples; for retraining alone
-    checkpoint: from a seed to where the classifier retrained with it is kept; None: nowhere
+    retrain: trains a classifier on samples, or takes one that was trained so before; None: trains it in any case
     """
 
     config: EvalConfig
@@ -89,7 +89,7 @@ class Request:
     orders: dict[str, ZeroingOrder] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     trained_on: Split | None = None
-    checkpoint: Callable[[int], Artifact] | None = None
+    retrain: Callable[[Trainer, Split], Trained] | None = None
 
     @property
     def classifier(self) -> HookedClassifier:
@@ -109,8 +109,8 @@ class Request:
     def retrained(self, seed: int) -> Trained:
         """A classifier trained from scratch as the original was, on all its samples but those of the forget class."""
         samples = (self.trained_on or self.train).retain(self.forget_class)
-        checkpoint = self.checkpoint and self.checkpoint(seed)
-        return replace(self.trainer, seed=seed).kept(samples, self.graphs.num_classes, checkpoint)
+        trainer = replace(self.trainer, seed=seed)
+        return self.retrain(trainer, samples) if self.retrain else trainer.trained(samples, self.graphs.num_classes)
 
     @property
     def other_seed(self) -> int:
@@ -296,7 +296,7 @@ def answer(request: Request, name: str) -> Answer:
             # Steps that were made before, for a smaller kappa, count as spent: of them the clock knows nothing.
             made, seconds, left = request.zeroing(made.vertices), made.seconds, made.left
         if isinstance(made, Trained):
-            made, seconds = made  # before, where its checkpoint is there
+            made, seconds = made  # an earlier run may have trained it
         model, mask = (request.classifier, made) if isinstance(made, Mask) else (made, None)
         if mask is not None:
             mask.apply(model)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from mimu import tables
 from mimu.audits import Audit
 from mimu.configs import Asked, Config, load_variants
-from mimu.data import GraphGenerator, ImageData, is_correct, load_image_data, some_of_every_class
+from mimu.data import GraphGenerator, ImageData, Split, is_correct, load_image_data, some_of_every_class
 from mimu.eval import Eval, Request
 from mimu.images.sources import DataError, checksum
 from mimu.masking.rankings import PRETRAINED, TrainedGCN
@@ -41,7 +41,7 @@ from mimu.networks.hooked import HookedClassifier
 from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, Log, code_of, damaged, digest, locked, save, slug
 from mimu.runs.work import Processes, how_many, peak_bytes
 from mimu.tables import experiment
-from mimu.trainer import TOLERATED, GCNTrainer, Trainer
+from mimu.trainer import TOLERATED, GCNTrainer, Trained, Trainer
 
 # The source files that a classifier, its graphs and its GCN depend on, and those that metrics do.
 TRAINING_CODE = ("main.py", "model.py", "data.py", "trainer.py", "images/*.py", "networks/*.py", "masking/*.py")
@@ -186,6 +186,21 @@ class Stages:
             gcn = trainer.initial()
         return gcn, {"gcn_untrained": is_untrained, "seconds": {"gcn": checkpoint["seconds"]}}
 
+    def retrained(self, training: Training, forget_class: int, trainer: Trainer, samples: Split) -> Trained:
+        """A classifier trained without a class, and the seconds that this took, whichever run it was."""
+        num_classes = len(training.config.source.class_names)
+        artifact = self.files.retrained(training, forget_class, trainer.seed)
+
+        def train() -> dict[str, Any]:
+            model, seconds = trainer.trained(samples, num_classes, artifact)
+            return checkpoint_of(model, training) | {"seed": trainer.seed, "seconds": seconds}
+
+        name = f"retrained without class {forget_class}, {training.name}, from the weights of seed {trainer.seed}"
+        checkpoint = self.made(artifact, name, train)
+        classifier = trainer.initial(samples.images, num_classes)
+        classifier.load_state_dict(checkpoint["state_dict"])
+        return Trained(classifier, checkpoint["seconds"])
+
     def requests(self, training: Training, forget_class: int) -> None:
         """Every experiment on one forget class that is not there, and the plots that are not."""
         config, shared, orders = training.config, {}, {}
@@ -213,7 +228,7 @@ class Stages:
                 orders=orders,
                 kept=self._kept,
                 trained_on=data.train,
-                checkpoint=partial(self.files.retrained, training, forget_class),
+                retrain=partial(self.retrained, training, forget_class),
             )
             paths = self.files.of_training(training) | {"mask": mask}
             about = {
@@ -334,12 +349,13 @@ def begin(stages: Stages, configs: Mapping[str, Config], is_fresh: bool) -> None
         for config in configs.values():
             stages.data(config)  # all of it first, so that a missing or damaged file is told before any work
     if is_fresh:
+        for artifact in artifacts:
+            artifact.path.unlink(missing_ok=True)
         for training in trainings_of(configs):
             for forget_class in training.config.forget_digits:
-                artifacts.append(stages.files.retrained(training, forget_class, "*"))
-        for artifact in artifacts:
-            for path in artifact.path.parent.glob(artifact.path.name):
-                path.unlink()
+                of_any_seed = stages.files.retrained(training, forget_class, "*").path
+                for path in of_any_seed.parent.glob(of_any_seed.name):
+                    path.unlink()
     stages.log(how_many(artifacts))
 
 

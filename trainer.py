@@ -101,7 +101,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """What a classifier is, and how it is trained: on the cross entropy, the rate at last falling linearly to zero."""
+    """What a classifier is, and how it is trained: on the cross entropy, with a rate that falls linearly to zero."""
 
     architecture: Literal["mlp", "cnn", "resnet", "vit"]
     hidden_sizes: tuple[Count, ...]
@@ -153,14 +153,16 @@ class TrainerConfig:
             optimizer = torch.optim.SGD(model.parameters(), self.learning_rate, **nesterov, **decay)
         if not self.warm_up:
             return optimizer, LinearLR(optimizer, 1.0, 0.0, steps)
+        if self.warm_up * steps <= 1:
+            raise TrainingError(f"classifier.warm_up must be 0 or above {1 / steps:.2g}, one of {steps} steps")
         triangle = {"pct_start": self.warm_up, "anneal_strategy": "linear", "cycle_momentum": False}
         return optimizer, OneCycleLR(optimizer, self.learning_rate, steps, **triangle)
 
 
-def varied(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+def augmented(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
     """Images (samples, [channels,] height, width), each moved by up to `shift` pixels, half of them mirrored, too.
 
-    What comes in at an edge are its own pixels again.
+    Where an image is moved away from an edge, the pixels at that edge are repeated.
     """
     count, (height, width), device = len(images), images.shape[-2:], images.device
     moves = torch.randint(2 * shift + 1, (2, count, 1), generator=generator).to(device)
@@ -216,7 +218,9 @@ class Trainer:
 
     config: TrainerConfig
     seed: int
-    size: tuple[int, ...] | None = None  # of the images; None: that they have of pixels, for an mlp without variation
+    size: tuple[int, ...] | None = (
+        None  # of the images; None: that they have of pixels, for an mlp without shift and flip
+    )
 
     def initial(self, images: Tensor, num_classes: int) -> HookedClassifier:
         """The classifier of images (samples, pixels) before its training, on their device."""
@@ -227,18 +231,6 @@ class Trainer:
         classifier = HookedClassifier(network.to(images.device), example, self.config.bfloat16)
         TRACES[of_images] = classifier.trace
         return classifier
-
-    def kept(self, train: Split, num_classes: int, checkpoint: Artifact | None) -> Trained:
-        """The same as `trained`, once: kept in its checkpoint, and taken from there."""
-        if checkpoint is None:
-            return self.trained(train, num_classes)
-        if not checkpoint.is_there:
-            model, seconds = self.trained(train, num_classes, checkpoint)
-            checkpoint.save({"state_dict": model.state_dict(), "seconds": seconds})
-        content = checkpoint.load()
-        classifier = self.initial(train.images, num_classes)
-        classifier.load_state_dict(content["state_dict"])
-        return Trained(classifier, content["seconds"])
 
     def train(self, train: Split, num_classes: int) -> HookedClassifier:
         """The classifier after its training."""
@@ -255,7 +247,7 @@ class Trainer:
 
         def loss(images: Tensor, labels: Tensor) -> Tensor:
             if config.shift or config.flip:
-                images = varied(images.unflatten(1, self.size), config.shift, config.flip, generator).flatten(1)
+                images = augmented(images.unflatten(1, self.size), config.shift, config.flip, generator).flatten(1)
             return F.cross_entropy(classifier(images), labels, label_smoothing=config.label_smoothing)
 
         epochs, size = config.epochs, config.batch_size

@@ -356,19 +356,19 @@ def few(commands: Sequence[str]) -> str:
 
 
 def cifar10(commands: Sequence[str]) -> str:
-    """Every class and method in the field's form, and what other retrained classifiers know of one class."""
+    """Every class and method in the field's form, and what another retrained classifier knows of one class."""
     whole, others = commands
     said = run(whole)
     _, means, _, worst = section("Every method, kappa = auto")
-    scores = {row[0]: row for row in cells(columns_of(means, ("method", *SHORT[1:])))}
-    del scores["method"]
+    scores = {row[0]: row for row in cells(columns_of(means, SHORT))[1:]}
     worst_of, audits = ({row[0]: row[1:] for row in cells(table)} for table in (worst, section("Audits")[1]))
     seconds = {method: float(row[-1].split()[0]) for method, row in scores.items()}
     rows = []
     for method, row in scores.items():
-        share = f"{100 * seconds[method] / seconds['retrain']:.2g}"
+        share = f"{100 * seconds[method] / seconds['retrain']:.3g}"
         rows.append([*row[:2], worst_of[method][0], *row[2:4], worst_of[method][1], *audits[method], row[4], share])
-    header = [*SHORT[:2], "worst class", *SHORT[2:4], "worst class", *audits["method"], SHORT[4], "% of retraining"]
+    worst_names = "forget score, worst class", "against retrain, worst class"
+    header = [*SHORT[:2], worst_names[0], *SHORT[2:4], worst_names[1], *audits["method"], SHORT[4], "% of retraining"]
     again = run(others)
     beside = columns_of(section("Audits")[1], ("method", "IDI"))
     return f"{markdown_table(header, rows)}\n\n{said}.\n\n{beside}\n\n{again}."

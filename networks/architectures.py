@@ -43,7 +43,8 @@ def cnn(
         network.extend(convolution(size[0], read))
     left = (size[1] >> len(channels)) * (size[2] >> len(channels))
     if not left:
-        raise ValueError(f"channels must be fewer than {len(channels)}: nothing is left of {size[1:]} pixels")
+        fewer = len(channels) + (blocks > 1)
+        raise ValueError(f"channels must be fewer than {fewer}: nothing is left of {size[1:]} pixels")
     for n, m in zip([read, *channels], channels):
         network.extend([*convolution(n, m), nn.MaxPool2d(2)])
         for _ in range(1, blocks):

@@ -50,6 +50,15 @@ def is_finite(model: nn.Module) -> bool:
     return all(weight.isfinite().all() for weight in model.state_dict().values())
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 by itself."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
 class HookedClassifier(nn.Module):
     """A network that is run operation by operation, so that it can be looked into.
 
@@ -60,7 +69,7 @@ class HookedClassifier(nn.Module):
     def __init__(self, network: nn.Module, example: Tensor | Trace, bfloat16: bool = False) -> None:
         """example: some images, on which the network is traced, or the trace of another of the same architecture.
 
-        bfloat16: whether it is trained further in mixed precision, where the processor has it
+        bfloat16: whether it runs in mixed precision in training mode, where the processor has bfloat16
 
         Raises ValueError where it cannot be.
         """
@@ -114,8 +123,7 @@ class HookedClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes)."""
         run = (lambda x: self.outputs(x)[1]) if self._is_begun else self.network
-        of_processor = images.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if self.training and self.bfloat16 and of_processor:
+        if self.training and self.bfloat16 and has_bfloat16(images.device):
             with torch.autocast(images.device.type, torch.bfloat16):
                 return run(images).float()
         return run(images) if torch.is_grad_enabled() else torch.cat([*map(run, images.split(self.samples_at_once))])

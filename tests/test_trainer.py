@@ -22,6 +22,7 @@ from mimu.data import GraphGenerator, Split, is_correct, seeded
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import TERMS, MaskingConfig, Ranking, TrainedGCN, ranked, saliency
 from mimu.model import MaskingGCN
+from mimu.networks import hooked
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import Mask
 from mimu.runs.files import Artifact, ArtifactError, InputError, save
@@ -224,19 +225,41 @@ def test_training_is_the_same_with_the_same_seed_alone(split):
     assert not any(torch.equal(one, two) for one, two in zip(first, other))
 
 
-def test_varied_images_are_cuts_of_the_padded_one_or_of_its_mirror_image_and_each_of_them_comes():
+def test_augmented_images_are_cuts_of_the_padded_one_or_of_its_mirror_image_and_each_of_them_comes():
     images = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), "edge")
     expected = [set(), set()]
     for image, (y, x), mirrored in product(range(2), product(range(5), repeat=2), (False, True)):
         cut = padded[image, :, y : y + 4, x : x + 5]
         expected[image].add((cut[..., ::-1] if mirrored else cut).tobytes())
-    generator, found = seeded("varied"), [set(), set()]
+    generator, found = seeded("augmented"), [set(), set()]
     for _ in range(1000):
-        for image, varied in enumerate(trainer.varied(images, 2, True, generator)):
-            found[image].add(varied.numpy().tobytes())
+        for image, augmented in enumerate(trainer.augmented(images, 2, True, generator)):
+            found[image].add(augmented.numpy().tobytes())
     assert found == expected
-    assert torch.equal(trainer.varied(images, 0, False, generator), images)
+    assert torch.equal(trainer.augmented(images, 0, False, generator), images)
+
+
+def test_a_recipe_is_sgd_with_nesterov_momentum_and_weight_decay_on_smoothed_labels_of_augmented_images(split):
+    recipe = {"momentum": 0.5, "weight_decay": 0.1, "label_smoothing": 0.2, "learning_rate": 0.3}
+    steps, exact = 3, replace(split, images=split.images.double())
+    by_recipe = Trainer(trainer_config((6, 5), steps, len(split.labels), **recipe), 0, (1, 7))
+    found = by_recipe.train(split, NUM_CLASSES)
+    expected = by_recipe.initial(split.images, NUM_CLASSES).double()
+    target = 0.8 * F.one_hot(split.labels, NUM_CLASSES) + 0.2 / NUM_CLASSES
+    velocity = [0.0 for _ in expected.weights]
+    for step in range(steps):
+        loss = -(target * expected(exact.images).log_softmax(1)).sum(1).mean()
+        for place, (weight, gradient) in enumerate(zip(expected.weights, grad(loss, expected.weights))):
+            gradient = gradient + 0.1 * weight.detach()
+            velocity[place] = 0.5 * velocity[place] + gradient
+            weight.data -= 0.3 * (1 - step / steps) * (gradient + 0.5 * velocity[place])
+    for one, other in zip(found.weights, expected.weights, strict=True):
+        assert torch.allclose(one.double(), other, atol=1e-5)
+    shifted = replace(by_recipe, config=replace(by_recipe.config, shift=1)).train(split, NUM_CLASSES)
+    assert not torch.allclose(shifted.weights[0], found.weights[0], atol=1e-3)
+    with pytest.raises(TrainingError, match="classifier.warm_up must be 0 or above 0.33, one of 3 steps"):
+        replace(by_recipe, config=replace(by_recipe.config, warm_up=0.33)).train(split, NUM_CLASSES)
 
 
 def test_the_rate_of_a_training_with_a_warm_up_rises_and_falls_to_zero_linearly(split, monkeypatch):
@@ -261,7 +284,8 @@ def test_the_rate_of_a_training_with_a_warm_up_rises_and_falls_to_zero_linearly(
     assert is_correct(classifier(split.images), split.labels).double().mean() > 0.9
 
 
-def test_mixed_precision_is_of_trainings_alone_and_changes_little(split):
+def test_mixed_precision_is_of_trainings_alone_and_changes_little(split, monkeypatch):
+    monkeypatch.setattr(hooked, "has_bfloat16", lambda device: True)
     exact, mixed = (Trainer(trainer_config((6, 5), 3, bfloat16=given), 0) for given in (False, True))
     assert torch.equal(exact.initial(split.images, 3)(split.images), mixed.initial(split.images, 3)(split.images))
     models = [each.train(split, NUM_CLASSES) for each in (exact, mixed)]
