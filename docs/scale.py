@@ -86,6 +86,7 @@ def cost_of(network: str, size: int, classes: int, count: int, request: str) -> 
     samples, seconds, answers = samples_of(images, count), Counter(), {}
     for owner, name in PARTS:
         measure(owner, name, seconds, answers)
+    # What is left in random weights says nothing: one edit, or all of them.
     erasing.Found.is_at_the_bar = property(lambda found: request == "erase")
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     unlearn(model, *samples, 0, erase=request != "mask", max_fall=None, max_class_fall=None)
