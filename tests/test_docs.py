@@ -256,15 +256,19 @@ def test_the_models_of_a_pair_are_told_apart_by_which_of_them_had_a_sample(pages
     assert with_it.shape == (shadow.PAIRS, 50) and with_it.all() and not without_it.any()
 
 
-def test_the_configs_have_the_candidates_that_were_chosen(pages):
+WHERE = [(("tuning", "tuning_erasure"), ("config", "methods")), (("tuning_cifar10",), ("cifar10",))]
+
+
+@pytest.mark.parametrize("blocks, configs", WHERE)
+def test_the_configs_have_the_candidates_that_were_chosen(pages, blocks, configs):
     build, chosen, configured = importlib.import_module("build"), {}, {}
-    for name in ("tuning", "tuning_erasure"):
+    for name in blocks:
         for method, values, *_, mark in build.cells(build.block(name).content):
             chosen |= {method: values} if mark == "chosen" else {}
-    for name in ("config", "methods"):
+    for name in configs:
         settings = yaml.safe_load((PROJECT / "configs" / f"{name}.yaml").read_text())
         configured |= settings["eval"]["hyperparameters"]
-    configured.pop("published")  # as it was published
+    configured.pop("published", None)  # as it was published
     assert set(chosen) - {"mimu"} == set(configured)
     for name, values in configured.items():
         written = {key: f"{value:g}" for key, value in values.items()}
