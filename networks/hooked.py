@@ -171,9 +171,12 @@ class HookedClassifier(nn.Module):
             x = layer.read(self.trace.run(self.network, part, end=given)[given])
             yield x[:, None] if layer.positions is None else x.flatten(1, 2).mT
 
+    @torch.no_grad()
     def mean_inputs(self, index: int, images: Tensor) -> Tensor:
         """The same, its mean over positions (samples, groups * n)."""
-        return torch.cat([x.mean(1) for x in self.layer_inputs(index, images)])
+        layer = self.trace.layers[self.names[index]]
+        given, parts = layer.node.args[0], images.split(self.samples_at_once)
+        return torch.cat([layer.mean_read(self.trace.run(self.network, x, end=given)[given]) for x in parts])
 
     @torch.enable_grad()
     def record(self, images: Tensor, labels: Tensor, layers: Layers, left_out: Sequence[int] = ()) -> Record:

@@ -85,13 +85,26 @@ class Layer:
             return x
         if not self.is_convolution:
             return self._at_once(self.by_sample(x).flatten(1, -2).mT[:, None])
-        node, kernel = self.node, self.shape[2:]
-        x = padded(node, x, kernel)
-        for dim, (size, step, apart) in enumerate(zip(kernel, spread(node, "stride"), spread(node, "dilation")), 2):
-            x = x.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
-        x = x.unflatten(1, (self.groups, -1)).movedim(2, 2 + len(kernel))  # (batch, groups, *places, channels, *kernel)
+        # To (batch, groups, *places, channels, *kernel).
+        x = self.windows(x).unflatten(1, (self.groups, -1)).movedim(2, len(self.shape))
         x = self.by_sample(x.reshape(len(x), self.groups, (self.positions or 1) // self.parts, -1))
         return self._at_once(x.movedim(1, 2).flatten(2, 3).mT)
+
+    def mean_read(self, x: Tensor) -> Tensor:
+        """The mean of `read` over the positions, (samples, groups * n); of a convolution without forming it."""
+        if not self.is_convolution:
+            x = self.read(x)
+            return x if self.positions is None else x.flatten(1, 2).mean(2)
+        places = [*range(2, len(self.shape))]
+        return self.by_sample(self.windows(x).mean(places).flatten(1)).mean(1)
+
+    def windows(self, x: Tensor) -> Tensor:
+        """What a convolution reads at each place, as a view, (batch, channels, *places, *kernel)."""
+        kernel, steps, apart = self.shape[2:], spread(self.node, "stride"), spread(self.node, "dilation")
+        x = padded(self.node, x, kernel)
+        for dim, (size, step, between) in enumerate(zip(kernel, steps, apart), 2):
+            x = x.unfold(dim, between * (size - 1) + 1, step)[..., ::between]
+        return x
 
     def _at_once(self, x: Tensor) -> Tensor:
         """Values (samples, groups, neurons, positions), of a single place those of features (samples, neurons)."""
