@@ -579,7 +579,7 @@ WRONG_SAMPLES = {
     "no pairs": (lambda x, y: (TensorDataset(x, y, y), None), "must be a DataLoader or a data set of pairs"),
     "nan": (with_number(torch.nan, 3), r"inputs\[3\] is not finite"),
     "1e30": (with_number(1e30, 350), r"inputs\[350\] is not finite, or too large to be squared"),
-    "another size": (lambda x, y: (x[:, :5], y), r"model: fails on inputs of shape \(64, 5\)"),
+    "another size": (lambda x, y: (x[:, :5], y), r"model: fails on inputs of shape \(16, 5\)"),
 }
 
 
@@ -600,7 +600,7 @@ WRONG_MODELS = {
     "of kernels": (lambda model: pooled().append(nn.Softmax(1)), "ends in a softmax: give it without"),
     "computed": (then(lambda x: x.softmax(1)), "ends in a softmax: give it without"),
     "a tuple": (then(lambda x: (x, x)), "model must return logits, .*, not tuple"),
-    "one column": (then(lambda x: x[:, 0]), r"must return logits, .*, not a tensor \(64,\)"),
+    "one column": (then(lambda x: x[:, 0]), r"must return logits, .*, not a tensor \(16,\)"),
     "nan logits": (then(lambda x: x / 0 * 0), r"logits\[0\] is not finite, .*, though inputs"),
     "lazy": (lambda model: with_layer(model, "3", lambda _: nn.LazyLinear(12)), "model: 3.weight has no numbers yet"),
     "weight_norm": (lambda model: with_layer(model, "3", parametrizations.weight_norm), NOT_ABLE, "3"),
