@@ -218,9 +218,7 @@ class Trainer:
 
     config: TrainerConfig
     seed: int
-    size: tuple[int, ...] | None = (
-        None  # of the images; None: that they have of pixels, for an mlp without shift and flip
-    )
+    size: tuple[int, ...] | None = None  # of the images; None: of pixels alone, for an mlp without shift and flip
 
     def initial(self, images: Tensor, num_classes: int) -> HookedClassifier:
         """The classifier of images (samples, pixels) before its training, on their device."""
