@@ -359,6 +359,7 @@ def cifar10(commands: Sequence[str]) -> str:
     """Every class and method in the field's form, and what another retrained classifier knows of one class."""
     whole, others = commands
     said = run(whole)
+    take_pictures(trade_off="cifar10")
     _, means, _, worst = section("Every method, kappa = auto")
     scores = {row[0]: row for row in cells(columns_of(means, SHORT))[1:]}
     worst_of, audits = ({row[0]: row[1:] for row in cells(table)} for table in (worst, section("Audits")[1]))
