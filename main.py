@@ -137,20 +137,33 @@ class Stages:
         return self._data[key]
 
     def classifier(self, training: Training, data: ImageData) -> HookedClassifier:
-        config, name = training.config, f"classifier, {training.name}"
-        trainer, num_classes = Trainer(config.classifier, training.seed, config.source.size), len(data.class_names)
-        artifact = self.files.of_training(training)["classifier"]
+        config, artifact = training.config, self.files.of_training(training)["classifier"]
+        trainer = Trainer(config.classifier, training.seed, config.source.size)
+        return self.trained(f"classifier, {training.name}", training, trainer, data.train, artifact, data.test).model
+
+    def retrained(self, training: Training, forget_class: int, trainer: Trainer, samples: Split) -> Trained:
+        """A classifier that never saw a class."""
+        artifact = self.files.retrained(training, forget_class, trainer.seed)
+        name = f"retrained without class {forget_class}, {training.name}, from the weights of seed {trainer.seed}"
+        return self.trained(name, training, trainer, samples, artifact)
+
+    def trained(
+        self, name: str, training: Training, trainer: Trainer, samples: Split, kept: Artifact, test: Split | None = None
+    ) -> Trained:
+        """A classifier, and the seconds that its training took in whichever run it was; test: to say how good it is."""
+        num_classes = len(training.config.source.class_names)
 
         def train() -> dict[str, Any]:
-            classifier = trainer.trained(data.train, num_classes, artifact).model
-            correct = is_correct(classifier(data.test.images), data.test.labels)
-            self.log(f"{name}: {100 * correct.double().mean():.2f} % of {config.split} classified correctly")
-            return checkpoint_of(classifier, training)
+            model, seconds = trainer.trained(samples, num_classes, kept)
+            if test is not None:
+                score = 100 * is_correct(model(test.images), test.labels).double().mean()
+                self.log(f"{name}: {score:.2f} % of {training.config.split} classified correctly")
+            return checkpoint_of(model, training) | {"seed": trainer.seed, "seconds": seconds}
 
-        checkpoint = self.made(artifact, name, train)
-        classifier = trainer.initial(data.train.images, num_classes)
+        checkpoint = self.made(kept, name, train)
+        classifier = trainer.initial(samples.images, num_classes)
         classifier.load_state_dict(checkpoint["state_dict"])
-        return classifier
+        return Trained(classifier, checkpoint["seconds"])
 
     def graphs(self, training: Training, classifier: HookedClassifier, data: ImageData) -> GraphGenerator:
         """The activation graphs: recorded anew where they are read, since that takes less than reading the file."""
@@ -185,21 +198,6 @@ class Stages:
             self.log(f"{name}: its training leaves it {behind:.1f} points behind the formula: taken as it was before")
             gcn = trainer.initial()
         return gcn, {"gcn_untrained": is_untrained, "seconds": {"gcn": checkpoint["seconds"]}}
-
-    def retrained(self, training: Training, forget_class: int, trainer: Trainer, samples: Split) -> Trained:
-        """A classifier trained without a class, and the seconds that this took, whichever run it was."""
-        num_classes = len(training.config.source.class_names)
-        artifact = self.files.retrained(training, forget_class, trainer.seed)
-
-        def train() -> dict[str, Any]:
-            model, seconds = trainer.trained(samples, num_classes, artifact)
-            return checkpoint_of(model, training) | {"seed": trainer.seed, "seconds": seconds}
-
-        name = f"retrained without class {forget_class}, {training.name}, from the weights of seed {trainer.seed}"
-        checkpoint = self.made(artifact, name, train)
-        classifier = trainer.initial(samples.images, num_classes)
-        classifier.load_state_dict(checkpoint["state_dict"])
-        return Trained(classifier, checkpoint["seconds"])
 
     def requests(self, training: Training, forget_class: int) -> None:
         """Every experiment on one forget class that is not there, and the plots that are not."""

@@ -149,8 +149,8 @@ class TrainerConfig:
         if self.momentum is None:
             optimizer = torch.optim.Adam(model.parameters(), self.learning_rate, **decay)
         else:
-            nesterov = {"momentum": self.momentum, "nesterov": self.momentum > 0}
-            optimizer = torch.optim.SGD(model.parameters(), self.learning_rate, **nesterov, **decay)
+            momentum = {"momentum": self.momentum, "nesterov": self.momentum > 0}
+            optimizer = torch.optim.SGD(model.parameters(), self.learning_rate, **momentum, **decay)
         if not self.warm_up:
             return optimizer, LinearLR(optimizer, 1.0, 0.0, steps)
         if self.warm_up * steps <= 1:

@@ -363,22 +363,16 @@ def cifar10(commands: Sequence[str]) -> str:
     _, means, _, worst = section("Every method, kappa = auto")
     scores = {row[0]: row for row in cells(columns_of(means, SHORT))[1:]}
     worst_of, audits = ({row[0]: row[1:] for row in cells(table)} for table in (worst, section("Audits")[1]))
-    seconds = {method: float(row[-1].split()[0]) for method, row in scores.items()}
+    seconds_of = {method: float(row[-1].split()[0]) for method, row in scores.items()}
     rows = []
-    for method, row in scores.items():
-        share = f"{100 * seconds[method] / seconds['retrain']:.3g}"
-        left = audits[method][:-1]  # no time of relearning
-        rows.append([*row[:2], worst_of[method][0], *row[2:4], worst_of[method][1], *left, row[4], share])
-    worst_names = "forget score, worst class", "against retrain, worst class"
-    header = [
-        *SHORT[:2],
-        worst_names[0],
-        *SHORT[2:4],
-        worst_names[1],
-        *audits["method"][:-1],
-        SHORT[4],
-        "% of retraining",
-    ]
+    for method, (_, forget, retain, gap, seconds) in scores.items():
+        worst_forget, worst_gap = worst_of[method]
+        *left, _ = audits[method]  # no time of relearning
+        share = f"{100 * seconds_of[method] / seconds_of['retrain']:.3g}"
+        rows.append([method, forget, worst_forget, retain, gap, worst_gap, *left, seconds, share])
+    worst_forget, worst_gap = "forget score, worst class", "against retrain, worst class"
+    (name, forget, retain, gap, seconds), (*left, _) = SHORT, audits["method"]
+    header = [name, forget, worst_forget, retain, gap, worst_gap, *left, seconds, "% of retraining"]
     again = run(others)
     beside = columns_of(section("Audits")[1], ("method", "IDI"))
     return f"{markdown_table(header, rows)}\n\n{said}.\n\n{beside}\n\n{again}."

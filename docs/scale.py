@@ -69,10 +69,12 @@ def fit_last_layer(model: nn.Module, inputs: Tensor, labels: Tensor) -> None:
     for part in inputs.split(10):
         model(part)
     watch.remove()
-    z = torch.cat(given) / torch.cat(given).std(0).mean()
+    features = torch.cat(given)
+    scale = features.std(0).mean()
+    z = features / scale
     classes, penalty = F.one_hot(labels).double(), RIDGE * z.shape[1] * torch.eye(len(z))
     last.weight.copy_(SCALE * (classes - classes.mean(0)).T @ torch.linalg.solve(z @ z.T + penalty, z))
-    last.weight.div_(torch.cat(given).std(0).mean())
+    last.weight.div_(scale)
     last.bias.zero_()
 
 
