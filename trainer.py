@@ -19,13 +19,14 @@ from mimu.data import FORGETTING_TEMPERATURE, Amount, Count, GraphGenerator, Non
 from mimu.masking.order import ZeroingOrder
 from mimu.masking.rankings import TERMS, MaskingConfig, Ranking, ranked, saliency
 from mimu.model import MaskingGCN, WeightGraph
-from mimu.networks.architectures import VisionTransformer, cnn, mlp, resnet
+from mimu.networks.architectures import VisionTransformer, airbench, cnn, mlp, resnet, whiten
 from mimu.networks.hooked import HookedClassifier, is_finite, log_odds
 from mimu.networks.tracing import Trace
 from mimu.runs.files import Artifact, InputError
 
 LEAST_SPREAD = 1e-6  # standard deviation of scores, which may be all the same
 GRADIENT_NORM = 1.0  # largest norm of a step's gradient of the GCN
+WHITENED_BY = 1000  # images that say how the first kernels of airbench whiten
 SAVED_EVERY = 60.0  # seconds of training, at least, between two writes of how far it is
 COMPARED = 10  # classes, at most, that GCN and formula both forget to be compared
 TOLERATED = 1.0  # points that a GCN may be behind the formula
@@ -103,7 +104,7 @@ class Progress:
 class TrainerConfig:
     """What a classifier is, and how it is trained: on the cross entropy, with a rate that falls linearly to zero."""
 
-    architecture: Literal["mlp", "cnn", "resnet", "vit"]
+    architecture: Literal["mlp", "cnn", "airbench", "resnet", "vit"]
     hidden_sizes: tuple[Count, ...]
     channels: tuple[Count, ...]
     blocks: Count
@@ -130,12 +131,14 @@ class TrainerConfig:
         """
         if self.architecture == "mlp":
             return mlp([math.prod(size), *self.hidden_sizes, num_classes], self.bias)
-        fewest = 2 if self.architecture == "cnn" and self.blocks > 1 else 1
-        if len(self.channels) < fewest:
-            raise ValueError(f"channels must name {fewest} at least for {self.architecture}, not {list(self.channels)}")
+        if not self.channels:
+            raise ValueError(f"channels must name one at least for {self.architecture}")
         size = (1, *size) if len(size) == 2 else tuple(size)  # channels, height, width
+        sizes = [*self.hidden_sizes, num_classes]
         if self.architecture == "cnn":
-            return cnn(size, self.channels, [*self.hidden_sizes, num_classes], self.bias, self.batch_norm, self.blocks)
+            return cnn(size, self.channels, sizes, self.bias, self.batch_norm)
+        if self.architecture == "airbench":
+            return airbench(size, self.channels, sizes, self.bias, self.blocks)
         if self.architecture == "vit":
             widths = [*self.channels, *self.hidden_sizes]
             if len(self.channels) != 1 or len(self.hidden_sizes) != 1:
@@ -224,6 +227,9 @@ class Trainer:
         """The classifier of images (samples, pixels) before its training, on their device."""
         with data.seeded_initialisation(self.seed):
             network = self.config.network(self.size or images.shape[1:], num_classes)
+        if self.config.architecture == "airbench":
+            some = images[:: max(1, len(images) // WHITENED_BY)]
+            whiten(network[2], network[:2](some.cpu()))
         of_images = (self.config, self.size, images.shape[1:], images.device, num_classes)
         example = TRACES.get(of_images, images[:2])
         classifier = HookedClassifier(network.to(images.device), example, self.config.bfloat16)

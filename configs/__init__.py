@@ -149,7 +149,7 @@ class Config:
         if of.architecture == "vit":
             return f"ViT/{of.patch} {of.channels[0]}-{of.hidden_sizes[0]}, blocks: {of.blocks}"
         sizes = "-".join(map(str, [shapes[0][1], *(shape[0] for shape in shapes)]))
-        return ("" if of.architecture == "mlp" else "cnn ") + sizes + " with biases" * of.bias
+        return ("" if of.architecture == "mlp" else of.architecture + " ") + sizes + " with biases" * of.bias
 
     @property
     def split(self) -> str:

@@ -8,9 +8,10 @@ the class from others all the same: what attackers find in the inputs themselves
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean
 from typing import NamedTuple
 
@@ -140,7 +141,7 @@ def train_and_held_out(labels: Tensor, label: int, config: Erasing, seed: int) -
     return known, drawn(unseen, is_own, config.samples // (HELD_OUT - 1), config.others_ratio, generator)
 
 
-def direction_of(x: Tensor, labels: Tensor, label: int) -> Tensor:
+def own_direction(x: Tensor, labels: Tensor, label: int) -> Tensor:
     """`class_direction`, or where the other classes' means span that, too, the class's mean less theirs, normalised."""
     direction, is_own = class_direction(x, labels, label), labels == label
     return direction if direction.any() else F.normalize((x[is_own].mean(0) - x[~is_own].mean(0)).double(), dim=0)
@@ -162,7 +163,7 @@ def late_layers(classifier: HookedClassifier) -> list[str]:
 class Edit:
     """Layers of a classifier that read less of one direction each, W - left right^T, and another row for the class.
 
-    right: of each hidden layer `direction_of` what it is given; left: by how much each neuron reads less of it,
+    right: of each hidden layer `own_direction` of what it is given; left: by how much each neuron reads less of it,
     to be learned, W right at first; of the last layer the class's row alone, to be learned, zeros at first.
     What the first layer gives, and how much of the direction it reads, is recorded once.
     """
@@ -175,6 +176,7 @@ class Edit:
         samples: Split,
         label: int,
         known: int,
+        direction_of: Callable[[str], Tensor],
     ) -> None:
         """classifier: begun before the layers, under `start`; samples: as given to it, `known` to learn from."""
         self.labels, self.label, self.known = samples.labels, label, known
@@ -188,8 +190,7 @@ class Edit:
                 left = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
                 right = weight[label][:, None].clone()
             else:
-                x = classifier.mean_inputs(indices[name], samples.images[:known])
-                right = direction_of(x, samples.labels[:known], label).to(weight)[:, None]
+                right = direction_of(name).to(weight)[:, None]
                 left = weight.flatten(1) @ right
             self.masks[name] = LayerMask(keep, left, right)
         is_few = int((samples.labels[:known] == label).sum()) < FEWEST
@@ -262,8 +263,14 @@ def erased(
         is_own = labels[len(known) :] == label
         least, before = (config.mean_r_squared(each, is_own, seed) for each in (in_inputs, in_original))
         bar = config.bar(least, before)
+
+        @cache
+        def direction_of(name: str) -> Tensor:
+            x = begun.mean_inputs(begun.names.index(name), images[: len(known)])
+            return own_direction(x, labels[: len(known)], label)
+
         for count in range(min(2, hidden) or 1, len(layers)):
-            edit = Edit(begun, start, layers[-1 - count :], Split(images, labels), label, len(known))
+            edit = Edit(begun, start, layers[-1 - count :], Split(images, labels), label, len(known), direction_of)
             found = Found(before, learned(edit, bar, config, seed, progress), bar)
             answers.append((edit.mask(start), found))
             if found.is_at_the_bar:

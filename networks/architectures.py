@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+LEAST_VARIANCE = 5e-4  # that is added to that of a direction of patches, which may be none
 
 
 def mlp(sizes: Sequence[int], bias: bool) -> nn.Sequential:
@@ -16,44 +19,63 @@ def mlp(sizes: Sequence[int], bias: bool) -> nn.Sequential:
     return nn.Sequential(*modules[:-1])
 
 
+def pixels_left(height: int, width: int, channels: Sequence[int]) -> int:
+    """How many there are after max pooling for each of the channels. Raises ValueError where none is."""
+    left = (height >> len(channels)) * (width >> len(channels))
+    if not left:
+        raise ValueError(f"channels must be fewer than {len(channels)}: nothing is left of {height} x {width} pixels")
+    return left
+
+
 def cnn(
-    size: tuple[int, int, int],
-    channels: Sequence[int],
-    sizes: Sequence[int],
-    bias: bool,
-    batch_norm: bool,
-    blocks: int = 1,
+    size: tuple[int, int, int], channels: Sequence[int], sizes: Sequence[int], bias: bool, batch_norm: bool
 ) -> nn.Sequential:
-    """Stages of convolutions of 3 x 3 with ReLU, then an mlp (after LeCun et al. 1998, LeNet-5).
+    """Convolutions of 3 x 3 with ReLU and max pooling, then an mlp (after LeCun et al. 1998, LeNet-5).
 
     size: of an image, channels, height and width; sizes: of the layers of the mlp, the logits last
-    blocks: convolutions of a stage, the first with max pooling behind it. Of several, channels[0] are those of one
-        before the stages, and the mlp is given the largest value of every channel alone.
     Raises ValueError where nothing of an image is left after the last pooling.
     """
-
-    def convolution(n: int, m: int) -> list[nn.Module]:
-        normalised = [nn.BatchNorm2d(m)] if batch_norm else []
-        return [nn.Conv2d(n, m, 3, padding=1, bias=bias), *normalised, nn.ReLU()]
-
     network = nn.Sequential(nn.Flatten(), nn.Unflatten(1, size))
-    read = size[0]
-    if blocks > 1:
-        read, *channels = channels
-        network.extend(convolution(size[0], read))
-    left = (size[1] >> len(channels)) * (size[2] >> len(channels))
-    if not left:
-        fewer = len(channels) + (blocks > 1)
-        raise ValueError(f"channels must be fewer than {fewer}: nothing is left of {size[1:]} pixels")
-    for n, m in zip([read, *channels], channels):
-        network.extend([*convolution(n, m), nn.MaxPool2d(2)])
+    for n, m in zip([size[0], *channels], channels):
+        normalised = [nn.BatchNorm2d(m)] if batch_norm else []
+        network.extend([nn.Conv2d(n, m, 3, padding=1, bias=bias), *normalised, nn.ReLU(), nn.MaxPool2d(2)])
+    network.extend(mlp([channels[-1] * pixels_left(*size[1:], channels), *sizes], bias))
+    return network.to(memory_format=torch.channels_last)  # on a CPU convolutions take a third less time
+
+
+def airbench(
+    size: tuple[int, int, int], channels: Sequence[int], sizes: Sequence[int], bias: bool, blocks: int
+) -> nn.Sequential:
+    """A convolution of 2 x 2 to `whiten`, stages of 3 x 3, the largest value of every channel, and an mlp.
+
+    After Jordan 2024, arXiv:2404.00498, with ReLU. size, sizes, raises: as `cnn`
+    blocks: convolutions of a stage, all with batch normalisation, the first with max pooling before it
+    """
+
+    def convolution(n: int, m: int, *pooling: nn.Module) -> list[nn.Module]:
+        return [nn.Conv2d(n, m, 3, padding=1, bias=False), *pooling, nn.BatchNorm2d(m), nn.ReLU()]
+
+    pixels_left(size[1] - 1, size[2] - 1, channels)
+    whitened = 2 * 4 * size[0]
+    network = nn.Sequential(nn.Flatten(), nn.Unflatten(1, size), nn.Conv2d(size[0], whitened, 2), nn.ReLU())
+    for n, m in zip([whitened, *channels], channels):
+        network.extend(convolution(n, m, nn.MaxPool2d(2)))
         for _ in range(1, blocks):
             network.extend(convolution(m, m))
-    if blocks > 1:
-        network.append(nn.AdaptiveMaxPool2d(1))
-        left = 1
-    network.extend(mlp([channels[-1] * left, *sizes], bias))
-    return network.to(memory_format=torch.channels_last)  # on a CPU convolutions take a third less time
+    network.extend([nn.AdaptiveMaxPool2d(1), *mlp([channels[-1], *sizes], bias)])
+    return network.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def whiten(layer: nn.Conv2d, images: Tensor) -> None:
+    """Gives a layer kernels that whiten the patches of images (samples, channels, height, width), and their negatives.
+
+    Each is an eigenvector of the patches' second moments over the root of its eigenvalue: Jordan 2024, section 3.1.
+    """
+    patches = F.unfold(images, layer.kernel_size).movedim(1, 2).flatten(0, 1).double()
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    kernels = (vectors / (values + LEAST_VARIANCE).sqrt()).T
+    layer.weight.copy_(torch.cat([kernels, -kernels]).view_as(layer.weight))
 
 
 class ResidualBlock(nn.Module):

@@ -20,7 +20,7 @@ from torch import nn
 from mimu.data import Split, seeded
 from mimu.masking.regression import held_out_variance
 from mimu.methods import erasing
-from mimu.methods.erasing import Edit, Erasing, direction_of, erased, late_layers
+from mimu.methods.erasing import Edit, Erasing, erased, late_layers, own_direction
 from mimu.methods.projections import class_direction
 from mimu.model import HookedMNISTClassifier
 from mimu.networks.architectures import VisionTransformer, cnn, mlp, resnet
@@ -143,12 +143,13 @@ def test_an_edit_run_from_midway_gives_what_the_network_gives_under_its_mask(nam
     classifier, chosen, given = HookedClassifier(network, samples.images), torch.tensor([3, 17, 29, 4]), []
     layers = late_layers(classifier)
     start = None if begins == "nothing" else started(network, layers, begins)
+    directions = {layer: torch.randn(network.get_parameter(layer)[0].numel()) for layer in layers}
     network.get_submodule(layers[-1][: -len(".weight")]).register_forward_pre_hook(lambda _, x: given.append(x[0]))
     for count in range(1, len(layers)):
         with start.applied_to(classifier) if start else nullcontext(), torch.no_grad():
             indices = [classifier.names.index(layer) for layer in layers]
             before = Split(classifier.prefix_activations(indices, samples.images), samples.labels)
-            edit = Edit(classifier.begun_before(indices), start, layers[-1 - count :], before, 1, known=60)
+            edit = Edit(classifier.begun_before(indices), start, layers[-1 - count :], before, 1, 60, directions.get)
             assert len(edit.learned) == 1 + count
             for each in edit.learned:
                 each += 0.3 * torch.randn_like(each)
@@ -266,8 +267,8 @@ def test_where_the_other_classes_span_what_a_layer_is_given_its_direction_is_the
     x, labels = torch.randn(60, 3, generator=seeded("spanned")), torch.arange(6).repeat(10)
     assert not class_direction(x, labels, 0).any()
     own, others = x[labels == 0].mean(0), x[labels != 0].mean(0)
-    assert torch.allclose(direction_of(x, labels, 0).float(), F.normalize(own - others, dim=0), atol=1e-5)
-    assert torch.equal(direction_of(x[:, :2], labels % 2, 0), class_direction(x[:, :2], labels % 2, 0))
+    assert torch.allclose(own_direction(x, labels, 0).float(), F.normalize(own - others, dim=0), atol=1e-5)
+    assert torch.equal(own_direction(x[:, :2], labels % 2, 0), class_direction(x[:, :2], labels % 2, 0))
 
 
 def test_what_cannot_be_erased_is_refused(learned):

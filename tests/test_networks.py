@@ -26,7 +26,7 @@ from mimu.masking.rankings import Ranking
 from mimu.methods.fine_tuning import fisher_information
 from mimu.methods.projections import moments
 from mimu.model import LARGEST_CHANGE, AffineReLU, HookedMNISTClassifier, MaskingGCN, WeightGraph
-from mimu.networks.architectures import cnn, mlp, resnet
+from mimu.networks.architectures import airbench, cnn, mlp, resnet
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import LayerMask, Mask
 from mimu.networks.tracing import Trace
@@ -222,8 +222,9 @@ NETWORKS = {
     "biased": (lambda: mlp([128, 6, 5, NUM_CLASSES], True), "i128-a6 a6-b5 b5-o3", {1: (6,), 2: (5,)}),
     "cnn": (lambda: cnn(SIZE, (3, 4), (5, NUM_CLASSES), True, True), "i2*9-a3 a3*9-b4 b4*4-c5 c5-o3",
             {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}),
-    "cnn of two a stage": (lambda: cnn(SIZE, (3, 4), (5, NUM_CLASSES), False, True, 2),
-                           "i2*9-a3 a3*9-b4 b4*9-c4 c4-d5 d5-o3", {1: (3, 8, 8), 2: (4, 4, 4), 3: (4,), 4: (5,)}),
+    "airbench": (lambda: airbench(SIZE, (3, 4), (5, NUM_CLASSES), True, 2),
+                 "i2*4-a16 a16*9-b3 b3*9-c3 c3*9-d4 d4*9-e4 e4-f5 f5-o3",
+                 {1: (16, 7, 7), 3: (3, 3, 3), 5: (4,), 6: (5,)}),
     "resnet": (lambda: resnet(SIZE, (3, 4), 1, NUM_CLASSES), "i2*9-a3 a3*9-b3 b3*9-a3 a3-d4 a3*9-c4 c4*9-d4 d4-o3",
                {1: (3, 8, 8), 2: (3, 8, 8), 3: (3, 8, 8), 5: (3, 8, 8), 6: (4,)}),
     "joined": (Joined, "i2*9-a3 a3-a3 i2-b2 d10*9-c4 a3*3+b2*3-d10/5 c4*4-o3", {1: (2, 8, 8), 4: (5, 8, 8), 5: (16,)}),
@@ -677,9 +678,24 @@ def test_convolutional_networks_are_those_of_the_config():
     config = configured("cnn", "classifier.channels=[4, 6]", "classifier.hidden_sizes=[9]", "classifier.bias=true")
     assert config.shapes == [(4, 1, 3, 3), (6, 4, 3, 3), (9, 294), (10, 9)] and config.num_vertices == 36 + 216 + 2736
     assert config.architecture == "cnn 1-4-6-9-10 with biases"
-    for channels, message in (([1] * 5, "must be fewer than 5: nothing is left"), ([], "must name 1 at least for")):
+    for channels, message in (([1] * 5, "must be fewer than 5: nothing is left"), ([], "must name one at least for")):
         with pytest.raises(ConfigError, match=rf"^[^\n]*: classifier.channels {message}[^\n]*$"):
             configured("cnn", f"classifier.channels={channels}")
+
+
+def test_airbench_is_that_of_the_config_and_starts_with_kernels_that_whiten_patches_of_its_training_images():
+    config = configured("airbench", "classifier.channels=[4, 6]", "classifier.hidden_sizes=[9]", "classifier.blocks=2")
+    kernels = [(8, 1, 2, 2), (4, 8, 3, 3), (4, 4, 3, 3), (6, 4, 3, 3), (6, 6, 3, 3)]
+    assert config.shapes == [*kernels, (9, 6), (10, 9)] and config.architecture == "airbench 1-8-4-4-6-6-9-10"
+    with pytest.raises(ConfigError, match=r"classifier.channels must be fewer than 5: nothing is left of 27 x 27"):
+        configured("airbench", "classifier.channels=[1, 1, 1, 1, 1]")
+    torch.manual_seed(0)
+    images = 9 * torch.randn(1000, 28, 28).cumsum(1) + torch.randn(1000, 28, 28)  # rows that are alike
+    classifier = Trainer(config.classifier, 0, (28, 28)).initial(images.flatten(1), 10)
+    first = classifier.network[2]
+    read = F.conv2d(images[:, None], first.weight).movedim(1, 3).flatten(0, 2).double()
+    assert torch.allclose(read[:, :4].T @ read[:, :4] / len(read), torch.eye(4).double(), atol=0.01)
+    assert torch.equal(first.weight[4:], -first.weight[:4])
 
 
 @pytest.mark.parametrize("message_passing", [True, False])
