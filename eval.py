@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from mimu.data import GraphGenerator, ImageData, Split, is_correct, seeded
 from mimu.masking.order import Zeroing, ZeroingOrder
 from mimu.masking.rankings import MaskingConfig, Ranking
-from mimu.model import MaskingGCN, WeightGraph
+from mimu.model import MaskingGCN
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import Mask
 from mimu.runs.files import Artifact
@@ -113,11 +114,6 @@ class Request:
         return self.retrain(trainer, samples) if self.retrain else trainer.trained(samples, self.graphs.num_classes)
 
     @property
-    def other_seed(self) -> int:
-        """A seed whose initial weights are not those of the original."""
-        return self.trainer.seed + 1_000_000
-
-    @property
     def kappa(self) -> int:
         """How many weights to zero; with auto as many as the masking GCN zeroes."""
         if self.asked is None:
@@ -145,9 +141,9 @@ class Request:
             self.orders[name] = ZeroingOrder(config, self.graphs, self.forget_row, ranking)
         return self.orders[name].answer("auto" if self.asked == "auto" else self.kappa, self.forget)
 
-    def zeroing(self, vertices: Tensor, graph: WeightGraph | None = None) -> Mask:
-        """The mask without the given vertices of the weight graph, or of that of other masked layers."""
-        return (graph or self.graphs.graph).zeroing(vertices)
+    def zeroing(self, vertices: Tensor) -> Mask:
+        """The mask without the given vertices of the weight graph."""
+        return self.graphs.graph.zeroing(vertices)
 
 
 # From a request, and the hyperparameters as keywords, to an unlearned classifier or what to zero in the original.
@@ -408,12 +404,9 @@ class Eval:
         """What every method's classifier still knows of the class, and how far it is from the retrained one."""
         if self.audit is None:
             return {}
-        retrained = self._answer("retrain").model if "retrain" in self.names else None
-        audit = self._once("audit", lambda: self.audit(self.request.classifier, retrained))
-        return {
-            name: self._once((name, "audit"), lambda name=name: audit(self._answer(name).model), name)
-            for name in self.names
-        }
+        models = {name: self._answer(name).model for name in self.names}
+        audit = self._once("audit", lambda: self.audit(self.request.classifier, models.get("retrain")))
+        return {name: self._once((name, "audit"), partial(audit, model), name) for name, model in models.items()}
 
     def eval(self) -> dict[str, Any]:
         """Runs all evaluations, saves the mask, writes the JSON and, where the config says so, draws the plots."""
@@ -475,10 +468,7 @@ class Eval:
         for vertices in choices.reshape(-1, choices.shape[-1]):
             with self.request.graphs.graph.keeping(vertices).applied_to(self.request.classifier) as model:
                 scored.append(self.inference(model, self.mnist_forget_set(), True, f"{name}, kept"))
-        means = {}
-        for metric in scored[0]:
-            means[metric] = sum(metrics[metric] for metrics in scored) / len(scored)
-        return means
+        return {metric: fmean(metrics[metric] for metrics in scored) for metric in scored[0]}
 
     @torch.no_grad()
     def _class_probabilities(self, model: nn.Module) -> list[float]:

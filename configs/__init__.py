@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from torch import nn
 
 from mimu import methods  # noqa: F401  # registers what is not in eval.py
 from mimu.audits import AuditConfig
@@ -138,7 +137,9 @@ class Config:
     def shapes(self) -> list[tuple[int, ...]]:
         """The shape of every weight of the classifier: (out, in), or that of kernels."""
         with torch.device("meta"):
-            return shapes_of(self.classifier.network(self.source.size, len(self.source.class_names)))
+            network = self.classifier.network(self.source.size, len(self.source.class_names))
+        weights = [weight for name, weight in network.named_parameters() if name.endswith("weight")]
+        return [tuple(weight.shape) for weight in weights if weight.ndim > 1]  # those of normalisations are vectors
 
     @property
     def architecture(self) -> str:
@@ -186,16 +187,6 @@ class Config:
         except (RuntimeError, AssertionError, NotImplementedError, ImportError):
             raise ValueError(f"device must be auto, cpu, or cuda or mps that is there, not {self.device!r}") from None
         return torch.device(self.device)
-
-
-def shapes_of(network: nn.Module) -> list[tuple[int, ...]]:
-    """The shapes of what linear layers and convolutions multiply by, in the order of `named_parameters`."""
-    found = []
-    for module in network.modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)):
-            weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
-            found.append(tuple(weight.shape))
-    return found
 
 
 def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[str, Config]:

@@ -92,13 +92,13 @@ class CustomModel:
         few = torch.linspace(0, len(inputs) - 1, min(TRIED, len(inputs)), dtype=torch.float32).long()
         logits, inputs = tried(model, inputs, few)
         check_finite_rows(logits, "logits", ", though inputs and weights are")
-        whole, why_not = looked_into(model, inputs[few], logits)
+        given = inputs.float() if inputs.is_floating_point() else inputs
+        whole, why_not = looked_into(model, given[few], logits)
         if whole is not None:
             if why_no_logits := whole.trace.why_no_logits:
                 raise InputError(f"model must end in a layer that gives the logits, but {why_no_logits}")
             asked = late_layers(whole) if erase else mask_layer
             masked = chosen(asked, whole.names, whole.trace.names_at_the_end)
-            given = inputs.float() if inputs.is_floating_point() else inputs
             return CustomModel(whole, tuple(whole.names), masked, given, inputs, logits.shape[1]).begun(progress)
         row, given = last_in_a_row(model, inputs, few, why_not, progress)
         masked = chosen(None if erase else mask_layer, [*row], [*row])
@@ -184,7 +184,6 @@ def looked_into(model: nn.Module, example: Tensor, logits: Tensor) -> tuple[Hook
     example: some inputs; logits: what the model gives for them
     """
     model = copy_of(model).float()
-    example = example.float() if example.is_floating_point() else example
     try:
         classifier = HookedClassifier(model, example)
         if not classifier.names:

@@ -26,8 +26,6 @@ from mimu.unlearning.samples import tensor_of
 Scores = dict[int, float]  # percent classified correctly, by class
 FOLDS = 5  # parts of few samples that are held out in turn
 WORTH_A_TRY = 1.0  # points that the others lose by the GCN, where the formula is tried
-OTHER_WAYS = "mask_layer=-1 or another, scorer='saliency', or more samples may do better"
-MORE_SAMPLES = "more samples may do better"  # of which alone an erasure can make use
 TRUSTED = 50.0  # percent: a mean score of the classes below which samples and model hardly belong together
 CONFIDENCE = 0.95  # one-sided, of what few samples show
 SHOWN = 1.0  # percent of a class that samples may say to be left before it is said
@@ -205,8 +203,9 @@ class Forgetting:
 
     @property
     def other_ways(self) -> str:
-        """What a user may try where a request falls short."""
-        return MORE_SAMPLES if self.erase else OTHER_WAYS
+        """What a user may try where a request falls short: an erasure can make use of samples alone."""
+        others = "" if self.erase else "mask_layer=-1 or another, scorer='saliency', or "
+        return f"{others}more samples may do better"
 
     @cached_property
     def start(self) -> Mask:
@@ -316,13 +315,12 @@ class Forgetting:
         for label, count in judgement.counts.items():
             if 1 < count < FEW:
                 folds[labels == label] = torch.arange(count, device=labels.device) % FOLDS
-        for fold in range(int(folds.min()), FOLDS):
+        for fold in folds[folds < FOLDS].unique():
             is_held_out = folds == fold
-            if is_held_out.any():
-                custom = replace(self.custom, images=self.custom.images[~is_held_out])
-                others = replace(self, custom=custom, train=self.train[~is_held_out], progress=False)
-                mask = others.made(judgement[~is_held_out], made.scorer).way[-1]
-                logits[is_held_out] = self.logits(mask, is_held_out)
+            custom = replace(self.custom, images=self.custom.images[~is_held_out])
+            others = replace(self, custom=custom, train=self.train[~is_held_out], progress=False)
+            mask = others.made(judgement[~is_held_out], made.scorer).way[-1]
+            logits[is_held_out] = self.logits(mask, is_held_out)
         return logits
 
     def check_scores(self, judgement: Judgement) -> None:
