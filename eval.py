@@ -141,10 +141,6 @@ class Request:
             self.orders[name] = ZeroingOrder(config, self.graphs, self.forget_row, ranking)
         return self.orders[name].answer("auto" if self.asked == "auto" else self.kappa, self.forget)
 
-    def zeroing(self, vertices: Tensor) -> Mask:
-        """The mask without the given vertices of the weight graph."""
-        return self.graphs.graph.zeroing(vertices)
-
 
 # From a request, and the hyperparameters as keywords, to an unlearned classifier or what to zero in the original.
 Unlearning = Callable[..., nn.Module | Trained | Mask | Zeroing]
@@ -252,7 +248,7 @@ def random_choices(request: Request) -> Tensor:
 @unlearning_method("random", uses_kappa=True, most_needed=random_choices, touches="a mask", needs="nothing")
 def random(request: Request) -> Mask:
     """The control: kappa random weights of the same layers."""
-    return request.zeroing(random_vertices(request, request.kappa))
+    return request.graphs.graph.zeroing(random_vertices(request, request.kappa))
 
 
 @unlearning_method("sft", paper="after Graves et al. 2021, arXiv:2010.10981", touches="one layer", needs="forget set")
@@ -290,7 +286,7 @@ def answer(request: Request, name: str) -> Answer:
         seconds, left = time.perf_counter() - started, None
         if isinstance(made, Zeroing):
             # Steps that were made before, for a smaller kappa, count as spent: of them the clock knows nothing.
-            made, seconds, left = request.zeroing(made.vertices), made.seconds, made.left
+            made, seconds, left = request.graphs.graph.zeroing(made.vertices), made.seconds, made.left
         if isinstance(made, Trained):
             made, seconds = made  # an earlier run may have trained it
         model, mask = (request.classifier, made) if isinstance(made, Mask) else (made, None)

@@ -39,7 +39,7 @@ def largest(request: Request, count: int | None = None) -> Tensor:
 @unlearning_method("magnitude", uses_kappa=True, most_needed=largest, touches="a mask", needs="nothing")
 def magnitude(request: Request) -> Mask:
     """The second control: the kappa largest weights of the same layers."""
-    return request.zeroing(largest(request, request.kappa))
+    return request.graphs.graph.zeroing(largest(request, request.kappa))
 
 
 def removal_effect(request: Request) -> Tensor:
