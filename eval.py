@@ -1,7 +1,5 @@
 """Requests to forget a class, the registry of the methods that answer them, and the metrics that score the answers."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import itertools

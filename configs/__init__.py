@@ -1,7 +1,5 @@
 """What the settings of the YAML files beside this one are read into, and what is checked of them before any work."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

@@ -1,7 +1,5 @@
 """Saliencies, which score weights without a masking GCN, and controls, which show what is trivial."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Published ways to forget by training, each in its published form; the tables name what each needs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial

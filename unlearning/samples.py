@@ -1,7 +1,5 @@
 """Training samples as people have them: tensors, arrays, lists, data sets, loaders."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
