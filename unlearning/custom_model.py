@@ -94,17 +94,18 @@ class CustomModel:
         check_finite_rows(logits, "logits", ", though inputs and weights are")
         given = inputs.float() if inputs.is_floating_point() else inputs
         whole, why_not = looked_into(model, given[few], logits)
-        if whole is not None:
+        if whole is None:
+            row, given = last_in_a_row(model, inputs, few, why_not, progress)
+            whole, names = copied_layers(row), [*row]
+            masked = chosen(None if erase else mask_layer, names, names)
+            if mask_layer != "auto":
+                warnings.warn(f"of layers {names} at the end of the model alone, as {why_not}", stacklevel=4)
+        else:
             if why_no_logits := whole.trace.why_no_logits:
                 raise InputError(f"model must end in a layer that gives the logits, but {why_no_logits}")
-            asked = late_layers(whole) if erase else mask_layer
-            masked = chosen(asked, whole.names, whole.trace.names_at_the_end)
-            return CustomModel(whole, tuple(whole.names), masked, given, inputs, logits.shape[1]).begun(progress)
-        row, given = last_in_a_row(model, inputs, few, why_not, progress)
-        masked = chosen(None if erase else mask_layer, [*row], [*row])
-        if mask_layer != "auto":
-            warnings.warn(f"of layers {[*row]} at the end of the model alone, as {why_not}", stacklevel=4)
-        return CustomModel(copied_layers(row), tuple(row), masked, given, inputs, logits.shape[1])
+            names = whole.names
+            masked = chosen(late_layers(whole) if erase else mask_layer, names, whole.trace.names_at_the_end)
+        return CustomModel(whole, tuple(names), masked, given, inputs, logits.shape[1]).begun(progress)
 
     @property
     def is_of_features(self) -> bool:
@@ -259,9 +260,7 @@ def last_in_a_row(
     first.register_forward_pre_hook(lambda _, args, named: given.extend([*args, *named.values()]), with_kwargs=True)
     for batch in tqdm(inputs.split(AT_ONCE), "samples", delay=1, leave=False, disable=None if progress else True):
         model(batch)
-    given = torch.cat(given).float()
-    check_finite_rows(given, f"what layer {next(iter(row))!r} is given for inputs")
-    return row, given
+    return row, torch.cat(given).float()
 
 
 def copied_layers(row: dict[str, nn.Linear]) -> HookedClassifier:
