@@ -18,7 +18,6 @@ from mimu.masking.rankings import TrainedGCN
 from mimu.model import resolve_mask_layer
 from mimu.reporter import ReporterConfig
 from mimu.runs import settings
-from mimu.runs.settings import converted, refusal, shown
 from mimu.trainer import GCNTrainerConfig, TrainerConfig
 
 CONFIG = Path(__file__).resolve().parent / "config.yaml"
@@ -110,9 +109,9 @@ class Config:
             for each, value in values.items():
                 hint = parameters[each].annotation
                 try:
-                    converted(value, hint)
+                    settings.converted(value, hint)
                 except TypeError:
-                    raise ValueError(f"{key}.{each} must be {refusal(value, hint)}") from None
+                    raise ValueError(f"{key}.{each} must be {settings.refusal(value, hint)}") from None
 
     @cached_property
     def source(self) -> sources.DataSet:
@@ -127,7 +126,7 @@ class Config:
         labels |= {name: label for label, name in enumerate(names)}
         given = [str(each) for each in self.sweep.forget_digits]
         if odd := [each for each in given if each not in labels]:
-            valid = f"from 0 to {len(names) - 1} or of {shown(names)}"
+            valid = f"from 0 to {len(names) - 1} or of {settings.shown(names)}"
             raise ValueError(f"sweep.forget_digits must be {valid}, not {odd[0]}")
         return list(dict.fromkeys(labels[each] for each in given))
 
