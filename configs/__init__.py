@@ -95,9 +95,8 @@ class Config:
     def _check_hyperparameters(self) -> None:
         """Raises ValueError where a method lacks a hyperparameter, has one that is not its own or out of range."""
         given = self.eval.hyperparameters
-        for name in given:
-            if name not in METHODS:
-                raise ValueError(f"eval.hyperparameters.{name} is not a method: valid are {', '.join(METHODS)}")
+        if odd := [name for name in given if name not in METHODS]:
+            raise ValueError(f"eval.hyperparameters.{odd[0]} is not a method: valid are {', '.join(METHODS)}")
         for name in self.eval.method_names:
             key, method = f"eval.hyperparameters.{name}", METHODS[name]
             values = given.get(name, {})

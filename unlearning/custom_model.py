@@ -1,7 +1,5 @@
 """A custom model, of the user: its last linear layers, or all of it, as the classifier that masks are made for."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections import Counter
@@ -11,7 +9,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -74,11 +72,11 @@ class CustomModel:
     images: Tensor
     num_classes: int
 
-    @staticmethod
+    @classmethod
     @torch.no_grad()
     def of(
-        model: nn.Module, inputs: Tensor, mask_layer: Any = "auto", progress: bool = True, erase: bool = False
-    ) -> CustomModel:
+        cls, model: nn.Module, inputs: Tensor, mask_layer: Any = "auto", progress: bool = True, erase: bool = False
+    ) -> Self:
         """Takes a model as it is, and looks at what it does with a few samples.
 
         inputs: (samples, ...), as the model takes them but for device and type, which are made those of the model.
@@ -105,7 +103,7 @@ class CustomModel:
                 raise InputError(f"model must end in a layer that gives the logits, but {why_no_logits}")
             names = whole.names
             masked = chosen(late_layers(whole) if erase else mask_layer, names, whole.trace.names_at_the_end)
-        return CustomModel(whole, tuple(names), masked, given, inputs, logits.shape[1]).begun(progress)
+        return cls(whole, tuple(names), masked, given, inputs, logits.shape[1]).begun(progress)
 
     @property
     def is_of_features(self) -> bool:
@@ -113,7 +111,7 @@ class CustomModel:
         shapes, positions = self.classifier.shapes, self.classifier.positions
         return all(len(shapes[layer]) == 2 and positions(layer) is None for layer in self.masked)
 
-    def begun(self, progress: bool) -> CustomModel:
+    def begun(self, progress: bool) -> Self:
         """The same from where the layers to mask can be reached: what comes before runs once."""
         classifier, parts = self.classifier, self.inputs.split(min(AT_ONCE, self.classifier.samples_at_once))
         shown = tqdm(parts, "samples", delay=1, leave=False, disable=None if progress else True)

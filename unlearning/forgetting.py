@@ -1,14 +1,12 @@
 """A request to forget classes on a classifier of the user's own, with an eye on what the other classes lose."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import NormalDist, fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +72,7 @@ class Judgement:
     bounds: tuple[float | None, float | None]
     erase: bool
 
-    def __getitem__(self, chosen: Tensor | slice) -> Judgement:
+    def __getitem__(self, chosen: Tensor | slice) -> Self:
         """That of some of the samples."""
         return replace(self, labels=self.labels[chosen], before=self.before[chosen])
 
@@ -226,8 +224,8 @@ class Forgetting:
         """
         found = Judgement(self.train.labels, self.logits(self.start), (), self.bounds, self.erase)
         scores, target = found.scores_before, self.trained.masking.target
-        is_known = {label: scores[label] >= target or count < FEW for label, count in found.counts.items()}
-        return replace(found, kept=[label for label in is_known if is_known[label] and label not in self.forget])
+        known = [label for label, count in found.counts.items() if scores[label] >= target or count < FEW]
+        return replace(found, kept=[label for label in known if label not in self.forget])
 
     def of_model(self, mask: Mask, scores: Scores, about: str = "") -> Mask:
         """A mask on the classifier, with the scores under it, as one on the model, with what that carries."""
@@ -264,9 +262,7 @@ class Forgetting:
             mean, worst = judged.falls(now)
             said.append(f"by samples held out the classes to keep lose {mean:.0f} points, one of them {worst:.0f}")
         said += judgement.not_shown(made.logits if self.erase else logits)
-        for label, found in made.found.items():
-            if not found.is_at_the_bar:
-                said.append(f"of class {label} {found}")
+        said += [f"of class {label} {found}" for label, found in made.found.items() if not found.is_at_the_bar]
         if said:
             warnings.warn(f"{'; '.join(said)} ({self.other_ways})", stacklevel=3)
         by = f"ranked by the {'GCN' if made.scorer == 'gcn' else 'formula'}"
