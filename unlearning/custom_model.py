@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
+from types import MethodType
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -59,14 +61,13 @@ class CustomModel:
     """What of a model masks are made on: the whole of it, or where it cannot be exported the linear layers at its end.
 
     classifier: a copy in float32, masked where the model is, begun before the layers that are to be masked
-    names: of its layers in the model; masked: the indices of those that are to be masked
+    masked: the indices of these
     inputs: what it is given for all samples, (samples, ...)
     images: what the model itself is given for them
     num_classes: how many logits it gives
     """
 
     classifier: HookedClassifier
-    names: tuple[str, ...]
     masked: tuple[int, ...]
     inputs: Tensor
     images: Tensor
@@ -93,17 +94,14 @@ class CustomModel:
         given = inputs.float() if inputs.is_floating_point() else inputs
         whole, why_not = looked_into(model, given[few], logits)
         if whole is None:
-            row, given = last_in_a_row(model, inputs, few, why_not, progress)
-            whole, names = copied_layers(row), [*row]
-            masked = chosen(None if erase else mask_layer, names, names)
-            if mask_layer != "auto":
-                warnings.warn(f"of layers {names} at the end of the model alone, as {why_not}", stacklevel=4)
-        else:
-            if why_no_logits := whole.trace.why_no_logits:
-                raise InputError(f"model must end in a layer that gives the logits, but {why_no_logits}")
-            names = whole.names
-            masked = chosen(late_layers(whole) if erase else mask_layer, names, whole.trace.names_at_the_end)
-        return cls(whole, tuple(names), masked, given, inputs, logits.shape[1]).begun(progress)
+            whole, given = last_in_a_row(model, inputs, few, why_not, progress)
+        elif why_no_logits := whole.trace.why_no_logits:
+            raise InputError(f"model must end in a layer that gives the logits, but {why_no_logits}")
+        asked = late_layers(whole) if erase else mask_layer
+        masked = chosen(asked, whole.names, whole.trace.names_at_the_end)
+        if why_not and mask_layer != "auto":
+            warnings.warn(f"of layers {whole.names} at the end of the model alone, as {why_not}", stacklevel=4)
+        return cls(whole, masked, given, inputs, logits.shape[1]).begun(progress)
 
     @property
     def is_of_features(self) -> bool:
@@ -116,22 +114,17 @@ class CustomModel:
         classifier, parts = self.classifier, self.inputs.split(min(AT_ONCE, self.classifier.samples_at_once))
         shown = tqdm(parts, "samples", delay=1, leave=False, disable=None if progress else True)
         given = torch.cat([classifier.prefix_activations(self.masked, part) for part in shown])
-        check_finite_rows(given, f"what layer {self.names[self.masked[0]]!r} is given for inputs")
+        check_finite_rows(given, f"what layer {classifier.names[self.masked[0]]!r} is given for inputs")
         return replace(self, classifier=classifier.begun_before(self.masked), inputs=given)
 
     def carried(self, mask: Mask | None) -> Mask:
         """What a mask on the model, if there is one, switches off in the layers to mask."""
         carried, found = mask.by_layer if mask else {}, {}
         for layer in self.masked:
-            on_model = carried.get(self.names[layer])
-            keep = torch.ones(self.classifier.shapes[layer]) if on_model is None else on_model.keep
-            found[self.classifier.names[layer]] = LayerMask.of(keep.to(self.inputs.device, torch.float32))
+            name = self.classifier.names[layer]
+            keep = carried[name].keep if name in carried else torch.ones(self.classifier.shapes[layer])
+            found[name] = LayerMask.of(keep.to(self.inputs.device, torch.float32))
         return Mask(found)
-
-    def mask(self, mask: Mask) -> Mask:
-        """A mask on its layers as one on the model."""
-        names = dict(zip(self.classifier.names, self.names))
-        return replace(mask, by_layer={names[name]: part for name, part in mask.by_layer.items()})
 
 
 def chosen(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str]) -> tuple[int, ...]:
@@ -228,47 +221,44 @@ def tried(model: nn.Module, inputs: Tensor, few: Tensor) -> tuple[Tensor, Tensor
 
 def last_in_a_row(
     model: nn.Module, inputs: Tensor, few: Tensor, why_not: str, progress: bool
-) -> tuple[dict[str, nn.Linear], Tensor]:
-    """The linear layers that a model ends in, by the names of their weights, and what the first is given for all.
+) -> tuple[HookedClassifier, Tensor]:
+    """A copy in float32 that runs only the linear layers that a model ends in, and what the first is given for all.
 
     Each is given what the one before gave, through a ReLU. why_not: why the model is not looked into otherwise
     Raises InputError where there are none.
     """
-    calls: list[tuple[str, nn.Linear, Tensor, Tensor]] = []
+    calls: list[tuple[str, Tensor, Tensor]] = []
 
     def note(name: str, module: nn.Linear, arguments: tuple, named: dict, gave: Tensor) -> None:
         (given,) = (*arguments, *named.values())
-        calls.append((f"{name}.weight".lstrip("."), module, given.clone(), gave.clone()))
+        calls.append((name, given.clone(), gave.clone()))
 
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     with ExitStack() as hooks:
         for name, module in linear.items():
             hooks.callback(module.register_forward_hook(partial(note, name), with_kwargs=True).remove)
         logits = model(inputs[few])
-    times, row, after = Counter(call[1] for call in calls), {}, logits
-    for name, module, given, gave in reversed(calls):
-        if times[module] > 1 or not torch.equal(gave if not row else gave.relu(), after):
+    times, row, after = Counter(call[0] for call in calls), [], logits
+    for name, given, gave in reversed(calls):
+        if times[name] > 1 or not torch.equal(gave.relu() if row else gave, after):
             break
-        row, after = {name: module} | row, given
-    if not row or not is_close(copied_layers(row)(after.float()), logits):
+        row, after = [name, *row], given
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        for name in row:
+            layer = self.get_submodule(name)
+            x = F.linear(x if name == row[0] else x.relu(), layer.weight, layer.bias)
+        return x
+
+    end = copy.copy(model)
+    end.forward = MethodType(forward, end)
+    classifier, _ = looked_into(end, after.float(), logits)
+    if classifier is None:
         must = "must end in linear layers that are each called once and give the logits"
         raise InputError(f"model {must}, as {why_not}")
     given: list[Tensor] = []
-    first = next(iter(row.values()))
+    first = linear[row[0]]
     first.register_forward_pre_hook(lambda _, args, named: given.extend([*args, *named.values()]), with_kwargs=True)
     for batch in tqdm(inputs.split(AT_ONCE), "samples", delay=1, leave=False, disable=None if progress else True):
         model(batch)
-    return row, torch.cat(given).float()
-
-
-def copied_layers(row: dict[str, nn.Linear]) -> HookedClassifier:
-    """The layers in float32, with the weights that they have under what is put on them."""
-    modules: list[nn.Module] = [nn.Flatten()]
-    for module in row.values():
-        m, n = module.weight.shape
-        layer = nn.Linear(n, m, device="meta")  # without drawing weights
-        layer.weight = nn.Parameter(module.weight.detach().float().clone())
-        layer.bias = None if module.bias is None else nn.Parameter(module.bias.detach().float().clone())
-        modules += [layer, nn.ReLU()]
-    example = torch.zeros(2, modules[1].in_features, dtype=torch.float32, device=modules[1].weight.device)
-    return HookedClassifier(nn.Sequential(*modules[:-1]), example)
+    return classifier, torch.cat(given).float()

@@ -230,7 +230,7 @@ class Forgetting:
     def of_model(self, mask: Mask, scores: Scores, about: str = "") -> Mask:
         """A mask on the classifier, with the scores under it, as one on the model, with what that carries."""
         gone = sorted(label for label in self.forget if scores.get(label, 0.0) < self.trained.masking.target)
-        mask = replace(self.custom.mask(mask), forgets=tuple(gone), about=about)
+        mask = replace(mask, forgets=tuple(gone), about=about)
         if self.erase and (edited := {name: part for name, part in mask.by_layer.items() if part.rank}):
             mask = replace(mask, by_layer=edited)
         return (mask & self.carried if self.carried else mask).made_on(self.model)
@@ -266,7 +266,7 @@ class Forgetting:
         if said:
             warnings.warn(f"{'; '.join(said)} ({self.other_ways})", stacklevel=3)
         by = f"ranked by the {'GCN' if made.scorer == 'gcn' else 'formula'}"
-        by = [f"{by} in {len(self.custom.masked)} of {len(self.custom.names)} layers that can be masked"]
+        by = [f"{by} in {len(self.custom.masked)} of {len(self.custom.classifier.names)} layers that can be masked"]
         if self.erase:
             by = [f"class {label} erased: {found}" for label, found in made.found.items()]
         return self.of_model(made.way[-1], judgement.scores(made.logits), "; ".join([*by, *said]))
