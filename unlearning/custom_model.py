@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mimu.methods.erasing import late_layers
 from mimu.networks.hooked import HookedClassifier
-from mimu.networks.masks import LayerMask, Mask, unwrapped
+from mimu.networks.masks import Mask, unwrapped
 from mimu.runs.files import InputError, one_line
 from mimu.unlearning.samples import AT_ONCE, check_finite_rows
 
@@ -117,15 +117,6 @@ class CustomModel:
         check_finite_rows(given, f"what layer {classifier.names[self.masked[0]]!r} is given for inputs")
         return replace(self, classifier=classifier.begun_before(self.masked), inputs=given)
 
-    def carried(self, mask: Mask | None) -> Mask:
-        """What a mask on the model, if there is one, switches off in the layers to mask."""
-        carried, found = mask.by_layer if mask else {}, {}
-        for layer in self.masked:
-            name = self.classifier.names[layer]
-            keep = carried[name].keep if name in carried else torch.ones(self.classifier.shapes[layer])
-            found[name] = LayerMask.of(keep.to(self.inputs.device, torch.float32))
-        return Mask(found)
-
 
 def chosen(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str]) -> tuple[int, ...]:
     """The layers to mask, by their indices among those that can be: all (None), one (auto), or those that are named.
@@ -185,13 +176,9 @@ def looked_into(model: nn.Module, example: Tensor, logits: Tensor) -> tuple[Hook
         classifier.record(example[:2], torch.zeros(2, dtype=torch.int64, device=example.device), [last])
     except Exception as error:  # of a custom model, any
         return None, f"the model cannot be run operation by operation: {one_line(error)}"
-    return (classifier, "") if is_close(found, logits) else (None, "in float32 the model gives other logits")
-
-
-def is_close(found: Tensor, logits: Tensor) -> bool:
-    """Whether the logits of a copy in float32 are those of the model, but for its precision."""
-    is_precise = logits.dtype in (torch.float32, torch.float64)
-    return torch.allclose(found, logits.float(), rtol=1e-3 if is_precise else 5e-2, atol=1e-4 if is_precise else 5e-2)
+    rtol, atol = (1e-3, 1e-4) if logits.dtype in (torch.float32, torch.float64) else (5e-2, 5e-2)
+    is_close = torch.allclose(found, logits.float(), rtol, atol)
+    return (classifier, "") if is_close else (None, "in float32 the model gives other logits")
 
 
 def tried(model: nn.Module, inputs: Tensor, few: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from mimu.data import GraphGenerator, Split, is_correct, margins, number_of_weig
 from mimu.masking.order import FEW, ZeroingOrder, percent_above_zero
 from mimu.masking.rankings import Ranking, TrainedGCN
 from mimu.methods.erasing import Erasing, Found, erased, held_out
-from mimu.networks.masks import Mask
+from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.files import InputError
 from mimu.unlearning.custom_model import CustomModel
 from mimu.unlearning.samples import tensor_of
@@ -208,7 +208,13 @@ class Forgetting:
     @cached_property
     def start(self) -> Mask:
         """What the model's own mask zeroes in the layers that are masked, as a mask on the classifier."""
-        return self.custom.carried(self.carried)
+        classifier, found = self.custom.classifier, {}
+        carried = self.carried.by_layer if self.carried else {}
+        for layer in self.custom.masked:
+            name = classifier.names[layer]
+            keep = carried[name].keep if name in carried else torch.ones(classifier.shapes[layer])
+            found[name] = LayerMask.of(keep.to(self.train.labels.device, torch.float32))
+        return Mask(found)
 
     @torch.no_grad()
     def logits(self, mask: Mask, chosen: Tensor | slice = slice(None)) -> Tensor:
