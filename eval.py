@@ -1,7 +1,5 @@
 """Requests to forget a class, the registry of the methods that answer them, and the metrics that score the answers."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import itertools
@@ -11,6 +9,7 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from mimu.data import GraphGenerator, ImageData, Split, is_correct, seeded
 from mimu.masking.order import Zeroing, ZeroingOrder
 from mimu.masking.rankings import MaskingConfig, Ranking
-from mimu.model import MaskingGCN, WeightGraph
+from mimu.model import MaskingGCN
 from mimu.networks.hooked import HookedClassifier
 from mimu.networks.masks import Mask
 from mimu.runs.files import Artifact
@@ -113,11 +112,6 @@ class Request:
         return self.retrain(trainer, samples) if self.retrain else trainer.trained(samples, self.graphs.num_classes)
 
     @property
-    def other_seed(self) -> int:
-        """A seed whose initial weights are not those of the original."""
-        return self.trainer.seed + 1_000_000
-
-    @property
     def kappa(self) -> int:
         """How many weights to zero; with auto as many as the masking GCN zeroes."""
         if self.asked is None:
@@ -144,10 +138,6 @@ class Request:
             config = replace(self.config, step=None) if all_at_once else self.config
             self.orders[name] = ZeroingOrder(config, self.graphs, self.forget_row, ranking)
         return self.orders[name].answer("auto" if self.asked == "auto" else self.kappa, self.forget)
-
-    def zeroing(self, vertices: Tensor, graph: WeightGraph | None = None) -> Mask:
-        """The mask without the given vertices of the weight graph, or of that of other masked layers."""
-        return (graph or self.graphs.graph).zeroing(vertices)
 
 
 # From a request, and the hyperparameters as keywords, to an unlearned classifier or what to zero in the original.
@@ -256,7 +246,7 @@ def random_choices(request: Request) -> Tensor:
 @unlearning_method("random", uses_kappa=True, most_needed=random_choices, touches="a mask", needs="nothing")
 def random(request: Request) -> Mask:
     """The control: kappa random weights of the same layers."""
-    return request.zeroing(random_vertices(request, request.kappa))
+    return request.graphs.graph.zeroing(random_vertices(request, request.kappa))
 
 
 @unlearning_method("sft", paper="after Graves et al. 2021, arXiv:2010.10981", touches="one layer", needs="forget set")
@@ -294,7 +284,7 @@ def answer(request: Request, name: str) -> Answer:
         seconds, left = time.perf_counter() - started, None
         if isinstance(made, Zeroing):
             # Steps that were made before, for a smaller kappa, count as spent: of them the clock knows nothing.
-            made, seconds, left = request.zeroing(made.vertices), made.seconds, made.left
+            made, seconds, left = request.graphs.graph.zeroing(made.vertices), made.seconds, made.left
         if isinstance(made, Trained):
             made, seconds = made  # an earlier run may have trained it
         model, mask = (request.classifier, made) if isinstance(made, Mask) else (made, None)
@@ -408,12 +398,9 @@ class Eval:
         """What every method's classifier still knows of the class, and how far it is from the retrained one."""
         if self.audit is None:
             return {}
-        retrained = self._answer("retrain").model if "retrain" in self.names else None
-        audit = self._once("audit", lambda: self.audit(self.request.classifier, retrained))
-        return {
-            name: self._once((name, "audit"), lambda name=name: audit(self._answer(name).model), name)
-            for name in self.names
-        }
+        models = {name: self._answer(name).model for name in self.names}
+        audit = self._once("audit", lambda: self.audit(self.request.classifier, models.get("retrain")))
+        return {name: self._once((name, "audit"), partial(audit, model), name) for name, model in models.items()}
 
     def eval(self) -> dict[str, Any]:
         """Runs all evaluations, saves the mask, writes the JSON and, where the config says so, draws the plots."""
@@ -475,10 +462,7 @@ class Eval:
         for vertices in choices.reshape(-1, choices.shape[-1]):
             with self.request.graphs.graph.keeping(vertices).applied_to(self.request.classifier) as model:
                 scored.append(self.inference(model, self.mnist_forget_set(), True, f"{name}, kept"))
-        means = {}
-        for metric in scored[0]:
-            means[metric] = sum(metrics[metric] for metrics in scored) / len(scored)
-        return means
+        return {metric: fmean(metrics[metric] for metrics in scored) for metric in scored[0]}
 
     @torch.no_grad()
     def _class_probabilities(self, model: nn.Module) -> list[float]:

@@ -1,7 +1,5 @@
 """Curves over kappa, a summary and tables of a sweep, from the JSON of its experiments alone."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -117,12 +115,6 @@ def save_figure(figure: Figure, path: Path, config: ReporterConfig) -> None:
         with written_whole(path.with_suffix(f".{suffix}")) as file:
             figure.savefig(file, format=suffix, dpi=config.dpi)
     plt.close(figure)
-
-
-def title(reporters: Iterable[Reporter]) -> str:
-    """What a figure shows: data set, forget classes, split and classifier; all of them where reporters differ."""
-    parts = zip(*(each.subject for each in reporters))
-    return textwrap.fill(", ".join(" / ".join(dict.fromkeys(values)) for values in parts), 90)
 
 
 def frame(numbers: np.ndarray) -> tuple[float, float]:
@@ -414,3 +406,9 @@ class Reporter:
         once = dict(zip(names, lines))
         figure.legend(once.values(), once, loc="outside right upper", handlelength=2.8, frameon=False, fontsize=9)
         save_figure(figure, self.folder / name, self.config)
+
+
+def title(reporters: Iterable[Reporter]) -> str:
+    """What a figure shows: data set, forget classes, split and classifier; all of them where reporters differ."""
+    parts = zip(*(each.subject for each in reporters))
+    return textwrap.fill(", ".join(" / ".join(dict.fromkeys(values)) for values in parts), 90)

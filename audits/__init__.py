@@ -1,7 +1,5 @@
 """What an unlearned classifier still knows of a class, beyond its predictions, and how far it is from retraining."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass

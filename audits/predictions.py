@@ -1,7 +1,5 @@
 """What a classifier does with a split, and what its predictions betray."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

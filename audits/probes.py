@@ -4,8 +4,6 @@ A probe goes from features (samples, n) and labels (samples) of the training spl
 seed to the probabilities of the classes (others, classes). Alain and Bengio 2016, arXiv:1610.01644.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What the settings of the YAML files beside this one are read into, and what is checked of them before any work."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from torch import nn
 
 from mimu import methods  # noqa: F401  # registers what is not in eval.py
 from mimu.audits import AuditConfig
@@ -21,7 +18,6 @@ from mimu.masking.rankings import TrainedGCN
 from mimu.model import resolve_mask_layer
 from mimu.reporter import ReporterConfig
 from mimu.runs import settings
-from mimu.runs.settings import converted, refusal, shown
 from mimu.trainer import GCNTrainerConfig, TrainerConfig
 
 CONFIG = Path(__file__).resolve().parent / "config.yaml"
@@ -99,9 +95,8 @@ class Config:
     def _check_hyperparameters(self) -> None:
         """Raises ValueError where a method lacks a hyperparameter, has one that is not its own or out of range."""
         given = self.eval.hyperparameters
-        for name in given:
-            if name not in METHODS:
-                raise ValueError(f"eval.hyperparameters.{name} is not a method: valid are {', '.join(METHODS)}")
+        if odd := [name for name in given if name not in METHODS]:
+            raise ValueError(f"eval.hyperparameters.{odd[0]} is not a method: valid are {', '.join(METHODS)}")
         for name in self.eval.method_names:
             key, method = f"eval.hyperparameters.{name}", METHODS[name]
             values = given.get(name, {})
@@ -113,9 +108,9 @@ class Config:
             for each, value in values.items():
                 hint = parameters[each].annotation
                 try:
-                    converted(value, hint)
+                    settings.converted(value, hint)
                 except TypeError:
-                    raise ValueError(f"{key}.{each} must be {refusal(value, hint)}") from None
+                    raise ValueError(f"{key}.{each} must be {settings.refusal(value, hint)}") from None
 
     @cached_property
     def source(self) -> sources.DataSet:
@@ -130,7 +125,7 @@ class Config:
         labels |= {name: label for label, name in enumerate(names)}
         given = [str(each) for each in self.sweep.forget_digits]
         if odd := [each for each in given if each not in labels]:
-            valid = f"from 0 to {len(names) - 1} or of {shown(names)}"
+            valid = f"from 0 to {len(names) - 1} or of {settings.shown(names)}"
             raise ValueError(f"sweep.forget_digits must be {valid}, not {odd[0]}")
         return list(dict.fromkeys(labels[each] for each in given))
 
@@ -138,7 +133,9 @@ class Config:
     def shapes(self) -> list[tuple[int, ...]]:
         """The shape of every weight of the classifier: (out, in), or that of kernels."""
         with torch.device("meta"):
-            return shapes_of(self.classifier.network(self.source.size, len(self.source.class_names)))
+            network = self.classifier.network(self.source.size, len(self.source.class_names))
+        weights = [weight for name, weight in network.named_parameters() if name.endswith("weight")]
+        return [tuple(weight.shape) for weight in weights if weight.ndim > 1]  # those of normalisations are vectors
 
     @property
     def architecture(self) -> str:
@@ -186,16 +183,6 @@ class Config:
         except (RuntimeError, AssertionError, NotImplementedError, ImportError):
             raise ValueError(f"device must be auto, cpu, or cuda or mps that is there, not {self.device!r}") from None
         return torch.device(self.device)
-
-
-def shapes_of(network: nn.Module) -> list[tuple[int, ...]]:
-    """The shapes of what linear layers and convolutions multiply by, in the order of `named_parameters`."""
-    found = []
-    for module in network.modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)):
-            weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
-            found.append(tuple(weight.shape))
-    return found
 
 
 def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[str, Config]:

@@ -1,7 +1,5 @@
 """Saliencies, which score weights without a masking GCN, and controls, which show what is trivial."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 
@@ -39,7 +37,7 @@ def largest(request: Request, count: int | None = None) -> Tensor:
 @unlearning_method("magnitude", uses_kappa=True, most_needed=largest, touches="a mask", needs="nothing")
 def magnitude(request: Request) -> Mask:
     """The second control: the kappa largest weights of the same layers."""
-    return request.zeroing(largest(request, request.kappa))
+    return request.graphs.graph.zeroing(largest(request, request.kappa))
 
 
 def removal_effect(request: Request) -> Tensor:
@@ -68,9 +66,9 @@ def saliency_contrast(request: Request) -> Zeroing:
 @further("output_row", touches="a mask", needs="nothing")
 def output_row(request: Request) -> Mask:
     """The trivial mask: the forget class's row of the output layer, so that its logit is always 0 (or its bias)."""
-    output_layer = WeightGraph(request.graphs.classifier, -1)
-    (vertices,) = output_layer.split(torch.arange(output_layer.num_vertices))
-    return request.zeroing(vertices[request.forget_class], output_layer)
+    graph = WeightGraph(request.graphs.classifier, -1)
+    (vertices,) = graph.split(torch.arange(graph.num_vertices))
+    return graph.zeroing(vertices[request.forget_class])
 
 
 @further("logit_removed", touches="the output", needs="nothing")
@@ -88,10 +86,10 @@ def logit_removed(request: Request) -> nn.Module:
 @further("retrain_again", needs="retain set")
 def retrain_again(request: Request) -> Trained:
     """Retrained from other initial weights: how far two classifiers are apart that never saw the class."""
-    return request.retrained(request.other_seed)
+    return request.retrained(request.trainer.seed + 1_000_000)
 
 
 @unlearning_method("retrain_third", needs="retain set", runs_with="name")
 def retrain_third(request: Request) -> Trained:
     """Retrained from yet other initial weights: with `retrain_again`, how much retraining varies in what it leaves."""
-    return request.retrained(request.other_seed + 1_000_000)
+    return request.retrained(request.trainer.seed + 2_000_000)

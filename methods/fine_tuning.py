@@ -1,7 +1,5 @@
 """Published ways to forget by training, each in its published form; the tables name what each needs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -265,4 +263,4 @@ def optimised_mask(
         retain = -(without_class[flat] * log_p).sum(1)[~is_forget].mean()
         loss = forget_weight * forget + retain + sparsity * (1 - keep).mean()
         descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.optimised_mask")
-    return request.zeroing((numbers <= 0).nonzero()[:, 0])
+    return graphs.graph.zeroing((numbers <= 0).nonzero()[:, 0])

@@ -4,8 +4,6 @@ Where a layer is given x, its weight becomes W (I - P), or it is given Q x itsel
 what its kernels read, at every position. They measure the original classifier, in double precision.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

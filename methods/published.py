@@ -1,7 +1,5 @@
 """The published objective on the published graphs: sufficiency and prior on single samples, and the set difference."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

@@ -3,8 +3,6 @@
 The range of a number stands in its annotation: `Annotated[int, "at least 1"]`, `Annotated[float, "above 0, below 1"]`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math

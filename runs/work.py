@@ -1,7 +1,5 @@
 """The processes of a run, this one alone or all that torchrun has started, and what the stages of each share."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

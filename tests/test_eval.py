@@ -128,7 +128,7 @@ def filled(model, value):
 BROKEN = [
     (lambda request: filled(request.classifier, torch.nan), "method broken, class 1: a weight of the"),
     (lambda request: filled(request.original, 0), "'broken' changed the original's network.1.weight"),
-    (lambda request: request.zeroing(torch.arange(request.kappa)), "register it with uses_kappa=True"),
+    (lambda request: request.graphs.graph.zeroing(torch.arange(request.kappa)), "register it with uses_kappa=True"),
 ]
 
 
@@ -177,7 +177,7 @@ def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path, registry):
     results, ranked, kappas = scored.eval(), curvature.argsort(descending=True), []
     for order, step in ((request.orders["mimu"].first(29).vertices, 4), (ranked, 4), (ranked, 1)):
         for kappa in range(step, 30, step):
-            with request.zeroing(order[:kappa]).applied_to(request.classifier) as model:
+            with request.graphs.graph.zeroing(order[:kappa]).applied_to(request.classifier) as model:
                 if scores(model, request.train, FORGET)[0] < 50:
                     break
         kappas.append(kappa)

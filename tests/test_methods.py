@@ -65,7 +65,7 @@ def request_to_forget() -> Request:
 def made_by(name: str, request: Request, **changes) -> torch.nn.Module:
     method = METHODS[name]
     found = method.unlearn(request, **method.arguments(HYPERPARAMETERS.get(name, {}) | changes))
-    found = request.zeroing(found.vertices) if isinstance(found, Zeroing) else found
+    found = request.graphs.graph.zeroing(found.vertices) if isinstance(found, Zeroing) else found
     if not isinstance(found, Mask):
         return found.model if isinstance(found, Trained) else found
     model = request.classifier

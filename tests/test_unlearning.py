@@ -160,8 +160,9 @@ def test_what_is_masked_stands_at_the_end_and_the_classifier_is_the_model_from_t
     with plain_torch():
         custom = CustomModel.of(model, TRAIN.images)
     end = [f"{name}.weight" for name in at_the_end.split()]
-    assert custom.names == tuple(f"{name}.weight".replace("proj.", "proj_", "in_proj" in name) for name in able.split())
-    assert [custom.names[each] for each in custom.masked] == [end[-2] if len(end) > 2 else end[-1]]
+    names = custom.classifier.names
+    assert names == [f"{name}.weight".replace("proj.", "proj_", "in_proj" in name) for name in able.split()]
+    assert [names[each] for each in custom.masked] == [end[-2] if len(end) > 2 else end[-1]]
     assert state_of(model) == before, "buffers of the normalisations are, too"
     assert torch.allclose(custom.classifier(custom.inputs), model.eval()(TRAIN.images), atol=1e-5)
 

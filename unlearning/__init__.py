@@ -1,7 +1,5 @@
 """`unlearn`: classifiers and samples of the user's own, taken as they come, or refused in one line."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal

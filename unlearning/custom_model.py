@@ -1,7 +1,5 @@
 """A custom model, of the user: its last linear layers, or all of it, as the classifier that masks are made for."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections import Counter
@@ -11,15 +9,17 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
-from typing import Any
+from types import MethodType
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mimu.methods.erasing import late_layers
 from mimu.networks.hooked import HookedClassifier
-from mimu.networks.masks import LayerMask, Mask, unwrapped
+from mimu.networks.masks import Mask, unwrapped
 from mimu.runs.files import InputError, one_line
 from mimu.unlearning.samples import AT_ONCE, check_finite_rows
 
@@ -61,24 +61,23 @@ class CustomModel:
     """What of a model masks are made on: the whole of it, or where it cannot be exported the linear layers at its end.
 
     classifier: a copy in float32, masked where the model is, begun before the layers that are to be masked
-    names: of its layers in the model; masked: the indices of those that are to be masked
+    masked: the indices of these
     inputs: what it is given for all samples, (samples, ...)
     images: what the model itself is given for them
     num_classes: how many logits it gives
     """
 
     classifier: HookedClassifier
-    names: tuple[str, ...]
     masked: tuple[int, ...]
     inputs: Tensor
     images: Tensor
     num_classes: int
 
-    @staticmethod
+    @classmethod
     @torch.no_grad()
     def of(
-        model: nn.Module, inputs: Tensor, mask_layer: Any = "auto", progress: bool = True, erase: bool = False
-    ) -> CustomModel:
+        cls, model: nn.Module, inputs: Tensor, mask_layer: Any = "auto", progress: bool = True, erase: bool = False
+    ) -> Self:
         """Takes a model as it is, and looks at what it does with a few samples.
 
         inputs: (samples, ...), as the model takes them but for device and type, which are made those of the model.
@@ -92,19 +91,17 @@ class CustomModel:
         few = torch.linspace(0, len(inputs) - 1, min(TRIED, len(inputs)), dtype=torch.float32).long()
         logits, inputs = tried(model, inputs, few)
         check_finite_rows(logits, "logits", ", though inputs and weights are")
-        whole, why_not = looked_into(model, inputs[few], logits)
-        if whole is not None:
-            if why_no_logits := whole.trace.why_no_logits:
-                raise InputError(f"model must end in a layer that gives the logits, but {why_no_logits}")
-            asked = late_layers(whole) if erase else mask_layer
-            masked = chosen(asked, whole.names, whole.trace.names_at_the_end)
-            given = inputs.float() if inputs.is_floating_point() else inputs
-            return CustomModel(whole, tuple(whole.names), masked, given, inputs, logits.shape[1]).begun(progress)
-        row, given = last_in_a_row(model, inputs, few, why_not, progress)
-        masked = chosen(None if erase else mask_layer, [*row], [*row])
-        if mask_layer != "auto":
-            warnings.warn(f"of layers {[*row]} at the end of the model alone, as {why_not}", stacklevel=4)
-        return CustomModel(copied_layers(row), tuple(row), masked, given, inputs, logits.shape[1])
+        given = inputs.float() if inputs.is_floating_point() else inputs
+        whole, why_not = looked_into(model, given[few], logits)
+        if whole is None:
+            whole, given = last_in_a_row(model, inputs, few, why_not, progress)
+        elif why_no_logits := whole.trace.why_no_logits:
+            raise InputError(f"model must end in a layer that gives the logits, but {why_no_logits}")
+        asked = late_layers(whole) if erase else mask_layer
+        masked = chosen(asked, whole.names, whole.trace.names_at_the_end)
+        if why_not and mask_layer != "auto":
+            warnings.warn(f"of layers {whole.names} at the end of the model alone, as {why_not}", stacklevel=4)
+        return cls(whole, masked, given, inputs, logits.shape[1]).begun(progress)
 
     @property
     def is_of_features(self) -> bool:
@@ -112,27 +109,13 @@ class CustomModel:
         shapes, positions = self.classifier.shapes, self.classifier.positions
         return all(len(shapes[layer]) == 2 and positions(layer) is None for layer in self.masked)
 
-    def begun(self, progress: bool) -> CustomModel:
+    def begun(self, progress: bool) -> Self:
         """The same from where the layers to mask can be reached: what comes before runs once."""
         classifier, parts = self.classifier, self.inputs.split(min(AT_ONCE, self.classifier.samples_at_once))
         shown = tqdm(parts, "samples", delay=1, leave=False, disable=None if progress else True)
         given = torch.cat([classifier.prefix_activations(self.masked, part) for part in shown])
-        check_finite_rows(given, f"what layer {self.names[self.masked[0]]!r} is given for inputs")
+        check_finite_rows(given, f"what layer {classifier.names[self.masked[0]]!r} is given for inputs")
         return replace(self, classifier=classifier.begun_before(self.masked), inputs=given)
-
-    def carried(self, mask: Mask | None) -> Mask:
-        """What a mask on the model, if there is one, switches off in the layers to mask."""
-        carried, found = mask.by_layer if mask else {}, {}
-        for layer in self.masked:
-            on_model = carried.get(self.names[layer])
-            keep = torch.ones(self.classifier.shapes[layer]) if on_model is None else on_model.keep
-            found[self.classifier.names[layer]] = LayerMask.of(keep.to(self.inputs.device, torch.float32))
-        return Mask(found)
-
-    def mask(self, mask: Mask) -> Mask:
-        """A mask on its layers as one on the model."""
-        names = dict(zip(self.classifier.names, self.names))
-        return replace(mask, by_layer={names[name]: part for name, part in mask.by_layer.items()})
 
 
 def chosen(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str]) -> tuple[int, ...]:
@@ -184,7 +167,6 @@ def looked_into(model: nn.Module, example: Tensor, logits: Tensor) -> tuple[Hook
     example: some inputs; logits: what the model gives for them
     """
     model = copy_of(model).float()
-    example = example.float() if example.is_floating_point() else example
     try:
         classifier = HookedClassifier(model, example)
         if not classifier.names:
@@ -194,13 +176,9 @@ def looked_into(model: nn.Module, example: Tensor, logits: Tensor) -> tuple[Hook
         classifier.record(example[:2], torch.zeros(2, dtype=torch.int64, device=example.device), [last])
     except Exception as error:  # of a custom model, any
         return None, f"the model cannot be run operation by operation: {one_line(error)}"
-    return (classifier, "") if is_close(found, logits) else (None, "in float32 the model gives other logits")
-
-
-def is_close(found: Tensor, logits: Tensor) -> bool:
-    """Whether the logits of a copy in float32 are those of the model, but for its precision."""
-    is_precise = logits.dtype in (torch.float32, torch.float64)
-    return torch.allclose(found, logits.float(), rtol=1e-3 if is_precise else 5e-2, atol=1e-4 if is_precise else 5e-2)
+    rtol, atol = (1e-3, 1e-4) if logits.dtype in (torch.float32, torch.float64) else (5e-2, 5e-2)
+    is_close = torch.allclose(found, logits.float(), rtol, atol)
+    return (classifier, "") if is_close else (None, "in float32 the model gives other logits")
 
 
 def tried(model: nn.Module, inputs: Tensor, few: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,49 +208,44 @@ def tried(model: nn.Module, inputs: Tensor, few: Tensor) -> tuple[Tensor, Tensor
 
 def last_in_a_row(
     model: nn.Module, inputs: Tensor, few: Tensor, why_not: str, progress: bool
-) -> tuple[dict[str, nn.Linear], Tensor]:
-    """The linear layers that a model ends in, by the names of their weights, and what the first is given for all.
+) -> tuple[HookedClassifier, Tensor]:
+    """A copy in float32 that runs only the linear layers that a model ends in, and what the first is given for all.
 
     Each is given what the one before gave, through a ReLU. why_not: why the model is not looked into otherwise
     Raises InputError where there are none.
     """
-    calls: list[tuple[str, nn.Linear, Tensor, Tensor]] = []
+    calls: list[tuple[str, Tensor, Tensor]] = []
 
     def note(name: str, module: nn.Linear, arguments: tuple, named: dict, gave: Tensor) -> None:
         (given,) = (*arguments, *named.values())
-        calls.append((f"{name}.weight".lstrip("."), module, given.clone(), gave.clone()))
+        calls.append((name, given.clone(), gave.clone()))
 
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     with ExitStack() as hooks:
         for name, module in linear.items():
             hooks.callback(module.register_forward_hook(partial(note, name), with_kwargs=True).remove)
         logits = model(inputs[few])
-    times, row, after = Counter(call[1] for call in calls), {}, logits
-    for name, module, given, gave in reversed(calls):
-        if times[module] > 1 or not torch.equal(gave if not row else gave.relu(), after):
+    times, row, after = Counter(call[0] for call in calls), [], logits
+    for name, given, gave in reversed(calls):
+        if times[name] > 1 or not torch.equal(gave.relu() if row else gave, after):
             break
-        row, after = {name: module} | row, given
-    if not row or not is_close(copied_layers(row)(after.float()), logits):
+        row, after = [name, *row], given
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        for name in row:
+            layer = self.get_submodule(name)
+            x = F.linear(x if name == row[0] else x.relu(), layer.weight, layer.bias)
+        return x
+
+    end = copy.copy(model)
+    end.forward = MethodType(forward, end)
+    classifier, _ = looked_into(end, after.float(), logits)
+    if classifier is None:
         must = "must end in linear layers that are each called once and give the logits"
         raise InputError(f"model {must}, as {why_not}")
     given: list[Tensor] = []
-    first = next(iter(row.values()))
+    first = linear[row[0]]
     first.register_forward_pre_hook(lambda _, args, named: given.extend([*args, *named.values()]), with_kwargs=True)
     for batch in tqdm(inputs.split(AT_ONCE), "samples", delay=1, leave=False, disable=None if progress else True):
         model(batch)
-    given = torch.cat(given).float()
-    check_finite_rows(given, f"what layer {next(iter(row))!r} is given for inputs")
-    return row, given
-
-
-def copied_layers(row: dict[str, nn.Linear]) -> HookedClassifier:
-    """The layers in float32, with the weights that they have under what is put on them."""
-    modules: list[nn.Module] = [nn.Flatten()]
-    for module in row.values():
-        m, n = module.weight.shape
-        layer = nn.Linear(n, m, device="meta")  # without drawing weights
-        layer.weight = nn.Parameter(module.weight.detach().float().clone())
-        layer.bias = None if module.bias is None else nn.Parameter(module.bias.detach().float().clone())
-        modules += [layer, nn.ReLU()]
-    example = torch.zeros(2, modules[1].in_features, dtype=torch.float32, device=modules[1].weight.device)
-    return HookedClassifier(nn.Sequential(*modules[:-1]), example)
+    return classifier, torch.cat(given).float()

@@ -1,14 +1,12 @@
 """A request to forget classes on a classifier of the user's own, with an eye on what the other classes lose."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import NormalDist, fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from mimu.data import GraphGenerator, Split, is_correct, margins, number_of_weig
 from mimu.masking.order import FEW, ZeroingOrder, percent_above_zero
 from mimu.masking.rankings import Ranking, TrainedGCN
 from mimu.methods.erasing import Erasing, Found, erased, held_out
-from mimu.networks.masks import Mask
+from mimu.networks.masks import LayerMask, Mask
 from mimu.runs.files import InputError
 from mimu.unlearning.custom_model import CustomModel
 from mimu.unlearning.samples import tensor_of
@@ -26,8 +24,6 @@ from mimu.unlearning.samples import tensor_of
 Scores = dict[int, float]  # percent classified correctly, by class
 FOLDS = 5  # parts of few samples that are held out in turn
 WORTH_A_TRY = 1.0  # points that the others lose by the GCN, where the formula is tried
-OTHER_WAYS = "mask_layer=-1 or another, scorer='saliency', or more samples may do better"
-MORE_SAMPLES = "more samples may do better"  # of which alone an erasure can make use
 TRUSTED = 50.0  # percent: a mean score of the classes below which samples and model hardly belong together
 CONFIDENCE = 0.95  # one-sided, of what few samples show
 SHOWN = 1.0  # percent of a class that samples may say to be left before it is said
@@ -76,7 +72,7 @@ class Judgement:
     bounds: tuple[float | None, float | None]
     erase: bool
 
-    def __getitem__(self, chosen: Tensor | slice) -> Judgement:
+    def __getitem__(self, chosen: Tensor | slice) -> Self:
         """That of some of the samples."""
         return replace(self, labels=self.labels[chosen], before=self.before[chosen])
 
@@ -205,13 +201,20 @@ class Forgetting:
 
     @property
     def other_ways(self) -> str:
-        """What a user may try where a request falls short."""
-        return MORE_SAMPLES if self.erase else OTHER_WAYS
+        """What a user may try where a request falls short: an erasure can make use of samples alone."""
+        others = "" if self.erase else "mask_layer=-1 or another, scorer='saliency', or "
+        return f"{others}more samples may do better"
 
     @cached_property
     def start(self) -> Mask:
         """What the model's own mask zeroes in the layers that are masked, as a mask on the classifier."""
-        return self.custom.carried(self.carried)
+        classifier, found = self.custom.classifier, {}
+        carried = self.carried.by_layer if self.carried else {}
+        for layer in self.custom.masked:
+            name = classifier.names[layer]
+            keep = carried[name].keep if name in carried else torch.ones(classifier.shapes[layer])
+            found[name] = LayerMask.of(keep.to(self.train.labels.device, torch.float32))
+        return Mask(found)
 
     @torch.no_grad()
     def logits(self, mask: Mask, chosen: Tensor | slice = slice(None)) -> Tensor:
@@ -227,13 +230,13 @@ class Forgetting:
         """
         found = Judgement(self.train.labels, self.logits(self.start), (), self.bounds, self.erase)
         scores, target = found.scores_before, self.trained.masking.target
-        is_known = {label: scores[label] >= target or count < FEW for label, count in found.counts.items()}
-        return replace(found, kept=[label for label in is_known if is_known[label] and label not in self.forget])
+        known = [label for label, count in found.counts.items() if scores[label] >= target or count < FEW]
+        return replace(found, kept=[label for label in known if label not in self.forget])
 
     def of_model(self, mask: Mask, scores: Scores, about: str = "") -> Mask:
         """A mask on the classifier, with the scores under it, as one on the model, with what that carries."""
         gone = sorted(label for label in self.forget if scores.get(label, 0.0) < self.trained.masking.target)
-        mask = replace(self.custom.mask(mask), forgets=tuple(gone), about=about)
+        mask = replace(mask, forgets=tuple(gone), about=about)
         if self.erase and (edited := {name: part for name, part in mask.by_layer.items() if part.rank}):
             mask = replace(mask, by_layer=edited)
         return (mask & self.carried if self.carried else mask).made_on(self.model)
@@ -265,13 +268,11 @@ class Forgetting:
             mean, worst = judged.falls(now)
             said.append(f"by samples held out the classes to keep lose {mean:.0f} points, one of them {worst:.0f}")
         said += judgement.not_shown(made.logits if self.erase else logits)
-        for label, found in made.found.items():
-            if not found.is_at_the_bar:
-                said.append(f"of class {label} {found}")
+        said += [f"of class {label} {found}" for label, found in made.found.items() if not found.is_at_the_bar]
         if said:
             warnings.warn(f"{'; '.join(said)} ({self.other_ways})", stacklevel=3)
         by = f"ranked by the {'GCN' if made.scorer == 'gcn' else 'formula'}"
-        by = [f"{by} in {len(self.custom.masked)} of {len(self.custom.names)} layers that can be masked"]
+        by = [f"{by} in {len(self.custom.masked)} of {len(self.custom.classifier.names)} layers that can be masked"]
         if self.erase:
             by = [f"class {label} erased: {found}" for label, found in made.found.items()]
         return self.of_model(made.way[-1], judgement.scores(made.logits), "; ".join([*by, *said]))
@@ -316,13 +317,12 @@ class Forgetting:
         for label, count in judgement.counts.items():
             if 1 < count < FEW:
                 folds[labels == label] = torch.arange(count, device=labels.device) % FOLDS
-        for fold in range(int(folds.min()), FOLDS):
+        for fold in folds[folds < FOLDS].unique():
             is_held_out = folds == fold
-            if is_held_out.any():
-                custom = replace(self.custom, images=self.custom.images[~is_held_out])
-                others = replace(self, custom=custom, train=self.train[~is_held_out], progress=False)
-                mask = others.made(judgement[~is_held_out], made.scorer).way[-1]
-                logits[is_held_out] = self.logits(mask, is_held_out)
+            custom = replace(self.custom, images=self.custom.images[~is_held_out])
+            others = replace(self, custom=custom, train=self.train[~is_held_out], progress=False)
+            mask = others.made(judgement[~is_held_out], made.scorer).way[-1]
+            logits[is_held_out] = self.logits(mask, is_held_out)
         return logits
 
     def check_scores(self, judgement: Judgement) -> None:

@@ -1,7 +1,5 @@
 """Training samples as people have them: tensors, arrays, lists, data sets, loaders."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -42,11 +40,8 @@ def samples_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[Tensor,
     if labels is None:
         try:
             loader = with_own_generator(inputs if isinstance(inputs, DataLoader) else DataLoader(inputs, AT_ONCE))
-            batches, classes = [], []
-            for batch, of_batch in tqdm(loader, "samples", delay=1, leave=False, disable=None if progress else True):
-                batches.append(torch.atleast_1d(batch))
-                classes.append(torch.atleast_1d(of_batch))
-            inputs, labels = torch.cat(batches), torch.cat(classes)
+            shown = tqdm(loader, "samples", delay=1, leave=False, disable=None if progress else True)
+            inputs, labels = (torch.cat(list(map(torch.atleast_1d, each))) for each in zip(*shown, strict=True))
         except Exception as error:  # of a custom data set, any
             must = "where labels are not given, inputs must be a DataLoader or a data set of pairs (input, label)"
             raise InputError(f"{must}, not {type(inputs).__name__} ({one_line(error)})") from error
