@@ -301,16 +301,6 @@ def answer(request: Request, name: str) -> Answer:
     return Answer(model, mask, seconds, left)
 
 
-def count_by_layer(mask: Mask, names: list[str], forget_class: int) -> dict[str, int]:
-    """How many weights a mask zeroes in each of some layers; in the last, the class's row, the trivial mask, apart."""
-    counts = {}
-    for layer, keep in zip(map(names.index, mask.layers), mask.keep):
-        of_rows = (keep == 0).flatten(1).sum(1).tolist()  # how many in each row
-        apart = {"output row of the class": of_rows.pop(forget_class)} if layer == len(names) - 1 else {}
-        counts |= {f"layer {layer}": sum(of_rows)} | apart
-    return counts
-
-
 @dataclass
 class Eval:
     """Scores every method on one request with the five metrics, and writes them as JSON.
@@ -408,12 +398,11 @@ class Eval:
         request, graph = self.request, self.request.graphs.graph
         answers = {name: self._answer(name) for name in self.names}
         masks = {name: each.mask for name, each in answers.items()}
-        names, label = request.original.names, request.forget_class
         zeroed = request.in_steps("mimu", request.ranking).vertices.tolist()
         results = {
             **self.about,
             "seed": request.seed,
-            "forget_digit": label,
+            "forget_digit": request.forget_class,
             "top_k": request.top_k,
             "kappa": len(zeroed),
             "kappa_choice": "auto" if request.asked == "auto" else "fixed",
@@ -429,7 +418,6 @@ class Eval:
             "audit_metrics": self.eval_audits(),
             "methods": {name: METHODS[name].about() for name in self.names},
             "num_zeroed": {name: mask and mask.num_zeroed for name, mask in masks.items()},
-            "zeroed_by_layer": {name: mask and count_by_layer(mask, names, label) for name, mask in masks.items()},
             "gave_up": {name: each.left != "" for name, each in answers.items() if each.left is not None},
             "class_probabilities": {name: self._class_probabilities(each.model) for name, each in answers.items()},
             "weight_histograms": self._weight_histograms(),

@@ -26,7 +26,6 @@ from mimu.runs.files import Artifact, InputError
 
 LEAST_SPREAD = 1e-6  # standard deviation of scores, which may be all the same
 GRADIENT_NORM = 1.0  # largest norm of a step's gradient of the GCN
-WHITENED_BY = 1000  # images that say how the first kernels of airbench whiten
 SAVED_EVERY = 60.0  # seconds of training, at least, between two writes of how far it is
 COMPARED = 10  # classes, at most, that GCN and formula both forget to be compared
 TOLERATED = 1.0  # points that a GCN may be behind the formula
@@ -228,8 +227,7 @@ class Trainer:
         with data.seeded_initialisation(self.seed):
             network = self.config.network(self.size or images.shape[1:], num_classes)
         if self.config.architecture == "airbench":
-            some = images[:: max(1, len(images) // WHITENED_BY)]
-            whiten(network[2], network[:2](some.cpu()))
+            whiten(network, images)
         of_images = (self.config, self.size, images.shape[1:], images.device, num_classes)
         example = TRACES.get(of_images, images[:2])
         classifier = HookedClassifier(network.to(images.device), example, self.config.bfloat16)

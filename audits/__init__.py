@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimu.audits.predictions import entropy_attack, jensen_shannon, loss_attack, neighbour_attack, predictions_of
+from mimu.audits.predictions import entropy_attack, jensen_shannon, loss_attack, predictions_of
 from mimu.audits.probes import found_by_probes, prototype_recall
 from mimu.data import Count, ImageData, Split, seeded, some_of_every_class
 from mimu.networks.masks import Mask
@@ -20,7 +20,7 @@ BATCH_SIZE = 128  # of the forget class's training samples, from which it is rel
 LEARNING_RATE = 0.0003
 LEARNING_RATE_FROM_FEW = 0.003  # where all samples are in each step
 AUDITS = (
-    "js_forget", "js_retain", "loss_attack", "entropy_attack", "neighbour_attack", "probe_recall", "usable_bits",
+    "js_forget", "js_retain", "loss_attack", "entropy_attack", "probe_recall", "usable_bits",
     "prototype_recall", "relearn_steps", "came_back", "relearn_scores", "relearn_from", "weights_changed",
 )  # fmt: skip
 
@@ -114,7 +114,6 @@ class Audit:
             "js_retain": from_retrained(~is_forget),
             "loss_attack": loss_attack(train.loss[is_member], test.loss[is_forget]),
             "entropy_attack": entropy_attack(train.logits[~is_member], test.logits, train.logits[is_member]),
-            "neighbour_attack": self.reference and neighbour_attack(train, test, self.reference, label),
             **found_by_probes(train, test, label, seed, self.config.probes),
             "prototype_recall": recovered,  # by the number of samples of every class
             "relearn_steps": steps,

@@ -119,17 +119,3 @@ def entropy_attack(retain: Tensor, test: Tensor, forget: Tensor) -> float:
     all are logits (samples, classes). Foster et al. 2023, arXiv:2308.07707, after arXiv:2205.08096.
     """
     return passing(*(torch.special.entr(x.double().softmax(1)).sum(1) for x in (retain, test, forget)))
-
-
-def neighbour_attack(train: Predictions, test: Predictions, retrained: Predictions, forget_class: int) -> float:
-    """Percent of the class's test samples that pass for members of the nearest class, to compare with the retrained's.
-
-    By the probability of the class that the retrained classifier sees most of in them, against the retain set's others.
-    After CMIA, arXiv:2506.20893, as its reviewers describe it, with an SVM.
-    """
-    is_forget = test.labels == forget_class
-    likeness = retrained.logits[is_forget].double().softmax(1).mean(0)
-    nearest = int(likeness.index_fill(0, torch.tensor(forget_class), -1).argmax())
-    known, asked = (logits.double().softmax(1)[:, nearest] for logits in (train.logits, test.logits[is_forget]))
-    is_nearest, is_retain = train.labels == nearest, train.labels != forget_class
-    return passing(known[is_nearest], known[is_retain & ~is_nearest], asked)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+WHITENED_BY = 1000  # images, every n-th of those at hand
 LEAST_VARIANCE = 5e-4  # that is added to that of a direction of patches, which may be none
 
 
@@ -67,15 +68,16 @@ def airbench(
 
 
 @torch.no_grad()
-def whiten(layer: nn.Conv2d, images: Tensor) -> None:
-    """Gives a layer kernels that whiten the patches of images (samples, channels, height, width), and their negatives.
+def whiten(network: nn.Sequential, images: Tensor) -> None:
+    """Gives the first layer of an `airbench` kernels that whiten the patches of images, and their negatives.
 
     Each is an eigenvector of the patches' second moments over the root of its eigenvalue: Jordan 2024, section 3.1.
     """
-    patches = F.unfold(images, layer.kernel_size).movedim(1, 2).flatten(0, 1).double()
+    some = network[:2](images[:: max(1, len(images) // WHITENED_BY)].cpu())  # (samples, channels, height, width)
+    patches = F.unfold(some, network[2].kernel_size).movedim(1, 2).flatten(0, 1).double()
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     kernels = (vectors / (values + LEAST_VARIANCE).sqrt()).T
-    layer.weight.copy_(torch.cat([kernels, -kernels]).view_as(layer.weight))
+    network[2].weight.copy_(torch.cat([kernels, -kernels]).view_as(network[2].weight))
 
 
 class ResidualBlock(nn.Module):

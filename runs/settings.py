@@ -38,11 +38,15 @@ def load_variants(
     """The configs of a file by the names of its variants; where it has none, one named "". Raises ConfigError.
 
     Over the bases in their order goes what `path` changes (which may be one of them), what a variant does, overrides.
+    A file that `extends` another one beside it goes over what that changes outside of its variants.
     """
     layers = {base: (base.name, read_yaml(base)) for base in bases}
-    if path not in layers:
-        layers[path] = (str(path), read_yaml(path))
-    _, settings = layers[path]
+    settings = read_yaml(path)
+    if isinstance(settings, dict) and "extends" in settings:
+        below = path.with_name(str(settings.pop("extends")))
+        _, outside = layers.setdefault(below, (str(below), read_yaml(below)))
+        outside.pop("variants", None)
+    _, settings = layers.setdefault(path, (str(path), settings))
     over = [parsed_override(override) for override in overrides]
     if not isinstance(settings, dict) or "variants" not in settings:
         return {"": built(kind, bases, [*layers.values(), *over])}

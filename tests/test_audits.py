@@ -19,7 +19,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.pipeline import make_pipeline
 
 from mimu import audits
-from mimu.audits import Audit, AuditConfig, neighbour_attack, probes, relearn
+from mimu.audits import Audit, AuditConfig, probes, relearn
 from mimu.audits.predictions import Predictions, entropy_attack, jensen_shannon, loss_attack, predictions_of
 from mimu.audits.probes import found_by_probes, linear, neighbours, prototype_recall, two_layer, usable_bits
 from mimu.data import ImageData, Split, seeded, seeded_initialisation, some_of_every_class
@@ -127,16 +127,6 @@ def test_the_entropy_attack_is_a_balanced_logistic_regression():
     assert 5 < passing < 95 and entropy_attack(splits[0], splits[1], splits[2]) == pytest.approx(passing)
     sure = torch.tensor([[0.0, -torch.inf]]).repeat(9, 1)
     assert math.isnan(entropy_attack(sure, sure, sure))
-
-
-def test_the_neighbour_attack_is_a_balanced_logistic_regression_on_the_nearest_class(data, trained, retrained):
-    train, test = predictions_of(trained, data.train), predictions_of(retrained, data.test)
-    p, asked = (each.logits.double().softmax(1) for each in (train, test))
-    retain, asked = train.labels != FORGET, asked[test.labels == FORGET]
-    nearest = max((0, 2), key=asked.mean(0).__getitem__)
-    regression = LogisticRegression(class_weight="balanced", tol=1e-10)
-    regression.fit(p[retain][:, [nearest]], train.labels[retain] == nearest)
-    assert regression.predict(asked[:, [nearest]]).mean() == neighbour_attack(train, test, test, FORGET) / 100 > 0.5
 
 
 def standardised(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,7 +269,6 @@ def test_every_audit_is_that_of_its_samples_and_of_what_was_asked_for(trained, r
         "js_retain": jensen_shannon(test.logits[~forget], after[~forget]),
         "loss_attack": loss_attack(train.loss[member], test.loss[forget]),
         "entropy_attack": entropy_attack(train.logits[~member], test.logits, train.logits[member]),
-        "neighbour_attack": neighbour_attack(train, test, predictions_of(retrained, data.test), FORGET),
         "probe_recall": pytest.approx(named),
         "usable_bits": bits,
         "prototype_recall": {str(count): prototype_recall(train, test, FORGET, count, 4) for count in (1, 2)},
@@ -296,7 +285,7 @@ def test_what_cannot_be_audited_is_null_and_what_does_not_come_back_is_told(trai
     broken.weights[0].data[0, 0] = torch.nan
     assert audit(broken) == dict.fromkeys(beside) | {"weights_changed": 1} and None not in beside.values()
     assert predictions_of(broken, audit.data.test).correct.sum() == 0
-    compared = dict.fromkeys(["js_forget", "js_retain", "neighbour_attack"])
+    compared = dict.fromkeys(["js_forget", "js_retain"])
     assert replace(audit, retrained=None)(trained) == beside | compared
     removed = audit(without_logit(trained))
     assert removed["relearn_steps"] is None and not removed["came_back"]

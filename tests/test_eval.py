@@ -9,9 +9,8 @@ from conftest import NUM_CLASSES, random_split, scores, small_request, trained_p
 from torch import nn
 
 from mimu.data import ImageData, Split
-from mimu.eval import METHODS, Eval, count_by_layer, random_choices, random_vertices, unlearning_method
+from mimu.eval import METHODS, Eval, random_choices, random_vertices, unlearning_method
 from mimu.methods import controls
-from mimu.model import WeightGraph
 from mimu.networks.masks import Mask
 from mimu.runs.files import Artifact
 
@@ -70,12 +69,6 @@ def test_the_mask_is_that_of_the_zeroed_weights(tmp_path, mask_layer):
     assert torch.equal(loaded.as_tensor(), mask) and loaded.layers == tuple(graph.names)
     assert [sum(of_layer["all"]) for of_layer in histograms] == graph.sizes
     assert sum(sum(of_layer["zeroed"]) for of_layer in histograms) == KAPPA
-
-
-def test_zeroed_weights_are_counted_in_every_layer_and_the_output_row_apart(classifier):
-    mask = WeightGraph(classifier, None).zeroing(torch.tensor([0, 41, 42, 78, 86]))
-    expected = {"layer 0": 2, "layer 1": 1, "layer 2": 1, "output row of the class": 1}
-    assert count_by_layer(mask, classifier.names, FORGET) == expected
 
 
 def test_every_method_stands_in_every_evaluation_and_the_json_is_valid(tmp_path, registry):

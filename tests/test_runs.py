@@ -314,7 +314,7 @@ def in_readme(pattern: str, text: str = README) -> str:
 def test_what_the_readme_adds_by_hand_shows_up_everywhere(copy):
     example = in_readme(r"```python\n(@unlearning_method.*?)```")
     (name,) = re.findall(r'@unlearning_method\("([^"]+)"', example)
-    insert(copy / "eval.py", example, "def count_by_layer(")
+    insert(copy / "eval.py", example, "@dataclass\nclass Eval:")
     insert(copy / "configs" / "config.yaml", in_readme(r"```yaml\n( +coactivation: .*?)\n```"), "sft: {epochs")
     methods = (PROJECT / "docs" / "methods.md").read_text()
     scored = in_readme(r"\n((?: {4}[^\n]*\n)+)\nand in `eval_performance", methods)

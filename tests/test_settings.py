@@ -104,7 +104,7 @@ def test_layers_go_over_one_another(bases, tmp_path, monkeypatch):
     assert load_variants(Config, bases, Path("config.yaml"), ["seed=1"]) == {"": replace(config, seed=1)}
 
 
-def test_a_variant_goes_over_its_file_and_an_override_over_both_with_dotted_keys_in_each(bases, tmp_path):
+def test_an_override_goes_over_a_variant_over_its_file_over_what_it_extends_with_dotted_keys_in_each(bases, tmp_path):
     text = """
 seed: 4
 training.steps: 7
@@ -119,6 +119,11 @@ variants:
     as_it_is, longer = read(bases, *plain, "training.steps=7"), read(bases, *plain, "training.steps=8")
     assert load_variants(Config, bases, path, over) == {"as it is": as_it_is, "a.b": longer, "1": as_it_is}
     assert load_variants(Config, bases, bases[0]) == {"": read(bases)}
+    above = tmp_path / "above.yaml"
+    above.write_text("extends: mine.yaml\ntraining.steps: 5")
+    assert load_variants(Config, bases, above, over) == {"": read(bases, *plain, "training.steps=5")}
+    above.write_text("extends: none.yaml")
+    assert refused(above, bases).startswith(str(tmp_path / "none.yaml"))
 
 
 BAD = [
@@ -229,6 +234,7 @@ def assert_holds(read: dict, changes: dict) -> None:
 def test_every_config_of_the_project_can_run(path):
     changes = yaml.safe_load(path.read_text())
     variants = changes.pop("variants", {"": {}})
+    changes.pop("extends", None)
     loaded = configs.load_variants(path)
     assert list(loaded) == list(variants)
     for name, config in loaded.items():
