@@ -8,10 +8,9 @@ the class from others all the same: what attackers find in the inputs themselves
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
 from statistics import fmean
 from typing import NamedTuple
 
@@ -160,10 +159,18 @@ def late_layers(classifier: HookedClassifier) -> list[str]:
     return names[-1 - DEEPEST :]
 
 
+def begun_before(
+    classifier: HookedClassifier, layers: Sequence[str], images: Tensor
+) -> tuple[HookedClassifier, Tensor]:
+    """A classifier begun before layers, and what it is then given for images."""
+    indices = [classifier.names.index(name) for name in layers]
+    return classifier.begun_before(indices), classifier.prefix_activations(indices, images)
+
+
 class Edit:
     """Layers of a classifier that read less of one direction each, W - left right^T, and another row for the class.
 
-    right: of each hidden layer `own_direction` of what it is given; left: by how much each neuron reads less of it,
+    right: of each hidden layer its direction; left: by how much each neuron reads less of it,
     to be learned, W right at first; of the last layer the class's row alone, to be learned, zeros at first.
     What the first layer gives, and how much of the direction it reads, is recorded once.
     """
@@ -176,9 +183,12 @@ class Edit:
         samples: Split,
         label: int,
         known: int,
-        direction_of: Callable[[str], Tensor],
+        directions: Mapping[str, Tensor],
     ) -> None:
-        """classifier: begun before the layers, under `start`; samples: as given to it, `known` to learn from."""
+        """classifier: begun before the layers, under `start`; samples: as given to it, `known` to learn from.
+
+        directions: `own_direction` of what each hidden layer is given
+        """
         self.labels, self.label, self.known = samples.labels, label, known
         indices = {name: classifier.names.index(name) for name in layers}
         self.weights = {name: classifier.weights[index].detach() for name, index in indices.items()}
@@ -190,7 +200,7 @@ class Edit:
                 left = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
                 right = weight[label][:, None].clone()
             else:
-                right = direction_of(name).to(weight)[:, None]
+                right = directions[name].to(weight)[:, None]
                 left = weight.flatten(1) @ right
             self.masks[name] = LayerMask(keep, left, right)
         is_few = int((samples.labels[:known] == label).sum()) < FEWEST
@@ -256,21 +266,21 @@ def erased(
     in_inputs = (split.images if inputs is None else inputs)[unseen]
     answers = []
     with start.applied_to(classifier) if start else nullcontext():
-        indices = [classifier.names.index(name) for name in layers]
-        images = classifier.prefix_activations(indices, split.images.index_select(0, chosen))
-        begun = classifier.begun_before(indices)
+        begun, images = begun_before(classifier, layers, split.images.index_select(0, chosen))
         in_original = begun.value_of(begun.trace.representation, images[len(known) :])
         is_own = labels[len(known) :] == label
         least, before = (config.mean_r_squared(each, is_own, seed) for each in (in_inputs, in_original))
         bar = config.bar(least, before)
 
-        @cache
-        def direction_of(name: str) -> Tensor:
-            x = begun.mean_inputs(begun.names.index(name), images[: len(known)])
-            return own_direction(x, labels[: len(known)], label)
-
+        directions: dict[str, Tensor] = {}
         for count in range(min(2, hidden) or 1, len(layers)):
-            edit = Edit(begun, start, layers[-1 - count :], Split(images, labels), label, len(known), direction_of)
+            edited = layers[-1 - count :]
+            near, given = begun_before(begun, edited, images)
+            for name in edited[:-1]:
+                if name not in directions:
+                    x = near.mean_inputs(near.names.index(name), given[: len(known)])
+                    directions[name] = own_direction(x, labels[: len(known)], label)
+            edit = Edit(near, start, edited, Split(given, labels), label, len(known), directions)
             found = Found(before, learned(edit, bar, config, seed, progress), bar)
             answers.append((edit.mask(start), found))
             if found.is_at_the_bar:

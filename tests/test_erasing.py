@@ -149,7 +149,7 @@ def test_an_edit_run_from_midway_gives_what_the_network_gives_under_its_mask(nam
         with start.applied_to(classifier) if start else nullcontext(), torch.no_grad():
             indices = [classifier.names.index(layer) for layer in layers]
             before = Split(classifier.prefix_activations(indices, samples.images), samples.labels)
-            edit = Edit(classifier.begun_before(indices), start, layers[-1 - count :], before, 1, 60, directions.get)
+            edit = Edit(classifier.begun_before(indices), start, layers[-1 - count :], before, 1, 60, directions)
             assert len(edit.learned) == 1 + count
             for each in edit.learned:
                 each += 0.3 * torch.randn_like(each)
