@@ -49,16 +49,16 @@ def airbench(
 ) -> nn.Sequential:
     """A convolution of 2 x 2 to `whiten`, stages of 3 x 3, the largest value of every channel, and an mlp.
 
-    After Jordan 2024, arXiv:2404.00498, with ReLU. size, sizes, raises: as `cnn`
+    After Jordan 2024, arXiv:2404.00498, with SiLU. size, sizes, raises: as `cnn`
     blocks: convolutions of a stage, all with batch normalisation, the first with max pooling before it
     """
 
     def convolution(n: int, m: int, *pooling: nn.Module) -> list[nn.Module]:
-        return [nn.Conv2d(n, m, 3, padding=1, bias=False), *pooling, nn.BatchNorm2d(m), nn.ReLU()]
+        return [nn.Conv2d(n, m, 3, padding=1, bias=False), *pooling, nn.BatchNorm2d(m), nn.SiLU()]
 
     pixels_left(size[1] - 1, size[2] - 1, channels)
     whitened = 2 * 4 * size[0]
-    network = nn.Sequential(nn.Flatten(), nn.Unflatten(1, size), nn.Conv2d(size[0], whitened, 2), nn.ReLU())
+    network = nn.Sequential(nn.Flatten(), nn.Unflatten(1, size), nn.Conv2d(size[0], whitened, 2), nn.SiLU())
     for n, m in zip([whitened, *channels], channels):
         network.extend(convolution(n, m, nn.MaxPool2d(2)))
         for _ in range(1, blocks):
