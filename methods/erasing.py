@@ -170,8 +170,8 @@ def begun_before(
 class Edit:
     """Layers of a classifier that read less of one direction each, W - left right^T, and another row for the class.
 
-    right: of each hidden layer its direction; left: by how much each neuron reads less of it,
-    to be learned, W right at first; of the last layer the class's row alone, to be learned, zeros at first.
+    right: of each hidden layer its direction; left: by how much each neuron reads less of it, to be learned, W right at
+        first; of the last layer the class's row alone, to be learned, zeros at first
     What the first layer gives, and how much of the direction it reads, is recorded once.
     """
 
