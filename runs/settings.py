@@ -45,7 +45,8 @@ def load_variants(
     if isinstance(settings, dict) and "extends" in settings:
         below = path.with_name(str(settings.pop("extends")))
         _, outside = layers.setdefault(below, (str(below), read_yaml(below)))
-        outside.pop("variants", None)
+        if isinstance(outside, dict):
+            outside.pop("variants", None)
     _, settings = layers.setdefault(path, (str(path), settings))
     over = [parsed_override(override) for override in overrides]
     if not isinstance(settings, dict) or "variants" not in settings:

@@ -122,6 +122,8 @@ variants:
     above = tmp_path / "above.yaml"
     above.write_text("extends: mine.yaml\ntraining.steps: 5")
     assert load_variants(Config, bases, above, over) == {"": read(bases, *plain, "training.steps=5")}
+    mine(tmp_path, "- 3")
+    assert refused(above, bases).startswith(f"{path}: the settings must be a mapping")
     above.write_text("extends: none.yaml")
     assert refused(above, bases).startswith(str(tmp_path / "none.yaml"))
 
