@@ -1,113 +1,181 @@
-"""Image data sets in memory, their forget and retain splits, and the activation graphs of a classifier."""
+"""Data sets on disk and in memory, their splits, and the activation graphs of a classifier."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate
+import gzip
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
+from tqdm import tqdm
 
-from mimu.images.sources import DATASET_ROOT, DataError, data_set, reading, seeded
-from mimu.model import WeightGraph
-from mimu.networks import hooked
-from mimu.networks.hooked import HookedClassifier, LayerRecord, Record
-from mimu.networks.masks import Mask
+from experiment.files import ROOT
+from mimu.errors import DataError, one_line
+from mimu.files import digest, naming
+from mimu.saliency import ActivationGraphs
+from mimu.samples import Split
+from mimu.seeds import seeded
 
+DATASET_ROOT = ROOT / "datasets"
+# What torchvision downloads, and the names of the classes.
+DATASETS = {
+    "MNIST": tuple("0123456789"),
+    "FashionMNIST": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
+    "KMNIST": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+    "CIFAR10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "SVHN": tuple("0123456789"),
+}
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-SCORED_AT_ONCE = 10_000  # samples of a batch without a backward pass
-# Of the log-odds in what forgetting asks for: at 1 a few samples that are forgotten say too soon that all are.
-FORGETTING_TEMPERATURE = 2.0
-
-# What settings may be; a config is checked against these words.
-Count = Annotated[int, "at least 1"]
-Positive = Annotated[float, "above 0"]
-NonNegative = Annotated[float, "at least 0"]
-Share = Annotated[float, "above 0, at most 1"]
-# A number of the masked weights, or a share of them.
-Amount = Count | Annotated[float, "above 0, below 1"]
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
-def number_of_weights(amount: Amount, num_vertices: int) -> int:
-    """The amount as a number of the masked weights, one at least."""
-    return amount if isinstance(amount, int) else max(1, round(amount * num_vertices))
+class DataSet(NamedTuple):
+    """A data set on the disk, of which no more is read yet than what its images and classes are.
+
+    size: (height, width) of a grey image, (3, height, width) of one in colour; class_names: by label
+    read: the training split, or with False the test split: images (samples, *size), uint8, and labels (samples)
+    """
+
+    size: tuple[int, ...]
+    class_names: tuple[str, ...]
+    read: Callable[[bool], tuple[Tensor, Tensor]]
+
+
+def data_set(name: str, root: Path = DATASET_ROOT) -> DataSet:
+    """A data set by its name, one of DATASETS or a folder under `root`. Raises DataError where it cannot be one."""
+    folder = root / name
+    if name == "SVHN" and not find_spec("scipy"):
+        raise DataError(f"dataset SVHN in {folder}: its files are read by scipy, install it (uv pip install scipy)")
+    if name in ("CIFAR10", "SVHN"):
+        return DataSet((3, 32, 32), DATASETS[name], partial(read_in_colour, folder, name))
+    if name in DATASETS:
+        return DataSet((28, 28), DATASETS[name], partial(read_idx, folder / "raw", name))
+    there = {path.name for path in root.glob("*") if path.is_dir()}.difference(DATASETS, ["Graphs"])
+    if name not in there:
+        valid = ", ".join([*DATASETS, *sorted(there)])
+        raise DataError(f"dataset must be {valid}, or another folder in {root}, not {name!r}")
+    with reading(name, folder):
+        files = [*folder.glob("raw/*-ubyte*"), *folder.glob("*-ubyte*")]
+        found = idx_files(files[0].parent) if files else image_folders(folder)
+        names = found.class_names
+        if len(names) < 2 or not "".join(names).isprintable() or set("$|") & set("".join(names)):
+            raise ValueError(f"it must have two classes at least, named without $, | and line breaks, not {names}")
+    return found
 
 
 @contextmanager
-def seeded_initialisation(seed: int) -> Iterator[None]:
-    """Modules made while the context is open get the weights of this seed; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+def reading(name: str, folder: Path) -> Iterator[None]:
+    """Turns what missing and damaged files raise into a DataError that names the data set."""
+    try:
         yield
+    except (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError) as error:
+        raise DataError(f"dataset {name} in {folder}: cannot be used ({one_line(error)})") from None
 
 
-@dataclass(frozen=True)
-class Split:
-    """Samples in memory. images: (samples, pixels) float, labels: (samples) int64."""
-
-    images: Tensor
-    labels: Tensor
-
-    def forget(self, forget_class: int) -> Split:
-        """The samples of the forget class."""
-        return self[self.labels == forget_class]
-
-    def retain(self, forget_class: int) -> Split:
-        """The samples of all other classes."""
-        return self[self.labels != forget_class]
-
-    def __getitem__(self, chosen: Tensor | slice) -> Split:
-        return Split(self.images[chosen], self.labels[chosen])
-
-    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Split]:
-        """Random batches of the samples, again and again."""
-        while True:
-            order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
-            for batch in order.split(batch_size):
-                yield Split(self.images.index_select(0, batch), self.labels[batch])
-
-    def loader(self, batch_size: int = SCORED_AT_ONCE) -> DataLoader:
-        """Whole batches (images, labels) in order, cut from the tensors at once rather than sample by sample."""
-        samples = TensorDataset(self.images, self.labels)
-        batches = BatchSampler(SequentialSampler(samples), batch_size, drop_last=False)
-        return DataLoader(samples, sampler=batches, batch_size=None)
+def idx_files(folder: Path) -> DataSet:
+    """A data set in the format of MNIST, its files packed by gzip or not."""
+    _, height, width = idx(folder / FILES[0]).shape
+    class_names = tuple(map(str, range(1 + int(idx(folder / FILES[1]).max()))))
+    return DataSet((height, width), class_names, partial(read_idx, folder, ""))
 
 
-def drawn_of_every_class(labels: Tensor, count: int, generator_of: Callable[[int], torch.Generator]) -> Tensor:
-    """Indices of random samples, class after class: `count` of every one that is there, or all where it has fewer."""
-    chosen = []
-    for label in labels.unique().tolist():
-        of_class = (labels == label).nonzero()[:, 0]
-        order = torch.randperm(len(of_class), generator=generator_of(label))
-        chosen.append(of_class[order[:count].to(of_class.device)])
-    return torch.cat(chosen)
+def read_idx(folder: Path, name: str, is_train: bool) -> tuple[Tensor, Tensor]:
+    """Reads a split in the format of MNIST; downloads what of DATASETS is not there."""
+    paths = [folder / file for file in FILES]
+    if name in DATASETS and not all(as_read(path).exists() for path in paths):
+        from torchvision import datasets  # takes seconds, which a bad setting need not wait for
+
+        getattr(datasets, name)(folder.parents[1], download=True)
+    images, labels = paths[:2] if is_train else paths[2:]
+    return idx(images), idx(labels).long()
 
 
-def some_of_every_class(split: Split, count: int, *key: object) -> Split:
-    """`drawn_of_every_class`, those of each by a generator of its own, seeded by a key and the class."""
-    found = drawn_of_every_class(split.labels, count, lambda label: seeded(*key, label))
-    # Copies rows; indexing copies numbers one by one.
-    return Split(split.images.index_select(0, found), split.labels[found])
+def idx(path: Path) -> Tensor:
+    """The numbers (uint8) in a file of MNIST's format, which may be packed by gzip."""
+    source = as_read(path)
+    with naming(source, "read"):
+        content = source.read_bytes()
+    try:
+        content = content if source == path else gzip.decompress(content)
+        start = 4 + 4 * content[3]  # after three bytes, the number of dimensions, and the size of each in four bytes
+        sizes = np.frombuffer(content[4:start], ">i4").tolist()
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(sizes)
+    except Exception as error:  # any byte may be wrong, and what that raises is anything
+        raise ValueError(f"{source.name} is damaged: {one_line(error)}") from None
 
 
-def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which samples are classified correctly, (samples): none whose logits (samples, classes) are not numbers."""
-    # The largest of logits that are not numbers would be the first class.
-    return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+def read_in_colour(folder: Path, name: str, is_train: bool) -> tuple[Tensor, Tensor]:
+    """Reads a split of CIFAR10 or SVHN, which it downloads where a file of it is missing or damaged."""
+    from torchvision import datasets
+
+    if name == "CIFAR10":
+        split = datasets.CIFAR10(folder, is_train, download=True)
+        return torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)
+    split = datasets.SVHN(folder, "train" if is_train else "test", download=True)
+    return torch.from_numpy(split.data), torch.from_numpy(split.labels)
 
 
-def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """By how much the logit of each sample's class is above the largest other one, (samples)."""
-    others = logits.scatter(1, labels[:, None], float("-inf"))
-    return logits.gather(1, labels[:, None])[:, 0] - others.amax(1)
+def image_folders(folder: Path) -> DataSet:
+    """A data set of images in train/<class>/ and test/<class>/, all of one size, and all grey or all in colour."""
+    if not ((folder / "train").is_dir() and (folder / "test").is_dir()):
+        raise ValueError("it must hold images in train/<class>/ and test/<class>/, or the four files of MNIST's format")
+    from torchvision.datasets import ImageFolder
+
+    train = ImageFolder(folder / "train", loader=pixels)
+    test = ImageFolder(folder / "test", loader=pixels)
+    if odd := set(train.classes) ^ set(test.classes):
+        raise ValueError(f"train/ and test/ must have the same classes, not {', '.join(sorted(odd))} in one alone")
+    size = train[0][0].shape
+
+    def stacked(part: ImageFolder) -> tuple[Tensor, Tensor]:
+        images = []
+        for path, _ in tqdm(part.samples, "images", delay=1, leave=False, disable=None):
+            images.append(pixels(path))
+            if images[-1].shape != size:
+                raise ValueError(f"{path} is of {images[-1].shape}, but {train.samples[0][0]} is of {size}")
+        # The last samples may be held out: they must not be of one class.
+        order = torch.randperm(len(images), generator=seeded("folders", part is train))
+        return torch.from_numpy(np.stack(images))[order], torch.tensor(part.targets)[order]
+
+    return DataSet(size, tuple(train.classes), lambda is_train: stacked(train if is_train else test))
+
+
+def pixels(path: str) -> np.ndarray:
+    """An image (height, width), or in colour (3, height, width), uint8. Raises ValueError where it is none of these."""
+    try:
+        with naming(Path(path), "read"), Image.open(path) as image:
+            if image.mode not in ("L", "RGB"):
+                raise ValueError(f"its mode is {image.mode}")
+            return np.asarray(image) if image.mode == "L" else np.moveaxis(np.asarray(image), 2, 0).copy()
+    except Exception as error:  # any byte may be wrong, and what that raises is anything
+        raise ValueError(f"{path} must be an image, grey or RGB of 8 bits: {error}") from None
+
+
+def as_read(path: Path) -> Path:
+    """The file that is read in the place of another: the one packed by gzip beside it, if there is one, else itself."""
+    packed = path.with_name(f"{path.name}.gz")
+    return packed if packed.exists() else path
+
+
+def checksum(name: str, root: Path = DATASET_ROOT) -> str:
+    """A digest of every file of a data set: what says which data set it is. Empty where none is there."""
+    folder, hashes = root / name, {}
+    for path in glob("**", root_dir=folder, recursive=True):
+        is_read = (folder / path).is_file() and as_read(folder / path) == folder / path
+        if is_read and not path.endswith(".tar.gz"):  # which is unpacked beside it, or yet to be
+            hashes[path] = hashlib.sha256((folder / path).read_bytes()).hexdigest()
+    return digest(hashes) if hashes else ""
 
 
 class ImageData:
@@ -168,358 +236,8 @@ def load_image_data(
     return ImageData(splits[0], splits[1], source.class_names)
 
 
-def weighted_mean(x: Tensor, factor: Tensor) -> Tensor:
-    """Mean over the samples of x (classes * groups, samples, m, n) times a factor (classes, samples)."""
-    factor = factor.repeat_interleave(len(x) // len(factor), 0)
-    return (factor[:, None] @ x.flatten(2)).view(x[:, 0].shape).div_(x.shape[1])
-
-
-def mean_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
-    """Mean over the samples of the gradient of their log-odds times a factor (classes, samples), (classes, m, n)."""
-    if record.log_odds_gradient.ndim == 4:
-        return weighted_mean(record.log_odds_gradient, factor)
-    return (record.log_odds_gradient * factor[..., None]).mT @ record.inputs / factor.shape[1]
-
-
-def mean_squared_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
-    """The same of its squares times a factor, which is not negative."""
-    if record.log_odds_gradient.ndim == 4:
-        return weighted_mean(record.log_odds_gradient.square(), factor)
-    return ((record.log_odds_gradient * factor.sqrt()[..., None]) ** 2).mT @ record.inputs**2 / factor.shape[1]
-
-
-def mean_signal(record: LayerRecord) -> Tensor:
-    """Mean over samples and positions of what a target neuron that is active is given, (classes, m, n)."""
-    if record.inputs.ndim == 4:
-        return (record.active @ record.inputs.mT).mean(1) / record.inputs.shape[3]
-    return record.active.mT @ record.inputs / record.inputs.shape[1]
-
-
-def mean_activation(x: Tensor) -> Tensor:
-    """Mean over the samples and the positions of a convolution, (classes, neurons)."""
-    return (x.mean(3) if x.ndim == 4 else x).mean(1)
-
-
-def class_by_class(x: Tensor, classes: int) -> Tensor:
-    """(classes * samples, [groups,] neurons[, positions]) as (classes[ * groups], samples, neurons[, positions])."""
-    x = x.unflatten(0, (classes, -1))
-    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
-
-
-def by_weight(layer: LayerRecord) -> LayerRecord:
-    """A record of classes, its gradient that by the weights (classes * groups, samples, m, n) where it sums positions.
-
-    It is formed once for all means; of linear layers of features two factors say the same.
-    """
-    if layer.inputs.ndim < 4:
-        return layer
-    return layer._replace(log_odds_gradient=layer.log_odds_gradient @ layer.inputs.mT)
-
-
-def for_updates(layer: LayerRecord) -> LayerRecord:
-    """What first-order updates need of a record `by_weight`: of positions the gradient alone."""
-    nothing = layer.inputs.new_empty(0)
-    return layer if layer.inputs.ndim < 4 else LayerRecord(nothing, nothing, nothing, layer.log_odds_gradient)
-
-
-def loss_gradient(layer: LayerRecord, record: Record) -> Tensor:
-    """Of the cross entropy -log p."""
-    return mean_gradient(layer, -(-record.log_odds).sigmoid())  # p - 1
-
-
-def forgetting_gradient(layer: LayerRecord, record: Record) -> Tensor:
-    """Of -log(1 - p), at a temperature."""
-    return mean_gradient(layer, (record.log_odds / FORGETTING_TEMPERATURE).sigmoid())
-
-
-# With the odds that are to be kept, t / (1 - t), these are of -t log p - (1 - t) log(1 - p), whose derivatives by the
-# log-odds are p - t and p (1 - p).
-def retention_gradient(layer: LayerRecord, record: Record) -> Tensor:
-    return mean_gradient(layer, record.log_odds.sigmoid() - record.kept_log_odds.sigmoid())
-
-
-def retention_curvature(layer: LayerRecord, record: Record) -> Tensor:
-    return mean_squared_gradient(layer, record.log_odds.sigmoid() * (-record.log_odds).sigmoid())
-
-
-Mean = Callable[[LayerRecord, Record], Tensor]
-# The others stay as they are in a first-order update.
-OF_LOG_ODDS: tuple[Mean, ...] = (loss_gradient, forgetting_gradient, retention_gradient, retention_curvature)
-
-
-class Feature(NamedTuple):
-    """A feature of weights, from a mean over a class's samples, or what broadcasts to it.
-
-    mean: of what a layer does on samples of every class, a record of (classes * groups, samples, neurons[, positions]),
-        (classes * groups, m, n); None where it is of the weight alone
-    of: from that mean and the weight (groups, m, n), from neuron c to r, to the feature (classes, groups, m, n)
-    """
-
-    mean: Mean | None
-    of: Callable[[Tensor, Tensor], Tensor]
-
-
-# E is the mean over a group; a sample's gradient of a kernel is the sum over its positions, activations are means.
-FEATURES: dict[str, Feature] = {
-    # E[a_c], E[h_r]
-    "input_activation": Feature(lambda layer, _: mean_activation(layer.inputs)[:, None], lambda mean, weight: mean),
-    "output_activation": Feature(lambda layer, _: mean_activation(layer.outputs)[..., None], lambda mean, weight: mean),
-    "weight": Feature(None, lambda _, weight: weight[None]),
-    "gradient": Feature(loss_gradient, lambda mean, weight: mean),  # E[dL/dw]
-    # w E[dL/dw]: the first-order fall of the loss when the weight is removed (Molchanov et al. 2017)
-    "taylor": Feature(loss_gradient, lambda mean, weight: weight * mean),
-    # w E[dF/dw]: the first-order fall of F = -log(1 - p), what forgetting asks for
-    "forgetting": Feature(forgetting_gradient, lambda mean, weight: weight * mean),
-    # w E[dK/dw]: the first-order fall of K = -t log p - (1 - t) log(1 - p), t the probability that p is to stay
-    "retention": Feature(retention_gradient, lambda mean, weight: weight * mean),
-    # |w| sqrt(E[p (1 - p) (d log(p / (1 - p))/dw)^2]): the root of K's second-order rise when the weight is removed
-    "curvature": Feature(retention_curvature, lambda mean, weight: weight.abs() * mean.sqrt()),
-    # |w| E[unit r is active * a_c]: the signal that the weight passes on
-    "coactivation": Feature(lambda layer, _: mean_signal(layer), lambda mean, weight: weight.abs() * mean),
-}
-
-
-@dataclass(frozen=True)
-class GraphConfig:
-    """What the activation graphs are made of."""
-
-    mask_layer: int | tuple[int, ...] | None  # an index, several, or None for all layers
-    scope: Literal["global", "measured"]  # all masked weights compete, or a step is of the layer measured to be best
-    features: tuple[str, ...]  # names of FEATURES
-    other_classes: bool  # adds to each feature (but the weight) its mean over the other classes
-    samples_per_class: Count
-
-    def __post_init__(self) -> None:
-        if not self.features or len(set(self.features)) < len(self.features) or set(self.features) - set(FEATURES):
-            raise ValueError(f"features must be some of {', '.join(FEATURES)}, each once, not {list(self.features)}")
-
-    @property
-    def num_features(self) -> int:
-        """The features of a vertex in a class graph."""
-        return len(self.features) + self.other_classes * sum(name != "weight" for name in self.features)
-
-
-def group_means(
-    records: Iterable[Record], means: Iterable[Mean], group_size: int
-) -> tuple[list[dict[Mean, Tensor]], Tensor]:
-    """Of every masked layer its means over each group, and the log-odds (classes, group_size), by parts of these."""
-    found: list[dict[Mean, Tensor]] = []
-    log_odds = []
-    for record in records:
-        share = record.log_odds.shape[1] / group_size
-        found = found or [{} for _ in record.layers]
-        for of_layer, layer in zip(found, record.layers):
-            for mean in means:
-                part = mean(layer, record).mul_(share)  # in place: of large kernels it takes much memory
-                part = part.unflatten(0, (len(record.log_odds), -1))
-                of_layer[mean] = of_layer[mean].add_(part) if mean in of_layer else part
-        log_odds.append(record.log_odds)
-    return found, torch.cat(log_odds, 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """What groups of samples do in the masked layers of a classifier, masked or not: what features are made of.
-
-    weights: the matrices of each masked layer (groups, m, n), as they are under the mask; m rows of each group
-    means: of each masked layer those over the samples of a class, (classes, groups, m, n) or what broadcasts to it
-    log_odds: of the label of every sample, (classes, samples)
-    records: what the means are of, part after part of the samples, where it is kept
-    """
-
-    config: GraphConfig
-    graph: WeightGraph
-    weights: list[Tensor]
-    means: list[dict[Mean, Tensor]]
-    log_odds: Tensor
-    records: list[Record]
-
-    def feature(self, name: str) -> Tensor:
-        """One of the FEATURES that were asked for, of every class, (classes, vertices), not standardised."""
-        feature, parts = FEATURES[name], []
-        for means, weight in zip(self.means, self.weights):
-            part = feature.of(means.get(feature.mean), weight)
-            parts.append(part.expand(len(self.log_odds), *weight.shape).flatten(1))
-        return torch.cat(parts, 1)
-
-    def class_graph(self, row: int, others: Snapshot | None = None) -> Tensor:
-        """Vertex features (1, vertices, features) of one group, standardised over the graph.
-
-        others: of the classes, a group for each, where the group is none of them; `row` is then that of its class
-        """
-        features = [self.feature(name)[[row if others is None else 0]] for name in self.config.features]
-        for name in self.config.features:
-            if self.config.other_classes and name != "weight":
-                of_classes = (others or self).feature(name)
-                features.append((of_classes.sum(0) - of_classes[[row]]) / (len(of_classes) - 1))
-        x = torch.stack(features)
-        features.clear()  # large ones would stay in memory with the copy
-        # torch.std_mean takes ten times as long.
-        x -= x.mean(-1, keepdim=True)
-        deviation = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / max(1, x.shape[-1] - 1) ** 0.5
-        x /= deviation.clamp_min(1e-12)
-        return x.permute(1, 2, 0).contiguous()
-
-    def first_order_update(self, vertices: Tensor) -> Snapshot:
-        """What the groups would do without further weights, to first order: no sample goes through the network for it.
-
-        A weight w from neuron c to r that is zeroed takes w a_c from the pre-activation of r, and with the gradient g_r
-        of the log-odds there, g_r w a_c from the log-odds, summed over positions. Gradients and activations stay. Where
-        no record is kept there is no update.
-        """
-        is_removed = torch.zeros(self.graph.num_vertices, dtype=torch.bool, device=vertices.device)
-        is_removed[vertices] = True
-        removed = [part.nonzero()[:, 0] for part in is_removed.split(self.graph.sizes)]
-        records = []
-        for record in self.records:
-            log_odds = record.log_odds
-            for layer, weight, at in zip(record.layers, self.weights, removed):
-                if layer.log_odds_gradient.ndim == 4:
-                    gradient = layer.log_odds_gradient.unflatten(0, (len(log_odds), -1))
-                    group, row, column = torch.unravel_index(at, weight.shape)
-                    of_removed = gradient[:, group, :, row, column]  # (removed, classes, samples)
-                    log_odds = log_odds - (weight.take(at) @ of_removed.flatten(1)).view_as(log_odds)
-                    continue
-                n = weight.shape[2]
-                # Of a matrix columns are chosen thrice as fast.
-                g = layer.log_odds_gradient.flatten(0, 1).index_select(1, at // n)
-                a = layer.inputs.flatten(0, 1).index_select(1, at % n)
-                log_odds = log_odds - ((g * a) @ weight.take(at)).view_as(log_odds)
-            records.append(record._replace(log_odds=log_odds))
-        changed = [mean for mean in self.means[0] if mean in OF_LOG_ODDS]
-        means, log_odds = group_means(records, changed, self.log_odds.shape[1])
-        means = [before | now for before, now in zip(self.means, means)]
-        weights = [weight.flatten().index_fill(0, at, 0).view_as(weight) for weight, at in zip(self.weights, removed)]
-        return replace(self, weights=weights, means=means, log_odds=log_odds, records=records)
-
-
-@dataclass(eq=False)
-class GraphGenerator:
-    """Activation graphs of a classifier: what samples do in the masked layers, recorded in batched passes.
-
-    What is kept of each sample are a few hundred floats, class after class; vertex features are formed when they are
-    needed.
-    """
-
-    classifier: HookedClassifier
-    train: Split
-    config: GraphConfig
-    seed: int
-
-    def __post_init__(self) -> None:
-        classifier = self.classifier.eval()
-        self.graph = WeightGraph(classifier, self.config.mask_layer)
-        classes, counts = self.train.labels.unique(return_counts=True)
-        self.classes = classes.tolist()  # those that there are samples of; graphs and features stand in their order
-        self.num_classes = len(self.classes)
-        if self.num_classes < 2:
-            raise ValueError(f"there must be samples of two classes at least, not of {self.classes} alone")
-        counts = counts.clamp(max=self.config.samples_per_class).tolist()
-        self.samples_per_class = max(counts)
-        self.samples = some_of_every_class(self.train, self.samples_per_class, "graphs", self.seed)
-        self.labels = self.samples.labels
-        places = torch.arange(self.samples_per_class, device=self.labels.device)
-        rows = [start + places % count for start, count in zip(accumulate(counts, initial=0), counts)]
-        self._by_class = torch.stack(rows)
-        # No mask changes what comes before.
-        self.inputs = classifier.prefix_activations(self.graph.layers, self.samples.images)
-        self.begun = classifier.begun_before(self.graph.layers)
-        with torch.no_grad():
-            self.predictions = self.begun(self.inputs)  # logits without a mask
-        positions = [classifier.positions(index) for index in self.graph.layers]
-        # Of a sample, where a gradient by the weights is formed.
-        self._num_gradients = sum(size for size, count in zip(self.graph.sizes, positions) if count)
-        fit = hooked.NUMBERS_AT_ONCE // max(1, self._num_gradients)
-        self.at_once = min(self.begun.recorded_at_once(self.graph.layers), max(1, fit))
-        # What layers read at many positions would be too much: it is recorded anew.
-        self.are_kept = not any(positions)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @cached_property
-    def record(self) -> Record:
-        """What every sample does in the masked layers without a mask, where it is kept."""
-        everything = torch.arange(len(self), device=self.labels.device)
-        parts = [self._record(rows) for rows in everything.split(self.at_once)]
-        of_layers = zip(*[part.layers for part in parts])
-        layers = [LayerRecord(*map(torch.cat, zip(*of_layer))) for of_layer in of_layers]
-        log_odds = torch.cat([part.log_odds for part in parts])
-        return Record(layers, log_odds, log_odds)
-
-    @property
-    def nothing(self) -> Tensor:
-        """No vertex of the weight graph."""
-        return torch.empty(0, dtype=torch.long, device=self.labels.device)
-
-    def by_class(self) -> Tensor:
-        """Indices of all samples, (classes, samples_per_class), again and again those of a class that has fewer."""
-        return self._by_class
-
-    def draw(self, group_size: int, generator: torch.Generator) -> Tensor:
-        """Indices of `group_size` random samples of every class, (classes, group_size), each once in `by_class`."""
-        keys = torch.rand(self.by_class().shape, generator=generator, dtype=torch.float32)
-        return self.by_class().gather(1, keys.argsort(1)[:, :group_size].to(self.labels.device))
-
-    def weights(self) -> list[Tensor]:
-        """The weight matrices of the masked layers as they are now, (m, n) each."""
-        return [self.classifier.weights[index].detach() for index in self.graph.layers]
-
-    def mask_of(self, zeroed: Tensor) -> Mask | None:
-        """The mask that switches off the vertices `zeroed`; None where there is none."""
-        return self.graph.zeroing(zeroed) if len(zeroed) else None
-
-    def row_of(self, forget_class: int) -> int:
-        """The row of a class in what stands class after class."""
-        return self.classes.index(forget_class)
-
-    def snapshot(
-        self, samples: Tensor, names: Sequence[str], mask: Mask | None = None, forget_row: int | None = None
-    ) -> Snapshot:
-        """What groups of samples (groups, group_size) do on the classifier, or on the masked one, to form features of.
-
-        names: of FEATURES
-        forget_row: the row of a class without which the others are seen, their softmax restricted to the rest; they are
-            to keep the log-odds that the classifier without a mask gives them so
-        """
-        left_out: list[int] = []
-        if forget_row is not None:  # of two classes none is left out, but always those that there is no sample of
-            absent = set(range(self.predictions.shape[1])) - set(self.classes)
-            left_out = sorted(absent | {self.classes[forget_row]} if self.num_classes > 2 else absent)
-        is_kept = samples.numel() * self._num_gradients <= hooked.NUMBERS_AT_ONCE
-        kept: list[Record] = []
-
-        def records() -> Iterator[Record]:
-            for record in self._records(samples, mask, left_out):
-                yield record
-                if is_kept:
-                    kept.append(record._replace(layers=[*map(for_updates, record.layers)]))
-
-        means = dict.fromkeys(FEATURES[name].mean for name in names if FEATURES[name].mean)
-        of_layers, log_odds = group_means(records(), means, samples.shape[1])
-        weights = self.weights() if mask is None else mask.weights(self.classifier).values()
-        matrices = [weight.unflatten(0, (groups, -1)).flatten(2) for weight, groups in zip(weights, self.graph.groups)]
-        return Snapshot(self.config, self.graph, matrices, of_layers, log_odds, kept)
-
-    def _records(self, samples: Tensor, mask: Mask | None, left_out: Sequence[int]) -> Iterator[Record]:
-        """What groups do, part after part of their samples; where nothing is new, what is kept."""
-        if mask is None and self.are_kept and not left_out:
-            rows, log_odds = samples.flatten(), self.record.log_odds[samples]
-            layers = [layer.each(lambda x: class_by_class(x[rows], len(samples))) for layer in self.record.layers]
-            yield Record(layers, log_odds, log_odds)
-            return
-        with nullcontext() if mask is None else mask.applied_to(self.classifier):
-            for part in samples.split(max(1, self.at_once // len(samples)), 1):
-                rows = part.flatten()
-                record = self._record(rows, left_out)
-                kept = record.log_odds
-                if mask is not None:  # without one the log-odds are what is to be kept
-                    kept = hooked.log_odds(self.predictions[rows], self.labels[rows], left_out)
-                layers = [layer.each(lambda x: class_by_class(x, len(samples))) for layer in record.layers]
-                yield Record([*map(by_weight, layers)], record.log_odds.view(part.shape), kept.view(part.shape))
-
-    def _record(self, rows: Tensor, left_out: Sequence[int] = ()) -> Record:
-        return self.begun.record(self.inputs[rows], self.labels[rows], self.graph.layers, left_out)
+class GraphGenerator(ActivationGraphs):
+    """Activation graphs of a classifier, with the export of single samples to PyG."""
 
     def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
         """The graph of one sample for PyG: x (vertices, features), edge_index (2, edges), y (1).
@@ -537,12 +255,3 @@ class GraphGenerator:
         classes = self.snapshot(self.by_class(), names)
         x = own.class_graph(self.row_of(int(label)), classes)[0]
         return Data(x=x, edge_index=self.graph.edge_index().to(label.device), y=label)
-
-    def recorded(self) -> dict[str, Any]:
-        """What was recorded, as it is saved: `layers`, `labels` and `log_odds` (samples), and `records`, each layer's
-        as a dict, where they are kept."""
-        about = {"layers": list(self.graph.layers), "labels": self.labels}
-        if not self.are_kept:
-            return about | {"records": []}
-        records = [layer._asdict() for layer in self.record.layers]
-        return about | {"log_odds": self.record.log_odds, "records": records}

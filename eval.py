@@ -1,5 +1,7 @@
 """Requests to forget a class, the registry of the methods that answer them, and the metrics that score the answers."""
 
+from __future__ import annotations
+
 import copy
 import inspect
 import itertools
@@ -18,14 +20,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mimu.data import GraphGenerator, ImageData, Split, is_correct, seeded
-from mimu.masking.order import Zeroing, ZeroingOrder
-from mimu.masking.rankings import MaskingConfig, Ranking
-from mimu.model import MaskingGCN
-from mimu.networks.hooked import HookedClassifier
-from mimu.networks.masks import Mask
-from mimu.runs.files import Artifact
-from mimu.trainer import Trained, Trainer, TrainingError, UnlearningSFT, UnlearningSFTConfig, check_weights
+from data import ImageData
+from experiment.files import Artifact
+from mimu.errors import TrainingError
+from mimu.graph import MaskingGCN
+from mimu.masks import Mask
+from mimu.pruning import MaskingConfig, Ranking, Zeroing, ZeroingOrder
+from mimu.saliency import ActivationGraphs
+from mimu.samples import Split, is_correct
+from mimu.seeds import seeded
+from mimu.tracing import HookedClassifier
+from mimu.training import check_weights
+from trainer import Trained, Trainer, UnlearningSFT, UnlearningSFTConfig
 
 RANDOM_MASKS = 20  # random keep masks that the control of the mask efficacy averages
 
@@ -79,7 +85,7 @@ class Request:
     original: HookedClassifier
     trainer: Trainer
     train: Split
-    graphs: GraphGenerator
+    graphs: ActivationGraphs
     gcn: MaskingGCN
     forget_class: int
     top_k: int

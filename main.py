@@ -6,12 +6,12 @@ import sys
 import time
 from importlib import import_module
 
-from mimu.runs.command_line import run_command
+from experiment.command_line import run_command
 
 STARTED = time.perf_counter()
 if __name__ == "__main__":
     # PyTorch takes seconds to import: --help, wrong options and Ctrl-C do not wait for it.
-    sys.exit(run_command(lambda parsed: import_module("mimu.main").start(parsed)))
+    sys.exit(run_command(lambda parsed: import_module("main").start(parsed)))
 
 import argparse
 import hashlib
@@ -29,22 +29,24 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from mimu import tables
-from mimu.audits import Audit
-from mimu.configs import Asked, Config, load_variants
-from mimu.data import GraphGenerator, ImageData, Split, is_correct, load_image_data, some_of_every_class
-from mimu.eval import Eval, Request
-from mimu.images.sources import DataError, checksum
-from mimu.masking.rankings import PRETRAINED, TrainedGCN
-from mimu.model import MaskingGCN, keep_freed_memory
-from mimu.networks.hooked import HookedClassifier
-from mimu.runs.files import PACKAGE, ROOT, Artifact, InputError, Log, code_of, damaged, digest, locked, save, slug
-from mimu.runs.work import Processes, how_many, peak_bytes
-from mimu.tables import experiment
-from mimu.trainer import TOLERATED, GCNTrainer, Trained, Trainer
+import tables
+from audits import Audit
+from data import GraphGenerator, ImageData, checksum, load_image_data
+from eval import Eval, Request
+from experiment.config import Asked, Config, load_variants
+from experiment.files import ROOT, Artifact, Log, code_of, damaged, locked, slug
+from experiment.processes import Processes, how_many, peak_bytes
+from mimu.errors import DataError, InputError
+from mimu.files import digest, save
+from mimu.graph import MaskingGCN, keep_freed_memory
+from mimu.pretrained import PRETRAINED, TrainedGCN
+from mimu.samples import Split, is_correct, some_of_every_class
+from mimu.tracing import HookedClassifier
+from tables.experiment import draw as draw_experiment
+from trainer import TOLERATED, GCNTrainer, Trained, Trainer
 
 # The source files that a classifier, its graphs and its GCN depend on, and those that metrics do.
-TRAINING_CODE = ("main.py", "model.py", "data.py", "trainer.py", "images/*.py", "networks/*.py", "masking/*.py")
+TRAINING_CODE = ("main.py", "model.py", "data.py", "trainer.py", "mimu/*.py")
 CODE = ("*.py", "methods/*.py", "audits/*.py", *TRAINING_CODE)
 
 
@@ -202,7 +204,7 @@ class Stages:
     def requests(self, training: Training, forget_class: int) -> None:
         """Every experiment on one forget class that is not there, and the plots that are not."""
         config, shared, orders = training.config, {}, {}
-        drawn = partial(experiment.draw, folder=self.root / "eval", config=config.report)
+        drawn = partial(draw_experiment, folder=self.root / "eval", config=config.report)
         draw = drawn if config.eval.visualize else None
         for asked in tqdm(config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None):
             metrics, mask = self.files.metrics_and_mask(training, forget_class, asked)
@@ -260,8 +262,8 @@ class Files:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._seen: dict[Path, Any] = {}
-        self._training_code = code_of(PACKAGE, TRAINING_CODE)
-        self._code = code_of(PACKAGE, CODE)
+        self._training_code = code_of(ROOT, TRAINING_CODE)
+        self._code = code_of(ROOT, CODE)
         self._code.pop("reporter.py", None)  # no number depends on it
         self._checksums: dict[str, str] = {}
 
@@ -401,7 +403,7 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
             graphs.append(stages.graphs(training, stages.classifier(training, data), data))
         with stages.stage(f"masking GCN, {len(graphs)} classifiers"):
             gcn = GCNTrainer(config.gcn, graphs, config.eval.retain_weight, config.seed).train()
-        path = root / PRETRAINED.relative_to(PACKAGE)
+        path = root / PRETRAINED.relative_to(ROOT)
         save(path, {"config": asdict(config), "seed": config.seed, "state_dict": gcn.state_dict()})
         stages.log(f"{path}: {path.stat().st_size / 1000:.0f} KB")
 

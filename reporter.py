@@ -1,5 +1,7 @@
 """Curves over kappa, a summary and tables of a sweep, from the JSON of its experiments alone."""
 
+from __future__ import annotations
+
 import json
 import math
 import re
@@ -18,7 +20,7 @@ import numpy as np
 from matplotlib import cycler
 from matplotlib.figure import Figure
 
-from mimu.runs.files import write_text, written_whole
+from mimu.files import write_text, written_whole
 
 # Hues of Okabe and Ito's palette, which colour-blind readers can tell apart; shades of them for methods of one group.
 COLORS = {
@@ -34,7 +36,6 @@ FREE_COLORS = ("#DDCC77", "#999933", "#56B4E9", "#44AA99", "#117733", "#882255")
 MARKERS = "D*pov^<sPXdh>"
 DASHES = 14.0  # the period of dashed lines, in units of their width
 FORGOTTEN = 5.0  # percent: marks with at most that forget score are enlarged in the summary
-
 # How many weights are zeroed; auto: as was chosen for each request; None: what a reporter reports first.
 Kappa = int | Literal["auto"] | None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -14,55 +14,24 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
 
-from mimu import data
-from mimu.data import FORGETTING_TEMPERATURE, Amount, Count, GraphGenerator, NonNegative, Positive, Split
-from mimu.masking.order import ZeroingOrder
-from mimu.masking.rankings import TERMS, MaskingConfig, Ranking, ranked, saliency
-from mimu.model import MaskingGCN, WeightGraph
-from mimu.networks.architectures import VisionTransformer, airbench, cnn, mlp, resnet, whiten
-from mimu.networks.hooked import HookedClassifier, is_finite, log_odds
-from mimu.networks.tracing import Trace
-from mimu.runs.files import Artifact, InputError
+from experiment.files import Artifact
+from mimu.errors import TrainingError
+from mimu.graph import MaskingGCN, WeightGraph
+from mimu.pruning import MaskingConfig, Ranking, ZeroingOrder
+from mimu.saliency import FORGETTING_TEMPERATURE, TERMS, ActivationGraphs, ranked, saliency
+from mimu.samples import Split, is_correct
+from mimu.seeds import seeded, seeded_initialisation
+from mimu.settings import Amount, Count, NonNegative, Positive, number_of_weights
+from mimu.tracing import HookedClassifier, Trace, log_odds
+from mimu.training import check_weights, descend, learn
+from model import VisionTransformer, airbench, cnn, mlp, resnet, whiten
 
 LEAST_SPREAD = 1e-6  # standard deviation of scores, which may be all the same
 GRADIENT_NORM = 1.0  # largest norm of a step's gradient of the GCN
 SAVED_EVERY = 60.0  # seconds of training, at least, between two writes of how far it is
 COMPARED = 10  # classes, at most, that GCN and formula both forget to be compared
 TOLERATED = 1.0  # points that a GCN may be behind the formula
-
-
 TRACES: dict[Hashable, Trace] = {}  # of classifiers, by all that these depend on but their weights
-
-
-class TrainingError(InputError):
-    """A training that cannot start, or whose loss is no longer a finite number."""
-
-
-def check_finite(losses: dict[str, float], step: int, setting: str) -> None:
-    """Raises TrainingError on a loss that is infinite or not a number; `setting` is what to look at."""
-    for name, loss in losses.items():
-        if not math.isfinite(loss):
-            raise TrainingError(f"{name} is {loss} at step {step}: training diverged, see {setting}")
-
-
-def descend(
-    optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], step: int, setting: str, norm: float | None = None
-) -> None:
-    """One step down the sum of the losses, its gradient cut to a norm. Raises TrainingError as `check_finite` does."""
-    # All of them in one copy: a GPU is waited for once a step.
-    values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
-    check_finite(dict(zip(losses, values)), step, setting)
-    optimizer.zero_grad()
-    sum(losses.values()).backward()
-    if norm is not None:
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], norm)
-    optimizer.step()
-
-
-def check_weights(model: nn.Module, name: str, setting: str) -> None:
-    """Raises TrainingError on weights that the last step of a training has left without a finite number."""
-    if not is_finite(model):
-        raise TrainingError(f"a weight of the {name} is not a finite number: training diverged, see {setting}")
 
 
 class Progress:
@@ -177,36 +146,6 @@ def augmented(images: Tensor, shift: int, flip: bool, generator: torch.Generator
     return by_pixel[sample, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2).reshape(images.shape)
 
 
-def learn(
-    model: nn.Module,
-    samples: Split,
-    epochs: int,
-    batch_size: int,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-    setting: str = "eval.hyperparameters",
-    progress: Progress | None = None,
-) -> nn.Module:
-    """Trains a model in place on random batches of the samples, drawn anew in every epoch, and returns it.
-
-    loss: of images and labels; None: the cross entropy
-    progress: with the generator; where it begins, and what is told of every epoch
-    Raises TrainingError on a loss that is not a finite number, and names the `setting` to look at.
-    """
-    model.train()
-    loss = loss or (lambda images, labels: F.cross_entropy(model(images), labels))
-    of_epoch = -(-len(samples.labels) // batch_size)
-    steps = range(progress.step if progress else 0, epochs * of_epoch)
-    batches = samples.batches(batch_size, generator)
-    for step in tqdm(steps, "training", unit="step", delay=1, leave=False, disable=None):
-        if progress and step % of_epoch == 0:  # before its batches are drawn
-            progress.save(step)
-        batch = next(batches)
-        descend(optimizer, {"loss": loss(batch.images, batch.labels)}, step, setting)
-    return model.eval()
-
-
 class Trained(NamedTuple):
     """A classifier after its training, and the seconds that this took."""
 
@@ -224,7 +163,7 @@ class Trainer:
 
     def initial(self, images: Tensor, num_classes: int) -> HookedClassifier:
         """The classifier of images (samples, pixels) before its training, on their device."""
-        with data.seeded_initialisation(self.seed):
+        with seeded_initialisation(self.seed):
             network = self.config.network(self.size or images.shape[1:], num_classes)
         if self.config.architecture == "airbench":
             whiten(network, images)
@@ -244,7 +183,7 @@ class Trainer:
         classifier = self.initial(train.images, num_classes)
         optimizer, schedule = config.optimizer(classifier, config.epochs * -(-len(train.labels) // config.batch_size))
         optimizer.register_step_post_hook(lambda *_: schedule.step())
-        generator = data.seeded("classifier", self.seed)
+        generator = seeded("classifier", self.seed)
         progress = Progress(checkpoint, generator, classifier, optimizer, schedule)
 
         def loss(images: Tensor, labels: Tensor) -> Tensor:
@@ -253,7 +192,7 @@ class Trainer:
             return F.cross_entropy(classifier(images), labels, label_smoothing=config.label_smoothing)
 
         epochs, size = config.epochs, config.batch_size
-        learn(classifier, train, epochs, size, optimizer, generator, loss, setting, progress)
+        learn(classifier, train, epochs, size, optimizer, generator, loss, setting, progress.step, progress.save)
         check_weights(classifier, "classifier", setting)
         return Trained(classifier, progress.seconds)
 
@@ -289,7 +228,7 @@ def masked_weights(classifier: HookedClassifier, graph: WeightGraph, keep: Tenso
 
 def log_uniform(span: tuple[Amount, Amount], num_vertices: int, generator: torch.Generator) -> int:
     """A random number of weights from [low, high], small ones as likely as large ones on a logarithmic scale."""
-    low, high = (data.number_of_weights(amount, num_vertices) for amount in span)
+    low, high = (number_of_weights(amount, num_vertices) for amount in span)
     return round(low * (high / low) ** torch.rand((), generator=generator).item())
 
 
@@ -335,7 +274,7 @@ class GCNLoss:
     """
 
     config: GCNTrainerConfig
-    graphs: GraphGenerator
+    graphs: ActivationGraphs
     retain_weight: float
 
     def __call__(
@@ -375,7 +314,7 @@ class GCNTrainer:
     """
 
     config: GCNTrainerConfig
-    graphs: Sequence[GraphGenerator]
+    graphs: Sequence[ActivationGraphs]
     retain_weight: float
     seed: int
 
@@ -386,7 +325,7 @@ class GCNTrainer:
     def initial(self) -> MaskingGCN:
         """The GCN before its training: the formula."""
         graphs = self.graphs[0]
-        with data.seeded_initialisation(self.seed):
+        with seeded_initialisation(self.seed):
             return self.config.network(graphs.config.num_features).to(graphs.labels.device)
 
     def train(self, checkpoint: Artifact | None = None) -> MaskingGCN:
@@ -395,7 +334,7 @@ class GCNTrainer:
         losses = [GCNLoss(config, of_classifier, self.retain_weight) for of_classifier in self.graphs]
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
         schedule = CosineAnnealingLR(optimizer, config.steps)
-        generator = data.seeded("gcn", self.seed)
+        generator = seeded("gcn", self.seed)
         loss_on, zeroed = losses[0], self.graphs[0].nothing
         progress = Progress(checkpoint, generator, gcn, optimizer, schedule)
         steps = range(progress.step, config.steps)
@@ -427,8 +366,8 @@ class GCNTrainer:
             zeroed = order.answer("auto", graphs.train.forget(label)).vertices
             with graphs.graph.zeroing(zeroed).applied_to(graphs.classifier):
                 logits = graphs.begun(graphs.inputs)
-            is_correct, is_forget = data.is_correct(logits, graphs.labels).double(), graphs.labels == label
-            return 100 * (is_correct[~is_forget].mean() - is_correct[is_forget].mean()).item()
+            correct, is_forget = is_correct(logits, graphs.labels).double(), graphs.labels == label
+            return 100 * (correct[~is_forget].mean() - correct[is_forget].mean()).item()
 
         compared = [*enumerate(graphs.classes[:COMPARED])]
         return max(points(row, label, None) - points(row, label, gcn) for row, label in compared)
@@ -458,7 +397,7 @@ class UnlearningSFT:
 
     def unlearn(self, classifier: HookedClassifier, forget: Split, layers: tuple[int, ...]) -> nn.Module:
         """Trains the given layers of `classifier` in place on `forget`, samples of one class, and returns it."""
-        generator = data.seeded("sft", self.seed, int(forget.labels[0]))
+        generator = seeded("sft", self.seed, int(forget.labels[0]))
         samples = Split(forget.images, other_labels(forget.labels, classifier.shapes[-1][0], generator))
         optimizer = torch.optim.SGD([classifier.weights[index] for index in layers], self.config.learning_rate)
         return learn(classifier, samples, self.config.epochs, self.config.batch_size, optimizer, generator)

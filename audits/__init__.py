@@ -1,5 +1,7 @@
 """What an unlearned classifier still knows of a class, beyond its predictions, and how far it is from retraining."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimu.audits.predictions import entropy_attack, jensen_shannon, loss_attack, predictions_of
-from mimu.audits.probes import found_by_probes, prototype_recall
-from mimu.data import Count, ImageData, Split, seeded, some_of_every_class
-from mimu.networks.masks import Mask
+from audits.predictions import entropy_attack, jensen_shannon, loss_attack, predictions_of
+from audits.probes import found_by_probes, prototype_recall
+from data import ImageData
+from mimu.masks import Mask
+from mimu.samples import Split, some_of_every_class
+from mimu.seeds import seeded
+from mimu.settings import Count
 
 BATCH_SIZE = 128  # of the forget class's training samples, from which it is relearned by SGD
 LEARNING_RATE = 0.0003

@@ -1,5 +1,7 @@
 """What a classifier does with a split, and what its predictions betray."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 
@@ -7,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimu.data import Split, is_correct
+from mimu.samples import Split, is_correct
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from statistics import fmean
 import torch
 from build import ROOT, write_block
 
-from mimu.configs import load_config
-from mimu.data import load_image_data, some_of_every_class
-from mimu.methods.erasing import Erasing
-from mimu.reporter import markdown_table
-from mimu.trainer import Trainer
+from data import load_image_data
+from experiment.config import load_config
+from mimu.erasing import Erasing
+from mimu.samples import some_of_every_class
+from reporter import markdown_table
+from trainer import Trainer
 
 OVERRIDES = ("sweep.seeds=[0, 1, 2]", "sweep.forget_digits=[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]")
 FOUND_IN = ("retrained", "another retrained", "inputs", "untrained", "original", "bar")

@@ -31,12 +31,13 @@ from typing import Any, NamedTuple
 import yaml
 from matplotlib import pyplot as plt
 
-from mimu.configs import load_variants
-from mimu.main import CODE, TRAINING_CODE
-from mimu.masking.rankings import PRETRAINED
-from mimu.reporter import FORGET_SCORE, RETAIN_GAP, RETAIN_SCORE, SECONDS, markdown_table, method_styles
-from mimu.runs.command_line import parse_arguments
-from mimu.runs.files import PACKAGE, digest, write_text
+from experiment.command_line import parse_arguments
+from experiment.config import load_variants
+from experiment.files import ROOT as PACKAGE
+from main import CODE, TRAINING_CODE
+from mimu.files import digest, write_text
+from mimu.pretrained import PRETRAINED
+from reporter import FORGET_SCORE, RETAIN_GAP, RETAIN_SCORE, SECONDS, markdown_table, method_styles
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS, DOCS = ROOT / "reports", ROOT / "docs"

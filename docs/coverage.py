@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch_geometric.nn import GCNConv
 from tqdm import tqdm
 
-from mimu.networks.hooked import HookedClassifier
-from mimu.reporter import markdown_table
+from mimu.tracing import HookedClassifier
+from reporter import markdown_table
 
 # One of each of forty families, a small one.
 TIMM = (

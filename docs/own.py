@@ -25,14 +25,15 @@ import torchvision
 from build import write_block
 from torch import Tensor, nn
 
+from audits.predictions import Predictions
+from audits.probes import found_by_probes
+from data import load_image_data
+from experiment.config import load_config
 from mimu import Mask, RetainScoreError, unlearn
-from mimu.audits.predictions import Predictions
-from mimu.audits.probes import found_by_probes
-from mimu.configs import load_config
-from mimu.data import Split, load_image_data, some_of_every_class
-from mimu.networks.architectures import VisionTransformer
-from mimu.reporter import markdown_table
-from mimu.trainer import Trainer
+from mimu.samples import Split, some_of_every_class
+from model import VisionTransformer
+from reporter import markdown_table
+from trainer import Trainer
 
 SHAPES = {
     "784-128-64-10": ((128, 64), False),

@@ -21,13 +21,13 @@ import torchvision
 from build import write_block
 from torch import Tensor, nn
 
-from mimu import unlearn
-from mimu.data import GraphGenerator
-from mimu.masking.order import ZeroingOrder
-from mimu.methods import erasing
-from mimu.networks.tracing import Trace
-from mimu.reporter import markdown_table
-from mimu.unlearning import custom_model, forgetting
+from data import GraphGenerator
+from mimu import erasing, unlearn
+from mimu import inputs as custom_model
+from mimu import unlearning as forgetting
+from mimu.pruning import ZeroingOrder
+from mimu.tracing import Trace
+from reporter import markdown_table
 
 SMALL = [("resnet18", 32, classes, count) for classes, count in ((10, 10), (10, 25), (10, 250), (100, 25), (100, 250))]
 LARGE = [(network, 224, 10, 25) for network in ("resnet18", "resnet50", "vit_b_16")]

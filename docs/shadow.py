@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.distributions import Normal
 from tqdm import tqdm
 
-from mimu.configs import Config, load_config
-from mimu.data import GraphGenerator, ImageData, load_image_data, number_of_weights, seeded
-from mimu.eval import Request, answer
-from mimu.masking.rankings import TrainedGCN
-from mimu.networks.hooked import log_odds
-from mimu.reporter import markdown_table
-from mimu.trainer import Trainer
+from data import GraphGenerator, ImageData, load_image_data
+from eval import Request, answer
+from experiment.config import Config, load_config
+from mimu.pretrained import TrainedGCN
+from mimu.seeds import seeded
+from mimu.settings import number_of_weights
+from mimu.tracing import log_odds
+from reporter import markdown_table
+from trainer import Trainer
 
 OVERRIDES = ("gcn.pretrained=true", "eval.methods=all")
 # Controls, variants of the formula, what takes longer than two seconds, and what gives a class the odds zero.

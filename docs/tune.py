@@ -22,14 +22,16 @@ from build import DOCS, ROOT, block, cells, tuning_settings, write_block
 from torch import nn
 from tqdm import tqdm
 
-from mimu.audits.predictions import Predictions, jensen_shannon, predictions_of
-from mimu.audits.probes import found_by_probes
-from mimu.configs import load_config
-from mimu.data import GraphGenerator, load_image_data, number_of_weights
-from mimu.eval import Request, answer
-from mimu.masking.rankings import TrainedGCN
-from mimu.reporter import markdown_table
-from mimu.trainer import Trainer, TrainingError
+from audits.predictions import Predictions, jensen_shannon, predictions_of
+from audits.probes import found_by_probes
+from data import GraphGenerator, load_image_data
+from eval import Request, answer
+from experiment.config import load_config
+from mimu.errors import TrainingError
+from mimu.pretrained import TrainedGCN
+from mimu.settings import number_of_weights
+from reporter import markdown_table
+from trainer import Trainer
 
 Values = dict[str, int | float]  # of the hyperparameters of a method
 

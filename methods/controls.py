@@ -1,17 +1,19 @@
 """Saliencies, which score weights without a masking GCN, and controls, which show what is trivial."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from mimu.eval import Request, unlearning_method
-from mimu.masking.order import Zeroing
-from mimu.model import WeightGraph
-from mimu.networks.hooked import HookedClassifier
-from mimu.networks.masks import Mask
-from mimu.trainer import Trained
+from eval import Request, unlearning_method
+from mimu.graph import WeightGraph
+from mimu.masks import Mask
+from mimu.pruning import Zeroing
+from mimu.tracing import HookedClassifier
+from trainer import Trained
 
 further = partial(unlearning_method, runs_with="all")
 MOZER = "after Mozer and Smolensky 1988, NIPS"

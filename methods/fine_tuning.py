@@ -1,5 +1,7 @@
 """Published ways to forget by training, each in its published form; the tables name what each needs."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,14 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimu import data
-from mimu.data import Count, NonNegative, Positive, Share, Split, seeded
-from mimu.eval import Request
-from mimu.masking.order import forgetting_loss
-from mimu.methods.controls import further, output_layer
-from mimu.networks.hooked import NUMBERS_AT_ONCE, HookedClassifier
-from mimu.networks.masks import Mask
-from mimu.trainer import UnlearningSFTConfig, descend, learn, masked_weights, other_labels
+from eval import Request
+from methods.controls import further, output_layer
+from mimu.layers import by_weight, class_by_class, mean_squared_gradient
+from mimu.masks import Mask
+from mimu.pruning import forgetting_loss
+from mimu.samples import Split
+from mimu.seeds import seeded
+from mimu.settings import Count, NonNegative, Positive, Share
+from mimu.tracing import NUMBERS_AT_ONCE, HookedClassifier
+from mimu.training import descend, learn
+from trainer import UnlearningSFTConfig, masked_weights, other_labels
 
 MOMENTUM = partial(torch.optim.SGD, momentum=0.9)
 
@@ -77,7 +82,7 @@ def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tenso
         share = len(labels) / len(split.labels)
         factor = (-record.log_odds).sigmoid().square()[None]  # (1 - p)^2, of the loss
         for index, layer in enumerate(record.layers):
-            mean = data.mean_squared_gradient(data.by_weight(layer.each(lambda x: data.class_by_class(x, 1))), factor)
+            mean = mean_squared_gradient(by_weight(layer.each(lambda x: class_by_class(x, 1))), factor)
             means[index] += share * mean.flatten(0, 1)
     return means
 

@@ -4,18 +4,22 @@ Where a layer is given x, its weight becomes W (I - P), or it is given Q x itsel
 what its kernels read, at every position. They measure the original classifier, in double precision.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimu.data import Count, NonNegative, Positive, Share, Split, some_of_every_class
-from mimu.eval import Request
-from mimu.masking.regression import ridge_regression, standardised
-from mimu.methods.controls import further, output_layer
-from mimu.methods.fine_tuning import FineTuning, draws
-from mimu.networks.hooked import HookedClassifier
+from eval import Request
+from methods.controls import further, output_layer
+from methods.fine_tuning import FineTuning, draws
+from mimu.erasing import class_direction
+from mimu.probes import ridge_regression, standardised
+from mimu.samples import Split, some_of_every_class
+from mimu.settings import Count, NonNegative, Positive, Share
+from mimu.tracing import HookedClassifier
 
 
 def moments(classifier: HookedClassifier, images: Tensor, index: int) -> tuple[Tensor, Tensor]:
@@ -41,18 +45,6 @@ def with_representation(request: Request, projection: Tensor) -> nn.Module:
     # Not in its weight, where the class would stay in the representation; ESC's code projects in the forward pass, too.
     last.register_forward_pre_hook(lambda layer, inputs: (inputs[0] @ projection,))
     return classifier
-
-
-def class_direction(x: Tensor, labels: Tensor, label: int) -> Tensor:
-    """The direction (n) of what no combination of the other classes' means gives of a class's mean of x (samples, n).
-
-    In double precision; 0 where nothing but rounding is left.
-    """
-    others = [each for each in labels.unique().tolist() if each != label]
-    mean, *means = (x[labels == each].mean(0, dtype=torch.double) for each in (label, *others))
-    spanned = torch.stack(means)
-    left = mean - mean @ torch.linalg.pinv(spanned) @ spanned
-    return F.normalize(left, dim=0) if left.norm() > 1e-6 * mean.norm() else torch.zeros_like(left)
 
 
 def separability(own: Tensor, others: Tensor, ridge: float) -> Tensor:

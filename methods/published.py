@@ -1,16 +1,21 @@
 """The published objective on the published graphs: sufficiency and prior on single samples, and the set difference."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimu.data import Count, GraphGenerator, NonNegative, Positive, seeded, seeded_initialisation
-from mimu.eval import Request, unlearning_method
-from mimu.masking.order import Zeroing
-from mimu.model import MaskingGCN
-from mimu.trainer import LEAST_SPREAD, descend, masked_weights, top_k_mask
+from eval import Request, unlearning_method
+from mimu.graph import MaskingGCN
+from mimu.pruning import Zeroing
+from mimu.saliency import ActivationGraphs
+from mimu.seeds import seeded, seeded_initialisation
+from mimu.settings import Count, NonNegative, Positive
+from mimu.training import descend
+from trainer import LEAST_SPREAD, masked_weights, top_k_mask
 
 FEATURES = ("input_activation", "output_activation", "weight", "gradient")
 
@@ -35,7 +40,7 @@ class Published:
     draws: Count
 
 
-def importance(gcn: MaskingGCN, graphs: GraphGenerator, samples: Tensor) -> Tensor:
+def importance(gcn: MaskingGCN, graphs: ActivationGraphs, samples: Tensor) -> Tensor:
     """The logits (classes, vertices) of the graphs of single samples, one of every class, (classes, 1)."""
     of_graphs = replace(graphs.config, features=FEATURES, other_classes=False)
     snapshot = replace(graphs.snapshot(samples, FEATURES), config=of_graphs)
@@ -51,7 +56,7 @@ def prior_divergence(logits: Tensor, weights: Tensor) -> Tensor:
 
 
 def insufficiency(
-    logits: Tensor, graphs: GraphGenerator, config: Published, top_k: int, generator: torch.Generator
+    logits: Tensor, graphs: ActivationGraphs, config: Published, top_k: int, generator: torch.Generator
 ) -> Tensor:
     """Cross entropy of samples of every class with the top-K weights of that class alone, nats."""
     scores = logits / logits.std(1, keepdim=True).clamp_min(LEAST_SPREAD)

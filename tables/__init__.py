@@ -1,5 +1,7 @@
 """The reports of a run, drawn from the JSON of its experiments alone."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -8,12 +10,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from mimu.reporter import FORMATS, KEPT, Reporter, ReporterConfig, title
-from mimu.runs.files import slug
-from mimu.tables.experiment import draw_metrics
-from mimu.tables.pictures import Row, draw_masks, draw_scores
-from mimu.tables.retraining import audit_sections, draw_audits
-from mimu.tables.variants import compare
+from experiment.files import slug
+from reporter import FORMATS, KEPT, Reporter, ReporterConfig, title
+from tables.experiment import draw_metrics
+from tables.pictures import Row, draw_masks, draw_scores
+from tables.retraining import audit_sections, draw_audits
+from tables.variants import compare
 
 FIGURES = (
     "loss_forget_set", "loss_retain_set", "score_forget_set", "score_retain_set", "probability_on_forget_class",

@@ -1,5 +1,7 @@
 """The four plots of one experiment, from its JSON alone."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -7,8 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mimu.reporter import EFFICACY, FORGET, METRICS, RETAIN, Reporter, ReporterConfig, save_figure, title
-from mimu.tables.pictures import Row, draw_matrix, draw_panels, symmetric_log
+from reporter import EFFICACY, FORGET, METRICS, RETAIN, Reporter, ReporterConfig, save_figure, title
+from tables.pictures import Row, draw_matrix, draw_panels, symmetric_log
 
 PLOTS = ("unlearning", "performance_degradation", "class_probabilities", "weights")
 DRAWN_BY = (Path(__file__), Path(__file__).with_name("pictures.py"), Path(__file__).parents[1] / "reporter.py")

@@ -1,5 +1,7 @@
 """Marks in panels and planes, and the masks of the classes, from the figures of reporters."""
 
+from __future__ import annotations
+
 import math
 import textwrap
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import SymmetricalLogLocator
 
-from mimu.reporter import FORGET_SCORE, RETAIN_GAP, Column, Reporter, ReporterConfig, method_styles, save_figure, title
+from reporter import FORGET_SCORE, RETAIN_GAP, Column, Reporter, ReporterConfig, method_styles, save_figure, title
 
 # Recall of the linear probe that is trained to convergence, less that of the same probe on the retrained classifier.
 PROBE = Column(("audit_metrics", "probe_recall", "linear"), "probe recall against retrain, points", "+.1f", is_gap=True)

@@ -1,12 +1,14 @@
 """Every method beside the classifier that was retrained without the class."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from mimu.reporter import METRICS, SECONDS, Column, Reporter, markdown_table, save_figure
-from mimu.tables.pictures import INDEX, Row, draw_panels, symmetric_log
+from reporter import METRICS, SECONDS, Column, Reporter, markdown_table, save_figure
+from tables.pictures import INDEX, Row, draw_panels, symmetric_log
 
 DIVERGENCES = (
     Column(("audit_metrics", "js_forget"), "divergence on the forget set, bits", ".3f"),

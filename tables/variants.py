@@ -1,14 +1,16 @@
 """Variants of a config side by side."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mimu.reporter import FORGET_SCORE, RETAIN_GAP, SECONDS, WORST, Column, Reporter, markdown_table
-from mimu.runs.files import write_text
-from mimu.tables.pictures import INDEX, PROBE, Row, draw_frontier, draw_scores
+from mimu.files import write_text
+from reporter import FORGET_SCORE, RETAIN_GAP, SECONDS, WORST, Column, Reporter, markdown_table
+from tables.pictures import INDEX, PROBE, Row, draw_frontier, draw_scores
 
 WORST_FORGET, WORST_GAP = (replace(column, name="worst") for column in WORST)
 SHARE = Column(("num_zeroed",), "weights zeroed, %", is_share=True)

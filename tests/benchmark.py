@@ -28,16 +28,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
 
-from mimu.configs import load_config
-from mimu.data import GraphGenerator, Split, load_image_data
-from mimu.eval import Eval, Request
-from mimu.masking.order import ZeroingOrder
-from mimu.masking.rankings import Ranking, TrainedGCN
-from mimu.model import HookedMNISTClassifier, MaskingGCN, WeightGraph, keep_freed_memory
-from mimu.reporter import markdown_table
-from mimu.runs.files import ROOT, Artifact
-from mimu.runs.work import peak_bytes
-from mimu.trainer import GCNTrainer, Trainer
+from data import GraphGenerator, load_image_data
+from eval import Eval, Request
+from experiment.config import load_config
+from experiment.files import ROOT, Artifact
+from experiment.processes import peak_bytes
+from mimu.graph import MaskingGCN, WeightGraph, keep_freed_memory
+from mimu.pretrained import TrainedGCN
+from mimu.pruning import Ranking, ZeroingOrder
+from mimu.samples import Split
+from model import HookedMNISTClassifier
+from reporter import markdown_table
+from trainer import GCNTrainer, Trainer
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="Sparse")

@@ -12,13 +12,19 @@ from running import PROJECT, draw_nothing, write_few
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from mimu.data import FEATURES, GraphConfig, GraphGenerator, Snapshot, Split, seeded
-from mimu.data import FORGETTING_TEMPERATURE as T
-from mimu.eval import EvalConfig, Request
-from mimu.masking.rankings import MaskingConfig, TrainedGCN
-from mimu.model import HookedMNISTClassifier, MaskingGCN
-from mimu.networks.masks import LayerMask, Mask
-from mimu.trainer import COMPARED, Trainer, TrainerConfig, learn
+from data import GraphGenerator
+from eval import EvalConfig, Request
+from mimu.graph import MaskingGCN
+from mimu.masks import LayerMask, Mask
+from mimu.pretrained import TrainedGCN
+from mimu.pruning import MaskingConfig
+from mimu.saliency import FEATURES, GraphConfig, Snapshot
+from mimu.saliency import FORGETTING_TEMPERATURE as T
+from mimu.samples import Split
+from mimu.seeds import seeded
+from mimu.training import learn
+from model import HookedMNISTClassifier
+from trainer import COMPARED, Trainer, TrainerConfig
 
 HIDDEN, IN_FEATURES, NUM_CLASSES = (6, 5), 7, 3
 torch.set_num_threads(1)  # the tensors of tests are small: threads only wait for one another
@@ -189,9 +195,9 @@ def assert_by_hand(snapshot: Snapshot, groups: list[Group]) -> None:
             assert torch.allclose(snapshot.feature(name)[row], expected, rtol=1e-9, atol=1e-12), name
 
 
-PACKAGES = ("images", "networks", "runs", "masking", "unlearning", "audits", "methods", "tables", "configs")
-TRACKED = ("*.py", "*.sh", *(f"{name}/*.py" for name in PACKAGES), "configs/*.yaml", "checkpoints/pretrained/*.pt",
-           "README.md", "pyproject.toml")  # fmt: skip
+PACKAGES = ("mimu", "experiment", "audits", "methods", "tables")
+TRACKED = ("*.py", "*.sh", *(f"{name}/*.py" for name in PACKAGES), "configs/*.yaml", "mimu/gcn.pt",
+           "mimu/settings.yaml", "README.md", "pyproject.toml")  # fmt: skip
 
 
 @pytest.fixture
@@ -206,11 +212,11 @@ def here(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "mimu"
     write_few(folder)
     draw_nothing(monkeypatch)
-    monkeypatch.setattr("mimu.trainer.COMPARED", 1)  # class: ten take longer than all the rest
+    monkeypatch.setattr("trainer.COMPARED", 1)  # class: ten take longer than all the rest
     return folder
 
 
 @pytest.fixture
 def copy(here, monkeypatch) -> Path:
-    monkeypatch.setattr("mimu.trainer.COMPARED", COMPARED)  # as in the processes that run it
+    monkeypatch.setattr("trainer.COMPARED", COMPARED)  # as in the processes that run it
     return copy_to(here, *TRACKED)

@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mimu.images.sources import FILES
+from data import FILES
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMOKE = ("--config", "configs/smoke.yaml")
@@ -23,7 +23,7 @@ SMOKE = ("--config", "configs/smoke.yaml")
 
 def of_copy(folder: Path) -> dict[str, str]:
     """An environment in which a copy of the project in a folder named mimu is the package."""
-    return os.environ | {"PYTHONPATH": str(folder.parent)}
+    return os.environ | {"PYTHONPATH": str(folder)}
 
 
 def run(folder: Path, *arguments: str, processes: int = 1) -> str:
@@ -36,7 +36,7 @@ def run(folder: Path, *arguments: str, processes: int = 1) -> str:
 
 def run_here(folder: Path, *overrides: str, configs: dict | None = None, is_fresh: bool = False) -> None:
     """Runs the smoke config, or others, without the seconds that importing PyTorch takes."""
-    from mimu import main  # here, so that the other tests need not all of the project
+    import main
 
     threads = torch.get_num_threads()
     try:
@@ -46,7 +46,7 @@ def run_here(folder: Path, *overrides: str, configs: dict | None = None, is_fres
 
 
 def smoke(*overrides: str) -> dict:
-    from mimu.configs import load_variants
+    from experiment.config import load_variants
 
     return load_variants(PROJECT / SMOKE[1], ["eval.visualize=false", *overrides])
 

@@ -18,15 +18,19 @@ from sklearn.metrics import log_loss
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.pipeline import make_pipeline
 
-from mimu import audits
-from mimu.audits import Audit, AuditConfig, probes, relearn
-from mimu.audits.predictions import Predictions, entropy_attack, jensen_shannon, loss_attack, predictions_of
-from mimu.audits.probes import found_by_probes, linear, neighbours, prototype_recall, two_layer, usable_bits
-from mimu.data import ImageData, Split, seeded, seeded_initialisation, some_of_every_class
-from mimu.methods.controls import logit_removed
-from mimu.model import HookedMNISTClassifier, WeightGraph
-from mimu.networks.architectures import VisionTransformer, cnn, resnet
-from mimu.trainer import Trainer
+import audits
+from audits import Audit, AuditConfig, relearn
+from audits.predictions import Predictions, entropy_attack, jensen_shannon, loss_attack, predictions_of
+from audits.probes import found_by_probes, prototype_recall
+from data import ImageData
+from methods.controls import logit_removed
+from mimu import probes
+from mimu.graph import WeightGraph
+from mimu.probes import linear, neighbours, two_layer, usable_bits
+from mimu.samples import Split, some_of_every_class
+from mimu.seeds import seeded, seeded_initialisation
+from model import HookedMNISTClassifier, VisionTransformer, cnn, resnet
+from trainer import Trainer
 
 FORGET = 1
 CONFIG = AuditConfig(enabled=True, probes=(), samples=None, relearn_steps=40, relearn_from=())

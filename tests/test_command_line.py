@@ -17,9 +17,10 @@ import pytest
 import torch.distributed as dist
 from running import PROJECT
 
-from mimu.runs.command_line import parse_arguments, run_command
-from mimu.runs.files import ArtifactError, InputError, Log
-from mimu.runs.work import Processes
+from experiment.command_line import parse_arguments, run_command
+from experiment.files import Log
+from experiment.processes import Processes
+from mimu.errors import ArtifactError, InputError
 
 
 def test_what_start_is_given_and_returns(tmp_path):
@@ -76,8 +77,9 @@ STOPPED = "stopped: all that is finished stays, and the same command goes on fro
 def script(start: str, before: str = "") -> list[str]:
     """The command that runs a line of code as `start`, in a folder and with options that follow it."""
     code = (
-        "import signal, sys, time; from pathlib import Path; from mimu.runs.command_line import run_command\n"
-        f"from mimu.runs.files import InputError, Log; log = Log(Path(sys.argv[1]) / 'run.log')\n{before}\n"
+        "import signal, sys, time; from pathlib import Path; from experiment.command_line import run_command\n"
+        "from mimu.errors import InputError; from experiment.files import Log\n"
+        f"log = Log(Path(sys.argv[1]) / 'run.log')\n{before}\n"
         f"def start(parsed): {start}\nsys.exit(run_command(start, sys.argv[2:], Path(sys.argv[1])))"
     )
     return [sys.executable, "-c", code]
@@ -88,7 +90,7 @@ HEEDING = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # in the b
 SECOND = f"""{HEEDING}
 import os; os.environ['WORLD_SIZE'] = '2'
 import torch.distributed as dist; dist.rendezvous = lambda url, timeout: iter([(dist.HashStore(), 1, 2)])
-from mimu.runs.work import Processes
+from experiment.processes import Processes
 """
 SLEEPS = (HEEDING, "time.sleep(60)")
 STOPS = [
@@ -205,8 +207,8 @@ def test_every_task_is_taken_once_after_the_beginning_and_all_is_gathered_in_ord
 
 FAILING = """
 import time
-from mimu.runs.files import ArtifactError
-from mimu.runs.work import Processes
+from mimu.errors import ArtifactError
+from experiment.processes import Processes
 def make():
     time.sleep(0.5)
     raise ArtifactError("disk full")

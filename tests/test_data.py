@@ -20,11 +20,15 @@ from running import write_image
 from scipy.io import savemat
 from torch import Tensor, nn
 
-from mimu.data import FEATURES, GraphGenerator, load_image_data, seeded, some_of_every_class
-from mimu.data import FORGETTING_TEMPERATURE as T
-from mimu.images.sources import FILES, DataError, checksum, data_set
-from mimu.model import HookedMNISTClassifier
-from mimu.networks.hooked import HookedClassifier, LayerRecord, log_odds
+from data import FILES, GraphGenerator, checksum, data_set, load_image_data
+from mimu.errors import DataError
+from mimu.layers import LayerRecord
+from mimu.saliency import FEATURES
+from mimu.saliency import FORGETTING_TEMPERATURE as T
+from mimu.samples import some_of_every_class
+from mimu.seeds import seeded
+from mimu.tracing import HookedClassifier, log_odds
+from model import HookedMNISTClassifier
 
 IMAGES, LABELS = torch.arange(30 * 784).view(30, 28, 28) % 251, torch.arange(30) % 10
 SIXTY = np.arange(60) % 10  # labels

@@ -19,7 +19,7 @@ from conftest import TRACKED, copy_to
 from running import PROJECT, of_copy
 from scipy.stats import norm
 
-from mimu.data import seeded
+from mimu.seeds import seeded
 
 SCRIPTS = ("build", "tune", "bar", "own", "shadow", "scale")
 PRETRAIN = {"pretrain"}

@@ -17,18 +17,17 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.neural_network import MLPClassifier
 from torch import nn
 
-from mimu.data import Split, seeded
-from mimu.masking.regression import held_out_variance
-from mimu.methods import erasing
-from mimu.methods.erasing import Edit, Erasing, erased, late_layers, own_direction
-from mimu.methods.projections import class_direction
-from mimu.model import HookedMNISTClassifier
-from mimu.networks.architectures import VisionTransformer, cnn, mlp, resnet
-from mimu.networks.hooked import HookedClassifier
-from mimu.networks.masks import LayerMask, Mask
-from mimu.runs.files import InputError
-from mimu.trainer import learn
+from mimu import erasing
+from mimu.erasing import Edit, Erasing, class_direction, erased, late_layers, own_direction
+from mimu.errors import InputError
+from mimu.masks import LayerMask, Mask
+from mimu.probes import held_out_variance
+from mimu.samples import Split
+from mimu.seeds import seeded
+from mimu.tracing import HookedClassifier
+from mimu.training import learn
 from mimu.unlearning import RetainScoreError, unlearn
+from model import HookedMNISTClassifier, VisionTransformer, cnn, mlp, resnet
 
 CONFIG = replace(Erasing.configured(), samples=100, group_size=60, others_ratio=2, steps=60, units=32)
 TEST = random_split(100, seed=7)

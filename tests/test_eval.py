@@ -8,11 +8,12 @@ import torch
 from conftest import NUM_CLASSES, random_split, scores, small_request, trained_problem
 from torch import nn
 
-from mimu.data import ImageData, Split
-from mimu.eval import METHODS, Eval, random_choices, random_vertices, unlearning_method
-from mimu.methods import controls
-from mimu.networks.masks import Mask
-from mimu.runs.files import Artifact
+from data import ImageData
+from eval import METHODS, Eval, random_choices, random_vertices, unlearning_method
+from experiment.files import Artifact
+from methods import controls
+from mimu.masks import Mask
+from mimu.samples import Split
 
 FORGET, KAPPA, TOP_K = 1, 9, 8
 CORE = ("original", "mimu", "random", "sft", "retrain")

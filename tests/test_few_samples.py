@@ -13,14 +13,15 @@ from conftest import scores, trained_problem
 from test_unlearning import FREE, TEST, TRAIN, learned, patient_gcn, stack
 from torch import nn
 
+from data import GraphGenerator
 from mimu import Mask, RetainScoreError, unlearn
-from mimu.data import GraphGenerator, Split, margins
-from mimu.images.sources import seeded
-from mimu.masking.order import FEW, PRIOR, percent_above_zero
-from mimu.methods.erasing import Erasing, held_out, train_and_held_out
-from mimu.trainer import learn
-from mimu.unlearning import forgetting
-from mimu.unlearning.forgetting import FOLDS, Forgetting, lower_end
+from mimu import unlearning as forgetting
+from mimu.erasing import Erasing, held_out, train_and_held_out
+from mimu.pruning import FEW, PRIOR, percent_above_zero
+from mimu.samples import Split, margins
+from mimu.seeds import seeded
+from mimu.training import learn
+from mimu.unlearning import FOLDS, Forgetting, lower_end
 
 
 @pytest.fixture

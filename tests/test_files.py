@@ -21,8 +21,10 @@ import pytest
 import torch
 from running import PROJECT, metrics, run_here
 
-from mimu.runs import files
-from mimu.runs.files import PARTIAL, Artifact, ArtifactError, Log, locked, one_line, slug, write_text, written_whole
+from experiment.files import Artifact, Log, locked, slug
+from mimu import files
+from mimu.errors import ArtifactError, one_line
+from mimu.files import PARTIAL, write_text, written_whole
 
 TINY = ("sweep.kappa=[auto, 20]", "gcn.steps=2", "eval.methods=[original, mimu, retrain]", "sweep.forget_digits=[3]")
 MADE = ("checkpoints", "datasets/Graphs", "eval", "reports")  # the folders that a run makes where there is only data
@@ -258,7 +260,7 @@ def test_a_folder_that_cannot_be_written_to_and_one_in_the_place_of_a_file_are_n
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "file.json", "file.pt"]
 
 
-LOCKING = "import sys; from pathlib import Path; from mimu.runs.files import locked\nwith locked(Path(sys.argv[1])): "
+LOCKING = "import sys; from pathlib import Path; from experiment.files import locked\nwith locked(Path(sys.argv[1])): "
 
 
 def in_another_process(code: str, *arguments: object, **settings: str) -> subprocess.CompletedProcess:
@@ -284,7 +286,7 @@ def test_a_second_run_in_a_folder_says_who_holds_it(tmp_path):
 
 def test_where_the_system_has_no_locks_files_are_still_written(tmp_path):
     """As on Windows, where there is no fcntl; and no PyTorch is needed for JSON."""
-    code = "import sys; sys.modules['fcntl'] = None; sys.modules['torch'] = None; from mimu.runs.files import save\n"
+    code = "import sys; sys.modules['fcntl'] = None; sys.modules['torch'] = None; from mimu.files import save\n"
     done = in_another_process(f"{code}{LOCKING}save(Path(sys.argv[1]) / 'a.json', {{'a': 1}})", tmp_path)
     assert done.returncode == 0, done.stderr
     assert files.load(tmp_path / "a.json") == {"a": 1}

@@ -14,11 +14,11 @@ from conftest import mask_of, random_split, trained
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from mimu import Mask, RetainScoreError, unlearn
-from mimu.networks import masks
-from mimu.networks.hooked import HookedClassifier
-from mimu.networks.masks import LayerMask, Weight
-from mimu.runs.files import ArtifactError, save
+from mimu import Mask, RetainScoreError, masks, unlearn
+from mimu.errors import ArtifactError
+from mimu.files import save
+from mimu.masks import LayerMask, Weight
+from mimu.tracing import HookedClassifier
 
 TRAIN = random_split(200)
 KERNELS, FIRST, SECOND = NAMES = ("0.weight", "1.1.weight", "1.3.weight")

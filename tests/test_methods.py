@@ -10,18 +10,24 @@ import yaml
 from conftest import NUM_CLASSES, graph_config, masking_config, random_split, scores, small_request, trainer_config
 from running import PROJECT
 
-from mimu import data
-from mimu.audits.predictions import predictions_of
-from mimu.configs import load_config
-from mimu.data import Count, GraphGenerator, NonNegative, Positive, Split, some_of_every_class
-from mimu.eval import METHODS, EvalConfig, Method, Request, answer
-from mimu.masking.order import Zeroing
-from mimu.methods import fine_tuning, projections, published
-from mimu.methods.controls import removal_effect
-from mimu.methods.published import FEATURES, Published, importance, mean_importance, set_difference
-from mimu.model import HookedMNISTClassifier, Mask, MaskingGCN
-from mimu.runs.settings import ConfigError, converted
-from mimu.trainer import Trained, Trainer, TrainingError, descend
+import data
+from audits.predictions import predictions_of
+from data import GraphGenerator
+from eval import METHODS, EvalConfig, Method, Request, answer
+from experiment.config import load_config
+from experiment.settings import ConfigError, converted
+from methods import fine_tuning, projections, published
+from methods.controls import removal_effect
+from methods.published import FEATURES, Published, importance, mean_importance, set_difference
+from mimu.errors import TrainingError
+from mimu.graph import MaskingGCN
+from mimu.masks import Mask
+from mimu.pruning import Zeroing
+from mimu.samples import Split, some_of_every_class
+from mimu.settings import Count, NonNegative, Positive
+from mimu.training import descend
+from model import HookedMNISTClassifier
+from trainer import Trained, Trainer
 
 FORGET = 1
 PUBLISHED = "mimu.methods.fine_tuning", "mimu.methods.projections"

@@ -18,21 +18,23 @@ from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
 from torch_geometric.transforms import LineGraph
 
-from mimu.configs import Config, load_config
-from mimu.data import FEATURES, GraphGenerator, Split, seeded
-from mimu.eval import METHODS, Request, answer
-from mimu.masking.order import ZeroingOrder
-from mimu.masking.rankings import Ranking
-from mimu.methods.fine_tuning import fisher_information
-from mimu.methods.projections import moments
-from mimu.model import LARGEST_CHANGE, AffineReLU, HookedMNISTClassifier, MaskingGCN, WeightGraph
-from mimu.networks.architectures import airbench, cnn, mlp, resnet
-from mimu.networks.hooked import HookedClassifier
-from mimu.networks.masks import LayerMask, Mask
-from mimu.networks.tracing import Trace
-from mimu.runs.files import ArtifactError, save
-from mimu.runs.settings import ConfigError
-from mimu.trainer import GCNTrainer, Trainer, masked_weights
+from data import GraphGenerator
+from eval import METHODS, Request, answer
+from experiment.config import Config, load_config
+from experiment.settings import ConfigError
+from methods.fine_tuning import fisher_information
+from methods.projections import moments
+from mimu.errors import ArtifactError
+from mimu.files import save
+from mimu.graph import LARGEST_CHANGE, AffineReLU, MaskingGCN, WeightGraph
+from mimu.masks import LayerMask, Mask
+from mimu.pruning import Ranking, ZeroingOrder
+from mimu.saliency import FEATURES
+from mimu.samples import Split
+from mimu.seeds import seeded
+from mimu.tracing import HookedClassifier, Trace
+from model import HookedMNISTClassifier, airbench, cnn, mlp, resnet
+from trainer import GCNTrainer, Trainer, masked_weights
 
 SIZE = (2, 8, 8)
 
@@ -378,7 +380,7 @@ def test_recorded_activations_stand_behind_normalisation_addition_and_relu():
 def test_requests_take_a_snapshot_before_every_step_where_gradients_by_kernels_are_too_many_to_be_kept(
     mask_layer, numbers, is_updated, monkeypatch
 ):
-    monkeypatch.setattr("mimu.networks.hooked.NUMBERS_AT_ONCE", numbers)
+    monkeypatch.setattr("mimu.tracing.NUMBERS_AT_ONCE", numbers)
     graphs = GraphGenerator(classifier_of("cnn"), labelled(), graph_config(mask_layer), 0)
     zeroed = []
     for every in (1, None):
@@ -397,7 +399,7 @@ MASKED = [
 @pytest.mark.parametrize("numbers, parts", [(2**26, [12]), (2**26, [9, 3]), (1, [3] * 4)])
 @pytest.mark.parametrize("name, mask_layer, forget", MASKED)
 def test_features_of_kernels_are_those_of_their_definitions(monkeypatch, name, mask_layer, forget, numbers, parts):
-    monkeypatch.setattr("mimu.networks.hooked.NUMBERS_AT_ONCE", numbers)
+    monkeypatch.setattr("mimu.tracing.NUMBERS_AT_ONCE", numbers)
     passes, record = [], HookedClassifier.record
     monkeypatch.setattr(HookedClassifier, "record", lambda *given: passes.append(len(given[2])) or record(*given))
     graphs = GraphGenerator(classifier_of(name), labelled(), graph_config(mask_layer), 0)
@@ -480,7 +482,7 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
 @pytest.mark.parametrize("at_once", [1, 2**26])
 @pytest.mark.parametrize("name", ["mlp", "biased", "cnn", "resnet", "varied", "grouped", "windows", "mixer", "spaced"])
 def test_what_a_layer_is_given_makes_its_output_and_its_moments(name, at_once, monkeypatch):
-    monkeypatch.setattr("mimu.networks.hooked.NUMBERS_AT_ONCE", at_once)
+    monkeypatch.setattr("mimu.tracing.NUMBERS_AT_ONCE", at_once)
     classifier, x = classifier_of(name), images(3)
     outputs: dict[nn.Module, Tensor] = {}
     layers = [classifier.network.get_submodule(name.removesuffix(".weight")) for name in classifier.names]

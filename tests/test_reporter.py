@@ -15,14 +15,14 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from running import files
 
-from mimu import reporter as module
-from mimu.reporter import FORGET, FORGET_SCORE, KEPT, RETAIN, RETAIN_GAP, WORST, Column, Reporter, method_styles
-from mimu.runs.files import write_text
-from mimu.tables import experiment as plots
-from mimu.tables import report
-from mimu.tables.pictures import INDEX, PROBE, Row, draw_frontier, draw_masks, draw_scores
-from mimu.tables.retraining import COST, DIVERGENCES, GAPS, LEFT_BEHIND, audit_table, by_distance, draw_audits
-from mimu.tables.variants import compare
+import reporter as module
+import tables.experiment as plots
+from mimu.files import write_text
+from reporter import FORGET, FORGET_SCORE, KEPT, RETAIN, RETAIN_GAP, WORST, Column, Reporter, method_styles
+from tables import report
+from tables.pictures import INDEX, PROBE, Row, draw_frontier, draw_masks, draw_scores
+from tables.retraining import COST, DIVERGENCES, GAPS, LEFT_BEHIND, audit_table, by_distance, draw_audits
+from tables.variants import compare
 
 CONFIG = module.ReporterConfig(dpi=25, format=("png",))
 KAPPAS = (10, 20, 40)

@@ -17,14 +17,15 @@ import yaml
 from conftest import TRACKED, copy_to
 from running import PROJECT, SMOKE, checkpoint, draw_nothing, files, metrics, run, run_here, smoke, write_few
 
-from mimu import main, trainer
-from mimu.configs import CONFIG, load_variants
-from mimu.data import GraphGenerator, load_image_data
-from mimu.images.sources import DataError
-from mimu.masking.order import ZeroingOrder
-from mimu.masking.rankings import Ranking, TrainedGCN
-from mimu.runs import files as run_files
-from mimu.trainer import GCNTrainer, Trainer
+import main
+import trainer
+from data import GraphGenerator, load_image_data
+from experiment.config import CONFIG, load_variants
+from mimu import files as run_files
+from mimu.errors import DataError
+from mimu.pretrained import TrainedGCN
+from mimu.pruning import Ranking, ZeroingOrder
+from trainer import GCNTrainer, Trainer
 
 METHODS = ["original", "mimu", "random", "sft", "retrain", "saliency", "magnitude"]
 TINY = ("sweep.forget_digits=[3]", "sweep.kappa=[20]", "gcn.steps=2", "eval.methods=[original, mimu, retrain]")
@@ -112,7 +113,7 @@ def test_a_change_makes_anew_what_depends_on_it_and_nothing_else_and_a_dry_run_s
         assert said_of(here, capsys, setting) == f"seed 0, top-K 128: {why}\n"
 
     sources = copy_to(here / "sources", *TRACKED)
-    monkeypatch.setattr(main, "PACKAGE", sources)
+    monkeypatch.setattr(main, "ROOT", sources)
     of_all = ["main.py", "model.py", "data.py", "trainer.py", "images/sources.py", "masking/regression.py"]
     of_none = ["reporter.py", "tables/variants.py", "runs/files.py"]
     for first, changed in {0: of_all, 3: ["eval.py", "methods/controls.py", "of_my_own.py"], 4: of_none}.items():
@@ -340,7 +341,7 @@ def test_what_the_readme_adds_by_hand_shows_up_everywhere(copy):
     for ours, this in (("digit_9", "digit_3"), ("kappa_200", "kappa_20"), ("(128, 64)", "(32, 16)")):
         example = example.replace(ours, this)
     example += "assert list(mask.origins) == list(mask.layers), 'it is known to be of this classifier'\n"
-    example += "from mimu.data import load_image_data\ntest = load_image_data().test.forget(3)\n"
+    example += "from data import load_image_data\ntest = load_image_data().test.forget(3)\n"
     example += "print(100 * (classifier(test.images).argmax(1) == 3).double().mean().item())"
     done = subprocess.run([sys.executable, "-c", example], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -351,7 +352,7 @@ def test_what_the_readme_adds_by_hand_shows_up_everywhere(copy):
 def test_the_lines_of_the_pages_make_a_data_set_of_ones_own_whose_classes_are_forgotten(tmp_path, monkeypatch):
     draw_nothing(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mimu.images.sources.DATASET_ROOT", tmp_path / "datasets")
+    monkeypatch.setattr("data.DATASET_ROOT", tmp_path / "datasets")
     exec(in_readme(r"```python\n([^`]*load_digits[^`]*)```", (PROJECT / "docs" / "data.md").read_text()), {})
     assert len(list(tmp_path.glob("datasets/digits/*/*/*"))) == 1797
     changes = ["sweep.kappa=[auto]", "eval.methods=[original, mimu]", "eval.visualize=false", "gcn.pretrained=true"]
@@ -393,7 +394,7 @@ def test_trainings_that_are_interrupted_go_on_where_they_were_and_figures_stay(h
             raise KeyboardInterrupt
         check(losses, step, setting)
 
-    monkeypatch.setattr(trainer, "check_finite", interrupted)
+    monkeypatch.setattr("mimu.training.check_finite", interrupted)
     monkeypatch.setattr(trainer, "SAVED_EVERY", 0.0)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):

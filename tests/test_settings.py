@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import write_image
 
-from mimu import configs
-from mimu.configs import load_config
-from mimu.runs.files import InputError
-from mimu.runs.settings import ConfigError, converted, description, load_variants
+from experiment import config as configs
+from experiment.config import load_config
+from experiment.settings import ConfigError, converted, description, load_variants
+from mimu.errors import InputError
 
 Count = Annotated[int, "at least 1"]
 Amount = Count | Annotated[float, "above 0, below 1"]
@@ -298,7 +298,7 @@ def test_what_cannot_work_is_one_line_that_names_the_key_and_what_is_valid(overr
 
 
 def test_pixels_and_classes_are_those_of_the_data_set(tmp_path, monkeypatch):
-    monkeypatch.setattr("mimu.images.sources.DATASET_ROOT", tmp_path)
+    monkeypatch.setattr("data.DATASET_ROOT", tmp_path)
     for part, name in product(("train", "test"), ("1", "10", "2", "cat")):
         write_image(tmp_path / "mine" / part / name / "0.png", np.zeros((6, 8), np.uint8))
     own = ("dataset=mine", "graphs.mask_layer=null", "classifier.hidden_sizes=[5]", "sweep.kappa=[auto]")

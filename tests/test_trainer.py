@@ -16,17 +16,22 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.nn.utils import parametrize
 
-from mimu import trainer
-from mimu.data import FORGETTING_TEMPERATURE as T
-from mimu.data import GraphGenerator, Split, is_correct, seeded
-from mimu.masking.order import ZeroingOrder
-from mimu.masking.rankings import TERMS, MaskingConfig, Ranking, TrainedGCN, ranked, saliency
-from mimu.model import MaskingGCN
-from mimu.networks import hooked
-from mimu.networks.hooked import HookedClassifier
-from mimu.networks.masks import Mask
-from mimu.runs.files import Artifact, ArtifactError, InputError, save
-from mimu.trainer import GCNLoss, GCNTrainer, GCNTrainerConfig, Trainer, TrainingError, UnlearningSFT
+import trainer
+from data import GraphGenerator
+from experiment.files import Artifact
+from mimu import tracing as hooked
+from mimu.errors import ArtifactError, InputError, TrainingError
+from mimu.files import save
+from mimu.graph import MaskingGCN
+from mimu.masks import Mask
+from mimu.pretrained import TrainedGCN
+from mimu.pruning import MaskingConfig, Ranking, ZeroingOrder
+from mimu.saliency import FORGETTING_TEMPERATURE as T
+from mimu.saliency import TERMS, ranked, saliency
+from mimu.samples import Split, is_correct
+from mimu.seeds import seeded
+from mimu.tracing import HookedClassifier
+from trainer import GCNLoss, GCNTrainer, GCNTrainerConfig, Trainer, UnlearningSFT
 
 NECESSITY = ("necessity_forget", "necessity_retain")
 RETAIN_WEIGHT = 5.0
@@ -319,7 +324,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights_but_not_from_anothe
         return list(model.parameters())
 
     expected, file = train(None), Artifact(tmp_path / "made.pt", {"seed": "these"})
-    monkeypatch.setattr(trainer, "check_finite", interrupted)
+    monkeypatch.setattr("mimu.training.check_finite", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(file)
     assert file.path.exists() and not file.is_there

@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from mimu import Mask, RetainScoreError, unlearn
-from mimu.data import Split
-from mimu.masking.rankings import TrainedGCN
-from mimu.model import MaskingGCN
-from mimu.networks.hooked import HookedClassifier
-from mimu.unlearning import forgetting
-from mimu.unlearning.custom_model import CustomModel, plain_torch
-from mimu.unlearning.forgetting import Forgetting, Judgement
+from mimu import unlearning as forgetting
+from mimu.graph import MaskingGCN
+from mimu.inputs import CustomModel, plain_torch
+from mimu.pretrained import TrainedGCN
+from mimu.samples import Split
+from mimu.tracing import HookedClassifier
+from mimu.unlearning import Forgetting, Judgement
 
 TRAIN, TEST = random_split(200), random_split(200, seed=7)
 FREE = {"max_fall": None, "max_class_fall": None}

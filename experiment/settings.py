@@ -3,6 +3,8 @@
 The range of a number stands in its annotation: `Annotated[int, "at least 1"]`, `Annotated[float, "above 0, below 1"]`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import difflib
 import math
@@ -18,7 +20,10 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 
-from mimu.runs.files import InputError, naming, one_line, slug
+from experiment.files import slug
+from mimu.errors import InputError, one_line
+from mimu.files import naming
+from mimu.settings import library_settings
 
 Kind = TypeVar("Kind")
 Layer = tuple[str, Any]  # how messages call where settings come from, and the settings
@@ -40,7 +45,8 @@ def load_variants(
     Over the bases in their order goes what `path` changes (which may be one of them), what a variant does, overrides.
     A file that `extends` another one beside it goes over what that changes outside of its variants.
     """
-    layers = {base: (base.name, read_yaml(base)) for base in bases}
+    of_library = {"eval": {"hyperparameters": {"erase": library_settings()["erase"]}}}
+    layers = {None: ("settings.yaml", of_library)} | {base: (base.name, read_yaml(base)) for base in bases}
     settings = read_yaml(path)
     if isinstance(settings, dict) and "extends" in settings:
         below = path.with_name(str(settings.pop("extends")))
@@ -112,8 +118,8 @@ def built(kind: type[Kind], bases: Sequence[Path], layers: Sequence[Layer]) -> K
     try:
         return constructed(kind, values)
     except ValueError as error:
-        names = [base.name for base in bases]
-        origin = origins.get(str(error).split()[0].rstrip(":,"), names[0])
+        names = ["settings.yaml", *(base.name for base in bases)]
+        origin = origins.get(str(error).split()[0].rstrip(":,"), names[1])
         changes = dict.fromkeys(change for change, _ in layers if change not in names)
         if changes and origin in names:  # what a base sets may be impossible only with what was changed beside it
             origin = f"{', '.join(changes)}, over {origin}"

@@ -1,22 +1,94 @@
-"""The order in which weights are zeroed, in steps, until a class is forgotten."""
+"""A request to forget a class, step by step: which weights are zeroed, and when it stops."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from statistics import NormalDist
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimu.data import GraphGenerator, Split, margins, number_of_weights
-from mimu.masking.rankings import MaskingConfig, ranked
-from mimu.runs.files import InputError
+from mimu.errors import InputError
+from mimu.graph import MaskingGCN
+from mimu.saliency import TERMS, ActivationGraphs, Snapshot, ranked, saliency
+from mimu.samples import Split, margins
+from mimu.seeds import seeded
+from mimu.settings import Amount, Count, Positive, number_of_weights
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """How a request is answered: the snapshots that it takes, and how their scores rank the weights."""
+
+    step: Amount | None
+    snapshot_every: Count | None
+    momentum: Annotated[float, "at least 0, below 1"]
+    group_size: Count
+    retain_weight: Positive
+    penalty_growth: Annotated[float, "at least 1"]
+    target: Positive
+    max_kappa: Amount
+
+
+@dataclass(eq=False)
+class Ranking:
+    """The saliency of every weight on the classifier masked so far, by the formula or with a trained GCN.
+
+    gcn: None for the formula
+    """
+
+    config: MaskingConfig
+    graphs: ActivationGraphs
+    forget_row: int
+    seed: int
+    gcn: MaskingGCN | None = None
+    _snapshot: Snapshot | None = field(default=None, init=False)
+    _zeroed: int = field(default=0, init=False)  # how many vertices were zeroed in that snapshot
+    _left: float = field(default=float("inf"), init=False)  # the class's mean -log(1 - p) there
+    _penalty: float = field(default=1.0, init=False)
+
+    @torch.no_grad()
+    def __call__(self, step: int, zeroed: Tensor) -> Tensor:
+        """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
+        snapshot = self._taken(step, zeroed)
+        self._schedule(snapshot)
+        return saliency(snapshot, self.forget_row, self._penalty * self.config.retain_weight, self.gcn)
+
+    def _taken(self, step: int, zeroed: Tensor) -> Snapshot:
+        """The snapshot for a step, after every `config.snapshot_every` steps anew.
+
+        Between, it is the last one's first-order update; of kernels too large for a record to be kept, a new one.
+        """
+        every, last = self.config.snapshot_every, self._snapshot
+        goes_on = last is not None and bool(last.records) and (step % every if every else step)
+        if goes_on:
+            self._snapshot = last.first_order_update(zeroed[self._zeroed :])
+        else:
+            self._snapshot = last = None  # not two at a time in memory
+            names = [*TERMS] if self.gcn is None else [*TERMS, *self.graphs.config.features]
+            generator = seeded("request", self.seed, self.graphs.classes[self.forget_row], step)
+            samples = self.graphs.draw(self.config.group_size, generator)
+            self._snapshot = self.graphs.snapshot(samples, names, self.graphs.mask_of(zeroed), self.forget_row)
+        self._zeroed = len(zeroed)
+        return self._snapshot
+
+    def _schedule(self, snapshot: Snapshot) -> None:
+        """Lowers what the others weigh where the class stalls: where -log(1 - p) has not fallen enough since last time.
+
+        As in penalty methods, where a constraint (nothing is left of the class) that a constant weight only balances
+        against the objective is enforced by one that grows (Nocedal and Wright 2006, Numerical Optimization, ch. 17).
+        """
+        before, self._left = self._left, F.softplus(snapshot.log_odds[self.forget_row]).mean().item()
+        growth = self.config.penalty_growth
+        if self._left > self.config.target / 100 and self._left > before / growth:
+            self._penalty /= growth
+
 
 FEWEST = 1 / 16  # of the weights of a neuron that a layer gives in a step, where several compete by what is measured
 COUNTED_AT_ONCE = 100  # samples of the forget class, where it may be that no more are needed
@@ -71,7 +143,7 @@ class ZeroingOrder:
     """
 
     config: MaskingConfig
-    graphs: GraphGenerator
+    graphs: ActivationGraphs
     forget_row: int
     ranking: Callable[[int, Tensor], Tensor]
     zeroed: Tensor | None = None

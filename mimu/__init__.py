@@ -6,11 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mimu.networks.masks import Mask as Mask
+    from mimu.masks import Mask as Mask
     from mimu.unlearning import RetainScoreError as RetainScoreError
     from mimu.unlearning import unlearn as unlearn
 
-_PLACES = {"unlearn": "mimu.unlearning", "RetainScoreError": "mimu.unlearning", "Mask": "mimu.networks.masks"}
+_PLACES = {"unlearn": "mimu.unlearning", "RetainScoreError": "mimu.unlearning", "Mask": "mimu.masks"}
 __all__ = sorted(_PLACES)
 
 

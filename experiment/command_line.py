@@ -1,5 +1,7 @@
 """The arguments of main.py, and the exit status and the one line that an error ends with."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import signal
@@ -10,7 +12,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from mimu.runs.files import PACKAGE, ROOT, ArtifactError, InputError, Log, one_line
+from experiment.files import ROOT, Log
+from mimu.errors import ArtifactError, InputError, one_line
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -21,11 +24,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         epilog="for example: main.py 'sweep.forget_digits=[3]' 'sweep.kappa=[100, 300]' gcn.steps=200",
     )
     about = "a YAML file with what it changes of configs/config.yaml, where every setting is explained"
-    parser.add_argument("--config", type=Path, default=PACKAGE / "configs" / "config.yaml", metavar="PATH", help=about)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "config.yaml", metavar="PATH", help=about)
     flag = partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
     flag("--plot-only", help="draw the reports anew from the metrics of a run of the same config, and stop")
     flag("--dry-run", help="say what is there already and what would be made, and stop")
-    flag("--pretrain", help="train the GCN for checkpoints/pretrained/ on the classifiers of all variants, and stop")
+    flag("--pretrain", help="train the GCN for mimu/ on the classifiers of all variants, and stop")
     flag("--fresh", help="remove first what earlier runs of the same config have left")
     parser.add_argument("--debug", action="store_true", help="show where in the code an error was raised")
     about = "a setting to change, its value read as YAML: seed=1, eval.step=50, gcn.rounds=2"

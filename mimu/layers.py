@@ -1,11 +1,14 @@
-"""Which values of a network belong to one neuron: numbers that travel through its operations."""
+"""What a masked layer does on samples: what its weight is multiplied with, and its gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 # Operations of PyTorch's ATen, by their names.
@@ -219,3 +222,183 @@ def short(x: Tensor) -> Tensor:
         if size > 1 and (x.stride(dim) == 0 or torch.equal(x, first.expand_as(x))):
             x = first
     return x.clone()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight that one linear operation or convolution of a network reads.
+
+    node: the operation; activation: that of its output activation
+    batch: the dimension of the operation's values that holds the samples, `parts` of each: one sample after the other,
+        or where they are not `in_order` one part of all samples after the other
+    positions: at how many places of a sample the weight stands, as tokens; None of a single one, as for features
+    """
+
+    node: fx.Node
+    shape: tuple[int, ...]
+    activation: fx.Node
+    is_rectified: bool
+    batch: int
+    parts: int
+    in_order: bool
+    positions: int | None
+
+    @property
+    def is_convolution(self) -> bool:
+        return name_of(self.node) in CONVOLUTIONS
+
+    @property
+    def groups(self) -> int:
+        """Into how many groups a convolution's rows fall, and the channels that they read."""
+        return argument(self.node, "groups") if self.is_convolution else 1
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are recorded of a sample."""
+        return (self.groups * prod(self.shape[1:]) + 3 * self.shape[0]) * (self.positions or 1)
+
+    def by_sample(self, x: Tensor) -> Tensor:
+        """Values of the operation with the samples in front, (samples, parts, ...)."""
+        x = x.movedim(self.batch, 0)
+        return x.unflatten(0, (-1, self.parts)) if self.in_order else x.unflatten(0, (self.parts, -1)).transpose(0, 1)
+
+    def by_position(self, x: Tensor) -> Tensor:
+        """What it gives, or of that: (samples, groups, m / groups, positions), or of features (samples, m)."""
+        if x.ndim == 2 and self.positions is None:
+            return x
+        x = self.by_sample(x)
+        x = x.flatten(3).movedim(2, -1) if self.is_convolution else x  # (samples, parts, ..., m)
+        return self._at_once(x.reshape(len(x), self.positions or 1, self.groups, -1).permute(0, 2, 3, 1))
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with, of what the operation is given: (samples, groups, n, positions).
+
+        Or of features (samples, n). In memory position after position, as products over samples and positions want it.
+        """
+        if x.ndim == 2 and self.positions is None:
+            return x
+        if not self.is_convolution:
+            return self._at_once(self.by_sample(x).flatten(1, -2).mT[:, None])
+        # To (batch, groups, *places, channels, *kernel).
+        x = self.windows(x).unflatten(1, (self.groups, -1)).movedim(2, len(self.shape))
+        x = self.by_sample(x.reshape(len(x), self.groups, (self.positions or 1) // self.parts, -1))
+        return self._at_once(x.movedim(1, 2).flatten(2, 3).mT)
+
+    def mean_read(self, x: Tensor) -> Tensor:
+        """The mean of `read` over the positions, (samples, groups * n); of a convolution without forming it."""
+        if not self.is_convolution:
+            x = self.read(x)
+            return x if self.positions is None else x.flatten(1, 2).mean(2)
+        places = [*range(2, len(self.shape))]
+        return self.by_sample(self.windows(x).mean(places).flatten(1)).mean(1)
+
+    def windows(self, x: Tensor) -> Tensor:
+        """What a convolution reads at each place, as a view, (batch, channels, *places, *kernel)."""
+        kernel, steps, apart = self.shape[2:], spread(self.node, "stride"), spread(self.node, "dilation")
+        x = padded(self.node, x, kernel)
+        for dim, (size, step, between) in enumerate(zip(kernel, steps, apart), 2):
+            x = x.unfold(dim, between * (size - 1) + 1, step)[..., ::between]
+        return x
+
+    def _at_once(self, x: Tensor) -> Tensor:
+        """Values (samples, groups, neurons, positions), of a single place those of features (samples, neurons)."""
+        return x[:, 0, :, 0] if self.positions is None else x
+
+
+def spread(node: fx.Node, name: str) -> list[int]:
+    """An argument of a convolution for each dimension of its kernels."""
+    given, count = argument(node, name), int(name_of(node)[4])
+    return [*given] * count if len(given) == 1 else [*given]
+
+
+def padded(node: fx.Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
+    """What a convolution is given, with its padding of zeros."""
+    sides: list[int] = []
+    padding = argument(node, "padding")
+    for dim, (size, apart) in enumerate(zip(kernel, spread(node, "dilation"))):
+        both = apart * (size - 1) if padding == "same" else 0
+        before = both // 2 if isinstance(padding, str) else spread(node, "padding")[dim]
+        sides = [before, both - before if isinstance(padding, str) else before, *sides]  # of the last dimension first
+    return F.pad(x, sides)
+
+
+class LayerRecord(NamedTuple):
+    """What one layer did on a batch.
+
+    The gradient of sample s's log-odds by the weight is `log_odds_gradient[s] inputs[s]^T`. Of a convolution every
+    tensor has a last dimension more, its positions, over which that product sums.
+    """
+
+    inputs: Tensor  # (samples, n), the input activation a; of a convolution what its kernels read, n numbers each
+    outputs: Tensor  # (samples, m), the output activation h: after the ReLU, or the logits for the output layer
+    active: Tensor  # (samples, m), 1 where the unit passes a signal on; a unit without ReLU always does
+    log_odds_gradient: Tensor  # (samples, m), gradient of the label's log-odds at the pre-activation
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> LayerRecord:
+        """The same with every tensor changed."""
+        return LayerRecord(*map(change, self))
+
+
+class Record(NamedTuple):
+    """What some layers did on a batch, and the log-odds log(p / (1 - p)) of the label of every sample.
+
+    All losses follow from the log-odds: -log p has the derivative p - 1 by them, -log(1 - p) has p.
+    """
+
+    layers: list[LayerRecord]
+    log_odds: Tensor  # (samples)
+    kept_log_odds: Tensor  # (samples), what they are to stay: as they are, if none has said otherwise
+
+
+def weighted_mean(x: Tensor, factor: Tensor) -> Tensor:
+    """Mean over the samples of x (classes * groups, samples, m, n) times a factor (classes, samples)."""
+    factor = factor.repeat_interleave(len(x) // len(factor), 0)
+    return (factor[:, None] @ x.flatten(2)).view(x[:, 0].shape).div_(x.shape[1])
+
+
+def mean_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
+    """Mean over the samples of the gradient of their log-odds times a factor (classes, samples), (classes, m, n)."""
+    if record.log_odds_gradient.ndim == 4:
+        return weighted_mean(record.log_odds_gradient, factor)
+    return (record.log_odds_gradient * factor[..., None]).mT @ record.inputs / factor.shape[1]
+
+
+def mean_squared_gradient(record: LayerRecord, factor: Tensor) -> Tensor:
+    """The same of its squares times a factor, which is not negative."""
+    if record.log_odds_gradient.ndim == 4:
+        return weighted_mean(record.log_odds_gradient.square(), factor)
+    return ((record.log_odds_gradient * factor.sqrt()[..., None]) ** 2).mT @ record.inputs**2 / factor.shape[1]
+
+
+def mean_signal(record: LayerRecord) -> Tensor:
+    """Mean over samples and positions of what a target neuron that is active is given, (classes, m, n)."""
+    if record.inputs.ndim == 4:
+        return (record.active @ record.inputs.mT).mean(1) / record.inputs.shape[3]
+    return record.active.mT @ record.inputs / record.inputs.shape[1]
+
+
+def mean_activation(x: Tensor) -> Tensor:
+    """Mean over the samples and the positions of a convolution, (classes, neurons)."""
+    return (x.mean(3) if x.ndim == 4 else x).mean(1)
+
+
+def class_by_class(x: Tensor, classes: int) -> Tensor:
+    """(classes * samples, [groups,] neurons[, positions]) as (classes[ * groups], samples, neurons[, positions])."""
+    x = x.unflatten(0, (classes, -1))
+    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+
+
+def by_weight(layer: LayerRecord) -> LayerRecord:
+    """A record of classes, its gradient that by the weights (classes * groups, samples, m, n) where it sums positions.
+
+    It is formed once for all means; of linear layers of features two factors say the same.
+    """
+    if layer.inputs.ndim < 4:
+        return layer
+    return layer._replace(log_odds_gradient=layer.log_odds_gradient @ layer.inputs.mT)
+
+
+def for_updates(layer: LayerRecord) -> LayerRecord:
+    """What first-order updates need of a record `by_weight`: of positions the gradient alone."""
+    nothing = layer.inputs.new_empty(0)
+    return layer if layer.inputs.ndim < 4 else LayerRecord(nothing, nothing, nothing, layer.log_odds_gradient)

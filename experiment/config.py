@@ -1,5 +1,7 @@
 """What the settings of the YAML files beside this one are read into, and what is checked of them before any work."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -9,18 +11,20 @@ from typing import Annotated, Literal
 
 import torch
 
-from mimu import methods  # noqa: F401  # registers what is not in eval.py
-from mimu.audits import AuditConfig
-from mimu.data import Amount, Count, GraphConfig, number_of_weights
-from mimu.eval import METHODS, EvalConfig
-from mimu.images import sources
-from mimu.masking.rankings import TrainedGCN
-from mimu.model import resolve_mask_layer
-from mimu.reporter import ReporterConfig
-from mimu.runs import settings
-from mimu.trainer import GCNTrainerConfig, TrainerConfig
+import methods  # noqa: F401  # registers what is not in eval.py
+from audits import AuditConfig
+from data import DATASET_ROOT, DataSet, data_set
+from eval import METHODS, EvalConfig
+from experiment import settings
+from experiment.files import ROOT
+from mimu.graph import resolve_mask_layer
+from mimu.pretrained import TrainedGCN
+from mimu.saliency import GraphConfig
+from mimu.settings import Amount, Count, number_of_weights
+from reporter import ReporterConfig
+from trainer import GCNTrainerConfig, TrainerConfig
 
-CONFIG = Path(__file__).resolve().parent / "config.yaml"
+CONFIG = ROOT / "configs" / "config.yaml"
 BASES = (CONFIG, CONFIG.with_name("methods.yaml"))
 Seed = Annotated[int, f"at least 0, at most {2**63 - 1}"]
 Asked = int | Literal["auto"]  # how many weights to zero; auto: as few as forget
@@ -113,9 +117,9 @@ class Config:
                     raise ValueError(f"{key}.{each} must be {settings.refusal(value, hint)}") from None
 
     @cached_property
-    def source(self) -> sources.DataSet:
+    def source(self) -> DataSet:
         """What is known of the data set before it is read. Raises DataError where it cannot be one."""
-        return sources.data_set(self.dataset, sources.DATASET_ROOT)
+        return data_set(self.dataset, DATASET_ROOT)
 
     @cached_property
     def forget_digits(self) -> list[int]:

@@ -13,12 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mimu.networks.hooked import HookedClassifier
-from mimu.networks.tracing import COLLECTIONS
-from mimu.runs import files
+from mimu.errors import ArtifactError, one_line
+from mimu.files import load, save
 
 SAMPLED = 256  # weights of a layer by which it is known again
 PRECISION = 0.01  # of their norm, by which they may differ then: bfloat16 rounds by 0.002 at most
+
+
+class Wrapper(nn.Module):
+    """A module that runs another one, `network`. Masks go onto that one, under its own names."""
+
+    network: nn.Module
 
 
 class LayerMask(NamedTuple):
@@ -324,22 +329,22 @@ class Mask:
 
     def save(self, path: Path | str) -> None:
         """Raises ArtifactError where it cannot be written so."""
-        files.save(Path(path), self.saved())
+        save(Path(path), self.saved())
 
     @staticmethod
     def load(path: Path | str) -> Mask:
         """Raises ArtifactError where the file is not a mask."""
         try:
-            saved, found, origins = files.load(Path(path)), {}, {}
+            saved, found, origins = load(Path(path)), {}, {}
             for layer, (_, weights) in saved.get("made_on", {}).items():  # not in old files
                 origins[layer] = weights.float().view(SAMPLED)
             for layer, keep, (left, right) in zip(saved["layers"], saved["keep"], saved["edits"], strict=True):
                 found[layer] = LayerMask(keep.float(), left, right)
             return Mask(found, tuple(saved["forgets"]), origins, saved.get("about", ""))
-        except files.ArtifactError:
+        except ArtifactError:
             raise
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise files.ArtifactError(f"{path}: is not a mask ({files.one_line(error)})") from None
+            raise ArtifactError(f"{path}: is not a mask ({one_line(error)})") from None
 
 
 def are_same(one: Tensor, other: Tensor) -> bool:
@@ -350,8 +355,8 @@ def are_same(one: Tensor, other: Tensor) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, that HookedClassifier, torch.compile, DataParallel or DistributedDataParallel holds."""
-    if isinstance(model, HookedClassifier):
+    """The network itself, that a Wrapper, torch.compile, DataParallel or DistributedDataParallel holds."""
+    if isinstance(model, Wrapper):
         return unwrapped(model.network)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return unwrapped(model.module)
@@ -401,3 +406,6 @@ def undoing(weights: Collection[Weight], permanent: bool = False) -> ExitStack:
         if permanent:
             undo.callback(weight.original.data.copy_, weight.original.data.clone())
     return undo
+
+
+COLLECTIONS = (nn.ParameterList, nn.ParameterDict, parametrize.ParametrizationList)  # which their owners read

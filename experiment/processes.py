@@ -1,5 +1,7 @@
 """The processes of a run, this one alone or all that torchrun has started, and what the stages of each share."""
 
+from __future__ import annotations
+
 import datetime
 import json
 import os
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mimu.runs.files import Artifact
+from experiment.files import Artifact
 
 
 class Processes:

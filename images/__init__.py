@@ -1,1 +1,0 @@
-"""Data sets of images on the disk."""

@@ -1,1 +1,0 @@
-"""From the scores of weights to masks: what ranks the weights, and the steps in which they are zeroed."""
