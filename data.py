@@ -253,5 +253,5 @@ class GraphGenerator(ActivationGraphs):
         label, names = self.labels[[index]], self.config.features
         own = self.snapshot(torch.tensor([[index]], device=label.device), names)
         classes = self.snapshot(self.by_class(), names)
-        x = own.class_graph(self.row_of(int(label)), classes)[0]
+        x = own.class_graph(self.class_index_of(int(label)), classes)[0]
         return Data(x=x, edge_index=self.graph.edge_index().to(label.device), y=label)

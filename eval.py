@@ -25,7 +25,7 @@ from experiment.files import Artifact
 from mimu.errors import TrainingError
 from mimu.graph import MaskingGCN
 from mimu.masks import Mask
-from mimu.pruning import MaskingConfig, Ranking, Zeroing, ZeroingOrder
+from mimu.pruning import Pruning, PruningConfig, PruningResult, SaliencyScorer
 from mimu.saliency import ActivationGraphs
 from mimu.samples import Split, is_correct
 from mimu.seeds import seeded
@@ -37,7 +37,7 @@ RANDOM_MASKS = 20  # random keep masks that the control of the mask efficacy ave
 
 
 @dataclass(frozen=True)
-class EvalConfig(MaskingConfig):
+class EvalConfig(PruningConfig):
     """How requests are answered and scored: the settings of the masks, of the methods and of the plots.
 
     methods: which to score; `all` but those that run by name alone, or None: those of the default run
@@ -74,7 +74,7 @@ class Request:
     original: the classifier, not to be changed; trainer: trains another one as it was trained
     train: the training split; graphs, gcn: the activation graphs of the original and the masking GCN trained on them
     forget_class: the class to forget; top_k: how many weights a keep mask keeps; seed: of all random draws
-    asked: how many weights to zero; `auto`: as few as forget; None where the answer does not depend on it
+    requested_kappa: how many weights to zero; `auto`: as few as forget; None where the answer does not depend on it
     orders: in which weights are zeroed, by the name of the method; kept from one kappa to the next
     kept: what methods keep from one request to the next on the same classifier, by names of theirs
     trained_on: what the original was trained on, where a request has fewer samples; for retraining alone
@@ -90,8 +90,8 @@ class Request:
     forget_class: int
     top_k: int
     seed: int
-    asked: int | Literal["auto"] | None = None
-    orders: dict[str, ZeroingOrder] = field(default_factory=dict)
+    requested_kappa: int | Literal["auto"] | None = None
+    orders: dict[str, Pruning] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     trained_on: Split | None = None
     retrain: Callable[[Trainer, Split], Trained] | None = None
@@ -120,21 +120,25 @@ class Request:
     @property
     def kappa(self) -> int:
         """How many weights to zero; with auto as many as the masking GCN zeroes."""
-        if self.asked is None:
+        if self.requested_kappa is None:
             raise ValueError("this method reads request.kappa: register it with uses_kappa=True")
-        return len(self.in_steps("mimu", self.ranking).vertices) if self.asked == "auto" else self.asked
+        return (
+            len(self.in_steps("mimu", self.ranking).vertices)
+            if self.requested_kappa == "auto"
+            else self.requested_kappa
+        )
 
     @property
-    def forget_row(self) -> int:
+    def class_index(self) -> int:
         """The row of the forget class in what the graphs have class after class."""
-        return self.graphs.row_of(self.forget_class)
+        return self.graphs.class_index_of(self.forget_class)
 
     @property
-    def ranking(self) -> Ranking:
+    def ranking(self) -> SaliencyScorer:
         """The saliency of every weight, as the masking GCN adapts it."""
-        return Ranking(self.config, self.graphs, self.forget_row, self.seed, self.gcn)
+        return SaliencyScorer(self.config, self.graphs, self.class_index, self.seed, self.gcn)
 
-    def in_steps(self, name: str, ranking: Callable[[int, Tensor], Tensor], all_at_once: bool = False) -> Zeroing:
+    def in_steps(self, name: str, ranking: Callable[[int, Tensor], Tensor], all_at_once: bool = False) -> PruningResult:
         """The weights that a ranking zeroes first, up to kappa; with auto up to its own smallest kappa that forgets.
 
         name: of the method; ranking: from the number of the step and the vertices zeroed before it to scores (vertices)
@@ -142,12 +146,12 @@ class Request:
         """
         if name not in self.orders:
             config = replace(self.config, step=None) if all_at_once else self.config
-            self.orders[name] = ZeroingOrder(config, self.graphs, self.forget_row, ranking)
-        return self.orders[name].answer("auto" if self.asked == "auto" else self.kappa, self.forget)
+            self.orders[name] = Pruning(config, self.graphs, self.class_index, ranking)
+        return self.orders[name].answer("auto" if self.requested_kappa == "auto" else self.kappa, self.forget)
 
 
 # From a request, and the hyperparameters as keywords, to an unlearned classifier or what to zero in the original.
-Unlearning = Callable[..., nn.Module | Trained | Mask | Zeroing]
+Unlearning = Callable[..., nn.Module | Trained | Mask | PruningResult]
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,7 @@ def most_needed(request: Request) -> Tensor:
 
 
 @unlearning_method("mimu", uses_kappa=True, most_needed=most_needed, touches="a mask")
-def mimu(request: Request) -> Zeroing:
+def mimu(request: Request) -> PruningResult:
     """The kappa weights that the masking GCN zeroes first."""
     return request.in_steps("mimu", request.ranking)
 
@@ -269,7 +273,7 @@ def retrain(request: Request) -> Trained:
 
 
 class Answer(NamedTuple):
-    """What a method makes of a request; mask: where it is the masked original; seconds, left: as in `Zeroing`."""
+    """What a method makes of a request; mask: where it is the masked original; seconds, left: as in `PruningResult`."""
 
     model: nn.Module
     mask: Mask | None
@@ -282,13 +286,13 @@ def answer(request: Request, name: str) -> Answer:
     before = copy.deepcopy(request.original.state_dict())
     method = METHODS[name]
     arguments = method.arguments(request.config.hyperparameters.get(name, {}))
-    if method.uses_kappa and request.asked == "auto":
+    if method.uses_kappa and request.requested_kappa == "auto":
         request.in_steps("mimu", request.ranking)  # where others take its kappa, its search is not theirs
     started = time.perf_counter()
     try:
         made = method.unlearn(request, **arguments)
         seconds, left = time.perf_counter() - started, None
-        if isinstance(made, Zeroing):
+        if isinstance(made, PruningResult):
             # Steps that were made before, for a smaller kappa, count as spent: of them the clock knows nothing.
             made, seconds, left = request.graphs.graph.zeroing(made.vertices), made.seconds, made.left
         if isinstance(made, Trained):
@@ -411,7 +415,7 @@ class Eval:
             "forget_digit": request.forget_class,
             "top_k": request.top_k,
             "kappa": len(zeroed),
-            "kappa_choice": "auto" if request.asked == "auto" else "fixed",
+            "kappa_choice": "auto" if request.requested_kappa == "auto" else "fixed",
             "num_weights": sum(map(math.prod, request.original.shapes)),
             "mask_shapes": graph.shapes,
             "num_graph_vertices": graph.num_vertices,
@@ -442,7 +446,7 @@ class Eval:
         self.draw(self.metrics.load())
 
     def _answer(self, name: str) -> Answer:
-        request = self.request if METHODS[name].uses_kappa else replace(self.request, asked=None)
+        request = self.request if METHODS[name].uses_kappa else replace(self.request, requested_kappa=None)
         return self._once((name, "answer"), self.data.sealed()(partial(answer, request, name)), name)
 
     def _scored(self, name: str, split: str, loader: DataLoader, is_forget_set: bool) -> dict[str, float]:
@@ -451,7 +455,7 @@ class Eval:
 
     def _efficacy(self, name: str) -> dict[str, float]:
         with self.data.sealed():
-            choices = METHODS[name].most_needed(replace(self.request, asked=None))
+            choices = METHODS[name].most_needed(replace(self.request, requested_kappa=None))
         scored = []
         for vertices in choices.reshape(-1, choices.shape[-1]):
             with self.request.graphs.graph.keeping(vertices).applied_to(self.request.classifier) as model:

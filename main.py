@@ -33,7 +33,7 @@ import tables
 from audits import Audit
 from data import GraphGenerator, ImageData, checksum, load_image_data
 from eval import Eval, Request
-from experiment.config import Asked, Config, load_variants
+from experiment.config import Config, RequestedKappa, load_variants
 from experiment.files import ROOT, Artifact, Log, code_of, damaged, locked, slug
 from experiment.processes import Processes, how_many, peak_bytes
 from mimu.errors import DataError, InputError
@@ -108,7 +108,7 @@ class Stages:
         """The content of a file: as it is there, or made and written by the first process that asks for it."""
 
         def make_it() -> None:
-            if not artifact.is_there:
+            if not artifact.is_current:
                 with self.stage(name):
                     artifact.save(make())
 
@@ -119,7 +119,7 @@ class Stages:
         """The method, stage by stage, up to the metrics and the mask of every kappa; without a class, the training."""
         config = training.config
         torch.set_num_threads(config.threads or self._threads)
-        is_done = all(file.is_there for file in self.files.every(training, forget_class))
+        is_done = all(file.is_current for file in self.files.every(training, forget_class))
         if not is_done and (self._last is None or self._last[0] != training):
             data = self.data(config)
             classifier = self.classifier(training, data)
@@ -174,7 +174,7 @@ class Stages:
         if config.samples is not None:
             train = some_of_every_class(train, config.samples, "samples", training.seed)
         graphs = GraphGenerator(classifier, train, config.graphs, training.seed)
-        self.processes.once(artifact.path.name, lambda: artifact.is_there or artifact.save(graphs.recorded()))
+        self.processes.once(artifact.path.name, lambda: artifact.is_current or artifact.save(graphs.recorded()))
         return graphs
 
     def gcn(self, training: Training, graphs: GraphGenerator) -> tuple[MaskingGCN, dict[str, Any]]:
@@ -206,9 +206,11 @@ class Stages:
         config, shared, orders = training.config, {}, {}
         drawn = partial(draw_experiment, folder=self.root / "eval", config=config.report)
         draw = drawn if config.eval.visualize else None
-        for asked in tqdm(config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None):
-            metrics, mask = self.files.metrics_and_mask(training, forget_class, asked)
-            if metrics.is_there and mask.is_there:
+        for requested_kappa in tqdm(
+            config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None
+        ):
+            metrics, mask = self.files.metrics_and_mask(training, forget_class, requested_kappa)
+            if metrics.is_current and mask.is_current:
                 if draw is not None:
                     draw(metrics.load())
                 continue
@@ -224,7 +226,7 @@ class Stages:
                 forget_class=forget_class,
                 top_k=training.top_k,
                 seed=training.seed,
-                asked=asked,
+                requested_kappa=requested_kappa,
                 orders=orders,
                 kept=self._kept,
                 trained_on=data.train,
@@ -278,12 +280,14 @@ class Files:
             made[name] = self._artifact(path, training, training.settings[name], self._training_code)
         return made
 
-    def metrics_and_mask(self, training: Training, forget_class: int, asked: Asked) -> tuple[Artifact, Artifact]:
+    def metrics_and_mask(
+        self, training: Training, forget_class: int, requested_kappa: RequestedKappa
+    ) -> tuple[Artifact, Artifact]:
         """The JSON of an experiment, whose name is the experiment's id, and its mask."""
         name = f"seed_{training.seed}_digit_{forget_class}_top_k_{training.top_k}"
-        name += "_kappa_auto" if asked == "auto" else f"_kappa_{asked}_fixed"
+        name += "_kappa_auto" if requested_kappa == "auto" else f"_kappa_{requested_kappa}_fixed"
         name += f"_{slug(training.variant)[:60]}" if training.variant else ""
-        settings = training.settings["experiments"] | {"forget_digit": forget_class, "kappa": asked}
+        settings = training.settings["experiments"] | {"forget_digit": forget_class, "kappa": requested_kappa}
         paths = f"eval/Metrics and Plots/metrics/{name}.json", f"eval/masks/{name}.pt"
         return tuple(self._artifact(path, training, settings, self._code) for path in paths)
 
@@ -297,8 +301,8 @@ class Files:
         """The files of a training, and the JSON and the mask of every kappa: of all forget classes, or of one."""
         found = [*self.of_training(training).values()]
         forget_classes = training.config.forget_digits if forget_class is None else [forget_class]
-        for forget_class, asked in itertools.product(forget_classes, training.config.kappas):
-            found += self.metrics_and_mask(training, forget_class, asked)
+        for forget_class, requested_kappa in itertools.product(forget_classes, training.config.kappas):
+            found += self.metrics_and_mask(training, forget_class, requested_kappa)
         return found
 
     def _artifact(self, path: str, training: Training, settings: dict[str, Any], code: dict[str, str]) -> Artifact:
@@ -306,8 +310,8 @@ class Files:
         if not self._checksums.get(dataset):
             self._checksums[dataset] = checksum(dataset, self.root / "datasets")
         others = {"code": code, "data": self._checksums[dataset], "PyTorch": torch.__version__}
-        made_by = {name: digest(value) for name, value in (settings | others).items()}
-        return Artifact(where.with_stem(f"{where.stem}_{of_settings[:8]}"), made_by, self._seen)
+        provenance = {name: digest(value) for name, value in (settings | others).items()}
+        return Artifact(where.with_stem(f"{where.stem}_{of_settings[:8]}"), provenance, self._seen)
 
 
 def trainings_of(configs: Mapping[str, Config]) -> Iterator[Training]:
@@ -345,7 +349,7 @@ def begin(stages: Stages, configs: Mapping[str, Config], is_fresh: bool) -> None
     """What the first process does before all work: looks at what is there, and says it."""
     stages.log.note(shlex.join(sys.argv))
     artifacts = list(itertools.chain.from_iterable(map(stages.files.every, trainings_of(configs))))
-    if is_fresh or not all(artifact.is_there for artifact in artifacts):
+    if is_fresh or not all(artifact.is_current for artifact in artifacts):
         for config in configs.values():
             stages.data(config)  # all of it first, so that a missing or damaged file is told before any work
     if is_fresh:
@@ -380,7 +384,7 @@ def finished(files: Files, configs: Mapping[str, Config]) -> tables.Results:
     results, missing = {}, []
     for training in trainings_of(configs):
         metrics = [file for file in files.every(training) if file.path.suffix == ".json"]
-        missing += [file.path.stem[:-9] for file in metrics if not file.is_there]
+        missing += [file.path.stem[:-9] for file in metrics if not file.is_current]
         _, paths = results.setdefault((training.variant, training.top_k), (training.config.report, []))
         paths += [file.path for file in metrics]
     if missing:

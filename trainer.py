@@ -17,7 +17,7 @@ from tqdm import tqdm
 from experiment.files import Artifact
 from mimu.errors import TrainingError
 from mimu.graph import MaskingGCN, WeightGraph
-from mimu.pruning import MaskingConfig, Ranking, ZeroingOrder
+from mimu.pruning import Pruning, PruningConfig, SaliencyScorer
 from mimu.saliency import FORGETTING_TEMPERATURE, TERMS, ActivationGraphs, ranked, saliency
 from mimu.samples import Split, is_correct
 from mimu.seeds import seeded, seeded_initialisation
@@ -43,11 +43,11 @@ class Progress:
     """
 
     def __init__(self, checkpoint: Artifact | None, generator: torch.Generator, *parts: Any) -> None:
-        self.file = checkpoint and replace(checkpoint, made_by=checkpoint.made_by | {"training": "begun"})
+        self.file = checkpoint and replace(checkpoint, provenance=checkpoint.provenance | {"training": "begun"})
         self.generator, self.parts = generator, parts
         self.step, self._saved = 0, time.monotonic()
         self._started = self._saved
-        if self.file and self.file.is_there:
+        if self.file and self.file.is_current:
             state = self.file.load()
             self.step = state["step"]
             self._started -= state["seconds"]
@@ -278,20 +278,20 @@ class GCNLoss:
     retain_weight: float
 
     def __call__(
-        self, gcn: MaskingGCN, zeroed: Tensor, forget_row: int, generator: torch.Generator
+        self, gcn: MaskingGCN, zeroed: Tensor, class_index: int, generator: torch.Generator
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The weighted terms, and the scores (vertices), on the classifier without the vertices `zeroed`."""
         config, graphs = self.config, self.graphs
         group = graphs.draw(config.group_size, generator)
         names = [*TERMS, *graphs.config.features]
-        snapshot = graphs.snapshot(group, names, graphs.mask_of(zeroed), forget_row)
-        scores = saliency(snapshot, forget_row, self.retain_weight, gcn)
+        snapshot = graphs.snapshot(group, names, graphs.mask_of(zeroed), class_index)
+        scores = saliency(snapshot, class_index, self.retain_weight, gcn)
         kappa = log_uniform(config.kappa, graphs.graph.num_vertices, generator)
         removed = kappa_mask(scores, zeroed, kappa, config.temperature)
         flat = graphs.draw(max(1, config.samples // graphs.num_classes), generator).flatten()
-        forget_class = graphs.classes[forget_row]
+        forget_class = graphs.classes[class_index]
         weights = masked_weights(graphs.classifier, graphs.graph, 1 - removed)
-        _, logits = graphs.begun.outputs(graphs.inputs[flat], weights)
+        _, logits = graphs.suffix.outputs(graphs.cached_inputs[flat], weights)
         is_forget = graphs.labels[flat] == forget_class
         own = log_odds(logits[is_forget], graphs.labels[flat][is_forget]) / FORGETTING_TEMPERATURE
         forget = FORGETTING_TEMPERATURE * F.softplus(own).mean()
@@ -343,9 +343,9 @@ class GCNTrainer:
             if step == progress.step or step % (1 + config.snapshots) == 0 or is_half_zeroed:
                 progress.save(step)
                 loss_on = losses[int(torch.randint(len(losses), (), generator=generator))]
-                forget_row = int(torch.randint(loss_on.graphs.num_classes, (), generator=generator))
+                class_index = int(torch.randint(loss_on.graphs.num_classes, (), generator=generator))
                 zeroed = loss_on.graphs.nothing
-            terms, scores = loss_on(gcn, zeroed, forget_row, generator)
+            terms, scores = loss_on(gcn, zeroed, class_index, generator)
             descend(optimizer, terms, step, "gcn.learning_rate and the weight of the term", GRADIENT_NORM)
             schedule.step()
             count = log_uniform(config.partly_masked, len(scores), generator)
@@ -354,7 +354,7 @@ class GCNTrainer:
         return gcn
 
     @torch.no_grad()
-    def points_behind(self, gcn: MaskingGCN, masking: MaskingConfig) -> float:
+    def points_behind(self, gcn: MaskingGCN, masking: PruningConfig) -> float:
         """By how many points the answers of this GCN are behind the formula's, for the class where they are most.
 
         Points: what kappa auto keeps of the others less what it leaves of the class, in samples of the first graphs.
@@ -362,10 +362,10 @@ class GCNTrainer:
         graphs = self.graphs[0]
 
         def points(row: int, label: int, ranks: MaskingGCN | None) -> float:
-            order = ZeroingOrder(masking, graphs, row, Ranking(masking, graphs, row, self.seed, ranks))
+            order = Pruning(masking, graphs, row, SaliencyScorer(masking, graphs, row, self.seed, ranks))
             zeroed = order.answer("auto", graphs.train.forget(label)).vertices
             with graphs.graph.zeroing(zeroed).applied_to(graphs.classifier):
-                logits = graphs.begun(graphs.inputs)
+                logits = graphs.suffix(graphs.cached_inputs)
             correct, is_forget = is_correct(logits, graphs.labels).double(), graphs.labels == label
             return 100 * (correct[~is_forget].mean() - correct[is_forget].mean()).item()
 

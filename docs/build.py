@@ -75,7 +75,7 @@ class Block(NamedTuple):
     """Where a block stands, the digest of what made it, its content, and all of it with its marks."""
 
     page: Path
-    made_by: str
+    provenance: str
     content: str
     marked: str
 
@@ -91,10 +91,10 @@ def block(name: str) -> Block:
     return found[0]
 
 
-def write_block(name: str, content: str, made_by: str | None = None) -> None:
+def write_block(name: str, content: str, provenance: str | None = None) -> None:
     """Writes what was measured, and the digest of what made it: today's where none is given."""
     written = block(name)
-    marked = f"<!-- {name}: {made_by or today(name)} -->\n{content.strip()}\n<!-- /{name} -->"
+    marked = f"<!-- {name}: {provenance or today(name)} -->\n{content.strip()}\n<!-- /{name} -->"
     write_text(written.page, written.page.read_text().replace(written.marked, marked))
 
 
@@ -112,15 +112,15 @@ def today(name: str) -> str:
 
 def is_stale(name: str) -> bool:
     """Whether something else decided the figures of a block than what decides them today."""
-    return block(name).made_by != today(name)
+    return block(name).provenance != today(name)
 
 
 def measure(name: str) -> None:
     """Runs what a block needs, and writes it."""
-    made_by = today(name)  # before, so that what is changed meanwhile leaves the block stale
+    provenance = today(name)  # before, so that what is changed meanwhile leaves the block stale
     content = MEASUREMENTS[name].content(MEASUREMENTS[name].commands)
     if content is not None:
-        write_block(name, content, made_by)
+        write_block(name, content, provenance)
 
 
 def settings_of(command: str) -> dict[str, Any]:

@@ -181,8 +181,8 @@ def looked_into(network: Network) -> dict[str, Any]:
     found = {"failure": failure, "seconds": time.perf_counter() - started}
     found["gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     there_are = weights_of(model, example)
-    left_out = {name: why for name, why in there_are.items() if name not in can_be}
-    return found | {"weights": len(there_are), "left out": left_out}
+    excluded_classes = {name: why for name, why in there_are.items() if name not in can_be}
+    return found | {"weights": len(there_are), "left out": excluded_classes}
 
 
 def in_own_process(network: Network) -> dict[str, Any]:
@@ -198,11 +198,11 @@ def in_own_process(network: Network) -> dict[str, Any]:
 def row_of(label: str, found: Sequence[dict[str, Any]]) -> list[str]:
     """A row of the table: of the networks of one family, or of a library."""
     weights = sum(each["weights"] for each in found)
-    left_out = sum(len(each["left out"]) for each in found)
+    excluded_classes = sum(len(each["left out"]) for each in found)
     return [
         label,
         f"{sum(not each['failure'] for each in found)} / {len(found)}",
-        f"{weights - left_out} / {weights}",
+        f"{weights - excluded_classes} / {weights}",
         str(sum([*each["left out"].values()].count(UNREACHED) for each in found)),
         f"{max(each['seconds'] for each in found):.1f}",
         f"{max(each['gigabytes'] for each in found):.1f}",

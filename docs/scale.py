@@ -25,7 +25,7 @@ from data import GraphGenerator
 from mimu import erasing, unlearn
 from mimu import inputs as custom_model
 from mimu import unlearning as forgetting
-from mimu.pruning import ZeroingOrder
+from mimu.pruning import Pruning
 from mimu.tracing import Trace
 from reporter import markdown_table
 
@@ -37,7 +37,7 @@ FITTED = 2  # samples of a class that the last layer is fitted to
 SCALE, RIDGE = 10.0, 0.01  # of its logits, and of its regression
 PARTS = [(Trace, "__init__"), (custom_model, "tried"), (custom_model, "looked_into")]
 PARTS += [(custom_model.CustomModel, "begun"), (forgetting.Forgetting, "made"), (GraphGenerator, "__post_init__")]
-PARTS += [(ZeroingOrder, "first"), (ZeroingOrder, "answer"), (forgetting, "erased"), (erasing, "learned")]
+PARTS += [(Pruning, "first"), (Pruning, "answer"), (forgetting, "erased"), (erasing, "learned")]
 
 
 def measure(owner: Any, name: str, seconds: Counter[str], answers: dict[str, list[Any]]) -> None:

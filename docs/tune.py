@@ -152,7 +152,7 @@ def main(arguments: list[str]) -> None:
     distance = f"distance to retraining, {'IDI + points' if tuning.by_probe else 'bits'}"
     header = ["method", "hyperparameters", "forget score, %", "retain score, %", distance, ""]
     table = markdown_table(header, rows, texts=2)
-    write_block(name, table, before.made_by if methods else None)  # some rows are no newer than they were
+    write_block(name, table, before.provenance if methods else None)  # some rows are no newer than they were
 
 
 if __name__ == "__main__":

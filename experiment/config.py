@@ -27,7 +27,7 @@ from trainer import GCNTrainerConfig, TrainerConfig
 CONFIG = ROOT / "configs" / "config.yaml"
 BASES = (CONFIG, CONFIG.with_name("methods.yaml"))
 Seed = Annotated[int, f"at least 0, at most {2**63 - 1}"]
-Asked = int | Literal["auto"]  # how many weights to zero; auto: as few as forget
+RequestedKappa = int | Literal["auto"]  # how many weights to zero; auto: as few as forget
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Config:
         return list(dict.fromkeys(number_of_weights(top_k, self.num_vertices) for top_k in self.sweep.top_k))
 
     @property
-    def kappas(self) -> list[Asked]:
+    def kappas(self) -> list[RequestedKappa]:
         """Every kappa: numbers of weights from small to large, auto at the end."""
         fixed = {number_of_weights(kappa, self.num_vertices) for kappa in self.sweep.kappa if kappa != "auto"}
         return sorted(fixed) + ["auto"] * ("auto" in self.sweep.kappa)

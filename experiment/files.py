@@ -51,21 +51,21 @@ def code_of(root: Path, patterns: Iterable[str]) -> dict[str, str]:
 class Artifact:
     """A file of a run, and all that decides what is in it: with any of that changed it is made anew.
 
-    made_by: digests of this: of settings, the code, the data, PyTorch
+    provenance: digests of this: of settings, the code, the data, PyTorch
     seen: which version of files was found to be whole, so that it is not read again only to find that out
     """
 
     path: Path
-    made_by: dict[str, str]
+    provenance: dict[str, str]
     seen: dict[Path, tuple[dict[str, str], int, int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def save(self, content: dict[str, Any]) -> None:
-        save(self.path, content | {"made_by": self.made_by})
+        save(self.path, content | {"made_by": self.provenance})
 
     def load(self) -> dict[str, Any]:
         """The content. Raises ArtifactError where it is not there, damaged, or made by something else."""
         content = load(self.path)
-        if content.get("made_by") != self.made_by:
+        if content.get("made_by") != self.provenance:
             raise ArtifactError(f"{self.path}: was made by other settings, code or data")
         return content
 
@@ -74,15 +74,15 @@ class Artifact:
         found = []
         for path in self.path.parent.glob(f"{self.path.stem[:-8]}????????{self.path.suffix}"):
             with suppress(ArtifactError, AttributeError):  # damaged, or of an earlier version, which did not say it
-                found.append(sorted(dict(self.made_by.items() - load(path).get("made_by").items())))
+                found.append(sorted(dict(self.provenance.items() - load(path).get("made_by").items())))
         return min(found, key=len, default=[])
 
     @property
-    def is_there(self) -> bool:
+    def is_current(self) -> bool:
         """Whether it is there, whole, and as it would be made."""
         with suppress(OSError, ArtifactError):
             status = self.path.stat()
-            version = (self.made_by, status.st_ino, status.st_size, status.st_mtime_ns)
+            version = (self.provenance, status.st_ino, status.st_size, status.st_mtime_ns)
             if self.seen.get(self.path) != version:
                 self.load()
                 self.seen[self.path] = version

@@ -68,7 +68,7 @@ class Processes:
 
 def how_many(artifacts: Sequence[Artifact]) -> str:
     """How many of the files are there as they would be made, in words."""
-    return f"{sum(each.is_there for each in artifacts)} of {len(artifacts)} files are there"
+    return f"{sum(each.is_current for each in artifacts)} of {len(artifacts)} files are there"
 
 
 def peak_bytes() -> int:

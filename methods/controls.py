@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eval import Request, unlearning_method
 from mimu.graph import WeightGraph
 from mimu.masks import Mask
-from mimu.pruning import Zeroing
+from mimu.pruning import PruningResult
 from mimu.tracing import HookedClassifier
 from trainer import Trained
 
@@ -25,7 +25,7 @@ def output_layer(classifier: HookedClassifier) -> nn.Module:
 
 
 @unlearning_method("saliency", uses_kappa=True, touches="a mask")
-def saliency(request: Request) -> Zeroing:
+def saliency(request: Request) -> PruningResult:
     """No GCN: in the same steps, by the formula that the GCN adapts."""
     return request.in_steps("saliency", replace(request.ranking, gcn=None))
 
@@ -48,18 +48,18 @@ def removal_effect(request: Request) -> Tensor:
 
 
 @further("first_order", uses_kappa=True, paper=MOZER, touches="a mask", needs="forget set")
-def first_order(request: Request) -> Zeroing:
+def first_order(request: Request) -> PruningResult:
     """All at once, the weights whose removal raises the forget class's loss most to first order, by -w dL/dw."""
-    return request.in_steps("first_order", lambda *_: removal_effect(request)[request.forget_row], all_at_once=True)
+    return request.in_steps("first_order", lambda *_: removal_effect(request)[request.class_index], all_at_once=True)
 
 
 @further("saliency_contrast", uses_kappa=True, paper=MOZER, touches="a mask")
-def saliency_contrast(request: Request) -> Zeroing:
+def saliency_contrast(request: Request) -> PruningResult:
     """All at once, by the first-order saliency on the forget class less its mean over the retain classes."""
 
     def ranking(step: int, zeroed: Tensor) -> Tensor:
         rise = removal_effect(request)
-        own = rise[request.forget_row]
+        own = rise[request.class_index]
         return own - (rise.sum(0) - own) / (len(rise) - 1)
 
     return request.in_steps("saliency_contrast", ranking, all_at_once=True)

@@ -261,7 +261,7 @@ def optimised_mask(
         keep = (numbers > 0).float() + soft - soft.detach()
         flat = graphs.draw(max(1, samples // graphs.num_classes), generator).flatten()
         weights = masked_weights(request.original, graphs.graph, keep)
-        _, logits = graphs.begun.outputs(graphs.inputs[flat], weights)
+        _, logits = graphs.suffix.outputs(graphs.cached_inputs[flat], weights)
         log_p = logits.log_softmax(1)
         is_forget = graphs.labels[flat] == d
         forget = forgetting_loss(log_p[is_forget, d].exp())

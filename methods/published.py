@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eval import Request, unlearning_method
 from mimu.graph import MaskingGCN
-from mimu.pruning import Zeroing
+from mimu.pruning import PruningResult
 from mimu.saliency import ActivationGraphs
 from mimu.seeds import seeded, seeded_initialisation
 from mimu.settings import Count, NonNegative, Positive
@@ -68,7 +68,7 @@ def insufficiency(
     found = []
     for row, chosen in enumerate(samples):
         of_class = {name: weight[row] for name, weight in weights.items()}
-        found.append(graphs.begun.outputs(graphs.inputs[chosen], of_class)[1])
+        found.append(graphs.suffix.outputs(graphs.cached_inputs[chosen], of_class)[1])
     return F.cross_entropy(torch.cat(found), graphs.labels[samples.flatten()])
 
 
@@ -119,14 +119,14 @@ def set_difference(importance: Tensor, top_k: int) -> Tensor:
 
 def most_needed(request: Request) -> Tensor:
     config = Published(**request.config.hyperparameters["published"])
-    return mean_importance(request, config)[request.forget_row].topk(request.top_k).indices
+    return mean_importance(request, config)[request.class_index].topk(request.top_k).indices
 
 
 @unlearning_method("published", uses_kappa=True, most_needed=most_needed, touches="a mask", runs_with="name")
-def published(request: Request, *, config: Published) -> Zeroing:
+def published(request: Request, *, config: Published) -> PruningResult:
     """All at once, by the set difference of the top-K weights of a GCN trained for sufficiency and the prior alone."""
 
     def ranking(step: int, zeroed: Tensor) -> Tensor:
-        return set_difference(mean_importance(request, config), request.top_k)[request.forget_row]
+        return set_difference(mean_importance(request, config), request.top_k)[request.class_index]
 
     return request.in_steps("published", ranking, all_at_once=True)

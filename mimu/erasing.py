@@ -156,12 +156,12 @@ def late_layers(classifier: HookedClassifier) -> list[str]:
     return names[-1 - DEEPEST :]
 
 
-def begun_before(
+def suffix_with_inputs(
     classifier: HookedClassifier, layers: Sequence[str], images: Tensor
 ) -> tuple[HookedClassifier, Tensor]:
     """A classifier begun before layers, and what it is then given for images."""
     indices = [classifier.names.index(name) for name in layers]
-    return classifier.begun_before(indices), classifier.prefix_activations(indices, images)
+    return classifier.suffix_from(indices), classifier.prefix_activations(indices, images)
 
 
 class Edit:
@@ -211,7 +211,7 @@ class Edit:
             direction = first.right.T.reshape(1, *first.keep.shape[1:])
             with suppress(ValueError):  # then all of it is run again and again
                 self.given, self.read = classifier.recorded(indices[self.first], samples.images, direction)
-                self.classifier = classifier.begun_behind(indices[self.first])
+                self.classifier = classifier.suffix_after(indices[self.first])
 
     def outputs(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The representation (samples, ...) and the logits of some samples, by their indices."""
@@ -263,7 +263,7 @@ def erased(
     in_inputs = (split.images if inputs is None else inputs)[unseen]
     answers = []
     with start.applied_to(classifier) if start else nullcontext():
-        begun, images = begun_before(classifier, layers, split.images.index_select(0, chosen))
+        begun, images = suffix_with_inputs(classifier, layers, split.images.index_select(0, chosen))
         in_original = begun.value_of(begun.trace.representation, images[len(known) :])
         is_own = labels[len(known) :] == label
         least, before = (config.mean_r_squared(each, is_own, seed) for each in (in_inputs, in_original))
@@ -272,7 +272,7 @@ def erased(
         directions: dict[str, Tensor] = {}
         for count in range(min(2, hidden) or 1, len(layers)):
             edited = layers[-1 - count :]
-            near, given = begun_before(begun, edited, images)
+            near, given = suffix_with_inputs(begun, edited, images)
             for name in edited[:-1]:
                 if name not in directions:
                     x = near.mean_inputs(near.names.index(name), given[: len(known)])

@@ -186,7 +186,7 @@ class CustomModel:
         shown = tqdm(parts, "samples", delay=1, leave=False, disable=None if progress else True)
         given = torch.cat([classifier.prefix_activations(self.masked, part) for part in shown])
         check_finite_rows(given, f"what layer {classifier.names[self.masked[0]]!r} is given for inputs")
-        return replace(self, classifier=classifier.begun_before(self.masked), inputs=given)
+        return replace(self, classifier=classifier.suffix_from(self.masked), inputs=given)
 
 
 def chosen(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import torch
 from mimu.errors import ArtifactError, InputError, one_line
 from mimu.files import load
 from mimu.graph import MaskingGCN
-from mimu.pruning import MaskingConfig
+from mimu.pruning import PruningConfig
 from mimu.saliency import GraphConfig
 from mimu.settings import library_settings
 from mimu.training import is_finite
@@ -27,7 +27,7 @@ class TrainedGCN:
 
     gcn: MaskingGCN
     graphs: GraphConfig
-    masking: MaskingConfig
+    masking: PruningConfig
 
     @staticmethod
     def load(path: Path | str = PRETRAINED) -> TrainedGCN:
@@ -36,7 +36,7 @@ class TrainedGCN:
         try:
             config, weights = checkpoint["config"], checkpoint["state_dict"]
             graphs = GraphConfig(**{each.name: config["graphs"][each.name] for each in fields(GraphConfig)})
-            masking = MaskingConfig(**{each.name: config["eval"][each.name] for each in fields(MaskingConfig)})
+            masking = PruningConfig(**{each.name: config["eval"][each.name] for each in fields(PruningConfig)})
             sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
             gcn = MaskingGCN(graphs.num_features, **sizes, device="meta")  # without drawing weights
             gcn.load_state_dict(weights, assign=True)

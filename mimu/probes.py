@@ -48,8 +48,8 @@ def held_out_variance(features: Tensor, target: Tensor, ridge: float) -> Tensor:
     samples, n = h.shape
     inverse = torch.linalg.inv(h.T @ h + samples * ridge * torch.eye(n).to(h))
     hat = h @ inverse
-    left_out = (t - hat @ (h.T @ t)) / (1 - 1 / samples - (hat * h).sum(1))
-    return 1 - left_out.square().sum() / t.square().sum().clamp_min(1e-12)
+    excluded_classes = (t - hat @ (h.T @ t)) / (1 - 1 / samples - (hat * h).sum(1))
+    return 1 - excluded_classes.square().sum() / t.square().sum().clamp_min(1e-12)
 
 
 PENALTY = 0.0001  # of the linear probe's squared coefficients

@@ -23,7 +23,7 @@ from mimu.settings import Amount, Count, Positive, number_of_weights
 
 
 @dataclass(frozen=True)
-class MaskingConfig:
+class PruningConfig:
     """How a request is answered: the snapshots that it takes, and how their scores rank the weights."""
 
     step: Amount | None
@@ -37,15 +37,15 @@ class MaskingConfig:
 
 
 @dataclass(eq=False)
-class Ranking:
+class SaliencyScorer:
     """The saliency of every weight on the classifier masked so far, by the formula or with a trained GCN.
 
     gcn: None for the formula
     """
 
-    config: MaskingConfig
+    config: PruningConfig
     graphs: ActivationGraphs
-    forget_row: int
+    class_index: int
     seed: int
     gcn: MaskingGCN | None = None
     _snapshot: Snapshot | None = field(default=None, init=False)
@@ -58,7 +58,7 @@ class Ranking:
         """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
         snapshot = self._taken(step, zeroed)
         self._schedule(snapshot)
-        return saliency(snapshot, self.forget_row, self._penalty * self.config.retain_weight, self.gcn)
+        return saliency(snapshot, self.class_index, self._penalty * self.config.retain_weight, self.gcn)
 
     def _taken(self, step: int, zeroed: Tensor) -> Snapshot:
         """The snapshot for a step, after every `config.snapshot_every` steps anew.
@@ -72,9 +72,9 @@ class Ranking:
         else:
             self._snapshot = last = None  # not two at a time in memory
             names = [*TERMS] if self.gcn is None else [*TERMS, *self.graphs.config.features]
-            generator = seeded("request", self.seed, self.graphs.classes[self.forget_row], step)
+            generator = seeded("request", self.seed, self.graphs.classes[self.class_index], step)
             samples = self.graphs.draw(self.config.group_size, generator)
-            self._snapshot = self.graphs.snapshot(samples, names, self.graphs.mask_of(zeroed), self.forget_row)
+            self._snapshot = self.graphs.snapshot(samples, names, self.graphs.mask_of(zeroed), self.class_index)
         self._zeroed = len(zeroed)
         return self._snapshot
 
@@ -84,7 +84,7 @@ class Ranking:
         As in penalty methods, where a constraint (nothing is left of the class) that a constant weight only balances
         against the objective is enforced by one that grows (Nocedal and Wright 2006, Numerical Optimization, ch. 17).
         """
-        before, self._left = self._left, F.softplus(snapshot.log_odds[self.forget_row]).mean().item()
+        before, self._left = self._left, F.softplus(snapshot.log_odds[self.class_index]).mean().item()
         growth = self.config.penalty_growth
         if self._left > self.config.target / 100 and self._left > before / growth:
             self._penalty /= growth
@@ -115,7 +115,7 @@ def percent_above_zero(margins: Tensor, spread: float) -> float:
     return 100 - 100 * NormalDist(mean, math.sqrt(variance)).cdf(0) if variance > 0 else 100.0 * (mean > 0)
 
 
-class Zeroing(NamedTuple):
+class PruningResult(NamedTuple):
     """The weights to zero for a request, in their order, and what finding them took.
 
     seconds: of all steps up to there, those made before for another kappa included
@@ -128,7 +128,7 @@ class Zeroing(NamedTuple):
 
 
 @dataclass(eq=False)
-class ZeroingOrder:
+class Pruning:
     """The order in which weights are zeroed to forget a class: the mask at kappa is its first kappa entries.
 
     Iterative pruning: weights stand in for one another, which scores given all at once cannot see (Molchanov et al.
@@ -137,14 +137,14 @@ class ZeroingOrder:
     m = momentum m + (1 - momentum) s of the scores s, each divided by their standard deviation. A larger kappa goes on
     from the steps of a smaller one.
 
-    forget_row: the row of the class in the graphs
+    class_index: the row of the class in the graphs
     ranking: from the number of the step and the vertices zeroed before it to scores (vertices), largest first to go
     zeroed: vertices that are zeroed so far, the first entries of the order; to begin with, none by default
     """
 
-    config: MaskingConfig
+    config: PruningConfig
     graphs: ActivationGraphs
-    forget_row: int
+    class_index: int
     ranking: Callable[[int, Tensor], Tensor]
     zeroed: Tensor | None = None
 
@@ -155,12 +155,12 @@ class ZeroingOrder:
         self._mean: Tensor | None = None
         self._ends = [len(self.zeroed)]  # how many are zeroed before the first step and after each
         self._seconds: list[float] = []
-        self._forgetting: Zeroing | None = None
+        self._forgetting: PruningResult | None = None
         self._counted: Tensor | None = None  # samples of the class in the order in which they are counted
 
     def answer(
         self, asked: int | Literal["auto"], forget: Split, is_too_much: Callable[[Tensor], bool] = lambda zeroed: False
-    ) -> Zeroing:
+    ) -> PruningResult:
         """The vertices to zero: so many, or with auto the fewest whole steps of them after which a class is forgotten.
 
         It is when less than `config.target` percent of its training samples, `forget`, are classified correctly, or of
@@ -173,7 +173,7 @@ class ZeroingOrder:
             self._forgetting = self._search(forget, is_too_much)
         return self._forgetting
 
-    def first(self, kappa: int) -> Zeroing:
+    def first(self, kappa: int) -> PruningResult:
         """The vertices to zero for this kappa: all of them where kappa is larger."""
         while len(self.zeroed) < min(kappa, self.graphs.graph.num_vertices):
             started = time.perf_counter()
@@ -190,9 +190,9 @@ class ZeroingOrder:
             self._ends.append(len(self.zeroed))
             self._seconds.append(time.perf_counter() - started)
         took = (seconds for seconds, start in zip(self._seconds, self._ends) if start < kappa)
-        return Zeroing(self.zeroed[:kappa], sum(took))
+        return PruningResult(self.zeroed[:kappa], sum(took))
 
-    def steps(self) -> Iterator[Zeroing]:
+    def steps(self) -> Iterator[PruningResult]:
         """What is zeroed after each step, up to `config.max_kappa`; where all is at once, in hundredths of that."""
         graph, kappa = self.graphs.graph, self._ends[0]
         limit = number_of_weights(self.config.max_kappa, graph.num_vertices)
@@ -204,7 +204,7 @@ class ZeroingOrder:
             yield self.first(kappa)
 
     @torch.no_grad()
-    def _search(self, forget: Split, is_too_much: Callable[[Tensor], bool]) -> Zeroing:
+    def _search(self, forget: Split, is_too_much: Callable[[Tensor], bool]) -> PruningResult:
         graphs = self.graphs
         label = int(forget.labels[0])
         inputs = graphs.classifier.prefix_activations(graphs.graph.layers, forget.images)
@@ -215,11 +215,11 @@ class ZeroingOrder:
             is_forgotten = self._left(found.vertices, inputs, label, self.config.target) < self.config.target
             counting += time.perf_counter() - started
             if is_forgotten:
-                return Zeroing(found.vertices, found.seconds + counting, "")
+                return PruningResult(found.vertices, found.seconds + counting, "")
             if ends:
                 break
         percent = self._left(found.vertices, inputs, label)
-        return Zeroing(found.vertices, found.seconds + counting, f"{percent:.1f} % of class {label} are left")
+        return PruningResult(found.vertices, found.seconds + counting, f"{percent:.1f} % of class {label} are left")
 
     @property
     def _is_measured(self) -> bool:
@@ -248,9 +248,9 @@ class ZeroingOrder:
 
     def _losses(self, zeroed: Tensor, samples: Tensor) -> Tensor:
         """The terms of necessity on samples (classes, n): `forgetting_loss`, and the others' mean cross entropy (2)."""
-        graphs, row, flat = self.graphs, self.forget_row, samples.flatten()
+        graphs, row, flat = self.graphs, self.class_index, samples.flatten()
         with graphs.graph.zeroing(zeroed).applied_to(graphs.classifier):
-            logits = graphs.begun(graphs.inputs[flat])
+            logits = graphs.suffix(graphs.cached_inputs[flat])
         p = logits.unflatten(0, samples.shape)[row].softmax(1)[:, graphs.classes[row]]
         losses = F.cross_entropy(logits, graphs.labels[flat], reduction="none").view(samples.shape).mean(1)
         return torch.stack([forgetting_loss(p), (losses.sum() - losses[row]) / (len(losses) - 1)])
@@ -267,8 +267,8 @@ class ZeroingOrder:
         weights = graphs.graph.zeroing(zeroed).weights(graphs.classifier)
         # Those that were correct the last time come first: of them a few are enough.
         order = torch.arange(len(inputs)) if self._counted is None else self._counted
-        for part in order.to(inputs.device).split(min(COUNTED_AT_ONCE, graphs.begun.samples_at_once)):
-            found.append(graphs.begun.outputs(inputs[part], weights)[1])
+        for part in order.to(inputs.device).split(min(COUNTED_AT_ONCE, graphs.suffix.samples_at_once)):
+            found.append(graphs.suffix.outputs(inputs[part], weights)[1])
             is_correct[part] = found[-1].argmax(1) == label
             if (left := 100 * int(is_correct.sum()) / len(inputs)) >= enough:
                 break

@@ -235,15 +235,15 @@ class ActivationGraphs:
         rows = [start + places % count for start, count in zip(accumulate(counts, initial=0), counts)]
         self._by_class = torch.stack(rows)
         # No mask changes what comes before.
-        self.inputs = classifier.prefix_activations(self.graph.layers, self.samples.images)
-        self.begun = classifier.begun_before(self.graph.layers)
+        self.cached_inputs = classifier.prefix_activations(self.graph.layers, self.samples.images)
+        self.suffix = classifier.suffix_from(self.graph.layers)
         with torch.no_grad():
-            self.predictions = self.begun(self.inputs)  # logits without a mask
+            self.predictions = self.suffix(self.cached_inputs)  # logits without a mask
         positions = [classifier.positions(index) for index in self.graph.layers]
         # Of a sample, where a gradient by the weights is formed.
         self._num_gradients = sum(size for size, count in zip(self.graph.sizes, positions) if count)
         fit = tracing.NUMBERS_AT_ONCE // max(1, self._num_gradients)
-        self.at_once = min(self.begun.recorded_at_once(self.graph.layers), max(1, fit))
+        self.at_once = min(self.suffix.recorded_at_once(self.graph.layers), max(1, fit))
         # What layers read at many positions would be too much: it is recorded anew.
         self.are_kept = not any(positions)
 
@@ -282,28 +282,28 @@ class ActivationGraphs:
         """The mask that switches off the vertices `zeroed`; None where there is none."""
         return self.graph.zeroing(zeroed) if len(zeroed) else None
 
-    def row_of(self, forget_class: int) -> int:
+    def class_index_of(self, forget_class: int) -> int:
         """The row of a class in what stands class after class."""
         return self.classes.index(forget_class)
 
     def snapshot(
-        self, samples: Tensor, names: Sequence[str], mask: Mask | None = None, forget_row: int | None = None
+        self, samples: Tensor, names: Sequence[str], mask: Mask | None = None, class_index: int | None = None
     ) -> Snapshot:
         """What groups of samples (groups, group_size) do on the classifier, or on the masked one, to form features of.
 
         names: of FEATURES
-        forget_row: the row of a class without which the others are seen, their softmax restricted to the rest; they are
+        class_index: that of a class without which the others are seen, their softmax restricted to the rest; they are
             to keep the log-odds that the classifier without a mask gives them so
         """
-        left_out: list[int] = []
-        if forget_row is not None:  # of two classes none is left out, but always those that there is no sample of
+        excluded_classes: list[int] = []
+        if class_index is not None:  # of two classes none is left out, but always those that there is no sample of
             absent = set(range(self.predictions.shape[1])) - set(self.classes)
-            left_out = sorted(absent | {self.classes[forget_row]} if self.num_classes > 2 else absent)
+            excluded_classes = sorted(absent | {self.classes[class_index]} if self.num_classes > 2 else absent)
         is_kept = samples.numel() * self._num_gradients <= tracing.NUMBERS_AT_ONCE
         kept: list[Record] = []
 
         def records() -> Iterator[Record]:
-            for record in self._records(samples, mask, left_out):
+            for record in self._records(samples, mask, excluded_classes):
                 yield record
                 if is_kept:
                     kept.append(record._replace(layers=[*map(for_updates, record.layers)]))
@@ -314,9 +314,9 @@ class ActivationGraphs:
         matrices = [weight.unflatten(0, (groups, -1)).flatten(2) for weight, groups in zip(weights, self.graph.groups)]
         return Snapshot(self.config, self.graph, matrices, of_layers, log_odds, kept)
 
-    def _records(self, samples: Tensor, mask: Mask | None, left_out: Sequence[int]) -> Iterator[Record]:
+    def _records(self, samples: Tensor, mask: Mask | None, excluded_classes: Sequence[int]) -> Iterator[Record]:
         """What groups do, part after part of their samples; where nothing is new, what is kept."""
-        if mask is None and self.are_kept and not left_out:
+        if mask is None and self.are_kept and not excluded_classes:
             rows, log_odds = samples.flatten(), self.record.log_odds[samples]
             layers = [layer.each(lambda x: class_by_class(x[rows], len(samples))) for layer in self.record.layers]
             yield Record(layers, log_odds, log_odds)
@@ -324,15 +324,15 @@ class ActivationGraphs:
         with nullcontext() if mask is None else mask.applied_to(self.classifier):
             for part in samples.split(max(1, self.at_once // len(samples)), 1):
                 rows = part.flatten()
-                record = self._record(rows, left_out)
+                record = self._record(rows, excluded_classes)
                 kept = record.log_odds
                 if mask is not None:  # without one the log-odds are what is to be kept
-                    kept = tracing.log_odds(self.predictions[rows], self.labels[rows], left_out)
+                    kept = tracing.log_odds(self.predictions[rows], self.labels[rows], excluded_classes)
                 layers = [layer.each(lambda x: class_by_class(x, len(samples))) for layer in record.layers]
                 yield Record([*map(by_weight, layers)], record.log_odds.view(part.shape), kept.view(part.shape))
 
-    def _record(self, rows: Tensor, left_out: Sequence[int] = ()) -> Record:
-        return self.begun.record(self.inputs[rows], self.labels[rows], self.graph.layers, left_out)
+    def _record(self, rows: Tensor, excluded_classes: Sequence[int] = ()) -> Record:
+        return self.suffix.record(self.cached_inputs[rows], self.labels[rows], self.graph.layers, excluded_classes)
 
     def recorded(self) -> dict[str, Any]:
         """What was recorded, as it is saved: `layers`, `labels` and `log_odds` (samples), and `records`, each layer's
@@ -347,7 +347,7 @@ class ActivationGraphs:
 TERMS = ("forgetting", "retention", "curvature")  # the features that the saliency is made of
 
 
-def retain_saliency(snapshot: Snapshot, forget_row: int) -> Tensor:
+def retain_saliency(snapshot: Snapshot, class_index: int) -> Tensor:
     """By how much removing a weight lowers the other classes' loss K, to second order, (vertices).
 
     K is least where their samples' odds are those of the original without the forget class (`retention`, `curvature` of
@@ -355,12 +355,12 @@ def retain_saliency(snapshot: Snapshot, forget_row: int) -> Tensor:
     the mask so far has hurt it.
     """
     weighting = (F.softplus(-snapshot.log_odds).mean(1) + 0.02).sqrt()
-    weighting[forget_row] = 0
+    weighting[class_index] = 0
     falls = snapshot.feature("retention") - snapshot.feature("curvature") ** 2 / 2
     return weighting @ falls / weighting.sum()
 
 
-def saliency(snapshot: Snapshot, forget_row: int, retain_weight: float, gcn: MaskingGCN | None = None) -> Tensor:
+def saliency(snapshot: Snapshot, class_index: int, retain_weight: float, gcn: MaskingGCN | None = None) -> Tensor:
     """How much a weight is to be zeroed to forget a class, (vertices); the largest go first.
 
         a_v w E_d[dF/dw] + retain_weight b_v retain_saliency
@@ -371,9 +371,9 @@ def saliency(snapshot: Snapshot, forget_row: int, retain_weight: float, gcn: Mas
     snapshot: for that class (`ActivationGraphs.snapshot`), of which the TERMS, and what the GCN reads, were asked for
     gcn: gives the factors a_v and b_v from the class graph; without it, or before its training, they are 1
     """
-    forget, retain = snapshot.feature("forgetting")[forget_row], retain_saliency(snapshot, forget_row)
+    forget, retain = snapshot.feature("forgetting")[class_index], retain_saliency(snapshot, class_index)
     if gcn is not None:
-        of_forget, of_retain = gcn(snapshot.class_graph(forget_row), snapshot.graph)[0].unbind(-1)
+        of_forget, of_retain = gcn(snapshot.class_graph(class_index), snapshot.graph)[0].unbind(-1)
         forget, retain = of_forget * forget, of_retain * retain
     return forget + retain_weight * retain
 

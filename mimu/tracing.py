@@ -50,7 +50,7 @@ class Trace:
             first_names = {name: first.get(id(operator.attrgetter(name)(network)), name) for name in names.values()}
             self.parameters = {by_name[node]: first_names[name] for node, name in names.items()}
             self.constants = {by_name[node]: program.constants[name] for node, name in constants.items()}
-            self.given = (by_name[signature.user_inputs[0]],)
+            self.input_nodes = (by_name[signature.user_inputs[0]],)
             self.output = by_name[signature.user_outputs[0]]
             self.module = program.graph_module
             self.sizes: dict[fx.Node, tuple[int, int]] = {}  # whole numbers: for two samples, and more for one more
@@ -63,11 +63,11 @@ class Trace:
     def __deepcopy__(self, memo: dict) -> Trace:
         return self
 
-    def begun_before(self, layers: Sequence[str]) -> Trace:
+    def suffix_from(self, layers: Sequence[str]) -> Trace:
         """The same from `start_of` layers on, whose value it is then given in the place of images."""
-        return self._begun([self.start_of(layers)])
+        return self._suffix([self.start_of(layers)])
 
-    def begun_behind(self, layer: str) -> Trace:
+    def suffix_after(self, layer: str) -> Trace:
         """The same from behind a layer on, given what it gives and all other values of samples that the rest needs.
 
         Raises ValueError where the samples are not in front of each.
@@ -76,11 +76,11 @@ class Trace:
         alive = next({*alive} for each, alive in self._alive() if each is node)
         if any(self.batches.get(each) != (0, 1) for each in alive):
             raise ValueError(f"behind {layer} values have no dimension of samples in front")
-        return self._begun([node, *(alive - {node})])
+        return self._suffix([node, *(alive - {node})])
 
-    def _begun(self, nodes: Sequence[fx.Node]) -> Trace:
+    def _suffix(self, nodes: Sequence[fx.Node]) -> Trace:
         begun = copy.copy(self)
-        begun.given = tuple(nodes)
+        begun.input_nodes = tuple(nodes)
         begun._plan()
         return begun
 
@@ -100,7 +100,7 @@ class Trace:
         is_constant: whether the weights are left out of the autograd graph
         """
         given = [value] if isinstance(value, Tensor) else value
-        values: dict[fx.Node, Any] = dict(zip(self.given, given))
+        values: dict[fx.Node, Any] = dict(zip(self.input_nodes, given))
         keep = {self.output, end, *watched}
         for node in self.nodes:
             if node in self.parameters:
@@ -125,7 +125,7 @@ class Trace:
 
     def start_of(self, layers: Sequence[str]) -> fx.Node:
         """The last node before all of these layers whose value, samples in front, is all that the rest needs."""
-        names, (start,) = self.called, self.given
+        names, (start,) = self.called, self.input_nodes
         for node, alive in self._alive():
             if names.get(node) in layers:
                 break
@@ -180,7 +180,7 @@ class Trace:
 
     def _plan(self) -> None:
         """Finds the nodes that the output takes from what is given on, and those that are spent after each."""
-        wanted, begin = {*self.given, self.output}, {*self.given, *self.sizes}
+        wanted, begin = {*self.input_nodes, self.output}, {*self.input_nodes, *self.sizes}
         for node in reversed(self.output.graph.nodes):
             if node in wanted and node not in begin:
                 wanted.update(node.all_input_nodes)
@@ -199,7 +199,7 @@ class Trace:
 
         batches: of a node of samples, the dimension that holds them, and how many parts of each
         """
-        self.of_samples, neurons = {*self.given}, Neurons()
+        self.of_samples, neurons = {*self.input_nodes}, Neurons()
         readers = self._readers(network)
         seen: list[dict[fx.Node, Any]] = []
         given: list[dict[fx.Node, Tensor]] = []
@@ -219,10 +219,10 @@ class Trace:
 
         logits = []
         for x in (two, three):
-            seen.append(dict.fromkeys(self.given, x.shape))
+            seen.append(dict.fromkeys(self.input_nodes, x.shape))
             given.append({})
             if len(seen) == 1:
-                neurons.follow(*self.given, x, True)
+                neurons.follow(*self.input_nodes, x, True)
             logits.append(self.run(network, x, note)[self.output])
         is_as_exported = torch.allclose(logits[0], network(two), 1e-3, 1e-4, equal_nan=True)
         if not is_as_exported or not torch.allclose(logits[1][1:], logits[0], 1e-2, 1e-3, equal_nan=True):
@@ -379,7 +379,7 @@ class HookedClassifier(Wrapper):
         self.trace = example if isinstance(example, Trace) else Trace(network, example)
         self.names = [*self.trace.layers]
         self.bfloat16 = bfloat16
-        self._is_begun = False
+        self._is_suffix = False
 
     @property
     def weights(self) -> list[Tensor]:
@@ -391,17 +391,17 @@ class HookedClassifier(Wrapper):
         """The shape of every weight, in the order of the layers: (out, in), or that of kernels."""
         return [layer.shape for layer in self.trace.layers.values()]
 
-    def begun_before(self, layers: Layers) -> HookedClassifier:
+    def suffix_from(self, layers: Layers) -> HookedClassifier:
         """The same network, which is given `prefix_activations` of the layers in the place of images."""
-        return self._begun(self.trace.begun_before([self.names[layer] for layer in layers]))
+        return self._suffix(self.trace.suffix_from([self.names[layer] for layer in layers]))
 
-    def begun_behind(self, layer: int) -> HookedClassifier:
+    def suffix_after(self, layer: int) -> HookedClassifier:
         """The same network, whose `outputs` are given what `recorded` gives of a layer in the place of images."""
-        return self._begun(self.trace.begun_behind(self.names[layer]))
+        return self._suffix(self.trace.suffix_after(self.names[layer]))
 
-    def _begun(self, trace: Trace) -> HookedClassifier:
+    def _suffix(self, trace: Trace) -> HookedClassifier:
         begun = copy.copy(self)
-        begun.trace, begun._is_begun = trace, True
+        begun.trace, begun._is_suffix = trace, True
         return begun
 
     @torch.no_grad()
@@ -409,9 +409,12 @@ class HookedClassifier(Wrapper):
         """What stands for images behind a layer, what the layer gives first, and how much of directions it reads.
 
         Shapes: directions (rank, ...) as the weight, to (batch, rank, ...); of a linear layer (batch, ..., rank)
-        Raises ValueError where `Trace.begun_behind` does.
+        Raises ValueError where `Trace.suffix_after` does.
         """
-        node, watched = self.trace.layers[self.names[layer]].node, self.trace.begun_behind(self.names[layer]).given
+        node, watched = (
+            self.trace.layers[self.names[layer]].node,
+            self.trace.suffix_after(self.names[layer]).input_nodes,
+        )
         parts = []
         for part in images.split(self.samples_at_once):
             values = self.trace.run(self.network, part, watched=[*watched, node.args[0]], end=node)
@@ -422,7 +425,7 @@ class HookedClassifier(Wrapper):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes)."""
-        run = (lambda x: self.outputs(x)[1]) if self._is_begun else self.network
+        run = (lambda x: self.outputs(x)[1]) if self._is_suffix else self.network
         if self.training and self.bfloat16 and has_bfloat16(images.device):
             with torch.autocast(images.device.type, torch.bfloat16):
                 return run(images).float()
@@ -479,10 +482,10 @@ class HookedClassifier(Wrapper):
         return torch.cat([layer.mean_read(self.trace.run(self.network, x, end=given)[given]) for x in parts])
 
     @torch.enable_grad()
-    def record(self, images: Tensor, labels: Tensor, layers: Layers, left_out: Sequence[int] = ()) -> Record:
+    def record(self, images: Tensor, labels: Tensor, layers: Layers, excluded_classes: Sequence[int] = ()) -> Record:
         """What `layers` do on a batch: a forward pass, and a backward one as far as their pre-activations.
 
-        labels: (samples); left_out: as `log_odds` takes it
+        labels: (samples); excluded_classes: as `log_odds` takes it
         """
         trace = self.trace
         recorded = [trace.layers[self.names[index]] for index in layers]
@@ -499,7 +502,7 @@ class HookedClassifier(Wrapper):
 
         watched = [*calls, *(layer.activation for layer in recorded)]
         values = trace.run(self.network, images.detach(), compute, watched, is_constant=True)
-        found = log_odds(values[trace.output], labels, left_out)
+        found = log_odds(values[trace.output], labels, excluded_classes)
         gradients = torch.autograd.grad(found.sum(), [values[layer.node] for layer in recorded], materialize_grads=True)
         records = []
         for layer, gradient in zip(recorded, gradients):
@@ -525,14 +528,14 @@ class HookedClassifier(Wrapper):
         return max(1, NUMBERS_AT_ONCE // (self.trace.total + recorded))
 
 
-def log_odds(logits: Tensor, labels: Tensor, left_out: Sequence[int] = ()) -> Tensor:
+def log_odds(logits: Tensor, labels: Tensor, excluded_classes: Sequence[int] = ()) -> Tensor:
     """log(p / (1 - p)) of every label, p the softmax of the logits (samples, classes), (samples).
 
-    left_out: classes without which the samples of others are seen, their softmax restricted to the rest
+    excluded_classes: classes without which the samples of others are seen, their softmax restricted to the rest
     """
     others = logits.scatter(1, labels[:, None], float("-inf"))
-    if len(left_out):
+    if len(excluded_classes):
         is_left_out = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-        is_left_out[list(left_out)] = True
+        is_left_out[list(excluded_classes)] = True
         others = others.masked_fill(is_left_out & ~is_left_out[labels][:, None], float("-inf"))
     return logits.gather(1, labels[:, None])[:, 0] - others.logsumexp(1)

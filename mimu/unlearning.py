@@ -21,7 +21,7 @@ from mimu.graph import MaskingGCN
 from mimu.inputs import CustomModel, plain_torch, samples_of, tensor_of
 from mimu.masks import LayerMask, Mask
 from mimu.pretrained import TrainedGCN
-from mimu.pruning import FEW, Ranking, ZeroingOrder, percent_above_zero
+from mimu.pruning import FEW, Pruning, SaliencyScorer, percent_above_zero
 from mimu.saliency import ActivationGraphs
 from mimu.samples import Split, is_correct, margins
 from mimu.settings import number_of_weights
@@ -377,9 +377,9 @@ class Forgetting:
             way.append(mask)
             return ""
         graphs, config = ActivationGraphs(classifier, samples, self.trained.graphs, self.seed), self.trained.masking
-        forget_row = graphs.row_of(label)
-        ranking = Ranking(config, graphs, forget_row, self.seed, self.trained.gcn if scorer == "gcn" else None)
-        order = ZeroingOrder(config, graphs, forget_row, ranking, zeroed=way[-1].vertices())
+        class_index = graphs.class_index_of(label)
+        ranking = SaliencyScorer(config, graphs, class_index, self.seed, self.trained.gcn if scorer == "gcn" else None)
+        order = Pruning(config, graphs, class_index, ranking, zeroed=way[-1].vertices())
         begun, limit = len(order.zeroed), number_of_weights(config.max_kappa, graphs.graph.num_vertices)
         before, shown = len(way), {"delay": 1, "leave": False, "disable": None if self.progress else True}
         with tqdm(desc=f"class {label}, at most", total=limit, unit=" weights", **shown) as bar:

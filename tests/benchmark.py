@@ -35,7 +35,7 @@ from experiment.files import ROOT, Artifact
 from experiment.processes import peak_bytes
 from mimu.graph import MaskingGCN, WeightGraph, keep_freed_memory
 from mimu.pretrained import TrainedGCN
-from mimu.pruning import Ranking, ZeroingOrder
+from mimu.pruning import Pruning, SaliencyScorer
 from mimu.samples import Split
 from model import HookedMNISTClassifier
 from reporter import markdown_table
@@ -206,12 +206,14 @@ def stages_part(table: Table, before: dict[str, Table]) -> None:
 
     def request_to_mask() -> None:
         digit = next(digits)
-        order = ZeroingOrder(asks.eval, graphs, digit, Ranking(asks.eval, graphs, digit, 0, gcn))
+        order = Pruning(asks.eval, graphs, digit, SaliencyScorer(asks.eval, graphs, digit, 0, gcn))
         order.answer("auto", data.train.forget(digit))
 
     table.time("request, pretrained GCN to mask, kappa auto, ten digits in turn, ms", request_to_mask, 10)
     mimu_alone = replace(asks.eval, methods=("mimu",))
-    request = Request(mimu_alone, classifier, trainer, data.train, graphs, gcn, 9, top_k=2048, seed=0, asked=200)
+    request = Request(
+        mimu_alone, classifier, trainer, data.train, graphs, gcn, 9, top_k=2048, seed=0, requested_kappa=200
+    )
     request.in_steps("mimu", request.ranking)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

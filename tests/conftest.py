@@ -17,7 +17,7 @@ from eval import EvalConfig, Request
 from mimu.graph import MaskingGCN
 from mimu.masks import LayerMask, Mask
 from mimu.pretrained import TrainedGCN
-from mimu.pruning import MaskingConfig
+from mimu.pruning import PruningConfig
 from mimu.saliency import FEATURES, GraphConfig, Snapshot
 from mimu.saliency import FORGETTING_TEMPERATURE as T
 from mimu.samples import Split
@@ -65,10 +65,10 @@ def graph_generator(mask_layer=-2, dtype=torch.float32, bias=False, **changes) -
     return GraphGenerator(classifier, split, graph_config(mask_layer, **changes), 0)
 
 
-def masking_config(**changes) -> MaskingConfig:
+def pruning_config(**changes) -> PruningConfig:
     settings = {"step": 4, "snapshot_every": 1, "momentum": 0.0, "group_size": 8, "retain_weight": 5.0}
     settings |= {"penalty_growth": 1.0, "target": 1.25, "max_kappa": 20}
-    return MaskingConfig(**settings | changes)
+    return PruningConfig(**settings | changes)
 
 
 def untrained_gcn(num_features: int, rounds: int = 2) -> MaskingGCN:
@@ -82,22 +82,33 @@ def trained_problem() -> tuple[Split, Trainer, HookedMNISTClassifier]:
     return train, trainer, trainer.train(train, NUM_CLASSES)
 
 
-def small_request(asked: int | str | None = 9, mask_layer=-2, **changes) -> Request:
+def small_request(requested_kappa: int | str | None = 9, mask_layer=-2, **changes) -> Request:
     """To forget class 1 of three, with a masking GCN before its training; changes: of `eval`."""
     train, trainer, classifier = deepcopy(trained_problem())
     described = graph_config(mask_layer, features=("weight", "taylor"), samples_per_class=20)
     graphs = GraphGenerator(classifier, train, described, 0)
-    settings = asdict(masking_config(momentum=0.7, group_size=10, target=0.1, max_kappa=29))
+    settings = asdict(pruning_config(momentum=0.7, group_size=10, target=0.1, max_kappa=29))
     hyperparameters = {"sft": {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}}
     settings |= {"methods": ("mimu",), "visualize": False, "hyperparameters": hyperparameters}
     config, gcn = EvalConfig(**settings | changes), untrained_gcn(described.num_features)
-    return Request(config, classifier, trainer, train, graphs, gcn, forget_class=1, top_k=8, seed=0, asked=asked)
+    return Request(
+        config,
+        classifier,
+        trainer,
+        train,
+        graphs,
+        gcn,
+        forget_class=1,
+        top_k=8,
+        seed=0,
+        requested_kappa=requested_kappa,
+    )
 
 
 @pytest.fixture
 def trained_gcn() -> TrainedGCN:
     described = graph_config()
-    return TrainedGCN(untrained_gcn(described.num_features), described, masking_config())
+    return TrainedGCN(untrained_gcn(described.num_features), described, pruning_config())
 
 
 def mask_of(keep: dict[str, Tensor], forgets: tuple[int, ...] = ()) -> Mask:

@@ -325,12 +325,12 @@ GROUPS = [
 
 
 @pytest.mark.parametrize("size", [(), (7, 1, 1), (1, 7, 1)], ids=["linear", "grouped", "positions"])
-@pytest.mark.parametrize("zeroed, present, forget_row, others_among, own_among, count", GROUPS)
-def test_features_are_those_of_autograd(zeroed, present, forget_row, others_among, own_among, count, size):
+@pytest.mark.parametrize("zeroed, present, class_index, others_among, own_among, count", GROUPS)
+def test_features_are_those_of_autograd(zeroed, present, class_index, others_among, own_among, count, size):
     graphs = graphs_of(present, size=size)
     samples, mask = graphs.draw(count, seeded("test")), graphs.mask_of(torch.tensor(zeroed, dtype=torch.long))
-    snapshot = graphs.snapshot(samples, tuple(FEATURES), mask, forget_row)
-    among = {forget_row: own_among}
+    snapshot = graphs.snapshot(samples, tuple(FEATURES), mask, class_index)
+    among = {class_index: own_among}
     groups = [Group(graphs, mask, chosen, among.get(row, others_among)) for row, chosen in enumerate(samples)]
     assert_by_hand(snapshot, groups)
     assert graphs.classes == present and groups[0].features().keys() == FEATURES.keys()
@@ -346,17 +346,19 @@ def test_log_odds_of_labels_that_are_left_out_or_all_but_certain():
     assert whole[:2].tolist() == [-900, 904] and torch.allclose(whole[2], (p / (1 - p)).log())
 
 
-@pytest.mark.parametrize("forget_row, others_among", [(None, EVERY), (2, [0, 1, 3])])
+@pytest.mark.parametrize("class_index, others_among", [(None, EVERY), (2, [0, 1, 3])])
 @pytest.mark.parametrize(
     "mask_layer, last, size", [(-2, 25, ()), (None, 90, ()), (-2, 373, (7, 1, 1)), (None, 290, (1, 7, 1))]
 )
-def test_a_first_order_update_is_linear_in_the_weights_that_it_zeroes(forget_row, others_among, mask_layer, last, size):
+def test_a_first_order_update_is_linear_in_the_weights_that_it_zeroes(
+    class_index, others_among, mask_layer, last, size
+):
     graphs, zeroed, further = graphs_of(EVERY, mask_layer, size), [3, 8], [0, 11, last]
     samples, mask = graphs.draw(4, seeded("test")), graphs.graph.zeroing(torch.tensor(zeroed))
-    before = graphs.snapshot(samples, tuple(FEATURES), mask, forget_row)
+    before = graphs.snapshot(samples, tuple(FEATURES), mask, class_index)
     update = before.first_order_update(torch.tensor([0, 11])).first_order_update(torch.tensor([last]))
     for row, chosen in enumerate(samples):
-        group = Group(graphs, mask, chosen, EVERY if row == forget_row else others_among)
+        group = Group(graphs, mask, chosen, EVERY if row == class_index else others_among)
         g, weight = group.gradients(group.log_odds), before.feature("weight")[row]
         w = weight.index_fill(0, torch.tensor(further), 0.0)
         assert torch.equal(update.feature("weight")[row], w)

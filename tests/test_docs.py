@@ -173,7 +173,7 @@ def test_what_is_stale_is_measured_piece_by_piece_and_what_is_named_in_any_case(
         assert (build.main(arguments), MEASURED) == (status, expected)
     assert "ablation: " in capsys.readouterr().out and build.block("ablation") == before[0]
     few, page = build.block("few"), (pages / "docs" / "few.md").read_text()
-    assert few.content == "| figure |\nfew\n" and few.made_by == build.today("few")
+    assert few.content == "| figure |\nfew\n" and few.provenance == build.today("few")
     assert page.partition("<!-- few: ")[0] == before[1].partition("<!-- few: ")[0]
     with pytest.raises(SystemExit):
         build.main(["few", "of_mine"])
@@ -190,13 +190,13 @@ def test_a_tuning_of_some_methods_leaves_the_rows_and_the_digest_of_the_others(p
     rows = build.cells(build.block("tuning").content)
     tune.main(["sft"])
     after = build.block("tuning")
-    assert after.made_by == "0"
+    assert after.provenance == "0"
     assert [row for row in build.cells(after.content) if row[0] != "sft"] == [row for row in rows if row[0] != "sft"]
     of_sft = [row[2:] for row in build.cells(after.content) if row[0] == "sft"]
     assert of_sft == [["0.25", "99.00", "0.1250", ""]] * 11 + [["0.25", "99.00", "0.1250", "chosen"]]
     tune.main(["erasure"])
     erasure = build.block("tuning_erasure")
-    assert erasure.made_by == build.today("tuning_erasure") and build.block("tuning") == after
+    assert erasure.provenance == build.today("tuning_erasure") and build.block("tuning") == after
     assert {tuple(row[2:5]) for row in build.cells(erasure.content)[1:]} == {("0.25", "99.00", "0.1250")}
 
 

@@ -148,7 +148,7 @@ def test_an_edit_run_from_midway_gives_what_the_network_gives_under_its_mask(nam
         with start.applied_to(classifier) if start else nullcontext(), torch.no_grad():
             indices = [classifier.names.index(layer) for layer in layers]
             before = Split(classifier.prefix_activations(indices, samples.images), samples.labels)
-            edit = Edit(classifier.begun_before(indices), start, layers[-1 - count :], before, 1, 60, directions)
+            edit = Edit(classifier.suffix_from(indices), start, layers[-1 - count :], before, 1, 60, directions)
             assert len(edit.learned) == 1 + count
             for each in edit.learned:
                 each += 0.3 * torch.randn_like(each)
@@ -228,8 +228,8 @@ def test_what_is_found_does_not_depend_on_how_many_others_there_are(learned):
     train = Split(train.images + 3 * torch.randn(train.images.shape, generator=seeded("noise")), train.labels)
     for count in (1000, 20000):
         is_own, is_other = train.labels == 1, train.labels != 1
-        is_there = is_own & (is_own.cumsum(0) <= 1000) | is_other & (is_other.cumsum(0) <= count)
-        before.append(erased(learned, train[is_there], 1, config, 0)[1].before)
+        is_current = is_own & (is_own.cumsum(0) <= 1000) | is_other & (is_other.cumsum(0) <= count)
+        before.append(erased(learned, train[is_current], 1, config, 0)[1].before)
     assert before[0] == pytest.approx(before[1], abs=0.05) and before[0] > 0.4
 
 

@@ -27,9 +27,13 @@ def registry():
     METHODS.update(before)
 
 
-def make_eval(folder, test=None, asked=KAPPA, mask_layer=-2, audit=None, draw=None, methods=CORE, **changes) -> Eval:
-    request = small_request(asked, mask_layer, methods=methods, **changes)
-    metrics, mask = (Artifact(folder / name, {"settings": {"asked": asked}}) for name in ("metrics.json", "mask.pt"))
+def make_eval(
+    folder, test=None, requested_kappa=KAPPA, mask_layer=-2, audit=None, draw=None, methods=CORE, **changes
+) -> Eval:
+    request = small_request(requested_kappa, mask_layer, methods=methods, **changes)
+    metrics, mask = (
+        Artifact(folder / name, {"settings": {"asked": requested_kappa}}) for name in ("metrics.json", "mask.pt")
+    )
     data = ImageData(request.train, test or random_split(13, seed=5))
     return Eval(request, data, metrics, mask, {"id": "metrics", "seconds": {"gcn": 1.5}}, {}, audit, draw)
 
@@ -98,7 +102,7 @@ def test_every_method_stands_in_every_evaluation_and_the_json_is_valid(tmp_path,
     assert results["unlearning_metrics"]["logit removed"] == {"loss": float("inf"), "score": 0.0, "probability": 0.0}
     written = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert drawn == [{key: value for key, value in written.items() if key != "checksum"}]
-    assert written.pop("checksum") and written.pop("made_by") == scored.metrics.made_by
+    assert written.pop("checksum") and written.pop("made_by") == scored.metrics.provenance
     assert written["unlearning_metrics"]["logit removed"]["loss"] is None
     assert written == json.loads(json.dumps(results), parse_constant=lambda _: None)
     assert written["id"] == "metrics" and written["kappa_choice"] == "fixed" and written["gave_up"] == {}
@@ -165,7 +169,7 @@ def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path, registry):
     unlearning_method("in order", uses_kappa=True)(lambda request: request.in_steps("in order", by_curvature, False))
     unlearning_method("at once", uses_kappa=True)(lambda request: request.in_steps("at once", by_curvature, True))
     names = ("random", "mimu", "in order", "at once", "sft")
-    scored = make_eval(tmp_path, asked="auto", target=50.0, methods=names)
+    scored = make_eval(tmp_path, requested_kappa="auto", target=50.0, methods=names)
     request = scored.request
     curvature = request.graphs.snapshot(request.graphs.by_class(), ["curvature"]).feature("curvature")[FORGET]
     results, ranked, kappas = scored.eval(), curvature.argsort(descending=True), []
@@ -185,10 +189,10 @@ def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path, registry):
 def test_what_does_not_depend_on_kappa_is_computed_once_and_steps_go_on(tmp_path, registry):
     calls = []
     for name in ("counted", "counted with kappa"):
-        count = lambda request, name=name: calls.append((name, request.asked)) or request.classifier  # noqa: E731
+        count = lambda request, name=name: calls.append((name, request.requested_kappa)) or request.classifier  # noqa: E731
         unlearning_method(name, uses_kappa="kappa" in name)(count)
-    first = make_eval(tmp_path, asked=3, methods=("mimu", "counted", "counted with kappa"))
-    second = replace(first, request=replace(first.request, asked=20), own={})
+    first = make_eval(tmp_path, requested_kappa=3, methods=("mimu", "counted", "counted with kappa"))
+    second = replace(first, request=replace(first.request, requested_kappa=20), own={})
     seconds = [scored.eval()["seconds"]["mimu"] for scored in (first, second)]
     assert calls == [("counted", None), ("counted with kappa", 3), ("counted with kappa", 20)]
     order = first.request.orders["mimu"]

@@ -71,8 +71,8 @@ def test_the_lower_end_is_where_as_many_would_be_about_as_unlikely_as_the_confid
 @pytest.mark.parametrize("counts, fewest", [((7, 7, 7), 7), ((200, 200, 7), 7)])
 def test_samples_that_are_few_are_judged_by_masks_that_are_made_without_them(model, counts, fewest, monkeypatch):
     judged, samples = {}, of_each(*counts)
-    made_by = Forgetting.held_out_logits
-    monkeypatch.setattr(Forgetting, "held_out_logits", lambda *given: judged.setdefault("logits", made_by(*given)))
+    provenance = Forgetting.held_out_logits
+    monkeypatch.setattr(Forgetting, "held_out_logits", lambda *given: judged.setdefault("logits", provenance(*given)))
     quick = FREE | {"gcn": patient_gcn(step=20), "scorer": "saliency"}
     mask = asked(model, samples, **quick)[0]
     with mask.applied_to(model):

@@ -226,10 +226,10 @@ def test_another_content_is_refused_and_no_code_is_run(tmp_path):
 def test_an_artifact_is_there_where_it_is_whole_and_made_by_the_same_and_is_read_once(tmp_path, monkeypatch):
     path, seen, reads = tmp_path / "file.json", {}, []
     monkeypatch.setattr(files, "load", lambda path, load=files.load: reads.append(path) or load(path))
-    ours, other = (Artifact(path, made_by, seen) for made_by in (MADE_BY, MADE_BY | {"seed": "1"}))
-    assert not ours.is_there and reads == []
+    ours, other = (Artifact(path, provenance, seen) for provenance in (MADE_BY, MADE_BY | {"seed": "1"}))
+    assert not ours.is_current and reads == []
     ours.save({"a": 1})
-    assert [ours.is_there, Artifact(path, MADE_BY, seen).is_there, other.is_there] == [True, True, False]
+    assert [ours.is_current, Artifact(path, MADE_BY, seen).is_current, other.is_current] == [True, True, False]
     assert reads == [path] * 2 and ours.load() == {"a": 1, "made_by": MADE_BY}
     with pytest.raises(ArtifactError, match="file.json: was made by other settings, code or data"):
         other.load()
@@ -237,10 +237,10 @@ def test_an_artifact_is_there_where_it_is_whole_and_made_by_the_same_and_is_read
     for change in (lambda: Artifact(path, MADE_BY).save({"a": 2}), lambda: path.write_bytes(path.read_bytes())):
         reads.clear()
         change()
-        assert [ours.is_there, ours.is_there] == [True, True] and reads == [path]
+        assert [ours.is_current, ours.is_current] == [True, True] and reads == [path]
     for spoil in (lambda: path.write_bytes(b"{"), lambda: files.save(path, {"made_by": {}}), path.unlink):
         spoil()
-        assert not ours.is_there
+        assert not ours.is_current
 
 
 def test_a_folder_that_cannot_be_written_to_and_one_in_the_place_of_a_file_are_named(tmp_path, monkeypatch):
@@ -252,7 +252,7 @@ def test_a_folder_that_cannot_be_written_to_and_one_in_the_place_of_a_file_are_n
     for name in ("file.pt", "file.json", ".lock"):
         path = tmp_path / name
         path.mkdir()
-        assert not Artifact(path, MADE_BY).is_there
+        assert not Artifact(path, MADE_BY).is_current
         uses = [partial(files.load, path), partial(files.save, path, {"a": 1}), partial(Log(path).note, "some")]
         for use in uses + [locked(tmp_path).__enter__] * (name == ".lock"):
             with pytest.raises(ArtifactError, match=f"{name}: cannot be (read|written) .Is a directory"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import NUM_CLASSES, graph_config, masking_config, random_split, scores, small_request, trainer_config
+from conftest import NUM_CLASSES, graph_config, pruning_config, random_split, scores, small_request, trainer_config
 from running import PROJECT
 
 import data
@@ -22,7 +22,7 @@ from methods.published import FEATURES, Published, importance, mean_importance, 
 from mimu.errors import TrainingError
 from mimu.graph import MaskingGCN
 from mimu.masks import Mask
-from mimu.pruning import Zeroing
+from mimu.pruning import PruningResult
 from mimu.samples import Split, some_of_every_class
 from mimu.settings import Count, NonNegative, Positive
 from mimu.training import descend
@@ -58,7 +58,7 @@ def make_request(mask_layer=-2, asked: int | None = None) -> Request:
     classifier = trainer.train(train, NUM_CLASSES)
     described = graph_config(mask_layer, features=("weight", "forgetting"), samples_per_class=40)
     graphs = GraphGenerator(classifier, train, described, 0)
-    masking = asdict(masking_config(group_size=20, max_kappa=0.9))
+    masking = asdict(pruning_config(group_size=20, max_kappa=0.9))
     config = EvalConfig(**masking, methods=None, visualize=False, hyperparameters={})
     return Request(config, classifier, trainer, train, graphs, None, FORGET, 24, 0, asked)
 
@@ -68,10 +68,10 @@ def request_to_forget() -> Request:
     return make_request()
 
 
-def made_by(name: str, request: Request, **changes) -> torch.nn.Module:
+def answered_by(name: str, request: Request, **changes) -> torch.nn.Module:
     method = METHODS[name]
     found = method.unlearn(request, **method.arguments(HYPERPARAMETERS.get(name, {}) | changes))
-    found = request.graphs.graph.zeroing(found.vertices) if isinstance(found, Zeroing) else found
+    found = request.graphs.graph.zeroing(found.vertices) if isinstance(found, PruningResult) else found
     if not isinstance(found, Mask):
         return found.model if isinstance(found, Trained) else found
     model = request.classifier
@@ -128,18 +128,18 @@ def test_fields_of_a_dataclass_and_keywords_are_hyperparameters(request_to_forge
 @pytest.mark.parametrize("name", [*HYPERPARAMETERS, "retrain", "retrain_again"])
 def test_a_method_forgets_and_is_the_same_again_on_the_samples_that_it_declares(name, request_to_forget):
     """Samples of the set that a method does not need may be anything."""
-    request, state, needs = replace(request_to_forget, asked=40), torch.get_rng_state(), METHODS[name].needs
+    request, state, needs = replace(request_to_forget, requested_kappa=40), torch.get_rng_state(), METHODS[name].needs
     unused = request.train.labels == FORGET if needs == "retain set" else request.train.labels != FORGET
     spoiled = request.train.images.masked_fill(unused[:, None], torch.nan)
     again = request if needs == "both sets" else replace(request, train=Split(spoiled, request.train.labels))
-    model = made_by(name, request)
+    model = answered_by(name, request)
     forget, retain = scores(model, request.train, FORGET)
     before_forget, before_retain = scores(request.classifier, request.train, FORGET)
     assert forget < before_forget - 60
     # One takes the rest along here, one starts where more epochs are needed.
     assert retain > before_retain - 12 or name in ("ssd", "retrain_again")
     images = random_split(20, seed=4).images
-    assert torch.equal(model(images), made_by(name, again)(images))
+    assert torch.equal(model(images), answered_by(name, again)(images))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -150,7 +150,7 @@ def gradients(classifier: HookedMNISTClassifier, samples: Split) -> list[torch.T
 
 def test_ssd_dampens_the_weights_that_it_selects(request_to_forget):
     classifier = request_to_forget.classifier
-    model = made_by("ssd", request_to_forget, selection=2.0, dampening=2.5)
+    model = answered_by("ssd", request_to_forget, selection=2.0, dampening=2.5)
     splits = (request_to_forget.forget, request_to_forget.train)
     information = [fine_tuning.fisher_information(classifier, split) for split in splits]
     for before, after, f, e in zip(classifier.weights, model.weights, *information):
@@ -161,7 +161,7 @@ def test_ssd_dampens_the_weights_that_it_selects(request_to_forget):
 
 
 def test_salun_changes_its_share_of_the_weights(request_to_forget):
-    model, classifier = made_by("salun", request_to_forget, share=0.25), request_to_forget.classifier
+    model, classifier = answered_by("salun", request_to_forget, share=0.25), request_to_forget.classifier
     saliency = torch.cat([each.abs().flatten() for each in gradients(classifier, request_to_forget.forget)])
     changed = torch.cat([(a != b).flatten() for a, b in zip(model.weights, classifier.weights)])
     assert int(changed.sum()) == pytest.approx(0.25 * len(saliency), abs=2)
@@ -186,7 +186,7 @@ def test_the_contrastive_loss_draws_samples_of_a_class_together():
 
 
 def test_class_means_are_what_an_output_layer_compares_with(request_to_forget):
-    model, train = made_by("cmf", request_to_forget), request_to_forget.train
+    model, train = answered_by("cmf", request_to_forget), request_to_forget.train
     z = F.normalize(torch.tensor(inputs_of_layers(model, train.images)[2]))
     means = torch.stack([z[train.labels == label].mean(0) for label in range(NUM_CLASSES)])
     expected = F.cosine_similarity((z - z.mean(0))[:, None], means - z.mean(0), dim=2)
@@ -201,17 +201,20 @@ def test_the_last_layers_are_trained_from_fresh_weights(request_to_forget, archi
     trainer = Trainer(trainer_config((6,), 1, architecture=architecture, channels=channels, patch=4), 0, (8, 8))
     train = Split(torch.randn(180, 64, generator=data.seeded("test")), request_to_forget.train.labels)
     request = replace(request_to_forget, trainer=trainer, train=train, original=trainer.train(train, NUM_CLASSES))
-    before, after = request.original.network.state_dict(), made_by("eu_k", request, layers=layers).network.state_dict()
+    before, after = (
+        request.original.network.state_dict(),
+        answered_by("eu_k", request, layers=layers).network.state_dict(),
+    )
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == [name for name in before if name.startswith(tuple(trained.split()))]
     config, draws = fine_tuning.FineTuning(10, 16, 0.02), fine_tuning.draws(request, "eu_k")
     fresh = config.train(trainer.initial(train.images, NUM_CLASSES), request.retain, draws, torch.optim.Adam)
-    assert torch.equal(made_by("eu_k", request, layers=99)(train.images), fresh(train.images))
+    assert torch.equal(answered_by("eu_k", request, layers=99)(train.images), fresh(train.images))
 
 
 def test_a_step_of_delete_is_towards_the_originals_predictions_without_the_class(request_to_forget):
     classifier, forget = request_to_forget.classifier, request_to_forget.forget
-    model = made_by("delete", request_to_forget, epochs=1, batch_size=1000, learning_rate=0.3)
+    model = answered_by("delete", request_to_forget, epochs=1, batch_size=1000, learning_rate=0.3)
     logits = classifier(forget.images)
     p = logits.detach().softmax(1)
     p[:, FORGET] = 0
@@ -232,7 +235,7 @@ def weights_of(model: HookedMNISTClassifier) -> list[np.ndarray]:
 def test_damp_takes_what_no_other_mean_has_of_the_mean_more_in_deep_layers(request_to_forget):
     classifier = request_to_forget.classifier
     chosen = some_of_every_class(request_to_forget.train, 40, "damp", request_to_forget.seed, FORGET)
-    changed, kept = (weights_of(made_by("damp", request_to_forget, row=row)) for row in (0.25, 1.0))
+    changed, kept = (weights_of(answered_by("damp", request_to_forget, row=row)) for row in (0.25, 1.0))
     assert np.array_equal(changed[2][FORGET], np.float32(0.25) * kept[2][FORGET].astype("f4"))
     changed[2][FORGET] = kept[2][FORGET]
     inputs = inputs_of_layers(classifier, chosen.images)
@@ -262,7 +265,7 @@ def test_the_probe_of_damp_scores_what_is_held_out_and_means_of_others_that_span
 
 def test_svd_takes_the_space_of_the_class_that_the_others_do_not_share(request_to_forget):
     request, classifier, spaces = request_to_forget, request_to_forget.classifier, []
-    model = made_by("svd", request, samples=48)
+    model = answered_by("svd", request, samples=48)
     for samples, count, alpha in ((request.retain, 24, 30.0), (request.forget, 48, 10.0)):
         chosen = some_of_every_class(samples, count, "svd", request.seed, FORGET)
         assert len(chosen.labels) == 48
@@ -280,7 +283,7 @@ def test_svd_takes_the_space_of_the_class_that_the_others_do_not_share(request_t
 @pytest.mark.parametrize("share, erased", [(0.01, 1), (0.375, 3), (0.49, 3), (1.0, 8)])
 def test_esc_takes_the_leading_directions_of_the_class_out_of_the_representation(request_to_forget, share, erased):
     classifier, x = request_to_forget.classifier, request_to_forget.train.images
-    model = made_by("esc", request_to_forget, share=share)
+    model = answered_by("esc", request_to_forget, share=share)
     z = inputs_of_layers(classifier, request_to_forget.forget.images)[2]
     u = np.linalg.svd(z.T)[0][:, erased:]
     expected = torch.tensor(inputs_of_layers(classifier, x)[2] @ u @ u.T).float()
@@ -290,7 +293,7 @@ def test_esc_takes_the_leading_directions_of_the_class_out_of_the_representation
 
 def test_the_mask_of_esc_t_is_a_step_away_from_what_is_still_classified(request_to_forget):
     classifier, forget = request_to_forget.classifier, request_to_forget.forget
-    model = made_by("esc_t", request_to_forget, epochs=1, batch_size=1000, learning_rate=3.0)
+    model = answered_by("esc_t", request_to_forget, epochs=1, batch_size=1000, learning_rate=3.0)
     z = torch.tensor(inputs_of_layers(classifier, forget.images)[2])
     u, mask = torch.linalg.svd(z.T)[0], torch.ones(8, 8, dtype=torch.double, requires_grad=True)
     logits = z @ (u * mask) @ (u * mask).T @ classifier.weights[2].detach().double().T
@@ -301,7 +304,7 @@ def test_the_mask_of_esc_t_is_a_step_away_from_what_is_still_classified(request_
 
 def test_pour_takes_the_direction_of_the_class_in_the_output_layer_out_of_the_representation(request_to_forget):
     classifier, x = request_to_forget.classifier, request_to_forget.train.images
-    seen = predictions_of(made_by("pour", request_to_forget), request_to_forget.train)
+    seen = predictions_of(answered_by("pour", request_to_forget), request_to_forget.train)
     row, z = classifier.weights[2][FORGET], predictions_of(classifier, request_to_forget.train).hidden[-1]
     along = ((z @ row) / row.norm() ** 2)[:, None] * row
     assert torch.allclose(seen.hidden[-1], z - along, atol=1e-5) and along.abs().max() > 1
@@ -311,7 +314,7 @@ def test_pour_takes_the_direction_of_the_class_in_the_output_layer_out_of_the_re
 
 def test_the_optimised_mask_is_a_mask_and_its_sparsity_counts(request_to_forget):
     whole = request_to_forget.classifier.weights[1]
-    models = (made_by("optimised_mask", request_to_forget, sparsity=sparsity) for sparsity in (0.1, 3.0))
+    models = (answered_by("optimised_mask", request_to_forget, sparsity=sparsity) for sparsity in (0.1, 3.0))
     dense, sparse = (model.weights[1] for model in models)
     assert torch.equal(dense[dense != 0], whole[dense != 0])
     assert 0 <= (sparse == 0).sum() < (dense == 0).sum() < whole.numel()
@@ -319,7 +322,7 @@ def test_the_optimised_mask_is_a_mask_and_its_sparsity_counts(request_to_forget)
 
 @pytest.mark.parametrize("name", ["first_order", "saliency_contrast", "magnitude"])
 def test_weights_are_zeroed_by_the_first_order_effect_or_by_their_size(name):
-    request, effects = make_request(asked=9), []
+    request, effects = make_request(requested_kappa=9), []
     weights = request.original.weights[1].detach()
     for label in range(NUM_CLASSES):
         gradient = gradients(request.original, request.graphs.samples.forget(label))[1]
@@ -328,7 +331,7 @@ def test_weights_are_zeroed_by_the_first_order_effect_or_by_their_size(name):
     contrast = effects[FORGET] - (effects[0] + effects[2]) / 2
     by_size = weights.abs().flatten()
     ranked = {"first_order": effects[FORGET], "saliency_contrast": contrast, "magnitude": by_size}[name]
-    zeroed = (made_by(name, request).weights[1].flatten() == 0).nonzero()[:, 0]
+    zeroed = (answered_by(name, request).weights[1].flatten() == 0).nonzero()[:, 0]
     assert set(zeroed.tolist()) == set(ranked.topk(9).indices.tolist())
     kept = METHODS["magnitude"].most_needed(request)
     assert set(kept.tolist()) == set(by_size.topk(24).indices.tolist())
@@ -336,14 +339,14 @@ def test_weights_are_zeroed_by_the_first_order_effect_or_by_their_size(name):
 
 def test_the_trivial_ways_take_the_logit_or_the_output_row_and_the_control_other_initial_weights(request_to_forget):
     request, images = request_to_forget, request_to_forget.train.images
-    without_row = made_by("output_row", request)
+    without_row = answered_by("output_row", request)
     logits, before = without_row(images), request.classifier(images)
     others = [label for label in range(NUM_CLASSES) if label != FORGET]
     assert (logits[:, FORGET] == 0).all() and torch.equal(logits[:, others], before[:, others])
     assert [int((weight == 0).sum()) for weight in without_row.weights] == [0, 0, 8]
-    p = made_by("logit_removed", request)(images).softmax(1)
+    p = answered_by("logit_removed", request)(images).softmax(1)
     assert (p[:, FORGET] == 0).all() and torch.allclose(p.sum(1), torch.ones(len(p)))
-    retrained = [made_by(name, request).weights[0] for name in ("retrain", "retrain_again", "retrain_third")]
+    retrained = [answered_by(name, request).weights[0] for name in ("retrain", "retrain_again", "retrain_third")]
     assert not any(torch.equal(retrained[one], retrained[one - 1]) for one in range(3))
 
 
@@ -353,7 +356,7 @@ DIVERGING = [("fine_tune", "learning_rate"), ("scrub", "learning_rate"), ("optim
 @pytest.mark.parametrize("name, rate", DIVERGING)
 def test_a_method_that_diverges_stops_with_its_loss_and_step(request_to_forget, name, rate):
     with pytest.raises(TrainingError, match=r"loss.* is -?(nan|inf) at step \d+: training diverged, see eval.hyperp"):
-        made_by(name, request_to_forget, **{rate: 1e39 if rate == "sparsity" else 1e30})
+        answered_by(name, request_to_forget, **{rate: 1e39 if rate == "sparsity" else 1e30})
 
 
 TOP_K = 8
@@ -411,7 +414,7 @@ def test_both_terms_reach_the_gcn_and_sufficiency_is_of_the_kept_weights(to_publ
 def test_the_gcn_is_trained_once_for_a_classifier(to_publish, asked, monkeypatch):
     steps = []
     monkeypatch.setattr(published, "descend", lambda *given: steps.append(given) or descend(*given))
-    first = replace(to_publish, asked=asked, kept={})
+    first = replace(to_publish, requested_kappa=asked, kept={})
     found = answer(first, "published").mask
     scores = mean_importance(first, CONFIG)
     order = set_difference(scores, TOP_K)[FORGET].argsort(descending=True)[: found.num_zeroed]

@@ -28,7 +28,7 @@ from mimu.errors import ArtifactError
 from mimu.files import save
 from mimu.graph import LARGEST_CHANGE, AffineReLU, MaskingGCN, WeightGraph
 from mimu.masks import LayerMask, Mask
-from mimu.pruning import Ranking, ZeroingOrder
+from mimu.pruning import Pruning, SaliencyScorer
 from mimu.saliency import FEATURES
 from mimu.samples import Split
 from mimu.seeds import seeded
@@ -345,7 +345,7 @@ def test_recorded_gradients_of_kernels_are_those_of_autograd_one_sample_at_a_tim
     classifier, split = classifier_of(name), labelled(2)
     layers = list(range(COUNTS[name])) if begins is None else [2, 1]
     inputs = split.images if begins is None else classifier.prefix_activations(begins, split.images)
-    begun = classifier if begins is None else classifier.begun_before(begins)
+    begun = classifier if begins is None else classifier.suffix_from(begins)
     record = begun.record(inputs, split.labels, layers)
     pairs = zip(split.images, split.labels.tolist())
     odds = torch.stack([log_odds(classifier.network, x, label, [0, 1, 2]) for x, label in pairs])
@@ -385,7 +385,7 @@ def test_requests_take_a_snapshot_before_every_step_where_gradients_by_kernels_a
     zeroed = []
     for every in (1, None):
         config = replace(load_config().eval, step=9, snapshot_every=every)
-        order = ZeroingOrder(config, graphs, 1, Ranking(config, graphs, 1, 0))
+        order = Pruning(config, graphs, 1, SaliencyScorer(config, graphs, 1, 0))
         zeroed.append(order.answer(45, graphs.samples).vertices)
     assert torch.equal(*zeroed) == (not is_updated)
 
@@ -425,7 +425,7 @@ def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_thes
     mask = graph.zeroing(torch.randperm(graph.num_vertices)[: graph.num_vertices // 3])
     keep = torch.cat([part.flatten() for part in mask.keep]).double().requires_grad_()
     weights = masked_weights(classifier, graph, keep)
-    features, logits = classifier.begun_before(layers).outputs(classifier.prefix_activations(layers, x), weights)
+    features, logits = classifier.suffix_from(layers).outputs(classifier.prefix_activations(layers, x), weights)
     assert list(weights) == [classifier.names[layer] for layer in layers] == graph.names
     weighting = torch.randn(logits.shape, dtype=torch.float64)
     by_hand = functional_call(classifier.network, weights, x)
@@ -472,7 +472,7 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
     assert count == (21 if is_large else COUNTS[name])
     some = [[layer] for layer in range(count)] + [[2, 1], [count - 1, 2], list(range(count))]
     for layers in some[:: 4 if is_large else 1]:
-        logits = classifier.begun_before(layers)(classifier.prefix_activations(layers, x))
+        logits = classifier.suffix_from(layers)(classifier.prefix_activations(layers, x))
         assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
     of_resnet18 = {1: (64, 8, 8), 2: (64, 8, 8), 19: (512, 1, 1), 20: (512,)}
     begins = of_resnet18 if is_large else NETWORKS[name][2]
@@ -544,7 +544,7 @@ def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_ori
     request = tiny_request(architecture, mask_layer)
     before, x = copy.deepcopy(request.original.state_dict()), request.train.images
     for asked, name in [*((9, name) for name in METHODS), ("auto", "mimu"), ("auto", "saliency")]:
-        found = answer(replace(request, asked=asked), name)
+        found = answer(replace(request, requested_kappa=asked), name)
         logits = found.model(x)
         assert logits.shape == (36, NUM_CLASSES) and (logits.isfinite() | (logits == -torch.inf)).all(), name
         assert asked == "auto" or not METHODS[name].uses_kappa or found.mask.num_zeroed == 9
@@ -747,7 +747,7 @@ def test_the_classifier_is_the_formula(split, bias):
     representation = (first @ w1.T + b1).clamp(min=0)
     expected, own = representation @ w2.T + b2, {"3.weight": w1, "5.weight": w2}
     assert torch.allclose(classifier.prefix_activations([2, 1], split.images), first, atol=1e-6)
-    begun = classifier.begun_before([1])
+    begun = classifier.suffix_from([1])
     found = classifier.outputs(split.images), begun.outputs(first), begun.outputs(first, own)
     for features, logits in found:
         assert torch.allclose(features, representation, atol=1e-6) and torch.allclose(logits, expected, atol=1e-6)

@@ -24,7 +24,7 @@ from experiment.config import CONFIG, load_variants
 from mimu import files as run_files
 from mimu.errors import DataError
 from mimu.pretrained import TrainedGCN
-from mimu.pruning import Ranking, ZeroingOrder
+from mimu.pruning import Pruning, SaliencyScorer
 from trainer import GCNTrainer, Trainer
 
 METHODS = ["original", "mimu", "random", "sft", "retrain", "saliency", "magnitude"]
@@ -45,8 +45,8 @@ def with_smoke(folder: Path, changes: str) -> Path:
 def there(folder: Path, *overrides: str) -> dict[str, int]:
     made = main.Files(folder)
     (training,) = main.trainings_of(smoke(*TINY, *overrides))
-    counts = {name: int(artifact.is_there) for name, artifact in made.of_training(training).items()}
-    return counts | {"experiments": sum(file.is_there for file in made.every(training, 3)) - sum(counts.values())}
+    counts = {name: int(artifact.is_current) for name, artifact in made.of_training(training).items()}
+    return counts | {"experiments": sum(file.is_current for file in made.every(training, 3)) - sum(counts.values())}
 
 
 def test_the_whole_path_leaves_its_artifacts_and_clean_removes_them_alone(clone):
@@ -263,8 +263,8 @@ def test_the_pretrained_gcn_is_taken_as_it_is(here):
     trained, graphs = TrainedGCN.load(), graphs_of(config, here)
     assert config.graphs.features == trained.graphs.features
     assert config.graphs.other_classes == trained.graphs.other_classes
-    ranking = Ranking(config.eval, graphs, 3, 0, trained.gcn)
-    assert result["zeroed"] == ZeroingOrder(config.eval, graphs, 3, ranking).first(20).vertices.tolist()
+    ranking = SaliencyScorer(config.eval, graphs, 3, 0, trained.gcn)
+    assert result["zeroed"] == Pruning(config.eval, graphs, 3, ranking).first(20).vertices.tolist()
 
 
 def test_results_depend_neither_on_the_processes_nor_on_the_rest_of_the_sweep(copy, tmp_path_factory):

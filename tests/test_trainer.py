@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NUM_CLASSES, graph_generator, masking_config, random_split, trainer_config, untrained_gcn
+from conftest import NUM_CLASSES, graph_generator, pruning_config, random_split, trainer_config, untrained_gcn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
@@ -25,7 +25,7 @@ from mimu.files import save
 from mimu.graph import MaskingGCN
 from mimu.masks import Mask
 from mimu.pretrained import TrainedGCN
-from mimu.pruning import MaskingConfig, Ranking, ZeroingOrder
+from mimu.pruning import Pruning, PruningConfig, SaliencyScorer
 from mimu.saliency import FORGETTING_TEMPERATURE as T
 from mimu.saliency import TERMS, ranked, saliency
 from mimu.samples import Split, is_correct
@@ -52,9 +52,9 @@ def adapted_gcn(graphs: GraphGenerator, rounds: int = 2) -> MaskingGCN:
     return gcn
 
 
-def zeroing_order(graphs, forget_row=0, gcn=None, zeroed=None, **changes) -> ZeroingOrder:
-    config = masking_config(**changes)
-    return ZeroingOrder(config, graphs, forget_row, Ranking(config, graphs, forget_row, 0, gcn), zeroed)
+def zeroing_order(graphs, class_index=0, gcn=None, zeroed=None, **changes) -> Pruning:
+    config = pruning_config(**changes)
+    return Pruning(config, graphs, class_index, SaliencyScorer(config, graphs, class_index, 0, gcn), zeroed)
 
 
 def vertices_of(numbers) -> Tensor:
@@ -102,11 +102,11 @@ def test_the_gcn_weighs_the_terms_of_the_formula_and_is_the_formula_before_its_t
 def test_the_others_weigh_less_only_where_the_class_stalls_and_is_not_forgotten(monkeypatch):
     graphs, penalty = graph_generator(), 1.0
     snapshot = graphs.snapshot(graphs.by_class(), TERMS, None, 0)
-    ranking = Ranking(masking_config(penalty_growth=2.0, target=10.0), graphs, 0, 0)
+    ranking = SaliencyScorer(pruning_config(penalty_growth=2.0, target=10.0), graphs, 0, 0)
     # What is left of the class, -log(1 - p), at one step after the other; where it stalls, it has not halved.
     for left, stalls in ((4, False), (1.9, False), (1.5, True), (1.6, True), (0.05, False), (0.09, False), (0.2, True)):
         of_step = replace(snapshot, log_odds=torch.full_like(snapshot.log_odds, np.log(np.expm1(left))))
-        monkeypatch.setattr(Ranking, "_taken", lambda *_, of_step=of_step: of_step)
+        monkeypatch.setattr(SaliencyScorer, "_taken", lambda *_, of_step=of_step: of_step)
         penalty /= 2 if stalls else 1
         expected = saliency(of_step, 0, penalty * RETAIN_WEIGHT)
         assert torch.allclose(ranking(0, vertices_of([])), expected, rtol=1e-5, atol=1e-7), left
@@ -162,9 +162,9 @@ def test_the_loss_is_that_of_the_classifier_under_the_mask_of_the_scores(mask_la
 def test_one_gcn_learns_along_requests_on_several_classifiers(monkeypatch):
     graphs, seen, call = [graph_generator(), graph_generator(None)], [], GCNLoss.__call__
 
-    def spy(self, gcn, zeroed, forget_row, generator):
-        terms, scores = call(self, gcn, zeroed, forget_row, generator)
-        seen.append((self.graphs, forget_row, zeroed, scores))
+    def spy(self, gcn, zeroed, class_index, generator):
+        terms, scores = call(self, gcn, zeroed, class_index, generator)
+        seen.append((self.graphs, class_index, zeroed, scores))
         gradients = [parameter.grad for parameter in gcn.parameters() if parameter.grad is not None]  # of the last step
         assert torch.cat([torch.zeros(1), *(g.flatten() for g in gradients)]).norm() < 1.001, "it is clipped"
         return terms, scores
@@ -327,18 +327,18 @@ def test_an_interrupted_training_goes_on_to_the_same_weights_but_not_from_anothe
     monkeypatch.setattr("mimu.training.check_finite", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(file)
-    assert file.path.exists() and not file.is_there
-    for made_by, goes_on in (({"seed": "others"}, range(16)), (file.made_by, range(8, 16))):
+    assert file.path.exists() and not file.is_current
+    for provenance, goes_on in (({"seed": "others"}, range(16)), (file.provenance, range(8, 16))):
         steps[:] = [-1] * 10
-        copied = Artifact(tmp_path / f"{made_by['seed']}.pt", made_by)
+        copied = Artifact(tmp_path / f"{provenance['seed']}.pt", provenance)
         copied.path.write_bytes(file.path.read_bytes())
         assert all(torch.equal(one, other) for one, other in zip(train(copied), expected, strict=True))
         assert steps[10:] == list(goes_on)
 
 
-def kept_and_left(graphs: GraphGenerator, row: int, masking: MaskingConfig, gcn: MaskingGCN | None) -> float:
+def kept_and_left(graphs: GraphGenerator, row: int, masking: PruningConfig, gcn: MaskingGCN | None) -> float:
     """What the mask of a request keeps of the other classes, less what it leaves of the class."""
-    order = ZeroingOrder(masking, graphs, row, Ranking(masking, graphs, row, 0, gcn))
+    order = Pruning(masking, graphs, row, SaliencyScorer(masking, graphs, row, 0, gcn))
     vertices = order.answer("auto", graphs.train.forget(row)).vertices
     is_correct = masked_logits(graphs, graphs.samples, vertices).argmax(1) == graphs.labels
     return (is_correct[graphs.labels != row].double().mean() - is_correct[graphs.labels == row].double().mean()).item()
@@ -347,7 +347,7 @@ def kept_and_left(graphs: GraphGenerator, row: int, masking: MaskingConfig, gcn:
 def test_how_far_a_gcn_is_behind_the_formula_is_what_their_masks_keep_and_leave():
     train = random_split(40, num_classes=6)
     classifier = Trainer(trainer_config((6, 5), 10), 0).train(train, 6)
-    graphs, masking = GraphGenerator(classifier, train, graph_generator().config, 0), masking_config(step=2)
+    graphs, masking = GraphGenerator(classifier, train, graph_generator().config, 0), pruning_config(step=2)
     trained, behind = GCNTrainer(gcn_config(), [graphs], RETAIN_WEIGHT, 0), []
     for scale in (0.0, 30.0):
         gcn = trained.initial()
@@ -400,11 +400,11 @@ SEARCHES = [(5, 1.7, 60), (5, 20.0, 60), (None, 20.0, 60), (3, 4.1, 24), (3, 45.
 
 
 @pytest.mark.parametrize("step, target, samples", SEARCHES)
-@pytest.mark.parametrize("forget_row", range(NUM_CLASSES))
-def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(problem, step, target, samples, forget_row):
+@pytest.mark.parametrize("class_index", range(NUM_CLASSES))
+def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(problem, step, target, samples, class_index):
     (split, graphs), stride = problem, step or 1
-    forget, retain = split.forget(forget_row)[:samples], split.retain(forget_row)
-    order = zeroing_order(graphs, forget_row, step=step, group_size=15, target=target, max_kappa=150)
+    forget, retain = split.forget(class_index)[:samples], split.retain(class_index)
+    order = zeroing_order(graphs, class_index, step=step, group_size=15, target=target, max_kappa=150)
     found, kappas = order.answer("auto", forget), range(stride, 150, stride)
     kappa = next(k for k in kappas if left_of(graphs, forget, order.first(k).vertices, target) < target)
     assert len(found.vertices) == kappa and found.left == ""
@@ -437,7 +437,7 @@ def test_auto_stops_where_it_forgets_where_it_is_too_much_or_gives_up(gone, targ
 @pytest.mark.parametrize("mask_layer", [-2, None])
 @pytest.mark.parametrize("is_adapted, changes", [(False, {}), (True, {"step": 0.1}), (True, {"momentum": 0.6})])
 def test_a_step_takes_the_largest_mean_scores_on_the_classifier_masked_so_far(mask_layer, is_adapted, changes):
-    graphs, config, row = graph_generator(mask_layer), masking_config(**changes), 2
+    graphs, config, row = graph_generator(mask_layer), pruning_config(**changes), 2
     gcn, names = adapted_gcn(graphs) if is_adapted else None, (*TERMS, *graphs.config.features)
     size, zeroed, mean = graphs.graph.num_vertices, vertices_of([]), None
     order, stride = zeroing_order(graphs, row, gcn, **changes), round(0.1 * size) if "step" in changes else 4
@@ -446,7 +446,7 @@ def test_a_step_takes_the_largest_mean_scores_on_the_classifier_masked_so_far(ma
         snapshot = graphs.snapshot(samples, names, graphs.mask_of(zeroed), row)
         scores = saliency(snapshot, row, RETAIN_WEIGHT, gcn).detach()
         if step == 0:
-            assert torch.equal(Ranking(config, graphs, row, 0, gcn)(0, graphs.nothing), scores)
+            assert torch.equal(SaliencyScorer(config, graphs, row, 0, gcn)(0, graphs.nothing), scores)
         scores = scores / scores.std()
         mean = scores if mean is None else config.momentum * mean + (1 - config.momentum) * scores
         zeroed = torch.cat([zeroed, ranked(mean, zeroed, stride)])
@@ -456,7 +456,7 @@ def test_a_step_takes_the_largest_mean_scores_on_the_classifier_masked_so_far(ma
     seconds = [order.first(kappa).seconds for kappa in (stride, stride + 1, 2 * stride, 3 * stride, 999)]
     assert seconds == sorted(seconds) and len(set(seconds)) == 4, "of all steps up to there"
     with pytest.raises(InputError, match="scores of weights are not finite: look at the inputs, the weights and"):
-        ZeroingOrder(config, graphs, 2, lambda *_: torch.full((size,), torch.nan)).first(1)
+        Pruning(config, graphs, 2, lambda *_: torch.full((size,), torch.nan)).first(1)
 
 
 @pytest.mark.parametrize("every, taken", [(None, [0]), (1, [0, 4, 8, 12, 16]), (2, [0, 8, 16])])
