@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import cycler
+from matplotlib.cbook import boxplot_stats
 from matplotlib.figure import Figure
 
 from mimu.files import write_text, written_whole
@@ -144,18 +145,11 @@ def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def frame(numbers: np.ndarray) -> tuple[float, float]:
-    """Return the limits of an axis that shows all numbers but outliers.
-
-    Outliers are more than 1.5 times the distance of the quartiles beyond the nearest quartile (Tukey's fences).
-    """
-    numbers = numbers[np.isfinite(numbers)]
-    if not len(numbers):
-        return 0.0, 1.0
-    first, third = np.quantile(numbers, (0.25, 0.75))
-    reach = 2 * (third - first) or math.inf  # from the middle between the quartiles
-    within = numbers[np.abs(numbers - (first + third) / 2) <= reach]
-    margin = 0.08 * np.ptp(within) + 1e-3
-    return within.min() - margin, within.max() + margin
+    """Return the limits of an axis that leaves out what is beyond the whiskers of a boxplot."""
+    (box,) = boxplot_stats(numbers[np.isfinite(numbers)], autorange=True)
+    low, high = np.nan_to_num([box["whislo"], box["whishi"]])
+    margin = 0.08 * (high - low) + 1e-3
+    return low - margin, high + margin
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> str:
@@ -176,6 +170,7 @@ class Experiments:
     Attributes:
         by_kappa: The JSON of the experiments by kappa ("auto": chosen for each request), then by seed and digit.
         retrained: The JSON by seed and digit whose `retrain` is what gaps are measured against.
+        subject: Data set, forget classes, split and classifier, for the titles of figures.
         kappa: The kappa that is reported first: auto if it was run, else the best of the fixed ones.
     """
 
@@ -199,13 +194,9 @@ class Experiments:
         names = [(digit, first["class_names"][digit]) for digit in self.digits]
         titles = [name if name == str(digit) else f"{digit} ({name})" for digit, name in names]
         self.classes = f"class{'es' if len(titles) > 1 else ''} {', '.join(titles)}"
+        classes = self.classes if len(titles) < 4 else f"mean over {len(titles)} classes"
+        self.subject = (first["dataset"], classes, first["split"], first["classifier"])
         self.kappa: Kappa = "auto" if self.has_auto else self.best_kappa()
-
-    @property
-    def subject(self) -> tuple[str, ...]:
-        """Data set, forget classes, split and classifier, as titles of figures name them."""
-        classes = self.classes if len(self.digits) < 4 else f"mean over {len(self.digits)} classes"
-        return self.first["dataset"], classes, self.first["split"], self.first["classifier"]
 
     def numbers(self, column: Column, method: str, kappa: Kappa = None) -> list[list[float]]:
         """Return a method's numbers: a row for every seed, with a number for every digit."""
@@ -254,14 +245,10 @@ class Experiments:
         """Return a method's mean at every fixed kappa."""
         return [self.mean(column, method, kappa) for kappa in self.kappas]
 
-    def best_kappa(self) -> Kappa:
-        """Return the fixed kappa with the largest difference of mimu's retain and forget accuracy in training."""
-
-        def contrast(kappa: Kappa) -> float:
-            retain, forget = (self.mean(column, "mimu", kappa) for column in TRAINING_SCORES)
-            return -math.inf if math.isnan(retain - forget) else retain - forget
-
-        return max(self.kappas, key=contrast, default="auto")
+    def best_kappa(self) -> int:
+        """Return the fixed kappa whose retain accuracy exceeds the forget accuracy most, for mimu on training samples."""
+        retain, forget = (self.curve(column, "mimu") for column in TRAINING_SCORES)
+        return self.kappas[np.nan_to_num(np.subtract(retain, forget), nan=-np.inf).argmax()]
 
     def cells(self, columns: Iterable[Column], method: str, kappa: Kappa = None) -> list[str]:
         """Return a method's row of a table."""
@@ -444,11 +431,9 @@ class Reporter:
         axes.set_title(title([self.experiments]), fontsize=9)
         if is_zoomed:
             low, high = axes.set_ylim(frame(np.concatenate([line.get_ydata() for line in axes.lines])))
-            outside = []
-            for line in axes.lines:
-                y = np.array(line.get_ydata())
-                if line.get_label() != "kappa auto" and np.all((y < low) | (y > high)):
-                    outside.append(f"{line.get_label()} {y.mean():.4g}")
+            curves = [line for line in axes.lines if line.get_label() != "kappa auto"]
+            heights = {line.get_label(): np.array(line.get_ydata()) for line in curves}
+            outside = [f"{label} {y.mean():.4g}" for label, y in heights.items() if np.all((y < low) | (y > high))]
             if outside:
                 note = textwrap.fill(f"outside the frame (mean): {', '.join(outside)}", 90)
                 axes.set_xlabel(f"{axes.get_xlabel()}\n{note}")

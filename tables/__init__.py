@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from experiment.files import slug
-from reporter import KEPT, WRITTEN, Reporter, ReporterConfig, save_figure, title
+from reporter import KEPT, WRITTEN, Reporter, ReporterConfig, save_figure, save_text, title
 from tables.experiment import draw_metrics
 from tables.panels import Row, draw_accuracies
 from tables.retraining import audit_sections, draw_audits
@@ -42,9 +42,12 @@ def report(results: Results, folder: Path) -> list[str]:
     has_variants = any(top_ks)
     for reporter in reporters.values():
         write_alone(reporter, with_curves=not has_variants)
-    if has_variants:
-        return compare(reporters, folder)
-    return [reporter.closing_table() for reporter in reporters.values()]
+    if not has_variants:
+        return [reporter.closing_table() for reporter in reporters.values()]
+    tables, figure = compare({name: reporter.experiments for name, reporter in reporters.items()})
+    save_text("\n\n".join(["# Variants", *tables]) + "\n", folder / "variants.md")
+    save_figure(figure, folder / "variants.png", next(iter(results.values()))[0])
+    return tables
 
 
 def write_alone(reporter: Reporter, with_curves: bool) -> None:

@@ -28,8 +28,7 @@ def draw_metrics(experiments: Experiments, heading: str, evaluation: str) -> Fig
         panel.axvline(experiments.mean(column, "retrain"), color="0.5", linewidth=0.8)
         for height, row in enumerate(rows):
             number = column.text([experiments.mean(column, row.method)])
-            place = {"xycoords": panel.get_yaxis_transform(), "xytext": (7, 0), "textcoords": "offset points"}
-            panel.annotate(number, (1, height), va="center", fontsize=7, **place)
+            panel.text(1.03, height, number, transform=panel.get_yaxis_transform(), va="center", fontsize=7)
     return figure
 
 

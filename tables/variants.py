@@ -5,49 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from reporter import (
-    FORGET_SCORE,
-    RETAIN_GAP,
-    SECONDS,
-    WORST,
-    Column,
-    Experiments,
-    Reporter,
-    markdown_table,
-    save_figure,
-    save_text,
-)
+from matplotlib.figure import Figure
+
+from reporter import FORGET_SCORE, RETAIN_GAP, SECONDS, WORST, Column, Experiments, markdown_table
 from tables.panels import Row, draw_accuracies
 from tables.retraining import INDEX, PROBE
 
 WORST_FORGET, WORST_GAP = (replace(column, name="worst") for column in WORST)
 SHARE = Column(("num_zeroed",), "weights zeroed, %", percent_of="num_graph_vertices")
 COLUMNS = (FORGET_SCORE, WORST_FORGET, RETAIN_GAP, WORST_GAP, SHARE, SECONDS)
+STEPS = Column((), spec=".0f")
 PROBE_GAP = replace(PROBE, name="probe recall against retrain, points", spec="+.1f", is_gap=True)
 
 
-def compare(reporters: Mapping[str, Reporter], folder: Path) -> list[str]:
-    """Write and draw variants side by side, and return their tables.
+def compare(variants: Mapping[str, Experiments]) -> tuple[list[str], Figure]:
+    """Return tables of all methods of all variants, and a figure of their accuracies.
 
-    A row is a method of a variant; that of mimu has the name of the variant alone.
+    A row has the names of a variant and a method, that of mimu the name of the variant alone.
     """
-    experiments = [reporter.experiments for reporter in reporters.values()]
-    share_retrained(experiments)
+    share_retrained(variants.values())
     rows = []
-    for variant, reporter in reporters.items():
-        for method in reporter.experiments.methods:
-            rows.append(Row(variant if method == "mimu" else f"{variant}: {method}", reporter.experiments, method))
+    for variant, experiments in variants.items():
+        for method in experiments.methods:
+            rows.append(Row(variant if method == "mimu" else f"{variant}: {method}", experiments, method))
     tables = [table([row for row in rows if row.method != "retrain"], COLUMNS)]
-    if columns := audit_columns(experiments):
+    if columns := audit_columns(variants.values()):
         tables.append(table(rows, columns))
-    save_text("\n\n".join(["# Variants", *tables]) + "\n", folder / "variants.md")
-    unlearned = [row for row in rows if row.method not in ("original", "retrain")]
-    config = next(iter(reporters.values())).config
-    save_figure(draw_accuracies(unlearned), folder / "variants.png", config)
-    return tables
+    return tables, draw_accuracies([row for row in rows if row.method not in ("original", "retrain")])
 
 
 def share_retrained(variants: Iterable[Experiments]) -> None:
@@ -68,18 +54,13 @@ def audit_columns(variants: Iterable[Experiments]) -> list[Column]:
         for audits in experiments.first["audit_metrics"].values():
             layers |= dict.fromkeys(audits.get("usable_bits") or ())
             counts |= dict.fromkeys(audits.get("relearn_from") or ())
-    columns = []
-    for layer in layers:
-        name = f"IDI, {layer.replace('hidden_', 'hidden layer ')}"
-        columns.append(replace(INDEX, keys=("audit_metrics", "usable_bits", layer), name=name))
-    if layers:
-        columns.append(PROBE_GAP)
-    for count in counts:
-        keys = ("audit_metrics", "prototype_recall", count)
-        columns.append(replace(PROBE_GAP, keys=keys, name=f"prototype, {count} a class"))
-    for count in counts:
-        columns.append(Column(("audit_metrics", "relearn_from", count), f"steps, {count} a class", ".0f"))
-    return columns
+
+    def column(base: Column, audit: str, key: str, name: str) -> Column:
+        return replace(base, keys=("audit_metrics", audit, key), name=name.replace("hidden_", "hidden layer "))
+
+    columns = [column(INDEX, "usable_bits", each, f"IDI, {each}") for each in layers] + [PROBE_GAP] * bool(layers)
+    columns += [column(PROBE_GAP, "prototype_recall", each, f"prototype, {each} a class") for each in counts]
+    return columns + [column(STEPS, "relearn_from", each, f"steps, {each} a class") for each in counts]
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
