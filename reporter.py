@@ -170,6 +170,7 @@ class Experiments:
     Attributes:
         by_kappa: The JSON of the experiments by kappa ("auto": chosen for each request), then by seed and digit.
         retrained: The JSON by seed and digit whose `retrain` is what gaps are measured against.
+        choosing: The methods that choose their own kappa if it is auto.
         subject: Data set, forget classes, split and classifier, for the titles of figures.
         kappa: The kappa that is reported first: auto if it was run, else the best of the fixed ones.
     """
@@ -186,13 +187,14 @@ class Experiments:
                 self.retrained[place] = each
         self.first = first = self.every[0]
         self.has_auto = "auto" in self.by_kappa
+        self.choosing = list(next(iter(self.by_kappa["auto"].values()))["gave_up"]) if self.has_auto else []
         self.kappas = sorted(kappa for kappa in self.by_kappa if kappa != "auto")
         self.is_audited = bool(self.retrained) and all(each["audit_metrics"] for each in self.every)
         self.digits = sorted({each["forget_digit"] for each in self.every})
         self.seeds = sorted({each["seed"] for each in self.every})
         self.methods = list(first[FORGET] | first[RETAIN])
-        names = [(digit, first["class_names"][digit]) for digit in self.digits]
-        titles = [name if name == str(digit) else f"{digit} ({name})" for digit, name in names]
+        names = {digit: first["class_names"][digit] for digit in self.digits}
+        titles = [name if name == str(digit) else f"{digit} ({name})" for digit, name in names.items()]
         self.classes = f"class{'es' if len(titles) > 1 else ''} {', '.join(titles)}"
         classes = self.classes if len(titles) < 4 else f"mean over {len(titles)} classes"
         self.subject = (first["dataset"], classes, first["split"], first["classifier"])
@@ -246,7 +248,7 @@ class Experiments:
         return [self.mean(column, method, kappa) for kappa in self.kappas]
 
     def best_kappa(self) -> int:
-        """Return the fixed kappa whose retain accuracy exceeds the forget accuracy most, for mimu on training samples."""
+        """Return the fixed kappa for which mimu's retain accuracy exceeds its forget accuracy most in training."""
         retain, forget = (self.curve(column, "mimu") for column in TRAINING_SCORES)
         return self.kappas[np.nan_to_num(np.subtract(retain, forget), nan=-np.inf).argmax()]
 
@@ -375,7 +377,7 @@ class Reporter:
     def about(self) -> str:
         """Return how kappa was chosen, how much of the classifier it zeroes, and which methods gave up."""
         experiments = self.experiments
-        requests = list(experiments.by_kappa[experiments.kappa].values())
+        requests = experiments.by_kappa[experiments.kappa].values()
         kappa = fmean(each["kappa"] for each in requests)
         masked, total = (100 * kappa / experiments.first[key] for key in ("num_graph_vertices", "num_weights"))
         share = f"{kappa:.0f} weights, {masked:.2g} % of the masked ones and {total:.2g} % of all"
@@ -383,7 +385,7 @@ class Reporter:
             return f"Of the fixed kappas, {experiments.kappa} is the best on training samples: {share}."
         text = "kappa is chosen automatically on the training split, for each request and method; "
         text += f"mimu's is {share} on average."
-        for name in requests[0]["gave_up"]:
+        for name in experiments.choosing:
             if count := sum(each["gave_up"][name] for each in requests):
                 text += f" {name} gave up before the class was forgotten on {count} of {len(requests)} requests."
         if count := sum(each.get("gcn_untrained", False) for each in requests):
@@ -412,11 +414,10 @@ class Reporter:
 
     def _mark_auto(self, x: Column, y: Column) -> None:
         """Draw a ring where each method stands that chooses its own kappa for each request."""
-        requests = self.experiments.by_kappa.get("auto", {})
-        for name in next(iter(requests.values()))["gave_up"] if requests else ():
-            ring = {"marker": "o", "fillstyle": "none", "markersize": 12, "markeredgewidth": 1.5, "linestyle": "none"}
-            ring |= {"color": self.styles[name]["color"], "label": "kappa auto", "zorder": 5}
-            plt.plot(self.experiments.mean(x, name, "auto"), self.experiments.mean(y, name, "auto"), **ring)
+        ring = {"fillstyle": "none", "markersize": 12, "markeredgewidth": 1.5, "label": "kappa auto", "zorder": 5}
+        for name in self.experiments.choosing:
+            across, up = (self.experiments.mean(column, name, "auto") for column in (x, y))
+            plt.plot(across, up, "o", color=self.styles[name]["color"], **ring)
 
     @contextmanager
     def _figure(self, name: str, y_label: str, is_zoomed: bool = False, panels: int = 1) -> Iterator[None]:

@@ -43,8 +43,7 @@ def draw_class_probabilities(experiments: Experiments, heading: str) -> Figure:
     for (y, x), number in np.ndenumerate(image.get_array()):
         axes.text(x, y, f"{number:.2f}", ha="center", va="center", fontsize=8, color="w" if number > 0.6 else "k")
     axes.set_xticks(range(len(classes)), classes, fontsize=8, rotation=90 if max(map(len, classes)) > 2 else 0)
-    axes.set_yticks(range(len(probabilities)), probabilities)
-    axes.set_xlabel("class")
+    axes.set(xlabel="class", yticks=range(len(probabilities)), yticklabels=probabilities)
     return figure
 
 
@@ -57,10 +56,8 @@ def draw_weights(experiments: Experiments, heading: str) -> Figure:
         weights, zeroed, edges = histogram["all"], histogram["zeroed"], histogram["edges"]
         axes.stairs(weights, edges, fill=True, color="0.75", label=f"all {sum(weights)} weights")
         axes.stairs(zeroed, edges, fill=True, color=COLORS["mimu"], label=f"{sum(zeroed)} zeroed by mimu")
-        axes.set_yscale("log")
+        axes.set(yscale="log", ylim=(0.8, 1.2 * max(weights) ** 1.3), ylabel="number of weights")  # the legend has room
         axes.set_xlabel(f"weight of layer {histogram['layer']}, {' x '.join(map(str, histogram['shape']))}")
-        axes.set_ylabel("number of weights")
-        axes.set_ylim(0.8, 1.2 * max(weights) ** 1.3)  # room for the legend
         axes.legend(fontsize=8, loc="upper center")
     return figure
 

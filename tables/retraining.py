@@ -23,7 +23,7 @@ PROBE = Column(("audit_metrics", "probe_recall", "linear"), "probe, recall of th
 RELEARN_STEPS = Column(("audit_metrics", "relearn_steps"), "relearn time, steps", ".1f")
 CAME_BACK = Column(("audit_metrics", "came_back"))
 COST = (SECONDS, Column(("audit_metrics", "weights_changed"), "weights changed", ".0f"))
-PLACED = ("js_forget", "js_retain", "relearn_steps", "weights_changed")  # audits of one number with a column above
+PLACED = ("js_forget", "js_retain", "relearn_steps", "weights_changed")  # audits whose column stands above
 OLD_AUDITS = {  # for JSON that does not name its audits
     "loss_attack": {"title": "loss attack, area under the curve", "spec": ".3f"},
     "entropy_attack": {"title": "entropy attack, % members", "spec": ".1f"},
@@ -32,22 +32,17 @@ ABOUT = {"does": "what it does", "touches": "what it may change", "needs": "data
 
 
 def audit_columns(experiments: Experiments) -> tuple[Column, ...]:
-    """Return the columns of the audits, first those of one number that the JSON names and that have no other place."""
-    columns = []
-    for name, audit in experiments.first.get("audits", OLD_AUDITS).items():
-        values = [audits.get(name) for audits in experiments.first["audit_metrics"].values()]
-        if name not in PLACED and any(type(value) in (int, float) for value in values):
-            columns.append(Column(("audit_metrics", name), audit["title"], audit["spec"]))
-    return *columns, INDEX, PROBE, RELEARN_STEPS
+    """Return the columns of the audits, first all that the JSON names and that have no place of their own."""
+    audits = {name: audit for name, audit in experiments.first.get("audits", OLD_AUDITS).items() if name not in PLACED}
+    further = [Column(("audit_metrics", name), audit["title"], audit["spec"]) for name, audit in audits.items()]
+    return *further, INDEX, PROBE, RELEARN_STEPS
 
 
 def by_distance(experiments: Experiments) -> list[str]:
     """Return the audited methods, sorted by the mean of their `DIVERGENCES` from the retrained classifier."""
-
-    def distance(method: str) -> float:
-        return np.nan_to_num(sum(experiments.mean(column, method) for column in DIVERGENCES) / 2, nan=np.inf)
-
-    return sorted(experiments.first["methods"], key=distance)  # without models that were evaluated by hand
+    methods = list(experiments.first["methods"])  # without models that were evaluated by hand
+    distances = [sum(experiments.mean(column, method) for column in DIVERGENCES) for method in methods]
+    return [methods[index] for index in np.argsort(distances, kind="stable")]  # nan comes last
 
 
 def audit_sections(experiments: Experiments) -> list[str]:
