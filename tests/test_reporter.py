@@ -6,6 +6,7 @@ import os
 import random
 import re
 from itertools import product
+from pathlib import Path
 from statistics import fmean, stdev
 
 import matplotlib.pyplot as plt
@@ -357,12 +358,11 @@ def test_an_audit_that_the_json_names_has_a_column_and_a_panel(tmp_path):
 def test_every_audit_has_a_panel_with_a_line_at_retraining(beside):
     panels = draw_audits(beside).axes
     assert len(panels) == 8 and all(axes.get_xlabel() for axes in panels)
-    assert texts(panels[0].get_yticklabels()) == SORTED
+    assert texts(panels[0].get_yticklabels()) == SORTED and panels[1].get_xscale() == "linear"
     small, large, *_, line = panels[5].lines[2:]
     assert list(small.get_xdata()) == [91.0, 91.25] and large.get_xydata().tolist() == [[91.125, 1.0]]
     assert small.get_color() == large.get_color() == STYLES["mimu"]["color"]
     assert list(line.get_xdata()) == [79.875, 79.875]
-    assert panels[1].get_xscale() == "linear", "no divergence is far away"
 
 
 @pytest.mark.parametrize("count", [1, 5, 10])
@@ -392,19 +392,15 @@ def variant(folder, methods=("mimu",), cost=0.0, kappas=("auto",), **changes) ->
     return Experiments(write(folder, [audited(*at, methods, cost, kappa, **changes) for at, kappa in requests]))
 
 
-@pytest.fixture
-def variants(tmp_path) -> dict[str, Experiments]:
+def test_variants_are_compared_with_retraining_the_same_classifier(tmp_path):
     config, three = {"dataset": "digits", "held_out": 0, "classifier": 5}, ["original", "mimu", "retrain"]
-    return {
+    variants = {
         "strong": variant(tmp_path / "strong", cost=8.0),
         "none": variant(tmp_path / "none", three),
         "weak": variant(tmp_path / "weak", cost=2.0, kappas=("auto", 20, 10)),
         "other": variant(tmp_path / "other", cost=4.0, dataset="digits", config=config),
         "silent": variant(tmp_path / "silent", three, cost=6.0, audit_metrics={}),
     }
-
-
-def test_variants_are_compared_with_retraining_the_same_classifier(variants):
     tables, figure = compare(variants)
     table, audits = map(rows_of, tables)
     assert variants["strong"].by_seed(RETAIN_GAP, "mimu") == pytest.approx((-6 + 0.25, -6 + 0.25 + 2))
@@ -439,8 +435,7 @@ def test_the_index_is_not_given_if_another_retrained_classifier_is_as_far(tmp_pa
 
 def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, no_pictures):
     reports, elsewhere = tmp_path / "reports", tmp_path / "elsewhere"
-    names = ("mine.md", "first_try/summary.png", "variants/mine.md", "../elsewhere/summary.md", "trade_off.pdf")
-    for name in names:
+    for name in ("mine.md", "first_try/summary.png", "variants/mine.md", "../elsewhere/summary.md", "trade_off.pdf"):
         write_text(reports / name, "mine")
     for folder in (reports / "first_try", elsewhere):
         write_text(folder / ".written", "summary.md\nsummary.png\n")
@@ -451,45 +446,49 @@ def test_reports_take_the_place_of_those_before_and_of_nothing_else(tmp_path, no
     (reports / "link.png").symlink_to(reports / "mine.md")
     mine = {*files(reports)} - {"trade_off.pdf", ".written"}
 
-    def new() -> set[str]:
+    def new_files(*folders: str) -> list[set[str]]:
+        """The names in each folder, which must be all but those that were there before."""
         assert (elsewhere / "summary.md").exists() and (reports / "variants" / "empty").exists()
-        assert mine <= {*files(reports)}
-        return {*files(reports)} - mine
+        names = {*files(reports)}
+        assert mine <= names and {str(Path(name).parent) for name in names - mine} == {*folders}
+        return [{Path(name).name for name in names - mine if str(Path(name).parent) == folder} for folder in folders]
 
-    methods = ("mimu", "retrain")
-    two = [write(tmp_path, [experiment(0, digit, methods=methods)]) for digit in DIGITS]
+    written = {".written", "summary.md"}
+    two = write(tmp_path, [experiment(0, digit, methods=("mimu", "retrain")) for digit in DIGITS])
     other = write(tmp_path, [experiment(1, 3, methods=("mimu",), top_k=6)])
-    closing = report({("", 5): (CONFIG, two[0] + two[1]), ("", 6): (CONFIG, other)}, reports)
-    subjects = [re.search(r"forgetting (.*), evaluated", table)[1] for table in closing]
-    assert subjects == ["classes 3, 9 (boot)", "class 3"]
-    of_top_k = {f"top_k_5/{name}" for name in ("summary.md", "mask_efficacy.png", "trade_off.png", ".written")}
-    assert new() == of_top_k | {f"top_k_6/{name}" for name in ("summary.md", "mask_efficacy.png", ".written")}
-    own = module.ReporterConfig(50, ("pdf", "svg"))
-    alone = write(tmp_path, [audited(0, 3)])
+    closing = report({("", 5): (CONFIG, two), ("", 6): (CONFIG, other)}, reports)
+    assert ["classes 3, 9 (boot)" in closing[0], "class 3, evaluated" in closing[1], len(closing)] == [True, True, 2]
+    drawn = written | {"mask_efficacy.png"}
+    assert new_files("top_k_5", "top_k_6") == [drawn | {"trade_off.png"}, drawn]
+    own, alone = module.ReporterConfig(50, ("pdf", "svg")), write(tmp_path, [audited(0, 3)])
     report({("first one", 6): (CONFIG, other), ("other", 5): (own, alone)}, reports)
-    names = ("summary.md", "audits.pdf", "audits.svg", ".written")
-    others = {f"variants/other/{name}" for name in names} | {"variants.md", "variants.png", ".written"}
-    assert new() == others | {f"variants/first_one/{name}" for name in ("summary.md", ".written")}
+    folders = new_files(".", "variants/first_one", "variants/other")
+    assert folders == [{".written", "variants.md", "variants.png"}, written, written | {"audits.pdf", "audits.svg"}]
     assert (reports / "variants.png").read_text() == "png 25"
     assert (reports / "variants" / "other" / "audits.svg").read_text() == "svg 50", "with its own settings"
     report({("", 5): (CONFIG, alone)}, reports)
-    assert new() == {"summary.md", "mask_efficacy.png", "trade_off.png", "audits.png", ".written"}
+    assert new_files(".") == [drawn | {"trade_off.png", "audits.png"}]
     assert "## Distance to retraining" in (reports / "summary.md").read_text()
     assert not (reports / "variants" / "other").exists()
 
 
+SCORED = {  # the metrics of a forget set, and how each is written
+    "original": {"score": (100.0, "100.00"), "probability": (1.0, "1.0000"), "loss": (0.0, "0.00")},
+    "mimu": {"score": (0.0, "0.00"), "probability": (1e-9, "0.0000"), "loss": (500.0, "500.00")},
+    "retrain": {"score": (0.25, "0.25"), "probability": (0.125, "0.1250"), "loss": (None, "–")},
+}
+
+
 @pytest.fixture
-def plotted(tmp_path) -> dict:
-    one = experiment(0, 9, methods=("original", "mimu", "row"))
+def plotted(tmp_path):
     histogram = {"layer": 1, "shape": [1, 2], "edges": [-1.0, 0.0, 1.0], "all": [9, 5], "zeroed": [0, 4]}
-    one |= {"class_probabilities": dict.fromkeys(one["methods"], [0.1] * 10), "weight_histograms": [histogram]}
-    one[RETAIN]["row"] = {"loss": None, "score": 50.0}
-    return one
+    forget = {name: {key: value for key, (value, _) in metrics.items()} for name, metrics in SCORED.items()}
+    changes = {"class_probabilities": dict.fromkeys(SCORED, [0.1] * 10), "weight_histograms": [histogram]}
+    return write(tmp_path, [experiment(0, 9, methods=(*SCORED,), **changes, **{FORGET: forget})])[0]
 
 
 def test_the_plots_of_an_experiment_are_drawn_where_they_are_missing_or_old(plotted, tmp_path, no_pictures):
-    (metrics,) = write(tmp_path, [plotted])
-    draw = lambda: plots.draw(metrics, tmp_path / "plots", module.ReporterConfig(25, ("png", "pdf")))  # noqa: E731
+    draw = lambda: plots.draw(plotted, tmp_path / "plots", module.ReporterConfig(25, ("png", "pdf")))  # noqa: E731
     draw()
     names = ("unlearning", "performance_degradation", "class_probabilities", "weights")
     drawn = {f"{name}.{suffix}": f"{suffix} 25" for name, suffix in product(names, ("png", "pdf"))}
@@ -500,7 +499,7 @@ def test_the_plots_of_an_experiment_are_drawn_where_they_are_missing_or_old(plot
         for path in paths:
             path.write_text("kept")
             os.utime(path, (2, 2))
-        os.utime(metrics, (age, age))
+        os.utime(plotted, (age, age))
         if missing:
             paths[1].unlink()
         draw()
@@ -508,40 +507,27 @@ def test_the_plots_of_an_experiment_are_drawn_where_they_are_missing_or_old(plot
 
 
 def test_plots_of_an_experiment_say_what_they_show_with_a_number_beside_every_mark(plotted, tmp_path, drawn):
-    (metrics,) = write(tmp_path, [plotted])
-    plots.draw(metrics, tmp_path / "plots", CONFIG)
+    plots.draw(plotted, tmp_path / "plots", CONFIG)
     forget, retain, probabilities, weights = drawn
     heading = "MNIST, class 9 (boot), the test split, 784-8-10, kappa = auto"
     assert forget.get_suptitle() == retain.get_suptitle() == weights.get_suptitle() == heading
     assert probabilities.axes[0].get_title() == f"{heading}, forget set", "centred above the matrix"
-    names = ["original", "mimu", "row"]
-    assert texts(forget.axes[0].get_yticklabels()) == texts(probabilities.axes[0].get_yticklabels()) == names
-    assert texts(probabilities.axes[0].get_xticklabels()) == plotted["class_names"]
+    assert texts(forget.axes[0].get_yticklabels()) == texts(probabilities.axes[0].get_yticklabels()) == [*SCORED]
+    assert texts(probabilities.axes[0].get_xticklabels()) == [*map(str, range(9)), "boot"]
     assert texts(probabilities.axes[0].texts) == ["0.10"] * 30
     assert texts(weights.axes[0].get_legend().get_texts()) == ["all 14 weights", "4 zeroed by mimu"]
-    (accuracy,) = (axes for axes in retain.axes if axes.get_xlabel() == "retain accuracy, %")
-    values = [plotted[RETAIN][name]["score"] for name in names]
-    assert [line.get_xdata()[0] for line in accuracy.lines[1::2]] == pytest.approx(values)
-    assert texts(accuracy.texts) == [f"{value:.2f}" for value in values], "of one precision"
-    colours = [to_hex(line.get_color()) for line in accuracy.lines[1:4:2]]
-    assert colours == ["#000000", STYLES["mimu"]["color"].lower()]
-
-
-def test_panels_end_where_metrics_do_and_show_every_number(plotted, tmp_path):
-    plotted[FORGET] = {
-        "original": {"loss": 0.0, "score": 100.0, "probability": 1.0},
-        "mimu": {"loss": 500.0, "score": 0.0, "probability": 1e-9},
-        "retrain": {"loss": 20.0, "score": 0.25, "probability": 0.125},
-    }
-    experiments = Experiments(write(tmp_path, [plotted]))
-    efficacy = plots.draw_metrics(experiments, "K = 5", KEPT)
-    assert efficacy.get_suptitle() == "K = 5" and texts(efficacy.axes[0].get_yticklabels()) == ["mimu"]
-    panels = plots.draw_metrics(experiments, "", FORGET).axes
-    score, probability, loss = panels
-    assert score.get_xlim() == (0.0, 100.0) and probability.get_xlim() == (0.0, 1.0) and loss.get_xlim()[0] == 0.0
-    assert not any(line.get_clip_on() for line in score.lines[:6])
-    numbers = [["100.00", "0.00", "0.25"], ["1.0000", "0.0000", "0.1250"], ["0.00", "500.00", "20.00"]]
-    assert [texts(axes.texts) for axes in panels] == numbers
-    assert {text.get_position()[0] > 1 for text in score.texts} == {True}, "right of the panel"
-    assert [axes.lines[-1].get_xdata() for axes in (score, loss)] == [[0.25, 0.25], [20.0, 20.0]]
+    assert [axes.get_xlabel() for axes in retain.axes] == ["retain accuracy, %", "retain loss, nats"]
+    for axes, metric in zip(forget.axes, ("score", "probability", "loss"), strict=True):
+        values, numbers = zip(*(metrics[metric] for metrics in SCORED.values()))
+        assert texts(axes.texts) == list(numbers) and {text.get_position()[0] > 1 for text in axes.texts} == {True}
+        *means, line = axes.lines[1::2] + axes.lines[-1:]
+        assert [mark.get_xdata()[0] for mark in means] == pytest.approx(np.array(values, float), nan_ok=True)
+        assert not any(mark.get_clip_on() for mark in means), "whole at the ends of the axis"
+        assert line.get_xdata() == pytest.approx([math.nan if values[2] is None else values[2]] * 2, nan_ok=True)
+        assert axes.get_xlim()[0] == 0.0
+    score, probability, loss = forget.axes
+    assert score.get_xlim()[1] == 100.0 and probability.get_xlim()[1] == 1.0
     assert loss.get_xscale() == "symlog" and loss.get_xlabel() == "forget loss, nats\n(symmetric log scale)"
+    assert to_hex(score.lines[3].get_color()) == STYLES["mimu"]["color"].lower()
+    efficacy = plots.draw_metrics(Experiments([plotted]), "K = 5", KEPT)
+    assert efficacy.get_suptitle() == "K = 5" and texts(efficacy.axes[0].get_yticklabels()) == ["mimu"]
