@@ -108,6 +108,7 @@ def prune(
         InputError: if a score is not finite
     """
     zeroed = graphs.nothing if zeroed is None else zeroed
+    features = TERMS if gcn is None else (*TERMS, *graphs.config.features)
     newest, snapshot, scores, running_mean = graphs.nothing, None, None, None
     penalty, loss, seconds = 1.0, math.inf, 0.0
     for step in itertools.count():
@@ -121,7 +122,8 @@ def prune(
                 snapshot = snapshot.first_order_update(newest)
             else:
                 snapshot = None  # two snapshots at a time could take too much memory
-                snapshot = new_snapshot(graphs, class_index, config.group_size, seed, step, zeroed, gcn)
+                samples = graphs.draw(config.group_size, seeded("request", seed, graphs.classes[class_index], step))
+                snapshot = graphs.snapshot(samples, features, graphs.mask_of(zeroed), class_index)
             previous_loss, loss = loss, F.softplus(snapshot.log_odds[class_index]).mean().item()
             if is_stalled(loss, previous_loss, config):
                 penalty /= config.penalty_growth
@@ -139,21 +141,6 @@ def prune(
 def is_updated(snapshot: Snapshot, step: int, snapshot_every: int | None) -> bool:
     """Tells whether a step updates the last snapshot, whose records must be kept, instead of taking a new one."""
     return bool(snapshot.records) and (snapshot_every is None or step % snapshot_every != 0)
-
-
-def new_snapshot(
-    graphs: ActivationGraphs,
-    class_index: int,
-    group_size: int,
-    seed: int,
-    step: int,
-    zeroed: Tensor,
-    gcn: MaskingGCN | None,
-) -> Snapshot:
-    """Runs newly drawn samples through the classifier masked so far, and records what the score and the GCN read."""
-    samples = graphs.draw(group_size, seeded("request", seed, graphs.classes[class_index], step))
-    features = TERMS if gcn is None else (*TERMS, *graphs.config.features)
-    return graphs.snapshot(samples, features, graphs.mask_of(zeroed), class_index)
 
 
 def is_stalled(loss: float, previous_loss: float, config: PruningConfig) -> bool:
@@ -310,19 +297,13 @@ class Pruning:
     """
 
     def __init__(self, steps: Iterator[PruningStep], counter: RemainingCounter, config: PruningConfig) -> None:
-        self._coming, self._kept = steps, []
-        self._counter, self._config = counter, config
+        self._steps, self._counter, self._config = steps, counter, config
         self._forgotten: PruningResult | None = None
 
     def steps(self) -> Iterator[PruningStep]:
         """Yields every step from the first on; a step is computed once."""
-        for index in itertools.count():
-            if index == len(self._kept):
-                step = next(self._coming, None)
-                if step is None:
-                    return
-                self._kept.append(step)
-            yield self._kept[index]
+        self._steps, steps = itertools.tee(self._steps)
+        return steps
 
     def at(self, kappa: int) -> PruningResult:
         """The first kappa vertices."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -188,11 +188,6 @@ class UnlearningRequest:
             mask = replace(mask, by_layer=edited)
         return (mask & self.carried if self.carried else mask).made_on(self.model)
 
-    def without(self, is_held_out: Tensor) -> Self:
-        """The request without some of its samples (samples)."""
-        custom = replace(self.custom, images=self.custom.images[~is_held_out])
-        return replace(self, custom=custom, train=self.train[~is_held_out], progress=False)
-
     def check_accuracies(self) -> None:
         """Raises InputError if there is no class to retain. Warns if model and samples hardly belong together."""
         judgement, question = self.judgement, "are the inputs as in its training, and the labels in its order?"
@@ -345,7 +340,9 @@ def held_out_logits(
             folds[judgement.labels == label] = torch.arange(count, device=folds.device) % FOLDS
     for fold in folds[folds < FOLDS].unique():
         is_held_out = folds == fold
-        mask = forget(request.without(is_held_out), judgement[~is_held_out]).masks[-1]
+        custom = replace(request.custom, images=request.custom.images[~is_held_out])
+        part = replace(request, custom=custom, train=request.train[~is_held_out], progress=False)
+        mask = forget(part, judgement[~is_held_out]).masks[-1]
         logits[is_held_out] = request.logits(mask, is_held_out)
     return logits
 

@@ -124,7 +124,7 @@ def test_the_damage_penalty_falls_only_if_the_class_stalls_and_is_not_forgotten(
         log_odds = np.log(np.expm1(next(losses)[0]))
         return replace(snapshot, log_odds=torch.full_like(snapshot.log_odds, log_odds))
 
-    monkeypatch.setattr("mimu.pruning.new_snapshot", first_order_update)
+    monkeypatch.setattr(ActivationGraphs, "snapshot", first_order_update)
     monkeypatch.setattr(Snapshot, "first_order_update", first_order_update)
     steps = prune(graphs, 0, pruning_config(penalty_growth=2.0, target=10.0, step=1), 0)
     for (loss, is_stalled), step in zip(course, steps):
