@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +15,7 @@ from trainer import Trained
 @unlearning_method("saliency", uses_kappa=True, touches="a mask")
 def saliency(request: Request) -> PruningResult:
     """Saliency without the GCN: the weights that the formula scores highest are zeroed, in the same steps."""
-    return request.in_steps("saliency", replace(request.ranking, gcn=None))
+    return request.in_steps("saliency")
 
 
 def largest(request: Request, count: int) -> Tensor:
