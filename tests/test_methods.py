@@ -84,9 +84,7 @@ def test_the_baseline_that_the_readme_adds_is_described_and_configured(tmp_path)
         text = (copy / path).read_text()
         assert text.count(below) == 1
         (copy / path).write_text(text.replace(below, re.search(example, readme, re.DOTALL)[1] + below))
-    command = (
-        "from test_methods import *; assert 'coactivation' in METHODS; test_every_method_is_described_and_configured()"
-    )
+    command = "from test_methods import *; METHODS['coactivation']; test_every_method_is_described_and_configured()"
     paths = os.environ | {"PYTHONPATH": f"{copy}:{copy / 'tests'}"}
     done = subprocess.run([sys.executable, "-c", command], cwd=copy, env=paths, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -113,10 +111,7 @@ def test_fields_of_a_dataclass_and_keywords_are_hyperparameters(request_to_forge
     config = load_config(overrides=["eval.methods=[mimu, fading]", f"{setting}={values}"]).eval
     answer(replace(request_to_forget, config=config), "fading")
     assert received == [(Fading(0.1, 7), 2.0)]
-    for changes, message in (
-        ({"step": 1}, ".*step"),
-        ({"rounds": 0}, ".rounds must be an integer, at least 1, not 0$"),
-    ):
+    for changes, message in (({"step": 1}, ".*step"), ({"rounds": 0}, ".rounds must be .* at least 1, not 0$")):
         with pytest.raises(InputError, match=f": {setting}{message}"):
             load_config(overrides=["eval.methods=[mimu, fading]", f"{setting}={values | changes}"])
 
@@ -206,10 +201,8 @@ def test_a_step_of_delete_is_towards_the_originals_predictions_without_the_class
 def test_damp_removes_what_no_retained_mean_spans_more_in_deeper_layers(request_to_forget):
     request, network = request_to_forget, request_to_forget.classifier.network
     chosen = some_of_every_class(request.train, 40, "damp", request.seed, FORGET)
-    before, halved_row, whole_row = (
-        [weight.detach().double().numpy() for weight in model.weights]
-        for model in (request.original, *(unlearned("damp", request, row=row) for row in (0.5, 1.0)))
-    )
+    models = request.original, *(unlearned("damp", request, row=row) for row in (0.5, 1.0))
+    before, halved_row, whole_row = ([w.detach().double().numpy() for w in model.weights] for model in models)
     assert np.array_equal(halved_row[2][FORGET], 0.5 * whole_row[2][FORGET])
     halved_row[2][FORGET] = whole_row[2][FORGET]
     for index, (w, after) in enumerate(zip(before, whole_row)):
