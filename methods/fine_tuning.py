@@ -27,7 +27,7 @@ MOMENTUM = partial(torch.optim.SGD, momentum=0.9)
 
 @dataclass(frozen=True)
 class FineTuning(UnlearningSFTConfig):
-    """How long and how fast a classifier is trained further."""
+    """The length and the learning rate of a training that starts from the original."""
 
     def train(
         self, model: nn.Module, samples: Split, generator: Generator, loss: Loss = None, optimizer: Callable = MOMENTUM

@@ -127,7 +127,8 @@ def most_needed(request: Request) -> Tensor:
 
 @unlearning_method("published", uses_kappa=True, most_needed=most_needed, touches="a mask", runs_with="name")
 def published(request: Request, *, config: Published) -> PruningResult:
-    """All at once, by the set difference of the top-K weights of a GCN trained for sufficiency and the prior alone."""
+    """The published system: weights are zeroed all at once, by the set difference of the top-K weights of a GCN that is
+    trained for sufficiency and the prior alone."""
 
     def ranking(step: int, zeroed: Tensor) -> Tensor:
         return set_difference(mean_importance(request, config), request.top_k)[request.class_index]

@@ -288,16 +288,16 @@ EVERY = [0, 1, 2, 3]
 
 
 def graphs_of(present: list[int], mask_layer: int | None = -2, size: tuple[int, ...] = ()) -> GraphGenerator:
-    """Of a multilayer perceptron, or of depthwise and grouped convolutions that are given images of a size."""
+    """Graphs of a multilayer perceptron, or of depthwise and grouped convolutions that read images of a size."""
     torch.manual_seed(0)
     split = random_split(dtype=torch.float64, num_classes=4)
     split = split[torch.isin(split.labels, torch.tensor(present))]
     classifier = HookedMNISTClassifier((6, 5), IN_FEATURES, 4)
     if size:
         first, grouped = nn.Conv2d(size[0], 14, 3, 1, 1, groups=size[0]), nn.Conv2d(14, 6, 3, 1, 1, groups=2)
-        behind = nn.Flatten(), nn.Linear(42 // size[0], 4)
-        network = nn.Sequential(nn.Unflatten(1, size), first, nn.ReLU(), grouped, nn.ReLU(), *behind)
-        classifier = HookedClassifier(network, split.images[:2].float())
+        last = nn.Linear(42 // size[0], 4)
+        layers = nn.Unflatten(1, size), first, nn.ReLU(), grouped, nn.ReLU(), nn.Flatten(), last
+        classifier = HookedClassifier(nn.Sequential(*layers), split.images[:2].float())
     return GraphGenerator(classifier.double(), split, graph_config(mask_layer), 0)
 
 
@@ -325,8 +325,8 @@ def test_features_are_those_of_autograd(zeroed, present, class_index, others_amo
 
 def test_log_odds_of_labels_that_are_left_out_or_all_but_certain():
     logits = torch.tensor([[900.0, 0.0, 30.0], [-900.0, 1.0, 4.0], [1.0, 2.0, 4.0]], dtype=torch.float64)
-    found = log_odds(logits, torch.tensor([0, 0, 2]), [1])
-    assert torch.allclose(found, torch.tensor([870.0, -904.0, 3.0], dtype=torch.float64), atol=1e-12)
+    without_one = log_odds(logits, torch.tensor([0, 0, 2]), [1])
+    assert torch.allclose(without_one, torch.tensor([870.0, -904.0, 3.0], dtype=torch.float64), atol=1e-12)
     p = logits.softmax(1)[2, 1]
     whole = log_odds(logits, torch.tensor([1, 2, 1]), [1])
     assert whole[:2].tolist() == [-900, 904] and torch.allclose(whole[2], (p / (1 - p)).log())
@@ -348,10 +348,10 @@ def test_a_first_order_update_is_linear_in_the_weights_that_it_zeroes(
         g, weight = group.gradients(group.log_odds), before.feature("weight")[row]
         w = weight.index_fill(0, torch.tensor(further), 0.0)
         assert torch.equal(update.feature("weight")[row], w)
-        found = group.log_odds.detach() - g[:, further] @ weight[further]
-        assert torch.allclose(update.log_odds[row], found, atol=1e-9)
-        p, t = found.sigmoid()[:, None], group.t[:, None]
-        factors = {"taylor": p - 1, "forgetting": (found / T).sigmoid()[:, None], "retention": p - t}
+        odds = group.log_odds.detach() - g[:, further] @ weight[further]
+        assert torch.allclose(update.log_odds[row], odds, atol=1e-9)
+        p, t = odds.sigmoid()[:, None], group.t[:, None]
+        factors = {"taylor": p - 1, "forgetting": (odds / T).sigmoid()[:, None], "retention": p - t}
         for name, factor in factors.items():
             assert torch.allclose(update.feature(name)[row], w * (factor * g).mean(0), atol=1e-9), name
         curvature = w.abs() * (p * (1 - p) * g**2).mean(0).sqrt()
@@ -359,10 +359,10 @@ def test_a_first_order_update_is_linear_in_the_weights_that_it_zeroes(
         assert torch.equal(update.feature("input_activation"), before.feature("input_activation"))
 
 
-def class_graph_by_hand(own: dict[str, Tensor], others: list[dict[str, Tensor]]) -> Tensor:
-    """Own features, then (but the weight) their means over the other classes, standardised, (vertices, features)."""
-    of_others = {name: torch.stack([other[name] for other in others]).mean(0) for name in own if name != "weight"}
-    x = torch.stack([*own.values(), *of_others.values()], 1)
+def class_graph_by_hand(own: dict[str, Tensor], retained: list[dict[str, Tensor]]) -> Tensor:
+    """A class's features, then their means over the other classes (but the weight), standardised per feature."""
+    means = [torch.stack([features[name] for features in retained]).mean(0) for name in own if name != "weight"]
+    x = torch.stack([*own.values(), *means], 1)
     return (x - x.mean(0)) / x.std(0).clamp_min(1e-12)
 
 
@@ -384,9 +384,10 @@ def test_class_graphs_are_the_features_and_their_means_over_the_other_classes_st
 
 def test_get_data_is_the_graph_of_one_sample_beside_the_other_classes():
     graphs = graph_generator(-2, torch.float64)
-    own, *others = (Group(graphs, None, each, [0, 1, 2]) for each in (torch.tensor([20]), *graphs.by_class()[[0, 2]]))
+    groups = torch.tensor([20]), *graphs.by_class()[[0, 2]]
+    own, *retained = (Group(graphs, None, samples, [0, 1, 2]).features() for samples in groups)
     data, edges = graphs.get_data(20, graphs.graph.num_edges), graphs.graph.num_edges
-    expected = class_graph_by_hand(own.features(), [each.features() for each in others])
+    expected = class_graph_by_hand(own, retained)
     assert torch.allclose(data.x, expected, atol=1e-9) and data.y.tolist() == [1] and data.validate()
     assert torch.equal(data.edge_index, graphs.graph.edge_index()) and data.edge_index.shape == (2, edges)
     with pytest.raises(IndexError, match="^index 45 is out of bounds"):
