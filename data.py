@@ -184,22 +184,22 @@ class ImageData:
 
     def __init__(self, train: Split, test: Split, class_names: Sequence[str] = ()) -> None:
         self.train, self.class_names = train, class_names
-        self._test, self._is_sealed = test, False
+        self._test: Split | None = test
 
     @property
     def test(self) -> Split:
-        if self._is_sealed:
+        if self._test is None:
             raise PermissionError("the test split is sealed while a method runs: it may use the training split only")
         return self._test
 
     @contextmanager
     def sealed(self) -> Iterator[None]:
         """Seals the test split while the context is open."""
-        before, self._is_sealed = self._is_sealed, True
+        test, self._test = self._test, None
         try:
             yield
         finally:
-            self._is_sealed = before
+            self._test = test
 
 
 def load_image_data(
