@@ -13,7 +13,7 @@ from running import PROJECT
 import data
 from audits.predictions import predictions_of
 from data import GraphGenerator
-from eval import METHODS, EvalConfig, Method, Request, answer
+from eval import METHODS, EvalConfig, Method, Request, run_method
 from experiment.config import load_config
 from experiment.settings import ConfigError, converted
 from methods import fine_tuning, projections, published
@@ -115,7 +115,7 @@ def test_fields_of_a_dataclass_and_keywords_are_hyperparameters(request_to_forge
     setting = "eval.hyperparameters.fading"
     values = {"rate": 0.1, "scale": 2.0, "rounds": 7}
     config = load_config(overrides=["eval.methods=[mimu, fading]", f"{setting}={values}"]).eval
-    answer(replace(request_to_forget, config=config), "fading")
+    run_method(replace(request_to_forget, config=config), "fading")
     assert given == [(Fading(0.1, 7), 2.0)]
     for values, message in (
         ({"rate": 0.1, "scale": 2.0, "step": 1}, " must have values of .*, not of rate, scale, step$"),
@@ -415,7 +415,7 @@ def test_the_gcn_is_trained_once_for_a_classifier(to_publish, asked, monkeypatch
     steps = []
     monkeypatch.setattr(published, "descend", lambda *given: steps.append(given) or descend(*given))
     first = replace(to_publish, requested_kappa=asked, kept={})
-    found = answer(first, "published").mask
+    found = run_method(first, "published").mask
     scores = mean_importance(first, CONFIG)
     order = set_difference(scores, TOP_K)[FORGET].argsort(descending=True)[: found.num_zeroed]
     assert set(order.tolist()) == set(found.vertices().tolist())
