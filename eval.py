@@ -24,7 +24,7 @@ from experiment.files import Artifact
 from mimu.errors import TrainingError
 from mimu.graph import MaskingGCN
 from mimu.masks import Mask
-from mimu.pruning import Pruning, PruningConfig, PruningResult, SaliencyScorer
+from mimu.pruning import Pruning, PruningConfig, PruningResult, Ranking, RemainingCounter, prune
 from mimu.saliency import ActivationGraphs
 from mimu.samples import Split, is_correct
 from mimu.seeds import seeded
@@ -79,7 +79,8 @@ class Request:
     top_k: the number of weights that a keep mask keeps
     seed: the seed of all random draws
     requested_kappa: the number of weights to zero; `auto`: as few as forget the class; None: no method depends on it
-    orders: in which weights are zeroed, by the name of the method; kept from one kappa to the next
+    resolved_kappa: the number of weights to zero, see `kappa`
+    prunings: the steps of every method by its name, kept from one kappa to the next
     kept: what methods keep from one request to the next on the same classifier, by names of their own
     retrain: from a seed to a classifier trained without the class; None: it is trained on the samples of `train`
     """
@@ -94,7 +95,8 @@ class Request:
     top_k: int
     seed: int
     requested_kappa: int | Literal["auto"] | None = None
-    orders: dict[str, Pruning] = field(default_factory=dict)
+    resolved_kappa: int | None = None
+    prunings: dict[str, Pruning] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     retrain: Callable[[int], Trained] | None = None
 
@@ -121,35 +123,52 @@ class Request:
 
     @property
     def kappa(self) -> int:
-        """How many weights to zero; with auto as many as the masking GCN zeroes."""
-        if self.requested_kappa is None:
+        """The number of weights to zero; for `auto` it is the number that mimu zeroes.
+
+        Raises ValueError if the method was not registered with uses_kappa=True.
+        """
+        if self.resolved_kappa is None:
             raise ValueError("this method reads request.kappa: register it with uses_kappa=True")
-        return (
-            len(self.in_steps("mimu", self.ranking).vertices)
-            if self.requested_kappa == "auto"
-            else self.requested_kappa
-        )
+        return self.resolved_kappa
+
+    def with_kappa(self) -> Request:
+        """Returns the request with its number of weights to zero; for `auto`, mimu's search decides it."""
+        kappa = self.requested_kappa
+        return replace(self, resolved_kappa=len(self.zeroed_by_mimu()) if kappa == "auto" else kappa)
+
+    def zeroed_by_mimu(self) -> Tensor:
+        """The vertices that the masking GCN zeroes, in their order."""
+        return self.in_steps("mimu", gcn=self.gcn).vertices
 
     @property
     def class_index(self) -> int:
         """The index of the forget class where tensors of the graphs stand class after class."""
         return self.graphs.class_index_of(self.forget_class)
 
-    @property
-    def ranking(self) -> SaliencyScorer:
-        """The saliency of every weight, as the masking GCN adapts it."""
-        return SaliencyScorer(self.config, self.graphs, self.class_index, self.seed, self.gcn)
-
-    def in_steps(self, name: str, ranking: Callable[[int, Tensor], Tensor], all_at_once: bool = False) -> PruningResult:
-        """The weights that a ranking zeroes first, up to kappa; with auto up to its own smallest kappa that forgets.
-
-        name: of the method; ranking: from the number of the step and the vertices zeroed before it to scores (vertices)
-        all_at_once: ranks the whole classifier once, instead of anew after every `eval.step` weights
-        """
-        if name not in self.orders:
+    def pruning(
+        self, name: str, ranking: Ranking | None = None, gcn: MaskingGCN | None = None, all_at_once: bool = False
+    ) -> Pruning:
+        """The steps of a method, kept from one kappa to the next. See `in_steps`."""
+        if name not in self.prunings:
             config = replace(self.config, step=None) if all_at_once else self.config
-            self.orders[name] = Pruning(config, self.graphs, self.class_index, ranking)
-        return self.orders[name].answer("auto" if self.requested_kappa == "auto" else self.kappa, self.forget)
+            counter = RemainingCounter(self.graphs, self.class_index, self.forget.images, config.target)
+            steps = prune(self.graphs, self.class_index, config, self.seed, gcn, ranking)
+            self.prunings[name] = Pruning(steps, counter, config)
+        return self.prunings[name]
+
+    def in_steps(
+        self, name: str, ranking: Ranking | None = None, gcn: MaskingGCN | None = None, all_at_once: bool = False
+    ) -> PruningResult:
+        """Zeroes the highest-scoring weights up to kappa, with `auto` up to the smallest kappa that forgets the class.
+
+        Args:
+            name: of the method
+            ranking: from the number of a step and the vertices zeroed before it to scores (vertices); None: saliency
+            gcn: rescales the saliency; None: the formula as it is
+            all_at_once: scores the weights once, instead of anew after every `eval.step` weights
+        """
+        pruning = self.pruning(name, ranking, gcn, all_at_once)
+        return pruning.until_forgotten() if self.requested_kappa == "auto" else pruning.at(self.requested_kappa)
 
 
 # From a request, and hyperparameters as keywords, to an unlearned classifier or the weights to zero in the original.
@@ -238,13 +257,14 @@ def original(request: Request) -> nn.Module:
 
 
 def most_needed(request: Request) -> Tensor:
-    return request.ranking(0, request.graphs.nothing).topk(request.top_k).indices
+    first_step = next(request.pruning("mimu", gcn=request.gcn).steps())
+    return first_step.scores.topk(request.top_k).indices
 
 
 @unlearning_method("mimu", uses_kappa=True, most_needed=most_needed, touches="a mask")
 def mimu(request: Request) -> PruningResult:
     """The kappa weights that the masking GCN zeroes first."""
-    return request.in_steps("mimu", request.ranking)
+    return request.in_steps("mimu", gcn=request.gcn)
 
 
 def random_vertices(request: Request, count: int, draw: int = 0) -> Tensor:
@@ -299,15 +319,15 @@ def run_method(request: Request, name: str) -> Unlearned:
     """
     before, method = copy.deepcopy(request.original.state_dict()), METHODS[name]
     arguments = method.arguments(request.config.hyperparameters.get(name, {}))
-    if method.uses_kappa and request.requested_kappa == "auto":
-        request.in_steps("mimu", request.ranking)  # where others take its kappa, its search is not theirs
+    if method.uses_kappa:
+        request = request.with_kappa()  # before the clock starts: mimu's search is not this method's
     started = time.perf_counter()
     try:
         output = method.unlearn(request, **arguments)
         seconds, message = time.perf_counter() - started, None
         if isinstance(output, PruningResult):
             # The clock does not know the steps that were made before for a smaller kappa.
-            output, seconds, message = request.graphs.graph.zeroing(output.vertices), output.seconds, output.left
+            output, seconds, message = request.graphs.graph.zeroing(output.vertices), output.seconds, output.message
         if isinstance(output, Trained):
             output, seconds = output  # an earlier run may have trained it
         model, mask = (request.classifier, output) if isinstance(output, Mask) else (output, None)
@@ -433,7 +453,7 @@ class Eval:
         started = time.perf_counter()
         request, graph = self.request, self.request.graphs.graph
         unlearned = self._of_methods("unlearned", lambda name, model: self.unlearned(name))
-        zeroed = request.in_steps("mimu", request.ranking).vertices.tolist()
+        zeroed = request.zeroed_by_mimu().tolist()
         results = {
             **self.about,
             "seed": request.seed,

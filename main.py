@@ -205,7 +205,7 @@ class Stages:
 
     def requests(self, training: Training, forget_class: int) -> None:
         """Every experiment on one forget class that is not there, and the plots that are not."""
-        config, shared, orders = training.config, {}, {}
+        config, shared, prunings = training.config, {}, {}
         for requested_kappa in tqdm(
             config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None
         ):
@@ -231,7 +231,7 @@ class Stages:
                 top_k=training.top_k,
                 seed=training.seed,
                 requested_kappa=requested_kappa,
-                orders=orders,
+                prunings=prunings,
                 kept=self._kept,
                 retrain=partial(self.retrained, training, forget_class),
             )
