@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from eval import Request
 from methods.controls import further, output_layer
-from mimu.layers import by_weight, class_by_class, mean_squared_gradient
 from mimu.masks import Mask
 from mimu.pruning import forgetting_loss
 from mimu.samples import Split
 from mimu.seeds import seeded
 from mimu.settings import Count, NonNegative, Positive, Share
-from mimu.tracing import NUMBERS_AT_ONCE, HookedClassifier
+from mimu.tracing import HookedClassifier, samples_that_fit
 from mimu.training import descend, learn
 from trainer import UnlearningSFTConfig, masked_weights, other_labels
 
@@ -75,14 +74,14 @@ def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tenso
     layers = range(len(classifier.names))
     means = [0.0 for _ in layers]
     sizes = [weight.numel() for layer, weight in enumerate(classifier.weights) if classifier.positions(layer)]
-    fit = NUMBERS_AT_ONCE // max(sizes, default=1)  # the gradient of every sample by a weight that sums positions
-    at_once = min(classifier.recorded_at_once(layers), max(1, fit))
+    fit = samples_that_fit(max(sizes, default=0))  # gradients of every sample by a weight that is applied at positions
+    at_once = min(classifier.recorded_at_once(layers), fit)
     for images, labels in zip(split.images.split(at_once), split.labels.split(at_once)):
         record = classifier.record(images, labels, layers)
         share = len(labels) / len(split.labels)
         factor = (-record.log_odds).sigmoid().square()[None]  # (1 - p)^2, of the loss
         for index, layer in enumerate(record.layers):
-            mean = mean_squared_gradient(by_weight(layer.each(lambda x: class_by_class(x, 1))), factor)
+            mean = layer.by_class(1).mean_squared_gradient(factor)
             means[index] += share * mean.flatten(0, 1)
     return means
 

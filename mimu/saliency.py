@@ -13,23 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimu import tracing
 from mimu.graph import MaskingGCN, WeightGraph
-from mimu.layers import (
-    LayerRecord,
-    Record,
-    by_weight,
-    class_by_class,
-    for_updates,
-    mean_activation,
-    mean_gradient,
-    mean_signal,
-    mean_squared_gradient,
-)
+from mimu.layers import FeatureRecord, LayerRecord, Record
 from mimu.masks import Mask
 from mimu.samples import Split, some_of_every_class
 from mimu.settings import Count
-from mimu.tracing import HookedClassifier
+from mimu.tracing import HookedClassifier, log_odds, samples_that_fit
 
 # Of the log-odds in what forgetting asks for: at 1 a few samples that are forgotten say too soon that all are.
 FORGETTING_TEMPERATURE = 2.0
@@ -37,22 +26,22 @@ FORGETTING_TEMPERATURE = 2.0
 
 def loss_gradient(layer: LayerRecord, record: Record) -> Tensor:
     """Of the cross entropy -log p."""
-    return mean_gradient(layer, -(-record.log_odds).sigmoid())  # p - 1
+    return layer.mean_gradient(-(-record.log_odds).sigmoid())  # p - 1
 
 
 def forgetting_gradient(layer: LayerRecord, record: Record) -> Tensor:
     """Of -log(1 - p), at a temperature."""
-    return mean_gradient(layer, (record.log_odds / FORGETTING_TEMPERATURE).sigmoid())
+    return layer.mean_gradient((record.log_odds / FORGETTING_TEMPERATURE).sigmoid())
 
 
 # With the odds that are to be kept, t / (1 - t), these are of -t log p - (1 - t) log(1 - p), whose derivatives by the
 # log-odds are p - t and p (1 - p).
 def retention_gradient(layer: LayerRecord, record: Record) -> Tensor:
-    return mean_gradient(layer, record.log_odds.sigmoid() - record.kept_log_odds.sigmoid())
+    return layer.mean_gradient(record.log_odds.sigmoid() - record.kept_log_odds.sigmoid())
 
 
 def retention_curvature(layer: LayerRecord, record: Record) -> Tensor:
-    return mean_squared_gradient(layer, record.log_odds.sigmoid() * (-record.log_odds).sigmoid())
+    return layer.mean_squared_gradient(record.log_odds.sigmoid() * (-record.log_odds).sigmoid())
 
 
 Mean = Callable[[LayerRecord, Record], Tensor]
@@ -76,8 +65,8 @@ class Feature(NamedTuple):
 # E is the mean over a group; a sample's gradient of a kernel is the sum over its positions, activations are means.
 FEATURES: dict[str, Feature] = {
     # E[a_c], E[h_r]
-    "input_activation": Feature(lambda layer, _: mean_activation(layer.inputs)[:, None], lambda mean, weight: mean),
-    "output_activation": Feature(lambda layer, _: mean_activation(layer.outputs)[..., None], lambda mean, weight: mean),
+    "input_activation": Feature(lambda layer, _: layer.mean_input()[:, None], lambda mean, weight: mean),
+    "output_activation": Feature(lambda layer, _: layer.mean_output()[..., None], lambda mean, weight: mean),
     "weight": Feature(None, lambda _, weight: weight[None]),
     "gradient": Feature(loss_gradient, lambda mean, weight: mean),  # E[dL/dw]
     # w E[dL/dw]: the first-order fall of the loss when the weight is removed (Molchanov et al. 2017)
@@ -89,7 +78,7 @@ FEATURES: dict[str, Feature] = {
     # |w| sqrt(E[p (1 - p) (d log(p / (1 - p))/dw)^2]): the root of K's second-order rise when the weight is removed
     "curvature": Feature(retention_curvature, lambda mean, weight: weight.abs() * mean.sqrt()),
     # |w| E[unit r is active * a_c]: the signal that the weight passes on
-    "coactivation": Feature(lambda layer, _: mean_signal(layer), lambda mean, weight: weight.abs() * mean),
+    "coactivation": Feature(lambda layer, _: layer.mean_signal(), lambda mean, weight: weight.abs() * mean),
 }
 
 
@@ -192,17 +181,7 @@ class Snapshot:
         for record in self.records:
             log_odds = record.log_odds
             for layer, weight, at in zip(record.layers, self.weights, removed):
-                if layer.log_odds_gradient.ndim == 4:
-                    gradient = layer.log_odds_gradient.unflatten(0, (len(log_odds), -1))
-                    group, row, column = torch.unravel_index(at, weight.shape)
-                    of_removed = gradient[:, group, :, row, column]  # (removed, classes, samples)
-                    log_odds = log_odds - (weight.take(at) @ of_removed.flatten(1)).view_as(log_odds)
-                    continue
-                n = weight.shape[2]
-                # Of a matrix columns are chosen thrice as fast.
-                g = layer.log_odds_gradient.flatten(0, 1).index_select(1, at // n)
-                a = layer.inputs.flatten(0, 1).index_select(1, at % n)
-                log_odds = log_odds - ((g * a) @ weight.take(at)).view_as(log_odds)
+                log_odds = log_odds - layer.log_odds_drop(weight, at)
             records.append(record._replace(log_odds=log_odds))
         changed = [mean for mean in self.means[0] if mean in OF_LOG_ODDS]
         means, log_odds = group_means(records, changed, self.log_odds.shape[1])
@@ -251,8 +230,7 @@ class ActivationGraphs:
         positions = [classifier.positions(index) for index in self.graph.layers]
         # The numbers of a sample in layers where its gradient by the weights is formed.
         self._num_gradients = sum(size for size, count in zip(self.graph.sizes, positions) if count)
-        fit = tracing.NUMBERS_AT_ONCE // max(1, self._num_gradients)
-        self.at_once = min(self.suffix.recorded_at_once(self.graph.layers), max(1, fit))
+        self.at_once = min(self.suffix.recorded_at_once(self.graph.layers), samples_that_fit(self._num_gradients))
         # The records of layers that read at many positions would be too large to keep.
         self.are_kept = not any(positions)
 
@@ -265,7 +243,7 @@ class ActivationGraphs:
         everything = torch.arange(len(self), device=self.labels.device)
         parts = [self._record(rows) for rows in everything.split(self.at_once)]
         of_layers = zip(*[part.layers for part in parts])
-        layers = [LayerRecord(*map(torch.cat, zip(*of_layer))) for of_layer in of_layers]
+        layers = [FeatureRecord(*map(torch.cat, zip(*of_layer))) for of_layer in of_layers]
         log_odds = torch.cat([part.log_odds for part in parts])
         return Record(layers, log_odds, log_odds)
 
@@ -306,14 +284,14 @@ class ActivationGraphs:
         if class_index is not None:  # classes without samples are always excluded; of two classes, none is
             absent = set(range(self.predictions.shape[1])) - set(self.classes)
             excluded_classes = sorted(absent | {self.classes[class_index]} if self.num_classes > 2 else absent)
-        is_kept = samples.numel() * self._num_gradients <= tracing.NUMBERS_AT_ONCE
+        is_kept = samples.numel() <= samples_that_fit(self._num_gradients)
         kept: list[Record] = []
 
         def records() -> Iterator[Record]:
             for record in self._records(samples, mask, excluded_classes):
                 yield record
                 if is_kept:
-                    kept.append(record._replace(layers=[*map(for_updates, record.layers)]))
+                    kept.append(record._replace(layers=[layer.for_updates() for layer in record.layers]))
 
         means = dict.fromkeys(FEATURES[name].mean for name in names if FEATURES[name].mean)
         of_layers, log_odds = group_means(records(), means, samples.shape[1])
@@ -324,9 +302,8 @@ class ActivationGraphs:
     def _records(self, samples: Tensor, mask: Mask | None, excluded_classes: Sequence[int]) -> Iterator[Record]:
         """What groups do, part after part of their samples; where nothing is new, what is kept."""
         if mask is None and self.are_kept and not excluded_classes:
-            rows, log_odds = samples.flatten(), self.record.log_odds[samples]
-            layers = [layer.each(lambda x: class_by_class(x[rows], len(samples))) for layer in self.record.layers]
-            yield Record(layers, log_odds, log_odds)
+            layers = [FeatureRecord(*(x[samples] for x in layer)) for layer in self.record.layers]
+            yield Record(layers, self.record.log_odds[samples], self.record.log_odds[samples])
             return
         with nullcontext() if mask is None else mask.applied_to(self.classifier):
             for part in samples.split(max(1, self.at_once // len(samples)), 1):
@@ -334,9 +311,9 @@ class ActivationGraphs:
                 record = self._record(rows, excluded_classes)
                 kept = record.log_odds
                 if mask is not None:  # without one the log-odds are what is to be kept
-                    kept = tracing.log_odds(self.predictions[rows], self.labels[rows], excluded_classes)
-                layers = [layer.each(lambda x: class_by_class(x, len(samples))) for layer in record.layers]
-                yield Record([*map(by_weight, layers)], record.log_odds.view(part.shape), kept.view(part.shape))
+                    kept = log_odds(self.predictions[rows], self.labels[rows], excluded_classes)
+                layers = [layer.by_class(len(samples)) for layer in record.layers]
+                yield Record(layers, record.log_odds.view(part.shape), kept.view(part.shape))
 
     def _record(self, rows: Tensor, excluded_classes: Sequence[int] = ()) -> Record:
         return self.suffix.record(self.cached_inputs[rows], self.labels[rows], self.graph.layers, excluded_classes)
