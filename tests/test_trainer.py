@@ -1,8 +1,8 @@
-"""Scores of weights, trainings of the classifier and the GCN, and the steps that zero weights to forget a class."""
+"""Scores of weights, and the trainings of the classifier, of the GCN and on random labels."""
 
 import copy
-from dataclasses import asdict, dataclass, replace
-from itertools import islice, pairwise, product
+from dataclasses import replace
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -11,26 +11,20 @@ import torch.nn.functional as F
 from conftest import NUM_CLASSES, graph_generator, pruning_config, random_split, trainer_config, untrained_gcn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import norm
 from torch import Tensor
 from torch.autograd import grad
-from torch.nn.utils import parametrize
 
 import trainer
 from data import GraphGenerator
 from experiment.files import Artifact
-from mimu import pruning, training
-from mimu.errors import ArtifactError, InputError, TrainingError
-from mimu.files import save
+from mimu import training
+from mimu.errors import TrainingError
 from mimu.graph import MaskingGCN
-from mimu.masks import Mask
-from mimu.pretrained import TrainedGCN
-from mimu.pruning import Pruning, RemainingCounter, prune, prune_until_forgotten
+from mimu.pruning import Pruning, RemainingCounter, prune
 from mimu.saliency import FORGETTING_TEMPERATURE as T
-from mimu.saliency import TERMS, GraphConfig, ranked, saliency
+from mimu.saliency import TERMS, ranked, saliency
 from mimu.samples import Split, is_correct
 from mimu.seeds import seeded
-from mimu.tracing import HookedClassifier
 from trainer import GCNTrainer, GCNTrainerConfig, Trainer, UnlearningSFT
 
 NECESSITY = ("necessity_forget", "necessity_retain")
@@ -94,23 +88,6 @@ def test_the_gcn_weighs_the_terms_of_the_formula_and_is_the_formula_before_its_t
     forgetting = snapshot.feature("forgetting")[row]
     expected = forget_factors * forgetting + retain_factors * (formula - forgetting)
     assert torch.allclose(saliency(snapshot, row, RETAIN_WEIGHT, gcn), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_retained_classes_weigh_less_only_where_the_class_stalls_and_is_not_forgotten(monkeypatch):
-    graphs, penalty = graph_generator(), 1.0
-    snapshot = graphs.snapshot(graphs.by_class(), TERMS, None, 0)
-    # The class's loss -log(1 - p) at one step after the other; where it stalls, it has not halved.
-    stalls = {4: False, 1.9: False, 1.5: True, 1.6: True, 0.05: False, 0.09: False, 0.2: True}
-    log_odds = [torch.full_like(snapshot.log_odds, np.log(np.expm1(loss))) for loss in stalls]
-    snapshots = [replace(snapshot, log_odds=each) for each in log_odds]
-    monkeypatch.setattr(pruning, "new_snapshot", lambda *_: snapshots[len(scores)])
-    scores = []
-    for step in islice(prune(graphs, 0, pruning_config(penalty_growth=2.0, target=10.0), 0), len(stalls)):
-        penalty /= 2 if list(stalls.values())[len(scores)] else 1
-        expected = saliency(snapshots[len(scores)], 0, penalty * RETAIN_WEIGHT)
-        scores.append(step.scores)
-        assert torch.allclose(step.scores, expected, rtol=1e-5, atol=1e-7)
-    assert penalty == 1 / 8
 
 
 @pytest.mark.parametrize("mask_layer", [-2, None])
@@ -320,19 +297,6 @@ def test_an_interrupted_training_is_resumed_to_the_same_weights_but_not_from_ano
         assert steps[10:] == list(remaining)
 
 
-def remaining(graphs: GraphGenerator, samples: Split, vertices: Tensor, target: float) -> float:
-    """The percentage of a class under a mask; of few samples not less than a normal distribution of margins leaves."""
-    logits, label, count = masked_logits(graphs, samples, vertices).numpy(), int(samples.labels[0]), len(samples.labels)
-    percent, margins = 100 * (logits.argmax(1) == label).mean(), logits[:, label] - np.delete(logits, label, 1).max(1)
-    if count < 100 / target:
-        rows = zip(graphs.predictions.numpy(), graphs.labels.tolist())
-        spread = np.std([row[own] - np.delete(row, own).max() for row, own in rows], ddof=1)
-        squares = [*np.square(margins - margins.mean()), *[spread**2] * 4]
-        deviation = np.sqrt(sum(squares) / (count + 3) * (1 + 1 / count))
-        percent = max(percent, 100 * norm.sf(0, margins.mean(), deviation))
-    return percent
-
-
 def test_how_far_a_gcn_is_behind_the_formula_is_what_their_masks_keep_and_leave():
     train, config = random_split(40, num_classes=4), pruning_config(step=2)
     classifier = Trainer(trainer_config((6, 5), 10), 0).train(train, 4)
@@ -369,144 +333,6 @@ def test_training_lowers_both_terms_of_the_loss():
         means.append({name: np.mean([drawn[name].item() for drawn in terms]) for name in NECESSITY})
     before, after = means
     assert all(after[name] < before[name] - 0.01 for name in NECESSITY)
-
-
-SEARCHES = [(5, 1.7, 60), (5, 20.0, 60), (None, 20.0, 60), (3, 4.1, 24), (3, 45.0, 1)]
-
-
-@pytest.mark.parametrize("step, target, samples", SEARCHES)
-@pytest.mark.parametrize("class_index", range(NUM_CLASSES))
-def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(problem, step, target, samples, class_index):
-    (split, graphs), stride = problem, step or 1
-    forget, retain = split.forget(class_index)[:samples], split.retain(class_index)
-    config = pruning_config(step=step, group_size=15, target=target, max_kappa=150)
-    counter = RemainingCounter(graphs, class_index, forget.images, target)
-    steps = Pruning(prune(graphs, class_index, config, 0), counter, config)
-    forgotten, kappas = steps.until_forgotten(), range(stride, 150, stride)
-    kappa = next(k for k in kappas if remaining(graphs, forget, steps.at(k).vertices, target) < target)
-    assert len(forgotten.vertices) == kappa and forgotten.message == ""
-    again = steps.at(kappa)
-    assert torch.equal(forgotten.vertices, again.vertices) and again.message is None
-    assert forgotten.seconds > again.seconds > 0 and steps.until_forgotten() is forgotten, "it is searched for once"
-    correct = masked_logits(graphs, retain, forgotten.vertices).argmax(1) == retain.labels
-    assert step is None or correct.double().mean() > 0.9
-    at_once = next(steps.steps()).scores.argsort(descending=True)[:kappa]
-    assert torch.equal(forgotten.vertices, at_once) or step is not None
-    assert not any(map(parametrize.is_parametrized, graphs.classifier.modules()))
-
-
-ENDINGS = [(0, 101, 4, True), (0, 1e-9, 20, False), (5, 1e-9, 25, False), (28, 1e-9, 30, False), (28, 101, 30, True)]
-
-
-@pytest.mark.parametrize("gone, target, kappa, is_forgotten", ENDINGS)
-def test_auto_stops_where_it_forgets_or_gives_up(gone, target, kappa, is_forgotten):
-    graphs, config = graph_generator(), pruning_config(target=target)
-    images = graphs.samples.images
-    forget = Split(images, graphs.classifier(images).argmax(1)).forget(0)
-    steps = prune(graphs, 0, config, 0, zeroed=torch.arange(gone))
-    counter = RemainingCounter(graphs, 0, forget.images, target)
-    *before, last = prune_until_forgotten(steps, counter, config, gone)
-    assert last.vertices[:gone].tolist() == list(range(gone)) and len(last.vertices) == kappa
-    assert [len(each.vertices) for each in before] == list(range(gone + 4, kappa, 4))
-    percent = f"{remaining(graphs, forget, last.vertices, target):.1f} % of class 0 remains"
-    assert last.message == ("" if is_forgotten else percent) and not any(each.message for each in before)
-
-
-@pytest.mark.parametrize("mask_layer", [-2, None])
-@pytest.mark.parametrize("is_adapted, changes", [(False, {}), (True, {"step": 0.1}), (True, {"momentum": 0.6})])
-def test_a_step_takes_the_largest_mean_scores_on_the_classifier_masked_so_far(mask_layer, is_adapted, changes):
-    graphs, config, row = graph_generator(mask_layer), pruning_config(**changes), 2
-    gcn, names = adapted_gcn(graphs) if is_adapted else None, (*TERMS, *graphs.config.features)
-    size, zeroed, mean = graphs.graph.num_vertices, vertices_of([]), None
-    steps = list(prune(graphs, row, config, 0, gcn))
-    for number, step in enumerate(steps[:3]):
-        samples = graphs.draw(8, seeded("request", 0, row, number))
-        snapshot = graphs.snapshot(samples, names, graphs.mask_of(zeroed), row)
-        scores = saliency(snapshot, row, RETAIN_WEIGHT, gcn).detach()
-        assert torch.equal(step.scores, scores)
-        scores = scores / scores.std()
-        mean = scores if mean is None else config.momentum * mean + (1 - config.momentum) * scores
-        zeroed = torch.cat([zeroed, ranked(mean, zeroed, round(0.1 * size) if "step" in changes else 4)])
-        assert torch.equal(step.zeroed, zeroed)
-    assert sorted(steps[-1].zeroed.tolist()) == list(range(size)), "in the end everything is zeroed"
-    assert all(one.seconds < other.seconds for one, other in pairwise(steps))
-    with pytest.raises(InputError, match="scores of weights are not finite: look at the inputs, the weights and"):
-        next(prune(graphs, row, config, 0, ranking=lambda *_: torch.full((size,), torch.nan)))
-
-
-@pytest.mark.parametrize("every, taken", [(None, [0]), (1, [0, 4, 8, 12, 16]), (2, [0, 8, 16])])
-def test_between_two_snapshots_no_sample_is_run_and_first_order_updates_say_what_zeros_do(monkeypatch, every, taken):
-    graphs, passes, record = graph_generator(), [], HookedClassifier.record
-
-    def recorded(classifier, *arguments):
-        mask = Mask.on(classifier)
-        passes.append(mask.num_zeroed if mask else 0)
-        return record(classifier, *arguments)
-
-    monkeypatch.setattr(HookedClassifier, "record", recorded)
-    *_, (zeroed, _, _) = islice(prune(graphs, 2, pruning_config(snapshot_every=every), 0), 5)
-    assert passes == taken
-    last = taken[-1]
-    samples, mask = graphs.draw(8, seeded("request", 0, 2, last // 4)), graphs.mask_of(zeroed[:last])
-    snapshot = graphs.snapshot(samples, TERMS, mask, 2).first_order_update(zeroed[last:16])
-    expected = largest_free(saliency(snapshot, 2, RETAIN_WEIGHT).tolist(), range(30), zeroed[:16].tolist(), 4)
-    assert zeroed[16:].tolist() == expected
-
-
-def test_measured_steps_zero_what_the_class_loses_most_by_for_what_the_retained_classes_lose():
-    graphs, row, zeroed = graph_generator([0, 1], scope="measured"), 2, []
-    few = graphs.samples[graphs.by_class()[:, :10].flatten()]
-    is_forget = few.labels == row
-
-    def losses(zeroed: list[int]) -> tuple[float, float]:
-        logits = masked_logits(graphs, few, vertices_of(zeroed))
-        kept = F.cross_entropy(logits[~is_forget], few.labels[~is_forget])
-        return -(1 - logits.softmax(1)[is_forget, row]).log().mean().item(), kept.item()
-
-    for step in islice(prune(graphs, row, pruning_config(step=6, group_size=10), 0), 9):
-        before, tried = losses(zeroed), []
-        for layer, share in ((range(42), 4), (range(42, 72), 2)):  # of 6, in proportion to their sizes
-            new = largest_free(step.scores.tolist(), layer, zeroed, share)
-            forget, retain = (now - then for now, then in zip(losses(zeroed + new), before))
-            tried.append(((forget < 0, -forget / max(retain, 1e-3) if forget < 0 else -retain), new))
-        zeroed += max(tried)[1]
-        assert step.zeroed.tolist() == zeroed
-
-
-@dataclass(frozen=True)
-class NewerGraphConfig(GraphConfig):
-    further: int = 3
-
-
-def test_a_trained_gcn_comes_back_with_its_features_and_settings_and_another_file_is_named(
-    tmp_path, trained_gcn, monkeypatch
-):
-    path, gcn, broken = tmp_path / "gcn.pt", trained_gcn.gcn, copy.deepcopy(trained_gcn.gcn)
-    broken.readout.weight.data[0] = torch.nan
-    config = {"graphs": asdict(trained_gcn.graphs), "eval": asdict(trained_gcn.pruning) | {"visualize": False}}
-    config["gcn"] = {"hidden": 8, "rounds": 2, "message_passing": True, "steps": 3}
-    wrong = "is not the checkpoint of a masking GCN "
-    with pytest.raises(ArtifactError, match="gcn.pt: cannot be read"):
-        TrainedGCN.load(path)
-    for network, described, message in (
-        (MaskingGCN(17, 7, 2), config, ".*size mismatch"), (broken, config, ".*a weight is not a finite number"),
-        (gcn, {}, ""), (gcn, config | {"graphs": {"features": ["weight"]}}, ""), (gcn, config, None),
-    ):  # fmt: skip
-        save(path, {"state_dict": network.state_dict(), "config": described, "seed": 0})
-        if message is not None:
-            with pytest.raises(ArtifactError, match=f"gcn.pt: {wrong}{message}"):
-                TrainedGCN.load(path)
-    loaded = TrainedGCN.load(path)
-    assert all(torch.equal(loaded.gcn.state_dict()[name], weight) for name, weight in gcn.state_dict().items())
-    assert loaded.graphs == trained_gcn.graphs and loaded.pruning == trained_gcn.pruning
-    monkeypatch.setattr("mimu.pretrained.GraphConfig", NewerGraphConfig)
-    assert TrainedGCN.load(path).graphs == NewerGraphConfig(**asdict(trained_gcn.graphs)), "a later field has a default"
-    taken = TrainedGCN.of(trained_gcn, torch.device("cpu"))
-    assert taken.graphs == trained_gcn.graphs and taken.gcn is not gcn
-    others = (replace(trained_gcn, gcn=broken), "not a finite number"), (MaskingGCN(18, 8, 2), "not 18"), (3, "not 3")
-    for other, message in others:
-        with pytest.raises(InputError, match=message):
-            TrainedGCN.of(other, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("forget_class", range(NUM_CLASSES))
