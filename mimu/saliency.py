@@ -20,33 +20,35 @@ from mimu.samples import Split, some_of_every_class
 from mimu.settings import Count
 from mimu.tracing import HookedClassifier, log_odds, samples_that_fit
 
-# Of the log-odds in what forgetting asks for: at 1 a few samples that are forgotten say too soon that all are.
+# Divides the log-odds in the forgetting loss; at 1, a few samples that are forgotten suggest too soon that all are.
 FORGETTING_TEMPERATURE = 2.0
 
 
 def loss_gradient(layer: LayerRecord, record: Record) -> Tensor:
-    """Of the cross entropy -log p."""
+    """Returns the mean gradient of the cross entropy -log p."""
     return layer.mean_gradient(-(-record.log_odds).sigmoid())  # p - 1
 
 
 def forgetting_gradient(layer: LayerRecord, record: Record) -> Tensor:
-    """Of -log(1 - p), at a temperature."""
+    """Returns the mean gradient of -log(1 - p), at a temperature."""
     return layer.mean_gradient((record.log_odds / FORGETTING_TEMPERATURE).sigmoid())
 
 
-# With the odds that are to be kept, t / (1 - t), these are of -t log p - (1 - t) log(1 - p), whose derivatives by the
-# log-odds are p - t and p (1 - p).
+# K = -t log p - (1 - t) log(1 - p), with the odds t / (1 - t) that a sample is to keep, has the derivatives p - t and
+# p (1 - p) by the log-odds.
 def retention_gradient(layer: LayerRecord, record: Record) -> Tensor:
+    """Returns the mean gradient of K."""
     return layer.mean_gradient(record.log_odds.sigmoid() - record.kept_log_odds.sigmoid())
 
 
 def retention_curvature(layer: LayerRecord, record: Record) -> Tensor:
+    """Returns the mean second derivative of K by each weight, for log-odds that are linear in it."""
     return layer.mean_squared_gradient(record.log_odds.sigmoid() * (-record.log_odds).sigmoid())
 
 
 Mean = Callable[[LayerRecord, Record], Tensor]
-# The others stay as they are in a first-order update.
-OF_LOG_ODDS: tuple[Mean, ...] = (loss_gradient, forgetting_gradient, retention_gradient, retention_curvature)
+# These means depend on the log-odds; a first-order update leaves all other ones as they are.
+MEANS_OF_LOG_ODDS: tuple[Mean, ...] = (loss_gradient, forgetting_gradient, retention_gradient, retention_curvature)
 
 
 class Feature(NamedTuple):
@@ -62,20 +64,20 @@ class Feature(NamedTuple):
     of: Callable[[Tensor, Tensor], Tensor]
 
 
-# E is the mean over a group; a sample's gradient of a kernel is the sum over its positions, activations are means.
+# E is the mean over a group. A sample's gradient of a kernel is the sum over positions, its activations are means.
 FEATURES: dict[str, Feature] = {
     # E[a_c], E[h_r]
     "input_activation": Feature(lambda layer, _: layer.mean_input()[:, None], lambda mean, weight: mean),
     "output_activation": Feature(lambda layer, _: layer.mean_output()[..., None], lambda mean, weight: mean),
     "weight": Feature(None, lambda _, weight: weight[None]),
     "gradient": Feature(loss_gradient, lambda mean, weight: mean),  # E[dL/dw]
-    # w E[dL/dw]: the first-order fall of the loss when the weight is removed (Molchanov et al. 2017)
+    # w E[dL/dw]: the first-order decrease of the loss when the weight is removed (Molchanov et al. 2017)
     "taylor": Feature(loss_gradient, lambda mean, weight: weight * mean),
-    # w E[dF/dw]: the first-order fall of F = -log(1 - p), what forgetting asks for
+    # w E[dF/dw]: the first-order decrease of F = -log(1 - p), which forgetting lowers
     "forgetting": Feature(forgetting_gradient, lambda mean, weight: weight * mean),
-    # w E[dK/dw]: the first-order fall of K = -t log p - (1 - t) log(1 - p), t the probability that p is to stay
+    # w E[dK/dw]: the first-order decrease of K
     "retention": Feature(retention_gradient, lambda mean, weight: weight * mean),
-    # |w| sqrt(E[p (1 - p) (d log(p / (1 - p))/dw)^2]): the root of K's second-order rise when the weight is removed
+    # |w| sqrt(E[p (1 - p) (d log(p / (1 - p))/dw)^2]): the root of K's second-order increase
     "curvature": Feature(retention_curvature, lambda mean, weight: weight.abs() * mean.sqrt()),
     # |w| E[unit r is active * a_c]: the signal that the weight passes on
     "coactivation": Feature(lambda layer, _: layer.mean_signal(), lambda mean, weight: weight.abs() * mean),
@@ -112,19 +114,24 @@ class GraphConfig:
 def group_means(
     records: Iterable[Record], means: Iterable[Mean], group_size: int
 ) -> tuple[list[dict[Mean, Tensor]], Tensor]:
-    """Of every masked layer its means over each group, and the log-odds (classes, group_size), by parts of these."""
-    found: list[dict[Mean, Tensor]] = []
+    """Averages over groups of samples, whose records come part by part.
+
+    Returns:
+        The means of every masked layer, (classes, groups, m, n) or what broadcasts to it, and the log-odds of all
+        samples, (classes, group_size).
+    """
+    layer_means: list[dict[Mean, Tensor]] = []
     log_odds = []
     for record in records:
         share = record.log_odds.shape[1] / group_size
-        found = found or [{} for _ in record.layers]
-        for of_layer, layer in zip(found, record.layers):
+        layer_means = layer_means or [{} for _ in record.layers]
+        for sums, layer in zip(layer_means, record.layers):
             for mean in means:
-                part = mean(layer, record).mul_(share)  # in place: of large kernels it takes much memory
+                part = mean(layer, record).mul_(share)  # in place, since the means of large kernels take much memory
                 part = part.unflatten(0, (len(record.log_odds), -1))
-                of_layer[mean] = of_layer[mean].add_(part) if mean in of_layer else part
+                sums[mean] = sums[mean].add_(part) if mean in sums else part
         log_odds.append(record.log_odds)
-    return found, torch.cat(log_odds, 1)
+    return layer_means, torch.cat(log_odds, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,11 +175,11 @@ class Snapshot:
         return x.permute(1, 2, 0).contiguous()
 
     def first_order_update(self, vertices: Tensor) -> Snapshot:
-        """What the groups would do without further weights, to first order: no sample goes through the network for it.
+        """Estimates the snapshot without further weights, to first order, without a pass through the network.
 
-        A weight w from neuron c to r that is zeroed takes w a_c from the pre-activation of r, and with the gradient g_r
-        of the log-odds there, g_r w a_c from the log-odds, summed over positions. Gradients and activations stay. Where
-        no record is kept there is no update.
+        Zeroing a weight w from neuron c to r takes w a_c from the pre-activation of r. With the gradient g_r of the
+        log-odds there, it takes g_r w a_c from the log-odds, summed over positions. Gradients and activations stay as
+        they are. The records must have been kept.
         """
         is_removed = torch.zeros(self.graph.num_vertices, dtype=torch.bool, device=vertices.device)
         is_removed[vertices] = True
@@ -183,7 +190,7 @@ class Snapshot:
             for layer, weight, at in zip(record.layers, self.weights, removed):
                 log_odds = log_odds - layer.log_odds_drop(weight, at)
             records.append(record._replace(log_odds=log_odds))
-        changed = [mean for mean in self.means[0] if mean in OF_LOG_ODDS]
+        changed = [mean for mean in self.means[0] if mean in MEANS_OF_LOG_ODDS]
         means, log_odds = group_means(records, changed, self.log_odds.shape[1])
         means = [before | now for before, now in zip(self.means, means)]
         weights = [weight.flatten().index_fill(0, at, 0).view_as(weight) for weight, at in zip(self.weights, removed)]
@@ -239,11 +246,12 @@ class ActivationGraphs:
 
     @cached_property
     def record(self) -> Record:
-        """What every sample does in the masked layers without a mask, where it is kept."""
-        everything = torch.arange(len(self), device=self.labels.device)
-        parts = [self._record(rows) for rows in everything.split(self.at_once)]
-        of_layers = zip(*[part.layers for part in parts])
-        layers = [FeatureRecord(*map(torch.cat, zip(*of_layer))) for of_layer in of_layers]
+        """The record of every sample without a mask, if records are kept; made at the first access."""
+        indices = torch.arange(len(self), device=self.labels.device)
+        parts = [self._record(chosen) for chosen in indices.split(self.at_once)]
+        layers = []
+        for layer_parts in zip(*[part.layers for part in parts]):
+            layers.append(FeatureRecord(*map(torch.cat, zip(*layer_parts))))
         log_odds = torch.cat([part.log_odds for part in parts])
         return Record(layers, log_odds, log_odds)
 
@@ -294,13 +302,13 @@ class ActivationGraphs:
                     kept.append(record._replace(layers=[layer.for_updates() for layer in record.layers]))
 
         means = dict.fromkeys(FEATURES[name].mean for name in names if FEATURES[name].mean)
-        of_layers, log_odds = group_means(records(), means, samples.shape[1])
+        layer_means, log_odds = group_means(records(), means, samples.shape[1])
         weights = self.weights() if mask is None else mask.weights(self.classifier).values()
         matrices = [weight.unflatten(0, (groups, -1)).flatten(2) for weight, groups in zip(weights, self.graph.groups)]
-        return Snapshot(self.config, self.graph, matrices, of_layers, log_odds, kept)
+        return Snapshot(self.config, self.graph, matrices, layer_means, log_odds, kept)
 
     def _records(self, samples: Tensor, mask: Mask | None, excluded_classes: Sequence[int]) -> Iterator[Record]:
-        """What groups do, part after part of their samples; where nothing is new, what is kept."""
+        """Yields the records of parts of the samples; it takes the record that is kept if no pass is needed."""
         if mask is None and self.are_kept and not excluded_classes:
             layers = [FeatureRecord(*(x[samples] for x in layer)) for layer in self.record.layers]
             yield Record(layers, self.record.log_odds[samples], self.record.log_odds[samples])
@@ -310,7 +318,7 @@ class ActivationGraphs:
                 rows = part.flatten()
                 record = self._record(rows, excluded_classes)
                 kept = record.log_odds
-                if mask is not None:  # without one the log-odds are what is to be kept
+                if mask is not None:  # without a mask, the samples are to keep the log-odds that they have
                     kept = log_odds(self.predictions[rows], self.labels[rows], excluded_classes)
                 layers = [layer.by_class(len(samples)) for layer in record.layers]
                 yield Record(layers, record.log_odds.view(part.shape), kept.view(part.shape))
