@@ -143,10 +143,12 @@ class Stages:
         trainer = Trainer(config.classifier, training.seed, config.source.size)
         return self.trained(f"classifier, {training.name}", training, trainer, data.train, artifact, data.test).model
 
-    def retrained(self, training: Training, forget_class: int, trainer: Trainer, samples: Split) -> Trained:
+    def retrained(self, training: Training, forget_class: int, seed: int) -> Trained:
         """A classifier that never saw a class."""
-        artifact = self.files.retrained(training, forget_class, trainer.seed)
-        name = f"retrained without class {forget_class}, {training.name}, from the weights of seed {trainer.seed}"
+        artifact = self.files.retrained(training, forget_class, seed)
+        name = f"retrained without class {forget_class}, {training.name}, from the weights of seed {seed}"
+        trainer = Trainer(training.config.classifier, seed, training.config.source.size)
+        samples = self.data(training.config).train.retain(forget_class)
         return self.trained(name, training, trainer, samples, artifact)
 
     def trained(
@@ -204,15 +206,17 @@ class Stages:
     def requests(self, training: Training, forget_class: int) -> None:
         """Every experiment on one forget class that is not there, and the plots that are not."""
         config, shared, prunings = training.config, {}, {}
-        drawn = partial(draw_experiment, folder=self.root / "eval", config=config.report)
-        draw = drawn if config.eval.visualize else None
         for requested_kappa in tqdm(
             config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None
         ):
             metrics, mask = self.files.metrics_and_mask(training, forget_class, requested_kappa)
+
+            def draw(metrics: Artifact = metrics) -> None:
+                draw_experiment(metrics.load(), self.root / "eval", config.report)
+
             if metrics.is_current and mask.is_current:
-                if draw is not None:
-                    draw(metrics.load())
+                if config.eval.visualize:
+                    draw()
                 continue
             _, graphs, gcn, about_gcn = self._last
             data, trainer = self.data(config), Trainer(config.classifier, training.seed, config.source.size)
@@ -229,7 +233,6 @@ class Stages:
                 requested_kappa=requested_kappa,
                 prunings=prunings,
                 kept=self._kept,
-                trained_on=data.train,
                 retrain=partial(self.retrained, training, forget_class),
             )
             paths = self.files.of_training(training) | {"mask": mask}
@@ -246,7 +249,8 @@ class Stages:
                 **about_gcn,
             }
             audit = partial(Audit, config.audit, data, forget_class, training.seed)
-            Eval(request, data, metrics, mask, about, shared, audit if config.audit.enabled else None, draw).eval()
+            audit, draw = (audit if config.audit.enabled else None), (draw if config.eval.visualize else None)
+            Eval(request, data, metrics, mask, about, shared, audit, draw).eval()
 
 
 def checkpoint_of(model: torch.nn.Module, training: Training) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.distributions import Normal
 from tqdm import tqdm
 
 from data import GraphGenerator, ImageData, load_image_data
-from eval import Request, answer
+from eval import Request, run_method
 from experiment.config import Config, load_config
 from mimu.pretrained import TrainedGCN
 from mimu.seeds import seeded
@@ -56,7 +56,7 @@ def odds_by_method(config: Config, data: ImageData, chosen: Tensor, seed: int) -
         asked = Request(config.eval, classifier, trainer, half, graphs, gcn, label, top_k, seed, "auto", kept=kept)
         samples = data.train.forget(label)
         for name, of_classes in found.items():
-            model = answer(asked, name).model
+            model = run_method(asked, name).model
             with torch.no_grad():
                 of_classes.append(log_odds(model(samples.images).double(), samples.labels))
     return {name: torch.cat(of_classes) for name, of_classes in found.items()}

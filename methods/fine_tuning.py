@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from eval import Request, unlearning_method
-from mimu.layers import by_weight, class_by_class, mean_squared_gradient
 from mimu.masks import Mask
 from mimu.pruning import forgetting_loss
 from mimu.samples import Split
 from mimu.seeds import seeded
 from mimu.settings import Count, NonNegative, Positive, Share
-from mimu.tracing import NUMBERS_AT_ONCE, HookedClassifier
+from mimu.tracing import HookedClassifier, samples_that_fit
 from mimu.training import descend, learn
 from trainer import UnlearningSFTConfig, masked_weights, other_labels
 
@@ -74,14 +73,13 @@ def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tenso
     means = [0.0 for _ in layers]
     # For a weight that is read at several positions, the gradient of every sample is formed.
     sizes = [weight.numel() for layer, weight in enumerate(classifier.weights) if classifier.positions(layer)]
-    fit = NUMBERS_AT_ONCE // max(sizes, default=1)
-    at_once = min(classifier.recorded_at_once(layers), max(1, fit))
+    at_once = min(classifier.recorded_at_once(layers), samples_that_fit(max(sizes, default=0)))
     for images, labels in zip(split.images.split(at_once), split.labels.split(at_once)):
         record = classifier.record(images, labels, layers)
         share = len(labels) / len(split.labels)
         factor = (-record.log_odds).sigmoid().square()[None]  # (dL / d log-odds)^2 = (1 - p)^2
         for index, layer in enumerate(record.layers):
-            mean = mean_squared_gradient(by_weight(layer.each(lambda x: class_by_class(x, 1))), factor)
+            mean = layer.by_class(1).mean_squared_gradient(factor)
             means[index] += share * mean.flatten(0, 1)
     return means
 

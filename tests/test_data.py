@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from data import FILES, GraphGenerator, checksum, data_set, load_image_data
 from mimu.errors import DataError
-from mimu.layers import LayerRecord
+from mimu.layers import FeatureRecord
 from mimu.saliency import FEATURES
 from mimu.saliency import FORGETTING_TEMPERATURE as T
 from mimu.samples import some_of_every_class
@@ -403,7 +403,7 @@ def test_all_layers_are_recorded_and_a_pass_with_nothing_masked_changes_nothing(
     assert layers[-1].active.min() == 1 and set(layers[0].active.unique().tolist()) == {0.0, 1.0}
     assert recorded["layers"] == [0, 1, 2] and torch.equal(recorded["labels"], graphs.labels)
     assert torch.equal(recorded["log_odds"], log_odds(logits, graphs.labels))
-    assert [LayerRecord(**record) for record in recorded["records"]] == layers
+    assert [FeatureRecord(**record) for record in recorded["records"]] == layers
     samples, nothing = graphs.draw(5, seeded("test")), graphs.graph.zeroing(graphs.nothing)
     kept, anew = (graphs.snapshot(samples, tuple(FEATURES), mask) for mask in (None, nothing))
     for name in FEATURES:

@@ -15,7 +15,7 @@ from conftest import NUM_CLASSES, TRACKED, copy_to, graph_config, random_split, 
 from running import PROJECT
 
 from data import GraphGenerator
-from eval import METHODS, Method, Request, answer
+from eval import METHODS, Method, Request, run_method
 from experiment.config import load_config
 from methods import fine_tuning, projections, published
 from methods.published import FEATURES, Published, importance, mean_importance, set_difference
@@ -61,7 +61,7 @@ def request_to_forget() -> Request:
 def unlearned(name: str, request: Request, **changes) -> torch.nn.Module:
     """The model of a method with its HYPERPARAMETERS, some of them changed."""
     values = HYPERPARAMETERS.get(name, {}) | changes
-    return answer(replace(request, config=replace(request.config, hyperparameters={name: values})), name).model
+    return run_method(replace(request, config=replace(request.config, hyperparameters={name: values})), name).model
 
 
 def test_every_method_is_described_and_configured():
@@ -109,7 +109,7 @@ def test_fields_of_a_dataclass_and_keywords_are_hyperparameters(request_to_forge
     setting = "eval.hyperparameters.fading"
     values = {"rate": 0.1, "scale": 2.0, "rounds": 7}
     config = load_config(overrides=["eval.methods=[mimu, fading]", f"{setting}={values}"]).eval
-    answer(replace(request_to_forget, config=config), "fading")
+    run_method(replace(request_to_forget, config=config), "fading")
     assert received == [(Fading(0.1, 7), 2.0)]
     for changes, message in (({"step": 1}, ".*step"), ({"rounds": 0}, ".rounds must be .* at least 1, not 0$")):
         with pytest.raises(InputError, match=f": {setting}{message}"):
@@ -307,7 +307,7 @@ def test_the_published_gcn_is_trained_once_for_a_classifier(request_to_forget, r
     steps = []
     monkeypatch.setattr(published, "descend", lambda *arguments: steps.append(arguments) or descend(*arguments))
     request = replace(request_to_forget, requested_kappa=requested_kappa, kept={}, prunings={})
-    mask = answer(request, "published").mask
+    mask = run_method(request, "published").mask
     logits = mean_importance(request, CONFIG)
     order = set_difference(logits, TOP_K)[FORGET].argsort(descending=True)[: mask.num_zeroed]
     assert set(order.tolist()) == set(mask.vertices().tolist())

@@ -19,7 +19,7 @@ from torch_geometric.nn import SAGEConv
 from torch_geometric.transforms import LineGraph
 
 from data import GraphGenerator
-from eval import METHODS, Request, answer
+from eval import METHODS, Request, run_method
 from experiment.config import Config, load_config
 from experiment.settings import ConfigError
 from methods.fine_tuning import fisher_information
@@ -538,7 +538,7 @@ def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_ori
     request = tiny_request(architecture, mask_layer)
     before, x = copy.deepcopy(request.original.state_dict()), request.train.images
     for asked, name in [*((9, name) for name in METHODS), ("auto", "mimu"), ("auto", "saliency")]:
-        found = answer(replace(request, requested_kappa=asked), name)
+        found = run_method(replace(request, requested_kappa=asked), name)
         logits = found.model(x)
         assert logits.shape == (36, NUM_CLASSES) and (logits.isfinite() | (logits == -torch.inf)).all(), name
         assert asked == "auto" or not METHODS[name].uses_kappa or found.mask.num_zeroed == 9
