@@ -13,8 +13,9 @@ from running import PROJECT
 import data
 from audits.predictions import predictions_of
 from data import GraphGenerator
-from eval import METHODS, EvalConfig, Method, Request, run_method
+from eval import METHODS, EvalConfig, Request, run_method
 from experiment.config import load_config
+from experiment.registry import Method
 from experiment.settings import ConfigError, converted
 from methods import fine_tuning, projections, published
 from methods.controls import removal_effect
