@@ -21,6 +21,7 @@ from matplotlib import cycler
 from matplotlib.figure import Figure
 
 from mimu.files import write_text, written_whole
+from mimu.settings import Bounds
 
 # Hues of Okabe and Ito's palette, which colour-blind readers can tell apart; shades of them for methods of one group.
 COLORS = {
@@ -106,7 +107,7 @@ def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
 class ReporterConfig:
     """Resolution of the figures, dots per inch, and the formats that each is written in."""
 
-    dpi: Annotated[int, "at least 20, at most 1200"]
+    dpi: Annotated[int, Bounds(ge=20, le=1200)]
     format: tuple[Literal[FORMATS], ...]
 
 
