@@ -16,7 +16,6 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import itertools
-import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from data import GraphGenerator, ImageData, checksum, load_image_data
 from eval import Eval, Request
 from experiment.config import Config, RequestedKappa, load_variants
 from experiment.files import ROOT, Artifact, Log, code_of, damaged, locked, slug
-from experiment.processes import Processes, how_many, peak_bytes
+from experiment.processes import Processes, how_many, peak_bytes, world_size
 from mimu.errors import DataError, InputError
 from mimu.files import digest, save
 from mimu.graph import MaskingGCN, keep_freed_memory
@@ -434,7 +433,7 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 
 def start(parsed: argparse.Namespace) -> None:
     """Does what the command line asks for."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (parsed.dry_run or parsed.plot_only or parsed.pretrain):
+    if world_size() > 1 and (parsed.dry_run or parsed.plot_only or parsed.pretrain):
         raise InputError("--dry-run, --plot-only and --pretrain run in one process: start it without torchrun")
     keep_freed_memory()
     configs = load_variants(parsed.config, parsed.overrides)

@@ -104,8 +104,12 @@ class Config:
         if odd := [name for name in hyperparameters if name not in METHODS]:
             raise ValueError(f"eval.hyperparameters.{odd[0]} is not a method: valid are {', '.join(METHODS)}")
         for name in self.eval.method_names:
-            parts = [(each.name, each.annotation) for each in METHODS[name].hyperparameters.values()]
-            kind = make_dataclass("Hyperparameters", parts, namespace={"__pydantic_config__": settings.STRICT})
+            parts = []
+            for each in METHODS[name].hyperparameters.values():
+                default = () if each.default is each.empty else (each.default,)
+                parts.append((each.name, each.annotation, *default))
+            options = {"namespace": {"__pydantic_config__": settings.STRICT}, "kw_only": True}
+            kind = make_dataclass("Hyperparameters", parts, **options)
             settings.checked(kind, hyperparameters.get(name, {}), f"eval.hyperparameters.{name}.")
 
     @cached_property
