@@ -1,6 +1,6 @@
 """The methods beyond the published system against their definitions, on a small problem."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, make_dataclass, replace
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from data import GraphGenerator
 from eval import METHODS, EvalConfig, Request, run_method
 from experiment.config import load_config
 from experiment.registry import Method
-from experiment.settings import ConfigError, converted
+from experiment.settings import ConfigError, checked
 from methods import fine_tuning, projections, published
 from methods.controls import removal_effect
 from methods.published import FEATURES, Published, importance, mean_importance, set_difference
@@ -88,7 +88,8 @@ def test_every_method_says_what_it_is_and_has_its_hyperparameters_in_the_config(
     for name, values in written.items():
         parameters = further[name].hyperparameters
         assert list(values) == list(parameters)
-        assert values == {key: converted(value, parameters[key].annotation) for key, value in values.items()}
+        hints = [(key, parameters[key].annotation) for key in values]
+        assert asdict(checked(make_dataclass("Hyperparameters", hints), values)) == values
     assert [name for name in further if further[name].runs_with == "default"] == ["saliency", "magnitude"]
     for name, method in METHODS.items():
         about = method.about()
@@ -119,7 +120,8 @@ def test_fields_of_a_dataclass_and_keywords_are_hyperparameters(request_to_forge
     run_method(replace(request_to_forget, config=config), "fading")
     assert given == [(Fading(0.1, 7), 2.0)]
     for values, message in (
-        ({"rate": 0.1, "scale": 2.0, "step": 1}, " must have values of .*, not of rate, scale, step$"),
+        ({"rate": 0.1, "scale": 2.0, "rounds": 7, "step": 1}, ".step is not a setting"),
+        ({"rate": 0.1, "scale": 2.0}, ".rounds must be an integer, at least 1, not None$"),
         ({"rate": 0.1, "scale": 2.0, "rounds": 0}, ".rounds must be an integer, at least 1, not 0$"),
     ):
         with pytest.raises(ConfigError, match=f": {setting}{message}"):
