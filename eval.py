@@ -1,14 +1,13 @@
-"""Requests to forget a class, the registry of methods that unlearn it, and the metrics that score the methods."""
+"""Requests to forget a class, five methods that unlearn it, and the metrics that score all methods."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import math
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from data import ImageData
 from experiment.files import Artifact
+from experiment.registry import METHODS, unlearning_method
 from mimu.errors import TrainingError
 from mimu.graph import MaskingGCN
 from mimu.masks import Mask
@@ -39,9 +39,8 @@ RANDOM_MASKS = 20  # random keep masks that the control of the mask efficacy ave
 class EvalConfig(PruningConfig):
     """The settings of the masks, of the methods and of the plots.
 
-    methods: the names of the methods to score; `all`: every method but those that run by name alone; None: those of the
-        default run
-    hyperparameters: the hyperparameters of every method that has some, by the name of the method
+    methods: names of the methods to score; `all`: all but those that run by name alone; None: those of the default run
+    hyperparameters: those of every method that has some, by the name of the method
     """
 
     methods: tuple[str, ...] | Literal["all"] | None
@@ -71,18 +70,15 @@ class EvalConfig(PruningConfig):
 class Request:
     """One request to forget a class, and everything that a method may use: of the data only the training split.
 
-    original: the classifier, which methods must not change
-    trainer: the trainer that trained it
-    train: the training split
+    original, trainer: the classifier, which methods must not change, and the trainer that trained it
     graphs, gcn: the activation graphs of the original, and the masking GCN that was trained on them
     forget_class: the label of the class to forget
     top_k: the number of weights that a keep mask keeps
-    seed: the seed of all random draws
     requested_kappa: the number of weights to zero; `auto`: as few as forget the class; None: no method depends on it
     resolved_kappa: the number of weights to zero, see `kappa`
     prunings: the steps of every method by its name, kept from one kappa to the next
     kept: what methods keep from one request to the next on the same classifier, by names of their own
-    retrain: from a seed to a classifier trained without the class; None: it is trained on the samples of `train`
+    retrain: from a seed to a classifier trained without the class; None: `trainer` trains it on the samples of `train`
     """
 
     config: EvalConfig
@@ -143,7 +139,7 @@ class Request:
     @property
     def class_index(self) -> int:
         """The index of the forget class where tensors of the graphs stand class after class."""
-        return self.graphs.class_index_of(self.forget_class)
+        return self.graphs.classes.index(self.forget_class)
 
     def pruning(
         self, name: str, ranking: Ranking | None = None, gcn: MaskingGCN | None = None, all_at_once: bool = False
@@ -169,81 +165,6 @@ class Request:
         """
         pruning = self.pruning(name, ranking, gcn, all_at_once)
         return pruning.until_forgotten() if self.requested_kappa == "auto" else pruning.at(self.requested_kappa)
-
-
-# From a request, and hyperparameters as keywords, to an unlearned classifier or the weights to zero in the original.
-Unlearning = Callable[..., nn.Module | Trained | Mask | PruningResult]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method of unlearning, and what tables say about it.
-
-    unlearn: the function that unlearns. Its keyword-only parameters are hyperparameters; a parameter whose annotation
-        is a dataclass stands for the fields of that. Their values are in `eval.hyperparameters.<name>`. The first
-        paragraph of the docstring describes the method in tables
-    uses_kappa: whether the unlearned classifier depends on `request.kappa`; if not, it is made once for all kappas
-    most_needed: a function from a request to the `request.top_k` weights that the class needs most, (K) vertices or
-        several choices of them (choices, K), whose metrics are averaged; None: the method has no mask efficacy
-    paper: the source
-    touches: nothing, a mask, the output, the representation, one layer, the last layers, or all weights
-    needs: the training samples that the method reads
-    runs_with: `default`: with every run whose config names no methods; `all`: with `eval.methods: all`; `name`: where a
-        config names it
-    """
-
-    unlearn: Unlearning
-    uses_kappa: bool = False
-    most_needed: Callable[[Request], Tensor] | None = None
-    paper: str = ""
-    touches: str = "all weights"
-    needs: Literal["nothing", "forget set", "retain set", "both sets"] = "both sets"
-    runs_with: Literal["default", "all", "name"] = "default"
-
-    @property
-    def keywords(self) -> dict[str, inspect.Parameter]:
-        """The keyword-only parameters, by name."""
-        parameters = inspect.signature(self.unlearn, eval_str=True).parameters
-        return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
-
-    @property
-    def hyperparameters(self) -> dict[str, inspect.Parameter]:
-        """The hyperparameters, by name: the keyword-only parameters, and the fields of those that are dataclasses."""
-        hyperparameters: dict[str, inspect.Parameter] = {}
-        for name, each in self.keywords.items():
-            kind = each.annotation
-            hyperparameters |= inspect.signature(kind, eval_str=True).parameters if is_dataclass(kind) else {name: each}
-        return hyperparameters
-
-    def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Returns the keyword arguments of `unlearn` for values of hyperparameters by name."""
-        arguments = dict(values)
-        for name, each in self.keywords.items():
-            if is_dataclass(kind := each.annotation):
-                fields = inspect.signature(kind).parameters
-                arguments[name] = kind(**{field: arguments.pop(field) for field in fields if field in arguments})
-        return arguments
-
-    def about(self) -> dict[str, Any]:
-        """Returns what tables say about the method, as JSON holds it."""
-        description = (inspect.getdoc(self.unlearn) or "").partition("\n\n")[0].replace("\n", " ")
-        return {"does": description, "paper": self.paper, "touches": self.touches, "needs": self.needs}
-
-
-METHODS: dict[str, Method] = {}
-
-
-def unlearning_method(name: str, **about: Any) -> Callable[[Unlearning], Unlearning]:
-    """Registers a function as a `Method`, with the other fields of that in `about`, for every plot and table."""
-    # "gcn" and "experiment" stand beside the methods in the seconds of the JSON.
-    if name in (*METHODS, "gcn", "experiment") or not name.isprintable() or not name or "$" in name:
-        raise ValueError(f"method {name!a} must have a name of its own, of printable characters without $")
-
-    def register(unlearn: Unlearning) -> Unlearning:
-        METHODS[name] = Method(unlearn, **about)
-        return unlearn
-
-    return register
 
 
 def every_vertex(request: Request) -> Tensor:
@@ -286,8 +207,7 @@ def random(request: Request) -> Mask:
 @unlearning_method("sft", paper="after Graves et al. 2021, arXiv:2010.10981", touches="one layer", needs="forget set")
 def sft(request: Request, *, config: UnlearningSFTConfig) -> nn.Module:
     """Fine-tuning of the masked layers on random labels for the forget class's training samples."""
-    unlearning = UnlearningSFT(config, request.seed)
-    return unlearning.unlearn(request.classifier, request.forget, request.graphs.graph.layers)
+    return UnlearningSFT(config, request.seed).unlearn(request.classifier, request.forget, request.graphs.graph.layers)
 
 
 @unlearning_method("retrain", needs="retain set")
@@ -297,12 +217,7 @@ def retrain(request: Request) -> Trained:
 
 
 class Unlearned(NamedTuple):
-    """An unlearned classifier.
-
-    mask: the mask, if the classifier is the masked original
-    seconds: from the request to the unlearned classifier
-    message: as in `PruningResult`
-    """
+    """An unlearned classifier; its mask, if it is the masked original; seconds and message as in `PruningResult`."""
 
     model: nn.Module
     mask: Mask | None
@@ -311,12 +226,7 @@ class Unlearned(NamedTuple):
 
 
 def run_method(request: Request, name: str) -> Unlearned:
-    """Runs a method on a request.
-
-    Raises:
-        TrainingError: the method diverged.
-        ValueError: the method changed the original, or reads a kappa without `uses_kappa`.
-    """
+    """Runs a method. Raises TrainingError if it diverges, ValueError if it does what a method must not."""
     before, method = copy.deepcopy(request.original.state_dict()), METHODS[name]
     arguments = method.arguments(request.config.hyperparameters.get(name, {}))
     if method.uses_kappa:
@@ -350,9 +260,8 @@ class Eval:
     metrics, mask: the files to write
     about: what the JSON says besides, such as the id, the config and the seconds of earlier stages
     shared: results that do not depend on kappa, kept from one kappa of a request to the next
-    audit: a function from the original and the retrained classifier (None if there is none) to an audit, which is
-        called with a classifier and describes its results in `columns()`; None: there are no audits
-    draw: draws the plots of the experiment from its JSON; None: there are no plots
+    audit: from the original and the retrained classifier (None if there is none) to an `audits.Audit` of classifiers
+    draw: draws the plots of the experiment from its JSON
     """
 
     request: Request
@@ -361,7 +270,7 @@ class Eval:
     mask: Artifact
     about: dict[str, Any]
     shared: dict[Hashable, Any]
-    audit: Callable[[nn.Module, nn.Module | None], Callable[[nn.Module], dict[str, Any]]] | None = None
+    audit: Callable[[nn.Module, nn.Module | None], Any] | None = None
     draw: Callable[[], None] | None = None
     _of_this_kappa: dict[Hashable, Any] = field(default_factory=dict, init=False)
 
@@ -394,11 +303,8 @@ class Eval:
     ) -> dict[str, float]:
         """Scores a classifier: sums over samples in double precision, divided by the number of samples.
 
-        Returns:
-            `loss` (cross entropy, nats), `score` (percent classified correctly) and on the forget set `probability` (of
-            the forget class, mean over the samples).
-        Raises:
-            ValueError: there is no sample.
+        Returns `loss` (cross entropy, nats), `score` (percent classified correctly) and on the forget set `probability`
+        (of the forget class, mean over the samples). Raises ValueError if there is no sample.
         """
         if not len(data_loader.dataset):
             raise ValueError(f"{description}: there is no sample to score")
@@ -416,43 +322,40 @@ class Eval:
     def eval_unlearning(self) -> dict[str, dict[str, float]]:
         """Scores every method on the forget set: loss, score and probability of the forget class."""
         forget_set = self.mnist_forget_set()
-        metrics = self._of_methods("forget", lambda name, model: self.inference(model, forget_set, True, name))
+        metrics = self._of_methods("forget set", lambda model: self.inference(model, forget_set, True, "forget set"))
         return metrics
 
     def eval_performance_degradation(self) -> dict[str, dict[str, float]]:
         """Scores every method on the retain set: loss and score."""
         retain_set = self.mnist_retain_set()
-        metrics = self._of_methods("retain", lambda name, model: self.inference(model, retain_set, False, name))
+        metrics = self._of_methods("retain set", lambda model: self.inference(model, retain_set, False, "retain set"))
         return metrics
 
     def eval_mask_efficacy(self) -> dict[str, dict[str, float]]:
         """Scores the keep masks of K weights on the forget set: do the masked layers still classify the class?"""
         names = [name for name in self.names if METHODS[name].most_needed is not None]
-        return {name: self._once(("efficacy", name), partial(self._mask_efficacy, name)) for name in names}
+        return {name: self._once(("mask efficacy", name), partial(self._mask_efficacy, name)) for name in names}
 
     def eval_training_split(self) -> dict[str, dict[str, dict[str, float]]]:
         """Scores every method on training samples, for choices that the test split must not make."""
         samples, forget_class = self.request.graphs.samples, self.request.forget_class
         forget_set, retain_set = samples.forget(forget_class).loader(), samples.retain(forget_class).loader()
 
-        def scores(name: str, model: nn.Module) -> dict[str, dict[str, float]]:
-            forget_scores = self.inference(model, forget_set, True, name)
-            return {"forget": forget_scores, "retain": self.inference(model, retain_set, False, name)}
+        def scores(model: nn.Module) -> dict[str, dict[str, float]]:
+            forget_scores = self.inference(model, forget_set, True, "forget set")
+            return {"forget": forget_scores, "retain": self.inference(model, retain_set, False, "retain set")}
 
-        return self._of_methods("training", scores)
+        return self._of_methods("training split", scores)
 
     def eval_audits(self) -> dict[str, dict[str, Any]]:
         """Audits what every method's classifier still knows of the class, and its distance to the retrained one."""
-        if self.audit is None:
-            return {}
-        audit = self._audit()
-        return self._of_methods("audit", lambda name, model: audit(model))
+        return {} if self.audit is None else self._of_methods("audit", self._audit())
 
     def eval(self) -> dict[str, Any]:
         """Runs all evaluations, saves the mask, writes the JSON, and draws the plots if there are any."""
         started = time.perf_counter()
         request, graph = self.request, self.request.graphs.graph
-        unlearned = self._of_methods("unlearned", lambda name, model: self.unlearned(name))
+        unlearned = {name: self.unlearned(name) for name in self.names}
         zeroed = request.zeroed_by_mimu().tolist()
         results = {
             **self.about,
@@ -490,11 +393,11 @@ class Eval:
         if self.draw is not None:
             self.draw()
 
-    def _of_methods(self, evaluation: str, evaluate: Callable[[str, nn.Module], Any]) -> dict[str, Any]:
+    def _of_methods(self, evaluation: str, evaluate: Callable[[nn.Module], Any]) -> dict[str, Any]:
         """Evaluates every method's classifier, once for all kappas if the method does not depend on kappa."""
         results = {}
         for name in self.names:
-            compute = partial(evaluate, name, self.unlearned(name).model)
+            compute = partial(evaluate, self.unlearned(name).model)
             results[name] = self._once((evaluation, name), compute, METHODS[name].uses_kappa)
         return results
 
@@ -513,12 +416,12 @@ class Eval:
                 scores.append(self.inference(model, self.mnist_forget_set(), True, f"{name}, kept"))
         return {metric: fmean(metrics[metric] for metrics in scores) for metric in scores[0]}
 
-    def _audit(self) -> Callable[[nn.Module], dict[str, Any]]:
+    def _audit(self) -> Any:
         retrained = self.unlearned("retrain").model if "retrain" in self.names else None
         return self._once("audit", lambda: self.audit(self.request.classifier, retrained))
 
     @torch.no_grad()
-    def _class_probabilities(self, name: str, model: nn.Module) -> list[float]:
+    def _class_probabilities(self, model: nn.Module) -> list[float]:
         probabilities = torch.cat([model(images).softmax(1) for images, _ in self.mnist_forget_set()])
         return probabilities.cpu().double().mean(0).tolist()
 

@@ -16,7 +16,6 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import itertools
-import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from data import GraphGenerator, ImageData, checksum, load_image_data
 from eval import Eval, Request
 from experiment.config import Config, RequestedKappa, load_variants
 from experiment.files import ROOT, Artifact, Log, code_of, damaged, locked, slug
-from experiment.processes import Processes, how_many, peak_bytes
+from experiment.processes import Processes, how_many, peak_bytes, world_size
 from mimu.errors import DataError, InputError
 from mimu.files import digest, save
 from mimu.graph import MaskingGCN, keep_freed_memory
@@ -211,11 +210,10 @@ class Stages:
         ):
             metrics, mask = self.files.metrics_and_mask(training, forget_class, requested_kappa)
 
-            def draw(metrics: Artifact = metrics) -> None:
-                draw_experiment(metrics.load(), self.root / "eval", config.report)
-
+            place = metrics.path.parents[1] / "plots" / metrics.path.stem
+            draw = partial(draw_experiment, metrics.path, place, config.report) if config.eval.visualize else None
             if metrics.is_current and mask.is_current:
-                if config.eval.visualize:
+                if draw is not None:
                     draw()
                 continue
             _, graphs, gcn, about_gcn = self._last
@@ -249,8 +247,7 @@ class Stages:
                 **about_gcn,
             }
             audit = partial(Audit, config.audit, data, forget_class, training.seed)
-            audit, draw = (audit if config.audit.enabled else None), (draw if config.eval.visualize else None)
-            Eval(request, data, metrics, mask, about, shared, audit, draw).eval()
+            Eval(request, data, metrics, mask, about, shared, audit if config.audit.enabled else None, draw).eval()
 
 
 def checkpoint_of(model: torch.nn.Module, training: Training) -> dict[str, Any]:
@@ -438,7 +435,7 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 
 def start(parsed: argparse.Namespace) -> None:
     """Does what the command line asks for."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (parsed.dry_run or parsed.plot_only or parsed.pretrain):
+    if world_size() > 1 and (parsed.dry_run or parsed.plot_only or parsed.pretrain):
         raise InputError("--dry-run, --plot-only and --pretrain run in one process: start it without torchrun")
     keep_freed_memory()
     configs = load_variants(parsed.config, parsed.overrides)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from mimu.pruning import PruningConfig, RemainingCounter, prune, prune_until_for
 from mimu.saliency import FORGETTING_TEMPERATURE, TERMS, ActivationGraphs, ranked, saliency
 from mimu.samples import Split, is_correct
 from mimu.seeds import seeded, seeded_initialisation
-from mimu.settings import Amount, Count, NonNegative, Positive, number_of_weights
+from mimu.settings import Amount, Bounds, Count, NonNegative, Positive, number_of_weights
 from mimu.tracing import HookedClassifier, Trace, log_odds
 from mimu.training import check_weights, descend, learn
 from model import VisionTransformer, airbench, cnn, mlp, resnet, whiten
@@ -87,14 +88,18 @@ def train_in_rounds(
     return time.monotonic() - started
 
 
+# The bounds are so wide that a network, without its weights, is built at once.
+Sizes = Annotated[tuple[Annotated[int, Bounds(ge=1, le=10**6)], ...], Field(max_length=20)]
+
+
 @dataclass(frozen=True)
 class TrainerConfig:
     """The settings of a classifier and of its training, which lowers the cross entropy."""
 
     architecture: Literal["mlp", "cnn", "airbench", "resnet", "vit"]
-    hidden_sizes: tuple[Count, ...]
-    channels: tuple[Count, ...]
-    blocks: Count
+    hidden_sizes: Sizes
+    channels: Sizes
+    blocks: Annotated[int, Bounds(ge=1, le=50)]
     patch: Count
     heads: Count
     batch_norm: bool
@@ -102,11 +107,11 @@ class TrainerConfig:
     epochs: Count
     batch_size: Count
     learning_rate: Positive
-    momentum: Annotated[float, "at least 0, below 1"] | None
+    momentum: Annotated[float, Bounds(ge=0, lt=1)] | None
     weight_decay: NonNegative
-    warm_up: Annotated[float, "at least 0, below 1"]
-    label_smoothing: Annotated[float, "at least 0, below 1"]
-    shift: Annotated[int, "at least 0"]
+    warm_up: Annotated[float, Bounds(ge=0, lt=1)]
+    label_smoothing: Annotated[float, Bounds(ge=0, lt=1)]
+    shift: Annotated[int, Bounds(ge=0)]
     flip: bool
     bfloat16: bool
 

@@ -15,8 +15,9 @@ from conftest import NUM_CLASSES, TRACKED, copy_to, graph_config, random_split, 
 from running import PROJECT
 
 from data import GraphGenerator
-from eval import METHODS, Method, Request, run_method
+from eval import METHODS, Request, run_method
 from experiment.config import load_config
+from experiment.registry import Method
 from methods import fine_tuning, projections, published
 from methods.published import FEATURES, Published, importance, mean_importance, set_difference
 from mimu.erasing import class_direction
