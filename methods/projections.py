@@ -32,12 +32,10 @@ def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative)
     """DAMP: every layer reads less of the class's direction, deeper layers more so, and with `row` 0 the class's output
     weights are zeroed.
 
-    W' = W (I - a q q^T), where q is the part of the class's mean input that the means of the retained classes do not
-    span, normalised (`class_direction`), and a = max(0, 2 accuracy - 1) l / L. The accuracy is that of a linear probe
-    (here a ridge regression) which tells the class from as many samples of the retained classes, on held-out samples;
-    l / L rises from 0 for the first layer, which reads pixels, to 1 for the last. The class's output weights are
-    multiplied by `row`. A stage of the paper is a layer here. Biases stay, a convolution reads the patches of its
-    kernels, and all is computed in double precision. Written from summaries of the paper, not from its text.
+    W' = W (I - a q q^T), q the `class_direction` of the layer's mean inputs, a = max(0, 2 accuracy - 1) l / L: the
+    held-out accuracy of a linear probe (here a ridge regression) of the class against as many retained samples, and a
+    depth l / L from 0 for the first layer, which reads pixels, to 1 for the last. The class's output weights are then
+    multiplied by `row`. A stage of the paper is a layer here. Written from summaries of the paper, not from its text.
     """
     chosen = some_of_every_class(request.train, samples, "damp", request.seed, request.forget_class)
     is_forget = chosen.labels == request.forget_class

@@ -22,26 +22,18 @@ FEATURES = ("input_activation", "output_activation", "weight", "gradient")
 
 @dataclass(frozen=True)
 class Published:
-    """The objective, how the GCN is trained on it, and from how many samples of a class the scores are averaged.
-
-    Args:
-        samples: scored per step by the sufficiency term, of all classes together
-        temperature: of the backward sigmoid, in standard deviations of the scores
-        gumbel: scale of the noise on the scores in the sufficiency term
-        sufficiency, prior: weights of the two terms
-        draws: graphs per class whose scores are averaged
-    """
+    """The GCN, the two terms that it is trained on, and how many graphs of a class its scores are averaged over."""
 
     hidden: Count
     rounds: Count
     steps: Count
     learning_rate: Positive
-    samples: Count
-    temperature: Positive
-    gumbel: NonNegative
-    sufficiency: NonNegative
-    prior: NonNegative
-    draws: Count
+    samples: Count  # of all classes together, in the sufficiency term of a step
+    temperature: Positive  # of the backward sigmoid, in standard deviations of the scores
+    gumbel: NonNegative  # scale of the noise on the scores in the sufficiency term
+    sufficiency: NonNegative  # weight of the term
+    prior: NonNegative  # weight of the term
+    draws: Count  # graphs of a class
 
 
 def importance(gcn: MaskingGCN, graphs: ActivationGraphs, samples: Tensor) -> Tensor:

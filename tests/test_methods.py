@@ -20,7 +20,6 @@ from experiment.config import load_config
 from experiment.registry import Method
 from methods import fine_tuning, projections, published
 from methods.published import FEATURES, Published, importance, mean_importance, set_difference
-from mimu.erasing import class_direction
 from mimu.errors import InputError, TrainingError
 from mimu.graph import MaskingGCN
 from mimu.samples import Split, some_of_every_class
@@ -219,16 +218,13 @@ def test_damp_removes_what_no_retained_mean_spans_more_in_deeper_layers(request_
         assert np.array_equal(after, halved_row[index]) and np.array_equal(after, w) == (index == 0)
 
 
-def test_the_probe_of_damp_scores_held_out_samples_and_means_that_span_everything_leave_no_direction():
+def test_the_probe_of_damp_scores_held_out_samples():
     forget = torch.ones(20, 3, dtype=torch.float64)
     retained = -forget.clone()
     assert projections.separability(forget, retained, 0.01) == 1 and projections.separability(forget, forget, 0.01) == 0
     forget[[1, 5, 9]] *= -1  # every second sample is held out: 4 of the 20 are on the wrong side
     retained[7] *= -1
     assert projections.separability(forget, retained, 0.01) == pytest.approx(2 * 16 / 20 - 1)
-    split = random_split(60)
-    plane, space = (class_direction(split.images[:, :n], split.labels, FORGET) for n in (2, 3))
-    assert not plane.any() and space.norm() == pytest.approx(1), "in two dimensions only rounding remains"
 
 
 def test_the_optimised_mask_is_a_mask_and_its_sparsity_counts(request_to_forget):
