@@ -16,7 +16,6 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import itertools
-import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from data import GraphGenerator, ImageData, checksum, load_image_data
 from eval import Eval, Request
 from experiment.config import Config, RequestedKappa, load_variants
 from experiment.files import ROOT, Artifact, Log, code_of, damaged, locked, slug
-from experiment.processes import Processes, how_many, peak_bytes
+from experiment.processes import Processes, how_many, peak_bytes, world_size
 from mimu.errors import DataError, InputError
 from mimu.files import digest, save
 from mimu.graph import MaskingGCN, keep_freed_memory
@@ -143,10 +142,12 @@ class Stages:
         trainer = Trainer(config.classifier, training.seed, config.source.size)
         return self.trained(f"classifier, {training.name}", training, trainer, data.train, artifact, data.test).model
 
-    def retrained(self, training: Training, forget_class: int, trainer: Trainer, samples: Split) -> Trained:
+    def retrained(self, training: Training, forget_class: int, seed: int) -> Trained:
         """A classifier that never saw a class."""
-        artifact = self.files.retrained(training, forget_class, trainer.seed)
-        name = f"retrained without class {forget_class}, {training.name}, from the weights of seed {trainer.seed}"
+        artifact = self.files.retrained(training, forget_class, seed)
+        name = f"retrained without class {forget_class}, {training.name}, from the weights of seed {seed}"
+        trainer = Trainer(training.config.classifier, seed, training.config.source.size)
+        samples = self.data(training.config).train.retain(forget_class)
         return self.trained(name, training, trainer, samples, artifact)
 
     def trained(
@@ -204,15 +205,16 @@ class Stages:
     def requests(self, training: Training, forget_class: int) -> None:
         """Every experiment on one forget class that is not there, and the plots that are not."""
         config, shared, prunings = training.config, {}, {}
-        drawn = partial(draw_experiment, folder=self.root / "eval", config=config.report)
-        draw = drawn if config.eval.visualize else None
         for requested_kappa in tqdm(
             config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None
         ):
             metrics, mask = self.files.metrics_and_mask(training, forget_class, requested_kappa)
+
+            place = metrics.path.parents[1] / "plots" / metrics.path.stem
+            draw = partial(draw_experiment, metrics.path, place, config.report) if config.eval.visualize else None
             if metrics.is_current and mask.is_current:
                 if draw is not None:
-                    draw(metrics.load())
+                    draw()
                 continue
             _, graphs, gcn, about_gcn = self._last
             data, trainer = self.data(config), Trainer(config.classifier, training.seed, config.source.size)
@@ -229,7 +231,6 @@ class Stages:
                 requested_kappa=requested_kappa,
                 prunings=prunings,
                 kept=self._kept,
-                trained_on=data.train,
                 retrain=partial(self.retrained, training, forget_class),
             )
             paths = self.files.of_training(training) | {"mask": mask}
@@ -434,7 +435,7 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 
 def start(parsed: argparse.Namespace) -> None:
     """Does what the command line asks for."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (parsed.dry_run or parsed.plot_only or parsed.pretrain):
+    if world_size() > 1 and (parsed.dry_run or parsed.plot_only or parsed.pretrain):
         raise InputError("--dry-run, --plot-only and --pretrain run in one process: start it without torchrun")
     keep_freed_memory()
     configs = load_variants(parsed.config, parsed.overrides)

@@ -22,6 +22,7 @@ from matplotlib.cbook import boxplot_stats
 from matplotlib.figure import Figure
 
 from mimu.files import write_text, written_whole
+from mimu.settings import Bounds
 
 # Hues of Okabe and Ito's palette, which colour-blind readers can tell apart; shades of them for methods of one group.
 COLORS = {
@@ -109,7 +110,7 @@ EFFICACY = [replace(each, keys=(KEPT, each.keys[1]), spec=".3f") for each in (FO
 class ReporterConfig:
     """Resolution of the figures, dots per inch, and the formats that each is written in."""
 
-    dpi: Annotated[int, "at least 20, at most 1200"]
+    dpi: Annotated[int, Bounds(ge=20, le=1200)]
     format: tuple[Literal[FORMATS], ...]
 
 

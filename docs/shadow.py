@@ -16,7 +16,7 @@ from torch.distributions import Normal
 from tqdm import tqdm
 
 from data import GraphGenerator, ImageData, load_image_data
-from eval import Request, answer
+from eval import Request, run_method
 from experiment.config import Config, load_config
 from mimu.pretrained import TrainedGCN
 from mimu.seeds import seeded
@@ -27,7 +27,7 @@ from trainer import Trainer
 
 OVERRIDES = ("gcn.pretrained=true", "eval.methods=all")
 # Controls, variants of the formula, what takes longer than two seconds, and what gives a class the odds zero.
-LEFT_OUT = {"random", "magnitude", "first_order", "saliency_contrast", "cmf", "logit_removed"}
+LEFT_OUT = {"random", "magnitude", "logit_removed"}
 RETRAINED = ("retrain", "retrain_again")
 PAIRS = 32  # of shadow classifiers, trained on either half of the training split
 FIRST_SEED = 2_000  # of theirs
@@ -56,7 +56,7 @@ def odds_by_method(config: Config, data: ImageData, chosen: Tensor, seed: int) -
         asked = Request(config.eval, classifier, trainer, half, graphs, gcn, label, top_k, seed, "auto", kept=kept)
         samples = data.train.forget(label)
         for name, of_classes in found.items():
-            model = answer(asked, name).model
+            model = run_method(asked, name).model
             with torch.no_grad():
                 of_classes.append(log_odds(model(samples.images).double(), samples.labels))
     return {name: torch.cat(of_classes) for name, of_classes in found.items()}

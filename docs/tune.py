@@ -25,7 +25,7 @@ from tqdm import tqdm
 from audits.predictions import Predictions, jensen_shannon, predictions_of
 from audits.probes import found_by_probes
 from data import GraphGenerator, load_image_data
-from eval import Request, answer
+from eval import Request, run_method
 from experiment.config import load_config
 from mimu.errors import TrainingError
 from mimu.pretrained import TrainedGCN
@@ -65,7 +65,7 @@ class Tuning:
             Request(config.eval, classifier, trainer, data.train, graphs, gcn, digit, top_k, seed, "auto", kept=kept)
             for digit in settings.get("digits", range(graphs.num_classes))
         ]
-        retrained = [answer(request, "retrain").model for request in self.requests]
+        retrained = [run_method(request, "retrain").model for request in self.requests]
         self.retrained = [self.seen(model) for model in retrained]
         self.by_probe = settings.get("by_probe", False)
         if self.by_probe:
@@ -97,7 +97,7 @@ class Tuning:
             given, digit = request.config.hyperparameters, request.forget_class
             config = replace(request.config, hyperparameters=given | {method: given.get(method, {}) | values})
             try:
-                model = answer(replace(request, config=config, prunings={}), method).model
+                model = run_method(replace(request, config=config, prunings={}), method).model
             except TrainingError:
                 return Trial(values, 100.0, 0.0, math.inf)
             seen = self.seen(model)

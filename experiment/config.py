@@ -1,10 +1,10 @@
-"""What the settings of the YAML files beside this one are read into, and what is checked of them before any work."""
+"""The settings of a run, read from `configs/`, and the checks that need several of them, before any work starts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,26 +20,27 @@ from experiment.files import ROOT
 from mimu.graph import resolve_mask_layer
 from mimu.pretrained import TrainedGCN
 from mimu.saliency import GraphConfig
-from mimu.settings import Amount, Count, number_of_weights
+from mimu.settings import LIMIT, Amount, Bounds, Count, library_settings, number_of_weights
 from reporter import ReporterConfig
 from trainer import GCNTrainerConfig, TrainerConfig
 
 CONFIG = ROOT / "configs" / "config.yaml"
-BASES = (CONFIG, CONFIG.with_name("methods.yaml"))
-Seed = Annotated[int, f"at least 0, at most {2**63 - 1}"]
-RequestedKappa = int | Literal["auto"]  # how many weights to zero; auto: as few as forget
+Seed = Annotated[int, Bounds(ge=0, le=2**63 - 1)]
+RequestedKappa = int | Literal["auto"]  # the number of weights to zero; auto: the smallest that forgets
 
 
 @dataclass(frozen=True)
 class SweepConfig:
     """The experiments: one for every seed, top_k, forget digit and kappa.
 
-    forget_digits: names of classes, or their labels where no class has such a name
-    top_k: numbers or shares of the masked weights; kappa: the same, and `auto` for the smallest that forgets
-    seeds None: the one seed of the config
+    Args:
+        forget_digits: the names of classes, or their labels where no class has such a name
+        top_k: numbers or shares of the masked weights
+        kappa: numbers or shares of the masked weights, and `auto` for the smallest number that forgets
+        seeds: None for the one seed of the config
     """
 
-    forget_digits: tuple[Annotated[int, "at least 0"] | str, ...]
+    forget_digits: tuple[Annotated[int, Bounds(ge=0)] | str, ...]
     top_k: tuple[Amount, ...]
     kappa: tuple[Amount | Literal["auto"], ...]
     seeds: tuple[Seed, ...] | None
@@ -53,18 +54,23 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run.
+    """The settings of a whole run.
 
-    samples: how many training samples of every class graphs and requests have; None: all
-    held_out: how many training samples are scored in the place of the test split; 0: the test split
+    Args:
+        samples: training samples of every class for graphs and requests; None for all
+        held_out: training samples that are scored in the place of the test split; 0 to score the test split
+        save_graphs: writes the activation graphs to `datasets/Graphs/`, too
     """
+
+    __pydantic_config__ = settings.STRICT
 
     seed: Seed
     device: str
-    threads: Annotated[int, "at least 1, at most 1024"] | None
+    threads: Annotated[int, Bounds(ge=1, le=1024)] | None
     dataset: str
     samples: Count | None
-    held_out: Annotated[int, "at least 0"]
+    held_out: Annotated[int, Bounds(ge=0)]
+    save_graphs: bool
     classifier: TrainerConfig
     graphs: GraphConfig
     gcn: GCNTrainerConfig
@@ -81,10 +87,6 @@ class Config:
                 vertices = getattr(self, needed)
             except ValueError as error:
                 raise ValueError(f"{section}.{error}") from None
-        if self.gcn.pretrained:
-            reads = TrainedGCN.load().graphs
-            graphs = replace(self.graphs, features=reads.features, other_classes=reads.other_classes)
-            object.__setattr__(self, "graphs", graphs)
         for name, kappas in (("sweep.kappa", self.sweep.kappa), ("eval.max_kappa", [self.eval.max_kappa])):
             for kappa in kappas:
                 if kappa != "auto" and number_of_weights(kappa, vertices) >= vertices:
@@ -98,46 +100,45 @@ class Config:
 
     def _check_hyperparameters(self) -> None:
         """Raises ValueError where a method lacks a hyperparameter, has one that is not its own or out of range."""
-        given = self.eval.hyperparameters
-        if odd := [name for name in given if name not in METHODS]:
+        hyperparameters = self.eval.hyperparameters
+        if odd := [name for name in hyperparameters if name not in METHODS]:
             raise ValueError(f"eval.hyperparameters.{odd[0]} is not a method: valid are {', '.join(METHODS)}")
         for name in self.eval.method_names:
-            key, method = f"eval.hyperparameters.{name}", METHODS[name]
-            values = given.get(name, {})
-            parameters = method.hyperparameters
-            needed = {each for each, parameter in parameters.items() if parameter.default is parameter.empty}
-            if not needed <= set(values) <= set(parameters):
-                must, has = (", ".join(names) or "none" for names in (parameters, values))
-                raise ValueError(f"{key} must have values of {must}, not of {has}")
-            for each, value in values.items():
-                hint = parameters[each].annotation
-                try:
-                    settings.converted(value, hint)
-                except TypeError:
-                    raise ValueError(f"{key}.{each} must be {settings.refusal(value, hint)}") from None
+            parts = []
+            for each in METHODS[name].hyperparameters.values():
+                default = () if each.default is each.empty else (each.default,)
+                parts.append((each.name, each.annotation, *default))
+            options = {"namespace": {"__pydantic_config__": settings.STRICT}, "kw_only": True}
+            kind = make_dataclass("Hyperparameters", parts, **options)
+            settings.checked(kind, hyperparameters.get(name, {}), f"eval.hyperparameters.{name}.")
 
     @cached_property
     def source(self) -> DataSet:
-        """What is known of the data set before it is read. Raises DataError where it cannot be one."""
+        """The data set's classes and the size of its images, before it is read. Raises DataError."""
         return data_set(self.dataset, DATASET_ROOT)
 
     @cached_property
     def forget_digits(self) -> list[int]:
-        """The labels of the classes to forget. Raises ValueError where one is not there."""
+        """The labels of the classes to forget. Raises ValueError for a class that the data set does not have."""
         names = self.source.class_names
         labels = {str(label): label for label in range(len(names))}
         labels |= {name: label for label, name in enumerate(names)}
-        given = [str(each) for each in self.sweep.forget_digits]
-        if odd := [each for each in given if each not in labels]:
+        digits = [str(each) for each in self.sweep.forget_digits]
+        if odd := [each for each in digits if each not in labels]:
             valid = f"from 0 to {len(names) - 1} or of {settings.shown(names)}"
             raise ValueError(f"sweep.forget_digits must be {valid}, not {odd[0]}")
-        return list(dict.fromkeys(labels[each] for each in given))
+        return list(dict.fromkeys(labels[each] for each in digits))
 
     @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
-        """The shape of every weight of the classifier: (out, in), or that of kernels."""
+        """The shape of every weight of the classifier: (out, in), or that of kernels.
+
+        Raises ValueError where the architecture cannot have these settings, or has too many weights.
+        """
         with torch.device("meta"):
             network = self.classifier.network(self.source.size, len(self.source.class_names))
+        if (count := sum(weight.numel() for weight in network.parameters())) > LIMIT:
+            raise ValueError(f"hidden_sizes, channels and blocks must make at most {LIMIT} weights, not {count}")
         weights = [weight for name, weight in network.named_parameters() if name.endswith("weight")]
         return [tuple(weight.shape) for weight in weights if weight.ndim > 1]  # those of normalisations are vectors
 
@@ -154,12 +155,12 @@ class Config:
 
     @property
     def split(self) -> str:
-        """What is scored, in words."""
+        """The name of the samples that are scored."""
         return f"{self.held_out} held-out training samples" if self.held_out else "the test split"
 
     @property
     def num_vertices(self) -> int:
-        """The number of masked weights. Raises ValueError where mask_layer is not there."""
+        """The number of masked weights. Raises ValueError for a mask_layer that is not there."""
         masked = resolve_mask_layer(self.graphs.mask_layer, len(self.shapes))
         return sum(math.prod(self.shapes[layer]) for layer in masked)
 
@@ -169,17 +170,17 @@ class Config:
 
     @property
     def top_ks(self) -> list[int]:
-        """Every K as a number of weights."""
+        """Every K, as a number of weights."""
         return list(dict.fromkeys(number_of_weights(top_k, self.num_vertices) for top_k in self.sweep.top_k))
 
     @property
     def kappas(self) -> list[RequestedKappa]:
-        """Every kappa: numbers of weights from small to large, auto at the end."""
+        """Every kappa: the numbers of weights from small to large, and `auto` at the end."""
         fixed = {number_of_weights(kappa, self.num_vertices) for kappa in self.sweep.kappa if kappa != "auto"}
         return sorted(fixed) + ["auto"] * ("auto" in self.sweep.kappa)
 
     def torch_device(self) -> torch.device:
-        """The device to run on: `auto` takes CUDA, else the CPU. Raises ValueError where it is not there."""
+        """The device of the run: `auto` takes CUDA, else the CPU. Raises ValueError if it is not there."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -190,10 +191,25 @@ class Config:
 
 
 def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[str, Config]:
-    """The configs of a file by the names of its variants; where it has none, one named "". Raises ConfigError."""
-    return settings.load_variants(Config, BASES, path, overrides)
+    """Reads the configs of a file by the names of its variants; the only name is "" if it has none.
+
+    Raises:
+        ConfigError: a setting cannot work.
+        ArtifactError: a file cannot be read.
+    """
+    erase = {"eval.hyperparameters.erase": library_settings()["erase"]}
+    library = settings.Layer("mimu/settings.yaml", erase)
+    files = [settings.read(each) for each in (CONFIG, CONFIG.with_name("methods.yaml"))]
+    over_defaults = None if path.resolve() == CONFIG else path
+    configs = settings.load_variants(Config, [library, *files], over_defaults, overrides)
+    for name, config in configs.items():
+        if config.gcn.pretrained:
+            reads = TrainedGCN.load().graphs
+            graphs = replace(config.graphs, features=reads.features, other_classes=reads.other_classes)
+            configs[name] = replace(config, graphs=graphs)
+    return configs
 
 
 def load_config(overrides: Sequence[str] = ()) -> Config:
-    """The config of the default run with what overrides change. Raises ConfigError."""
+    """Reads the config of the default run, with overrides. Raises ConfigError."""
     return load_variants(overrides=overrides)[""]

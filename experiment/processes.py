@@ -1,4 +1,4 @@
-"""The processes of a run, this one alone or all that torchrun has started, and what the stages of each share."""
+"""The processes of a run, one alone or several that torchrun has started, and what they tell one another."""
 
 from __future__ import annotations
 
@@ -15,51 +15,68 @@ import torch
 import torch.distributed as dist
 
 from experiment.files import Artifact
+from mimu.errors import InputError, one_line
+
+TIMEOUT = datetime.timedelta(minutes=5)  # torchrun may have been killed in the meantime
+
+
+def world_size() -> int:
+    """Returns how many processes torchrun has started, 1 without it. Raises InputError if that is no number."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal():
+        raise InputError(f"WORLD_SIZE must be a number, as torchrun sets it, or unset, not {size!r}")
+    return int(size)
 
 
 class Processes:
-    """What the processes of a run tell one another, through the store of torch.distributed.
+    """The processes of a run, which share work and small values through the store of torch.distributed.
 
     They share the folder of the artifacts, and no tensor: gloo and nccl are not needed. Each takes the next GPU.
+
+    Raises:
+        InputError: variables that torchrun sets, such as RANK, are missing or no numbers.
     """
 
     def __init__(self) -> None:
         self.rank = 0
         self.count = 1
         self._store: dist.Store = dist.HashStore()
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            limit = datetime.timedelta(minutes=5)  # torchrun may have been killed meanwhile
-            self._store, self.rank, self.count = next(dist.rendezvous("env://", timeout=limit))
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        if world_size() > 1:
+            try:
+                self._store, self.rank, self.count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+                if torch.cuda.is_available():
+                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            except (ValueError, KeyError) as error:
+                what = "WORLD_SIZE is set, and other variables are not as torchrun sets them"
+                raise InputError(f"{what} ({one_line(error)}): unset it, or start with torchrun") from None
 
     def _wait_for(self, key: str) -> bytes:
-        """What another process stores by this key; waits in Python, since no signal ends the wait of a store."""
+        """Returns what another process stores under this key. It waits in Python, so that a signal can end it."""
         while not self._store.check([key]):
             time.sleep(0.02)
         return self._store.get(key)
 
     def take(self, tasks: Sequence[Any]) -> Iterator[Any]:
-        """The next task that no process has taken, until there is none; once a run."""
+        """Yields tasks that no other process has taken, until there are none; once per run."""
         while (taken := self._store.add("tasks taken", 1)) <= len(tasks):
             yield tasks[taken - 1]
 
     def first(self, begin: Callable[[], None]) -> None:
-        """Calls it in the first process, once a run; the others wait until it has returned."""
+        """Calls a function in the first process, once per run; the others wait until it has returned."""
         if self.rank == 0:
             begin()
             self._store.set("begun", "")
         self._wait_for("begun")
 
     def once(self, name: str, make: Callable[[], None]) -> None:
-        """Calls it in the process that asks first by this name; the others wait until it returns (or are ended)."""
-        if self._store.add(f"asked for {name}", 1) == 1:
+        """Calls `make` in the process that is first to pass this name; the others wait until it has returned."""
+        if self._store.add(f"calls for {name}", 1) == 1:
             make()
             self._store.set(f"{name} is made", "")
         self._wait_for(f"{name} is made")
 
     def gathered(self, value: Any) -> list[Any]:
-        """The values (as JSON holds them) of all processes in order, once a run, at the first one; else nothing."""
+        """Returns the values (as JSON holds them) of all processes in order to the first one, once per run."""
         if self.rank > 0:
             self._store.set(f"value of {self.rank}", json.dumps(value))
             return []
@@ -67,13 +84,13 @@ class Processes:
 
 
 def how_many(artifacts: Sequence[Artifact]) -> str:
-    """How many of the files are there as they would be made, in words."""
+    """Says in words how many of the files are current."""
     return f"{sum(each.is_current for each in artifacts)} of {len(artifacts)} files are there"
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held; 0 where the system does not say."""
-    with suppress(ImportError):  # of Windows
+    """Returns the most memory that this process has held; 0 on Windows, which does not say."""
+    with suppress(ImportError):
         import resource
 
         # Kilobytes on Linux, bytes on macOS.

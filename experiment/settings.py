@@ -1,236 +1,240 @@
-"""YAML files and `section.key=value` overrides into a frozen dataclass, with every check before any work starts.
-
-The range of a number stands in its annotation: `Annotated[int, "at least 1"]`, `Annotated[float, "above 0, below 1"]`.
-"""
+"""Reads YAML files and `section.key=value` overrides into a frozen dataclass, and checks every value."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
-import operator
+import json
+import re
 import reprlib
-import types
-import typing
-from collections.abc import Sequence
-from contextlib import suppress
-from functools import cache, partial
+from collections.abc import Iterator, Sequence
+from functools import cache, reduce
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from experiment.files import slug
 from mimu.errors import InputError, one_line
 from mimu.files import naming
-from mimu.settings import library_settings
+from mimu.settings import LIMIT
 
 Kind = TypeVar("Kind")
-Layer = tuple[str, Any]  # how messages call where settings come from, and the settings
-BOUNDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
-LIMIT = 1_000_000_000  # of numbers whose range has no upper bound
-WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "null"}
-hints_of = cache(partial(typing.get_type_hints, include_extras=True))
+STRICT = {"extra": "forbid", "allow_inf_nan": False}  # the `__pydantic_config__` of dataclasses that `checked` builds
+MOST_VALUES = 100_000  # a few nested aliases of YAML can stand for billions
+LONGEST_NAME = 100  # characters of a variant's name, which is part of file names
+TYPES = {"integer": "an integer", "number": "a finite number", "boolean": "true or false", "string": "text"}
+TYPES |= {"array": "a list", "object": "a mapping", "null": "null"}
+BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+BOUNDS |= {"minItems": "of at least", "maxItems": "of at most"}
 
 
 class ConfigError(InputError):
-    """A setting that cannot work; the message names the file, the key and what would be valid."""
+    """A setting that cannot work. The message names the file or override, the key and what would be valid."""
+
+
+class Layer(NamedTuple):
+    """Settings, and the file, variant or override that they come from."""
+
+    origin: str
+    values: Any
 
 
 def load_variants(
-    kind: type[Kind], bases: Sequence[Path], path: Path, overrides: Sequence[str] = ()
+    kind: type[Kind], defaults: Sequence[Layer], path: Path | None, overrides: Sequence[str] = ()
 ) -> dict[str, Kind]:
-    """The configs of a file by the names of its variants; where it has none, one named "". Raises ConfigError.
+    """Builds a config for each variant of a file.
 
-    Over the bases in their order goes what `path` changes (which may be one of them), what a variant does, overrides.
-    A file that `extends` another one beside it goes over what that changes outside of its variants.
+    Later layers go over earlier ones: the defaults, the file that `path` extends, `path`, its variant, the overrides.
+
+    Args:
+        kind: the dataclass to build
+        path: the file; None for the defaults alone
+        overrides: `section.key=value`, with the value in YAML
+
+    Returns:
+        The configs by the names of the variants. The only name is "" if the file has no variants.
+
+    Raises:
+        ConfigError: a setting cannot work.
+        ArtifactError: a file cannot be read.
     """
-    of_library = {"eval": {"hyperparameters": {"erase": library_settings()["erase"]}}}
-    layers = {None: ("settings.yaml", of_library)} | {base: (base.name, read_yaml(base)) for base in bases}
-    settings = read_yaml(path)
-    if isinstance(settings, dict) and "extends" in settings:
-        below = path.with_name(str(settings.pop("extends")))
-        _, outside = layers.setdefault(below, (str(below), read_yaml(below)))
-        if isinstance(outside, dict):
-            outside.pop("variants", None)
-    _, settings = layers.setdefault(path, (str(path), settings))
-    over = [parsed_override(override) for override in overrides]
-    if not isinstance(settings, dict) or "variants" not in settings:
-        return {"": built(kind, bases, [*layers.values(), *over])}
-    variants = settings.pop("variants")
-    if not isinstance(variants, dict) or not variants:
-        raise ConfigError(f"{path}: variants must map names to what each changes, not {shown(variants)}")
-    slugs = set(map(slug, variants)) - {""}
-    if len(slugs) < len(variants) or not "".join(variants).isprintable() or "$" in "".join(variants):
-        must = "differ in the letters and digits of their names, without $ and line breaks"
-        raise ConfigError(f"{path}: variants must {must}, not {shown(list(variants))}")
+    layers = [*defaults, *(file_layers(path) if path else [])]
+    over = [parse_override(override) for override in overrides]
+    if not path or "variants" not in layers[-1].values:
+        return {"": build(kind, [*layers, *over])}
+    variants = layers[-1].values.pop("variants")
+    names = "".join(variants) if isinstance(variants, dict) else "$"
+    if not names or not names.isprintable() or "$" in names:
+        must = "map names, without $ and line breaks, to what each changes"
+        raise ConfigError(f"{path}: variants must {must}, not {shown(variants)}")
+    if len(set(map(slug, variants)) - {""}) < len(variants) or len(max(variants, key=len)) > LONGEST_NAME:
+        must = f"differ in the letters and digits of their names, which have at most {LONGEST_NAME} characters"
+        raise ConfigError(f"{path}: variants must {must}, not {shown([*variants])}")
     configs = {}
     for name, changes in variants.items():
-        of_variant = (f"{path}, variant {name}", {} if changes is None else changes)
-        configs[name] = built(kind, bases, [*layers.values(), of_variant, *over])
+        configs[name] = build(kind, [*layers, Layer(f"{path}, variant {name}", changes or {}), *over])
     return configs
 
 
 class Loader(yaml.SafeLoader):
-    """YAML as PyYAML reads it, but that every key is text, and that one which stands twice is an error."""
+    """Reads YAML as PyYAML does, but every key is text, a repeated key is an error, and 1e-3 is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
-        found = set()
+        keys = set()
         for key, _ in node.value:
-            if key.value in found:
+            if key.value in keys:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
-            found.add(key.value)
+            keys.add(key.value)
             if key.tag != "tag:yaml.org,2002:merge":
                 key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
 
-def parsed(text: str | bytes, origin: str) -> Any:
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"+-0123456789"])
+
+
+def parse(text: str | bytes, origin: str) -> Any:
+    """Parses YAML. Raises ConfigError where it is not valid, or has more values than any config needs."""
     try:
-        return yaml.load(text, Loader)
-    except Exception as error:  # PyYAML lets Python's own through where a date, a number or a nesting is odd
+        value = yaml.load(text, Loader)
+        if len(list(islice(json.JSONEncoder(default=str).iterencode(value), MOST_VALUES))) == MOST_VALUES:
+            raise ValueError("it has too many values")
+        return value
+    except Exception as error:  # an odd date, number or nesting raises an error of Python's own
         raise ConfigError(f"{origin}: is not valid YAML ({one_line(error)})") from None
 
 
-def read_yaml(path: Path) -> Any:
-    """What stands in a YAML file, nothing as an empty mapping. Raises InputError."""
-    with naming(path, "read"):
-        content = path.read_bytes()
-    settings = parsed(content, str(path))
-    return {} if settings is None else settings
-
-
-def parsed_override(override: str) -> Layer:
-    """`section.key=value`, the value read as YAML, as a layer. Raises ConfigError."""
+def parse_override(override: str) -> Layer:
+    """Parses `section.key=value`, with the value in YAML. Raises ConfigError."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: is not an override; write section.key=value")
     origin = f"override {' '.join(override.split())}"
-    return origin, {key: parsed(text, origin)}
+    return Layer(origin, {key: parse(text, origin)})
 
 
-def built(kind: type[Kind], bases: Sequence[Path], layers: Sequence[Layer]) -> Kind:
-    """The dataclass of all layers, the later ones over the earlier. Raises ConfigError."""
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for origin, settings in layers:
-        values = laid_over(values, settings, kind, origin, origins)
-    try:
-        return constructed(kind, values)
-    except ValueError as error:
-        names = ["settings.yaml", *(base.name for base in bases)]
-        origin = origins.get(str(error).split()[0].rstrip(":,"), names[1])
-        changes = dict.fromkeys(change for change, _ in layers if change not in names)
-        if changes and origin in names:  # what a base sets may be impossible only with what was changed beside it
-            origin = f"{', '.join(changes)}, over {origin}"
-        raise ConfigError(f"{origin}: {error}") from None
+def read(path: Path) -> Layer:
+    """Reads a YAML file, which may be empty. Raises InputError."""
+    with naming(path, "read"):
+        content = path.read_bytes()
+    values = parse(content, str(path))
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path}: the settings must be a mapping, not {shown(values)}")
+    return Layer(str(path), values or {})
 
 
-def laid_over(below: Any, above: Any, hint: Any, origin: str, origins: dict[str, str], key: str = "") -> Any:
-    """A setting in its type; a mapping with what it changes of the one below it. Raises ConfigError.
+def file_layers(path: Path) -> list[Layer]:
+    """Reads a file and, below it, the file that it extends, without that file's variants. Raises InputError."""
+    top = read(path)
+    if "extends" not in top.values:
+        return [top]
+    name = top.values.pop("extends")
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: extends must be the path of a file from here, not {shown(name)}")
+    below = read(path.parent / name)
+    below.values.pop("variants", None)
+    if "extends" in below.values:
+        raise ConfigError(f"{path}: extends must name a file that extends none itself, not {name}")
+    return [below, top]
 
-    `eval.step: 15` is what `eval: {step: 15}` is; `origins` is told of every dotted key from which layer it comes.
-    """
-    origins[key] = origin
-    is_section = dataclasses.is_dataclass(hint)
-    if not is_section and typing.get_origin(hint) is not dict:
-        try:
-            return converted(above, hint)
-        except TypeError:
-            raise ConfigError(f"{origin}: {key} must be {refusal(above, hint)}") from None
-    hints = hints_of(hint) if is_section else {}
+
+def merge(below: Any, above: Any) -> Any:
+    """Lays settings over others: mappings key by key, where `a.b: 1` is the same as `a: {b: 1}`."""
     if not isinstance(above, dict):
-        keys = f" with keys of {', '.join(hints)}" if is_section else ""
-        raise ConfigError(f"{origin}: {key or 'the settings'} must be a mapping{keys}, not {shown(above)}")
-    prefix = f"{key}." if key else ""
-    over = dict(below)
+        return above
+    values = dict(below) if isinstance(below, dict) else {}
     for dotted, value in above.items():
-        name, dot, rest = dotted.partition(".")
-        inner = f"{prefix}{name}"
-        if is_section and name not in hints:
-            near = [f"{prefix}{each}" for each in difflib.get_close_matches(name, hints, n=1)]
-            near = [each for each in origins if each and f".{each}".endswith(f".{name}")][:5] or near
-            meant = f"; did you mean {' or '.join(near)}?" if near else "."
-            given = " ".join(inner.split())
-            raise ConfigError(f"{origin}: {given} is not a setting{meant} Valid here: {', '.join(hints)}")
-        of_inner = hints[name] if is_section else typing.get_args(hint)[1]
-        value = {rest: value} if dot else value
-        over[name] = laid_over(over.get(name, {}), value, of_inner, origin, origins, inner)
-    return over
+        name, dot, inner = dotted.partition(".")
+        values[name] = merge(values.get(name), {inner: value} if dot else value)
+    return values
 
 
-def constructed(kind: type[Kind], values: dict[str, Any], prefix: str = "") -> Kind:
-    """A section of its values. Raises ValueError where the section refuses one."""
-    arguments = dict(values)
-    for name, hint in hints_of(kind).items():
-        if dataclasses.is_dataclass(hint):
-            arguments[name] = constructed(hint, values[name], f"{prefix}{name}.")
+def build(kind: type[Kind], layers: Sequence[Layer]) -> Kind:
+    """Builds a dataclass of all layers. Raises ConfigError, which names the first layer with which the error occurs."""
+    states = [reduce(merge, [layer.values for layer in layers[: count + 1]], {}) for count in range(len(layers))]
     try:
-        return kind(**arguments)
+        return checked(kind, states[-1])
     except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from None
+        message = str(error)
+    for layer, values in zip(layers, states):
+        try:
+            checked(kind, values)
+        except ValueError as error:
+            if str(error) == message:
+                raise ConfigError(f"{layer.origin}: {message}") from None
+    raise AssertionError("the last layer has this error")
 
 
-def converted(value: Any, hint: Any) -> Any:
-    """The value in the type of the hint. Raises TypeError where it is of another, or outside of the hint's range."""
-    ranges = hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
-    hint = hint.__origin__ if ranges else hint
-    kind = typing.get_origin(hint)
-    options = typing.get_args(hint)
-    if kind in (types.UnionType, typing.Union):
-        for option in options:
-            with suppress(TypeError):
-                return converted(value, option)
-    elif kind is tuple and isinstance(value, list):
-        hints = options[:1] * len(value) if options[-1] is ... else options
-        if len(hints) == len(value):
-            return tuple(map(converted, value, hints))
-    elif kind is typing.Literal and value in options:
-        return value
-    if hint is float and type(value) in (int, str):  # YAML reads 1e-3, without a point, as text
-        with suppress(ValueError, OverflowError):
-            value = float(value)
-    if type(value) is hint and (hint not in (int, float) or is_within(value, ", ".join(ranges))):
-        return value
-    raise TypeError
+@cache
+def adapter(kind: type[Kind]) -> TypeAdapter[Kind]:
+    return TypeAdapter(kind)
 
 
-def is_within(number: int | float, words: str) -> bool:
-    """Whether a number is finite and satisfies every clause of a range: "at least 1", "above 0, below 1"."""
-    clauses = [clause.rsplit(" ", 1) for clause in bounded(words).split(", ") if clause]
-    return number > -math.inf and all(BOUNDS[bound](number, type(number)(limit)) for bound, limit in clauses)
+def checked(kind: type[Kind], values: Any, section: str = "") -> Kind:
+    """Builds a dataclass of values as YAML holds them.
+
+    Pydantic checks them as strict JSON: a list is a tuple, an integer may be a float, and true is no integer.
+
+    Args:
+        section: what stands before the keys in messages, such as "eval."
+
+    Raises:
+        ValueError: a value is not valid. The message begins with the dotted key.
+    """
+    try:
+        return adapter(kind).validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+    schema = adapter(kind).json_schema()
+    key, value, definitions = section, values, schema.get("$defs", {})
+    for name in detail["loc"]:
+        inner = schema.get("properties", {}).get(name) or schema.get("additionalProperties")
+        if not isinstance(value, dict) or not inner:  # here begin an unexpected key, a list's index or a union's part
+            break
+        key, value = f"{key}{name}.", value.get(name)
+        schema = definitions.get(inner.get("$ref", "").rpartition("/")[2], inner)
+    if detail["type"] == "value_error":
+        raise ValueError(f"{key}{detail['ctx']['error']}")
+    if detail["type"] == "unexpected_keyword_argument":
+        raise ValueError(unexpected(key + detail["loc"][-1], [section + path for path in paths(values)], schema))
+    must = description(schema)
+    if detail["type"] != "less_than_equal":
+        must = must.replace(f", at most {LIMIT}", "")
+    raise ValueError(f"{key.rstrip('.') or 'the settings'} must be {must}, not {shown(value)}")
 
 
-def bounded(words: str) -> str:
-    """A range with an upper bound."""
-    return words if "at most" in words or "below" in words else f"{words}, at most {LIMIT}"
+def unexpected(key: str, valid: Sequence[str], schema: dict[str, Any]) -> str:
+    """Says that a key is not a setting, and names those with the same last name, or a similar one, or all there are."""
+    settings = [path for path in valid if not f"{path}.".startswith(f"{key}.")]
+    alike = [path for path in settings if path.endswith(f".{key.rpartition('.')[2]}")]
+    alike = sorted(alike, key=lambda path: path.count("."))[:5] or difflib.get_close_matches(key, settings, n=1)
+    hint = f"; did you mean {' or '.join(alike)}?" if alike else f": valid are {', '.join(schema['properties'])}"
+    return " ".join(f"{key} is not a setting{hint}".split())
 
 
-def description(hint: Any) -> str:
-    """The type and the range of a setting in words."""
-    kind = typing.get_origin(hint)
-    options = typing.get_args(hint)
-    if kind is Annotated:
-        return ", ".join([description(hint.__origin__), *hint.__metadata__])
-    if kind in (types.UnionType, typing.Union):
-        words = list(map(description, options))
-        return (", or " if "," in "".join(words) else " or ").join(words)
-    if kind is tuple:
-        return f"a list{'' if options[-1] is ... else f' of {len(options)}'}, each {description(options[0])}"
-    if kind is typing.Literal:
-        return f"one of {', '.join(map(str, options))}" if len(options) > 1 else str(options[0])
-    return "a mapping" if kind is dict else WORDS[hint]
+def paths(values: Any) -> Iterator[str]:
+    """Yields every dotted key of nested mappings."""
+    for name, value in values.items() if isinstance(values, dict) else ():
+        yield name
+        yield from (f"{name}.{path}" for path in paths(value))
 
 
-def refusal(value: Any, hint: Any) -> str:
-    """What a setting must be, and what it is instead."""
-    words = description(hint)
-    is_large = False
-    with suppress(TypeError, ValueError):  # of what is no number; 1e30, without a point, is text
-        is_large = (float(value) if isinstance(value, str) else value) > LIMIT
-    return f"{bounded(words) if is_large else words}, not {shown(value)}"
+def description(schema: dict[str, Any]) -> str:
+    """Describes in words which values a JSON schema allows."""
+    if "anyOf" in schema:
+        return ", or ".join(map(description, schema["anyOf"]))
+    if "const" in schema or "enum" in schema:
+        return " or ".join(map(str, schema.get("enum", [schema.get("const")])))
+    words = [TYPES[schema["type"]], *(f"{BOUNDS[name]} {schema[name]}" for name in BOUNDS if name in schema)]
+    if schema["type"] == "array":
+        words.append(f"each {description(schema.get('items') or schema['prefixItems'][0])}")
+    if "properties" in schema:
+        words.append(f"with keys of {', '.join(schema['properties'])}")
+    return ", ".join(words)
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it, but for most of a long or deep one."""
+    """Shows a value in a message; a long or deep one is shortened."""
     return reprlib.repr(value)[:300]

@@ -34,43 +34,51 @@ class WeightGraph:
     """One vertex per weight of the masked layers; two are adjacent when their weights share a neuron.
 
     This is the line graph of the network. A neuron is a unit of a linear layer, or a channel, and a vertex then one
-    number of a kernel. The graph is dense (all weights of a neuron are a clique), but a sum over neighbours needs no
-    edge: with `t[u]` the total of x over the masked weights at neuron u, the weight from c to r has
+    number of a kernel. Layers that follow one another share the neurons between them (`joined_neurons`); the graphs of
+    other layers stand side by side.
+
+    The graph is dense (all weights of a neuron are a clique), but a sum over neighbours needs no edge: with `t[u]` the
+    total of x over the masked weights at neuron u, the weight from c to r has
 
         sum over neighbours = t[c] + t[r] - 2 x[r, c]        degree = count[c] + count[r] - 2
 
-    Two weights are neighbours once for each neuron that they share: those of one kernel twice.
+    The degree is the same for all weights of a layer. Two weights are neighbours once for each neuron that they share:
+    those of one kernel twice.
+
     Vertices stand in the order of the layers, row-major within one: `offset + r * n + c`, where a kernel is a part of a
-    row: (m, channels, height, width) is a matrix (m, n), its columns that of a channel one after the other. A grouped
+    row: (m, channels, height, width) is a matrix (m, n), its columns those of a channel one after the other. A grouped
     convolution is several such matrices, (groups, m / groups, n): each row reads the columns of its own group alone.
 
-    sources, targets: the neurons of each layer's columns and rows (`networks.neurons.Ends`)
-    names: of the layers' weights, by which masks are made
+    Attributes:
+        layers: indices of the masked layers
+        names: of their weights, by which masks are made
+        sources: the neuron of each column of each layer, (groups * n)
+        targets: the neuron of each row of each layer, (m)
+        degrees: of the weights of each layer
     """
 
     def __init__(self, classifier: HookedClassifier, mask_layer: int | Sequence[int] | None) -> None:
-        shapes, ends = classifier.shapes, classifier.trace.ends
-        self.layers = resolve_mask_layer(mask_layer, len(shapes))
+        self.layers = resolve_mask_layer(mask_layer, len(classifier.names))
         self.names = [classifier.names[index] for index in self.layers]
-        self.shapes = [shapes[index] for index in self.layers]
+        layers = [classifier.trace.layers[name] for name in self.names]
+        self.shapes = [layer.shape for layer in layers]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.num_vertices = sum(self.sizes)
-        chosen: list[Tensor] = []
-        for index in self.layers:
-            chosen += ends[index]
-        numbers = torch.cat(chosen).unique(return_inverse=True)[1].split([len(neurons) for neurons in chosen])
-        self.sources, self.targets = numbers[::2], numbers[1::2]  # (groups * n) and (m) of each layer
-        self.groups = [len(source) // math.prod(shape[1:]) for source, shape in zip(self.sources, self.shapes)]
-        self.num_neurons = 1 + max(int(neurons.max()) for neurons in numbers)
-        counts = torch.zeros(self.num_neurons, dtype=torch.long)
+        self.groups = [layer.groups for layer in layers]
+        neurons: list[Tensor] = []
+        for layer in layers:
+            columns = layer.groups * math.prod(layer.shape[1:])
+            sources, targets = (torch.arange(each.start, each.stop) for each in (layer.sources, layer.targets))
+            neurons += [sources.repeat_interleave(columns // len(sources)), targets]
+        numbers = torch.cat(neurons).unique(return_inverse=True)[1].split([*map(len, neurons)])
+        self.sources, self.targets = numbers[::2], numbers[1::2]
+        self.num_neurons = 1 + max(int(each.max()) for each in numbers)
+
+        counts = torch.zeros(self.num_neurons, dtype=torch.long)  # masked weights at each neuron
         for source, target, groups in zip(self.sources, self.targets, self.groups):
             counts.index_add_(0, source, torch.full_like(source, len(target) // groups))
             counts.index_add_(0, target, torch.full_like(target, len(source) // groups))
-        # One number where all weights of a layer have the same, else (groups, m / groups, n).
-        self.degrees: list[int | Tensor] = []
-        for source, target, groups in zip(self.sources, self.targets, self.groups):
-            degree = counts[source].view(groups, 1, -1) + counts[target].view(groups, -1, 1) - 2
-            self.degrees.append(degree if (degree != degree[0, 0, 0]).any() else int(degree[0, 0, 0]))
+        self.degrees = [int(counts[s[0]] + counts[t[0]]) - 2 for s, t in zip(self.sources, self.targets)]
         self.num_edges = int((counts * (counts - 1)).sum())
 
     def split(self, x: Tensor, dim: int = -1) -> list[Tensor]:
@@ -78,7 +86,7 @@ class WeightGraph:
         return [part.unflatten(dim, shape) for part, shape in zip(x.split(self.sizes, dim), self.shapes)]
 
     def matrices(self, x: Tensor, dim: int = -1) -> list[Tensor]:
-        """The same as matrices, (..., groups, m / groups, n, ...)."""
+        """Cuts the vertex dimension into the layers' matrices, (..., groups, m / groups, n, ...) each."""
         parts = zip(x.split(self.sizes, dim), self.shapes, self.groups)
         return [part.unflatten(dim, (groups, shape[0] // groups, -1)) for part, shape, groups in parts]
 
@@ -123,20 +131,14 @@ class AffineFeatures:
     def of(x: Tensor) -> AffineFeatures:
         return AffineFeatures(x, x.sum(2), x.sum(3))
 
-    def formed(self) -> Tensor:
-        """y, (batch, groups, m, n, features)."""
-        if self.matrix is None:
-            return self.x
-        return self.x @ self.matrix + self.source[:, :, None] + self.target[..., None, :]
-
     def totals(self) -> tuple[Tensor, Tensor]:
-        """Of y at each source neuron, (batch, groups, n, features), and target neuron, (batch, groups, m, features)."""
+        """The sums of y at source neurons (batch, groups, n, features) and target neurons (batch, groups, m, ...)."""
         if self.matrix is None:
             return self.source_sums, self.target_sums
         m, n = self.x.shape[2:4]
-        of_source = self.source_sums @ self.matrix + m * self.source + self.target.sum(2, keepdim=True)
-        of_target = self.target_sums @ self.matrix + n * self.target + self.source.sum(2, keepdim=True)
-        return of_source, of_target
+        at_sources = self.source_sums @ self.matrix + m * self.source + self.target.sum(2, keepdim=True)
+        at_targets = self.target_sums @ self.matrix + n * self.target + self.source.sum(2, keepdim=True)
+        return at_sources, at_targets
 
     def transformed(self, matrix: Tensor, source: Tensor, target: Tensor) -> AffineFeatures:
         """y[r, c] M' + source'[c] + target'[r], with an M' (features, out)."""
@@ -147,9 +149,7 @@ class AffineFeatures:
         return replace(self, matrix=matrix, source=source, target=target)
 
     def relu(self) -> Tensor:
-        """relu(y), (batch, groups, m, n, features)."""
-        if self.matrix is None:
-            return self.x.relu()
+        """relu(y) after at least one round, (batch, groups, m, n, features)."""
         return AffineReLU.apply(self.x, self.matrix, self.source, self.target)
 
 
@@ -159,7 +159,7 @@ class WeightGraphSAGE(nn.Module):
         x'[v] = W_r x[v] + W_l mean(x[u], u adjacent to v)
 
     `lin_l` (neighbours) and `lin_r` (self) are named as in PyG's SAGEConv: a state dict loads into both. With the
-    neighbour sum of `WeightGraph` and the degree d, which is constant within most layers,
+    neighbour sum of `WeightGraph` and the degree d of a layer's weights,
 
         x'[r, c] = (W_r - 2/d W_l) x[r, c] + W_l t[c] / d + W_l t[r] / d
     """
@@ -170,41 +170,30 @@ class WeightGraphSAGE(nn.Module):
         self.lin_r = nn.Linear(in_features, out_features, bias=False, device=device)
 
     def forward(self, features: list[AffineFeatures], graph: WeightGraph) -> list[AffineFeatures]:
-        totals: Tensor | None = None  # t, (batch, neurons, features)
-        for source, target, part in zip(graph.sources, graph.targets, features):
-            for neurons, total in zip((source, target), part.totals()):
-                totals = total.new_zeros(len(total), graph.num_neurons, total.shape[3]) if totals is None else totals
-                totals = totals.index_add(1, neurons.to(total.device), total.flatten(1, 2))
+        neurons = [each.to(self.lin_l.weight.device) for pair in zip(graph.sources, graph.targets) for each in pair]
+        sums = [each for part in features for each in part.totals()]
+        totals = sums[0].new_zeros(len(sums[0]), graph.num_neurons, sums[0].shape[3])  # t, (batch, neurons, features)
+        for indices, each in zip(neurons, sums):
+            totals = totals.index_add(1, indices, each.flatten(1, 2))
         results = []
-        for source, target, degree, part in zip(graph.sources, graph.targets, graph.degrees, features):
-            both = (totals[:, neurons.to(totals.device)] for neurons in (source, target))
-            of_source, of_target = (total.unflatten(1, (part.x.shape[1], -1)) for total in both)
-            if isinstance(degree, Tensor):
-                results.append(self._with_degrees(part, of_source, of_target, degree.to(totals)))
-                continue
-            # A weight without neighbours has the mean 0, whatever the divisor.
+        for source, target, degree, part in zip(neurons[::2], neurons[1::2], graph.degrees, features):
+            at_source, at_target = (totals[:, each].unflatten(1, (part.x.shape[1], -1)) for each in (source, target))
+            # The mean over no neighbours is 0, whatever the divisor.
             neighbours = self.lin_l.weight.T / max(degree, 1)
             matrix = torch.sub(self.lin_r.weight.T, neighbours, alpha=2)
-            results.append(part.transformed(matrix, of_source @ neighbours, of_target @ neighbours))
+            results.append(part.transformed(matrix, at_source @ neighbours, at_target @ neighbours))
         return results
-
-    def _with_degrees(self, x: AffineFeatures, of_source: Tensor, of_target: Tensor, degree: Tensor) -> AffineFeatures:
-        """What a layer becomes whose weights have degrees (groups, m, n) of their own, vertex by vertex."""
-        y = x.formed()
-        mean = (of_source[:, :, None] + of_target[..., None, :] - 2 * y) / degree.clamp_min(1)[..., None]
-        return AffineFeatures.of(self.lin_r(y) + self.lin_l(mean))
 
 
 class VertexLinear(nn.Linear):
-    """What is left of a GraphSAGE round without its neighbours: x'[v] = W x[v]."""
+    """A GraphSAGE round without its neighbours: x'[v] = W x[v]."""
 
     def forward(self, features: list[AffineFeatures], graph: WeightGraph) -> list[AffineFeatures]:
-        matrix, results = self.weight.T, []
+        results = []
         for part in features:
-            batch, groups, m, n, _ = part.x.shape
-            of_source = matrix.new_zeros(batch, groups, n, self.out_features)
-            of_target = matrix.new_zeros(batch, groups, m, self.out_features)
-            results.append(part.transformed(matrix, of_source, of_target))
+            sums = part.source_sums, part.target_sums
+            source, target = (each.new_zeros(*each.shape[:3], self.out_features) for each in sums)
+            results.append(part.transformed(self.weight.T, source, target))
         return results
 
 
@@ -212,12 +201,14 @@ LARGEST_CHANGE = 1.0  # of the logarithm of a factor: a short or unfortunate tra
 
 
 class MaskingGCN(nn.Module):
-    """Says how much the two terms of the saliency count at each weight: GraphSAGE rounds, then a linear read-out.
+    """Rescales the two terms of the saliency at each weight: GraphSAGE rounds, then a linear read-out.
 
-    Two positive factors for every weight, of what forgetting asks for and of what the others are to keep
-    (`masking.rankings.saliency`): how they are shared out over a graph, which leaves the balance of the terms. All is
-    without bias, and before its training every factor is 1.
-    Without `message_passing`, the control, they follow from the weight's own features alone.
+    It computes two positive factors for every weight, one for the forgetting term and one for the retention term
+    (`mimu.saliency.saliency`). Their geometric means over a graph are about 1, so that the balance of the terms stays.
+    It has no biases, and before its training every factor is 1.
+
+    Args:
+        message_passing: if False, the control, the factors follow from the weight's own features alone
     Shapes: vertex features (batch, vertices, features) to factors (batch, vertices, 2).
     """
 
@@ -233,35 +224,33 @@ class MaskingGCN(nn.Module):
         nn.init.zeros_(self.readout.weight)
 
     def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:
-        found = torch.cat([self.readout(part).flatten(1, 3) for part in self.hidden(x, graph)], 1)
-        found = found - found.mean(1, keepdim=True)
-        return (LARGEST_CHANGE * (found / LARGEST_CHANGE).tanh()).exp()
+        logarithms = torch.cat([self.readout(part).flatten(1, 3) for part in self.hidden(x, graph)], 1)
+        logarithms = logarithms - logarithms.mean(1, keepdim=True)
+        return (LARGEST_CHANGE * (logarithms / LARGEST_CHANGE).tanh()).exp()
 
     def hidden(self, x: Tensor, graph: WeightGraph) -> list[Tensor]:
-        """What the rounds make of vertex features, of every masked layer (batch, groups, m / groups, n, hidden)."""
+        """The output of the rounds for every masked layer, (batch, groups, m / groups, n, hidden) each."""
         features = [AffineFeatures.of(part) for part in graph.matrices(x, dim=1)]
-        for conv in self.convs[:2]:  # the first round only gathers: without a ReLU behind it, it costs next to nothing
+        for index, conv in enumerate(self.convs):
+            if index > 1:  # no ReLU after the first round, which only gathers: so it costs next to nothing
+                features = [AffineFeatures.of(part.relu()) for part in features]
             features = conv(features, graph)
-        found = [part.relu() for part in features]
-        for conv in self.convs[2:]:
-            features = conv([AffineFeatures.of(part) for part in found], graph)
-            found = [part.relu() for part in features]
-        return found
+        return [part.relu() for part in features]
 
 
 class AffineReLU(torch.autograd.Function):
-    """relu(x[r, c] M + source[c] + target[r]): the only work of the GCN that touches every vertex.
+    """relu(x[r, c] M + source[c] + target[r]), the only operation of the GCN that touches every vertex.
 
-    Graph by graph, so that its tensors stay in the cache; and without the copies of autograd's own formulas. Where
-    nothing of a graph is above 0, the gradient passes as if all were: a GCN without biases that died would stay dead.
+    It runs graph by graph, so that its tensors stay in the cache, and without the copies of autograd's own formulas.
+    If no output of a graph is above 0, the gradient passes as if all were: a GCN without biases would stay dead.
     """
 
     @staticmethod
     def forward(context: FunctionCtx, x: Tensor, matrix: Tensor, source: Tensor, target: Tensor) -> Tensor:
         output = x.new_empty(*x.shape[:4], matrix.shape[1])
-        for x_of, source_of, target_of, y in zip(x, source, target, output):
-            torch.add(source_of[:, None], target_of[:, :, None], out=y)
-            y.flatten(0, 2).addmm_(x_of.flatten(0, 2), matrix).relu_()
+        for graph_x, graph_source, graph_target, y in zip(x, source, target, output):
+            torch.add(graph_source[:, None], graph_target[:, :, None], out=y)
+            y.flatten(0, 2).addmm_(graph_x.flatten(0, 2), matrix).relu_()
         context.save_for_backward(x, matrix, output)
         return output
 
@@ -269,24 +258,24 @@ class AffineReLU(torch.autograd.Function):
     @once_differentiable
     def backward(context: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         x, matrix, output = context.saved_tensors
-        of_x = x.new_empty(x.shape) if context.needs_input_grad[0] else None
-        of_matrix = torch.zeros_like(matrix)
-        of_source, of_target = [], []
-        for index, (x_of, y) in enumerate(zip(x, output)):
-            of_y = torch.ops.aten.threshold_backward(gradient[index], y, 0) if y.any() else gradient[index]
-            flat = of_y.flatten(0, 2)
-            # A gradient x^T g is formed twice as fast as g^T x.
-            of_matrix.addmm_(x_of.flatten(0, 2).T, flat)
-            of_source.append(of_y.sum(1))
-            of_target.append(of_y.sum(2))
-            if of_x is not None:
-                torch.mm(flat, matrix.T, out=of_x[index].flatten(0, 2))
-        return of_x, of_matrix, torch.stack(of_source), torch.stack(of_target)
+        x_gradient = x.new_empty(x.shape) if context.needs_input_grad[0] else None
+        matrix_gradient = torch.zeros_like(matrix)
+        source_gradients, target_gradients = [], []
+        for index, (graph_x, y) in enumerate(zip(x, output)):
+            y_gradient = torch.ops.aten.threshold_backward(gradient[index], y, 0) if y.any() else gradient[index]
+            flat = y_gradient.flatten(0, 2)
+            # x^T g is computed twice as fast as g^T x.
+            matrix_gradient.addmm_(graph_x.flatten(0, 2).T, flat)
+            source_gradients.append(y_gradient.sum(1))
+            target_gradients.append(y_gradient.sum(2))
+            if x_gradient is not None:
+                torch.mm(flat, matrix.T, out=x_gradient[index].flatten(0, 2))
+        return x_gradient, matrix_gradient, torch.stack(source_gradients), torch.stack(target_gradients)
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc, where it is the C library, keep freed memory for large tensors, whose new pages would take time."""
-    with suppress(AttributeError, OSError, TypeError):  # of another C library
+    """Makes glibc, if it is the C library, keep freed memory for large tensors: new pages would take time."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: no tensor gets pages of its own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: no limit

@@ -24,7 +24,7 @@ from mimu.graph import MaskingGCN
 from mimu.saliency import TERMS, ActivationGraphs, Snapshot, ranked, saliency
 from mimu.samples import margins
 from mimu.seeds import seeded
-from mimu.settings import Amount, Count, Positive, number_of_weights
+from mimu.settings import Amount, Bounds, Count, Positive, number_of_weights
 
 LEAST_SHARE = 1 / 16  # of the weights of one neuron: the fewest that a layer may zero in a step if layers compete
 COUNTED_AT_ONCE = 100  # samples of the forget class after which counting may stop
@@ -52,10 +52,10 @@ class PruningConfig:
 
     step: Amount | None
     snapshot_every: Count | None
-    momentum: Annotated[float, "at least 0, below 1"]
+    momentum: Annotated[float, Bounds(ge=0, lt=1)]
     group_size: Count
     retain_weight: Positive
-    penalty_growth: Annotated[float, "at least 1"]
+    penalty_growth: Annotated[float, Bounds(ge=1)]
     target: Positive
     max_kappa: Amount
 

@@ -1,9 +1,10 @@
-"""A network exported as a graph of operations, run under other weights, begun midway and recorded."""
+"""A network exported as operations, which can run under other weights, start midway and be recorded."""
 
 from __future__ import annotations
 
 import copy
 import operator
+import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,29 +17,42 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 
 from mimu.errors import one_line
-from mimu.layers import CONVOLUTIONS, Ends, Layer, LayerRecord, Neurons, Record, argument, is_moving, name_of
+from mimu.layers import CONVOLUTIONS, LAYERS, Layer, Record, argument, joined_neurons, name_of
 from mimu.masks import COLLECTIONS, Wrapper
 
+NUMBERS_AT_ONCE = 2**26  # of float32 in the tensors of a pass over samples, which then takes some 256 MB
 RECTIFIERS = {"relu", "leaky_relu", "hardtanh"}  # relu6 is a hardtanh
 SMOOTH = {"gelu", "silu", "elu", "celu", "softplus", "tanh", "sigmoid", "hardswish", "mish", "prelu"}
-# What may stand between a layer and its activation function.
+# These may stand between a layer and its activation function.
 CARRYING = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "add", "sub", "mul", "dropout", "clone", "to"}
-PROBABILITIES = {"softmax", "sigmoid"}  # which are no logits
+PROBABILITIES = {"softmax", "sigmoid"}  # their outputs are no logits
 EXPORTING = threading.Lock()  # torch.export is not made for several threads at once
+
+Compute = Callable[[fx.Node, tuple, dict], Any]  # from an operation and its arguments to its value
 
 
 class Trace:
-    """A network as the operations of a graph (torch.export), in evaluation mode, for any number of samples.
+    """The operations of a network (torch.export) in evaluation mode, for any number of samples.
 
-    layers: the weights that one linear operation or convolution reads, and nothing else, by their names, in the order
-        of `named_parameters`; ends: the neurons that each joins
-    given: the nodes that stand for what the network is given, here one; output: that of the logits
-    of_samples: the nodes whose values depend on what the network is given; others are the same for all samples
-    Raises ValueError where the network cannot be exported, or gives other logits than its operations.
+    Attributes:
+        layers: the weights that one linear operation or convolution reads and nothing else, by name, in the order of
+            `named_parameters`
+        input_nodes: the nodes whose values are the input; one, but for `suffix_after`
+        output: the node of the logits
+        nodes: all nodes that the output needs beyond the input, in the order in which they run
+        sample_nodes: the nodes whose values depend on the input; the others are the same for all samples
+        shapes: the shapes of tensors for two samples
+        batches: for nodes of samples, the dimension that holds the samples, and how many entries belong to each
     """
 
     def __init__(self, network: nn.Module, example: Tensor) -> None:
-        """example: some samples, on two of which the network is run."""
+        """Exports a network.
+
+        Args:
+            example: some samples, two of which the network is run on
+        Raises:
+            ValueError: if the network cannot be exported, or gives other logits than its operations
+        """
         try:
             two, three = example[[0, -1]], example[[-1, 0, -1]]
             program = exported(network, two)
@@ -53,69 +67,72 @@ class Trace:
             self.input_nodes = (by_name[signature.user_inputs[0]],)
             self.output = by_name[signature.user_outputs[0]]
             self.module = program.graph_module
-            self.sizes: dict[fx.Node, tuple[int, int]] = {}  # whole numbers: for two samples, and more for one more
-            self._plan()
-            self._look(network, two, three)
-        except Exception as error:  # of a model of the user's own
+            self.sizes: dict[fx.Node, tuple[int, int]] = {}  # whole numbers for two samples, and the rise for one more
+            self._schedule()
+            self._measure(network, two, three)
+        except Exception as error:  # a user's own model may raise anything
             raise ValueError(f"torch.export cannot take it for any number of samples ({one_line(error)})") from error
-        self._plan()
+        self._schedule()
 
     def __deepcopy__(self, memo: dict) -> Trace:
         return self
 
     def suffix_from(self, layers: Sequence[str]) -> Trace:
-        """The same from `start_of` layers on, whose value it is then given in the place of images."""
+        """The operations from `start_of` the layers on; the input is that node's value."""
         return self._suffix([self.start_of(layers)])
 
     def suffix_after(self, layer: str) -> Trace:
-        """The same from behind a layer on, given what it gives and all other values of samples that the rest needs.
+        """The operations after a layer; the input is the layer's output and all else that they need.
 
-        Raises ValueError where the samples are not in front of each.
+        Raises:
+            ValueError: if one of these values has no dimension of samples in front
         """
         node = self.layers[layer].node
-        alive = next({*alive} for each, alive in self._alive() if each is node)
-        if any(self.batches.get(each) != (0, 1) for each in alive):
+        needed = next(set(needed) for each, needed in self._needed_after() if each is node)
+        if any(self.batches.get(each) != (0, 1) for each in needed):
             raise ValueError(f"behind {layer} values have no dimension of samples in front")
-        return self._suffix([node, *(alive - {node})])
+        return self._suffix([node, *(needed - {node})])
 
     def _suffix(self, nodes: Sequence[fx.Node]) -> Trace:
-        begun = copy.copy(self)
-        begun.input_nodes = tuple(nodes)
-        begun._plan()
-        return begun
+        suffix = copy.copy(self)
+        suffix.input_nodes = tuple(nodes)
+        suffix._schedule()
+        return suffix
 
     def run(
         self,
         network: nn.Module,
         value: Tensor | Sequence[Tensor],
-        compute: Callable[[fx.Node, tuple, dict], Any] | None = None,
+        compute: Compute | None = None,
         watched: Sequence[fx.Node] = (),
         end: fx.Node | None = None,
         is_constant: bool = False,
     ) -> dict[fx.Node, Any]:
-        """The values of the output and of `watched` nodes.
+        """Runs the operations and returns the values of the output and of the `watched` nodes.
 
-        value: what it is given, one for each node of `given`
-        compute: gives the value of an operation from its arguments; end: the node to stop at
-        is_constant: whether the weights are left out of the autograd graph
+        Args:
+            value: the input, one tensor for each of `input_nodes`
+            compute: computes the value of an operation, by default by calling it
+            end: the node to stop after
+            is_constant: whether weights are kept out of the autograd graph
         """
-        given = [value] if isinstance(value, Tensor) else value
-        values: dict[fx.Node, Any] = dict(zip(self.input_nodes, given))
+        inputs = [value] if isinstance(value, Tensor) else value
+        values: dict[fx.Node, Any] = dict(zip(self.input_nodes, inputs))
         keep = {self.output, end, *watched}
         for node in self.nodes:
             if node in self.parameters:
                 weight = operator.attrgetter(self.parameters[node])(network)
                 values[node] = weight.detach() if is_constant else weight
             elif node in self.constants:
-                values[node] = self.constants[node].to(given[0].device)
+                values[node] = self.constants[node].to(inputs[0].device)
             elif node in self.sizes:
-                of_two, more = self.sizes[node]
-                values[node] = of_two + more * (len(given[0]) - 2)
+                size, rise = self.sizes[node]
+                values[node] = size + rise * (len(inputs[0]) - 2)
             elif node.op == "get_attr":
-                values[node] = operator.attrgetter(node.target)(self.module)  # of operations in no_grad, for one
+                values[node] = operator.attrgetter(node.target)(self.module)  # such as the operations under no_grad
             elif node not in values:
-                arguments, named = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = (compute or call)(node, arguments, named)
+                arguments, keywords = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = (compute or call)(node, arguments, keywords)
             for spent in self._last_uses[node]:
                 if spent not in keep:
                     del values[spent]
@@ -124,163 +141,171 @@ class Trace:
         return values
 
     def start_of(self, layers: Sequence[str]) -> fx.Node:
-        """The last node before all of these layers whose value, samples in front, is all that the rest needs."""
+        """The last node before all of the layers whose value, samples in front, is all that the suffix needs."""
         names, (start,) = self.called, self.input_nodes
-        for node, alive in self._alive():
+        for node, needed in self._needed_after():
             if names.get(node) in layers:
                 break
-            if len(alive) == 1 and self.batches.get(single := next(iter(alive))) == (0, 1):
+            if len(needed) == 1 and self.batches.get(single := next(iter(needed))) == (0, 1):
                 start = single
         return start
 
-    def _alive(self) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
-        """Every node, and the nodes of samples whose values the rest needs once it has been computed."""
-        alive: set[fx.Node] = set()
+    def _needed_after(self) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
+        """Every node, and the sample-dependent nodes whose values are still needed after it."""
+        needed: set[fx.Node] = set()
         for node in self.nodes:
-            if node in self.of_samples:
-                alive.add(node)
-            alive.difference_update(self._last_uses[node])
-            yield node, alive
+            if node in self.sample_nodes:
+                needed.add(node)
+            needed.difference_update(self._last_uses[node])
+            yield node, needed
 
     @property
     def called(self) -> dict[fx.Node, str]:
-        """The names of the layers in the order in which they are called, by their operations."""
+        """The names of the layers by their operations, in the order in which these run."""
         names = {layer.node: name for name, layer in self.layers.items()}
         return {node: names[node] for node in self.nodes if node in names}
 
     @property
     def representation(self) -> fx.Node:
-        """What the last layer is given; the output itself where the network does not end in a linear layer."""
+        """The input of the last layer; the output itself if the network does not end in a linear layer."""
         is_last = any(layer.node is self.output and layer.positions is None for layer in self.layers.values())
         return self.output.args[0] if is_last else self.output
 
     @property
     def names_at_the_end(self) -> list[str]:
-        """The linear layers of features in a row that it ends in, a ReLU between two; without any its last layer."""
+        """The linear layers of features that the network ends in, with a ReLU between two; or else the last layer."""
         names, node = self.called, self.output
         row: list[str] = []
         while node in names and self.layers[names[node]].positions is None:
             row.insert(0, names[node])
-            node = behind_dropout(node.args[0])
+            node = before_dropout(node.args[0])
             if name_of(node) != "relu":
                 break
-            node = behind_dropout(node.args[0])
+            node = before_dropout(node.args[0])
         return row or [*names.values()][-1:]
 
     @property
     def why_no_logits(self) -> str:
-        """Why the output cannot be logits, in words, or ""."""
-        layers, behind = {*self.called}, {self.output}
+        """The reason why the output cannot be logits, or ""."""
+        layers, after_layers = {*self.called}, {self.output}
         for node in reversed(self.nodes):
-            if node in behind - layers:
+            if node in after_layers - layers:
                 if name_of(node) in PROBABILITIES:
                     return f"ends in a {name_of(node)}: give it without"
-                behind |= self.of_samples.intersection(node.all_input_nodes)
-        return "" if behind & layers else "ends in no layer that can be masked"
+                after_layers |= self.sample_nodes.intersection(node.all_input_nodes)
+        return "" if after_layers & layers else "ends in no layer that can be masked"
 
-    def _plan(self) -> None:
-        """Finds the nodes that the output takes from what is given on, and those that are spent after each."""
-        wanted, begin = {*self.input_nodes, self.output}, {*self.input_nodes, *self.sizes}
+    def _schedule(self) -> None:
+        """Finds the nodes that the output needs beyond the input, and the values that are spent after each."""
+        needed, available = {*self.input_nodes, self.output}, {*self.input_nodes, *self.sizes}
         for node in reversed(self.output.graph.nodes):
-            if node in wanted and node not in begin:
-                wanted.update(node.all_input_nodes)
-        self.nodes = [node for node in self.output.graph.nodes if node in wanted]
-        last: dict[fx.Node, fx.Node] = {}
+            if node in needed and node not in available:
+                needed.update(node.all_input_nodes)
+        self.nodes = [node for node in self.output.graph.nodes if node in needed]
+        last_users: dict[fx.Node, fx.Node] = {}
         for node in self.nodes:
-            if node not in begin:
-                last.update(dict.fromkeys(node.all_input_nodes, node))
+            if node not in available:
+                last_users.update(dict.fromkeys(node.all_input_nodes, node))
         self._last_uses: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for node, user in last.items():
+        for node, user in last_users.items():
             self._last_uses[user].append(node)
 
     @torch.no_grad()
-    def _look(self, network: nn.Module, two: Tensor, three: Tensor) -> None:
-        """Runs it on two samples and on three, and sees what depends on them, and which neurons its layers join.
-
-        batches: of a node of samples, the dimension that holds them, and how many parts of each
-        """
-        self.of_samples, neurons = {*self.input_nodes}, Neurons()
+    def _measure(self, network: nn.Module, two: Tensor, three: Tensor) -> None:
+        """Runs the operations on two and on three samples, to find the values of samples, their shapes and layers."""
         readers = self._readers(network)
-        seen: list[dict[fx.Node, Any]] = []
-        given: list[dict[fx.Node, Tensor]] = []
+        observed: list[dict[fx.Node, Any]] = []  # the shapes of tensors, and numbers
+        layer_inputs: list[dict[fx.Node, Tensor]] = []
+        logits = []
 
-        def note(node: fx.Node, arguments: tuple, named: dict) -> Any:
-            value = call(node, arguments, named)
-            if isinstance(value, Tensor | int | float):
-                seen[-1][node] = value.shape if isinstance(value, Tensor) else value
-            if node in readers and node.args[0] in self.of_samples and 2 not in seen[0][node.args[0]][:2]:
-                given[-1][node] = arguments[0]  # parts of samples, it may be
-            if len(seen) == 1:
-                is_of_samples = isinstance(value, Tensor | tuple | list)
-                if is_of_samples and not self.of_samples.isdisjoint(node.all_input_nodes):
-                    self.of_samples.add(node)
-                neurons.follow(node, value, node in self.of_samples)
+        def observe(node: fx.Node, arguments: tuple, keywords: dict) -> Any:
+            value = call(node, arguments, keywords)
+            number = value if isinstance(value, int | float) else None
+            observed[-1][node] = value.shape if isinstance(value, Tensor) else number
+            # If samples are neither first nor second, several parts of each may stand in one dimension.
+            if node in readers and 2 not in observed[0].get(node.args[0], (2,))[:2]:
+                layer_inputs[-1][node] = arguments[0]
             return value
 
-        logits = []
         for x in (two, three):
-            seen.append(dict.fromkeys(self.input_nodes, x.shape))
-            given.append({})
-            if len(seen) == 1:
-                neurons.follow(*self.input_nodes, x, True)
-            logits.append(self.run(network, x, note)[self.output])
+            observed.append(dict.fromkeys(self.input_nodes, x.shape))
+            layer_inputs.append({})
+            logits.append(self.run(network, x, observe)[self.output])
         is_as_exported = torch.allclose(logits[0], network(two), 1e-3, 1e-4, equal_nan=True)
         if not is_as_exported or not torch.allclose(logits[1][1:], logits[0], 1e-2, 1e-3, equal_nan=True):
             raise ValueError("its operations, one after the other, give other logits than itself")
-        self.batches: dict[fx.Node, tuple[int, int]] = {}
-        self.shapes, counts = seen[0], []
-        for node, shape in seen[0].items():
-            more = seen[1][node]
-            if isinstance(shape, float) and shape != more:
-                raise ValueError("a number that it computes with depends on the samples")
-            if isinstance(shape, int | float):
-                self.sizes[node] = (shape, more - shape)
-            elif node in self.of_samples and isinstance(shape, torch.Size):
-                counts.append(prod(shape) // 2)
-                changed = [dim for dim, (size, larger) in enumerate(zip(shape, more)) if 3 * size == 2 * larger > 0]
-                if len(changed) == 1:
-                    self.batches[node] = (changed[0], shape[changed[0]] // 2)
-        self.largest, self.total = max(counts), sum(counts)
-        ends, nodes = neurons.resolved(), {name: node for node, name in readers.items()}
+        self._compare(*observed)
         self.layers: dict[str, Layer] = {}
-        self.ends: list[Ends] = []
+        nodes = {name: node for node, name in readers.items()}
+        neurons = joined_neurons([node for node in self.nodes if node in self.sample_nodes], self.shapes)
         for name, weight in network.named_parameters():
             node = nodes.get(name)
             batch = self.batches.get(node)
-            # As what it is given has them; linear layers on all tokens of all samples in one row are given parts.
+            # Input and output must hold samples alike: linear layers may read the tokens of all samples in one row.
             if batch is not None and self.batches.get(node.args[0]) == batch:
-                in_order = node not in given[0] or is_in_order(given[0][node], given[1][node], *batch)
+                pair = [inputs.get(node) for inputs in layer_inputs]
+                in_order = True if pair[0] is None else is_in_order(pair[0], pair[1], batch[0], batch[1])
                 if in_order is not None:
-                    self.layers[name] = self._layer(node, weight.shape, in_order)
-                    self.ends.append(ends[node])
+                    self.layers[name] = self._described(node, weight.shape, in_order, neurons[node])
+
+    def _compare(self, observed: Mapping[fx.Node, Any], observed_more: Mapping[fx.Node, Any]) -> None:
+        """Compares shapes and numbers for two samples with those for three.
+
+        Raises:
+            ValueError: if a number that is not whole depends on the samples
+        """
+        self.sample_nodes = {*self.input_nodes}
+        self.shapes: dict[fx.Node, torch.Size] = {}
+        self.batches: dict[fx.Node, tuple[int, int]] = {}
+        counts = []
+        for node, value in observed.items():
+            more = observed_more[node]
+            if isinstance(value, float) and value != more:
+                raise ValueError("a number that it computes with depends on the samples")
+            if isinstance(value, int | float):
+                self.sizes[node] = (value, more - value)
+                continue
+            if not self.sample_nodes.isdisjoint(node.all_input_nodes):
+                self.sample_nodes.add(node)
+            if value is None:
+                continue
+            self.shapes[node] = value
+            if node in self.sample_nodes:
+                counts.append(prod(value) // 2)
+                changed = [dim for dim, (size, larger) in enumerate(zip(value, more)) if 3 * size == 2 * larger > 0]
+                if len(changed) == 1:
+                    self.batches[node] = (changed[0], value[changed[0]] // 2)
+        self.largest, self.total = max(counts), sum(counts)  # numbers of one sample in a value, and in all values
 
     def _readers(self, network: nn.Module) -> dict[fx.Node, str]:
-        """The operations that read a weight which nothing else reads, and its name."""
-        of_modules = chain.from_iterable(module._parameters.values() for module in network.modules())
-        owners = Counter(map(id, of_modules))  # a module under two names is one
-        own = {name for name, weight in network.named_parameters() if owners[id(weight)] == 1}
+        """The operations that read a weight which nothing else reads, and the weight's name."""
+        weights = chain.from_iterable(module._parameters.values() for module in network.modules())
+        owners = Counter(map(id, weights))  # a module under two names counts once
+        unshared = {name for name, weight in network.named_parameters() if owners[id(weight)] == 1}
         readers, live = {}, set(self.nodes)
         for weight, name in self.parameters.items():
             users = [node for node in weight.users if node in live]
-            is_read_once = name in own and len(users) == 1 and name_of(users[0]) in {"linear"} | CONVOLUTIONS
+            is_read_once = name in unshared and len(users) == 1 and name_of(users[0]) in LAYERS
             owner = network.get_submodule(name.rpartition(".")[0])
-            # Of lists and of what is computed from parameters no mask can take the place.
+            # A mask cannot replace an entry of a list, or a value computed from parameters.
             if is_read_once and users[0].args[1] is weight and not isinstance(owner, COLLECTIONS):
                 readers[users[0]] = name
         return readers
 
-    def _layer(self, node: fx.Node, shape: torch.Size, in_order: bool) -> Layer:
-        """What there is to know of an operation that reads a weight."""
+    def _described(self, node: fx.Node, shape: torch.Size, in_order: bool, neurons: tuple[range, range]) -> Layer:
+        """Describes an operation that reads a weight, whose neurons have numbers (`joined_neurons`)."""
         is_convolution, (batch, parts) = name_of(node) in CONVOLUTIONS, self.batches[node]
-        of_places = self.shapes[node][2:] if is_convolution else self.shapes[node][:-1]
-        positions = prod(of_places) * parts if is_convolution else prod(of_places) // 2
-        is_single = positions == 1 and not (is_convolution and argument(node, "groups") > 1)
+        places = self.shapes[node][2:] if is_convolution else self.shapes[node][:-1]
+        positions = prod(places) * parts if is_convolution else prod(places) // 2
+        if positions == 1 and not (is_convolution and argument(node, "groups") > 1):
+            positions = None
         activation, is_rectified = self._activation(node)
-        positions = None if is_single else positions
-        return Layer(node, tuple(shape), activation, is_rectified, batch, parts, in_order, positions)
+        sources, targets = neurons
+        layout = batch, parts, in_order, positions
+        return Layer(node, tuple(shape), activation, is_rectified, *layout, sources, targets)
 
     def _activation(self, layer: fx.Node) -> tuple[fx.Node, bool]:
-        """The node of a layer's output activation, behind normalisation and addition, and whether it is rectified."""
+        """The node of a layer's output activation, after normalisation and addition, and whether it is rectified."""
         node, live = layer, set(self.nodes)
         while len(users := [each for each in node.users if each in live]) == 1:
             name = name_of(users[0])
@@ -292,15 +317,20 @@ class Trace:
         return layer, False
 
 
-def behind_dropout(node: fx.Node) -> fx.Node:
-    """The node, or what a dropout is given, which does nothing in evaluation mode."""
-    return behind_dropout(node.args[0]) if name_of(node) == "dropout" else node
+def before_dropout(node: fx.Node) -> fx.Node:
+    """The node, or the input of a dropout, which does nothing in evaluation mode."""
+    return before_dropout(node.args[0]) if name_of(node) == "dropout" else node
 
 
 def is_in_order(two: Tensor, three: Tensor, batch: int, parts: int) -> bool | None:
-    """Whether a dimension has one sample after the other, by the values of two, the last of three.
+    """Whether a dimension holds one sample after the other (True) or one part of all samples after the other (False).
 
-    Not where it has one part of all samples after the other; None where it has neither.
+    Args:
+        two: values of two samples
+        three: values of three, the last two of which are the same
+        batch: the dimension
+        parts: how many of its entries belong to each sample
+    Returns: None if it is neither
     """
     two, three = two.movedim(batch, 0), three.movedim(batch, 0)
     if torch.allclose(three.unflatten(0, (3, parts))[1:], two.unflatten(0, (2, parts)), 1e-3, 1e-4):
@@ -310,44 +340,53 @@ def is_in_order(two: Tensor, three: Tensor, batch: int, parts: int) -> bool | No
 
 
 def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
-    """The operations of a network, none of them in place, for any number of samples. Raises whatever is wrong."""
+    """Exports the operations of a network for any number of samples, none of them in place."""
     with EXPORTING, torch.enable_grad():  # without gradients nn.TransformerEncoderLayer is one operation
         program = export(network, (example,), dynamic_shapes=({0: Dim.AUTO},), strict=False)
         in_place = [node for node in program.graph.nodes if is_in_place(node)]
-        if all(is_alone(node.args[0]) for node in in_place):
+        if any(has_views(node.args[0]) for node in in_place):
+            program = program.run_decompositions({})  # takes as long as the export
+        else:
             for node in in_place:
                 plain = getattr(torch.ops.aten, name_of(node).removesuffix("_"))
                 node.target = getattr(plain, node.target._overloadname)
-        else:
-            program = program.run_decompositions({})  # takes as long as the export
     for node in program.graph.nodes:
-        if name_of(node) == "_native_batch_norm_legit_no_training":  # as it was, one value
+        if name_of(node) == "_native_batch_norm_legit_no_training":  # back to the operation with a single value
             (first,) = [user for user in node.users if user.args[1] == 0]
-            first.target, (*given, momentum, eps) = torch.ops.aten.batch_norm.default, node.args
-            first.args = (*given, False, momentum, eps, True)
+            *inputs, momentum, eps = node.args
+            first.target, first.args = torch.ops.aten.batch_norm.default, (*inputs, False, momentum, eps, True)
         elif name_of(node) == "copy":  # which has no derivative
             node.target, node.args, node.kwargs = torch.ops.aten.expand_as.default, node.args[1::-1], {}
     return program
 
 
 def is_in_place(node: fx.Node) -> bool:
-    """Whether an operation changes what it is given."""
+    """Whether an operation changes its input."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 
 
-def is_alone(node: fx.Node) -> bool:
-    """Whether no other value may lie at the same place in memory."""
-    return not any(is_moving(each) and not is_in_place(each) for each in (node, *node.users))
+def has_views(node: fx.Node) -> bool:
+    """Whether a value may share its memory with another one."""
+    return any(is_view(each) and not is_in_place(each) for each in (node, *node.users))
 
 
-def call(node: fx.Node, arguments: tuple, named: dict) -> Any:
-    """What an operation gives for its arguments."""
-    return node.target(*arguments, **named)
+def is_view(node: fx.Node) -> bool:
+    """Whether an operation's output may share its memory with the input."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return name_of(node) == "getitem"  # of several tensors, which may be views of one
+    return name_of(node) != "to" and any(each.alias_info is not None for each in schema.returns)
 
 
-Layers = Sequence[int]  # by their indices among the weight layers
-NUMBERS_AT_ONCE = 2**26  # of float32 in the tensors of a pass over samples, which then takes some 256 MB
+def call(node: fx.Node, arguments: tuple, keywords: dict) -> Any:
+    """The value of an operation for its arguments."""
+    return node.target(*arguments, **keywords)
+
+
+def samples_that_fit(numbers: int) -> int:
+    """How many samples of so many numbers each a pass may take, at least 1."""
+    return max(1, NUMBERS_AT_ONCE // numbers) if numbers else sys.maxsize
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -360,18 +399,22 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 class HookedClassifier(Wrapper):
-    """A network that is run operation by operation, so that it can be looked into.
+    """A network that runs operation by operation, so that every layer's values can be read.
 
-    names: of the weights that can be masked, as `network.named_parameters` has them; layers are indices among them
     Shapes: images (batch, ...), as the network takes them, to logits (batch, classes).
+
+    Attributes:
+        names: the weights that can be masked, as in `network.named_parameters`; layers are indices of this list
     """
 
     def __init__(self, network: nn.Module, example: Tensor | Trace, bfloat16: bool = False) -> None:
-        """example: some images, on which the network is traced, or the trace of another of the same architecture.
+        """Traces a network.
 
-        bfloat16: whether it runs in mixed precision in training mode, where the processor has bfloat16
-
-        Raises ValueError where it cannot be.
+        Args:
+            example: some images, or the trace of another network of the same architecture
+            bfloat16: whether to run in mixed precision in training mode, if the processor has bfloat16
+        Raises:
+            ValueError: if the network cannot be traced
         """
         super().__init__()
         self.network = network
@@ -383,7 +426,7 @@ class HookedClassifier(Wrapper):
 
     @property
     def weights(self) -> list[Tensor]:
-        """Those of the layers, as they are under a mask."""
+        """The layers' weights, as they are under a mask."""
         return [operator.attrgetter(name)(self.network) for name in self.names]
 
     @property
@@ -391,37 +434,25 @@ class HookedClassifier(Wrapper):
         """The shape of every weight, in the order of the layers: (out, in), or that of kernels."""
         return [layer.shape for layer in self.trace.layers.values()]
 
-    def suffix_from(self, layers: Layers) -> HookedClassifier:
-        """The same network, which is given `prefix_activations` of the layers in the place of images."""
+    def positions(self, index: int) -> int | None:
+        """At how many positions of a sample a layer is applied; None for a linear layer of features."""
+        return self._layer(index).positions
+
+    def suffix_from(self, layers: Sequence[int]) -> HookedClassifier:
+        """The same network, which takes `prefix_activations` of the layers in place of images."""
         return self._suffix(self.trace.suffix_from([self.names[layer] for layer in layers]))
 
     def suffix_after(self, layer: int) -> HookedClassifier:
-        """The same network, whose `outputs` are given what `recorded` gives of a layer in the place of images."""
+        """The same network, whose `outputs` take what `recorded` returns for a layer in place of images."""
         return self._suffix(self.trace.suffix_after(self.names[layer]))
 
     def _suffix(self, trace: Trace) -> HookedClassifier:
-        begun = copy.copy(self)
-        begun.trace, begun._is_suffix = trace, True
-        return begun
+        suffix = copy.copy(self)
+        suffix.trace, suffix._is_suffix = trace, True
+        return suffix
 
-    @torch.no_grad()
-    def recorded(self, layer: int, images: Tensor, directions: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What stands for images behind a layer, what the layer gives first, and how much of directions it reads.
-
-        Shapes: directions (rank, ...) as the weight, to (batch, rank, ...); of a linear layer (batch, ..., rank)
-        Raises ValueError where `Trace.suffix_after` does.
-        """
-        node, watched = (
-            self.trace.layers[self.names[layer]].node,
-            self.trace.suffix_after(self.names[layer]).input_nodes,
-        )
-        parts = []
-        for part in images.split(self.samples_at_once):
-            values = self.trace.run(self.network, part, watched=[*watched, node.args[0]], end=node)
-            read = node.target(values[node.args[0]], directions, None, *node.args[3:])
-            parts.append([*(values[each] for each in watched), read])
-        *values, read = map(torch.cat, zip(*parts))
-        return values, read
+    def _layer(self, index: int) -> Layer:
+        return self.trace.layers[self.names[index]]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes)."""
@@ -434,108 +465,121 @@ class HookedClassifier(Wrapper):
     def outputs(
         self, images: Tensor | Sequence[Tensor], weights: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The representation, which the last layer is given, (batch, n), and the logits (batch, classes).
+        """The representation (batch, n), which is the last layer's input, and the logits, in evaluation mode.
 
-        In evaluation mode. images: or `recorded` values
-        weights: by name, in the place of its own; gradients then reach these and no parameter
+        Args:
+            images: or the values that `recorded` returns
+            weights: replace the network's own, by name; gradients then reach these and no parameter
         """
         trace = self.trace
-        changed = {trace.layers[name].node: weight for name, weight in (weights or {}).items()}
+        replaced = {trace.layers[name].node: weight for name, weight in (weights or {}).items()}
 
-        def compute(node: fx.Node, arguments: tuple, named: dict) -> Any:
-            if node not in changed:
-                return call(node, arguments, named)
-            x, _, *others = arguments
+        def compute(node: fx.Node, arguments: tuple, keywords: dict) -> Any:
+            if node not in replaced:
+                return call(node, arguments, keywords)
+            x, _, *parameters = arguments
             if name_of(node) == "linear" and x.ndim == 2:
-                z = (x @ changed[node][None].mT)[0]  # as one of a batch of products is rounded
-                return z + others[0] if others and others[0] is not None else z
-            return node.target(x, changed[node], *others)
+                z = (x @ replaced[node][None].mT)[0]  # rounds as one of a batch of products does
+                return z + parameters[0] if parameters and parameters[0] is not None else z
+            return node.target(x, replaced[node], *parameters)
 
-        watched, is_constant = [trace.representation], bool(changed)
-        values = trace.run(self.network, images, compute, watched, is_constant=is_constant)
+        values = trace.run(self.network, images, compute, [trace.representation], is_constant=bool(replaced))
         return values[trace.representation], values[trace.output]
+
+    def _values(self, node: fx.Node, images: Tensor) -> Iterator[Tensor]:
+        """The values of a node, some samples at a time."""
+        for part in images.split(self.samples_at_once):
+            yield self.trace.run(self.network, part, end=node)[node]
 
     @torch.no_grad()
     def value_of(self, node: fx.Node, images: Tensor) -> Tensor:
-        """What a node of the trace gives, (batch, ...)."""
-        parts = images.split(self.samples_at_once)
-        return torch.cat([self.trace.run(self.network, part, end=node)[node] for part in parts])
+        """The value of a node of the trace, (batch, ...)."""
+        return torch.cat([*self._values(node, images)])
 
-    def prefix_activations(self, layers: Layers, images: Tensor) -> Tensor:
-        """What stands for images where the network can begin before the layers, (batch, ...)."""
+    def prefix_activations(self, layers: Sequence[int], images: Tensor) -> Tensor:
+        """The values that `suffix_from` takes in place of images, (batch, ...)."""
         return self.value_of(self.trace.start_of([self.names[layer] for layer in layers]), images)
 
     @torch.no_grad()
-    def layer_inputs(self, index: int, images: Tensor) -> Iterator[Tensor]:
-        """What the weight of a layer is multiplied with, some samples at a time, (samples, positions, groups * n)."""
-        layer = self.trace.layers[self.names[index]]
-        given = layer.node.args[0]
-        for part in images.split(self.recorded_at_once([index])):
-            x = layer.read(self.trace.run(self.network, part, end=given)[given])
-            yield x[:, None] if layer.positions is None else x.flatten(1, 2).mT
+    def mean_inputs(self, index: int, images: Tensor) -> Tensor:
+        """The input of a layer, averaged over positions, (samples, groups * n)."""
+        layer = self._layer(index)
+        return torch.cat([*map(layer.mean_read, self._values(layer.node.args[0], images))])
 
     @torch.no_grad()
-    def mean_inputs(self, index: int, images: Tensor) -> Tensor:
-        """The same, its mean over positions (samples, groups * n)."""
-        layer = self.trace.layers[self.names[index]]
-        given, parts = layer.node.args[0], images.split(self.samples_at_once)
-        return torch.cat([layer.mean_read(self.trace.run(self.network, x, end=given)[given]) for x in parts])
+    def recorded(self, layer: int, images: Tensor, directions: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The values that `suffix_after` takes in place of images, the layer's output first, and a projection.
+
+        Args:
+            directions: (rank, ...), shaped as the weight
+        Returns: the values, and the layer's output if its weight were `directions`: (batch, rank, ...), or
+            (batch, ..., rank) for a linear layer
+        Raises:
+            ValueError: as `Trace.suffix_after` does
+        """
+        node = self._layer(layer).node
+        inputs = self.trace.suffix_after(self.names[layer]).input_nodes
+        parts = []
+        for part in images.split(self.samples_at_once):
+            values = self.trace.run(self.network, part, watched=[*inputs, node.args[0]], end=node)
+            projection = node.target(values[node.args[0]], directions, None, *node.args[3:])
+            parts.append([*(values[each] for each in inputs), projection])
+        *cached_inputs, projections = map(torch.cat, zip(*parts))
+        return cached_inputs, projections
 
     @torch.enable_grad()
-    def record(self, images: Tensor, labels: Tensor, layers: Layers, excluded_classes: Sequence[int] = ()) -> Record:
-        """What `layers` do on a batch: a forward pass, and a backward one as far as their pre-activations.
+    def record(
+        self, images: Tensor, labels: Tensor, layers: Sequence[int], excluded_classes: Sequence[int] = ()
+    ) -> Record:
+        """Records what layers do on a batch, by a forward pass and a backward one as far as the layers.
 
-        labels: (samples); excluded_classes: as `log_odds` takes it
+        Args:
+            labels: (samples)
+            excluded_classes: as for `log_odds`
         """
         trace = self.trace
-        recorded = [trace.layers[self.names[index]] for index in layers]
+        recorded = [self._layer(index) for index in layers]
         calls = {layer.node for layer in recorded}
-        given: dict[fx.Node, Tensor] = {}
+        inputs: dict[fx.Node, Tensor] = {}
 
-        def compute(node: fx.Node, arguments: tuple, named: dict) -> Any:
-            value = call(node, arguments, named)
+        def compute(node: fx.Node, arguments: tuple, keywords: dict) -> Any:
+            value = call(node, arguments, keywords)
             if node in calls:
-                given[node] = arguments[0].detach()
+                inputs[node] = arguments[0].detach()
                 # The autograd graph begins at the first of them.
                 value = value if value.requires_grad else value.detach().requires_grad_()
             return value
 
         watched = [*calls, *(layer.activation for layer in recorded)]
         values = trace.run(self.network, images.detach(), compute, watched, is_constant=True)
-        found = log_odds(values[trace.output], labels, excluded_classes)
-        gradients = torch.autograd.grad(found.sum(), [values[layer.node] for layer in recorded], materialize_grads=True)
+        odds = log_odds(values[trace.output], labels, excluded_classes)
+        gradients = torch.autograd.grad(odds.sum(), [values[layer.node] for layer in recorded], materialize_grads=True)
         records = []
-        for layer, gradient in zip(recorded, gradients):
-            h = values[layer.activation].detach()
-            active = (h > 0).to(h.dtype) if layer.is_rectified else torch.ones_like(h)
-            h, active, gradient = map(layer.by_position, (h, active, gradient))
-            records.append(LayerRecord(layer.read(given[layer.node]), h, active, gradient))
-        return Record(records, found.detach(), found.detach())
-
-    def positions(self, index: int) -> int | None:
-        """At how many places of a sample a layer's weight stands; None of a linear layer of features alone."""
-        return self.trace.layers[self.names[index]].positions
+        with torch.no_grad():
+            for layer, gradient in zip(recorded, gradients):
+                records.append(layer.record(inputs[layer.node], values[layer.activation].detach(), gradient))
+        return Record(records, odds.detach(), odds.detach())
 
     @property
     def samples_at_once(self) -> int:
         """How many samples a pass takes that needs no gradients."""
-        # A sixteenth of what fits: it stays in the caches of a processor, for half the time.
-        return max(1, NUMBERS_AT_ONCE // (16 * self.trace.largest))
+        # A sixteenth of what fits stays in the caches of a processor, and takes half the time.
+        return samples_that_fit(16 * self.trace.largest)
 
-    def recorded_at_once(self, layers: Layers) -> int:
-        """How many samples a pass takes that records layers, in NUMBERS_AT_ONCE."""
-        recorded = sum(self.trace.layers[self.names[index]].numbers for index in layers)
-        return max(1, NUMBERS_AT_ONCE // (self.trace.total + recorded))
+    def recorded_at_once(self, layers: Sequence[int]) -> int:
+        """How many samples a pass takes that records layers."""
+        return samples_that_fit(self.trace.total + sum(self._layer(index).numbers for index in layers))
 
 
 def log_odds(logits: Tensor, labels: Tensor, excluded_classes: Sequence[int] = ()) -> Tensor:
-    """log(p / (1 - p)) of every label, p the softmax of the logits (samples, classes), (samples).
+    """The log-odds log(p / (1 - p)) of every label, (samples), p the softmax of the logits (samples, classes).
 
-    excluded_classes: classes without which the samples of others are seen, their softmax restricted to the rest
+    Args:
+        excluded_classes: left out of the softmax of samples of the remaining classes
     """
-    others = logits.scatter(1, labels[:, None], float("-inf"))
+    remaining = logits.scatter(1, labels[:, None], float("-inf"))
     if len(excluded_classes):
-        is_left_out = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-        is_left_out[list(excluded_classes)] = True
-        others = others.masked_fill(is_left_out & ~is_left_out[labels][:, None], float("-inf"))
-    return logits.gather(1, labels[:, None])[:, 0] - others.logsumexp(1)
+        is_excluded = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+        is_excluded[list(excluded_classes)] = True
+        remaining = remaining.masked_fill(is_excluded & ~is_excluded[labels][:, None], float("-inf"))
+    return logits.gather(1, labels[:, None])[:, 0] - remaining.logsumexp(1)

@@ -19,27 +19,36 @@ from running import PROJECT
 
 from experiment.command_line import parse_arguments, run_command
 from experiment.files import Log
-from experiment.processes import Processes
+from experiment.processes import Processes, world_size
 from mimu.errors import ArtifactError, InputError
 
 
-def test_what_start_is_given_and_returns(tmp_path):
-    given = []
-    assert run_command(given.append, ["seed=1", "--config", "mine.yaml", "gcn.steps=3", "--fresh"], tmp_path) == 0
-    assert run_command(given.append, [], tmp_path) == 0
-    assert (given[0].config, given[0].overrides) == (Path("mine.yaml"), ["seed=1", "gcn.steps=3"]) and given[0].fresh
-    assert given[1].config == PROJECT / "configs" / "config.yaml" and given[1].overrides == []
-    assert not any(vars(given[1])[name] for name in ("plot_only", "dry_run", "pretrain", "fresh", "debug"))
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Gives the tests their signals back, which `run_command` takes."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_start_gets_the_parsed_arguments_and_status_0_leaves_no_file(tmp_path):
+    calls = []
+    assert run_command(calls.append, ["seed=1", "--config", "mine.yaml", "gcn.steps=3", "--fresh"], tmp_path) == 0
+    assert run_command(calls.append, [], tmp_path) == 0
+    assert (calls[0].config, calls[0].overrides) == (Path("mine.yaml"), ["seed=1", "gcn.steps=3"]) and calls[0].fresh
+    assert calls[1].config == PROJECT / "configs" / "config.yaml" and calls[1].overrides == []
+    assert not any(vars(calls[1])[name] for name in ("plot_only", "dry_run", "pretrain", "fresh", "debug"))
     assert list(tmp_path.iterdir()) == []
 
 
 def ended(root: Path, capsys, error: BaseException, *options: str) -> tuple[int, str]:
+    """Returns the exit status and the only line of a run that ends with an error."""
 
     def start(parsed: Namespace) -> None:
         raise error
 
     status = run_command(start, options, root)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of the tests themselves
     out, line = capsys.readouterr()
     if "--debug" in options:
         traceback, _, line = line.rpartition(f"{type(error).__name__}: {error}\n")
@@ -56,22 +65,25 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("error, status, line", ERRORS)
-def test_every_error_is_one_line(tmp_path, capsys, error, status, line):
-    returned, said = ended(tmp_path, capsys, error)
-    assert returned == status and said.startswith(line)
-    log = tmp_path / "reports" / "run.log"
-    assert log.exists() == ("the traceback is in reports/run.log" in said) == (status == 1)
-    assert status == 2 or "Traceback (most recent call last)" in log.read_text()
-    returned, said = ended(tmp_path / "dry", capsys, error, "--dry-run")
-    assert returned == status and said.startswith(line) and not (tmp_path / "dry").exists()
-    returned, said = ended(tmp_path, capsys, error, "--debug")
-    assert returned == status and said.startswith(line)
+@pytest.mark.parametrize("error, status, expected", ERRORS)
+def test_every_error_is_one_line(tmp_path, capsys, error, status, expected):
+    for options in ((), ("--dry-run",), ("--debug",)):
+        root = tmp_path / "".join(options)
+        returned, line = ended(root, capsys, error, *options)
+        assert returned == status and line.startswith(expected)
+        log = root / "reports" / "run.log"
+        assert (
+            log.exists()
+            == ("the traceback is in reports/run.log" in line)
+            == (status == 1 and options != ("--dry-run",))
+        )
+        assert not log.exists() or "Traceback (most recent call last)" in log.read_text()
     (tmp_path / "file").write_text("where a folder should be, so that no log can be written")
     assert ended(tmp_path / "file", capsys, error)[0] == status
 
 
-STOPPED = "stopped: all that is finished stays, and the same command goes on from there"
+STOPPED = "stopped: finished work is kept; run the same command again to resume"
+HEEDING = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # in the background, shells ignore it
 
 
 def script(start: str, before: str = "") -> list[str]:
@@ -85,41 +97,46 @@ def script(start: str, before: str = "") -> list[str]:
     return [sys.executable, "-c", code]
 
 
-HEEDING = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # in the background, shells ignore it
+def stopped(command: list[str], *numbers: signal.Signals, **environment: str) -> tuple[int, str]:
+    """The status and the output of a process that gets a signal each time that it says that it is working."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | environment}
+    process = subprocess.Popen(command, cwd=PROJECT, text=True, **pipes)
+    try:
+        for number in numbers:
+            assert process.stdout.readline() == "working\n"
+            time.sleep(0.1)  # it waits by then
+            process.send_signal(number)
+        _, line = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    return process.returncode, line.strip()
+
+
 # The second of two processes, whose first one has not begun.
 SECOND = f"""{HEEDING}
 import os; os.environ['WORLD_SIZE'] = '2'
 import torch.distributed as dist; dist.rendezvous = lambda url, timeout: iter([(dist.HashStore(), 1, 2)])
 from experiment.processes import Processes
 """
-SLEEPS = (HEEDING, "time.sleep(60)")
 STOPS = [
-    (*SLEEPS, signal.SIGINT, 130),
-    (*SLEEPS, signal.SIGTERM, 143),
+    (HEEDING, "time.sleep(60)", signal.SIGINT, 130),
+    (HEEDING, "time.sleep(60)", signal.SIGTERM, 143),
     (SECOND, "Processes().first(print)", signal.SIGTERM, 143),
 ]
 
 
-def stopped(command: list[str], number: signal.Signals, **environment: str) -> tuple[int, str]:
-    """The status of a process that gets a signal as soon as it says that it is working, and what it says then."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | environment}
-    process = subprocess.Popen(command, cwd=PROJECT, text=True, **pipes)
-    try:
-        assert process.stdout.readline() == "working\n"
-        time.sleep(0.3)  # it waits by then
-        process.send_signal(number)
-        _, said = process.communicate(timeout=20)
-    finally:
-        process.kill()
-    return process.returncode, said.strip()
-
-
 @pytest.mark.parametrize("before, wait, number, status", STOPS)
-def test_a_stopped_run_says_how_to_go_on(tmp_path, before, wait, number, status):
+def test_a_stopped_run_says_how_to_resume(tmp_path, before, wait, number, status):
     command = [*script(f"print('working', flush=True); {wait}", before), str(tmp_path), "--fresh"]
     expected = STOPPED.replace("command", "command without --fresh")
     assert stopped(command, number) == (status, expected)
     assert expected in (tmp_path / "reports" / "run.log").read_text()
+
+
+def test_a_second_signal_ends_a_run_at_once_and_quietly(tmp_path):
+    work = "print('working', flush=True); time.sleep(60)"
+    slow = f"{HEEDING}\ndef note(log, message): {work}\nLog.note = note"
+    assert stopped([*script(work, slow), str(tmp_path)], signal.SIGINT, signal.SIGINT) == (130, STOPPED)
 
 
 def test_a_run_that_is_stopped_while_pytorch_is_imported_ends_in_one_line(tmp_path, capsys):
@@ -146,19 +163,15 @@ def test_a_terminal_that_cannot_show_a_sign_ends_nothing(tmp_path):
     assert done.returncode == 2 and done.stdout.splitlines() == ["96.1 \\xb1 0.2", "97.0 \\xb1 0.1"]
     assert done.stderr == "error: \\xb1 \\u03c3\n"
     assert "97.0 ± 0.1" in (tmp_path / "run.log").read_text(encoding="utf-8")
-
-
-def test_an_error_that_nobody_can_read_keeps_its_status(tmp_path):
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([*script("raise InputError('this')"), tmp_path], cwd=PROJECT, stderr=full)
-    assert done.returncode == 2
+    with open("/dev/full", "w") as full:  # an error that nobody can read keeps its status
+        assert subprocess.run([*printing, tmp_path], cwd=PROJECT, stderr=full, capture_output=False).returncode == 2
 
 
 def test_help_waits_for_no_library_and_shows_every_option():
-    code = "import sys; sys.modules['torch'] = None; import mimu.runs.command_line as line; line.parse_arguments()"
+    code = "import sys; sys.modules['torch'] = None; import experiment.command_line as line; line.parse_arguments()"
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=PROJECT, capture_output=True, text=True)
     options = ("--config", "--plot-only", "--dry-run", "--fresh", "--debug", "section.key=value")
-    assert done.returncode == 0 and all(option in done.stdout for option in options)
+    assert done.returncode == 0 and all(option in done.stdout for option in options), done.stderr
     _, _, example = done.stdout.partition("for example:")
     assert "[" in example and "[" not in re.sub("'[^']*'", "", example), "zsh reads brackets that are not quoted"
 
@@ -168,6 +181,18 @@ def test_wrong_options_are_refused(options, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_arguments(options)
     assert ("unrecognized arguments" if len(options) == 1 else "not allowed with argument") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "y"}])
+def test_variables_that_are_not_as_torchrun_sets_them_are_refused(monkeypatch, variables):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="^WORLD_SIZE .* torchrun"):
+        Processes()
+    monkeypatch.delenv("WORLD_SIZE")
+    assert world_size() == Processes().count == 1
 
 
 @pytest.fixture
@@ -190,37 +215,19 @@ def test_every_task_is_taken_once_after_the_beginning_and_all_is_gathered_in_ord
     done = []
 
     def work(processes: Processes) -> object:
-        processes.first(lambda: (time.sleep(0.2), done.append("begun")))
+        processes.first(lambda: (time.sleep(0.1), done.append("begun")))
         done.append("after")
-        processes.once("shared", lambda: (time.sleep(0.2), done.append("shared")))
+        processes.once("shared", lambda: (time.sleep(0.1), done.append("shared")))
         done.append("later")
         taken = list(processes.take(range(30)))
         return processes.gathered({"rank": processes.rank, "taken": taken})
 
     with ThreadPoolExecutor(3) as threads:
-        gathered, *others = threads.map(work, three)
-    assert others == [[], []] and [share["rank"] for share in gathered] == [0, 1, 2]
+        gathered, *empty = threads.map(work, three)
+    assert empty == [[], []] and [share["rank"] for share in gathered] == [0, 1, 2]
     assert sorted(sum((share["taken"] for share in gathered), [])) == list(range(30))
     assert done[0] == "begun" and done.count("begun") == done.count("shared") == 1
     assert done.count("after") == done.count("later") == 3 and done.index("shared") < done.index("later")
-
-
-FAILING = """
-import time
-from mimu.errors import ArtifactError
-from experiment.processes import Processes
-def make():
-    time.sleep(0.5)
-    raise ArtifactError("disk full")
-Processes().once("classifier.pt", make)
-"""
-
-
-def test_what_fails_in_one_process_ends_all(tmp_path):
-    (tmp_path / "failing.py").write_text(FAILING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "failing.py")]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and done.stderr.count("ArtifactError: disk full") == 1
 
 
 def test_a_log_says_all_with_the_time_and_is_named_where_it_cannot_be_written(tmp_path, capsys):

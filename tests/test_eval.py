@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ FORGET, KAPPA, TOP_K = 1, 9, 8
 CORE = ("original", "mimu", "random", "sft", "retrain")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def registry():
     before = dict(METHODS)
     yield
@@ -27,19 +28,12 @@ def registry():
     METHODS.update(before)
 
 
-def make_eval(
-    folder, test=None, requested_kappa=KAPPA, mask_layer=-2, audit=None, draw=None, methods=CORE, **changes
-) -> Eval:
+def make_eval(folder, requested_kappa=KAPPA, mask_layer=-2, audit=None, draw=None, methods=CORE, **changes) -> Eval:
     request = small_request(requested_kappa, mask_layer, methods=methods, **changes)
-    metrics, mask = (
-        Artifact(folder / name, {"settings": {"asked": requested_kappa}}) for name in ("metrics.json", "mask.pt")
-    )
-    data = ImageData(request.train, test or random_split(13, seed=5))
+    provenance = {"settings": {"kappa": requested_kappa}}
+    metrics, mask = (Artifact(folder / name, provenance) for name in ("metrics.json", "mask.pt"))
+    data = ImageData(request.train, random_split(13, seed=5))
     return Eval(request, data, metrics, mask, {"id": "metrics", "seconds": {"gcn": 1.5}}, {}, audit, draw)
-
-
-def answers(scored: Eval) -> dict[str, list[torch.Tensor]]:
-    return {name: scored._answer(name).model.weights for name in scored.names}
 
 
 def test_metrics_are_sums_over_the_test_samples_divided_by_their_number(tmp_path):
@@ -50,7 +44,7 @@ def test_metrics_are_sums_over_the_test_samples_divided_by_their_number(tmp_path
         assert torch.equal(samples.images, test.images[chosen]) and torch.equal(samples.labels, test.labels[chosen])
         assert [len(batch) for batch, _ in samples.loader(7)][-1] == len(samples.labels) % 7 > 0
         p = torch.stack([model(image[None]).double().softmax(1)[0] for image in samples.images])
-        correct = [float(of_sample.argmax() == label) for of_sample, label in zip(p, samples.labels)]
+        correct = [float(row.argmax() == label) for row, label in zip(p, samples.labels)]
         dropout = nn.Sequential(nn.Dropout(0.9), model).train()  # scored in evaluation mode
         metrics = scored.inference(dropout, samples.loader(7), is_forget, "by hand")
         loss = -p.log().gather(1, samples.labels[:, None]).mean().item()
@@ -58,7 +52,7 @@ def test_metrics_are_sums_over_the_test_samples_divided_by_their_number(tmp_path
         by_hand |= {"probability": p[:, FORGET].mean().item()} if is_forget else {}
         assert metrics == pytest.approx(by_hand, rel=1e-5)
     model.weights[0].data.fill_(torch.nan)
-    assert scored.inference(model, test.forget(0).loader(), False, "broken")["score"] == 0, "no number is no answer"
+    assert scored.inference(model, test.forget(0).loader(), False, "broken")["score"] == 0, "nan is not correct"
     with pytest.raises(ValueError, match="none: there is no sample to score"):
         scored.inference(model, test.forget(3).loader(), False, "none")
 
@@ -72,11 +66,11 @@ def test_the_mask_is_that_of_the_zeroed_weights(tmp_path, mask_layer):
     assert len(results["zeroed"]) == KAPPA == results["kappa"] == results["num_zeroed"]["mimu"]
     loaded, histograms = Mask.load(tmp_path / "mask.pt"), results["weight_histograms"]
     assert torch.equal(loaded.as_tensor(), mask) and loaded.layers == tuple(graph.names)
-    assert [sum(of_layer["all"]) for of_layer in histograms] == graph.sizes
-    assert sum(sum(of_layer["zeroed"]) for of_layer in histograms) == KAPPA
+    assert [sum(histogram["all"]) for histogram in histograms] == graph.sizes
+    assert sum(sum(histogram["zeroed"]) for histogram in histograms) == KAPPA
 
 
-def test_every_method_stands_in_every_evaluation_and_the_json_is_valid(tmp_path, registry):
+def test_every_method_stands_in_every_evaluation_and_the_json_is_valid(tmp_path):
     @unlearning_method("logit removed", touches="the output")
     def logit_removed(request):
         """Gives the class
@@ -86,8 +80,9 @@ def test_every_method_stands_in_every_evaluation_and_the_json_is_valid(tmp_path,
         """
         return controls.logit_removed(request)
 
-    drawn, names = [], [*CORE, "logit removed"]
-    scored = make_eval(tmp_path, methods=tuple(names), draw=drawn.append)
+    written, names = [], [*CORE, "logit removed"]
+    draw = lambda: written.append(json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail))  # noqa: E731
+    scored = make_eval(tmp_path, methods=tuple(names), draw=draw)
     results = scored.eval()
     every = "unlearning_metrics", "performance_degradation_metrics", "training_split_metrics", "methods"
     assert all(list(results[evaluation]) == names for evaluation in every)
@@ -95,22 +90,21 @@ def test_every_method_stands_in_every_evaluation_and_the_json_is_valid(tmp_path,
     assert results["unlearning_metrics"]["original"] == results["mask_efficacy_metrics"]["original"]
     assert list(results["seconds"]) == ["gcn", *names, "experiment"] and results["seconds"]["retrain"] > 0
     about = {"does": "Gives the class no chance.", "paper": "", "touches": "the output", "needs": "both sets"}
-    assert results["methods"]["logit removed"] == about
+    assert results["methods"]["logit removed"] == about and results["audits"] == {}
     for name in names:
-        by_hand = scored._answer(name).model(scored.data.test.forget(FORGET).images).double().softmax(1).mean(0)
-        assert results["class_probabilities"][name] == pytest.approx(by_hand.tolist(), rel=1e-5)
+        p = scored.unlearned(name).model(scored.data.test.forget(FORGET).images).double().softmax(1).mean(0)
+        assert results["class_probabilities"][name] == pytest.approx(p.tolist(), rel=1e-5)
     assert results["unlearning_metrics"]["logit removed"] == {"loss": float("inf"), "score": 0.0, "probability": 0.0}
-    written = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
-    assert drawn == [{key: value for key, value in written.items() if key != "checksum"}]
-    assert written.pop("checksum") and written.pop("made_by") == scored.metrics.provenance
-    assert written["unlearning_metrics"]["logit removed"]["loss"] is None
-    assert written == json.loads(json.dumps(results), parse_constant=lambda _: None)
-    assert written["id"] == "metrics" and written["kappa_choice"] == "fixed" and written["gave_up"] == {}
+    (json_of,) = written
+    assert json_of.pop("checksum") and json_of.pop("made_by") == scored.metrics.provenance
+    assert json_of["unlearning_metrics"]["logit removed"]["loss"] is None
+    assert json_of == json.loads(json.dumps(results), parse_constant=lambda _: None)
+    assert json_of["id"] == "metrics" and json_of["kappa_choice"] == "fixed" and json_of["gave_up"] == {}
 
 
 @pytest.mark.parametrize("field", ["unlearn", "most_needed"])
 @pytest.mark.parametrize("reads", [Eval.mnist_forget_set, Eval.mnist_retain_set])
-def test_a_method_or_keep_mask_that_asks_for_the_test_split_fails(tmp_path, registry, field, reads):
+def test_a_method_or_keep_mask_that_reads_the_test_split_fails(tmp_path, field, reads):
     METHODS["curious"] = replace(METHODS["original"], **{field: lambda request: reads(scored)})
     scored = make_eval(tmp_path, methods=("mimu", "curious"))
     with pytest.raises(PermissionError, match="test split is sealed"):
@@ -131,7 +125,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("unlearn, message", BROKEN)
-def test_a_method_that_does_what_it_must_not_is_named(tmp_path, registry, unlearn, message):
+def test_a_method_that_does_what_it_must_not_is_named(tmp_path, unlearn, message):
     unlearning_method("broken")(unlearn)
     with pytest.raises(ValueError, match=message):
         make_eval(tmp_path, methods=("mimu", "broken")).eval()
@@ -140,18 +134,20 @@ def test_a_method_that_does_what_it_must_not_is_named(tmp_path, registry, unlear
 
 def test_the_methods_are_what_they_say(tmp_path):
     scored = make_eval(tmp_path, methods=(*CORE, "saliency"))
-    request = scored.request
+    request, original = scored.request, trained_problem()[2].weights
     request.classifier.weights[0].data.zero_()  # a copy
-    weights, original = answers(scored), trained_problem()[2].weights
+    weights = {name: scored.unlearned(name).model.weights for name in scored.names}
     alone = request.trainer.train(request.train.retain(FORGET), NUM_CLASSES).weights
-    again = replace(request, train=request.train[:20], trained_on=request.train).retrained(0).model.weights
-    same = [(weights["original"], original), (weights["retrain"], alone), (again, alone)]
-    for found, expected in [*same, (weights["saliency"], weights["mimu"])]:  # its GCN is untrained
-        assert all(torch.equal(w, v) for w, v in zip(found, expected, strict=True))
+    same = [("original", original), ("retrain", alone), ("saliency", weights["mimu"])]  # the GCN is untrained
+    for name, expected in same:
+        assert all(torch.equal(w, v) for w, v in zip(weights[name], expected, strict=True))
+    elsewhere = replace(request, retrain=lambda seed: ("retrained from", seed))
+    assert elsewhere.retrained(4) == ("retrained from", 4), "the caller may know a classifier that was retrained"
     for name in ("mimu", "random", "sft"):
-        found, changed = weights[name], weights[name][1] != original[1]
-        assert torch.equal(found[0], original[0]) and torch.equal(found[2], original[2]) and changed.any()
-        assert name == "sft" or (changed.sum() == KAPPA and (found[1][changed] == 0).all())
+        first, masked, last = weights[name]
+        changed = masked != original[1]
+        assert torch.equal(first, original[0]) and torch.equal(last, original[2]) and changed.any()
+        assert name == "sft" or (changed.sum() == KAPPA and (masked[changed] == 0).all())
     few, many = (random_vertices(request, count) for count in (KAPPA, 12))
     assert torch.equal(few.sort().values, (weights["random"][1].flatten() == 0).nonzero()[:, 0])
     assert torch.equal(many[:KAPPA], few) and len(set(many.tolist())) == 12
@@ -159,21 +155,22 @@ def test_the_methods_are_what_they_say(tmp_path):
         assert not torch.equal(random_vertices(other, KAPPA), few)
 
 
-def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path, registry):
+def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path):
     calls = []
 
     def by_curvature(step, zeroed):
         calls.append((step, len(zeroed)))
         return curvature
 
-    unlearning_method("in order", uses_kappa=True)(lambda request: request.in_steps("in order", by_curvature, False))
-    unlearning_method("at once", uses_kappa=True)(lambda request: request.in_steps("at once", by_curvature, True))
+    unlearning_method("in order", uses_kappa=True)(lambda request: request.in_steps("in order", by_curvature))
+    at_once = lambda request: request.in_steps("at once", by_curvature, all_at_once=True)  # noqa: E731
+    unlearning_method("at once", uses_kappa=True)(at_once)
     names = ("random", "mimu", "in order", "at once", "sft")
     scored = make_eval(tmp_path, requested_kappa="auto", target=50.0, methods=names)
     request = scored.request
     curvature = request.graphs.snapshot(request.graphs.by_class(), ["curvature"]).feature("curvature")[FORGET]
     results, ranked, kappas = scored.eval(), curvature.argsort(descending=True), []
-    for order, step in ((request.orders["mimu"].first(29).vertices, 4), (ranked, 4), (ranked, 1)):
+    for order, step in ((torch.tensor(results["zeroed"]), 4), (ranked, 4), (ranked, 1)):
         for kappa in range(step, 30, step):
             with request.graphs.graph.zeroing(order[:kappa]).applied_to(request.classifier) as model:
                 if scores(model, request.train, FORGET)[0] < 50:
@@ -186,30 +183,29 @@ def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path, registry):
     assert calls == [(k // 4, k) for k in range(0, kappas[1], 4)] + [(0, 0)]
 
 
-def test_what_does_not_depend_on_kappa_is_computed_once_and_steps_go_on(tmp_path, registry):
+def test_what_does_not_depend_on_kappa_is_computed_once_and_pruning_continues(tmp_path):
     calls = []
     for name in ("counted", "counted with kappa"):
         count = lambda request, name=name: calls.append((name, request.requested_kappa)) or request.classifier  # noqa: E731
         unlearning_method(name, uses_kappa="kappa" in name)(count)
     first = make_eval(tmp_path, requested_kappa=3, methods=("mimu", "counted", "counted with kappa"))
-    second = replace(first, request=replace(first.request, requested_kappa=20), own={})
-    seconds = [scored.eval()["seconds"]["mimu"] for scored in (first, second)]
+    second = replace(first, request=replace(first.request, requested_kappa=20))
+    few, many = (scored.eval() for scored in (first, second))
     assert calls == [("counted", None), ("counted with kappa", 3), ("counted with kappa", 20)]
-    order = first.request.orders["mimu"]
-    assert seconds == [order.first(3).seconds, order.first(20).seconds], "steps made before count, too"
+    assert many["zeroed"][:3] == few["zeroed"] and len(many["zeroed"]) == 20
+    assert many["seconds"]["mimu"] > few["seconds"]["mimu"], "steps that were made before count, too"
 
 
 @pytest.mark.parametrize("name", ["mimu", "", "$x$", "a\nb", "experiment", "gcn"])
-def test_a_method_has_a_name_of_its_own_that_can_be_printed(registry, name):
+def test_a_method_has_a_name_of_its_own_that_can_be_printed(name):
     with pytest.raises(ValueError, match="must have a name of its own, of printable characters without"):
         unlearning_method(name)(lambda request: request.classifier)
 
 
 def test_several_keep_masks_are_averaged(tmp_path):
     scored = make_eval(tmp_path, methods=("mimu", "random"))
-    choices = random_choices(scored.request)
+    choices, by_hand = random_choices(scored.request), []
     assert choices.shape == (20, TOP_K) and len({tuple(choice.sort().values.tolist()) for choice in choices}) == 20
-    by_hand = []
     for vertices in choices:
         model = scored.request.classifier
         model.weights[1].data *= torch.zeros(30).index_fill(0, vertices, 1.0).view(5, 6)
@@ -217,31 +213,39 @@ def test_several_keep_masks_are_averaged(tmp_path):
     assert scored.eval_mask_efficacy()["random"]["score"] == pytest.approx(sum(by_hand) / 20)
 
 
+class SumAudit(SimpleNamespace):
+    """An audit that adds the weights, and knows between which classifiers it stands."""
+
+    def __call__(self, model):
+        return {"sum": sum(weight.sum().item() for weight in model.weights), "far": float("inf")}
+
+    def columns(self):
+        return {"sum": {"title": "sum", "spec": ".2f"}}
+
+
 @pytest.mark.parametrize("methods", [("mimu", "original", "retrain"), ("original", "mimu")])
-def test_every_answer_is_audited_beside_the_original_and_the_retrained_if_it_is_there(tmp_path, methods):
-    given = []
+def test_every_method_is_audited_beside_the_original_and_the_retrained_classifier(tmp_path, methods):
+    audits = []
 
     def audit(original, retrained):
-        given.extend([original, retrained])
-        return lambda model: {"sum": sum(weight.sum().item() for weight in model.weights), "far": float("inf")}
+        audits.append(SumAudit(original=original, retrained=retrained))
+        return audits[0]
 
     scored = make_eval(tmp_path, methods=methods, audit=audit)
-    results = scored.eval()
-    sums = {name: sum(weight.sum().item() for weight in weights) for name, weights in answers(scored).items()}
-    assert results["audit_metrics"] == {name: {"sum": sums[name], "far": float("inf")} for name in methods}
-    assert json.loads((tmp_path / "metrics.json").read_text())["audit_metrics"]["mimu"]["far"] is None
-    original, retrained = given
-    assert torch.equal(original.weights[1], scored.request.original.weights[1])
-    assert retrained is (scored._answer("retrain").model if "retrain" in methods else None)
-    assert make_eval(tmp_path, methods=methods).eval_audits() == {}
+    results, (made,) = scored.eval(), audits
+    assert results["audit_metrics"] == {name: made(scored.unlearned(name).model) for name in methods}
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["audit_metrics"]["mimu"]["far"] is None and written["audits"] == made.columns()
+    assert torch.equal(made.original.weights[1], scored.request.original.weights[1])
+    assert made.retrained is (scored.unlearned("retrain").model if "retrain" in methods else None)
 
 
-def test_a_method_runs_where_it_says_with_its_hyperparameters_and_metrics_depend_on_what_runs(tmp_path, registry):
-    given = []
+def test_a_method_runs_where_it_says_with_its_hyperparameters_and_metrics_depend_on_what_runs(tmp_path):
+    strengths = []
 
     @unlearning_method("tunable", runs_with="all")
     def tunable(request, *, strength: float):
-        given.append(strength)
+        strengths.append(strength)
         return request.classifier
 
     METHODS["by name"] = replace(METHODS["tunable"], runs_with="name")
@@ -253,5 +257,5 @@ def test_a_method_runs_where_it_says_with_its_hyperparameters_and_metrics_depend
     usual, tuned = scored.request.config, {"strength": 0.5}
     same = replace(usual, hyperparameters={"tunable": tuned, "scrub": {"epochs": 3}})
     other, less = replace(usual, hyperparameters={"tunable": {"strength": 0.6}}), replace(usual, methods=("mimu",))
-    assert given == [0.5] and same.decisive() == usual.decisive()
+    assert strengths == [0.5] and same.decisive() == usual.decisive()
     assert usual.decisive() not in (other.decisive(), less.decisive())

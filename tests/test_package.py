@@ -1,5 +1,6 @@
-"""The package as people install it: what the wheel holds, and that it works beside files named as its own are."""
+"""The library as people install it: what the wheel holds, what it imports, and that it works where little else is."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -9,15 +10,14 @@ from pathlib import Path
 
 import pytest
 from conftest import copy_to
-from running import files
+from running import PROJECT
 
-TRACKED = ("*.py", "*/*.py", "configs/*.yaml", "checkpoints/pretrained/*.pt", "datasets/MNIST/raw/*.gz", "docs/*.md",
-           "pyproject.toml", "README.md")  # fmt: skip
-# What people have in their folders, too, and what would be imported if it were looked for there.
-NAMED_ALIKE = ("model.py", "data.py", "eval.py", "trainer.py", "main.py", "configs/__init__.py", "runs/__init__.py")
+DEPENDENCIES = {"torch", "numpy", "tqdm", "yaml"}  # of the library; PyTorch brings more of its own
+ABSENT = ("torch_geometric", "torchvision", "matplotlib", "PIL", "pydantic", "pandas", "sklearn", "scipy")
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"  # as pip asks for it
-FORGET = """
+FORGET = f"""
 import sys
+sys.modules |= dict.fromkeys({ABSENT})
 import mimu
 assert mimu.__file__ == sys.argv[1] + "/mimu/__init__.py", mimu.__file__
 assert "torch" not in sys.modules, "import mimu takes seconds"
@@ -30,7 +30,7 @@ labels = torch.arange(3).repeat(100)
 inputs = torch.randn(300, 7) + 4 * torch.eye(3, 7)[labels]
 model = nn.Sequential(nn.Linear(7, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
 optimizer = torch.optim.Adam(model.parameters(), 0.03)
-for _ in range(50):
+for _ in range(30):
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(inputs), labels).backward()
     optimizer.step()
@@ -45,70 +45,59 @@ mask = Mask.load("mask.pt")
 mask.apply(model)
 assert mask.num_zeroed and mask.forgets == (1,)
 assert scores()[1] < 0.05 and min(scores()[0], scores()[2]) > 0.9
+
+from mimu.settings import library_settings
+assert set(library_settings()) == {{"erase", "kernels"}}
 """
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    clone = copy_to(folder / "clone", *TRACKED)
+    clone = copy_to(folder / "clone", "*.py", "*/*.py", "*/*.yaml", "mimu/gcn.pt", "pyproject.toml", "README.md")
     subprocess.run([sys.executable, "-c", BUILD, str(folder)], cwd=clone, check=True, capture_output=True)
     (path,) = folder.glob("*.whl")
     return path
 
 
-@pytest.fixture(scope="module")
-def installed(wheel) -> Path:
-    folder = wheel.parent / "installed"
-    pip = ["uv", "pip"] if shutil.which("uv") else [sys.executable, "-m", "pip"]
-    options = ["--no-deps", "--no-index", "--no-cache-dir", "--target", str(folder)]
-    subprocess.run([*pip, "install", *options, str(wheel)], check=True, capture_output=True)
-    return folder
-
-
-@pytest.fixture
-def of_others(tmp_path, monkeypatch) -> Path:
-    """The current folder of processes to come; its files are named as the package's own, and cannot be imported."""
-    for name in NAMED_ALIKE:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"raise ImportError('{name} of the current folder')\n")
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens: no internet
-    return tmp_path
-
-
-def python(folder: Path, installed: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(installed)}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
-
-
-def test_the_wheel_holds_all_of_the_package_and_no_data_sets_tests_or_pages(wheel):
-    clone = wheel.parent / "clone"
-    expected = {path for path in files(clone) if path.endswith((".py", ".yaml", ".pt"))}
-    expected = {path for path in expected if not path.startswith(("tests/", "docs/", "build/"))}
-    assert {"main.py", "configs/config.yaml", "checkpoints/pretrained/gcn.pt", "methods/controls.py"} <= expected
+def test_the_wheel_holds_the_library_and_nothing_else(wheel):
+    library = {f"mimu/{path.name}": path.read_bytes() for path in (PROJECT / "mimu").iterdir() if path.is_file()}
+    assert {"mimu/__init__.py", "mimu/gcn.pt", "mimu/settings.yaml"} <= library.keys()
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
-        assert sorted(names) == sorted(f"mimu/{path}" for path in expected)
-        assert all(archive.read(f"mimu/{path}") == (clone / path).read_bytes() for path in expected)
+        assert {name: archive.read(name) for name in names} == library
     assert wheel.stat().st_size < 10**6
 
 
-def test_a_custom_model_forgets_beside_files_named_as_those_of_the_package(installed, of_others):
-    done = python(of_others, installed, "-c", FORGET, str(installed))
+def test_a_custom_model_forgets_where_only_the_library_and_its_dependencies_are(wheel, tmp_path):
+    installed, current = tmp_path / "installed", tmp_path / "current"
+    pip = ["uv", "pip"] if shutil.which("uv") else [sys.executable, "-m", "pip"]
+    options = ["--no-deps", "--no-index", "--no-cache-dir", "--target", str(installed)]
+    subprocess.run([*pip, "install", *options, str(wheel)], check=True, capture_output=True)
+    for name in ("model.py", "data.py", "eval.py", "trainer.py", "experiment.py"):  # people have files named alike
+        copied = current / name
+        copied.parent.mkdir(exist_ok=True)
+        copied.write_text(f"raise ImportError('{name} of the current folder')\n")
+    offline = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # nobody listens there
+    environment = os.environ | offline | {"PYTHONPATH": str(installed)}
+    command = [sys.executable, "-c", FORGET, str(installed)]
+    done = subprocess.run(command, cwd=current, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
 
 
-def test_runs_of_the_installed_package_leave_their_files_in_the_current_folder_alone(installed, of_others):
-    package, current = files(installed), files(of_others)
-    done = python(of_others, installed, "-m", "mimu.main", "--dry-run")
-    assert done.returncode == 0 and "0 of 21 files are there" in done.stdout, done.stderr
-    assert files(of_others) == current
-    done = python(of_others, installed, "-m", "mimu.main")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: dataset MNIST in {of_others / 'datasets' / 'MNIST'}: ")
-    assert done.returncode == 2
-    assert files(of_others).keys() - current.keys() == {".lock", "reports/run.log"}
-    assert files(installed) == package
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "mimu").glob("**/*.py")), ids=lambda path: path.name)
+def test_the_library_imports_nothing_of_the_experiment_and_four_packages(path):
+    packages = {name.partition(".")[0] for name in imports(path)}
+    assert packages <= {"mimu", *DEPENDENCIES, *sys.stdlib_module_names}
