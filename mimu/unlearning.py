@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mimu.erasing import Erasing, Found, erased, held_out
+from mimu.erasing import ErasingConfig, RecoveredInformation, erase_class, held_out
 from mimu.errors import InputError
 from mimu.graph import MaskingGCN
 from mimu.inputs import CustomModel, plain_torch, samples_of, tensor_of
@@ -58,7 +58,7 @@ class Made(NamedTuple):
     logits: Tensor
     left: str
     fall: float
-    found: dict[int, Found]
+    found: dict[int, RecoveredInformation]
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,7 +273,7 @@ class Forgetting:
             mean, worst = judged.falls(now)
             said.append(f"by samples held out the classes to keep lose {mean:.0f} points, one of them {worst:.0f}")
         said += judgement.not_shown(made.logits if self.erase else logits)
-        said += [f"of class {label} {found}" for label, found in made.found.items() if not found.is_at_the_bar]
+        said += [f"of class {label} {found}" for label, found in made.found.items() if not found.is_at_target]
         if said:
             warnings.warn(f"{'; '.join(said)} ({self.other_ways})", stacklevel=3)
         by = f"ranked by the {'GCN' if made.scorer == 'gcn' else 'formula'}"
@@ -324,7 +324,7 @@ class Forgetting:
                 folds[labels == label] = torch.arange(count, device=labels.device) % FOLDS
         for fold in folds[folds < FOLDS].unique():
             is_held_out = folds == fold
-            custom = replace(self.custom, images=self.custom.images[~is_held_out])
+            custom = replace(self.custom, model_inputs=self.custom.model_inputs[~is_held_out])
             others = replace(self, custom=custom, train=self.train[~is_held_out], progress=False)
             mask = others.made(judgement[~is_held_out], made.scorer).way[-1]
             logits[is_held_out] = self.logits(mask, is_held_out)
@@ -361,7 +361,7 @@ class Forgetting:
         return RetainScoreError(message, judgement.scores_before, now, self.of_model(mask, under))
 
     def forget_one(
-        self, label: int, judgement: Judgement, scorer: str, way: list[Mask], found: dict[int, Found]
+        self, label: int, judgement: Judgement, scorer: str, way: list[Mask], found: dict[int, RecoveredInformation]
     ) -> str:
         """Adds masks to the way until a class is forgotten, or the kept ones have lost twice what they may.
 
@@ -371,9 +371,9 @@ class Forgetting:
         chosen = torch.isin(labels, labels.new_tensor([label, *judgement.kept]))
         samples = self.train[chosen]
         if self.erase:
-            images, about = self.custom.images[chosen], {"start": way[-1], "progress": self.progress}
-            about["inputs"] = images if images.is_floating_point() else None  # of words what is recorded
-            mask, found[label] = erased(classifier, samples, label, Erasing.configured(), self.seed, **about)
+            images, about = self.custom.model_inputs[chosen], {"start": way[-1], "progress": self.progress}
+            about["model_inputs"] = images if images.is_floating_point() else None  # of words what is recorded
+            mask, found[label] = erase_class(classifier, samples, label, ErasingConfig.configured(), self.seed, **about)
             way.append(mask)
             return ""
         graphs, config = ActivationGraphs(classifier, samples, self.trained.graphs, self.seed), self.trained.masking
@@ -430,7 +430,7 @@ def unlearn(
     """The mask that makes a classifier of the user's own forget classes; the model is left as it is, to the bit.
 
     A copy runs, in evaluation mode and float32, operation by operation (torch.export). What can be masked are weights
-    that one linear operation or convolution reads; where the model cannot be exported, the linear layers at its end.
+    that one linear operation or convolution reads, and nothing else; a model that cannot be exported is refused.
     Other threads may predict meanwhile, but not export or compile (torch.export then switches off oneDNN for a moment).
 
     model: returns logits; inputs, labels: training samples as it takes them, (samples, ...), and their classes, from 0
@@ -442,7 +442,7 @@ def unlearn(
     mask_layer: names, as named_parameters has them, of modules or with * and ?, or indices among what can be masked;
         one or several; None: all; auto: of linear layers at the end the last but one if they are three, else the last
     seed: of the samples that are drawn; scorer: the GCN, or the saliency that it adapts
-    erase: takes the classes from what the last layer is given, too (`methods.erasing`), by one direction less in as few
+    erase: takes the classes from what the last layer is given, too (`mimu.erasing`), by one direction less in as few
         layers before it as do it: without a GCN, and with mask_layer auto or None
     max_fall, max_class_fall: points that the other classes may lose on the samples, together and each; None: any
     progress: shows bars, on a terminal, and how long a class takes at most
@@ -461,10 +461,10 @@ def unlearn(
             raise InputError(f"mask_layer must be auto or None where classes are erased, not {mask_layer!r}")
         custom = CustomModel.of(model, inputs, mask_layer, progress, erase)
         carried = Mask.on(model)
-        train = Split(custom.inputs, labels.to(custom.inputs.device))
+        train = Split(custom.cached_inputs, labels.to(custom.cached_inputs.device))
         asked = classes_of(forget_class, train.labels, custom.num_classes, carried.forgets if carried else ())
-        trained = TrainedGCN.of(gcn, custom.inputs.device)
-        if gcn is None and not custom.is_of_features and not erase:
+        trained = TrainedGCN.of(gcn, custom.cached_inputs.device)
+        if gcn is None and not custom.reads_features and not erase:
             scorer, trained = "saliency", trained.for_kernels(custom.classifier.shapes[each] for each in custom.masked)
         trained = replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured"))
         bounds = (max_fall, max_class_fall)
