@@ -11,7 +11,7 @@ from conftest import NUM_CLASSES, graph_config, pruning_config, random_split, sc
 from running import PROJECT
 
 import data
-from audits.predictions import predictions_of
+from audits import predictions_of
 from data import GraphGenerator
 from eval import METHODS, EvalConfig, Method, Request, answer
 from experiment.config import load_config
