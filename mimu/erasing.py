@@ -1,9 +1,9 @@
 """Erasing a class: late layers are edited so that the representation says little about it, and not only the output.
 
-The representation is what the last layer reads. Attackers try to tell the class from the retained ones by it: each is
-a ridge regression on random features, in closed form. A new attacker is drawn at every training step, so that an edit
-cannot just learn to fool one of them. The target is what attackers would find in a classifier that never saw the
-class. Even that one tells the class apart, and what attackers find in the inputs themselves indicates how well.
+The representation is what the last layer reads. Attackers tell the class from others by it: each is a ridge regression
+on random features, and a new one is drawn at every training step, so that an edit cannot just fool one of them. The
+target is what they would find in a classifier that never saw the class: it tells the class apart, too, about as well
+as attackers do in the inputs themselves.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import NamedTuple
 
@@ -40,15 +41,7 @@ TOLERANCE = 0.02  # of R^2 above the target that still counts as reaching it
 
 @dataclass(frozen=True)
 class ErasingConfig:
-    """Settings of `erase_class`.
-
-    samples: training samples of every class
-    group_size, others_ratio: samples of the class in a step, and how many times as many of the retained classes
-    steps, learning_rate: of Adam, with a cosine schedule
-    forget_weight, erase_weight: of two terms of the loss
-    units, ridge: random features of an attacker, and the ridge of its regression
-    share: how far the target lies on the way from the R^2 in the inputs to that in the original representation
-    """
+    """Settings of `erase_class` (explained in settings.yaml), and the attackers that they describe."""
 
     samples: Count
     group_size: Count
@@ -69,8 +62,7 @@ class ErasingConfig:
     def attacker_r_squared(self, features: Tensor, is_forget: Tensor, generator: torch.Generator) -> Tensor:
         """Draws one attacker, and returns its R^2 on whether a sample is of the class (`held_out_variance`).
 
-        It is a ridge regression on V z + b, one half of it rectified: z are the standardised features (samples, ...),
-        V and b random.
+        It reads V z + b, one half rectified: z are the standardised features (samples, ...), V and b are random.
         """
         (z,) = standardised(features.flatten(1).float())
         random = torch.randn(z.shape[1] + 1, self.units, generator=generator, dtype=torch.float32).to(z)
@@ -89,10 +81,7 @@ class ErasingConfig:
 
 
 class RecoveredInformation(NamedTuple):
-    """R^2 of attackers that tell a class from the others by the representation: before an edit, after it, and target.
-
-    It is measured on held-out samples, where there are enough of them.
-    """
+    """The mean R^2 of attackers on a class: before an edit, after it, and the target."""
 
     before: float
     after: float
@@ -119,25 +108,22 @@ def erase_class(
 ) -> tuple[Mask, RecoveredInformation]:
     """Edits the last layers of a classifier until attackers no longer tell the class, and returns that as a mask.
 
-    The edited layers are the last one and some hidden ones before it (`Edit`): at first the linear layers of features
-    that precede it, two at most, or else the one layer before it. If attackers still find more than the target, one
-    more layer is edited and the training starts anew. Nothing is kept between these rounds but the masks: the one
-    under which attackers find least is returned. An edit minimises
+    The edited layers (`Edit`) are the last one and, before it, the linear layers of features, two at most, or else one
+    other layer. If attackers still find more than the target in held-out samples, one more layer is edited, and
+    training starts anew: of one round the next keeps nothing. The mask under which attackers find least is returned.
+    An edit minimises
 
         cross entropy of the retained classes - forget_weight E[log(1 - p)] + erase_weight max(0, R^2 - target)
 
-    where p is the probability of the class on its own samples, and R^2 what a random attacker finds in a step. A
-    hidden layer loses the direction of the class, after Hatami et al. 2026, arXiv:2604.15166.
+    where p is the probability of the class on its own samples, and R^2 what a new attacker finds in the step.
 
     Args:
         split: samples of the class and of the retained classes, as the classifier reads them
         start: a mask to begin with; the mask returned includes it
-        progress: whether to show a progress bar
-        model_inputs: what the whole network reads for the samples, where the classifier is only its suffix
+        model_inputs: what the whole network reads for the samples, if the classifier is only its suffix
 
     Raises:
-        InputError: there is no layer before the last one.
-        TrainingError: the training diverges.
+        InputError: there is no layer before the last one. TrainingError: the training diverges.
     """
     layers, num_linear = late_layers(classifier), len(classifier.trace.names_at_the_end) - 1
     train, judging = split_samples(split.labels, forget_class, config, seed)
@@ -169,9 +155,9 @@ def erase_class(
 class Edit:
     """A trainable change W - U V^T of the last layers of a classifier, of rank 1 in each.
 
-    In a hidden layer V is the direction of the class. U, trained, says how much less each neuron reads of it; at first
-    none reads any. In the last layer U selects the class, and V, trained, is what its output weights lose: at first
-    all that they hold.
+    In a hidden layer V is the direction of the class (after Hatami et al. 2026, arXiv:2604.15166). U, trained, says how
+    much less of it each neuron reads; at first none reads any. In the last layer U selects the class, and V, trained,
+    is what its output weights lose: at first all that they hold.
     """
 
     def __init__(
@@ -184,17 +170,15 @@ class Edit:
         forget_class: int,
         directions: Mapping[int, Tensor],
     ) -> None:
-        """Prepares the edit, and runs what no training step changes.
+        """Prepares the edit of a classifier, which is under the mask `start`, and runs what no training step changes.
 
-        Args:
-            classifier: the network from these layers on, under `start`
-            samples: as the classifier reads them; the first num_train are trained on, the others judge
-            directions: `direction_to_erase` of the inputs of each hidden layer
+        samples: as the classifier reads them; the first num_train are trained on, the others judge
+        directions: `direction_to_erase` in the inputs of each hidden layer
         """
         self.labels, self.num_train, self.forget_class = samples.labels, num_train, forget_class
         self.weights = {classifier.names[layer]: classifier.weights[layer].detach() for layer in layers}
         self.masks: dict[str, LayerMask] = {}
-        is_few = int((self.labels[:num_train] == forget_class).sum()) < MIN_TO_TRAIN
+        is_few = (self.labels[:num_train] == forget_class).sum() < MIN_TO_TRAIN
         for layer, (name, weight) in zip(layers, self.weights.items()):
             keep = start.by_layer[name].keep if start and name in start.by_layer else torch.ones_like(weight)
             if layer == layers[-1]:
@@ -204,7 +188,7 @@ class Edit:
                 v = directions[layer].to(weight)[:, None]
                 u = (weight.flatten(1) @ v).requires_grad_(not is_few)
             self.masks[name] = LayerMask(keep, u, v)
-        self.trained = [factor for mask in self.masks.values() for factor in (mask.u, mask.v) if factor.requires_grad]
+        self.trained = [*(mask.u for mask in self.masks.values() if mask.u.requires_grad), v]
         self.classifier, self.cached_inputs, self.read = classifier, [samples.images], None
         first = next(iter(self.masks.values()))
         if first.keep.all():  # then W x and V^T x of the first layer need to be computed only once
@@ -255,10 +239,7 @@ class Edit:
 
 
 def late_layers(classifier: HookedClassifier) -> list[int]:
-    """The layers that an edit may change, by their indices, in the order of their calls; the last gives the logits.
-
-    Raises InputError where there is no layer before it.
-    """
+    """The indices of the layers that an edit may change, in the order of their calls. Raises InputError."""
     trace = classifier.trace
     names = [name for name in trace.called.values() if trace.layers[name].groups == 1]
     if len(names) < 2 or trace.layers[names[-1]].node is not trace.output:
@@ -277,27 +258,23 @@ def held_out(labels: Tensor) -> Tensor:
 
 
 def split_samples(labels: Tensor, forget_class: int, config: ErasingConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """Draws the indices of samples to train on, and of samples on which attackers judge the edit.
+    """Draws the indices of samples to train on, and of held-out samples on which attackers judge the edit.
 
-    The latter are held out, unless fewer than MIN_TO_JUDGE of the class or of the others are: then those that are
-    trained on judge, too.
+    Where too few are held out, of the class or of the others, training samples judge.
     """
     is_forget, is_held_out = labels == forget_class, held_out(labels)
     train, judging = (~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0]
     num_forget = int(is_forget[judging].sum())
+    generator_of = partial(seeded, "erase", seed, forget_class)
     is_enough = min(num_forget, len(judging) - num_forget) >= MIN_TO_JUDGE
-    seeds = ("erase", seed, forget_class)
-    train = train[drawn_of_every_class(labels[train], config.samples, lambda label: seeded(*seeds, label))]
+    train = train[drawn_of_every_class(labels[train], config.samples, generator_of)]
     count, generator = config.samples // (HELD_OUT - 1), seeded("held out", seed, forget_class)
-    judging = draw_batch(judging if is_enough else train, is_forget, count, config.others_ratio, generator)
-    return train, judging
+    return train, draw_batch(judging if is_enough else train, is_forget, count, config.others_ratio, generator)
 
 
 def draw_batch(candidates: Tensor, is_forget: Tensor, count: int, ratio: int, generator: torch.Generator) -> Tensor:
-    """Draws `count` of the candidates that are of the class, and `ratio` times as many others, if there are so many.
-
-    The rarer the class, the smaller the R^2 of an attacker, so it must be as rare wherever two are compared.
-    """
+    """Draws `count` of the candidates that are of the class, and `ratio` times as many others, if there are so many."""
+    # The rarer the class, the smaller the R^2 of an attacker: it must be as rare wherever two are compared.
     candidates = candidates[torch.randperm(len(candidates), generator=generator).to(candidates.device)]
     forget, retain = candidates[is_forget[candidates]], candidates[~is_forget[candidates]]
     ratio, forget = min(ratio, len(retain) / len(forget)), forget[:count]
@@ -311,9 +288,9 @@ def direction_to_erase(x: Tensor, labels: Tensor, forget_class: int) -> Tensor:
 
 
 def class_direction(x: Tensor, labels: Tensor, forget_class: int) -> Tensor:
-    """The part of a class's mean that the retained classes' means do not span, normalised, in double precision.
+    """The part (n) of a class's mean of x (samples, n) that the other classes' means do not span, normalised.
 
-    Shapes: x (samples, n) to (n). It is 0 where they span all of the mean but rounding errors.
+    It is in double precision, and 0 where they span all of the mean but rounding errors.
     """
     classes = [forget_class, *(label for label in labels.unique().tolist() if label != forget_class)]
     mean, *means = (x[labels == label].mean(0, dtype=torch.double) for label in classes)
