@@ -32,16 +32,13 @@ PROBES = {"linear": linear, "two_layer": two_layer, "neighbours": neighbours}
 
 @dataclass(frozen=True)
 class Predictions:
-    """The outputs and the representations of a classifier on a split, on the CPU.
+    """The outputs and the representations of a classifier on a split, on the CPU."""
 
-    logits: (samples, classes); labels: (samples)
-    hidden: inputs of the linear layers after the first, (samples, n) each; the last are the representation. Where
-        only one layer reads features, the inputs of the layer before it precede them, averaged over tokens or pixels.
-    """
-
-    logits: Tensor
+    logits: Tensor  # (samples, classes)
+    # Inputs of the linear layers after the first, (samples, n) each, the representation last. Where only one layer
+    # reads features, the inputs of the layer before it precede them, averaged over tokens or pixels.
     hidden: tuple[Tensor, ...]
-    labels: Tensor
+    labels: Tensor  # (samples)
 
     @property
     def correct(self) -> Tensor:
@@ -96,10 +93,9 @@ def jensen_shannon(logits: Tensor, reference: Tensor) -> float:
 
 
 def loss_attack(case: Case) -> float:
-    """Membership inference by losses, where smaller ones mean "member": area under the ROC curve.
+    """Membership inference by losses (Yeom et al. 2018, arXiv:1709.01604): area under the ROC curve, 0.5 is chance.
 
-    It is the probability that a training sample of the class has a smaller loss than a test sample of it, ties counted
-    half: 0.5 is chance. Not a number where no loss is finite. Yeom et al. 2018, arXiv:1709.01604.
+    It is the probability that a training sample of the class has a smaller loss than a test sample, ties counted half.
     """
     members, ordered = case.train.loss[case.is_member], case.test.loss[case.is_forget].sort().values
     if not members.isfinite().any() and not ordered.isfinite().any():
@@ -138,10 +134,9 @@ def entropy_attack(case: Case) -> float:
 def prototype_recall(case: Case, count: int) -> float:
     """Percent of the class's test samples that are nearest to its mean: a thief recovers them from few samples.
 
-    The mean is that of the representations of `count` random training samples, as are the means of the other classes,
-    by the Euclidean distance, without training (Mensink et al. 2013, IEEE TPAMI 35(11)). Prototypical relearning (Ha
-    et al. 2025, arXiv:2506.01318) sets the class's output weights alone: features that are all positive then give
-    every sample to it.
+    Means are those of the representations of `count` random training samples of each class (Mensink et al. 2013, IEEE
+    TPAMI 35(11)). Prototypical relearning (Ha et al. 2025, arXiv:2506.01318) would set the class's output weights
+    alone, which gives it every sample where features are all positive.
     """
     order = torch.randperm(len(case.train.labels), generator=seeded("prototypes", case.audit.seed))
     features, labels = case.train.hidden[-1][order], case.train.labels[order]
@@ -159,14 +154,11 @@ def steps_from_few(case: Case, count: int) -> int | None:
 def probe_metrics(
     train: Predictions, test: Predictions, forget_class: int, seed: int, probes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Trains the linear probe and further ones, by name, on the training samples, and scores them on the test split.
+    """Trains the linear probe (Alain and Bengio 2016, arXiv:1610.01644) and further ones, by name, and scores them.
 
-    A probe reads a representation, whatever the output layer makes of it: Alain and Bengio 2016, arXiv:1610.01644.
-
-    Returns:
-        `probe_recall`: percent of the forget class's samples that a probe of the representation labels correctly.
-        `usable_bits`: bits about "is it of the class" by layer and probe, one of them `two_class`, the logistic
-        regression to just that. Layers are `representation` and, with `hidden` among the probes, `hidden_0` and on.
+    Returns `probe_recall`, percent of the class's test samples that a probe of the representation labels correctly, and
+    `usable_bits` about "is it of the class", by layer and probe, one of them `two_class`, the logistic regression to
+    just that. Layers are `representation` and, with `hidden` among the probes, `hidden_0` and on.
     """
     is_forget, last, bits = test.labels == forget_class, len(train.hidden) - 1, {}
     for index in range(last + 1) if "hidden" in probes else [last]:
@@ -184,14 +176,10 @@ def probe_metrics(
 def relearn(
     model: nn.Module, test: Split, goal: float, max_steps: int, rate: float, samples: Iterator[Split]
 ) -> tuple[int | None, list[float]]:
-    """Relearn time, Golatkar et al. 2020, arXiv:1911.04933: steps of SGD on the cross entropy, all weights free.
+    """Trains a copy by SGD on batches of samples, all weights free, until the accuracy on `test` reaches the goal.
 
-    Args:
-        test: samples of the class, whose accuracy must reach the goal, percent
-        samples: a batch for every step
-
-    Returns:
-        The steps, None where the loss is not finite; the accuracy before every step and after the last, percent.
+    Returns the relearn time (Golatkar et al. 2020, arXiv:1911.04933), steps, None where the loss is not finite, and the
+    accuracy before every step and after the last, percent.
     """
     model = copy.deepcopy(model)
     if mask := Mask.on(model):
@@ -214,18 +202,14 @@ def relearn(
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """Settings of the audits.
-
-    probes: those that run beside the linear ones; `hidden`: all of them on layers before the last, too
-    samples: training samples of every class that attacks and probes have; None: all
-    relearn_steps: at most; relearn_from: sizes of training sets, in samples of every class
-    """
+    """Settings of the audits."""
 
     enabled: bool
+    # Those that run beside the linear ones; `hidden`: all of them on layers before the last, too.
     probes: tuple[Literal["two_layer", "neighbours", "hidden"], ...]
-    samples: Count | None
-    relearn_steps: Count
-    relearn_from: tuple[Count, ...]
+    samples: Count | None  # training samples of every class that attacks and probes have; None: all
+    relearn_steps: Count  # at most
+    relearn_from: tuple[Count, ...]  # sizes of training sets, in samples of every class
 
 
 @dataclass
@@ -280,7 +264,6 @@ class Case:
 
     @cached_property
     def probes(self) -> dict[str, Any]:
-        """The results of `probe_metrics`."""
         audit = self.audit
         return probe_metrics(self.train, self.test, audit.forget_class, audit.seed, audit.config.probes)
 
@@ -291,7 +274,6 @@ class Case:
         return self.relearn(LEARNING_RATE, forget.batches(BATCH_SIZE, seeded("relearn", self.audit.seed)))
 
     def relearn(self, rate: float, samples: Iterator[Split]) -> tuple[int | None, list[float]]:
-        """Relearns the class on batches of samples (`relearn`)."""
         test, config = self.audit.data.test.forget(self.audit.forget_class), self.audit.config
         return relearn(self.model, test, self.audit.goal, config.relearn_steps, rate, samples)
 
@@ -303,15 +285,12 @@ def weights_changed(case: Case) -> int:
 
 
 class Entry(NamedTuple):
-    """An audit: a function of a `Case`; the title and number format of its column in tables, if it has one.
-
-    needs_finite: whether it is None for a classifier that has diverged
-    """
+    """An audit: a function of a `Case`, and its column in tables, if it is one number."""
 
     measure: Callable[[Case], Any]
     title: str = ""
     spec: str = ""
-    needs_finite: bool = True
+    needs_finite: bool = True  # it is None for a classifier that has diverged
 
 
 AUDITS: dict[str, Entry] = {

@@ -288,10 +288,7 @@ def direction_to_erase(x: Tensor, labels: Tensor, forget_class: int) -> Tensor:
 
 
 def class_direction(x: Tensor, labels: Tensor, forget_class: int) -> Tensor:
-    """The part (n) of a class's mean of x (samples, n) that the other classes' means do not span, normalised.
-
-    It is in double precision, and 0 where they span all of the mean but rounding errors.
-    """
+    """The part (n) of a class's mean of x (samples, n) that the other classes' means do not span, normalised, or 0."""
     classes = [forget_class, *(label for label in labels.unique().tolist() if label != forget_class)]
     mean, *means = (x[labels == label].mean(0, dtype=torch.double) for label in classes)
     spanned = torch.stack(means)
