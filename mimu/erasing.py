@@ -109,9 +109,8 @@ def erase_class(
     """Edits the last layers of a classifier until attackers no longer tell the class, and returns that as a mask.
 
     The edited layers (`Edit`) are the last one and, before it, the linear layers of features, two at most, or else one
-    other layer. If attackers still find more than the target in held-out samples, one more layer is edited, and
-    training starts anew: of one round the next keeps nothing. The mask under which attackers find least is returned.
-    An edit minimises
+    other layer. If attackers find more than the target in held-out samples, one more layer is edited and training
+    starts anew, up to MAX_EDITED. The mask under which attackers find least is returned. An edit minimises
 
         cross entropy of the retained classes - forget_weight E[log(1 - p)] + erase_weight max(0, R^2 - target)
 
@@ -210,7 +209,10 @@ class Edit:
         return self.classifier.outputs(inputs, weights={name: weight[None][0] for name, weight in weights.items()})
 
     def train(self, target: float, config: ErasingConfig, seed: int, progress: bool) -> float:
-        """Trains the edit, and returns the R^2 that attackers then find on the samples that judge it."""
+        """Trains the edit, and returns the R^2 that attackers then find on the samples that judge it.
+
+        Batch and attacker are new in every step; the factors and Adam's moments alone are kept from one to the next.
+        """
         is_forget = self.labels == self.forget_class
         indices = torch.arange(len(self.labels), device=self.labels.device)
         train, judging = indices[: self.num_train], indices[self.num_train :]

@@ -28,7 +28,7 @@ NEIGHBOURS_OF = 10_000  # training samples among which they are sought
 
 
 def standardised(features: Tensor, *further: Tensor) -> tuple[Tensor, ...]:
-    """Subtracts the features' mean over the samples from all, and divides by their deviation + 0.001, (..., samples, n)."""
+    """Subtracts the features' mean over samples from all, and divides by their deviation + 0.001, (..., samples, n)."""
     mean = features.mean(-2, keepdim=True)
     centred = features - mean
     # The square root has no derivative at 0, where a feature never changes.
