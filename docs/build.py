@@ -325,7 +325,7 @@ def baselines(commands: Sequence[str]) -> str:
     """Every method beside retraining, on three classifiers; and what one classifier takes, in one process."""
     one, three = map(run, commands)
     parts = [f"One classifier: {one}. Here, three, by two processes with one thread each: {three}."]
-    take_pictures(audits="audits", masks="masks", trade_off="trade_off")
+    take_pictures(audits="audits", trade_off="trade_off")
     for heading in ("Distance to retraining", "Audits", "Cost", "The methods"):
         parts += [f"### {heading}", *section(heading)]
     return "\n\n".join(parts)
@@ -382,7 +382,6 @@ def cifar10(commands: Sequence[str]) -> str:
 def erasure(commands: Sequence[str]) -> str:
     """What methods leave in the representation, and at what price."""
     said = run(commands[0])
-    take_pictures(frontier="frontier")
     scores, representations = map(without_repeats, variant_tables().split("\n\n"))
     parts = [
         "Ten digits, test split; `MNIST`: three classifiers (mean ± standard deviation over them), the others: one. "
