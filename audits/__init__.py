@@ -1,54 +1,185 @@
-"""What an unlearned classifier still knows of a class, beyond its predictions, and how far it is from retraining."""
+"""Audits: what an unlearned classifier still reveals about a class, and how far it is from the retrained one.
+
+All of them stand in the table AUDITS at the end: a new one is one entry there.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audits.predictions import entropy_attack, jensen_shannon, loss_attack, predictions_of
-from audits.probes import found_by_probes, prototype_recall
 from data import ImageData
 from mimu.masks import Mask
-from mimu.samples import Split, some_of_every_class
+from mimu.probes import linear, neighbours, two_layer, usable_bits
+from mimu.samples import Split, is_correct, some_of_every_class
 from mimu.seeds import seeded
 from mimu.settings import Count
 
-BATCH_SIZE = 128  # of the forget class's training samples, from which it is relearned by SGD
-LEARNING_RATE = 0.0003
-LEARNING_RATE_FROM_FEW = 0.003  # where all samples are in each step
-AUDITS = (
-    "js_forget", "js_retain", "loss_attack", "entropy_attack", "probe_recall", "usable_bits",
-    "prototype_recall", "relearn_steps", "came_back", "relearn_scores", "relearn_from", "weights_changed",
-)  # fmt: skip
+BATCH_SIZE = 128  # of the forget class's training samples, from which it is relearned
+LEARNING_RATE = 0.0003  # of SGD on these batches
+LEARNING_RATE_FROM_FEW = 0.003  # where every step sees all of a few samples
+PROBES = {"linear": linear, "two_layer": two_layer, "neighbours": neighbours}
 
 
 @dataclass(frozen=True)
-class AuditConfig:
-    """Whether audits are made, and which."""
+class Predictions:
+    """The outputs and the representations of a classifier on a split, on the CPU."""
 
-    enabled: bool
-    # Beside the linear ones, which always run; `hidden`: at the layers before the last, too.
-    probes: tuple[Literal["two_layer", "neighbours", "hidden"], ...]
-    samples: Count | None
-    relearn_steps: Count  # at most
-    relearn_from: tuple[Count, ...]  # so few samples of every class, too
+    logits: Tensor  # (samples, classes)
+    # Inputs of the linear layers after the first, (samples, n) each, the representation last. Where only one layer
+    # reads features, the inputs of the layer before it precede them, averaged over tokens or pixels.
+    hidden: tuple[Tensor, ...]
+    labels: Tensor  # (samples)
+
+    @property
+    def correct(self) -> Tensor:
+        """1 for each sample that is classified correctly, else 0, (samples)."""
+        return is_correct(self.logits, self.labels).double()
+
+    @property
+    def loss(self) -> Tensor:
+        """Cross entropy of every sample, (samples), nats, in double precision."""
+        return F.cross_entropy(self.logits.double(), self.labels, reduction="none")
+
+    @property
+    def has_diverged(self) -> bool:
+        """True where an output is infinite or not a number; a logit of minus infinity is a removed class."""
+        return not (self.hidden[-1].isfinite().all() and (self.logits < torch.inf).all())
+
+
+@torch.no_grad()
+def predictions_of(model: nn.Module, split: Split) -> Predictions:
+    """Runs a classifier of one or several linear layers on a split."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    # The representation of a classifier of one layer are the images themselves.
+    features: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers[1:] or layers}
+    means: dict[nn.Module, list[Tensor]] = {layer: [] for layer in features}
+
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        if x.ndim == 2:
+            return features[layer].append(x)
+        # (samples, n, rows, columns) or (samples, tokens, n)
+        means[layer].append(x.mean((2, 3)) if isinstance(layer, nn.Conv2d) else x.flatten(1, -2).mean(1))
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in features]
+    logits = torch.cat([model(images) for images in split.images.split(10_000)])
+    for hook in hooks:
+        hook.remove()
+    hidden, averaged = (list(filter(None, parts.values())) for parts in (features, means))
+    if len(hidden) == 1:
+        hidden = averaged[-1:] + hidden
+    return Predictions(logits.cpu(), tuple(torch.cat(parts).cpu() for parts in hidden), split.labels.cpu())
+
+
+def jensen_shannon(logits: Tensor, reference: Tensor) -> float:
+    """Jensen-Shannon divergence of two classifiers' predictions, mean over samples, bits: 0 to 1, 0 where they agree.
+
+    Lin 1991, Divergence measures based on the Shannon entropy. Both are logits (samples, classes).
+    """
+    p, q = logits.double().softmax(1), reference.double().softmax(1)
+    middle = (p + q) / 2
+    terms = [torch.xlogy(x, x) - torch.xlogy(x, middle) for x in (p, q)]
+    return (sum(term.sum(1) for term in terms).mean() / (2 * math.log(2))).item()
+
+
+def loss_attack(case: Case) -> float:
+    """Membership inference by losses (Yeom et al. 2018, arXiv:1709.01604): area under the ROC curve, 0.5 is chance.
+
+    It is the probability that a training sample of the class has a smaller loss than a test sample, ties counted half.
+    """
+    members, ordered = case.train.loss[case.is_member], case.test.loss[case.is_forget].sort().values
+    if not members.isfinite().any() and not ordered.isfinite().any():
+        return math.nan
+    above = len(ordered) - torch.searchsorted(ordered, members, right=True)
+    not_below = len(ordered) - torch.searchsorted(ordered, members, right=False)
+    return ((above + not_below).double().mean() / (2 * len(ordered))).item()
+
+
+def entropy_attack(case: Case) -> float:
+    """Membership inference by the entropy of predictions: percent of the class's training samples taken for members.
+
+    A logistic regression, both kinds with the same weight in all, learns from the training samples of the retained
+    classes (members) and the test split (non-members). Not a number where all entropies are the same. Foster et al.
+    2023, arXiv:2308.07707, after arXiv:2205.08096.
+    """
+    train, test = (torch.special.entr(each.logits.double().softmax(1)).sum(1) for each in (case.train, case.test))
+    members, forget = train[~case.is_member], train[case.is_member]
+    x = torch.cat([members, test])
+    if x.max() == x.min():
+        return math.nan
+    is_member = torch.cat([torch.ones_like(members), torch.zeros_like(test)])
+    weight = is_member * len(x) / (2 * len(members)) + (1 - is_member) * len(x) / (2 * len(test))
+    inputs = torch.stack([x, torch.ones_like(x)], 1)
+    solution = x.new_zeros(2)
+    penalty = x.new_tensor([1.0, 0.0])  # of the slope, as in scikit-learn
+    for _ in range(30):  # Newton's method, which converges in far fewer steps
+        p = (inputs @ solution).sigmoid()
+        gradient = inputs.T @ (weight * (p - is_member)) + penalty * solution
+        hessian = inputs.T @ (inputs * (weight * p * (1 - p))[:, None]) + torch.diag(penalty)
+        solution = solution - torch.linalg.solve(hessian + 1e-9 * torch.eye(2).to(hessian), gradient)
+    slope, offset = solution
+    return 100 * (slope * forget + offset > 0).double().mean().item()
+
+
+def prototype_recall(case: Case, count: int) -> float:
+    """Percent of the class's test samples that are nearest to its mean: a thief recovers them from few samples.
+
+    Means are those of the representations of `count` random training samples of each class (Mensink et al. 2013, IEEE
+    TPAMI 35(11)). Prototypical relearning (Ha et al. 2025, arXiv:2506.01318) would set the class's output weights
+    alone, which gives it every sample where features are all positive.
+    """
+    order = torch.randperm(len(case.train.labels), generator=seeded("prototypes", case.audit.seed))
+    features, labels = case.train.hidden[-1][order], case.train.labels[order]
+    means = [features[labels == label][:count].mean(0) for label in range(int(labels.max()) + 1)]
+    nearest = torch.cdist(case.test.hidden[-1][case.is_forget], torch.stack(means)).argmin(1)
+    return 100 * (nearest == case.audit.forget_class).double().mean().item()
+
+
+def steps_from_few(case: Case, count: int) -> int | None:
+    """Relearn time where every step sees the same `count` training samples of every class."""
+    few = some_of_every_class(case.audit.data.train, count, "relearn from", case.audit.seed)
+    return case.relearn(LEARNING_RATE_FROM_FEW, repeat(few))[0]
+
+
+def probe_metrics(
+    train: Predictions, test: Predictions, forget_class: int, seed: int, probes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Trains the linear probe (Alain and Bengio 2016, arXiv:1610.01644) and further ones, by name, and scores them.
+
+    Returns `probe_recall`, percent of the class's test samples that a probe of the representation labels correctly, and
+    `usable_bits` about "is it of the class", by layer and probe, one of them `two_class`, the logistic regression to
+    just that. Layers are `representation` and, with `hidden` among the probes, `hidden_0` and on.
+    """
+    is_forget, last, bits = test.labels == forget_class, len(train.hidden) - 1, {}
+    for index in range(last + 1) if "hidden" in probes else [last]:
+        x, x_test = train.hidden[index], test.hidden[index]
+        names = [name for name in ("linear", *probes) if name in PROBES]
+        probabilities = {name: PROBES[name](x, train.labels, x_test, seed) for name in names}
+        by_probe = {name: usable_bits(each[:, forget_class], is_forget) for name, each in probabilities.items()}
+        two_class = linear(x, (train.labels == forget_class).long(), x_test, seed)[:, 1]
+        by_probe["two_class"] = usable_bits(two_class, is_forget)
+        bits["representation" if index == last else f"hidden_{index}"] = by_probe
+    shares = {name: (each[is_forget].argmax(1) == forget_class).double() for name, each in probabilities.items()}
+    return {"probe_recall": {name: 100 * share.mean().item() for name, share in shares.items()}, "usable_bits": bits}
 
 
 def relearn(
     model: nn.Module, test: Split, goal: float, max_steps: int, rate: float, samples: Iterator[Split]
 ) -> tuple[int | None, list[float]]:
-    """Relearn time, Golatkar et al. 2020, arXiv:1911.04933: SGD on the cross entropy, all weights free.
+    """Trains a copy by SGD on batches of samples, all weights free, until the accuracy on `test` reaches the goal.
 
-    test: of the class, on which the score must reach the goal, percent; samples: a batch for every step
-    Returns the steps (None where the loss is not finite), and the score before every one and after the last.
+    Returns the relearn time (Golatkar et al. 2020, arXiv:1911.04933), steps, None where the loss is not finite, and the
+    accuracy before every step and after the last, percent.
     """
     model = copy.deepcopy(model)
     if mask := Mask.on(model):
@@ -69,9 +200,21 @@ def relearn(
     return len(scores) - 1, scores
 
 
+@dataclass(frozen=True)
+class AuditConfig:
+    """Settings of the audits."""
+
+    enabled: bool
+    # Those that run beside the linear ones; `hidden`: all of them on layers before the last, too.
+    probes: tuple[Literal["two_layer", "neighbours", "hidden"], ...]
+    samples: Count | None  # training samples of every class that attacks and probes have; None: all
+    relearn_steps: Count  # at most
+    relearn_from: tuple[Count, ...]  # sizes of training sets, in samples of every class
+
+
 @dataclass
 class Audit:
-    """The audits of the classifiers that answer one request, beside the original and, if it is there, the retrained."""
+    """Audits the classifiers of one request, beside the original and, where there is one, the retrained classifier."""
 
     config: AuditConfig
     data: ImageData
@@ -84,46 +227,83 @@ class Audit:
         self.train, count = self.data.train, self.config.samples
         if count is not None:
             self.train = some_of_every_class(self.train, count, "audit", self.seed)
-        before = predictions_of(self.original, self.data.test)
-        self.goal = 50 * before.correct[before.labels == self.forget_class].mean().item()
+        original = predictions_of(self.original, self.data.test)
+        # Relearning goes on until the class has half of the original's test accuracy again.
+        self.goal = 50 * original.correct[original.labels == self.forget_class].mean().item()
         self.reference = None if self.retrained is None else predictions_of(self.retrained, self.data.test)
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
-        """All AUDITS of one classifier; where it has diverged, null but for `weights_changed`.
+        """Runs all audits on one classifier; those that need finite predictions are None where it has diverged."""
+        train, test = predictions_of(model, self.train), predictions_of(model, self.data.test)
+        case = Case(self, model, train, test, train.labels == self.forget_class, test.labels == self.forget_class)
+        has_diverged = train.has_diverged or test.has_diverged
+        able = {name: each for name, each in AUDITS.items() if not (has_diverged and each.needs_finite)}
+        return dict.fromkeys(AUDITS) | {name: each.measure(case) for name, each in able.items()}
 
-        The divergence is from the retrained classifier, on the test split, null without one. Relearning goes on until
-        the class's score is half of the original's; of a loss that is infinite there is nothing to learn: null.
-        """
-        label, seed, data = self.forget_class, self.seed, self.data
-        train = predictions_of(model, self.train)
-        test = predictions_of(model, data.test)
-        changed = sum(int((one != other).sum()) for one, other in zip(model.weights, self.original.weights))
-        if train.has_diverged or test.has_diverged:
-            return dict.fromkeys(AUDITS) | {"weights_changed": changed}
-        is_member = train.labels == label
-        is_forget = test.labels == label
+    @staticmethod
+    def columns() -> dict[str, dict[str, str]]:
+        """The title and the number format of every audit that has a column in tables, by its name."""
+        return {name: {"title": each.title, "spec": each.spec} for name, each in AUDITS.items() if each.title}
 
-        def from_retrained(chosen: Tensor) -> float | None:
-            return self.reference and jensen_shannon(test.logits[chosen], self.reference.logits[chosen])
 
-        again = partial(relearn, model, data.test.forget(label), self.goal, self.config.relearn_steps)
-        of_class = data.train.forget(label).batches(BATCH_SIZE, seeded("relearn", seed))
-        steps, scores = again(LEARNING_RATE, of_class)
-        recovered, steps_from_few = {}, {}
-        for count in self.config.relearn_from:
-            recovered[str(count)] = prototype_recall(train, test, label, count, seed)
-            few = some_of_every_class(data.train, count, "relearn from", seed)
-            steps_from_few[str(count)], _ = again(LEARNING_RATE_FROM_FEW, repeat(few))
-        return {
-            "js_forget": from_retrained(is_forget),
-            "js_retain": from_retrained(~is_forget),
-            "loss_attack": loss_attack(train.loss[is_member], test.loss[is_forget]),
-            "entropy_attack": entropy_attack(train.logits[~is_member], test.logits, train.logits[is_member]),
-            **found_by_probes(train, test, label, seed, self.config.probes),
-            "prototype_recall": recovered,  # by the number of samples of every class
-            "relearn_steps": steps,
-            "came_back": scores[-1] >= self.goal,
-            "relearn_scores": scores,  # before every step and after the last
-            "relearn_from": steps_from_few,  # by the number of samples of every class
-            "weights_changed": changed,
-        }
+@dataclass
+class Case:
+    """A classifier to audit, and its predictions on an attacker's training samples and on the test split."""
+
+    audit: Audit
+    model: nn.Module
+    train: Predictions
+    test: Predictions
+    is_member: Tensor  # the training samples of the forget class
+    is_forget: Tensor  # the test samples of the forget class
+
+    def divergence(self, chosen: Tensor) -> float | None:
+        """The divergence from the retrained classifier on some test samples, bits; None without one."""
+        reference = self.audit.reference
+        return reference and jensen_shannon(self.test.logits[chosen], reference.logits[chosen])
+
+    @cached_property
+    def probes(self) -> dict[str, Any]:
+        audit = self.audit
+        return probe_metrics(self.train, self.test, audit.forget_class, audit.seed, audit.config.probes)
+
+    @cached_property
+    def relearned(self) -> tuple[int | None, list[float]]:
+        """The results of `relearn` on random batches of the class's training samples."""
+        forget = self.audit.data.train.forget(self.audit.forget_class)
+        return self.relearn(LEARNING_RATE, forget.batches(BATCH_SIZE, seeded("relearn", self.audit.seed)))
+
+    def relearn(self, rate: float, samples: Iterator[Split]) -> tuple[int | None, list[float]]:
+        test, config = self.audit.data.test.forget(self.audit.forget_class), self.audit.config
+        return relearn(self.model, test, self.audit.goal, config.relearn_steps, rate, samples)
+
+
+def weights_changed(case: Case) -> int:
+    """Counts the weights that differ from the original's."""
+    weights = zip(case.model.weights, case.audit.original.weights)
+    return sum(int((changed != original).sum()) for changed, original in weights)
+
+
+class Entry(NamedTuple):
+    """An audit: a function of a `Case`, and its column in tables, if it is one number."""
+
+    measure: Callable[[Case], Any]
+    title: str = ""
+    spec: str = ""
+    needs_finite: bool = True  # it is None for a classifier that has diverged
+
+
+AUDITS: dict[str, Entry] = {
+    "js_forget": Entry(lambda case: case.divergence(case.is_forget), "divergence on the forget set, bits", ".3f"),
+    "js_retain": Entry(lambda case: case.divergence(~case.is_forget), "divergence on the retain set, bits", ".4f"),
+    "loss_attack": Entry(loss_attack, "loss attack, area under the curve", ".3f"),
+    "entropy_attack": Entry(entropy_attack, "entropy attack, % members", ".1f"),
+    "probe_recall": Entry(lambda case: case.probes["probe_recall"]),
+    "usable_bits": Entry(lambda case: case.probes["usable_bits"]),
+    "prototype_recall": Entry(lambda case: {str(n): prototype_recall(case, n) for n in case.audit.config.relearn_from}),
+    "relearn_steps": Entry(lambda case: case.relearned[0], "relearn time, steps", ".1f"),
+    "came_back": Entry(lambda case: case.relearned[1][-1] >= case.audit.goal),
+    "relearn_scores": Entry(lambda case: case.relearned[1]),
+    "relearn_from": Entry(lambda case: {str(n): steps_from_few(case, n) for n in case.audit.config.relearn_from}),
+    "weights_changed": Entry(weights_changed, "weights changed", ".0f", needs_finite=False),
+}

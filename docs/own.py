@@ -25,8 +25,7 @@ import torchvision
 from build import write_block
 from torch import Tensor, nn
 
-from audits.predictions import Predictions
-from audits.probes import found_by_probes
+from audits import Predictions, probe_metrics
 from data import load_image_data
 from experiment.config import load_config
 from mimu import Mask, RetainScoreError, unlearn
@@ -350,8 +349,8 @@ class Chosen:
         for split in (self.few, self.test):
             features, logits = looked_into(model, split.images)
             seen.append(Predictions(logits, (features,), split.labels))
-        found = found_by_probes(*seen, digit, SEED, ("two_layer", "neighbours"))
-        return max(found["usable_bits"]["representation"].values())
+        metrics = probe_metrics(*seen, digit, SEED, ("two_layer", "neighbours"))
+        return max(metrics["usable_bits"]["representation"].values())
 
     def cells(self, forget: Way, requests: Sequence[list[int]]) -> dict[str, str]:
         """Of the requests: the worst of what is left, and the means of the rest; how many `unlearn` refused."""

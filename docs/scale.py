@@ -35,9 +35,14 @@ MEASURED = {"mask": SMALL + LARGE, "erase": SMALL + LARGE, "erase_all": SMALL[1:
 NOISE = 0.5  # standard deviation of samples around their class's image, whose pixels have 1
 FITTED = 2  # samples of a class that the last layer is fitted to
 SCALE, RIDGE = 10.0, 0.01  # of its logits, and of its regression
-PARTS = [(Trace, "__init__"), (custom_model, "tried"), (custom_model, "looked_into")]
-PARTS += [(custom_model.CustomModel, "begun"), (forgetting.Forgetting, "made"), (GraphGenerator, "__post_init__")]
-PARTS += [(Pruning, "first"), (Pruning, "answer"), (forgetting, "erased"), (erasing, "learned")]
+PARTS = [(Trace, "__init__"), (custom_model, "run_on_few"), (custom_model, "exported")]
+PARTS += [
+    (custom_model.CustomModel, "of"),
+    (custom_model, "prefix_outputs"),
+    (forgetting.Forgetting, "made"),
+    (GraphGenerator, "__post_init__"),
+]
+PARTS += [(Pruning, "first"), (Pruning, "answer"), (forgetting, "erase_class"), (erasing.Edit, "train")]
 
 
 def measure(owner: Any, name: str, seconds: Counter[str], answers: dict[str, list[Any]]) -> None:
@@ -89,21 +94,21 @@ def cost_of(network: str, size: int, classes: int, count: int, request: str) -> 
     for owner, name in PARTS:
         measure(owner, name, seconds, answers)
     # What is left in random weights says nothing: one edit, or all of them.
-    erasing.Found.is_at_the_bar = property(lambda found: request == "erase")
+    erasing.RecoveredInformation.is_at_target = property(lambda _: request == "erase")
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     unlearn(model, *samples, 0, erase=request != "mask", max_fall=None, max_class_fall=None)
-    total, custom = time.process_time() - started, answers["begun"][0]
+    total, custom = time.process_time() - started, answers["of"][0]
     return {
         "parameters, M": sum(each.numel() for each in model.parameters()) / 1e6,
         "weights, M": sum(prod(custom.classifier.shapes[layer]) for layer in custom.masked) / 1e6,
-        "held, M": custom.inputs.numel() / 1e6,
+        "held, M": custom.cached_inputs.numel() / 1e6,
         "masks made": len(answers["made"]),
         "weights zeroed": answers["made"][-1].way[-1].num_zeroed,
         "export, s": seconds["__init__"],
-        "try, s": seconds["tried"] + seconds["looked_into"] - seconds["__init__"],
-        "network, s": seconds["begun"],
-        "record, s": seconds["__post_init__"] + seconds["first"] + seconds["erased"] - seconds["learned"],
-        "steps, s": seconds["answer"] - seconds["first"] + seconds["learned"],
+        "try, s": seconds["run_on_few"] + seconds["exported"] - seconds["__init__"],
+        "network, s": seconds["prefix_outputs"],
+        "record, s": seconds["__post_init__"] + seconds["first"] + seconds["erase_class"] - seconds["train"],
+        "steps, s": seconds["answer"] - seconds["first"] + seconds["train"],
         "all, s": total,
         "GB before": before * 1024 / 1e9,
         "GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,

@@ -22,8 +22,7 @@ from build import DOCS, ROOT, block, cells, tuning_settings, write_block
 from torch import nn
 from tqdm import tqdm
 
-from audits.predictions import Predictions, jensen_shannon, predictions_of
-from audits.probes import found_by_probes
+from audits import Predictions, jensen_shannon, predictions_of, probe_metrics
 from data import GraphGenerator, load_image_data
 from eval import Request, run_method
 from experiment.config import load_config
@@ -87,8 +86,8 @@ class Tuning:
     def bits(self, request: Request, model: nn.Module) -> float:
         """The most that any probe of the representation says of the class or not, of held-out samples."""
         train, held_out = predictions_of(model, request.train), self.seen(model)
-        found = found_by_probes(train, held_out, request.forget_class, request.seed, ["two_layer", "neighbours"])
-        return max(found["usable_bits"]["representation"].values())
+        metrics = probe_metrics(train, held_out, request.forget_class, request.seed, ["two_layer", "neighbours"])
+        return max(metrics["usable_bits"]["representation"].values())
 
     def trial(self, method: str, values: Values) -> Trial:
         """Lets a method with these hyperparameters answer the requests; a candidate that diverges keeps nothing."""

@@ -1,8 +1,9 @@
-"""Erasure: a class is taken from the representation, not only from the output, by one direction of a few late layers.
+"""Erasing a class: late layers are edited so that the representation says little about it, and not only the output.
 
-Attackers say what is left: each is a ridge regression from random features, in closed form, and a new one is drawn
-at every step, so that what is learned fools none of them. The bar is a classifier that never saw the class. It tells
-the class from others all the same: what attackers find in the inputs themselves says how well.
+The representation is what the last layer reads. Attackers tell the class from others by it: each is a ridge regression
+on random features, and a new one is drawn at every training step, so that an edit cannot just fool one of them. The
+target is what they would find in a classifier that never saw the class: it tells the class apart, too, about as well
+as attackers do in the inputs themselves.
 """
 
 from __future__ import annotations
@@ -29,23 +30,17 @@ from mimu.settings import Count, NonNegative, Positive, Share, library_settings
 from mimu.tracing import HookedClassifier
 from mimu.training import descend
 
-DEEPEST = 4  # late layers, at most, that are edited
-HELD_OUT = 5  # one sample of so many is not learned from, and says what is left
-FEWEST = 20  # samples of the class to learn from, below which its row alone is learned: all else fits them
-JUDGES = 50  # samples of the class, and of the others, of which fewer say little of what is left
-ATTACKERS = 5  # whose mean says what is found
-NOTICED = 0.02  # of R^2 above the bar, from which on more is left than should be
+MAX_EDITED = 4  # layers before the last one that are edited, at most
+HELD_OUT = 5  # one sample of every so many of a class is not trained on
+MIN_TO_TRAIN = 20  # training samples of the class below which only its output weights are trained: more would overfit
+MIN_TO_JUDGE = 50  # held-out samples, of the class and of the others, below which they say too little
+ATTACKERS = 5  # whose mean R^2 counts
+TOLERANCE = 0.02  # of R^2 above the target that still counts as reaching it
 
 
 @dataclass(frozen=True)
-class Erasing:
-    """How a class is erased.
-
-    samples: of every class; a step takes group_size of the class, and others_ratio times as many others
-    steps: of Adam; forget_weight, erase_weight: of the two terms beside the others' cross entropy
-    units: random features of an attacker; ridge: of its regression
-    share: how far the bar is on the way from what is found in the inputs to what is found in the original
-    """
+class ErasingConfig:
+    """Settings of `erase_class` (explained in settings.yaml), and the attackers that they describe."""
 
     samples: Count
     group_size: Count
@@ -59,261 +54,243 @@ class Erasing:
     share: Share
 
     @staticmethod
-    def configured() -> Erasing:
-        """What `settings.yaml` says."""
-        return Erasing(**library_settings()["erase"])
+    def configured() -> ErasingConfig:
+        """Reads the settings of `settings.yaml`."""
+        return ErasingConfig(**library_settings()["erase"])
 
-    def r_squared(self, features: Tensor, is_own: Tensor, generator: torch.Generator) -> Tensor:
-        """How much a random attacker finds of a class in features (samples, ...), R^2 (`held_out_variance`).
+    def attacker_r_squared(self, features: Tensor, is_forget: Tensor, generator: torch.Generator) -> Tensor:
+        """Draws one attacker, and returns its R^2 on whether a sample is of the class (`held_out_variance`).
 
-        It regresses whether a sample is of the class on V z + b, half of it rectified; z are the standardised features,
-        V and b random.
+        It reads V z + b, one half rectified: z are the standardised features (samples, ...), V and b are random.
         """
         (z,) = standardised(features.flatten(1).float())
-        drawn = torch.randn(z.shape[1] + 1, self.units, generator=generator, dtype=torch.float32).to(z)
-        directions, offsets = drawn[1:] * math.sqrt(2 / z.shape[1]), drawn[0]
+        random = torch.randn(z.shape[1] + 1, self.units, generator=generator, dtype=torch.float32).to(z)
+        directions, offsets = random[1:] * math.sqrt(2 / z.shape[1]), random[0]
         linear, rectified = (z @ directions + offsets).tensor_split(2, 1)
-        return held_out_variance(torch.cat([linear, rectified.relu()], 1), is_own.to(z), self.ridge)
+        return held_out_variance(torch.cat([linear, rectified.relu()], 1), is_forget.to(z), self.ridge)
 
-    def mean_r_squared(self, features: Tensor, is_own: Tensor, seed: int) -> float:
-        """The mean of what ATTACKERS find, at least 0."""
+    def mean_r_squared(self, features: Tensor, is_forget: Tensor, seed: int) -> float:
+        """The mean R^2 of several attackers, at least 0."""
         generator = seeded("attackers", seed)
-        return max(fmean(self.r_squared(features, is_own, generator).item() for _ in range(ATTACKERS)), 0.0)
+        return max(fmean(self.attacker_r_squared(features, is_forget, generator).item() for _ in range(ATTACKERS)), 0.0)
 
-    def bar(self, in_inputs: float, in_original: float) -> float:
-        """How much may be found in the representation, by what is found in the inputs and in the original's."""
+    def target_r_squared(self, in_inputs: float, in_original: float) -> float:
+        """The R^2 that attackers may reach in the edited representation, from what they find before any edit."""
         return in_inputs + self.share * max(0.0, in_original - in_inputs)
 
 
-class Found(NamedTuple):
-    """What attackers find of a class in the representation, R^2, 0 to 1.
-
-    Of samples that nothing was learned from, if they are enough (`train_and_held_out`).
-    """
+class RecoveredInformation(NamedTuple):
+    """The mean R^2 of attackers on a class: before an edit, after it, and the target."""
 
     before: float
-    left: float
-    bar: float
+    after: float
+    target: float
 
     def __str__(self) -> str:
-        return f"attackers find R^2 {self.left:.2f}, before {self.before:.2f}, bar {self.bar:.2f}"
+        return f"attackers find R^2 {self.after:.2f}, before {self.before:.2f}, target {self.target:.2f}"
 
     @property
-    def is_at_the_bar(self) -> bool:
-        """Whether no more is left than a classifier would know that never saw the class."""
-        return self.left <= self.bar + NOTICED
+    def is_at_target(self) -> bool:
+        """True where attackers find no more than in a classifier that never saw the class."""
+        return self.after <= self.target + TOLERANCE
 
 
-def held_out(labels: Tensor) -> Tensor:
-    """Which samples are not learned from: of every class one of HELD_OUT, (samples)."""
-    is_held_out = torch.zeros_like(labels, dtype=torch.bool)
-    for label in labels.unique():
-        of_class = (labels == label).nonzero()[:, 0]
-        is_held_out[of_class[HELD_OUT - 1 :: HELD_OUT]] = True
-    return is_held_out
+def erase_class(
+    classifier: HookedClassifier,
+    split: Split,
+    forget_class: int,
+    config: ErasingConfig,
+    seed: int,
+    start: Mask | None = None,
+    progress: bool = False,
+    model_inputs: Tensor | None = None,
+) -> tuple[Mask, RecoveredInformation]:
+    """Edits the last layers of a classifier until attackers no longer tell the class, and returns that as a mask.
 
+    The edited layers (`Edit`) are the last one and, before it, the linear layers of features, two at most, or else one
+    other layer. If attackers find more than the target in held-out samples, one more layer is edited and training
+    starts anew, up to MAX_EDITED. The mask under which attackers find least is returned. An edit minimises
 
-def drawn(chosen: Tensor, is_own: Tensor, count: int, ratio: int, generator: torch.Generator) -> Tensor:
-    """At random `count` of the chosen samples that are of a class, and `ratio` times as many others, or all it can.
+        cross entropy of the retained classes - forget_weight E[log(1 - p)] + erase_weight max(0, R^2 - target)
 
-    The rarer a class is, the less R^2 is found of it: so it is as rare in all that is compared.
+    where p is the probability of the class on its own samples, and R^2 what a new attacker finds in the step.
+
+    Args:
+        split: samples of the class and of the retained classes, as the classifier reads them
+        start: a mask to begin with; the mask returned includes it
+        model_inputs: what the whole network reads for the samples, if the classifier is only its suffix
+
+    Raises:
+        InputError: there is no layer before the last one. TrainingError: the training diverges.
     """
-    chosen = chosen[torch.randperm(len(chosen), generator=generator).to(chosen.device)]
-    own, rest = chosen[is_own[chosen]], chosen[~is_own[chosen]]
-    ratio, own = min(ratio, len(rest) / len(own)), own[:count]
-    return torch.cat([own, rest[: math.ceil(ratio * len(own))]])
-
-
-def train_and_held_out(labels: Tensor, label: int, config: Erasing, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of random samples: of every class to learn from, and some that are `held_out`, as `drawn`.
-
-    Where fewer than JUDGES of the class, or of the others, are held out, those that are learned from judge, too.
-    """
-    is_own, is_held_out, generator = labels == label, held_out(labels), seeded("held out", seed, label)
-    rest, unseen = (part.nonzero()[:, 0] for part in (~is_held_out, is_held_out))
-    known = rest[drawn_of_every_class(labels[rest], config.samples, "erase", seed, label)]
-    own = int(is_own[unseen].sum())
-    unseen = unseen if min(own, len(unseen) - own) >= JUDGES else known
-    return known, drawn(unseen, is_own, config.samples // (HELD_OUT - 1), config.others_ratio, generator)
-
-
-def own_direction(x: Tensor, labels: Tensor, label: int) -> Tensor:
-    """`class_direction`, or where the other classes' means span that, too, the class's mean less theirs, normalised."""
-    direction, is_own = class_direction(x, labels, label), labels == label
-    return direction if direction.any() else F.normalize((x[is_own].mean(0) - x[~is_own].mean(0)).double(), dim=0)
-
-
-def late_layers(classifier: HookedClassifier) -> list[str]:
-    """The last layers in the order in which they are called, the one that gives the logits at the end.
-
-    Raises InputError where there is no layer before it.
-    """
-    trace = classifier.trace
-    names = [name for name in trace.called.values() if trace.layers[name].groups == 1]
-    if len(names) < 2 or trace.layers[names[-1]].node is not trace.output:
-        must = "that must give the logits, and stand behind a layer that can be masked"
-        raise InputError(f"a class is erased from what the last layer is given: {must}")
-    return names[-1 - DEEPEST :]
-
-
-def suffix_with_inputs(
-    classifier: HookedClassifier, layers: Sequence[str], images: Tensor
-) -> tuple[HookedClassifier, Tensor]:
-    """A classifier begun before layers, and what it is then given for images."""
-    indices = [classifier.names.index(name) for name in layers]
-    return classifier.suffix_from(indices), classifier.prefix_activations(indices, images)
+    layers, num_linear = late_layers(classifier), len(classifier.trace.names_at_the_end) - 1
+    train, judging = split_samples(split.labels, forget_class, config, seed)
+    chosen, num_train = torch.cat([train, judging]), len(train)
+    labels, model_inputs = split.labels[chosen], split.images if model_inputs is None else model_inputs
+    is_forget, directions, rounds = labels[num_train:] == forget_class, {}, []
+    with start.applied_to(classifier) if start else nullcontext():
+        suffix = classifier.suffix_from(layers)
+        inputs = classifier.prefix_activations(layers, split.images.index_select(0, chosen))
+        representation = suffix.value_of(suffix.trace.representation, inputs[num_train:])
+        before = config.mean_r_squared(representation, is_forget, seed)
+        target = config.target_r_squared(config.mean_r_squared(model_inputs[judging], is_forget, seed), before)
+        for num_hidden in range(min(2, num_linear) or 1, len(layers)):
+            edited = layers[-1 - num_hidden :]
+            edited_suffix, cached_inputs = suffix.suffix_from(edited), suffix.prefix_activations(edited, inputs)
+            for layer in edited[:-1]:
+                if layer not in directions:
+                    x = edited_suffix.mean_inputs(layer, cached_inputs[:num_train])
+                    directions[layer] = direction_to_erase(x, labels[:num_train], forget_class)
+            samples = Split(cached_inputs, labels)
+            edit = Edit(edited_suffix, start, edited, samples, num_train, forget_class, directions)
+            recovered = RecoveredInformation(before, edit.train(target, config, seed, progress), target)
+            rounds.append((edit.mask(start), recovered))
+            if recovered.is_at_target:
+                break
+    return min(rounds, key=lambda each: each[1].after)
 
 
 class Edit:
-    """Layers of a classifier that read less of one direction each, W - left right^T, and another row for the class.
+    """A trainable change W - U V^T of the last layers of a classifier, of rank 1 in each.
 
-    right: of each hidden layer its direction; left: by how much each neuron reads less of it, to be learned, W right at
-        first; of the last layer the class's row alone, to be learned, zeros at first
-    What the first layer gives, and how much of the direction it reads, is recorded once.
+    In a hidden layer V is the direction of the class (after Hatami et al. 2026, arXiv:2604.15166). U, trained, says how
+    much less of it each neuron reads; at first none reads any. In the last layer U selects the class, and V, trained,
+    is what its output weights lose: at first all that they hold.
     """
 
     def __init__(
         self,
         classifier: HookedClassifier,
         start: Mask | None,
-        layers: Sequence[str],
+        layers: Sequence[int],
         samples: Split,
-        label: int,
-        known: int,
-        directions: Mapping[str, Tensor],
+        num_train: int,
+        forget_class: int,
+        directions: Mapping[int, Tensor],
     ) -> None:
-        """classifier: begun before the layers, under `start`; samples: as given to it, `known` to learn from.
+        """Prepares the edit of a classifier, which is under the mask `start`, and runs what no training step changes.
 
-        directions: `own_direction` of what each hidden layer is given
+        samples: as the classifier reads them; the first num_train are trained on, the others judge
+        directions: `direction_to_erase` in the inputs of each hidden layer
         """
-        self.labels, self.label, self.known = samples.labels, label, known
-        indices = {name: classifier.names.index(name) for name in layers}
-        self.weights = {name: classifier.weights[index].detach() for name, index in indices.items()}
-        self.first, *_, last = layers
+        self.labels, self.num_train, self.forget_class = samples.labels, num_train, forget_class
+        self.weights = {classifier.names[layer]: classifier.weights[layer].detach() for layer in layers}
         self.masks: dict[str, LayerMask] = {}
-        for name, weight in self.weights.items():
+        is_few = (self.labels[:num_train] == forget_class).sum() < MIN_TO_TRAIN
+        for layer, (name, weight) in zip(layers, self.weights.items()):
             keep = start.by_layer[name].keep if start and name in start.by_layer else torch.ones_like(weight)
-            if name == last:
-                left = F.one_hot(torch.tensor([label]), len(weight)).T.to(weight)
-                right = weight[label][:, None].clone()
+            if layer == layers[-1]:
+                u = F.one_hot(torch.tensor([forget_class]), len(weight)).T.to(weight)
+                v = weight[forget_class][:, None].clone().requires_grad_()
             else:
-                right = directions[name].to(weight)[:, None]
-                left = weight.flatten(1) @ right
-            self.masks[name] = LayerMask(keep, left, right)
-        is_few = int((samples.labels[:known] == label).sum()) < FEWEST
-        hidden = [] if is_few else layers[:-1]
-        self.learned = [*(self.masks[name].left for name in hidden), self.masks[last].right]
-        for each in self.learned:
-            each.requires_grad_()
-        self.classifier, self.given, self.read = classifier, [samples.images], None
-        first = self.masks[self.first]
-        if first.keep.all():
-            direction = first.right.T.reshape(1, *first.keep.shape[1:])
-            with suppress(ValueError):  # then all of it is run again and again
-                self.given, self.read = classifier.recorded(indices[self.first], samples.images, direction)
-                self.classifier = classifier.suffix_after(indices[self.first])
+                v = directions[layer].to(weight)[:, None]
+                u = (weight.flatten(1) @ v).requires_grad_(not is_few)
+            self.masks[name] = LayerMask(keep, u, v)
+        self.trained = [*(mask.u for mask in self.masks.values() if mask.u.requires_grad), v]
+        self.classifier, self.cached_inputs, self.read = classifier, [samples.images], None
+        first = next(iter(self.masks.values()))
+        if first.keep.all():  # then W x and V^T x of the first layer need to be computed only once
+            direction = first.v.T.reshape(1, *first.keep.shape[1:])
+            with suppress(ValueError):  # of a network that cannot be run from behind this layer on
+                self.cached_inputs, self.read = classifier.recorded(layers[0], samples.images, direction)
+                self.classifier = classifier.suffix_after(layers[0])
 
     def outputs(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """The representation (samples, ...) and the logits of some samples, by their indices."""
-        given = [values[chosen] for values in self.given]
+        """The representation (samples, ...) and the logits (samples, classes) of the samples with these indices."""
+        inputs = [values[chosen] for values in self.cached_inputs]
         weights = {name: mask.applied(self.weights[name]) for name, mask in self.masks.items()}
         if self.read is not None:
-            del weights[self.first]
-            channels = -1 if self.weights[self.first].ndim == 2 else 1
-            less = self.read[chosen].movedim(channels, -1) @ self.masks[self.first].left.T
-            given[0] = given[0] - less.movedim(-1, channels)
-        # As the only one of several: the gradient of each is then laid out row after row.
-        return self.classifier.outputs(given, weights={name: weight[None][0] for name, weight in weights.items()})
+            first = next(iter(self.masks))
+            channels = -1 if weights.pop(first).ndim == 2 else 1
+            lost = self.read[chosen].movedim(channels, -1) @ self.masks[first].u.T
+            inputs[0] = inputs[0] - lost.movedim(-1, channels)
+        # Indexing a batch of one makes the gradient of each weight contiguous by rows.
+        return self.classifier.outputs(inputs, weights={name: weight[None][0] for name, weight in weights.items()})
+
+    def train(self, target: float, config: ErasingConfig, seed: int, progress: bool) -> float:
+        """Trains the edit, and returns the R^2 that attackers then find on the samples that judge it.
+
+        Batch and attacker are new in every step; the factors and Adam's moments alone are kept from one to the next.
+        """
+        is_forget = self.labels == self.forget_class
+        indices = torch.arange(len(self.labels), device=self.labels.device)
+        train, judging = indices[: self.num_train], indices[self.num_train :]
+        generator = seeded("erase", seed, self.forget_class)
+        optimizer = torch.optim.Adam(self.trained, config.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+        bar = {"desc": f"class {self.forget_class}", "unit": "step", "delay": 1, "leave": False}
+        for step in tqdm(range(config.steps), **bar, disable=None if progress else True):
+            batch = draw_batch(train, is_forget, config.group_size, config.others_ratio, generator)
+            is_own = is_forget[batch]
+            features, logits = self.outputs(batch)
+            forget = forgetting_loss(logits[is_own].softmax(1)[:, self.forget_class])
+            retain = F.cross_entropy(logits[~is_own], self.labels[batch[~is_own]])
+            excess = (config.attacker_r_squared(features, is_own, generator) - target).clamp_min(0)
+            loss = retain + config.forget_weight * forget + config.erase_weight * excess
+            descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.erase")
+            schedule.step()
+        with torch.no_grad():
+            features, _ = self.outputs(judging)
+        return config.mean_r_squared(features, is_forget[judging], seed)
 
     def mask(self, start: Mask | None) -> Mask:
-        """What it does, beside what a mask to start with does."""
-        done = Mask({name: LayerMask(*map(torch.detach, mask)) for name, mask in self.masks.items()})
-        return start & done if start else done
+        """The edit as a mask, together with the mask that it started from."""
+        mask = Mask({name: LayerMask(*map(torch.detach, part)) for name, part in self.masks.items()})
+        return start & mask if start else mask
 
 
-def erased(
-    classifier: HookedClassifier,
-    split: Split,
-    label: int,
-    config: Erasing,
-    seed: int,
-    start: Mask | None = None,
-    progress: bool = False,
-    inputs: Tensor | None = None,
-) -> tuple[Mask, Found]:
-    """The mask that takes a class from the representation and from the output, with as little harm to the others.
+def late_layers(classifier: HookedClassifier) -> list[int]:
+    """The indices of the layers that an edit may change, in the order of their calls. Raises InputError."""
+    trace = classifier.trace
+    names = [name for name in trace.called.values() if trace.layers[name].groups == 1]
+    if len(names) < 2 or trace.layers[names[-1]].node is not trace.output:
+        must = "that must give the logits, and stand behind a layer that can be masked"
+        raise InputError(f"a class is erased from what the last layer is given: {must}")
+    return [classifier.names.index(name) for name in names[-1 - MAX_EDITED :]]
 
-    The linear layers of features before the last one, two at most, or else the last layer before it, read less of the
-    class's direction (after Hatami et al. 2026, arXiv:2604.15166). By how much each neuron does (but from fewer than
-    FEWEST samples of the class), and the class's row of the last layer, is learned so that
 
-        cross entropy of the others - forget_weight E_d[log(1 - p_d)] + erase_weight max(0, R^2 - R_0^2)
+def held_out(labels: Tensor) -> Tensor:
+    """Marks the samples that are not trained on: one in HELD_OUT of every class, (samples)."""
+    is_held_out = torch.zeros_like(labels, dtype=torch.bool)
+    for label in labels.unique():
+        indices = (labels == label).nonzero()[:, 0]
+        is_held_out[indices[HELD_OUT - 1 :: HELD_OUT]] = True
+    return is_held_out
 
-    is least: R^2 says how much a random attacker finds in the representation, R_0^2 is the bar. While attackers find
-    more than that in samples that nothing was learned from, one layer more is edited, DEEPEST at most.
 
-    split: samples of the class and of those to keep; start: a mask to begin with, to which this one adds
-    inputs: what the whole network is given for the samples, where the classifier is begun within it
-    Raises InputError where there is no layer before the last, TrainingError where it diverges.
+def split_samples(labels: Tensor, forget_class: int, config: ErasingConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Draws the indices of samples to train on, and of held-out samples on which attackers judge the edit.
+
+    Where too few are held out, of the class or of the others, training samples judge.
     """
-    layers, hidden = late_layers(classifier), len(classifier.trace.names_at_the_end) - 1
-    known, unseen = train_and_held_out(split.labels, label, config, seed)
-    chosen = torch.cat([known, unseen])
-    labels = split.labels[chosen]
-    in_inputs = (split.images if inputs is None else inputs)[unseen]
-    answers = []
-    with start.applied_to(classifier) if start else nullcontext():
-        begun, images = suffix_with_inputs(classifier, layers, split.images.index_select(0, chosen))
-        in_original = begun.value_of(begun.trace.representation, images[len(known) :])
-        is_own = labels[len(known) :] == label
-        least, before = (config.mean_r_squared(each, is_own, seed) for each in (in_inputs, in_original))
-        bar = config.bar(least, before)
-
-        directions: dict[str, Tensor] = {}
-        for count in range(min(2, hidden) or 1, len(layers)):
-            edited = layers[-1 - count :]
-            near, given = suffix_with_inputs(begun, edited, images)
-            for name in edited[:-1]:
-                if name not in directions:
-                    x = near.mean_inputs(near.names.index(name), given[: len(known)])
-                    directions[name] = own_direction(x, labels[: len(known)], label)
-            edit = Edit(near, start, edited, Split(given, labels), label, len(known), directions)
-            found = Found(before, learned(edit, bar, config, seed, progress), bar)
-            answers.append((edit.mask(start), found))
-            if found.is_at_the_bar:
-                break
-    return min(answers, key=lambda answer: answer[1].left)
+    is_forget, is_held_out = labels == forget_class, held_out(labels)
+    train, judging = (~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0]
+    num_forget = int(is_forget[judging].sum())
+    is_enough = min(num_forget, len(judging) - num_forget) >= MIN_TO_JUDGE
+    train = train[drawn_of_every_class(labels[train], config.samples, "erase", seed, forget_class)]
+    count, generator = config.samples // (HELD_OUT - 1), seeded("held out", seed, forget_class)
+    return train, draw_batch(judging if is_enough else train, is_forget, count, config.others_ratio, generator)
 
 
-def learned(edit: Edit, bar: float, config: Erasing, seed: int, progress: bool) -> float:
-    """Learns an edit, and returns what attackers then find."""
-    is_own, order = edit.labels == edit.label, torch.arange(len(edit.labels), device=edit.labels.device)
-    known, unseen, generator = order[: edit.known], order[edit.known :], seeded("erase", seed, edit.label)
-    optimizer = torch.optim.Adam(edit.learned, config.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    about = {"desc": f"class {edit.label}", "unit": "step", "delay": 1, "leave": False}
-    for step in tqdm(range(config.steps), **about, disable=None if progress else True):
-        chosen = drawn(known, is_own, config.group_size, config.others_ratio, generator)
-        is_forget = is_own[chosen]
-        features, logits = edit.outputs(chosen)
-        forget = forgetting_loss(logits[is_forget].softmax(1)[:, edit.label])
-        kept = F.cross_entropy(logits[~is_forget], edit.labels[chosen[~is_forget]])
-        excess = (config.r_squared(features, is_forget, generator) - bar).clamp_min(0)
-        loss = kept + config.forget_weight * forget + config.erase_weight * excess
-        descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.erase")
-        schedule.step()
-    with torch.no_grad():
-        features, _ = edit.outputs(unseen)
-    return config.mean_r_squared(features, is_own[unseen], seed)
+def draw_batch(candidates: Tensor, is_forget: Tensor, count: int, ratio: int, generator: torch.Generator) -> Tensor:
+    """Draws `count` of the candidates that are of the class, and `ratio` times as many others, if there are so many."""
+    # The rarer the class, the smaller the R^2 of an attacker: it must be as rare wherever two are compared.
+    candidates = candidates[torch.randperm(len(candidates), generator=generator).to(candidates.device)]
+    forget, retain = candidates[is_forget[candidates]], candidates[~is_forget[candidates]]
+    ratio, forget = min(ratio, len(retain) / len(forget)), forget[:count]
+    return torch.cat([forget, retain[: math.ceil(ratio * len(forget))]])
 
 
-def class_direction(x: Tensor, labels: Tensor, label: int) -> Tensor:
-    """The direction (n) of what no combination of the other classes' means gives of a class's mean of x (samples, n).
+def direction_to_erase(x: Tensor, labels: Tensor, forget_class: int) -> Tensor:
+    """`class_direction`; where that is 0, the class's mean less the mean of all others, normalised."""
+    direction, is_forget = class_direction(x, labels, forget_class), labels == forget_class
+    return direction if direction.any() else F.normalize((x[is_forget].mean(0) - x[~is_forget].mean(0)).double(), dim=0)
 
-    In double precision; 0 where nothing but rounding is left.
-    """
-    others = [each for each in labels.unique().tolist() if each != label]
-    mean, *means = (x[labels == each].mean(0, dtype=torch.double) for each in (label, *others))
+
+def class_direction(x: Tensor, labels: Tensor, forget_class: int) -> Tensor:
+    """The part (n) of a class's mean of x (samples, n) that the other classes' means do not span, normalised, or 0."""
+    classes = [forget_class, *(label for label in labels.unique().tolist() if label != forget_class)]
+    mean, *means = (x[labels == label].mean(0, dtype=torch.double) for label in classes)
     spanned = torch.stack(means)
-    left = mean - mean @ torch.linalg.pinv(spanned) @ spanned
-    return F.normalize(left, dim=0) if left.norm() > 1e-6 * mean.norm() else torch.zeros_like(left)
+    residual = mean - mean @ torch.linalg.pinv(spanned) @ spanned
+    return F.normalize(residual, dim=0) if residual.norm() > 1e-6 * mean.norm() else torch.zeros_like(residual)

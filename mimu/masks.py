@@ -27,14 +27,14 @@ class Wrapper(nn.Module):
 
 
 class LayerMask(NamedTuple):
-    """What a mask does to the weight W of one layer: (W - left right^T) * keep.
+    """What a mask does to the weight W of one layer: (W - u v^T) * keep.
 
-    It switches weights off, and takes directions from what the layer reads; of rank 0, left and right have no column.
+    It switches weights off, and takes directions from what the layer reads; of rank 0, u and v have no column.
     """
 
     keep: Tensor  # 1 or 0, in the shape of W
-    left: Tensor  # (m, rank), W as a matrix (m, n)
-    right: Tensor  # (n, rank)
+    u: Tensor  # (m, rank), W as a matrix (m, n)
+    v: Tensor  # (n, rank)
 
     @staticmethod
     def of(keep: Tensor) -> LayerMask:
@@ -45,7 +45,7 @@ class LayerMask(NamedTuple):
     @property
     def rank(self) -> int:
         """How many directions it takes."""
-        return self.left.shape[1]
+        return self.u.shape[1]
 
     @property
     def num_zeroed(self) -> int:
@@ -57,22 +57,22 @@ class LayerMask(NamedTuple):
         return LayerMask(*(part.to(like) for part in self))
 
     def applied(self, weight: Tensor) -> Tensor:
-        """(W - left right^T) * keep, in the shape of W."""
+        """(W - u v^T) * keep, in the shape of W."""
         if self.rank:
-            weight = weight - (self.left @ self.right.T).view_as(weight)
+            weight = weight - (self.u @ self.v.T).view_as(weight)
         return weight * self.keep
 
     def takes(self, other: LayerMask) -> Tensor:
         """Which of the other's directions it takes, (rank of the other), in whatever precision."""
-        own, its = (torch.cat([each.left, each.right]).T.float() for each in (self, other.to(self.keep)))
+        own, its = (torch.cat([each.u, each.v]).T.float() for each in (self, other.to(self.keep)))
         return (torch.cdist(own, its) <= PRECISION * its.norm(dim=1)).any(0)
 
     def __and__(self, other: LayerMask) -> LayerMask:
         """What both do; what both take is taken once."""
         other, is_new = other.to(self.keep), ~self.takes(other)
-        left = torch.cat([self.left, other.left[:, is_new]], 1)
-        right = torch.cat([self.right, other.right[:, is_new]], 1)
-        return LayerMask(self.keep * other.keep, left, right)
+        u = torch.cat([self.u, other.u[:, is_new]], 1)
+        v = torch.cat([self.v, other.v[:, is_new]], 1)
+        return LayerMask(self.keep * other.keep, u, v)
 
     def includes(self, other: LayerMask) -> bool:
         """Whether it switches off all that the other does, and takes each of its directions."""
@@ -87,8 +87,8 @@ class LayerMask(NamedTuple):
         if not 2 <= keep.ndim <= 5 or not keep.numel() or not ((keep == 0) | (keep == 1)).all():
             raise ValueError("a mask must have matrices of 0 and 1 alone")
         m, n = keep.flatten(1).shape
-        shapes, ranks = [tuple(self.left.shape), tuple(self.right.shape)], self.left.shape[1:]
-        is_finite = self.left.isfinite().all() and self.right.isfinite().all()
+        shapes, ranks = [tuple(self.u.shape), tuple(self.v.shape)], self.u.shape[1:]
+        is_finite = self.u.isfinite().all() and self.v.isfinite().all()
         if shapes != [(m, *ranks), (n, *ranks)] or len(ranks) != 1 or not is_finite:
             raise ValueError(f"edits must be pairs of matrices (m, rank), (n, rank) of finite numbers, not {shapes}")
 
@@ -104,7 +104,7 @@ class WeightMask(nn.Module):
 
     @property
     def mask(self) -> LayerMask:
-        return LayerMask(self.keep, self.left, self.right)
+        return LayerMask(self.keep, self.u, self.v)
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.mask.applied(weight)
@@ -322,7 +322,7 @@ class Mask:
         """As `save` writes it: `layers`; `keep` (bool) and `edits` (pairs) of each; `forgets`; `made_on`, by layer."""
         masks = self.by_layer.values()
         keep = [mask.keep.bool().cpu() for mask in masks]
-        edits = [[mask.left.cpu(), mask.right.cpu()] for mask in masks]
+        edits = [[mask.u.cpu(), mask.v.cpu()] for mask in masks]
         made_on = {layer: [layer, weights] for layer, weights in self.origins.items()}
         saved = {"layers": list(self.layers), "keep": keep, "forgets": list(self.forgets), "edits": edits}
         return saved | {"made_on": made_on, "about": self.about}
@@ -338,8 +338,8 @@ class Mask:
             saved, found, origins = load(Path(path)), {}, {}
             for layer, (_, weights) in saved.get("made_on", {}).items():  # not in old files
                 origins[layer] = weights.float().view(SAMPLED)
-            for layer, keep, (left, right) in zip(saved["layers"], saved["keep"], saved["edits"], strict=True):
-                found[layer] = LayerMask(keep.float(), left, right)
+            for layer, keep, (u, v) in zip(saved["layers"], saved["keep"], saved["edits"], strict=True):
+                found[layer] = LayerMask(keep.float(), u, v)
             return Mask(found, tuple(saved["forgets"]), origins, saved.get("about", ""))
         except ArtifactError:
             raise

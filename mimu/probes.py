@@ -1,4 +1,8 @@
-"""Probes: what can be read about classes in features."""
+"""Probes: how much features tell about classes, whatever the classifier's output layer makes of them.
+
+A probe learns from features (samples, n) and labels (samples), and returns the probabilities of the classes for test
+features (test samples, n), (test samples, classes); its seed fixes what is random.
+"""
 
 from __future__ import annotations
 
@@ -12,61 +16,54 @@ from mimu.samples import Split
 from mimu.seeds import seeded, seeded_initialisation
 from mimu.training import learn
 
+PENALTY = 0.0001  # of the linear probe's squared coefficients
+STEPS = 300  # of L-BFGS, at most
+WIDEST = 256  # principal components of the linear probe, at most: fast, and more bits than from all of 1,568 features
+UNITS = 64  # in the hidden layer of the two-layer probe
+EPOCHS = 5
+BATCH_SIZE = 1024
+LEARNING_RATE = 0.01  # of Adam
+NEIGHBOURS = 20
+NEIGHBOURS_OF = 10_000  # training samples among which they are sought
 
-def standardised(features: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The features, then the others, less the features' mean, over their standard deviation + 0.001.
 
-    Mean and deviation are over the samples. Shapes: (..., samples, n) each.
-    """
+def standardised(features: Tensor, *further: Tensor) -> tuple[Tensor, ...]:
+    """Subtracts the features' mean over samples from all, and divides by their deviation + 0.001, (..., samples, n)."""
     mean = features.mean(-2, keepdim=True)
     centred = features - mean
     # The square root has no derivative at 0, where a feature never changes.
     deviation = centred.square().mean(-2, keepdim=True).clamp_min(1e-20).sqrt() + 1e-3
-    return centred / deviation, *((other - mean) / deviation for other in others)
+    return centred / deviation, *((each - mean) / deviation for each in further)
 
 
 def ridge_regression(features: Tensor, targets: Tensor, ridge: float) -> Tensor:
-    """Coefficients (A + ridge I)^-1 B, A = H^T H / N and B = H^T T / N, of standardised features H.
-
-    Shapes: features H (..., samples, n), targets T (..., samples, k) to (..., n, k).
-    """
+    """Coefficients (..., n, k) of standardised features (..., samples, n) for targets (..., samples, k)."""
     transposed = features.mT / features.shape[-2]
     correlation = transposed @ features + ridge * torch.eye(features.shape[-1]).to(features)
     return torch.linalg.solve(correlation, transposed @ targets)
 
 
 def held_out_variance(features: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """R^2 of the ridge regression to a target when each sample is predicted from all others, differentiable.
+    """R^2 of a ridge regression that predicts each sample from all others, differentiable; at most 1, 0 for noise.
 
         1 - sum_i (e_i / (1 - h_i))^2 / sum_i t_i^2,  h_i = 1 / N + H_i (H^T H + ridge N I)^-1 H_i^T
 
-    H the standardised features, t the centred target, e the residuals (PRESS; Allen 1974, Technometrics 16). At most 1;
-    0 or less where the features say nothing of the target. Shapes: features (samples, n), target (samples).
+    where H are the standardised features (samples, n), t the centred target (samples), and e the residuals (PRESS;
+    Allen 1974, Technometrics 16).
     """
     (h,) = standardised(features)
     t = target - target.mean()
     samples, n = h.shape
     inverse = torch.linalg.inv(h.T @ h + samples * ridge * torch.eye(n).to(h))
     hat = h @ inverse
-    excluded_classes = (t - hat @ (h.T @ t)) / (1 - 1 / samples - (hat * h).sum(1))
-    return 1 - excluded_classes.square().sum() / t.square().sum().clamp_min(1e-12)
-
-
-PENALTY = 0.0001  # of the linear probe's squared coefficients
-STEPS = 300  # of L-BFGS, at most
-WIDEST = 256  # principal components, at most, that the linear probe is given: in seconds, and more bits than all 1,568
-UNITS = 64  # in the hidden layer of the perceptron
-EPOCHS = 5
-BATCH_SIZE = 1024
-LEARNING_RATE = 0.01  # Adam
-NEIGHBOURS = 20  # whose shares are the probabilities
-NEIGHBOURS_OF = 10_000  # among so many training samples
+    residuals = (t - hat @ (h.T @ t)) / (1 - 1 / samples - (hat * h).sum(1))
+    return 1 - residuals.square().sum() / t.square().sum().clamp_min(1e-12)
 
 
 def linear(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
     """Softmax regression, trained to convergence by L-BFGS."""
     x, x_test = standardised(train, test)
-    # In the directions of the principal components, each of variance 1, few steps do.
+    # Along principal components, each of variance 1, few steps are enough.
     values, vectors = (each[..., -WIDEST:] for each in torch.linalg.eigh((x.T @ x / len(x)).double()))
     whiten = (vectors / (values.clamp_min(0) + 1e-6).sqrt()).float()
     x, x_test = (F.pad(each @ whiten, (0, 1), value=1.0) for each in (x, x_test))
@@ -75,7 +72,7 @@ def linear(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        # A ridge on the coefficients of the whitened features, the offset left out.
+        # The ridge spares the offset.
         loss = F.cross_entropy(x @ solution, labels) + PENALTY * solution[:-1].square().sum()
         loss.backward()
         return loss
@@ -88,8 +85,7 @@ def two_layer(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
     """A perceptron with one hidden layer, trained by Adam for a few epochs."""
     x, x_test = standardised(train, test)
     with seeded_initialisation(seed):
-        layers = nn.Linear(x.shape[1], UNITS), nn.ReLU(), nn.Linear(UNITS, int(labels.max()) + 1)
-    probe = nn.Sequential(*layers)
+        probe = nn.Sequential(nn.Linear(x.shape[1], UNITS), nn.ReLU(), nn.Linear(UNITS, int(labels.max()) + 1))
     optimizer = torch.optim.Adam(probe.parameters(), LEARNING_RATE)
     learn(probe, Split(x, labels), EPOCHS, BATCH_SIZE, optimizer, seeded("probe", seed), setting="audit.probes")
     with torch.no_grad():
@@ -104,15 +100,15 @@ def neighbours(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor
     distances = torch.addmm(x.square().sum(1), x_test, x.T, alpha=-2)
     nearest = distances.topk(min(NEIGHBOURS, len(x)), largest=False).indices
     counts = F.one_hot(labels[order][nearest], int(labels.max()) + 1).sum(1).double()
-    # One more counts as of all classes in equal parts: a share of 0 could cost infinitely many bits.
+    # One more neighbour is of all classes in equal parts: a share of 0 could cost infinitely many bits.
     return (counts + 1 / counts.shape[1]) / (nearest.shape[1] + 1)
 
 
 def usable_bits(probability: Tensor, is_class: Tensor) -> float:
     """Usable information about "is it of the class": H(Y) less the log loss of its probability, both (samples), bits.
 
-    H(Y) is the log loss of the class's share of the samples: 0 bits where the probabilities say no more, fewer where
-    they mislead, down to the 100 nats a sample at which PyTorch ends. Xu et al. 2020, V-information, arXiv:2002.10689.
+    H(Y) is the log loss of the class's share of the samples: probabilities that say no more give 0 bits, and misleading
+    ones fewer, down to PyTorch's limit of 100 nats a sample. Xu et al. 2020, V-information, arXiv:2002.10689.
     """
     target = is_class.double()
     share = target.mean().expand_as(target)

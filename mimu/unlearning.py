@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mimu.erasing import Erasing, Found, erased, held_out
+from mimu.erasing import ErasingConfig, RecoveredInformation, erase_class, held_out
 from mimu.errors import InputError
 from mimu.graph import MaskingGCN
 from mimu.inputs import CustomModel, plain_torch, samples_of, tensor_of
@@ -83,11 +83,11 @@ def unlearn(
         inputs, labels = samples_of(inputs, labels, progress)
         custom = CustomModel.of(model, inputs, mask_layer, progress, erase)
         carried = Mask.on(model)
-        train = Split(custom.inputs, labels.to(custom.inputs.device))
+        train = Split(custom.cached_inputs, labels.to(custom.cached_inputs.device))
         forgotten = carried.forgets if carried else ()
         requested = requested_classes(forget_class, train.labels, custom.num_classes, forgotten)
-        trained = TrainedGCN.of(gcn, custom.inputs.device)
-        if gcn is None and not custom.is_of_features and not erase:
+        trained = TrainedGCN.of(gcn, custom.cached_inputs.device)
+        if gcn is None and not custom.reads_features and not erase:
             scorer = "saliency"
             trained = trained.for_kernels(custom.classifier.shapes[layer] for layer in custom.masked)
         trained = replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured"))
@@ -215,7 +215,7 @@ class Attempt(NamedTuple):
     masks: list[Mask]
     logits: Tensor
     message: str
-    recovered: dict[int, Found]
+    recovered: dict[int, RecoveredInformation]
 
 
 def pruning_mask(request: UnlearningRequest, scorer: str) -> Mask:
@@ -254,7 +254,7 @@ def erasing_mask(request: UnlearningRequest) -> Mask:
     words = [f"class {label} erased: {recovered}" for label, recovered in attempt.recovered.items()]
     messages = judgement.uncertainties(attempt.logits)
     for label, recovered in attempt.recovered.items():
-        if not recovered.is_at_the_bar:
+        if not recovered.is_at_target:
             messages.append(f"of class {label} {recovered}")
     return judged_mask(request, attempt, chosen, logits, words, messages)
 
@@ -282,17 +282,17 @@ def forget_by_erasing(request: UnlearningRequest, judgement: Judgement) -> Attem
         percent, label = judgement.most_remaining(logits, due)
         if (percent < judgement.target and not due) or judgement.is_ruined(logits):
             break
-        labels, images = request.train.labels, request.custom.images
+        labels, images = request.train.labels, request.custom.model_inputs
         chosen = torch.isin(labels, labels.new_tensor([label, *judgement.retained]))
-        mask, recovered[label] = erased(
+        mask, recovered[label] = erase_class(
             request.custom.classifier,
             request.train[chosen],
             label,
-            Erasing.configured(),
+            ErasingConfig.configured(),
             request.seed,
             start=masks[-1],
             progress=request.progress,
-            inputs=images[chosen] if images.is_floating_point() else None,  # integers are words, not features
+            model_inputs=images[chosen] if images.is_floating_point() else None,  # integers are words, not features
         )
         masks.append(mask)
         logits = request.logits(mask)
@@ -340,7 +340,7 @@ def held_out_logits(
             folds[judgement.labels == label] = torch.arange(count, device=folds.device) % FOLDS
     for fold in folds[folds < FOLDS].unique():
         is_held_out = folds == fold
-        custom = replace(request.custom, images=request.custom.images[~is_held_out])
+        custom = replace(request.custom, model_inputs=request.custom.model_inputs[~is_held_out])
         part = replace(request, custom=custom, train=request.train[~is_held_out], progress=False)
         mask = forget(part, judgement[~is_held_out]).masks[-1]
         logits[is_held_out] = request.logits(mask, is_held_out)

@@ -19,14 +19,11 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.pipeline import make_pipeline
 
 import audits
-from audits import Audit, AuditConfig, relearn
-from audits.predictions import Predictions, entropy_attack, jensen_shannon, loss_attack, predictions_of
-from audits.probes import found_by_probes, prototype_recall
+from audits import Audit, AuditConfig, Case, Predictions, jensen_shannon, predictions_of, probe_metrics, relearn
 from data import ImageData
 from methods.controls import logit_removed
 from mimu import probes
 from mimu.graph import WeightGraph
-from mimu.probes import linear, neighbours, two_layer, usable_bits
 from mimu.samples import Split, some_of_every_class
 from mimu.seeds import seeded, seeded_initialisation
 from model import HookedMNISTClassifier, VisionTransformer, cnn, resnet
@@ -34,15 +31,15 @@ from trainer import Trainer
 
 FORGET = 1
 CONFIG = AuditConfig(enabled=True, probes=(), samples=None, relearn_steps=40, relearn_from=())
+PROBES = {"PENALTY": 0.0, "UNITS": 8, "EPOCHS": 2, "BATCH_SIZE": 32, "LEARNING_RATE": 0.05, "NEIGHBOURS": 5}
+RELEARNING = {"BATCH_SIZE": 10, "LEARNING_RATE": 0.1, "LEARNING_RATE_FROM_FEW": 0.1}
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    of_probes = {"PENALTY": 0.0, "UNITS": 8, "EPOCHS": 2, "BATCH_SIZE": 32, "LEARNING_RATE": 0.05, "NEIGHBOURS": 5}
-    for name, value in of_probes.items():
-        monkeypatch.setattr(probes, name, value)
-    for name, value in {"BATCH_SIZE": 10, "LEARNING_RATE": 0.1, "LEARNING_RATE_FROM_FEW": 0.1}.items():
-        monkeypatch.setattr(audits, name, value)
+    for module, constants in ((probes, PROBES), (audits, RELEARNING)):
+        for name, value in constants.items():
+            monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture(scope="module")
@@ -75,62 +72,68 @@ def masked(classifier, vertices=(0, 7, 29)):
     return model
 
 
+def case_of(audit: Audit | None, train: Predictions, test: Predictions) -> Case:
+    return Case(audit, None, train, test, train.labels == FORGET, test.labels == FORGET)
+
+
 def test_predictions_are_logits_losses_and_the_inputs_of_every_layer_after_the_first():
     classifier, split = random_classifier(), random_split(10)
-    found = predictions_of(torch.nn.Sequential(classifier), split)
-    for end, hidden in zip((3, 5), found.hidden, strict=True):
+    predictions, logits = predictions_of(torch.nn.Sequential(classifier), split), classifier(split.images)
+    for end, hidden in zip((3, 5), predictions.hidden, strict=True):
         assert torch.equal(hidden, classifier.network[:end](split.images))
-    logits = classifier(split.images)
-    assert torch.equal(found.logits, logits)
-    assert found.loss[3] == pytest.approx(-logits.double().log_softmax(1)[3, split.labels[3]].item())
-    assert found.correct.tolist() == [float(label == row.argmax()) for label, row in zip(split.labels, logits)]
+    assert torch.equal(predictions.logits, logits)
+    assert predictions.loss[3] == pytest.approx(-logits.double().log_softmax(1)[3, split.labels[3]].item())
+    assert predictions.correct.tolist() == [float(label == row.argmax()) for label, row in zip(split.labels, logits)]
     assert not any(module._forward_pre_hooks for module in classifier.modules())
     (hidden,) = predictions_of(HookedMNISTClassifier((), IN_FEATURES, NUM_CLASSES), split).hidden
     assert torch.equal(hidden, split.images)  # which a classifier of one layer represents by themselves
 
 
 def test_before_a_head_alone_stands_the_mean_of_what_the_last_layer_reads_of_tokens_or_pixels():
-    split, given = Split(torch.randn(9, 16, generator=seeded(1)), torch.zeros(9, dtype=torch.long)), []
+    split, inputs = Split(torch.randn(9, 16, generator=seeded(1)), torch.zeros(9, dtype=torch.long)), []
     tokens = VisionTransformer((1, 4, 4), 2, 4, 5, 2, 2, NUM_CLASSES).eval()
     residual = resnet((1, 4, 4), [2, 3], 1, NUM_CLASSES).eval()
     plain = cnn((1, 4, 4), [2, 3], [5, NUM_CLASSES], bias=True, batch_norm=False)
     for layer in (tokens.blocks[-1].linear2, residual[-4].conv2, plain[-3]):
-        layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    found = [predictions_of(network, split) for network in (tokens, residual, plain)]
-    means = given[0].mean(1), given[1].mean((2, 3)), given[2]
-    for each, head, mean in zip(found, (tokens.head, residual[-1], plain[-1]), means, strict=True):
+        layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    predictions = [predictions_of(network, split) for network in (tokens, residual, plain)]
+    means = inputs[0].mean(1), inputs[1].mean((2, 3)), inputs[2]
+    for each, head, mean in zip(predictions, (tokens.head, residual[-1], plain[-1]), means, strict=True):
         before, representation = each.hidden
         torch.testing.assert_close((before, head(representation)), (mean, each.logits))
 
 
 def test_the_divergence_is_that_of_its_definition():
-    logits, others = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).double()
-    expected = (jensenshannon(logits.softmax(1), others.softmax(1), base=2, axis=1) ** 2).mean()
-    assert jensen_shannon(logits, others) == pytest.approx(expected, rel=1e-12)
-    assert jensen_shannon(others, logits) == pytest.approx(expected, rel=1e-12)
+    one, other = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).double()
+    expected = (jensenshannon(one.softmax(1), other.softmax(1), base=2, axis=1) ** 2).mean()
+    assert jensen_shannon(one, other) == pytest.approx(expected, rel=1e-12) == jensen_shannon(other, one)
     surely = torch.tensor([[0.0, -torch.inf]])
     assert jensen_shannon(surely, surely) == 0.0 and jensen_shannon(surely, surely.flip(1)) == pytest.approx(1.0)
 
 
 def test_the_loss_attack_counts_pairs():
-    members, others = torch.tensor([0.1, 0.4, 0.4, torch.inf]), torch.tensor([0.4, 0.2, 3.0])
-    pairs = [(m < o) + (m == o) / 2 for m, o in product(members.tolist(), others.tolist())]
-    assert loss_attack(members, others) == pytest.approx(sum(pairs) / len(pairs))
+    def attack(*losses: torch.Tensor) -> float:
+        return audits.loss_attack(Case(None, None, *(SimpleNamespace(loss=each) for each in losses), ..., ...))
+
+    members, non_members = torch.tensor([0.1, 0.4, 0.4, torch.inf]), torch.tensor([0.4, 0.2, 3.0])
+    pairs = [(m < o) + (m == o) / 2 for m, o in product(members.tolist(), non_members.tolist())]
+    assert attack(members, non_members) == pytest.approx(sum(pairs) / len(pairs))
     endless = torch.full((5,), torch.inf)
-    assert math.isnan(loss_attack(endless, endless)) and loss_attack(torch.zeros(5), endless) == 1.0
+    assert math.isnan(attack(endless, endless)) and attack(torch.zeros(5), endless) == 1.0
 
 
 def test_the_entropy_attack_is_a_balanced_logistic_regression():
-    splits = [torch.randn(count, 3, generator=seeded(count)) for count in (300, 100, 500)]
-    for logits, confidence in zip(splits, (4.0, 2.0, 3.0)):
-        logits[:, 0] += confidence
-    retain, test, forget = (torch.special.entr(each.double().softmax(1)).sum(1, keepdim=True) for each in splits)
-    is_member = [1] * 300 + [0] * 100
-    regression = LogisticRegression(class_weight="balanced", tol=1e-10).fit(torch.cat([retain, test]), is_member)
-    passing = 100 * regression.predict(forget).mean()
-    assert 5 < passing < 95 and entropy_attack(splits[0], splits[1], splits[2]) == pytest.approx(passing)
-    sure = torch.tensor([[0.0, -torch.inf]]).repeat(9, 1)
-    assert math.isnan(entropy_attack(sure, sure, sure))
+    logits = torch.randn(900, 3, generator=seeded(0))
+    logits[:, 0] += torch.tensor([4.0, 3.0, 2.0]).repeat_interleave(torch.tensor([300, 500, 100]))
+    labels = torch.arange(900).clamp(299, 300) - 299
+    train, test = Predictions(logits[:800], (), labels[:800]), Predictions(logits[800:], (), labels[800:])
+    entropy = torch.special.entr(logits.double().softmax(1)).sum(1, keepdim=True)
+    regression = LogisticRegression(class_weight="balanced", tol=1e-10)
+    regression.fit(torch.cat([entropy[:300], entropy[800:]]), [1] * 300 + [0] * 100)
+    percent = 100 * regression.predict(entropy[300:800]).mean()
+    assert 5 < percent < 95 and audits.entropy_attack(case_of(None, train, test)) == pytest.approx(percent)
+    sure = Predictions(torch.tensor([[0.0, -torch.inf]]).repeat(900, 1), (), labels)
+    assert math.isnan(audits.entropy_attack(case_of(None, sure, sure)))
 
 
 def standardised(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,13 +142,13 @@ def standardised(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("count", [2, 1000])
-def test_prototypes_are_means_of_a_few_samples_and_the_nearest_one_names_a_sample(data, trained, count):
+def test_prototypes_are_means_of_a_few_samples_and_the_nearest_one_names_a_sample(data, trained, audit, count):
     train, test = (predictions_of(trained, split) for split in (data.train, data.test))
     order = torch.randperm(len(train.labels), generator=seeded("prototypes", 5))
     chosen = torch.cat([order[train.labels[order] == label][:count] for label in range(NUM_CLASSES)])
     nearest = NearestCentroid().fit(train.hidden[-1][chosen], train.labels[chosen])
     expected = 100 * (nearest.predict(test.hidden[-1][test.labels == FORGET]) == FORGET).mean()
-    assert prototype_recall(train, test, FORGET, count, 5) == pytest.approx(expected)
+    assert audits.prototype_recall(case_of(replace(audit, seed=5), train, test), count) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dead, widest", [(0, 256), (2, 256), (0, 4)])
@@ -157,23 +160,30 @@ def test_the_linear_probe_is_converged_softmax_regression_on_principal_component
     expected = regression.fit(x, labels).predict_proba(x_test)
     features = F.pad(features, (0, dead))
     monkeypatch.setattr(probes, "WIDEST", widest)
-    assert linear(features[:450], labels, features[450:], 0).numpy() == pytest.approx(expected, abs=0.01)
+    assert probes.linear(features[:450], labels, features[450:], 0).numpy() == pytest.approx(expected, abs=0.01)
     monkeypatch.setattr(probes, "PENALTY", 0.3)
-    ridged = linear(features[:450], labels, features[450:], 0)
+    ridged = probes.linear(features[:450], labels, features[450:], 0)
     assert 0.9 < (ridged.argmax(1).numpy() == expected.argmax(1)).mean() < 0.995
 
 
-def test_usable_bits_are_the_entropy_less_the_log_loss_all_of_the_class_itself_and_none_of_noise(monkeypatch):
+def test_usable_bits_are_the_entropy_less_the_log_loss():
+    p, is_class = torch.rand(600, generator=seeded(0), dtype=torch.double), random_split(200).labels == FORGET
+    entropy = math.log2(3) - 2 / 3
+    assert probes.usable_bits(p, is_class) == pytest.approx(entropy - log_loss(is_class, p) / math.log(2))
+    assert probes.usable_bits(~is_class, is_class) == pytest.approx(entropy - 100 / math.log(2)), "no infinity"
+
+
+def test_probes_find_all_in_the_labels_and_nothing_in_noise(monkeypatch):
     monkeypatch.setattr(probes, "EPOCHS", 20)
     labels, noise = random_split(200).labels, torch.randn(600, 2, generator=seeded(1))
-    train = Predictions(noise, (F.one_hot(labels).float(), noise), labels)
-    test = replace(train, hidden=(train.hidden[0], noise.flip(0)))
-    bits = found_by_probes(train, test, FORGET, 0, ("hidden", "two_layer", "neighbours"))["usable_bits"]
-    entropy, p = math.log2(3) - 2 / 3, torch.rand(600, generator=seeded(0), dtype=torch.double)
-    assert bits["hidden_0"] == pytest.approx(dict.fromkeys(bits["hidden_0"], entropy), abs=0.2)
-    assert max(bits["hidden_0"].values()) > entropy - 0.01 and max(bits["representation"].values()) < 0.01
-    assert usable_bits(p, labels == FORGET) == pytest.approx(entropy - log_loss(labels == FORGET, p) / math.log(2))
-    assert usable_bits(labels != FORGET, labels == FORGET) == pytest.approx(entropy - 100 / math.log(2)), "no infinity"
+    leaks = Predictions(noise, (noise, F.one_hot(labels).float()), labels)
+    names, settings = ["linear", "two_layer", "neighbours"], ("two_layer", "neighbours", "hidden")
+    metrics, entropy = probe_metrics(leaks, leaks, FORGET, 0, settings), math.log2(3) - 2 / 3
+    bits, test = metrics["usable_bits"], replace(leaks, hidden=(noise.flip(0),))
+    assert metrics["probe_recall"] == dict.fromkeys(names, 100.0) and [*bits] == ["hidden_0", "representation"]
+    assert bits["representation"] == pytest.approx(dict.fromkeys([*names, "two_class"], entropy), abs=0.2)
+    blind = probe_metrics(replace(leaks, hidden=(noise,)), test, FORGET, 0, settings)["usable_bits"]
+    assert max(blind["representation"].values()) < 0.01 < entropy
 
 
 def test_the_perceptron_is_trained_by_adam_on_standardised_features():
@@ -181,14 +191,14 @@ def test_the_perceptron_is_trained_by_adam_on_standardised_features():
     x, x_test = standardised(train.images, test.images)
     with seeded_initialisation(3):
         probe = torch.nn.Sequential(torch.nn.Linear(IN_FEATURES, 8), torch.nn.ReLU(), torch.nn.Linear(8, NUM_CLASSES))
-    optimizer = torch.optim.Adam(probe.parameters(), 0.05)
-    generator = seeded("probe", 3)
+    optimizer, generator = torch.optim.Adam(probe.parameters(), 0.05), seeded("probe", 3)
     for _ in range(2):
         for batch in torch.randperm(90, generator=generator).split(32):
             optimizer.zero_grad()
             F.cross_entropy(probe(x[batch]), train.labels[batch]).backward()
             optimizer.step()
-    torch.testing.assert_close(two_layer(train.images, train.labels, test.images, 3), probe(x_test).double().softmax(1))
+    expected = probe(x_test).double().softmax(1)
+    torch.testing.assert_close(probes.two_layer(train.images, train.labels, test.images, 3), expected)
 
 
 @pytest.mark.parametrize("count, among", [(7, 80), (7, 30), (30, 30)])
@@ -200,15 +210,15 @@ def test_the_nearest_neighbours_are_of_some_random_samples(monkeypatch, count, a
     labels = torch.randint(4, (80,), generator=generator)
     chosen = torch.randperm(80, generator=seeded("neighbours", 5))[:among]
     x, x_test = standardised(features[chosen], features[80:])
-    shares = KNeighborsClassifier(count).fit(x, labels[chosen]).predict_proba(x_test)
-    expected = (count * shares + 0.25) / (count + 1)
-    assert neighbours(features[:80], labels, features[80:], 5).numpy() == pytest.approx(expected)
+    expected = (count * KNeighborsClassifier(count).fit(x, labels[chosen]).predict_proba(x_test) + 0.25) / (count + 1)
+    assert probes.neighbours(features[:80], labels, features[80:], 5).numpy() == pytest.approx(expected)
     assert len(set(expected.argmax(1))) == (4 if count < among else 1)
 
 
-def by_hand(model, samples, test: Split, goal: float, rate: float, frozen=()) -> list[float]:
-    """The score before every step of SGD, until the goal; the weights `frozen` of the middle layer stay 0."""
-    scores = []
+def by_hand(model, samples, test: Split, goal: float, rate: float, zeroed=(), frozen=False) -> list[float]:
+    """The score before every step of SGD, until the goal; zeroed weights of the middle layer start at 0, or stay so."""
+    model, scores, middle = copy.deepcopy(model), [], list(zeroed)
+    model.weights[1].data.view(-1)[middle] = 0
     for batch in samples:
         scores.append(100 * (model(test.images).argmax(1) == FORGET).double().mean().item())
         if scores[-1] >= goal:
@@ -216,66 +226,51 @@ def by_hand(model, samples, test: Split, goal: float, rate: float, frozen=()) ->
         loss = F.cross_entropy(model(batch.images), batch.labels)
         for parameter, gradient in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()))):
             parameter.data -= rate * gradient
-        model.weights[1].data.view(-1)[list(frozen)] = 0
+        model.weights[1].data.view(-1)[middle if frozen else []] = 0
 
 
-def test_relearning_counts_the_steps_of_sgd_on_random_batches_of_the_class(retrained, trained, data):
-    forget, test, before = data.train.forget(FORGET), data.test.forget(FORGET), copy.deepcopy(retrained.state_dict())
-    steps, scores = relearn(retrained, test, 80.0, 40, 0.2, forget.batches(10, seeded(3)))
-    order = torch.randperm(len(forget.labels), generator=seeded(3))
-    samples = [forget[batch] for batch in order.split(10)]
-    assert scores == pytest.approx(by_hand(copy.deepcopy(retrained), samples, test, 80.0, 0.2))
+@pytest.mark.parametrize("zeroed", [(), range(0, 30, 2)])
+def test_relearning_counts_the_steps_of_sgd_and_frees_the_weights_of_a_mask(retrained, data, zeroed):
+    forget, test = data.train.forget(FORGET), data.test.forget(FORGET)
+    model = masked(retrained, zeroed) if zeroed else retrained
+    before = copy.deepcopy(model.state_dict())
+    steps, scores = relearn(model, test, 80.0, 40, 0.2, forget.batches(10, seeded(3)))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    generator = seeded(3)
+    samples = [forget[batch] for _ in range(4) for batch in torch.randperm(100, generator=generator).split(10)]
+    assert scores == pytest.approx(by_hand(retrained, samples, test, 80.0, 0.2, zeroed))
+    assert not zeroed or scores != pytest.approx(by_hand(retrained, samples, test, 80.0, 0.2, zeroed, frozen=True))
     assert scores[0] == 0.0 and steps == len(scores) - 1 > 1
-    assert all(torch.equal(value, before[name]) for name, value in retrained.state_dict().items())
+
+
+def test_relearning_ends_at_its_most_steps_at_once_or_where_the_loss_is_infinite(retrained, trained, data):
+    forget, test = data.train.forget(FORGET), data.test.forget(FORGET)
     steps, scores = relearn(retrained, test, 101.0, 25, 0.2, forget.batches(10, seeded(0)))
     assert steps == 25 and len(scores) == 26  # more than one epoch
-    assert relearn(trained, test, 40.0, 25, 0.2, forget.batches(10, seeded(0)))[0] == 0
+    assert relearn(trained, test, 40.0, 25, 0.2, repeat(forget))[0] == 0
     assert relearn(without_logit(trained), test, 60.0, 5, 0.1, repeat(forget)) == (None, [0.0])
 
 
-def test_relearning_frees_the_weights_of_a_mask(retrained, data):
-    samples, test = repeat(some_of_every_class(data.train, 10, "relearn from", 0)), data.test.forget(FORGET)
-    zeroed = range(0, 30, 2)
-    model = masked(retrained, zeroed)
-    _, scores = relearn(model, test, 60.0, 200, 0.1, samples)
-    assert int((model.weights[1] == 0).sum()) == 15, "in a copy"
-    free = copy.deepcopy(retrained)
-    free.weights[1].data.view(-1)[list(zeroed)] = 0
-    frozen = copy.deepcopy(free)
-    assert scores == pytest.approx(by_hand(free, samples, test, 60.0, 0.1))
-    assert len(scores) != len(by_hand(frozen, samples, test, 60.0, 0.1, zeroed))
-
-
-def test_every_audit_is_that_of_its_samples_and_of_what_was_asked_for(trained, retrained, audit, data):
+def test_every_audit_is_that_of_its_samples_and_of_its_settings(trained, retrained, audit, data):
     config = replace(CONFIG, probes=("hidden", "neighbours", "two_layer"), samples=40, relearn_from=(1, 2))
-    model, state = masked(retrained), torch.get_rng_state()
-    found = replace(audit, config=config, seed=4)(model)
+    model, state, audit = masked(retrained), torch.get_rng_state(), replace(audit, config=config, seed=4)
+    metrics = audit(model)
     assert torch.equal(torch.get_rng_state(), state)
 
     some = some_of_every_class(data.train, 40, "audit", 4)
     train, test = (predictions_of(model, split) for split in (some, data.test))
-    after = retrained(data.test.images)
-    forget, member = test.labels == FORGET, train.labels == FORGET
-    goal = 50 * (trained(data.test.images).argmax(1)[forget] == FORGET).double().mean().item()
+    case, logits, after = case_of(audit, train, test), test.logits, retrained(data.test.images)
+    goal = 50 * (trained(data.test.images).argmax(1)[case.is_forget] == FORGET).double().mean().item()
     again = partial(relearn, model, data.test.forget(FORGET), goal, 40, 0.1)
     steps, scores = again(data.train.forget(FORGET).batches(10, seeded("relearn", 4)))
     few = {str(count): some_of_every_class(data.train, count, "relearn from", 4) for count in (1, 2)}
-
-    asked = {"linear": linear, "neighbours": neighbours, "two_layer": two_layer}
-    bits: dict[str, dict[str, float]] = {"hidden_0": {}, "representation": {}}
-    for of_layer, x, x_test in zip(bits.values(), train.hidden, test.hidden):
-        given = {name: probe(x, train.labels, x_test, 4) for name, probe in asked.items()}
-        of_layer |= {name: usable_bits(given[name][:, FORGET], forget) for name in asked}
-        of_layer["two_class"] = usable_bits(linear(x, member.long(), x_test, 4)[:, 1], forget)
-    named = {name: 100 * (given[name].argmax(1)[forget] == FORGET).double().mean().item() for name in asked}
-    assert found == {
-        "js_forget": jensen_shannon(test.logits[forget], after[forget]),
-        "js_retain": jensen_shannon(test.logits[~forget], after[~forget]),
-        "loss_attack": loss_attack(train.loss[member], test.loss[forget]),
-        "entropy_attack": entropy_attack(train.logits[~member], test.logits, train.logits[member]),
-        "probe_recall": pytest.approx(named),
-        "usable_bits": bits,
-        "prototype_recall": {str(count): prototype_recall(train, test, FORGET, count, 4) for count in (1, 2)},
+    assert metrics == {
+        "js_forget": jensen_shannon(logits[case.is_forget], after[case.is_forget]),
+        "js_retain": jensen_shannon(logits[~case.is_forget], after[~case.is_forget]),
+        "loss_attack": audits.loss_attack(case),
+        "entropy_attack": audits.entropy_attack(case),
+        **probe_metrics(train, test, FORGET, 4, config.probes),
+        "prototype_recall": {str(count): audits.prototype_recall(case, count) for count in (1, 2)},
         "relearn_steps": steps,
         "came_back": scores[-1] >= goal,
         "relearn_scores": scores,
@@ -284,13 +279,20 @@ def test_every_audit_is_that_of_its_samples_and_of_what_was_asked_for(trained, r
     }
 
 
+def test_a_new_audit_is_one_entry_and_stands_in_the_results_and_among_the_columns(audit, trained, monkeypatch):
+    entry = audits.Entry(lambda case: int(case.is_forget.sum()), "samples", ".0f")
+    monkeypatch.setitem(audits.AUDITS, "count", entry)
+    assert audit(trained)["count"] == 60 and Audit.columns()["count"] == {"title": "samples", "spec": ".0f"}
+    numbers = {name for name, value in audit(trained).items() if type(value) in (int, float)}
+    assert {*Audit.columns()} == numbers, "whatever is one number"
+
+
 def test_what_cannot_be_audited_is_null_and_what_does_not_come_back_is_told(trained, retrained, audit, monkeypatch):
     beside, broken = audit(trained), copy.deepcopy(trained)
     broken.weights[0].data[0, 0] = torch.nan
     assert audit(broken) == dict.fromkeys(beside) | {"weights_changed": 1} and None not in beside.values()
     assert predictions_of(broken, audit.data.test).correct.sum() == 0
-    compared = dict.fromkeys(["js_forget", "js_retain"])
-    assert replace(audit, retrained=None)(trained) == beside | compared
+    assert replace(audit, retrained=None)(trained) == beside | dict.fromkeys(["js_forget", "js_retain"])
     removed = audit(without_logit(trained))
     assert removed["relearn_steps"] is None and not removed["came_back"]
     monkeypatch.setattr(audits, "LEARNING_RATE", 1e-6)

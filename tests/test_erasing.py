@@ -4,6 +4,7 @@ import copy
 import re
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -17,8 +18,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.neural_network import MLPClassifier
 from torch import nn
 
-from mimu import erasing
-from mimu.erasing import Edit, Erasing, class_direction, erased, late_layers, own_direction
+from mimu.erasing import Edit, ErasingConfig, class_direction, direction_to_erase, erase_class, late_layers
 from mimu.errors import InputError
 from mimu.masks import LayerMask, Mask
 from mimu.probes import held_out_variance
@@ -29,7 +29,7 @@ from mimu.training import learn
 from mimu.unlearning import RetainScoreError, unlearn
 from model import HookedMNISTClassifier, VisionTransformer, cnn, mlp, resnet
 
-CONFIG = replace(Erasing.configured(), samples=100, group_size=60, others_ratio=2, steps=60, units=32)
+CONFIG = replace(ErasingConfig.configured(), samples=100, group_size=60, others_ratio=2, steps=60, units=32)
 TEST = random_split(100, seed=7)
 
 
@@ -73,39 +73,24 @@ def test_random_attackers_find_what_no_line_tells_apart_and_nothing_in_noise():
     ids = torch.stack([is_own, noise[:, 0] > 0], 1)[:, None].long()
     assert 0.97 < CONFIG.mean_r_squared(ids, is_own, 0) <= 1
     draws = seeded("draws")
-    one, other, again = (CONFIG.r_squared(noise, is_own, each) for each in (draws, draws, seeded("draws")))
+    one, other, again = (CONFIG.attacker_r_squared(noise, is_own, each) for each in (draws, draws, seeded("draws")))
     assert one == again != other
-
-
-def edited_mask(seed: int = 0) -> Mask:
-    """A mask of a convolution and of a linear layer that zeroes some weights and takes one and two directions."""
-    generator, by_layer = torch.Generator().manual_seed(seed), {}
-    for rank, (name, shape) in enumerate({"0.weight": (4, 2, 1, 3), "1.weight": (3, 12)}.items(), 1):
-        keep = torch.rand(shape, generator=generator) > 0.2
-        left, right = (torch.randn(size, rank, generator=generator) for size in keep.flatten(1).shape)
-        by_layer[name] = LayerMask(keep.float(), left, right)
-    return Mask(by_layer, (seed,))
 
 
 def ranks(mask: Mask) -> list[int]:
     return [each.rank for each in mask.by_layer.values()]
 
 
-def test_edits_combine():
-    both = (one := edited_mask(0)) & (other := edited_mask(1))
-    assert ranks(both) == [2, 4] and both.forgets == (0, 1)
-    assert both.includes(one) and both.includes(other) and not one.includes(both) and not one.includes(other)
-    for layer, mask in both.by_layer.items():
-        masks = one.by_layer[layer], other.by_layer[layer]
-        matrix = sum(each.left @ each.right.T for each in masks)
-        assert torch.allclose(mask.left @ mask.right.T, matrix, atol=1e-5)
-        assert torch.equal(mask.keep, masks[0].keep * masks[1].keep)
-
-
-def test_what_is_no_edit_is_refused():
-    for changes in ({"right": torch.ones(5, 1)}, {"right": torch.ones(6, 2)}, {"left": torch.full((4, 1), torch.nan)}):
+def test_edits_combine_and_what_is_no_edit_is_refused():
+    keep = (torch.rand(2, 4, 2, 1, 3, generator=seeded("keep")) > 0.2).float()
+    parts = [LayerMask(keep[rank - 1], torch.randn(4, rank), torch.randn(6, rank)) for rank in (1, 2)]
+    one, other = (Mask({"0.weight": part}) for part in parts)
+    both = (one & other).by_layer["0.weight"]
+    assert torch.allclose(both.u @ both.v.T, sum(part.u @ part.v.T for part in parts), atol=1e-5) and both.rank == 3
+    assert torch.equal(both.keep, keep.prod(0)) and (one & other).includes(other) and not one.includes(one & other)
+    for changes in ({"v": torch.ones(5, 1)}, {"v": torch.ones(6, 2)}, {"u": torch.full((4, 1), torch.nan)}):
         with pytest.raises(ValueError, match="edits must be pairs of matrices"):
-            Mask({"0.weight": edited_mask().by_layer["0.weight"]._replace(**changes)})
+            Mask({"0.weight": parts[0]._replace(**changes)})
 
 
 def grouped() -> nn.Module:
@@ -124,41 +109,49 @@ NETWORKS = {
 }
 
 
-def started(network: nn.Module, layers: list[str], begins: str) -> Mask:
+@cache
+def exported(name: str) -> tuple[nn.Module, Split, HookedClassifier]:
+    torch.manual_seed(0)
+    network, samples = NETWORKS[name]().eval(), Split(torch.randn(60, *SIZE), torch.arange(3).repeat_interleave(20))
+    return network, samples, HookedClassifier(network, samples.images)
+
+
+def start_mask(network: nn.Module, layers: list[str], kind: str) -> Mask | None:
     """A mask to start with, of zeros or of directions."""
     by_layer = {}
     for layer in layers:
-        keep = torch.ones_like(network.get_parameter(layer).detach())
-        taking = LayerMask(keep, *(0.3 * torch.randn(size, 1) for size in keep.flatten(1).shape))
-        by_layer[layer] = LayerMask.of((torch.rand_like(keep) > 0.2).float()) if begins == "zeros" else taking
-    return Mask(by_layer)
+        ones = torch.ones_like(network.get_parameter(layer).detach())
+        edit = LayerMask(ones, *(0.3 * torch.randn(size, 1) for size in ones.flatten(1).shape))
+        by_layer[layer] = LayerMask.of((torch.rand_like(ones) > 0.2).float()) if kind == "zeros" else edit
+    return Mask(by_layer) if kind != "nothing" else None
 
 
-@pytest.mark.parametrize("begins", ["nothing", "zeros", "directions"])
+@pytest.mark.parametrize("kind", ["nothing", "zeros", "directions"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_an_edit_run_from_midway_gives_what_the_network_gives_under_its_mask(name, begins):
-    torch.manual_seed(0)
-    network, samples = NETWORKS[name]().eval(), Split(torch.randn(60, *SIZE), torch.arange(3).repeat_interleave(20))
-    classifier, chosen, given = HookedClassifier(network, samples.images), torch.tensor([3, 17, 29, 4]), []
-    layers = late_layers(classifier)
-    start = None if begins == "nothing" else started(network, layers, begins)
-    directions = {layer: torch.randn(network.get_parameter(layer)[0].numel()) for layer in layers}
-    network.get_submodule(layers[-1][: -len(".weight")]).register_forward_pre_hook(lambda _, x: given.append(x[0]))
+def test_an_edit_run_from_midway_gives_what_the_network_gives_under_its_mask(name, kind):
+    network, samples, classifier = exported(name)
+    chosen, layers, representations = torch.tensor([3, 17, 29, 4]), late_layers(classifier), []
+    names = [classifier.names[layer] for layer in layers]
+    start = start_mask(network, names, kind)
+    directions = {layer: torch.randn(classifier.weights[layer][0].numel()) for layer in layers}
+    last = network.get_submodule(names[-1].removesuffix(".weight"))
     for count in range(1, len(layers)):
         with start.applied_to(classifier) if start else nullcontext(), torch.no_grad():
-            indices = [classifier.names.index(layer) for layer in layers]
-            before = Split(classifier.prefix_activations(indices, samples.images), samples.labels)
-            edit = Edit(classifier.suffix_from(indices), start, layers[-1 - count :], before, 1, 60, directions)
-            assert len(edit.learned) == 1 + count
-            for each in edit.learned:
+            cached = Split(classifier.prefix_activations(layers, samples.images), samples.labels)
+            edit = Edit(classifier.suffix_from(layers), start, layers[-1 - count :], cached, 60, 1, directions)
+            assert len(edit.trained) == 1 + count
+            for each in edit.trained:
                 each += 0.3 * torch.randn_like(each)
             features, logits = edit.outputs(chosen)
             mask = edit.mask(start)
+        watch = last.register_forward_pre_hook(lambda _, inputs: representations.append(inputs[0]))
         with mask.applied_to(network), torch.no_grad():
             expected = network(samples.images[chosen])
-        assert torch.allclose(logits, expected, atol=1e-5) and torch.allclose(features, given[-1], atol=1e-5)
+        watch.remove()
+        assert torch.allclose(logits, expected, atol=1e-5)
+        assert torch.allclose(features, representations[-1], atol=1e-5)
         # Behind attention's own layers tokens are in front, not samples.
-        assert (edit.read is None) == (begins == "zeros" or "attn" in layers[-1 - count])
+        assert (edit.read is None) == (kind == "zeros" or "attn" in names[-1 - count])
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +168,12 @@ def hidden_classes(count: int, seed: int) -> Split:
     return Split(x, 2 * signs[:, 0] + signs[:, 1])
 
 
-def found_by(probe, classifier: HookedClassifier, mask: Mask) -> float:
+def recall_of(probe, classifier: HookedClassifier, mask: Mask) -> float:
     """Percent, the mean of two kinds, of samples that a probe tells to be of class 1 or not from the representation."""
     train, test = hidden_classes(3000, 0), hidden_classes(2000, 1)
     with mask.applied_to(classifier), torch.no_grad():
-        known, asked = (classifier.outputs(each.images)[0].numpy() for each in (train, test))
-    predicted = probe.fit(known, train.labels == 1).predict(asked)
-    return 100 * balanced_accuracy_score(test.labels == 1, predicted)
+        x, x_test = (classifier.outputs(each.images)[0].numpy() for each in (train, test))
+    return 100 * balanced_accuracy_score(test.labels == 1, probe.fit(x, train.labels == 1).predict(x_test))
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -191,35 +183,35 @@ def test_a_class_goes_from_output_and_representation_and_what_was_zeroed_stays()
     learn(model, train, 15, 60, torch.optim.Adam(model.parameters(), 0.01), seeded("hidden"))
     start = Mask({model.names[1]: LayerMask.of((torch.rand(24, 64) > 0.05).float())})
     config = replace(CONFIG, samples=600, group_size=100, others_ratio=3, steps=100, units=128, share=0.0)
-    answers = {weight: erased(model, train, 1, replace(config, erase_weight=weight), 0, start) for weight in (0.0, 3.0)}
-    for mask, _ in answers.values():
+    erase = partial(erase_class, model, train, 1, seed=0, start=start)
+    (without, spared), (erased, recovered) = (erase(replace(config, erase_weight=weight)) for weight in (0.0, 3.0))
+    for mask in (without, erased):
         assert mask.includes(start) and ranks(mask) == [1, 1, 1] and mask.num_zeroed == start.num_zeroed
-        left_of_last = mask.by_layer[model.names[2]].left[:, 0]
-        assert torch.equal(left_of_last, torch.tensor([0.0, 1, 0, 0])), "no other row of the last layer"
+        assert mask.by_layer[model.names[2]].u[:, 0].tolist() == [0, 1, 0, 0], "no output weights of another class"
         with mask.applied_to(model):
             forget, retain = scores(model, hidden_classes(2000, 1), 1)
         assert forget < 1 and retain > 88
-    (unconcerned, more), (concerned, less) = answers.values()
-    again, _ = erased(model, train, 1, replace(config, erase_weight=3.0), 0, start)
-    assert all(torch.equal(mask.left, again.by_layer[layer].left) for layer, mask in concerned.by_layer.items())
-    assert less.left < min(less.before, more.left) - 0.1 and not less.is_at_the_bar
+    (one, _), (again, _) = (erase(replace(config, steps=3)) for _ in range(2))
+    assert all(torch.equal(part.u, again.by_layer[layer].u) for layer, part in one.by_layer.items())
+    assert recovered.after < min(recovered.before, spared.after) - 0.1 and not recovered.is_at_target
     for probe in (LogisticRegression(), MLPClassifier(16, max_iter=20, random_state=0)):
-        before, without, found = (found_by(probe, model, mask) for mask in (start, unconcerned, concerned))
-        assert found < min(before, without) - 8
+        *before, after = (recall_of(probe, model, mask) for mask in (start, without, erased))
+        assert after < min(before) - 8
 
 
-@pytest.mark.parametrize("left, count", [([0.22], 2), ([0.9, 0.2], 3), ([0.9, 0.5, 0.6], 3), ([0.5, 0.8, 0.9], 2)])
-def test_layers_are_added_until_the_bar_is_reached_and_else_those_that_leave_least_are_edited(left, count, monkeypatch):
+@pytest.mark.parametrize("after, count", [([0.22], 2), ([0.9, 0.2], 3), ([0.9, 0.5, 0.6], 3), ([0.5, 0.8, 0.9], 2)])
+def test_layers_are_added_until_the_target_is_reached_or_else_those_where_least_is_found(after, count, monkeypatch):
     train, network, tried = random_split(), mlp([7, 6, 6, 5, 5, 3], True), []
 
-    def learned(edit: Edit, *_) -> float:
+    def train_edit(edit: Edit, *_) -> float:
         tried.append(len(edit.masks) - 1)
-        return left[len(tried) - 1]
+        return after[len(tried) - 1]
 
-    monkeypatch.setattr(erasing, "learned", learned)
-    monkeypatch.setattr(Erasing, "mean_r_squared", lambda *_: 0.2)
-    mask, found = erased(HookedClassifier(network, train.images), train, 1, CONFIG, 0)
-    assert tried == [2, 3, 4][: len(left)] and found.left == min(left) and found.is_at_the_bar == (min(left) < 0.3)
+    monkeypatch.setattr(Edit, "train", train_edit)
+    monkeypatch.setattr(ErasingConfig, "mean_r_squared", lambda *_: 0.2)
+    mask, recovered = erase_class(HookedClassifier(network, train.images), train, 1, CONFIG, 0)
+    assert tried == [2, 3, 4][: len(after)] and recovered.after == min(after)
+    assert recovered.is_at_target == (min(after) < 0.3)
     assert [*mask.by_layer] == [f"{index}.weight" for index in range(1, 10, 2)][-1 - count :]
 
 
@@ -229,17 +221,20 @@ def test_what_is_found_does_not_depend_on_how_many_others_there_are(learned):
     for count in (1000, 20000):
         is_own, is_other = train.labels == 1, train.labels != 1
         is_current = is_own & (is_own.cumsum(0) <= 1000) | is_other & (is_other.cumsum(0) <= count)
-        before.append(erased(learned, train[is_current], 1, config, 0)[1].before)
+        before.append(erase_class(learned, train[is_current], 1, config, 0)[1].before)
     assert before[0] == pytest.approx(before[1], abs=0.05) and before[0] > 0.4
 
 
-def test_models_of_the_users_own_are_erased_from_one_class_after_the_other(learned):
+def test_models_of_users_are_erased_from_what_is_hidden_and_one_class_after_the_other(learned):
     train, model = random_split(200), copy.deepcopy(learned.network)
-    about, before = {"erase": True, "max_fall": None, "max_class_fall": None}, copy.deepcopy(model.state_dict())
-    first = unlearn(model, train.images, train.labels, 1, **about)
-    assert first.forgets == (1,) and ranks(first) == [1, 1, 1] and first.num_zeroed == 0
+    request = partial(unlearn, model, train.images, train.labels, max_fall=None, max_class_fall=None)
+    before = copy.deepcopy(model.state_dict())
+    request(1, mask_layer=1, scorer="saliency").apply(model)
+    first = request(1, erase=True)
+    assert first.forgets == (1,) and ranks(first) == [1, 1, 1] and first.num_zeroed > 0
+    assert re.search(r"class 1 erased: attackers find R\^2 0\.\d\d, before 0\.\d\d, target 0\.\d\d", repr(first))
     first.apply(model)
-    second = unlearn(model, train.images, train.labels, 0, **about)
+    second = request(0, erase=True)
     assert second.includes(first) and second.forgets == (0, 1)
     second.apply(model)
     assert scores(model, TEST, 0)[0] < 2 and scores(model, TEST, 1)[0] < 2
@@ -247,27 +242,19 @@ def test_models_of_the_users_own_are_erased_from_one_class_after_the_other(learn
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_what_is_hidden_is_erased_when_it_is_asked_for(learned):
-    train, model = random_split(200), copy.deepcopy(learned.network)
-    unlearn(model, train.images, train.labels, 1, mask_layer=1, max_fall=None, max_class_fall=None).apply(model)
-    both = unlearn(model, train.images, train.labels, 1, erase=True, max_fall=None, max_class_fall=None)
-    assert ranks(both) == [1, 1, 1] and both.num_zeroed > 0 and both.forgets == (1,)
-    assert re.search(r"class 1 erased: attackers find R\^2 0\.\d\d, before 0\.\d\d, bar 0\.\d\d", repr(both))
-
-
 def test_others_that_lose_too_much_in_samples_held_out_are_told_of(learned, monkeypatch):
-    train, calm = random_split(600), Erasing.configured()
-    monkeypatch.setattr(Erasing, "configured", lambda: replace(calm, learning_rate=30.0, steps=10))
+    train, calm = random_split(600), ErasingConfig.configured()
+    monkeypatch.setattr(ErasingConfig, "configured", lambda: replace(calm, learning_rate=30.0, steps=10))
     with pytest.raises(RetainScoreError, match=r"lose \d+.* \(more samples may do better\)"):
         unlearn(learned.network, train.images, train.labels, 1, erase=True)
 
 
-def test_where_the_other_classes_span_what_a_layer_is_given_its_direction_is_the_difference_of_means():
+def test_where_the_retained_classes_span_everything_the_direction_is_the_difference_of_means():
     x, labels = torch.randn(60, 3, generator=seeded("spanned")), torch.arange(6).repeat(10)
+    difference = x[labels == 0].mean(0) - x[labels != 0].mean(0)
     assert not class_direction(x, labels, 0).any()
-    own, others = x[labels == 0].mean(0), x[labels != 0].mean(0)
-    assert torch.allclose(own_direction(x, labels, 0).float(), F.normalize(own - others, dim=0), atol=1e-5)
-    assert torch.equal(own_direction(x[:, :2], labels % 2, 0), class_direction(x[:, :2], labels % 2, 0))
+    assert torch.allclose(direction_to_erase(x, labels, 0).float(), F.normalize(difference, dim=0), atol=1e-5)
+    assert torch.equal(direction_to_erase(x[:, :2], labels % 2, 0), class_direction(x[:, :2], labels % 2, 0))
 
 
 def test_what_cannot_be_erased_is_refused(learned):

@@ -15,7 +15,7 @@ from torch import nn
 
 from data import GraphGenerator
 from mimu import Mask, RetainScoreError, unlearn
-from mimu.erasing import Erasing, held_out, train_and_held_out
+from mimu.erasing import ErasingConfig, held_out, split_samples
 from mimu.judgement import lower_end
 from mimu.pruning import FEW, PRIOR_SAMPLES, percent_above_zero
 from mimu.samples import Split, margins
@@ -167,7 +167,7 @@ def test_of_few_samples_a_class_is_erased_all_the_same(model, counts):
     assert forget < 5 and retain > 90 and ("one sample of class 1" in said) == (counts[1] == 1)
     assert "class 1 erased: attackers find R^2" in repr(mask)
     edit = mask.by_layer["3.weight"]
-    is_whole = torch.allclose(edit.left, model[3].weight @ edit.right, atol=1e-5)
+    is_whole = torch.allclose(edit.u, model[3].weight @ edit.v, atol=1e-5)
     assert is_whole == (min(counts) < 24), "of 24 samples one learns from 20, the fewest that say by how much"
 
 
@@ -176,7 +176,7 @@ def test_of_few_samples_a_class_is_erased_all_the_same(model, counts):
 )
 def test_what_was_not_learned_from_says_what_is_left_where_it_can(own, others, is_held_out):
     labels = torch.cat([torch.ones(own), torch.zeros(others)]).long()
-    known, unseen = train_and_held_out(labels, 1, replace(Erasing.configured(), samples=30), 0)
+    known, unseen = split_samples(labels, 1, replace(ErasingConfig.configured(), samples=30), 0)
     assert set(known.tolist()).isdisjoint(unseen.tolist()) == is_held_out
     assert set(known.tolist()).issuperset(unseen.tolist()) != is_held_out
     assert held_out(labels)[unseen].all() == is_held_out and not held_out(labels)[known].any()

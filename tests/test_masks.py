@@ -342,7 +342,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 def test_what_two_masks_take_is_taken_once():
     model, other = network(), network()
     one, two = lower_left(model, rank=2), lower_left(model, NAMES[1:], rank=1)
-    two = Mask({layer: each._replace(left=2 * each.left) for layer, each in two.by_layer.items()})
+    two = Mask({layer: each._replace(u=2 * each.u) for layer, each in two.by_layer.items()})
     (one & one).apply(model)
     one.apply(other)
     assert torch.equal(outputs(model), outputs(other)) and (one & one).includes(one) and not two.includes(one)
@@ -421,7 +421,7 @@ def test_files_from_before_have_indices_and_go_on_by_the_names_of_what_they_were
     for each in (KERNELS, SECOND):
         part = mask.by_layer[each]
         saved["keep"].append(part.keep.bool())
-        saved["edits"].append([part.left, part.right])
+        saved["edits"].append([part.u, part.v])
     if name is not None:
         saved |= {"made_on": {0: [name, mask.origins[KERNELS]], 2: [SECOND, mask.origins[SECOND]]}, "about": ""}
     save(tmp_path / "mask.pt", saved)
