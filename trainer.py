@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from mimu.seeds import seeded, seeded_initialisation
 from mimu.settings import Amount, Count, NonNegative, Positive, number_of_weights
 from mimu.tracing import HookedClassifier, Trace, log_odds
 from mimu.training import check_weights, descend, learn
-from model import VisionTransformer, airbench, cnn, mlp, resnet, whiten
+from model import ARCHITECTURES
 
 LEAST_SPREAD = 1e-6  # standard deviation of scores, which may be all the same
 GRADIENT_NORM = 1.0  # largest norm of a step's gradient of the GCN
@@ -72,7 +71,7 @@ class Progress:
 class TrainerConfig:
     """What a classifier is, and how it is trained: on the cross entropy, with a rate that falls linearly to zero."""
 
-    architecture: Literal["mlp", "cnn", "airbench", "resnet", "vit"]
+    architecture: Literal[*ARCHITECTURES]
     hidden_sizes: tuple[Count, ...]
     channels: tuple[Count, ...]
     blocks: Count
@@ -92,27 +91,8 @@ class TrainerConfig:
     bfloat16: bool
 
     def network(self, size: Sequence[int], num_classes: int) -> nn.Module:
-        """The classifier as a module, with weights as PyTorch draws them.
-
-        size: height and width of the images, and before them 3 of those in colour; of an mlp also what they have of
-            pixels
-        """
-        if self.architecture == "mlp":
-            return mlp([math.prod(size), *self.hidden_sizes, num_classes], self.bias)
-        if not self.channels:
-            raise ValueError(f"channels must name one at least for {self.architecture}")
-        size = (1, *size) if len(size) == 2 else tuple(size)  # channels, height, width
-        sizes = [*self.hidden_sizes, num_classes]
-        if self.architecture == "cnn":
-            return cnn(size, self.channels, sizes, self.bias, self.batch_norm)
-        if self.architecture == "airbench":
-            return airbench(size, self.channels, sizes, self.bias, self.blocks)
-        if self.architecture == "vit":
-            widths = [*self.channels, *self.hidden_sizes]
-            if len(self.channels) != 1 or len(self.hidden_sizes) != 1:
-                raise ValueError(f"channels and hidden_sizes must each be one number for vit, not {widths}")
-            return VisionTransformer(size, self.patch, *widths, self.heads, self.blocks, num_classes)
-        return resnet(size, self.channels, self.blocks, num_classes)
+        """The classifier as a module, with weights as PyTorch draws them; `Architecture.build` says what it takes."""
+        return ARCHITECTURES[self.architecture].build(self, size, num_classes)
 
     def optimizer(self, model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
         """What takes the steps, Adam or SGD with Nesterov's momentum, and their rate: it rises first or falls alone."""
@@ -165,8 +145,8 @@ class Trainer:
         """The classifier of images (samples, pixels) before its training, on their device."""
         with seeded_initialisation(self.seed):
             network = self.config.network(self.size or images.shape[1:], num_classes)
-        if self.config.architecture == "airbench":
-            whiten(network, images)
+        if initialise := ARCHITECTURES[self.config.architecture].initialise:
+            initialise(network, images)
         of_images = (self.config, self.size, images.shape[1:], images.device, num_classes)
         example = TRACES.get(of_images, images[:2])
         classifier = HookedClassifier(network.to(images.device), example, self.config.bfloat16)
