@@ -1,8 +1,11 @@
-"""The classifiers that runs train."""
+"""The classifiers that runs train, and the registry of their architectures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +13,10 @@ from torch import Tensor, nn
 
 from mimu.tracing import HookedClassifier, Trace
 
-WHITENED_BY = 1000  # images, every n-th of those at hand
-LEAST_VARIANCE = 5e-4  # that is added to that of a direction of patches, which may be none
+WHITENED_BY = 1000  # images, evenly spaced among those given
+LEAST_VARIANCE = 5e-4  # added to the variance of each direction of patches, which may be 0
+
+Size = tuple[int, int, int]  # channels, height and width of an image
 
 
 def mlp(sizes: Sequence[int], bias: bool) -> nn.Sequential:
@@ -22,51 +27,61 @@ def mlp(sizes: Sequence[int], bias: bool) -> nn.Sequential:
     return nn.Sequential(*modules[:-1])
 
 
-def pixels_left(height: int, width: int, channels: Sequence[int]) -> int:
-    """How many there are after max pooling for each of the channels. Raises ValueError where none is."""
-    left = (height >> len(channels)) * (width >> len(channels))
-    if not left:
+def pooled_pixels(height: int, width: int, channels: Sequence[int]) -> int:
+    """How many pixels remain after one max pooling for each of the channels. Raises ValueError if none does."""
+    pixels = (height >> len(channels)) * (width >> len(channels))
+    if not pixels:
         raise ValueError(f"channels must be fewer than {len(channels)}: nothing is left of {height} x {width} pixels")
-    return left
+    return pixels
 
 
-def cnn(
-    size: tuple[int, int, int], channels: Sequence[int], sizes: Sequence[int], bias: bool, batch_norm: bool
-) -> nn.Sequential:
-    """Convolutions of 3 x 3 with ReLU and max pooling, then an mlp (after LeCun et al. 1998, LeNet-5).
-
-    size: of an image, channels, height and width; sizes: of the layers of the mlp, the logits last
-    Raises ValueError where nothing of an image is left after the last pooling.
-    """
-    network = nn.Sequential(nn.Flatten(), nn.Unflatten(1, size))
-    for n, m in zip([size[0], *channels], channels):
-        normalised = [nn.BatchNorm2d(m)] if batch_norm else []
-        network.extend([nn.Conv2d(n, m, 3, padding=1, bias=bias), *normalised, nn.ReLU(), nn.MaxPool2d(2)])
-    network.extend(mlp([channels[-1] * pixels_left(*size[1:], channels), *sizes], bias))
+def convolutional(size: Size, modules: Sequence[nn.Module]) -> nn.Sequential:
+    """Modules on images, which may be given as rows of pixels."""
+    network = nn.Sequential(nn.Flatten(), nn.Unflatten(1, size), *modules)
     return network.to(memory_format=torch.channels_last)  # on a CPU convolutions take a third less time
 
 
-def airbench(
-    size: tuple[int, int, int], channels: Sequence[int], sizes: Sequence[int], bias: bool, blocks: int
-) -> nn.Sequential:
-    """A convolution of 2 x 2 to `whiten`, stages of 3 x 3, the largest value of every channel, and an mlp.
+def convolution(n: int, m: int, *modules: nn.Module, bias: bool = False) -> list[nn.Module]:
+    """A convolution of 3 x 3 from n to m channels, and the modules after it."""
+    return [nn.Conv2d(n, m, 3, padding=1, bias=bias), *modules]
 
-    After Jordan 2024, arXiv:2404.00498, with SiLU. size, sizes, raises: as `cnn`
-    blocks: convolutions of a stage, all with batch normalisation, the first with max pooling before it
+
+def cnn(size: Size, channels: Sequence[int], sizes: Sequence[int], bias: bool, batch_norm: bool) -> nn.Sequential:
+    """Convolutions of 3 x 3 with ReLU and max pooling, then an mlp (after LeCun et al. 1998, LeNet-5).
+
+    Args:
+        size: of an image
+        sizes: of the layers of the mlp, the logits last
+    Raises:
+        ValueError: if nothing of an image remains after the last pooling
     """
+    modules: list[nn.Module] = []
+    for n, m in zip([size[0], *channels], channels):
+        norm = [nn.BatchNorm2d(m)] if batch_norm else []
+        modules += convolution(n, m, *norm, nn.ReLU(), nn.MaxPool2d(2), bias=bias)
+    return convolutional(size, modules + [*mlp([channels[-1] * pooled_pixels(*size[1:], channels), *sizes], bias)])
 
-    def convolution(n: int, m: int, *pooling: nn.Module) -> list[nn.Module]:
-        return [nn.Conv2d(n, m, 3, padding=1, bias=False), *pooling, nn.BatchNorm2d(m), nn.SiLU()]
 
-    pixels_left(size[1] - 1, size[2] - 1, channels)
+def airbench(size: Size, channels: Sequence[int], sizes: Sequence[int], bias: bool, blocks: int) -> nn.Sequential:
+    """A whitening convolution of 2 x 2, stages of 3 x 3, the largest value of every channel, and an mlp.
+
+    After Jordan 2024, arXiv:2404.00498, with SiLU.
+
+    Args:
+        size: of an image
+        sizes: of the layers of the mlp, the logits last
+        blocks: convolutions of a stage, all with batch normalisation, the first with max pooling before it
+    Raises:
+        ValueError: if nothing of an image remains after the last pooling
+    """
+    pooled_pixels(size[1] - 1, size[2] - 1, channels)
     whitened = 2 * 4 * size[0]
-    network = nn.Sequential(nn.Flatten(), nn.Unflatten(1, size), nn.Conv2d(size[0], whitened, 2), nn.SiLU())
+    modules: list[nn.Module] = [nn.Conv2d(size[0], whitened, 2), nn.SiLU()]
     for n, m in zip([whitened, *channels], channels):
-        network.extend(convolution(n, m, nn.MaxPool2d(2)))
+        modules += convolution(n, m, nn.MaxPool2d(2), nn.BatchNorm2d(m), nn.SiLU())
         for _ in range(1, blocks):
-            network.extend(convolution(m, m))
-    network.extend([nn.AdaptiveMaxPool2d(1), *mlp([channels[-1], *sizes], bias)])
-    return network.to(memory_format=torch.channels_last)
+            modules += convolution(m, m, nn.BatchNorm2d(m), nn.SiLU())
+    return convolutional(size, [*modules, nn.AdaptiveMaxPool2d(1), *mlp([channels[-1], *sizes], bias)])
 
 
 @torch.no_grad()
@@ -83,7 +98,7 @@ def whiten(network: nn.Sequential, images: Tensor) -> None:
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions of 3 x 3, whose output is added to the input; where shapes differ, to a projection of it."""
+    """Two convolutions of 3 x 3, whose output is added to the input, or to a projection of it if shapes differ."""
 
     def __init__(self, n: int, m: int, stride: int) -> None:
         super().__init__()
@@ -100,30 +115,32 @@ class ResidualBlock(nn.Module):
         return (self.bn2(self.conv2(inner)) + self.shortcut(x)).relu()
 
 
-def resnet(size: tuple[int, int, int], channels: Sequence[int], blocks: int, num_classes: int) -> nn.Sequential:
+def resnet(size: Size, channels: Sequence[int], blocks: int, num_classes: int) -> nn.Sequential:
     """Stages of residual blocks, each half as high and wide as the one before (He et al. 2016, arXiv:1512.03385).
 
-    With three stages of one block it is ResNet-8, of two blocks ResNet-14: the convolutions but for projections, and
-    the linear layer behind a mean over all positions.
+    Three stages of one block are ResNet-8, of two blocks ResNet-14: the convolutions except projections, and the linear
+    layer on the mean over all positions.
     """
-    network = nn.Sequential(nn.Flatten(), nn.Unflatten(1, size))
-    network.extend([nn.Conv2d(size[0], channels[0], 3, padding=1, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU()])
+    modules = convolution(size[0], channels[0], nn.BatchNorm2d(channels[0]), nn.ReLU())
     for stage, (n, m) in enumerate(zip([channels[0], *channels], channels)):
-        network.append(ResidualBlock(n, m, 1 if stage == 0 else 2))
-        network.extend(ResidualBlock(m, m, 1) for _ in range(1, blocks))
-    network.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes)])
-    return network.to(memory_format=torch.channels_last)
+        modules.append(ResidualBlock(n, m, 1 if stage == 0 else 2))
+        modules += [ResidualBlock(m, m, 1) for _ in range(1, blocks)]
+    return convolutional(size, [*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes)])
 
 
 class VisionTransformer(nn.Module):
     """Patches of an image as tokens, encoder layers, a linear layer on the mean of the tokens (arXiv:2010.11929).
 
-    size: of an image, channels, height and width; width: features of a token; hidden: units within a block
-    Raises ValueError where an image has no patch, or the width cannot be shared out among the heads.
+    Args:
+        size: of an image
+        width: features of a token
+        hidden: units of a block's perceptron
+    Raises:
+        ValueError: if an image has no patch, or the heads do not divide the width
     """
 
     def __init__(
-        self, size: tuple[int, int, int], patch: int, width: int, hidden: int, heads: int, blocks: int, num_classes: int
+        self, size: Size, patch: int, width: int, hidden: int, heads: int, blocks: int, num_classes: int
     ) -> None:
         super().__init__()
         tokens = (size[1] // patch) * (size[2] // patch)
@@ -145,6 +162,67 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(tokens).mean(1)))
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture that a `TrainerConfig` can name.
+
+    Args:
+        build: makes the network from the config, the size of images ([channels,] height, width; for an mlp also the
+            number of pixels alone) and the number of classes; raises ValueError naming a setting that does not fit
+        describe: puts the config and the shapes of the weights into words
+        initialise: sets weights of a new network by training images (samples, pixels)
+    """
+
+    build: Callable[[Any, Sequence[int], int], nn.Module]
+    describe: Callable[[Any, Sequence[Sequence[int]]], str]
+    initialise: Callable[[nn.Module, Tensor], None] | None = None
+
+
+def image_size(config: Any, size: Sequence[int]) -> Size:
+    """Channels, height and width of images. Raises ValueError if the config names no channels for them."""
+    if not config.channels:
+        raise ValueError(f"channels must name one at least for {config.architecture}")
+    return (1, *size) if len(size) == 2 else tuple(size)
+
+
+def vit(config: Any, size: Sequence[int], num_classes: int) -> VisionTransformer:
+    """The transformer of a config, which must name one number of channels and one of hidden units."""
+    image, widths = image_size(config, size), [*config.channels, *config.hidden_sizes]
+    if len(config.channels) != 1 or len(config.hidden_sizes) != 1:
+        raise ValueError(f"channels and hidden_sizes must each be one number for vit, not {widths}")
+    return VisionTransformer(image, config.patch, widths[0], widths[1], config.heads, config.blocks, num_classes)
+
+
+def layer_sizes(config: Any, shapes: Sequence[Sequence[int]]) -> str:
+    """The sizes of all layers, such as `cnn 1-4-6-9-10 with biases`."""
+    sizes = "-".join(map(str, [shapes[0][1], *(shape[0] for shape in shapes)]))
+    return ("" if config.architecture == "mlp" else config.architecture + " ") + sizes + " with biases" * config.bias
+
+
+ARCHITECTURES = {
+    "mlp": Architecture(lambda c, size, classes: mlp([prod(size), *c.hidden_sizes, classes], c.bias), layer_sizes),
+    "cnn": Architecture(
+        lambda c, size, classes: cnn(image_size(c, size), c.channels, [*c.hidden_sizes, classes], c.bias, c.batch_norm),
+        layer_sizes,
+    ),
+    "airbench": Architecture(
+        lambda c, size, classes: airbench(
+            image_size(c, size), c.channels, [*c.hidden_sizes, classes], c.bias, c.blocks
+        ),
+        layer_sizes,
+        initialise=whiten,
+    ),
+    "resnet": Architecture(
+        lambda c, size, classes: resnet(image_size(c, size), c.channels, c.blocks, classes),
+        lambda c, _: f"ResNet-{2 + 2 * len(c.channels) * c.blocks}",
+    ),
+    "vit": Architecture(vit, lambda c, _: f"ViT/{c.patch} {c.channels[0]}-{c.hidden_sizes[0]}, blocks: {c.blocks}"),
+}
+
+
+TRACES: dict[tuple[tuple[int, ...], bool], Trace] = {}  # of perceptrons with any weights, by their sizes and bias
+
+
 class HookedMNISTClassifier(HookedClassifier):
     """Multilayer perceptron with ReLU between its linear layers.
 
@@ -157,6 +235,3 @@ class HookedMNISTClassifier(HookedClassifier):
         sizes = (in_features, *hidden_sizes, num_classes)
         super().__init__(mlp(sizes, bias), TRACES.get((sizes, bias), torch.zeros(2, in_features)))
         TRACES[sizes, bias] = self.trace
-
-
-TRACES: dict[tuple[tuple[int, ...], bool], Trace] = {}  # of perceptrons, whatever their weights are

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from mimu.seeds import seeded, seeded_initialisation
 from mimu.settings import Amount, Bounds, Count, NonNegative, Positive, number_of_weights
 from mimu.tracing import HookedClassifier, Trace, log_odds
 from mimu.training import check_weights, descend, learn
-from model import VisionTransformer, airbench, cnn, mlp, resnet, whiten
+from model import ARCHITECTURES
 
 LEAST_SPREAD = 1e-6  # divisor, at least, in the place of the scores' standard deviation, which may be 0
 GRADIENT_NORM = 1.0  # a step's gradient of the GCN is scaled down to this norm if it is larger
@@ -96,7 +95,7 @@ Sizes = Annotated[tuple[Annotated[int, Bounds(ge=1, le=10**6)], ...], Field(max_
 class TrainerConfig:
     """The settings of a classifier and of its training, which lowers the cross entropy."""
 
-    architecture: Literal["mlp", "cnn", "airbench", "resnet", "vit"]
+    architecture: Literal[*ARCHITECTURES]
     hidden_sizes: Sizes
     channels: Sizes
     blocks: Annotated[int, Bounds(ge=1, le=50)]
@@ -116,27 +115,8 @@ class TrainerConfig:
     bfloat16: bool
 
     def network(self, size: Sequence[int], num_classes: int) -> nn.Module:
-        """The classifier as a module, with weights as PyTorch draws them.
-
-        size: height and width of the images, and before them 3 of those in colour; of an mlp also what they have of
-            pixels
-        """
-        if self.architecture == "mlp":
-            return mlp([math.prod(size), *self.hidden_sizes, num_classes], self.bias)
-        if not self.channels:
-            raise ValueError(f"channels must name one at least for {self.architecture}")
-        size = (1, *size) if len(size) == 2 else tuple(size)  # channels, height, width
-        sizes = [*self.hidden_sizes, num_classes]
-        if self.architecture == "cnn":
-            return cnn(size, self.channels, sizes, self.bias, self.batch_norm)
-        if self.architecture == "airbench":
-            return airbench(size, self.channels, sizes, self.bias, self.blocks)
-        if self.architecture == "vit":
-            widths = [*self.channels, *self.hidden_sizes]
-            if len(self.channels) != 1 or len(self.hidden_sizes) != 1:
-                raise ValueError(f"channels and hidden_sizes must each be one number for vit, not {widths}")
-            return VisionTransformer(size, self.patch, *widths, self.heads, self.blocks, num_classes)
-        return resnet(size, self.channels, self.blocks, num_classes)
+        """The classifier as a module, with weights as PyTorch draws them; `Architecture.build` says what it takes."""
+        return ARCHITECTURES[self.architecture].build(self, size, num_classes)
 
     def optimizer(self, model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
         """Returns Adam, or SGD with Nesterov's momentum, and its rate, which rises in the warm-up and falls to zero."""
@@ -191,8 +171,8 @@ class Trainer:
         """Returns the untrained classifier of images (samples, pixels), on their device."""
         with seeded_initialisation(self.seed):
             network = self.config.network(self.size or images.shape[1:], num_classes)
-        if self.config.architecture == "airbench":
-            whiten(network, images)
+        if initialise := ARCHITECTURES[self.config.architecture].initialise:
+            initialise(network, images)
         key = (self.config, self.size, images.shape[1:], images.device, num_classes)
         classifier = HookedClassifier(network.to(images.device), TRACES.get(key, images[:2]), self.config.bfloat16)
         TRACES[key] = classifier.trace

@@ -21,6 +21,7 @@ from mimu.graph import resolve_mask_layer
 from mimu.pretrained import TrainedGCN
 from mimu.saliency import GraphConfig
 from mimu.settings import LIMIT, Amount, Bounds, Count, library_settings, number_of_weights
+from model import ARCHITECTURES
 from reporter import ReporterConfig
 from trainer import GCNTrainerConfig, TrainerConfig
 
@@ -145,13 +146,7 @@ class Config:
     @property
     def architecture(self) -> str:
         """The sizes of the classifier's layers, in words."""
-        of, shapes = self.classifier, self.shapes
-        if of.architecture == "resnet":
-            return f"ResNet-{2 + 2 * len(of.channels) * of.blocks}"
-        if of.architecture == "vit":
-            return f"ViT/{of.patch} {of.channels[0]}-{of.hidden_sizes[0]}, blocks: {of.blocks}"
-        sizes = "-".join(map(str, [shapes[0][1], *(shape[0] for shape in shapes)]))
-        return ("" if of.architecture == "mlp" else of.architecture + " ") + sizes + " with biases" * of.bias
+        return ARCHITECTURES[self.classifier.architecture].describe(self.classifier, self.shapes)
 
     @property
     def split(self) -> str:
