@@ -25,8 +25,11 @@ from mimu.saliency import ActivationGraphs
 from mimu.samples import Split
 from mimu.seeds import seeded
 
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
 DATASET_ROOT = ROOT / "datasets"
-# What torchvision downloads, and the names of the classes.
+# The data sets that torchvision downloads, and the names of their classes.
 DATASETS = {
     "MNIST": tuple("0123456789"),
     "FashionMNIST": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
@@ -34,17 +37,15 @@ DATASETS = {
     "CIFAR10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     "SVHN": tuple("0123456789"),
 }
-if TYPE_CHECKING:
-    from torch_geometric.data import Data
-
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
 class DataSet(NamedTuple):
-    """A data set on the disk, of which no more is read yet than what its images and classes are.
+    """A data set on disk. Its images are read only by `read`.
 
-    size: (height, width) of a grey image, (3, height, width) of one in colour; class_names: by label
-    read: the training split, or with False the test split: images (samples, *size), uint8, and labels (samples)
+    size: of an image, (height, width) in grey or (3, height, width) in colour
+    class_names: the name of each class, by label
+    read: returns the training split, for False the test split: images (samples, *size) uint8 and labels (samples)
     """
 
     size: tuple[int, ...]
@@ -53,127 +54,124 @@ class DataSet(NamedTuple):
 
 
 def data_set(name: str, root: Path = DATASET_ROOT) -> DataSet:
-    """A data set by its name, one of DATASETS or a folder under `root`. Raises DataError where it cannot be one."""
+    """Returns the data set of a name: one of DATASETS, or a folder under `root`. Raises DataError if it is neither."""
     folder = root / name
     if name == "SVHN" and not find_spec("scipy"):
         raise DataError(f"dataset SVHN in {folder}: its files are read by scipy, install it (uv pip install scipy)")
-    if name in ("CIFAR10", "SVHN"):
-        return DataSet((3, 32, 32), DATASETS[name], partial(read_in_colour, folder, name))
     if name in DATASETS:
-        return DataSet((28, 28), DATASETS[name], partial(read_idx, folder / "raw", name))
-    there = {path.name for path in root.glob("*") if path.is_dir()}.difference(DATASETS, ["Graphs"])
-    if name not in there:
-        valid = ", ".join([*DATASETS, *sorted(there)])
+        size = (3, 32, 32) if name in ("CIFAR10", "SVHN") else (28, 28)
+        return DataSet(size, DATASETS[name], partial(read_torchvision, folder, name))
+    own_names = {path.name for path in root.glob("*") if path.is_dir()}.difference(DATASETS, ["Graphs"])
+    if name not in own_names:
+        valid = ", ".join([*DATASETS, *sorted(own_names)])
         raise DataError(f"dataset must be {valid}, or another folder in {root}, not {name!r}")
     with reading(name, folder):
         files = [*folder.glob("raw/*-ubyte*"), *folder.glob("*-ubyte*")]
-        found = idx_files(files[0].parent) if files else image_folders(folder)
-        names = found.class_names
+        own = idx_files(files[0].parent) if files else image_folders(folder)
+        names = own.class_names
         if len(names) < 2 or not "".join(names).isprintable() or set("$|") & set("".join(names)):
             raise ValueError(f"it must have two classes at least, named without $, | and line breaks, not {names}")
-    return found
+    return own
 
 
 @contextmanager
 def reading(name: str, folder: Path) -> Iterator[None]:
-    """Turns what missing and damaged files raise into a DataError that names the data set."""
+    """Turns the errors that missing and damaged files raise into a DataError that names the data set."""
     try:
         yield
     except (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError) as error:
         raise DataError(f"dataset {name} in {folder}: cannot be used ({one_line(error)})") from None
 
 
+def read_torchvision(folder: Path, name: str, is_train: bool) -> tuple[Tensor, Tensor]:
+    """Reads a split of one of DATASETS. Downloads the data set if files are missing, or damaged in CIFAR10 and SVHN."""
+    if all(as_read(folder / "raw" / file).exists() for file in FILES):
+        return read_idx(folder / "raw", is_train)
+    from torchvision import datasets  # takes seconds, which a bad setting need not wait for
+
+    if name == "CIFAR10":
+        split = datasets.CIFAR10(folder, is_train, download=True)
+        return torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)
+    if name == "SVHN":
+        split = datasets.SVHN(folder, "train" if is_train else "test", download=True)
+        return torch.from_numpy(split.data), torch.from_numpy(split.labels)
+    getattr(datasets, name)(folder.parent, download=True)
+    return read_idx(folder / "raw", is_train)
+
+
 def idx_files(folder: Path) -> DataSet:
-    """A data set in the format of MNIST, its files packed by gzip or not."""
+    """Returns the data set in a folder that holds files in MNIST's format, compressed by gzip or not."""
     _, height, width = idx(folder / FILES[0]).shape
     class_names = tuple(map(str, range(1 + int(idx(folder / FILES[1]).max()))))
-    return DataSet((height, width), class_names, partial(read_idx, folder, ""))
+    return DataSet((height, width), class_names, partial(read_idx, folder))
 
 
-def read_idx(folder: Path, name: str, is_train: bool) -> tuple[Tensor, Tensor]:
-    """Reads a split in the format of MNIST; downloads what of DATASETS is not there."""
-    paths = [folder / file for file in FILES]
-    if name in DATASETS and not all(as_read(path).exists() for path in paths):
-        from torchvision import datasets  # takes seconds, which a bad setting need not wait for
-
-        getattr(datasets, name)(folder.parents[1], download=True)
-    images, labels = paths[:2] if is_train else paths[2:]
-    return idx(images), idx(labels).long()
+def read_idx(folder: Path, is_train: bool) -> tuple[Tensor, Tensor]:
+    images, labels = FILES[:2] if is_train else FILES[2:]
+    return idx(folder / images), idx(folder / labels).long()
 
 
 def idx(path: Path) -> Tensor:
-    """The numbers (uint8) in a file of MNIST's format, which may be packed by gzip."""
+    """Reads the numbers (uint8) in a file of MNIST's format, which may be compressed by gzip."""
     source = as_read(path)
     with naming(source, "read"):
         content = source.read_bytes()
     try:
         content = content if source == path else gzip.decompress(content)
-        start = 4 + 4 * content[3]  # after three bytes, the number of dimensions, and the size of each in four bytes
+        start = 4 + 4 * content[3]  # byte 3 is the number of dimensions; the size of each follows, in four bytes
         sizes = np.frombuffer(content[4:start], ">i4").tolist()
         return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(sizes)
-    except Exception as error:  # any byte may be wrong, and what that raises is anything
+    except Exception as error:  # damaged bytes can raise any error
         raise ValueError(f"{source.name} is damaged: {one_line(error)}") from None
 
 
-def read_in_colour(folder: Path, name: str, is_train: bool) -> tuple[Tensor, Tensor]:
-    """Reads a split of CIFAR10 or SVHN, which it downloads where a file of it is missing or damaged."""
-    from torchvision import datasets
-
-    if name == "CIFAR10":
-        split = datasets.CIFAR10(folder, is_train, download=True)
-        return torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)
-    split = datasets.SVHN(folder, "train" if is_train else "test", download=True)
-    return torch.from_numpy(split.data), torch.from_numpy(split.labels)
+def as_read(path: Path) -> Path:
+    """Returns the file that is read for a path: its copy compressed by gzip, if there is one beside it, else itself."""
+    compressed = path.with_name(f"{path.name}.gz")
+    return compressed if compressed.exists() else path
 
 
 def image_folders(folder: Path) -> DataSet:
-    """A data set of images in train/<class>/ and test/<class>/, all of one size, and all grey or all in colour."""
+    """Returns the data set of the images in train/<class>/ and test/<class>/, all of one size and all grey or RGB."""
     if not ((folder / "train").is_dir() and (folder / "test").is_dir()):
         raise ValueError("it must hold images in train/<class>/ and test/<class>/, or the four files of MNIST's format")
     from torchvision.datasets import ImageFolder
 
-    train = ImageFolder(folder / "train", loader=pixels)
-    test = ImageFolder(folder / "test", loader=pixels)
+    train, test = (ImageFolder(folder / part, loader=pixels) for part in ("train", "test"))
     if odd := set(train.classes) ^ set(test.classes):
         raise ValueError(f"train/ and test/ must have the same classes, not {', '.join(sorted(odd))} in one alone")
     size = train[0][0].shape
 
-    def stacked(part: ImageFolder) -> tuple[Tensor, Tensor]:
-        images = []
+    def read(is_train: bool) -> tuple[Tensor, Tensor]:
+        part, images = train if is_train else test, []
         for path, _ in tqdm(part.samples, "images", delay=1, leave=False, disable=None):
             images.append(pixels(path))
             if images[-1].shape != size:
                 raise ValueError(f"{path} is of {images[-1].shape}, but {train.samples[0][0]} is of {size}")
-        # The last samples may be held out: they must not be of one class.
-        order = torch.randperm(len(images), generator=seeded("folders", part is train))
+        # Shuffled: the last samples may be held out, and must not be of one class.
+        order = torch.randperm(len(images), generator=seeded("folders", is_train))
         return torch.from_numpy(np.stack(images))[order], torch.tensor(part.targets)[order]
 
-    return DataSet(size, tuple(train.classes), lambda is_train: stacked(train if is_train else test))
+    return DataSet(size, tuple(train.classes), read)
 
 
 def pixels(path: str) -> np.ndarray:
-    """An image (height, width), or in colour (3, height, width), uint8. Raises ValueError where it is none of these."""
+    """Reads an image: (height, width) in grey or (3, height, width) in colour, uint8. Raises ValueError otherwise."""
     try:
         with naming(Path(path), "read"), Image.open(path) as image:
             if image.mode not in ("L", "RGB"):
                 raise ValueError(f"its mode is {image.mode}")
             return np.asarray(image) if image.mode == "L" else np.moveaxis(np.asarray(image), 2, 0).copy()
-    except Exception as error:  # any byte may be wrong, and what that raises is anything
+    except Exception as error:  # damaged bytes can raise any error
         raise ValueError(f"{path} must be an image, grey or RGB of 8 bits: {error}") from None
 
 
-def as_read(path: Path) -> Path:
-    """The file that is read in the place of another: the one packed by gzip beside it, if there is one, else itself."""
-    packed = path.with_name(f"{path.name}.gz")
-    return packed if packed.exists() else path
-
-
 def checksum(name: str, root: Path = DATASET_ROOT) -> str:
-    """A digest of every file of a data set: what says which data set it is. Empty where none is there."""
+    """Returns a digest of all files that are read of a data set; it is empty if there are none."""
     folder, hashes = root / name, {}
     for path in glob("**", root_dir=folder, recursive=True):
         is_read = (folder / path).is_file() and as_read(folder / path) == folder / path
-        if is_read and not path.endswith(".tar.gz"):  # which is unpacked beside it, or yet to be
+        if is_read and not path.endswith(".tar.gz"):  # torchvision unpacks it beside itself
             hashes[path] = hashlib.sha256((folder / path).read_bytes()).hexdigest()
     return digest(hashes) if hashes else ""
 
@@ -181,29 +179,27 @@ def checksum(name: str, root: Path = DATASET_ROOT) -> str:
 class ImageData:
     """A training split that methods may use, a test split that scores them, and the names of the classes, by label.
 
-    While a method runs, the test split is sealed: asking for it raises PermissionError.
+    While a method runs, the test split is sealed: reading it raises PermissionError.
     """
 
     def __init__(self, train: Split, test: Split, class_names: Sequence[str] = ()) -> None:
-        self.train = train
-        self.class_names = class_names
-        self._test = test
-        self._sealed = False
+        self.train, self.class_names = train, class_names
+        self._test: Split | None = test
 
     @property
     def test(self) -> Split:
-        if self._sealed:
+        if self._test is None:
             raise PermissionError("the test split is sealed while a method runs: it may use the training split only")
         return self._test
 
     @contextmanager
     def sealed(self) -> Iterator[None]:
-        """Closes the test split for as long as the context is open."""
-        before, self._sealed = self._sealed, True
+        """Seals the test split while the context is open."""
+        test, self._test = self._test, None
         try:
             yield
         finally:
-            self._sealed = before
+            self._test = test
 
 
 def load_image_data(
@@ -211,8 +207,11 @@ def load_image_data(
 ) -> ImageData:
     """Reads a data set into memory, standardised by its training split.
 
-    held_out: this many training samples, the last, stand in the place of the test split, for choices it must not make
-    Raises DataError where its files are missing and cannot be had or are damaged, or a split lacks a class.
+    Args:
+        held_out: the last so many training samples replace the test split, for choices that must not see it
+
+    Raises:
+        DataError: files are missing and cannot be downloaded, or are damaged, or a split lacks a class
     """
     source = data_set(name, root)
     num_classes, splits = len(source.class_names), []
@@ -232,21 +231,23 @@ def load_image_data(
     if not deviation > 0:
         raise DataError(f"dataset {name} in {root / name}: all pixels of the training split are alike")
     for split in splits:
-        split.images.sub_(mean).div_(deviation)  # in place, or a large data set would stand in memory twice
-    return ImageData(splits[0], splits[1], source.class_names)
+        split.images.sub_(mean).div_(deviation)  # in place, because a copy would double the memory
+    return ImageData(*splits, source.class_names)
 
 
 class GraphGenerator(ActivationGraphs):
     """Activation graphs of a classifier, with the export of single samples to PyG."""
 
     def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
-        """The graph of one sample for PyG: x (vertices, features), edge_index (2, edges), y (1).
+        """Returns the graph of one sample for PyG: x (vertices, features), edge_index (2, edges), y (1).
 
-        While the list of edges is built, an edge takes about 100 bytes. Raises IndexError where there is no such
-        sample, ValueError on more than `max_edges`.
+        Building the edge list takes about 100 bytes of memory per edge.
+
+        Raises:
+            IndexError: there is no such sample
+            ValueError: the graph has more than `max_edges` edges
         """
-        # Imported here, since it takes longer than the rest and only this export needs it.
-        from torch_geometric.data import Data
+        from torch_geometric.data import Data  # takes seconds, which nothing but this export needs
 
         if (edges := self.graph.num_edges) > max_edges:
             raise ValueError(f"max_edges must be at least {edges:,} ({16 * edges / 1e9:.1f} GB), not {max_edges:,}")

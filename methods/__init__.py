@@ -1,4 +1,4 @@
-"""Every way to forget beyond the published system, a file per family. Importing the package registers them."""
+"""Every unlearning method beyond those of eval.py, one file per family. Importing the package registers them."""
 
-# In this order they stand in the tables.
+# Tables list the methods in this order.
 from methods import controls, fine_tuning, projections, published, erasing  # noqa: F401, I001

@@ -7,13 +7,12 @@ the class from others all the same: what attackers find in the inputs themselves
 
 from __future__ import annotations
 
-from eval import Request
-from methods.controls import further
+from eval import Request, unlearning_method
 from mimu.erasing import Erasing, erased
 from mimu.masks import Mask
 
 
-@further("erase", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")
+@unlearning_method("erase", runs_with="all", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")
 def erase(request: Request, *, config: Erasing) -> Mask:
     """Late layers read less of the class's direction, by shares learned against attackers, and its output row."""
     mask, _ = erased(request.classifier, request.train, request.forget_class, config, request.seed)

@@ -1,18 +1,16 @@
-"""Published ways to forget by training, each in its published form; the tables name what each needs."""
+"""Published methods that train the classifier further, each in its published form."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from eval import Request
-from methods.controls import further, output_layer
+from eval import Request, unlearning_method
 from mimu.masks import Mask
 from mimu.pruning import forgetting_loss
 from mimu.samples import Split
@@ -22,71 +20,71 @@ from mimu.tracing import HookedClassifier, samples_that_fit
 from mimu.training import descend, learn
 from trainer import UnlearningSFTConfig, masked_weights, other_labels
 
+Loss = Callable[[Tensor, Tensor], Tensor] | None  # of images and labels; None: the cross entropy
 MOMENTUM = partial(torch.optim.SGD, momentum=0.9)
 
 
 @dataclass(frozen=True)
 class FineTuning(UnlearningSFTConfig):
-    """How long and how fast a classifier is trained further."""
+    """The length and the learning rate of a training that starts from the original."""
 
     def train(
-        self, model: nn.Module, samples: Split, generator: torch.Generator, by: Callable = MOMENTUM, **given: Any
+        self, model: nn.Module, samples: Split, generator: Generator, loss: Loss = None, optimizer: Callable = MOMENTUM
     ) -> nn.Module:
-        """Trains a model by `learn` with what is given; by: makes the optimizer of parameters and a rate."""
-        given = {"optimizer": by(model.parameters(), self.learning_rate), "generator": generator} | given
-        return learn(model, samples, self.epochs, self.batch_size, **given)
+        """Trains a model in place on random batches of the samples, and returns it."""
+        steps = optimizer(model.parameters(), self.learning_rate)
+        return learn(model, samples, self.epochs, self.batch_size, optimizer=steps, generator=generator, loss=loss)
 
 
-def draws(request: Request, name: str) -> torch.Generator:
-    """The random draws of a method."""
+def draws(request: Request, name: str) -> Generator:
+    """Returns the random generator of a method for a request."""
     return seeded(name, request.seed, request.forget_class)
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """KL(target || prediction) in nats, mean over the batch; both are logits (batch, classes)."""
+    """Returns KL(target || prediction) in nats, averaged over the batch; both are logits (batch, classes)."""
     return F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True)
 
 
-@further("fine_tune", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="retain set")
+@unlearning_method("fine_tune", runs_with="all", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="retain set")
 def fine_tune(request: Request, *, config: FineTuning) -> nn.Module:
-    """Fine-tuning on the retain set alone (SGD with momentum): the class fades as it is no longer seen."""
+    """Fine-tuning on the retain set alone (SGD with momentum): the class fades because it is no longer seen."""
     return config.train(request.classifier, request.retain, draws(request, "fine_tune"))
 
 
-@further("neg_grad_plus", paper="Kurmanji et al. 2023, arXiv:2302.09880")
+@unlearning_method("neg_grad_plus", runs_with="all", paper="Kurmanji et al. 2023, arXiv:2302.09880")
 def neg_grad_plus(request: Request, *, config: FineTuning, retain_weight: Share) -> nn.Module:
     """NegGrad+: descent on the retain set and ascent on the forget set in one loss, a L_retain - (1 - a) L_forget."""
-    classifier = request.classifier
-    generator = draws(request, "neg_grad_plus")
-    forget = request.forget.batches(config.batch_size, generator)
+    classifier, generator = request.classifier, draws(request, "neg_grad_plus")
+    forget_batches = request.forget.batches(config.batch_size, generator)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
-        batch = next(forget)
+        forget = next(forget_batches)
         on_retain = F.cross_entropy(classifier(images), labels)
-        on_forget = F.cross_entropy(classifier(batch.images), batch.labels)
+        on_forget = F.cross_entropy(classifier(forget.images), forget.labels)
         return retain_weight * on_retain - (1 - retain_weight) * on_forget
 
-    return config.train(classifier, request.retain, generator, loss=loss)
+    return config.train(classifier, request.retain, generator, loss)
 
 
 def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tensor]:
-    """The diagonal Fisher information E[(dL/dw)^2] of every weight, as of the matrix of its layer, (m, n) each."""
+    """Returns the diagonal Fisher information E[(dL/dw)^2] of every layer's weights, (m, n) each; L: cross entropy."""
     layers = range(len(classifier.names))
     means = [0.0 for _ in layers]
+    # For a weight that is read at several positions, the gradient of every sample is formed.
     sizes = [weight.numel() for layer, weight in enumerate(classifier.weights) if classifier.positions(layer)]
-    fit = samples_that_fit(max(sizes, default=0))  # gradients of every sample by a weight that is applied at positions
-    at_once = min(classifier.recorded_at_once(layers), fit)
+    at_once = min(classifier.recorded_at_once(layers), samples_that_fit(max(sizes, default=0)))
     for images, labels in zip(split.images.split(at_once), split.labels.split(at_once)):
         record = classifier.record(images, labels, layers)
         share = len(labels) / len(split.labels)
-        factor = (-record.log_odds).sigmoid().square()[None]  # (1 - p)^2, of the loss
+        factor = (-record.log_odds).sigmoid().square()[None]  # (dL / d log-odds)^2 = (1 - p)^2
         for index, layer in enumerate(record.layers):
             mean = layer.by_class(1).mean_squared_gradient(factor)
             means[index] += share * mean.flatten(0, 1)
     return means
 
 
-@further("ssd", paper="Foster et al. 2023, arXiv:2308.07707")
+@unlearning_method("ssd", runs_with="all", paper="Foster et al. 2023, arXiv:2308.07707")
 @torch.no_grad()
 def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> nn.Module:
     """Selective synaptic dampening: weights with F_forget > selection F_all shrink by dampening F_all / F_forget.
@@ -94,34 +92,37 @@ def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> 
     F is the diagonal Fisher information on the forget set and on the whole training split; no weight grows.
     """
     classifier = request.classifier
-    of_forget = fisher_information(classifier, request.forget)
     if "fisher information" not in request.kept:
         request.kept["fisher information"] = fisher_information(classifier, request.train)
-    of_all = request.kept["fisher information"]
-    for weight, forget, everything in zip(classifier.weights, of_forget, of_all):
-        factor = (dampening * everything / forget.clamp_min(1e-30)).clamp(max=1.0)
-        weight *= torch.where(forget > selection * everything, factor, 1.0).view_as(weight)
+    on_forget, on_all = fisher_information(classifier, request.forget), request.kept["fisher information"]
+    for weight, f_forget, f_all in zip(classifier.weights, on_forget, on_all):
+        factor = (dampening * f_all / f_forget.clamp_min(1e-30)).clamp(max=1.0)
+        weight *= torch.where(f_forget > selection * f_all, factor, 1.0).view_as(weight)
     return classifier
 
 
-@further("salun", paper="Fan et al. 2023, arXiv:2310.12508")
+@unlearning_method("salun", runs_with="all", paper="Fan et al. 2023, arXiv:2310.12508")
 def salun(request: Request, *, config: FineTuning, share: Share) -> nn.Module:
-    """SalUn: fine-tuning with random labels of the share of weights alone that has the largest forget gradient."""
+    """SalUn: fine-tuning with random labels for the class, only of the weights whose loss gradient on the forget set is
+    largest (SGD with momentum).
+
+    share: the fraction of the weights that are trained
+    """
     classifier, forget, retain = request.classifier, request.forget, request.retain
     at_once = classifier.recorded_at_once(())
     for images, labels in zip(forget.images.split(at_once), forget.labels.split(at_once)):
         (F.cross_entropy(classifier(images), labels) * len(labels) / len(forget.labels)).backward()
-    saliency = [parameter.grad.abs() for parameter in classifier.parameters()]
-    largest = torch.cat([each.flatten() for each in saliency]).sort(descending=True).values
-    threshold = largest[round(share * (len(largest) - 1))]
-    for parameter, each in zip(classifier.parameters(), saliency):
-        parameter.register_hook((each >= threshold).float().mul)  # of its gradient
+    gradients = [parameter.grad.abs() for parameter in classifier.parameters()]
+    descending = torch.cat([gradient.flatten() for gradient in gradients]).sort(descending=True).values
+    threshold = descending[round(share * (len(descending) - 1))]
+    for parameter, gradient in zip(classifier.parameters(), gradients):
+        parameter.register_hook((gradient >= threshold).float().mul)  # masks every later gradient
     labels = other_labels(forget.labels, request.graphs.num_classes, draws(request, "random labels"))
     samples = Split(torch.cat([retain.images, forget.images]), torch.cat([retain.labels, labels]))
     return config.train(classifier, samples, draws(request, "salun"))
 
 
-@further("scrub", paper="Kurmanji et al. 2023, arXiv:2302.09880")
+@unlearning_method("scrub", runs_with="all", paper="Kurmanji et al. 2023, arXiv:2302.09880")
 def scrub(
     request: Request,
     *,
@@ -130,32 +131,33 @@ def scrub(
     divergence_weight: NonNegative,
     label_weight: NonNegative,
 ) -> nn.Module:
-    """SCRUB: in turn away from the original on the forget set (in the first epochs) and towards it on the retain set.
+    """SCRUB: epochs that move away from the original on the forget set alternate with epochs towards it on the retain
+    set (Adam).
 
-    KL(original || student) is maximised there, its weighted sum with the cross entropy minimised here (Adam).
+    The first `max_epochs` maximise KL(original || student) on the forget set. All minimise its weighted sum with the
+    cross entropy on the retain set.
     """
-    classifier = request.classifier
-    generator = draws(request, "scrub")
+    classifier, generator = request.classifier, draws(request, "scrub")
     optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
-    train_once = replace(config, epochs=1).train
 
-    def apart(images: Tensor, labels: Tensor) -> Tensor:
+    def away(images: Tensor, labels: Tensor) -> Tensor:
         return -divergence(classifier(images), request.original(images).detach())
 
-    def together(images: Tensor, labels: Tensor) -> Tensor:
+    def towards(images: Tensor, labels: Tensor) -> Tensor:
         logits = classifier(images)
         from_original = divergence(logits, request.original(images).detach())
         return divergence_weight * from_original + label_weight * F.cross_entropy(logits, labels)
 
     for epoch in range(config.epochs):
         if epoch < max_epochs:
-            train_once(classifier, request.forget, generator, loss=apart, optimizer=optimizer)
-        train_once(classifier, request.retain, generator, loss=together, optimizer=optimizer)
+            learn(classifier, request.forget, 1, config.batch_size, optimizer, generator, away)
+        learn(classifier, request.retain, 1, config.batch_size, optimizer, generator, towards)
     return classifier
 
 
 def contrastive_loss(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Supervised contrastive loss of features (samples, n), mean: Khosla et al. 2020, arXiv:2004.11362, equation 2."""
+    """Returns the mean supervised contrastive loss of features (samples, n): Khosla et al. 2020, arXiv:2004.11362,
+    equation 2."""
     z = F.normalize(features)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     log_p = (z @ z.T / temperature).masked_fill(itself, float("-inf")).log_softmax(1)
@@ -163,68 +165,47 @@ def contrastive_loss(features: Tensor, labels: Tensor, temperature: float) -> Te
     return -(log_p.where(is_alike, 0.0).sum(1) / is_alike.sum(1).clamp_min(1)).mean()
 
 
-@further("cola", paper="Jeon et al. 2024, arXiv:2405.17878", needs="retain set")
+@unlearning_method("cola", runs_with="all", paper="Jeon et al. 2024, arXiv:2405.17878", needs="retain set")
 def cola(request: Request, *, config: FineTuning, temperature: Positive, align_epochs: Count) -> nn.Module:
     """COLA: on the retain set, first the supervised contrastive loss of the representation, then cross entropy (Adam).
 
-    By the first (collapse) the class, which it does not see, falls into the clusters of the others; the second (align)
-    trains the output layer and all before it. After summaries of the paper, not its text.
+    The first phase (collapse) never sees the class, which falls into the clusters of the retained classes. The second
+    (align) trains all layers. Written from summaries of the paper, not from its text.
     """
-    classifier = request.classifier
-    generator = draws(request, "cola")
+    classifier, generator = request.classifier, draws(request, "cola")
 
     def collapse(images: Tensor, labels: Tensor) -> Tensor:
         return contrastive_loss(classifier.outputs(images)[0], labels, temperature)
 
-    config.train(classifier, request.retain, generator, torch.optim.Adam, loss=collapse)
-    return replace(config, epochs=align_epochs).train(classifier, request.retain, generator, torch.optim.Adam)
+    config.train(classifier, request.retain, generator, collapse, torch.optim.Adam)
+    align = replace(config, epochs=align_epochs)
+    return align.train(classifier, request.retain, generator, optimizer=torch.optim.Adam)
 
 
-@further("cmf", paper="Gao et al. 2026, arXiv:2604.08271")
-def cmf(request: Request, *, config: FineTuning, retain_weight: Share) -> nn.Module:
-    """CMF: NegGrad+ with the class-mean features as the rows of the output layer, anew after every epoch.
-
-    The layer is given u(u(z) - mu), u(x) = x / |x|, in the place of the representation z, mu the mean of u(z) over the
-    training split; row c is u of class c's mean of u(z) - mu. One of five published combinations, its warm-up left out.
-    """
-    classifier, train = request.classifier, request.train
-    is_of_class = F.one_hot(train.labels, request.graphs.num_classes).float()
-    layer = output_layer(classifier)
-    layer.bias, centre = None, torch.zeros_like(layer.weight[0]).detach()
-    layer.register_forward_pre_hook(lambda _, z: (F.normalize(F.normalize(z[0]) - centre),))
-    for epoch in range(config.epochs + 1):
-        if epoch:
-            once = replace(request, original=classifier)
-            classifier = neg_grad_plus(once, config=replace(config, epochs=1), retain_weight=retain_weight)
-        z = F.normalize(classifier.mean_inputs(-1, train.images))
-        centre.copy_(z.mean(0))
-        layer = output_layer(classifier).requires_grad_(False)
-        layer.weight.copy_(F.normalize(is_of_class.T @ (z - centre)))
-    return classifier.requires_grad_(True)
-
-
-@further("eu_k", paper="Goel et al. 2022, arXiv:2201.06640", touches="the last layers", needs="retain set")
+@unlearning_method(
+    "eu_k", runs_with="all", paper="Goel et al. 2022, arXiv:2201.06640", touches="the last layers", needs="retain set"
+)
 def eu_k(request: Request, *, config: FineTuning, layers: Count) -> nn.Module:
-    """EU-k: the last k layers are trained on the retain set from their initial weights, all else stays (Adam)."""
+    """EU-k: the last k layers are trained on the retain set from their initial weights; all else stays (Adam)."""
     classifier = request.trainer.initial(request.train.images, request.graphs.num_classes)
     trace, network = classifier.trace, classifier.network
     first = [*trace.called][-layers:][0]
-    behind = {*trace.nodes[trace.nodes.index(first) :]}
-    read = {name for weight, name in trace.parameters.items() if not behind.isdisjoint(weight.users)}
-    kept = {name: x for name, x in request.original.network.state_dict().items() if name not in read}
+    suffix = {*trace.nodes[trace.nodes.index(first) :]}
+    trained = {name for weight, name in trace.parameters.items() if not suffix.isdisjoint(weight.users)}
+    kept = {name: x for name, x in request.original.network.state_dict().items() if name not in trained}
     network.load_state_dict(kept, strict=False)
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name in read)
-    config.train(classifier, request.retain, draws(request, "eu_k"), torch.optim.Adam)
-    network.load_state_dict(kept, strict=False)  # means and variances of batch normalisation
+        parameter.requires_grad_(name in trained)
+    config.train(classifier, request.retain, draws(request, "eu_k"), optimizer=torch.optim.Adam)
+    network.load_state_dict(kept, strict=False)  # training changed the statistics of batch normalisation
     return classifier.requires_grad_(True)
 
 
-@further("delete", paper="Zhou et al. 2025, arXiv:2503.23751", needs="forget set")
+@unlearning_method("delete", runs_with="all", paper="Zhou et al. 2025, arXiv:2503.23751", needs="forget set")
 def delete(request: Request, *, config: FineTuning) -> nn.Module:
     """DELETE: on the forget set, towards the original's predictions without the class (SGD with momentum).
 
-    KL(softmax(z) || student), z the original's logits, that of the label -1e10 as in the published code.
+    The loss is KL(softmax(z) || student), z the original's logits with -1e10 for the label, as in the published code.
     """
     classifier = request.classifier
 
@@ -232,10 +213,12 @@ def delete(request: Request, *, config: FineTuning) -> nn.Module:
         without_class = request.original(images).detach().scatter(1, labels[:, None], -1e10)
         return divergence(classifier(images), without_class)
 
-    return config.train(classifier, request.forget, draws(request, "delete"), loss=loss)
+    return config.train(classifier, request.forget, draws(request, "delete"), loss)
 
 
-@further("optimised_mask", paper="after Mallya et al. 2018, arXiv:1801.06519", touches="a mask")
+@unlearning_method(
+    "optimised_mask", runs_with="all", paper="after Mallya et al. 2018, arXiv:1801.06519", touches="a mask"
+)
 def optimised_mask(
     request: Request,
     *,
@@ -245,26 +228,27 @@ def optimised_mask(
     forget_weight: NonNegative,
     sparsity: NonNegative,
 ) -> Mask:
-    """A mask of the same layers trained for this class alone: Adam on a real number per weight, kept where above 0.
+    """An optimised mask: one real number per weight of the same layers is trained for this class alone, and weights
+    whose number falls to 0 or below are zeroed (Adam).
 
-    Backwards through the threshold as through a sigmoid. The loss has the terms of the masking GCN's, and the share of
-    the weights that go, weighted by sparsity.
+    The gradient passes the threshold as if it were a sigmoid. The loss has the terms of the masking GCN, and the
+    fraction of zeroed weights, weighted by `sparsity`.
     """
-    graphs, d = request.graphs, request.forget_class
+    graphs, forget_class = request.graphs, request.forget_class
     generator = draws(request, "optimised_mask")
-    without_class = graphs.predictions.index_fill(1, torch.tensor([d]).to(graphs.labels), float("-inf")).softmax(1)
+    removed = torch.tensor([forget_class]).to(graphs.labels)
+    without_class = graphs.predictions.index_fill(1, removed, float("-inf")).softmax(1)
     numbers = torch.ones(graphs.graph.num_vertices, device=graphs.labels.device, requires_grad=True)
     optimizer = torch.optim.Adam([numbers], learning_rate)
     for step in range(steps):
         soft = numbers.sigmoid()
         keep = (numbers > 0).float() + soft - soft.detach()
-        flat = graphs.draw(max(1, samples // graphs.num_classes), generator).flatten()
+        batch = graphs.draw(max(1, samples // graphs.num_classes), generator).flatten()
         weights = masked_weights(request.original, graphs.graph, keep)
-        _, logits = graphs.suffix.outputs(graphs.cached_inputs[flat], weights)
-        log_p = logits.log_softmax(1)
-        is_forget = graphs.labels[flat] == d
-        forget = forgetting_loss(log_p[is_forget, d].exp())
-        retain = -(without_class[flat] * log_p).sum(1)[~is_forget].mean()
+        log_p = graphs.suffix.outputs(graphs.cached_inputs[batch], weights)[1].log_softmax(1)
+        is_forget = graphs.labels[batch] == forget_class
+        forget = forgetting_loss(log_p[is_forget, forget_class].exp())
+        retain = -(without_class[batch] * log_p).sum(1)[~is_forget].mean()
         loss = forget_weight * forget + retain + sparsity * (1 - keep).mean()
         descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.optimised_mask")
     return graphs.graph.zeroing((numbers <= 0).nonzero()[:, 0])

@@ -1,4 +1,4 @@
-"""The published objective on the published graphs: sufficiency and prior on single samples, and the set difference."""
+"""The published objective on the published graphs: sufficiency and a prior on single samples, then a set difference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from eval import Request, unlearning_method
 from mimu.graph import MaskingGCN
@@ -22,10 +22,14 @@ FEATURES = ("input_activation", "output_activation", "weight", "gradient")
 
 @dataclass(frozen=True)
 class Published:
-    """The objective, its training, and from how many samples of a class the scores are averaged.
+    """The objective, how the GCN is trained on it, and from how many samples of a class the scores are averaged.
 
-    sufficiency, prior: the weights of the terms; gumbel: the scale of the noise on the scores of the sufficiency term
-    temperature: of the backward sigmoid, in standard deviations of the scores
+    Args:
+        samples: scored per step by the sufficiency term, of all classes together
+        temperature: of the backward sigmoid, in standard deviations of the scores
+        gumbel: scale of the noise on the scores in the sufficiency term
+        sufficiency, prior: weights of the two terms
+        draws: graphs per class whose scores are averaged
     """
 
     hidden: Count
@@ -41,40 +45,39 @@ class Published:
 
 
 def importance(gcn: MaskingGCN, graphs: ActivationGraphs, samples: Tensor) -> Tensor:
-    """The logits (classes, vertices) of the graphs of single samples, one of every class, (classes, 1)."""
-    of_graphs = replace(graphs.config, features=FEATURES, other_classes=False)
-    snapshot = replace(graphs.snapshot(samples, FEATURES), config=of_graphs)
-    x = torch.cat([snapshot.class_graph(row) for row in range(graphs.num_classes)])
+    """Returns the logits (classes, vertices) of the graphs of single samples, one per class, (classes, 1)."""
+    config = replace(graphs.config, features=FEATURES, other_classes=False)
+    snapshot = replace(graphs.snapshot(samples, FEATURES), config=config)
+    x = torch.cat([snapshot.class_graph(class_index) for class_index in range(graphs.num_classes)])
     return torch.cat([gcn.readout(part).flatten(1) for part in gcn.hidden(x, graphs.graph)], 1)
 
 
 def prior_divergence(logits: Tensor, weights: Tensor) -> Tensor:
-    """KL(Q || P) in nats (graphs), Q = softmax(logits) (graphs, vertices), P proportional to |w| + 1e-12 (vertices)."""
+    """Returns KL(Q || P) in nats (graphs), Q = softmax(logits) (graphs, vertices), P ~ |w| + 1e-12 (vertices)."""
     log_p = (weights.abs() + 1e-12).log().log_softmax(-1)
     log_q = logits.log_softmax(-1)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def insufficiency(
-    logits: Tensor, graphs: ActivationGraphs, config: Published, top_k: int, generator: torch.Generator
+    logits: Tensor, graphs: ActivationGraphs, config: Published, top_k: int, generator: Generator
 ) -> Tensor:
-    """Cross entropy of samples of every class with the top-K weights of that class alone, nats."""
+    """Returns the cross entropy, in nats, of every class's samples with only the top-K weights of that class."""
     scores = logits / logits.std(1, keepdim=True).clamp_min(LEAST_SPREAD)
     # The k largest of logits + Gumbel noise are a sample without replacement (Kool et al. 2019, arXiv:1903.06059).
     noise = -torch.empty(scores.shape).exponential_(generator=generator).log()
     keep = top_k_mask(scores + config.gumbel * noise.to(scores.device), top_k, config.temperature)
-    weights = masked_weights(graphs.classifier, graphs.graph, keep)
     samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator)
-    found = []
-    for row, chosen in enumerate(samples):
-        of_class = {name: weight[row] for name, weight in weights.items()}
-        found.append(graphs.suffix.outputs(graphs.cached_inputs[chosen], of_class)[1])
-    return F.cross_entropy(torch.cat(found), graphs.labels[samples.flatten()])
+    outputs = []
+    for chosen, class_keep in zip(samples, keep):
+        weights = masked_weights(graphs.classifier, graphs.graph, class_keep)
+        outputs.append(graphs.suffix.outputs(graphs.cached_inputs[chosen], weights)[1])
+    return F.cross_entropy(torch.cat(outputs), graphs.labels[samples.flatten()])
 
 
 @torch.enable_grad()
 def trained(request: Request, config: Published) -> MaskingGCN:
-    """The rounds of the masking GCN, read out to one logit for every weight, trained once for all requests."""
+    """Returns the GCN, which gives one logit per weight; it is trained once for all requests on a classifier."""
     if "published" in request.kept:
         return request.kept["published"]
     graphs, top_k = request.graphs, request.top_k
@@ -98,23 +101,23 @@ def trained(request: Request, config: Published) -> MaskingGCN:
 
 @torch.no_grad()
 def mean_importance(request: Request, config: Published) -> Tensor:
-    """The mean logits (classes, vertices) of graphs of `config.draws` samples of every class."""
+    """Returns the mean logits (classes, vertices) of the graphs of `config.draws` random samples per class."""
     graphs, gcn = request.graphs, trained(request, config)
     generator = seeded("published request", request.seed, request.forget_class)
-    found = [importance(gcn, graphs, graphs.draw(1, generator)) for _ in range(config.draws)]
-    return torch.stack(found).mean(0)
+    return torch.stack([importance(gcn, graphs, graphs.draw(1, generator)) for _ in range(config.draws)]).mean(0)
 
 
 def set_difference(importance: Tensor, top_k: int) -> Tensor:
-    """Weights in the top-K of class d alone come first, by Q_d; the others follow by Q_d less the mean over the others.
+    """Returns scores by which weights that only class d has in its top-K come first, by Q_d; the remaining weights
+    follow by Q_d minus its mean over the other classes.
 
-    Shapes: importance Q (classes, vertices) to scores (classes, vertices), larger is zeroed earlier.
+    Shapes: importance Q (classes, vertices) to scores (classes, vertices); larger is zeroed earlier.
     """
     in_top_k = torch.zeros_like(importance).scatter_(1, importance.topk(top_k, 1).indices, 1.0)
-    only_here = (in_top_k == 1) & (in_top_k.sum(0) == 1)
-    rest = importance - (importance.sum(0) - importance) / (len(importance) - 1)
-    lift = rest.amax(1, keepdim=True) - importance.amin(1, keepdim=True) + 1
-    return torch.where(only_here, importance + lift, rest)
+    is_exclusive = (in_top_k == 1) & (in_top_k.sum(0) == 1)
+    contrast = importance - (importance.sum(0) - importance) / (len(importance) - 1)
+    lift = contrast.amax(1, keepdim=True) - importance.amin(1, keepdim=True) + 1
+    return torch.where(is_exclusive, importance + lift, contrast)
 
 
 def most_needed(request: Request) -> Tensor:
@@ -124,7 +127,8 @@ def most_needed(request: Request) -> Tensor:
 
 @unlearning_method("published", uses_kappa=True, most_needed=most_needed, touches="a mask", runs_with="name")
 def published(request: Request, *, config: Published) -> PruningResult:
-    """All at once, by the set difference of the top-K weights of a GCN trained for sufficiency and the prior alone."""
+    """The published system: weights are zeroed all at once, by the set difference of the top-K weights of a GCN that is
+    trained for sufficiency and the prior alone."""
 
     def ranking(step: int, zeroed: Tensor) -> Tensor:
         return set_difference(mean_importance(request, config), request.top_k)[request.class_index]

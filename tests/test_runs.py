@@ -304,7 +304,8 @@ def insert(path: Path, text: str, before: str, below: str = "") -> None:
     place = re.compile(f"^ *{re.escape(before)}", re.MULTILINE).search(content, content.index(below))
     depth = " " * (len(place[0]) - len(before))
     lines = textwrap.indent(textwrap.dedent(text).strip("\n"), depth) + "\n" * (1 if depth else 3)
-    path.write_text(content[: place.start()] + lines + content[place.start() :])
+    if lines.strip() not in content:  # a reader may have left it there
+        path.write_text(content[: place.start()] + lines + content[place.start() :])
 
 
 def in_readme(pattern: str, text: str = README) -> str:
