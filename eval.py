@@ -141,17 +141,6 @@ class Request:
         """The index of the forget class where tensors of the graphs stand class after class."""
         return self.graphs.classes.index(self.forget_class)
 
-    def pruning(
-        self, name: str, ranking: Ranking | None = None, gcn: MaskingGCN | None = None, all_at_once: bool = False
-    ) -> Pruning:
-        """The steps of a method, kept from one kappa to the next. See `in_steps`."""
-        if name not in self.prunings:
-            config = replace(self.config, step=None) if all_at_once else self.config
-            counter = RemainingCounter(self.graphs, self.class_index, self.forget.images, config.target)
-            steps = prune(self.graphs, self.class_index, config, self.seed, gcn, ranking)
-            self.prunings[name] = Pruning(steps, counter, config)
-        return self.prunings[name]
-
     def in_steps(
         self, name: str, ranking: Ranking | None = None, gcn: MaskingGCN | None = None, all_at_once: bool = False
     ) -> PruningResult:
@@ -163,7 +152,12 @@ class Request:
             gcn: rescales the saliency; None: the formula as it is
             all_at_once: scores the weights once, instead of anew after every `eval.step` weights
         """
-        pruning = self.pruning(name, ranking, gcn, all_at_once)
+        if name not in self.prunings:
+            config = replace(self.config, step=None) if all_at_once else self.config
+            counter = RemainingCounter(self.graphs, self.class_index, self.forget.images, config.target)
+            steps = prune(self.graphs, self.class_index, config, self.seed, gcn, ranking)
+            self.prunings[name] = Pruning(steps, counter, config)
+        pruning = self.prunings[name]
         return pruning.until_forgotten() if self.requested_kappa == "auto" else pruning.at(self.requested_kappa)
 
 
@@ -178,7 +172,7 @@ def original(request: Request) -> nn.Module:
 
 
 def most_needed(request: Request) -> Tensor:
-    first_step = next(request.pruning("mimu", gcn=request.gcn).steps())
+    first_step = next(prune(request.graphs, request.class_index, request.config, request.seed, request.gcn))
     return first_step.scores.topk(request.top_k).indices
 
 
@@ -272,7 +266,7 @@ class Eval:
     shared: dict[Hashable, Any]
     audit: Callable[[nn.Module, nn.Module | None], Any] | None = None
     draw: Callable[[], None] | None = None
-    _of_this_kappa: dict[Hashable, Any] = field(default_factory=dict, init=False)
+    _kappa_results: dict[Hashable, Any] = field(default_factory=dict, init=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -322,13 +316,13 @@ class Eval:
     def eval_unlearning(self) -> dict[str, dict[str, float]]:
         """Scores every method on the forget set: loss, score and probability of the forget class."""
         forget_set = self.mnist_forget_set()
-        metrics = self._of_methods("forget set", lambda model: self.inference(model, forget_set, True, "forget set"))
+        metrics = self._every_method("forget set", lambda model: self.inference(model, forget_set, True, "forget set"))
         return metrics
 
     def eval_performance_degradation(self) -> dict[str, dict[str, float]]:
         """Scores every method on the retain set: loss and score."""
         retain_set = self.mnist_retain_set()
-        metrics = self._of_methods("retain set", lambda model: self.inference(model, retain_set, False, "retain set"))
+        metrics = self._every_method("retain set", lambda model: self.inference(model, retain_set, False, "retain set"))
         return metrics
 
     def eval_mask_efficacy(self) -> dict[str, dict[str, float]]:
@@ -345,11 +339,11 @@ class Eval:
             forget_scores = self.inference(model, forget_set, True, "forget set")
             return {"forget": forget_scores, "retain": self.inference(model, retain_set, False, "retain set")}
 
-        return self._of_methods("training split", scores)
+        return self._every_method("training split", scores)
 
     def eval_audits(self) -> dict[str, dict[str, Any]]:
         """Audits what every method's classifier still knows of the class, and its distance to the retrained one."""
-        return {} if self.audit is None else self._of_methods("audit", self._audit())
+        return {} if self.audit is None else self._every_method("audit", self._audit())
 
     def eval(self) -> dict[str, Any]:
         """Runs all evaluations, saves the mask, writes the JSON, and draws the plots if there are any."""
@@ -378,7 +372,7 @@ class Eval:
             "methods": {name: METHODS[name].about() for name in self.names},
             "num_zeroed": {name: each.mask and each.mask.num_zeroed for name, each in unlearned.items()},
             "gave_up": {name: each.message != "" for name, each in unlearned.items() if each.message is not None},
-            "class_probabilities": self._of_methods("probabilities", self._class_probabilities),
+            "class_probabilities": self._every_method("probabilities", self._class_probabilities),
             "weight_histograms": self._weight_histograms(),
         }
         seconds = {name: each.seconds for name, each in unlearned.items()}
@@ -393,7 +387,7 @@ class Eval:
         if self.draw is not None:
             self.draw()
 
-    def _of_methods(self, evaluation: str, evaluate: Callable[[nn.Module], Any]) -> dict[str, Any]:
+    def _every_method(self, evaluation: str, evaluate: Callable[[nn.Module], Any]) -> dict[str, Any]:
         """Evaluates every method's classifier, once for all kappas if the method does not depend on kappa."""
         results = {}
         for name in self.names:
@@ -401,8 +395,8 @@ class Eval:
             results[name] = self._once((evaluation, name), compute, METHODS[name].uses_kappa)
         return results
 
-    def _once(self, key: Hashable, compute: Callable[[], Any], is_of_this_kappa: bool = False) -> Any:
-        results = self._of_this_kappa if is_of_this_kappa else self.shared
+    def _once(self, key: Hashable, compute: Callable[[], Any], is_kappa_results: bool = False) -> Any:
+        results = self._kappa_results if is_kappa_results else self.shared
         if key not in results:
             results[key] = compute()
         return results[key]

@@ -359,9 +359,9 @@ class GCNTrainer:
 
     @torch.no_grad()
     def points_behind(self, gcn: MaskingGCN, masking: PruningConfig) -> float:
-        """By how many points the answers of this GCN are behind the formula's, for the class where they are most.
+        """Computes by how many points requests with this GCN are behind the formula's, for the class where it is worst.
 
-        Points: what kappa auto keeps of the others less what it leaves of the class, in samples of the first graphs.
+        Points are retain accuracy less forget accuracy under the mask of kappa auto, on samples of the first graphs.
         """
         graphs = self.graphs[0]
 

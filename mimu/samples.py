@@ -16,11 +16,7 @@ SCORED_AT_ONCE = 10_000  # samples of a batch without a backward pass
 
 @dataclass(frozen=True)
 class Split:
-    """Samples in memory.
-
-    images: (samples, pixels), float
-    labels: (samples), int64
-    """
+    """Samples in memory. images: (samples, pixels) float, labels: (samples) int64."""
 
     images: Tensor
     labels: Tensor
@@ -58,12 +54,9 @@ class Split:
 
 
 def drawn_of_every_class(labels: Tensor, count: int, *key: object) -> Tensor:
-    """Returns the indices of random samples, class after class.
+    """Returns the indices of random samples, class after class: `count` of each, or all where a class has fewer.
 
-    Args:
-        labels: (samples)
-        count: samples to draw of every class; of a class that has fewer, all are taken
-        key: seeds the draws together with the label of a class, so that no class depends on another one
+    key: seeds the draws together with the label of a class, so that no class depends on another one
     """
     chosen = []
     for label in labels.unique().tolist():

@@ -24,14 +24,9 @@ def check_finite(losses: dict[str, float], step: int, setting: str) -> None:
 def descend(
     optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], step: int, setting: str, max_norm: float | None = None
 ) -> None:
-    """Takes one step down the sum of the losses.
+    """Takes one step down the sum of the losses, scalars by their names. Raises TrainingError as `check_finite` does.
 
-    Args:
-        losses: scalars by their names, for messages
-        step, setting: for messages, see `check_finite`
-        max_norm: the gradient is scaled down to this norm if it is larger
-    Raises:
-        TrainingError: a loss is infinite or not a number.
+    max_norm: the gradient is scaled down to this norm if it is larger
     """
     # One copy of all losses, so that a GPU is waited for once a step.
     values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
@@ -68,9 +63,7 @@ def learn(
 
     Args:
         loss: a function of images and labels; None: the cross entropy of the model's logits
-        setting: for the message of an error, the setting to look at
-    Raises:
-        TrainingError: a loss is infinite or not a number.
+        setting: the setting that a TrainingError names if a loss is infinite or not a number
     """
     model.train()
     loss = loss or (lambda images, labels: F.cross_entropy(model(images), labels))
