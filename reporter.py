@@ -25,11 +25,10 @@ from mimu.files import write_text, written_whole
 # Hues of Okabe and Ito's palette, which colour-blind readers can tell apart; shades of them for methods of one group.
 COLORS = {
     "original": "#000000", "retrain": "#009E73", "retrain_again": "#7FD4B9", "mimu": "#0072B2", "random": "#7F7F7F",
-    "magnitude": "#BCBD22", "optimised_mask": "#332288", "saliency": "#CC79A7", "first_order": "#E8BFD6",
-    "saliency_contrast": "#9A4F7C", "output_row": "#E69F00", "logit_removed": "#F0C75E", "sft": "#D55E00",
-    "salun": "#8F3F00", "fine_tune": "#8C564B", "neg_grad_plus": "#5A2E26", "delete": "#B8860B", "ssd": "#7E4FA8",
-    "scrub": "#BC8FDB", "damp": "#2E8B57", "svd": "#6B8E23", "esc": "#B22222", "pour": "#4682B4", "erase": "#DC267F",
-    "cola": "#17BECF", "retrain_third": "#F0E442", "eu_k": "#A6761D", "cmf": "#6A5ACD", "esc_t": "#E57373",
+    "magnitude": "#BCBD22", "optimised_mask": "#332288", "saliency": "#CC79A7", "output_row": "#E69F00",
+    "logit_removed": "#F0C75E", "sft": "#D55E00", "salun": "#8F3F00", "fine_tune": "#8C564B",
+    "neg_grad_plus": "#5A2E26", "delete": "#B8860B", "ssd": "#7E4FA8", "scrub": "#BC8FDB", "damp": "#2E8B57",
+    "erase": "#DC267F", "cola": "#17BECF", "eu_k": "#A6761D",
 }  # fmt: skip
 FORMATS = ("png", "pdf", "svg")
 FREE_COLORS = ("#DDCC77", "#999933", "#56B4E9", "#44AA99", "#117733", "#882255")  # lines by hand: from the last on
@@ -273,9 +272,9 @@ class Reporter:
         found = []
         for seed, bits in zip(self.seeds, excess):
             beside = [self.retrained.get((seed, digit), {}) for digit in self.digits]
-            methods = ("original", "retrain_again", "retrain_third")
-            most, *others = (fmean(column.of(method, each, each) for each in beside) for method in methods)
-            band = max((abs(other) for other in others if math.isfinite(other)), default=0.0)
+            methods = ("original", "retrain_again")
+            most, again = (fmean(column.of(method, each, each) for each in beside) for method in methods)
+            band = abs(again) if math.isfinite(again) else 0.0
             found.append(bits / most if most > band else math.nan)
         return found
 

@@ -31,7 +31,7 @@ from trainer import Trainer
 
 OVERRIDES = ("gcn.pretrained=true", "eval.methods=all")
 # Controls, variants of the formula, what takes longer than two seconds, and what gives a class the odds zero.
-LEFT_OUT = {"random", "magnitude", "first_order", "saliency_contrast", "cmf", "logit_removed"}
+LEFT_OUT = {"random", "magnitude", "logit_removed"}
 RETRAINED = ("retrain", "retrain_again")
 PAIRS = 32  # of shadow classifiers, each trained on one half of the training split
 FIRST_SEED = 2_000  # of these

@@ -16,7 +16,6 @@ from mimu.tracing import HookedClassifier
 from trainer import Trained
 
 further = partial(unlearning_method, runs_with="all")
-MOZER = "after Mozer and Smolensky 1988, NIPS"
 
 
 def output_layer(classifier: HookedClassifier) -> nn.Module:
@@ -40,29 +39,6 @@ def largest(request: Request, count: int | None = None) -> Tensor:
 def magnitude(request: Request) -> Mask:
     """The second control: the kappa largest weights of the same layers."""
     return request.graphs.graph.zeroing(largest(request, request.kappa))
-
-
-def removal_effect(request: Request) -> Tensor:
-    """-w E_c[dL/dw], the first-order rise of the loss of each class c when a weight is removed, (classes, vertices)."""
-    return -request.graphs.snapshot(request.graphs.by_class(), ["taylor"]).feature("taylor")
-
-
-@further("first_order", uses_kappa=True, paper=MOZER, touches="a mask", needs="forget set")
-def first_order(request: Request) -> PruningResult:
-    """All at once, the weights whose removal raises the forget class's loss most to first order, by -w dL/dw."""
-    return request.in_steps("first_order", lambda *_: removal_effect(request)[request.class_index], all_at_once=True)
-
-
-@further("saliency_contrast", uses_kappa=True, paper=MOZER, touches="a mask")
-def saliency_contrast(request: Request) -> PruningResult:
-    """All at once, by the first-order saliency on the forget class less its mean over the retain classes."""
-
-    def ranking(step: int, zeroed: Tensor) -> Tensor:
-        rise = removal_effect(request)
-        own = rise[request.class_index]
-        return own - (rise.sum(0) - own) / (len(rise) - 1)
-
-    return request.in_steps("saliency_contrast", ranking, all_at_once=True)
 
 
 @further("output_row", touches="a mask", needs="nothing")
@@ -89,9 +65,3 @@ def logit_removed(request: Request) -> nn.Module:
 def retrain_again(request: Request) -> Trained:
     """Retrained from other initial weights: how far two classifiers are apart that never saw the class."""
     return request.retrained(request.trainer.seed + 1_000_000)
-
-
-@unlearning_method("retrain_third", needs="retain set", runs_with="name")
-def retrain_third(request: Request) -> Trained:
-    """Retrained from yet other initial weights: with `retrain_again`, how much retraining varies in what it leaves."""
-    return request.retrained(request.trainer.seed + 2_000_000)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval import Request
-from methods.controls import further, output_layer
+from methods.controls import further
 from mimu.layers import by_weight, class_by_class, mean_squared_gradient
 from mimu.masks import Mask
 from mimu.pruning import forgetting_loss
@@ -179,29 +179,6 @@ def cola(request: Request, *, config: FineTuning, temperature: Positive, align_e
 
     config.train(classifier, request.retain, generator, torch.optim.Adam, loss=collapse)
     return replace(config, epochs=align_epochs).train(classifier, request.retain, generator, torch.optim.Adam)
-
-
-@further("cmf", paper="Gao et al. 2026, arXiv:2604.08271")
-def cmf(request: Request, *, config: FineTuning, retain_weight: Share) -> nn.Module:
-    """CMF: NegGrad+ with the class-mean features as the rows of the output layer, anew after every epoch.
-
-    The layer is given u(u(z) - mu), u(x) = x / |x|, in the place of the representation z, mu the mean of u(z) over the
-    training split; row c is u of class c's mean of u(z) - mu. One of five published combinations, its warm-up left out.
-    """
-    classifier, train = request.classifier, request.train
-    is_of_class = F.one_hot(train.labels, request.graphs.num_classes).float()
-    layer = output_layer(classifier)
-    layer.bias, centre = None, torch.zeros_like(layer.weight[0]).detach()
-    layer.register_forward_pre_hook(lambda _, z: (F.normalize(F.normalize(z[0]) - centre),))
-    for epoch in range(config.epochs + 1):
-        if epoch:
-            once = replace(request, original=classifier)
-            classifier = neg_grad_plus(once, config=replace(config, epochs=1), retain_weight=retain_weight)
-        z = F.normalize(classifier.mean_inputs(-1, train.images))
-        centre.copy_(z.mean(0))
-        layer = output_layer(classifier).requires_grad_(False)
-        layer.weight.copy_(F.normalize(is_of_class.T @ (z - centre)))
-    return classifier.requires_grad_(True)
 
 
 @further("eu_k", paper="Goel et al. 2022, arXiv:2201.06640", touches="the last layers", needs="retain set")

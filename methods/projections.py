@@ -1,31 +1,18 @@
-"""Published ways to forget by projecting what layers are given; only the mask of ESC-T is trained.
-
-Where a layer is given x, its weight becomes W (I - P), or it is given Q x itself; biases stay. A convolution is given
-what its kernels read, at every position. They measure the original classifier, in double precision.
-"""
+"""Published methods that project the inputs of layers, without training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval import Request
-from methods.controls import further, output_layer
-from methods.fine_tuning import FineTuning, draws
+from methods.controls import further
 from mimu.erasing import class_direction
 from mimu.probes import ridge_regression, standardised
-from mimu.samples import Split, some_of_every_class
-from mimu.settings import Count, NonNegative, Positive, Share
-from mimu.tracing import HookedClassifier
-
-
-def moments(classifier: HookedClassifier, images: Tensor, index: int) -> tuple[Tensor, Tensor]:
-    """Squared singular values (n), ascending, and left singular vectors (n, n) of all x that a layer is given."""
-    parts = (x.flatten(0, 1).double() for x in classifier.layer_inputs(index, images))
-    return torch.linalg.eigh(sum(x.T @ x for x in parts))
+from mimu.samples import some_of_every_class
+from mimu.settings import Count, NonNegative, Positive
 
 
 def projected(request: Request, removed: Callable[[int], Tensor]) -> nn.Module:
@@ -34,16 +21,6 @@ def projected(request: Request, removed: Callable[[int], Tensor]) -> nn.Module:
     for index, weight in enumerate(classifier.weights):
         matrix = weight.flatten(1).double()
         weight.copy_((matrix - matrix @ removed(index)).view_as(weight))
-    return classifier
-
-
-def with_representation(request: Request, projection: Tensor) -> nn.Module:
-    """The classifier whose last layer is given Q z in the place of the representation z; Q (n, n), symmetric."""
-    classifier = request.classifier
-    last = output_layer(classifier)
-    projection = projection.to(last.weight)
-    # Not in its weight, where the class would stay in the representation; ESC's code projects in the forward pass, too.
-    last.register_forward_pre_hook(lambda layer, inputs: (inputs[0] @ projection,))
     return classifier
 
 
@@ -83,78 +60,3 @@ def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative)
     classifier = projected(request, removed)
     classifier.weights[-1][d] *= row
     return classifier
-
-
-@further("svd", paper="Kodge et al. 2023, arXiv:2312.00761")
-@torch.no_grad()
-def svd(request: Request, *, samples: Count, retain_alpha: Positive, forget_alpha: Positive) -> nn.Module:
-    """Every layer loses the space of the class's inputs less what it shares with that of the others' inputs.
-
-    W' = W (I - P)^T, P = P_f (I - P_r); P_f, P_r = U diag(a s / ((a - 1) s + 1)) U^T, U the left singular vectors of
-    what the layer is given of samples of the class, or of as many of all others together, s the squares of the singular
-    values as shares of their sum. Of a convolution's patches the published code takes some at random, this all.
-    """
-    d = request.forget_class
-    each = max(1, samples // (request.graphs.num_classes - 1))
-    forget = some_of_every_class(request.forget, samples, "svd", request.seed, d)
-    retain = some_of_every_class(request.retain, each, "svd", request.seed, d)
-
-    def space(images: Tensor, index: int, alpha: float) -> Tensor:
-        values, vectors = moments(request.original, images, index)
-        shares = values.clamp_min(0) / values.sum().clamp_min(1e-30)
-        return vectors * (alpha * shares / ((alpha - 1) * shares + 1)) @ vectors.T
-
-    def removed(index: int) -> Tensor:
-        of_forget = space(forget.images, index, forget_alpha)
-        return (of_forget - of_forget @ space(retain.images, index, retain_alpha)).T
-
-    return projected(request, removed)
-
-
-@further("esc", paper="Lee et al. 2025, arXiv:2504.02199", touches="the representation", needs="forget set")
-@torch.no_grad()
-def esc(request: Request, *, share: Share) -> nn.Module:
-    """ESC: the representation loses the share of its directions that is largest on the forget set.
-
-    z' = U U^T z, U the left singular vectors of the forget set's z (not centred) but for the first, one at least.
-    """
-    _, vectors = moments(request.original, request.forget.images, -1)
-    kept = vectors[:, : len(vectors) - max(1, int(share * len(vectors)))]
-    return with_representation(request, kept @ kept.T)
-
-
-@further("esc_t", paper="Lee et al. 2025, arXiv:2504.02199", touches="the representation", needs="forget set")
-def esc_t(request: Request, *, config: FineTuning, threshold: Share) -> nn.Module:
-    """ESC-T: the representation loses the entries of its directions on the forget set that a trained mask names.
-
-    z' = V V^T z, V = U o [M > threshold], U all left singular vectors of ESC; M, ones at first and kept in [0, 1],
-    descends (SGD) along log p(label), the mean of the samples that U o M still leaves classified as their class.
-    """
-    representation = request.original.mean_inputs(-1, request.forget.images)
-    vectors = moments(request.original, request.forget.images, -1)[1].to(representation)
-    mask = torch.ones_like(vectors, requires_grad=True)
-    optimizer = torch.optim.SGD([mask], config.learning_rate)
-    optimizer.register_step_post_hook(lambda *_: mask.data.clamp_(0, 1))
-    logits_of = output_layer(request.classifier)
-
-    def log_p_where_right(z: Tensor, labels: Tensor) -> Tensor:
-        logits = logits_of(z @ (vectors * mask) @ (vectors * mask).T)
-        is_right = logits.argmax(1) == labels
-        return -F.cross_entropy(logits[is_right], labels[is_right], reduction="sum") / is_right.sum().clamp_min(1)
-
-    given = {"optimizer": optimizer, "loss": log_p_where_right}
-    config.train(logits_of, Split(representation, request.forget.labels), draws(request, "esc_t"), **given)
-    kept = vectors * (mask.detach() > threshold)
-    return with_representation(request, kept @ kept.T)
-
-
-@further("pour", paper="Le et al. 2025, arXiv:2511.19339", touches="the representation", needs="nothing")
-@torch.no_grad()
-def pour(request: Request) -> nn.Module:
-    """POUR-P: the representation loses the direction of the class's row of the output layer.
-
-    z' = (I - w w^T / |w|^2) z, w the row: its logit is always 0 (or the bias). After a summary of the paper.
-    """
-    row = request.original.weights[-1][request.forget_class].double()
-    projection = torch.eye(len(row)).to(row) - torch.outer(row, row) / row.square().sum().clamp_min(1e-30)
-    return with_representation(request, projection)

@@ -11,13 +11,11 @@ from conftest import NUM_CLASSES, graph_config, pruning_config, random_split, sc
 from running import PROJECT
 
 import data
-from audits.predictions import predictions_of
 from data import GraphGenerator
 from eval import METHODS, EvalConfig, Method, Request, answer
 from experiment.config import load_config
 from experiment.settings import ConfigError, converted
 from methods import fine_tuning, projections, published
-from methods.controls import removal_effect
 from methods.published import FEATURES, Published, importance, mean_importance, set_difference
 from mimu.errors import TrainingError
 from mimu.graph import MaskingGCN
@@ -30,7 +28,7 @@ from model import HookedMNISTClassifier
 from trainer import Trained, Trainer
 
 FORGET = 1
-PUBLISHED = "mimu.methods.fine_tuning", "mimu.methods.projections"
+PUBLISHED = "methods.fine_tuning", "methods.projections"
 # What they take on so small a problem.
 HYPERPARAMETERS = yaml.safe_load("""
   fine_tune: {epochs: 15, batch_size: 16, learning_rate: 0.1}
@@ -39,20 +37,16 @@ HYPERPARAMETERS = yaml.safe_load("""
   salun: {epochs: 10, batch_size: 16, learning_rate: 0.05, share: 0.5}
   scrub: {epochs: 6, batch_size: 16, learning_rate: 0.01, max_epochs: 3, divergence_weight: 0.5, label_weight: 0.99}
   cola: {epochs: 5, batch_size: 16, learning_rate: 0.03, temperature: 0.1, align_epochs: 5}
-  cmf: {epochs: 10, batch_size: 16, learning_rate: 0.1, retain_weight: 0.5}
   eu_k: {epochs: 10, batch_size: 16, learning_rate: 0.02, layers: 2}
   optimised_mask: {steps: 70, samples: 60, learning_rate: 0.1, forget_weight: 1.0, sparsity: 0.1}
   delete: {epochs: 20, batch_size: 16, learning_rate: 0.003}
   damp: {samples: 40, ridge: 0.01, row: 1.0}
-  svd: {samples: 60, retain_alpha: 30.0, forget_alpha: 10.0}
-  esc: {share: 0.1}
-  esc_t: {epochs: 20, batch_size: 16, learning_rate: 0.03, threshold: 0.7}
   erase: {samples: 60, group_size: 20, others_ratio: 2, steps: 30, learning_rate: 0.05, forget_weight: 1.0,
     erase_weight: 0.1, units: 16, ridge: 0.01, share: 0.5}
 """)
 
 
-def make_request(mask_layer=-2, asked: int | None = None) -> Request:
+def make_request(mask_layer=-2, requested_kappa: int | None = None) -> Request:
     train = random_split(60)
     trainer = Trainer(trainer_config((12, 8), 4), 0)
     classifier = trainer.train(train, NUM_CLASSES)
@@ -60,7 +54,7 @@ def make_request(mask_layer=-2, asked: int | None = None) -> Request:
     graphs = GraphGenerator(classifier, train, described, 0)
     masking = asdict(pruning_config(group_size=20, max_kappa=0.9))
     config = EvalConfig(**masking, methods=None, visualize=False, hyperparameters={})
-    return Request(config, classifier, trainer, train, graphs, None, FORGET, 24, 0, asked)
+    return Request(config, classifier, trainer, train, graphs, None, FORGET, 24, 0, requested_kappa)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +75,9 @@ def answered_by(name: str, request: Request, **changes) -> torch.nn.Module:
 
 def test_every_method_says_what_it_is_and_has_its_hyperparameters_in_the_config():
     written = yaml.safe_load((PROJECT / "configs" / "methods.yaml").read_text())["eval"]["hyperparameters"]
-    further = {name: each for name, each in METHODS.items() if each.unlearn.__module__.startswith("mimu.methods.")}
+    further = {name: each for name, each in METHODS.items() if each.unlearn.__module__.startswith("methods.")}
     tunable = {name for name, each in further.items() if each.hyperparameters}
-    assert set(written) == tunable == {*HYPERPARAMETERS, "published"}
+    assert set(written) | {"erase"} == tunable == {*HYPERPARAMETERS, "published"}
     for name, values in written.items():
         parameters = further[name].hyperparameters
         assert list(values) == list(parameters)
@@ -185,14 +179,6 @@ def test_the_contrastive_loss_draws_samples_of_a_class_together():
     assert fine_tuning.contrastive_loss(z, torch.tensor(labels), 0.2).item() == pytest.approx(expected)
 
 
-def test_class_means_are_what_an_output_layer_compares_with(request_to_forget):
-    model, train = answered_by("cmf", request_to_forget), request_to_forget.train
-    z = F.normalize(torch.tensor(inputs_of_layers(model, train.images)[2]))
-    means = torch.stack([z[train.labels == label].mean(0) for label in range(NUM_CLASSES)])
-    expected = F.cosine_similarity((z - z.mean(0))[:, None], means - z.mean(0), dim=2)
-    assert torch.allclose(model(train.images).double(), expected, atol=1e-5)
-
-
 LAST = [("mlp", (4,), 1, "3."), ("resnet", (4, 6), 1, "9."), ("vit", (8,), 2, "blocks.0.linear2. norm. head.")]
 
 
@@ -263,55 +249,6 @@ def test_the_probe_of_damp_scores_what_is_held_out_and_means_of_others_that_span
     assert not found[0].any() and found[1].norm() == pytest.approx(1), "of two numbers nothing is left but rounding"
 
 
-def test_svd_takes_the_space_of_the_class_that_the_others_do_not_share(request_to_forget):
-    request, classifier, spaces = request_to_forget, request_to_forget.classifier, []
-    model = answered_by("svd", request, samples=48)
-    for samples, count, alpha in ((request.retain, 24, 30.0), (request.forget, 48, 10.0)):
-        chosen = some_of_every_class(samples, count, "svd", request.seed, FORGET)
-        assert len(chosen.labels) == 48
-        of_layers = []
-        for x in inputs_of_layers(classifier, chosen.images):
-            u, s, _ = np.linalg.svd(x.T, full_matrices=False)
-            share = s**2 / (s**2).sum()
-            of_layers.append(u @ np.diag(alpha * share / ((alpha - 1) * share + 1)) @ u.T)
-        spaces.append(of_layers)
-    for w, after, of_retain, of_forget in zip(weights_of(classifier), weights_of(model), *spaces):
-        eye = np.eye(len(of_retain))
-        assert np.allclose(after, w @ (eye - of_forget @ (eye - of_retain)).T, atol=1e-5)
-
-
-@pytest.mark.parametrize("share, erased", [(0.01, 1), (0.375, 3), (0.49, 3), (1.0, 8)])
-def test_esc_takes_the_leading_directions_of_the_class_out_of_the_representation(request_to_forget, share, erased):
-    classifier, x = request_to_forget.classifier, request_to_forget.train.images
-    model = answered_by("esc", request_to_forget, share=share)
-    z = inputs_of_layers(classifier, request_to_forget.forget.images)[2]
-    u = np.linalg.svd(z.T)[0][:, erased:]
-    expected = torch.tensor(inputs_of_layers(classifier, x)[2] @ u @ u.T).float()
-    assert torch.allclose(predictions_of(model, request_to_forget.train).hidden[-1], expected, atol=1e-5)
-    assert torch.allclose(model(x), expected @ classifier.weights[2].T, atol=1e-5)
-
-
-def test_the_mask_of_esc_t_is_a_step_away_from_what_is_still_classified(request_to_forget):
-    classifier, forget = request_to_forget.classifier, request_to_forget.forget
-    model = answered_by("esc_t", request_to_forget, epochs=1, batch_size=1000, learning_rate=3.0)
-    z = torch.tensor(inputs_of_layers(classifier, forget.images)[2])
-    u, mask = torch.linalg.svd(z.T)[0], torch.ones(8, 8, dtype=torch.double, requires_grad=True)
-    logits = z @ (u * mask) @ (u * mask).T @ classifier.weights[2].detach().double().T
-    logits.log_softmax(1)[logits.argmax(1) == FORGET, FORGET].mean().backward()
-    left = u * (1 - 3 * mask.grad > 0.7)
-    assert torch.allclose(predictions_of(model, forget).hidden[-1].double(), z @ left @ left.T, atol=1e-5)
-
-
-def test_pour_takes_the_direction_of_the_class_in_the_output_layer_out_of_the_representation(request_to_forget):
-    classifier, x = request_to_forget.classifier, request_to_forget.train.images
-    seen = predictions_of(answered_by("pour", request_to_forget), request_to_forget.train)
-    row, z = classifier.weights[2][FORGET], predictions_of(classifier, request_to_forget.train).hidden[-1]
-    along = ((z @ row) / row.norm() ** 2)[:, None] * row
-    assert torch.allclose(seen.hidden[-1], z - along, atol=1e-5) and along.abs().max() > 1
-    assert torch.allclose(seen.logits, classifier(x) - along @ classifier.weights[2].T, atol=1e-4)
-    assert seen.logits[:, FORGET].abs().max() < 1e-4
-
-
 def test_the_optimised_mask_is_a_mask_and_its_sparsity_counts(request_to_forget):
     whole = request_to_forget.classifier.weights[1]
     models = (answered_by("optimised_mask", request_to_forget, sparsity=sparsity) for sparsity in (0.1, 3.0))
@@ -320,19 +257,11 @@ def test_the_optimised_mask_is_a_mask_and_its_sparsity_counts(request_to_forget)
     assert 0 <= (sparse == 0).sum() < (dense == 0).sum() < whole.numel()
 
 
-@pytest.mark.parametrize("name", ["first_order", "saliency_contrast", "magnitude"])
-def test_weights_are_zeroed_by_the_first_order_effect_or_by_their_size(name):
-    request, effects = make_request(requested_kappa=9), []
-    weights = request.original.weights[1].detach()
-    for label in range(NUM_CLASSES):
-        gradient = gradients(request.original, request.graphs.samples.forget(label))[1]
-        effects.append((-weights * gradient).flatten())
-    assert torch.allclose(removal_effect(request), torch.stack(effects), atol=1e-6)
-    contrast = effects[FORGET] - (effects[0] + effects[2]) / 2
-    by_size = weights.abs().flatten()
-    ranked = {"first_order": effects[FORGET], "saliency_contrast": contrast, "magnitude": by_size}[name]
-    zeroed = (answered_by(name, request).weights[1].flatten() == 0).nonzero()[:, 0]
-    assert set(zeroed.tolist()) == set(ranked.topk(9).indices.tolist())
+def test_the_largest_weights_are_zeroed_or_kept():
+    request = make_request(requested_kappa=9)
+    by_size = request.original.weights[1].detach().abs().flatten()
+    zeroed = (answered_by("magnitude", request).weights[1].flatten() == 0).nonzero()[:, 0]
+    assert set(zeroed.tolist()) == set(by_size.topk(9).indices.tolist())
     kept = METHODS["magnitude"].most_needed(request)
     assert set(kept.tolist()) == set(by_size.topk(24).indices.tolist())
 
@@ -346,8 +275,8 @@ def test_the_trivial_ways_take_the_logit_or_the_output_row_and_the_control_other
     assert [int((weight == 0).sum()) for weight in without_row.weights] == [0, 0, 8]
     p = answered_by("logit_removed", request)(images).softmax(1)
     assert (p[:, FORGET] == 0).all() and torch.allclose(p.sum(1), torch.ones(len(p)))
-    retrained = [answered_by(name, request).weights[0] for name in ("retrain", "retrain_again", "retrain_third")]
-    assert not any(torch.equal(retrained[one], retrained[one - 1]) for one in range(3))
+    retrained = [answered_by(name, request).weights[0] for name in ("retrain", "retrain_again")]
+    assert not torch.equal(*retrained)
 
 
 DIVERGING = [("fine_tune", "learning_rate"), ("scrub", "learning_rate"), ("optimised_mask", "sparsity")]

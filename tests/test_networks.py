@@ -23,7 +23,6 @@ from eval import METHODS, Request, answer
 from experiment.config import Config, load_config
 from experiment.settings import ConfigError
 from methods.fine_tuning import fisher_information
-from methods.projections import moments
 from mimu.errors import ArtifactError
 from mimu.files import save
 from mimu.graph import LARGEST_CHANGE, AffineReLU, MaskingGCN, WeightGraph
@@ -481,7 +480,7 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
 
 @pytest.mark.parametrize("at_once", [1, 2**26])
 @pytest.mark.parametrize("name", ["mlp", "biased", "cnn", "resnet", "varied", "grouped", "windows", "mixer", "spaced"])
-def test_what_a_layer_is_given_makes_its_output_and_its_moments(name, at_once, monkeypatch):
+def test_what_a_layer_is_given_makes_its_output(name, at_once, monkeypatch):
     monkeypatch.setattr("mimu.tracing.NUMBERS_AT_ONCE", at_once)
     classifier, x = classifier_of(name), images(3)
     outputs: dict[nn.Module, Tensor] = {}
@@ -498,11 +497,6 @@ def test_what_a_layer_is_given_makes_its_output_and_its_moments(name, at_once, m
         expected = outputs[layer] if isinstance(layer, nn.Linear) else outputs[layer].movedim(1, -1)
         assert torch.allclose(found, expected.reshape(found.shape))
         assert torch.allclose(classifier.mean_inputs(index, x), rows.mean(1))
-        values, vectors = moments(classifier, x, index)
-        flat = rows.flatten(0, 1)
-        singular = torch.linalg.svdvals(flat).flip(0)[-len(values) :]
-        assert torch.allclose(values[-len(singular) :].clamp_min(0).sqrt(), singular, atol=1e-6)
-        assert torch.allclose((flat @ vectors).square().sum(0), values, atol=1e-8)
 
 
 CHANGES = (
