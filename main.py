@@ -203,7 +203,7 @@ class Stages:
 
     def requests(self, training: Training, forget_class: int) -> None:
         """Every experiment on one forget class that is not there, and the plots that are not."""
-        config, shared, orders = training.config, {}, {}
+        config, shared, prunings = training.config, {}, {}
         drawn = partial(draw_experiment, folder=self.root / "eval", config=config.report)
         draw = drawn if config.eval.visualize else None
         for requested_kappa in tqdm(
@@ -227,7 +227,7 @@ class Stages:
                 top_k=training.top_k,
                 seed=training.seed,
                 requested_kappa=requested_kappa,
-                orders=orders,
+                prunings=prunings,
                 kept=self._kept,
                 trained_on=data.train,
                 retrain=partial(self.retrained, training, forget_class),

@@ -99,7 +99,7 @@ class Tuning:
             hyperparameters = configured | {method: configured.get(method, {}) | values}
             config = replace(request.config, hyperparameters=hyperparameters)
             try:
-                model = answer(replace(request, config=config, orders={}), method).model
+                model = answer(replace(request, config=config, prunings={}), method).model
             except TrainingError:
                 return Trial(values, 100.0, 0.0, math.inf)
             predictions = predictions_of(model, self.held_out)

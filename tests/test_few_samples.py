@@ -15,13 +15,15 @@ from torch import nn
 
 from data import GraphGenerator
 from mimu import Mask, RetainScoreError, unlearn
-from mimu import unlearning as forgetting
 from mimu.erasing import Erasing, held_out, train_and_held_out
-from mimu.pruning import FEW, PRIOR, percent_above_zero
+from mimu.judgement import lower_end
+from mimu.pruning import FEW, PRIOR_SAMPLES, percent_above_zero
 from mimu.samples import Split, margins
 from mimu.seeds import seeded
 from mimu.training import learn
-from mimu.unlearning import FOLDS, Forgetting, lower_end
+from mimu.unlearning import FOLDS, forget_by_mask, held_out_logits
+
+HELD_OUT_LOGITS = "mimu.unlearning.held_out_logits"
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def of_each(*counts: int) -> Split:
     return Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
 
 
-def asked(model: nn.Module, samples: Split, forget_class: int = 1, **changes) -> tuple[Mask, str]:
+def request(model: nn.Module, samples: Split, forget_class: int = 1, **changes) -> tuple[Mask, str]:
     """A mask, and what was said."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -55,7 +57,11 @@ def test_what_is_left_is_that_of_a_normal_distribution_wider_where_samples_are_f
     x = torch.randn(count, generator=torch.Generator().manual_seed(count)) - 1
     mean = sum(x.tolist()) / count
     squares = sum((each - mean) ** 2 for each in x.tolist())
-    variance = squares / (count - 1) if count >= FEW else (squares + PRIOR * 9) / (count - 1 + PRIOR) * (1 + 1 / count)
+    variance = (
+        squares / (count - 1)
+        if count >= FEW
+        else (squares + PRIOR_SAMPLES * 9) / (count - 1 + PRIOR_SAMPLES) * (1 + 1 / count)
+    )
     expected = 100 * NormalDist().cdf(mean / math.sqrt(variance))
     assert percent_above_zero(x, 3.0) == pytest.approx(expected, rel=1e-4)
 
@@ -71,10 +77,9 @@ def test_the_lower_end_is_where_as_many_would_be_about_as_unlikely_as_the_confid
 @pytest.mark.parametrize("counts, fewest", [((7, 7, 7), 7), ((200, 200, 7), 7)])
 def test_samples_that_are_few_are_judged_by_masks_that_are_made_without_them(model, counts, fewest, monkeypatch):
     judged, samples = {}, of_each(*counts)
-    provenance = Forgetting.held_out_logits
-    monkeypatch.setattr(Forgetting, "held_out_logits", lambda *given: judged.setdefault("logits", provenance(*given)))
+    monkeypatch.setattr(HELD_OUT_LOGITS, lambda *args: judged.setdefault("logits", held_out_logits(*args)))
     quick = FREE | {"gcn": patient_gcn(step=20), "scorer": "saliency"}
-    mask = asked(model, samples, **quick)[0]
+    mask = request(model, samples, **quick)[0]
     with mask.applied_to(model):
         expected = model(samples.images)
     for fold in range(FOLDS):
@@ -82,25 +87,25 @@ def test_samples_that_are_few_are_judged_by_masks_that_are_made_without_them(mod
         for label, count in enumerate(counts):
             rows = (samples.labels == label).nonzero()[:, 0]
             is_held_out[rows[fold::FOLDS]] = count == fewest
-        monkeypatch.setattr(Forgetting, "held_out_logits", lambda self, made, *_: made.logits)
-        without = asked(model, samples[~is_held_out], **quick)[0]
+        monkeypatch.setattr(HELD_OUT_LOGITS, lambda request, attempt, *_: attempt.logits)
+        without = request(model, samples[~is_held_out], **quick)[0]
         with without.applied_to(model):
             expected[is_held_out] = model(samples.images[is_held_out])
     assert torch.allclose(judged["logits"], expected, atol=1e-5)
 
 
 def test_what_few_samples_cannot_show_is_said(model):
-    mask, said = asked(model, of_each(30, 1, 30), gcn=patient_gcn(step=8))
-    assert "one sample of class 1: up to 95 % of it may be left" in said and said.split(" (")[0] in repr(mask)
-    assert "two samples of class 1: up to 78 % of it may be left" in asked(model, of_each(30, 2, 30))[1]
-    assert asked(model, of_each(FEW, FEW, FEW), gcn=patient_gcn(step=8))[1] == ""
+    mask, said = request(model, of_each(30, 1, 30), gcn=patient_gcn(step=8))
+    assert "one sample of class 1: up to 95 % of it may remain" in said and said.split(" (")[0] in repr(mask)
+    assert "two samples of class 1: up to 78 % of it may remain" in request(model, of_each(30, 2, 30))[1]
+    assert request(model, of_each(FEW, FEW, FEW), gcn=patient_gcn(step=8))[1] == ""
 
 
 def test_a_single_sample_that_others_classify_wrongly_is_no_class_to_forget(model):
     wrong = TRAIN.forget(0)[(model(TRAIN.forget(0).images).argmax(1) != 0).nonzero()[:1, 0]]
     samples = of_each(0, 20, 20)
     samples = Split(torch.cat([wrong.images, samples.images]), torch.cat([wrong.labels, samples.labels]))
-    mask, said = asked(model, samples, gcn=patient_gcn(step=8), **FREE)
+    mask, said = request(model, samples, gcn=patient_gcn(step=8), **FREE)
     assert "class 0" not in said and 0 not in mask.forgets
 
 
@@ -108,7 +113,7 @@ def test_a_class_with_few_samples_leaves_those_of_the_others(model):
     graphs = GraphGenerator(trained_problem()[2], of_each(50, 3, 20), patient_gcn().graphs, 0)
     expected = [[*range(50)], [50, 51, 52] * 16 + [50, 51], [*range(53, 73), *range(53, 73), *range(53, 63)]]
     assert graphs.by_class().tolist() == expected and len(graphs) == 73
-    mask = asked(model, of_each(200, 200, 1), **FREE)[0]
+    mask = request(model, of_each(200, 200, 1), **FREE)[0]
     with mask.applied_to(model):
         forget, retain = scores(model, TEST, 1)
     assert forget < 5 and retain > 80
@@ -118,7 +123,7 @@ def test_a_class_with_a_sample_or_two_leaves_the_bounds_of_the_others(model):
     bounds = {"gcn": patient_gcn(step=60), "mask_layer": 0}
     for last in (200, 2):
         with pytest.raises(RetainScoreError):
-            asked(model, of_each(200, 200, last), forget_class=1, **bounds)
+            request(model, of_each(200, 200, last), forget_class=1, **bounds)
 
 
 def test_a_class_whose_only_sample_is_classified_wrongly_is_masked_all_the_same(model):
@@ -128,7 +133,7 @@ def test_a_class_whose_only_sample_is_classified_wrongly_is_masked_all_the_same(
     model[5].bias.data[1] -= float(found[margin]) + 0.1
     samples = of_each(100, 0, 100)
     samples = Split(torch.cat([samples.images, of_class.images[margin]]), torch.cat([samples.labels, margin * 0 + 1]))
-    mask, said = asked(model, samples, **FREE)
+    mask, said = request(model, samples, **FREE)
     assert mask.num_zeroed > 0 and "in the first place" not in said and mask.forgets == (1,)
     with mask.applied_to(model):
         assert scores(model, TEST, 1)[0] < 20
@@ -139,24 +144,24 @@ def test_one_lost_sample_of_few_is_no_error_and_harm_that_is_shown_is_one(model,
     lost = torch.zeros(30, 3).index_put((torch.arange(30), samples.labels), torch.tensor(40.0))
 
     def judging(count: int):
-        def held_out_logits(self, *_):
-            found = lost.clone()
-            found[:count] = found[:count].roll(2, 1)  # of class 0, as class 2
-            found[10:20] = found[10:20].roll(1, 1)  # of class 1, as class 2
-            return found
+        def held_out_logits(*_):
+            logits = lost.clone()
+            logits[:count] = logits[:count].roll(2, 1)  # of class 0, as class 2
+            logits[10:20] = logits[10:20].roll(1, 1)  # of class 1, as class 2
+            return logits
 
         return held_out_logits
 
-    monkeypatch.setattr(Forgetting, "held_out_logits", judging(1))
-    assert asked(model, samples)[1] == ""
-    monkeypatch.setattr(Forgetting, "held_out_logits", judging(4))
+    monkeypatch.setattr(HELD_OUT_LOGITS, judging(1))
+    assert request(model, samples)[1] == ""
+    monkeypatch.setattr(HELD_OUT_LOGITS, judging(4))
     with pytest.raises(RetainScoreError, match=r"lose 20.0 points .*, one of them 40.0"):
-        asked(model, samples)
+        request(model, samples)
 
 
 @pytest.mark.parametrize("counts", [(24, 24, 24), (23, 23, 23), (30, 1, 30), (1, 1, 1)])
 def test_of_few_samples_a_class_is_erased_all_the_same(model, counts):
-    mask, said = asked(model, of_each(*counts), erase=True, **FREE)
+    mask, said = request(model, of_each(*counts), erase=True, **FREE)
     with mask.applied_to(model):
         forget, retain = scores(model, TEST, 1)
     assert forget < 5 and retain > 90 and ("one sample of class 1" in said) == (counts[1] == 1)
@@ -207,22 +212,29 @@ def fitted() -> nn.Module:
 @pytest.mark.parametrize("forget_class", [0, 2])
 def test_on_coloured_shapes_the_better_of_gcn_and_formula_ranks(forget_class, monkeypatch):
     train, test, retain = coloured_shapes(200, 0), coloured_shapes(200, 1), {}
-    masks = {"chosen": asked(fitted(), train, forget_class, gcn=None, **FREE)[0]}
-    masks["formula"] = asked(fitted(), train, forget_class, gcn=None, scorer="saliency", **FREE)[0]
-    monkeypatch.setattr(forgetting, "WORTH_A_TRY", math.inf)
-    masks["gcn"] = asked(fitted(), train, forget_class, gcn=None, **FREE)[0]
+    masks = {"chosen": request(fitted(), train, forget_class, gcn=None, **FREE)[0]}
+    masks["formula"] = request(fitted(), train, forget_class, gcn=None, scorer="saliency", **FREE)[0]
+    monkeypatch.setattr("mimu.unlearning.WORTH_A_TRY", math.inf)
+    masks["gcn"] = request(fitted(), train, forget_class, gcn=None, **FREE)[0]
     for name, mask in masks.items():
         with mask.applied_to(fitted()):
             retain[name] = scores(fitted(), test, forget_class)[1]
     assert retain["chosen"] >= max(retain["formula"], retain["gcn"]) - 1
 
 
-@pytest.mark.parametrize("falls, ranks", [((0.9, 0.1), "GCN"), ((1.1, 0.1), "formula"), ((1.1, 1.2), "GCN")])
-def test_the_formula_is_tried_where_the_gcn_costs_more_than_a_point(model, falls, ranks, monkeypatch):
-    made, fall = Forgetting.made, dict(zip(("gcn", "saliency"), falls))
-    costing = lambda self, judgement, scorer: made(self, judgement, scorer)._replace(fall=fall[scorer])  # noqa: E731
-    monkeypatch.setattr(Forgetting, "made", costing)
-    mask = asked(model, TRAIN, **FREE)[0]
+@pytest.mark.parametrize("lost, ranks", [((3, 0), "GCN"), ((5, 0), "formula"), ((5, 6), "GCN")])
+def test_the_formula_is_tried_if_the_gcn_costs_more_than_a_point(model, lost, ranks, monkeypatch):
+    lost_samples = dict(zip(("gcn", "saliency"), lost))  # of 400; four are a point
+
+    def forget(request, judgement, scorer):
+        logits = judgement.before.clone()
+        logits[:, 1] = -100.0
+        right = ((judgement.labels == 0) & (logits.argmax(1) == 0)).nonzero()[:, 0]
+        logits[right[: lost_samples[scorer]], 2] = 100.0
+        return forget_by_mask(request, judgement, scorer)._replace(logits=logits)
+
+    monkeypatch.setattr("mimu.unlearning.forget_by_mask", forget)
+    mask = request(model, TRAIN, **FREE)[0]
     assert f"ranked by the {ranks}" in repr(mask)
-    alone = asked(model, TRAIN, scorer="saliency", **FREE)[0]
+    alone = request(model, TRAIN, scorer="saliency", **FREE)[0]
     assert torch.equal(mask.as_tensor(), alone.as_tensor()) == (ranks == "formula")

@@ -20,13 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from mimu import Mask, RetainScoreError, unlearn
-from mimu import unlearning as forgetting
 from mimu.graph import MaskingGCN
 from mimu.inputs import CustomModel, plain_torch
+from mimu.judgement import Judgement
 from mimu.pretrained import TrainedGCN
 from mimu.samples import Split
 from mimu.tracing import HookedClassifier
-from mimu.unlearning import Forgetting, Judgement
 
 TRAIN, TEST = random_split(200), random_split(200, seed=7)
 FREE = {"max_fall": None, "max_class_fall": None}
@@ -48,9 +47,9 @@ def model() -> nn.Module:
 
 
 def patient_gcn(**changes) -> TrainedGCN:
-    """The tracked GCN; the classes of so small a problem take more of its few weights than usual."""
-    found = TrainedGCN.load()
-    return replace(found, masking=replace(found.masking, **{"max_kappa": 0.9, "target": 1.0} | changes))
+    """The pretrained GCN; to forget a class of so small a problem takes more of its few weights than usual."""
+    trained = TrainedGCN.load()
+    return replace(trained, pruning=replace(trained.pruning, **{"max_kappa": 0.9, "target": 1.0} | changes))
 
 
 def request(model: nn.Module, forget_class=1, samples: Split = TRAIN, **changes) -> Mask:
@@ -375,7 +374,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_a_long_request_shows_how_long_it_takes_at_most(model, progress, monkeypatch):
-    monkeypatch.setattr(forgetting, "tqdm", lambda **given: tqdm(**given | {"delay": 0, "mininterval": 0}))
+    monkeypatch.setattr("mimu.unlearning.tqdm", lambda **given: tqdm(**given | {"delay": 0, "mininterval": 0}))
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     mask = request(model, gcn=patient_gcn(step=20, max_kappa=0.9), progress=progress)
     found = re.findall(r"class 1, at most:[^\r]* (\d+)/173 \[[^\r]*<\d", terminal.getvalue())
@@ -407,7 +406,7 @@ def test_what_is_left_of_a_class_is_said_and_the_mask_names_those_alone_that_are
     assert not recwarn.list
     mask = request(model, [0, 2], gcn=patient_gcn(max_kappa=2))
     assert mask.num_zeroed == 2 and mask.forgets == ()
-    line = r"(.*) % of class 0 are left, (.*) % of class 2 are left after 2 zeroed weights \(mask_layer=-1 or .*\)"
+    line = r"(.*) % of class 0 remains, (.*) % of class 2 remains after 2 zeroed weights \(mask_layer=-1 or .*\)"
     left = re.fullmatch(line, str(recwarn.pop().message))
     assert min(map(float, left.groups())) > 1 and left[0].partition(" (")[0] in repr(mask)
 
@@ -418,7 +417,9 @@ def test_classes_and_samples_that_the_model_does_not_know_are_told_of(model):
         mask = request(model)
     assert mask.num_zeroed == 0 and mask.forgets == (1,)
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match=r"the model classifies .* % of the samples correctly as it is") as warned:
+    with pytest.warns(
+        UserWarning, match=r"the model classifies .* % of the samples correctly: are the inputs"
+    ) as warned:
         request(stack())
     assert warned[0].filename == __file__
 
@@ -426,9 +427,9 @@ def test_classes_and_samples_that_the_model_does_not_know_are_told_of(model):
 def test_what_the_others_lose_is_measured_and_too_much_of_it_is_an_error_with_the_best_mask_within(model):
     before = state_of(model)
     ask = partial(request, model, gcn=patient_gcn(step=60), mask_layer=0)
-    with pytest.warns(UserWarning, match="% of class 1 are left"):
+    with pytest.warns(UserWarning, match="% of class 1 remains"):
         free = ask()
-    with pytest.raises(RetainScoreError, match=r"the classes to keep lose .*max_fall 1.0\), one of them") as error:
+    with pytest.raises(RetainScoreError, match=r"the retained classes lose .*max_fall 1.0\), one of them") as error:
         ask(max_fall=1.0)
     assert state_of(model) == before
 
@@ -542,7 +543,7 @@ WRONG_ARGUMENTS = [
     ("forget_class", [3, -1], r"must be from 0 to 2, not 0 to 2 and \[{}\]"),
     ("forget_class", [1.5, None, [], [[1]]], "forget_class must be a class, from 0 to 2, .*, not {}"),
     ("forget_class", ["cat"], "forget_class must be a tensor, an array or a list, not str"),
-    ("forget_class", [[0, 1, 2]], "there must be classes to keep beside {}"),
+    ("forget_class", [[0, 1, 2]], "there must be classes to retain beside {}"),
     ("mask_layer", [3, -4, [1, 1], [], "last", True, 1.0], "must be auto, None, or some of 1.weight, .*; not {}"),
     ("gcn", ["gcn.pt"], "gcn must be a MaskingGCN, a TrainedGCN or None, not {}"),
     ("gcn", [MaskingGCN(9, 8, 1)], r"gcn must read .* features, .*, not 9"),
@@ -628,18 +629,18 @@ def test_a_module_of_itself_is_refused_in_one_line(model):
     assert model.training and model[0].training
 
 
-def test_on_the_way_the_kept_classes_are_classified_among_themselves(model, monkeypatch):
+def test_on_the_way_retained_classes_are_classified_among_themselves(model, monkeypatch):
     requests = []
-    monkeypatch.setattr(Forgetting, "answer", lambda self: requests.append(self))
+    monkeypatch.setattr("mimu.unlearning.pruning_mask", lambda request, scorer: requests.append(request))
     request(model, mask_layer=1, max_fall=1.0, max_class_fall=5.0)
-    (asked,) = requests
+    (unlearning,) = requests
     is_two, labels = model(TRAIN.images)[:, [0, 2]].argmax(1), TRAIN.labels
-    judgement, logits = asked.judgement, asked.logits(asked.start)
-    found = judgement.scores(logits, among=[0, 2])
+    judgement, logits = unlearning.judgement, unlearning.logits(unlearning.start)
+    among = judgement.accuracies(logits, among=[0, 2])
     for label in (0, 2):
-        right = (is_two == label // 2)[labels == label]
-        assert found[label] == 100 * right.double().mean() >= judgement.scores(logits)[label]
-    assert found[1] == 0
-    for fall, is_ruined in ((3.9, False), (4.1, True)):  # of one class of two; twice 1.0 points are allowed
-        monkeypatch.setitem(vars(judgement), "scores_before", found | {0: found[0] + fall})
+        is_right = (is_two == label // 2)[labels == label]
+        assert among[label] == 100 * is_right.double().mean() >= judgement.accuracies(logits)[label]
+    assert among[1] == 0
+    for lost, is_ruined in ((3.9, False), (4.1, True)):  # by one class of two; twice 1.0 points are allowed
+        monkeypatch.setitem(vars(judgement), "accuracies_before", among | {0: among[0] + lost})
         assert judgement.is_ruined(logits) == is_ruined
