@@ -197,13 +197,21 @@ def row(label: str, findings: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def is_complete(finding: dict[str, Any]) -> bool:
+    return not finding["failure"] and not finding["unmaskable"]
+
+
 def content(findings: dict[str, dict[str, Any]]) -> str:
-    """Returns a table of the libraries and the families, and a list of what cannot be masked."""
-    rows, notes = [], []
+    """Returns a table of the libraries and of the families with exceptions, the other families, and the exceptions."""
+    rows, complete, notes = [], [], []
     for library in ("torchvision", "timm"):
         rows.append(row(f"{library}, all", [findings[name] for name in findings if name.startswith(f"{library}/")]))
     for label in dict.fromkeys(map(family, findings)):
-        rows.append(row(label, [findings[name] for name in findings if family(name) == label]))
+        members = [findings[name] for name in findings if family(name) == label]
+        if all(map(is_complete, members)):
+            complete.append(label)
+        else:
+            rows.append(row(label, members))
     for name, each in findings.items():
         if each["failure"]:
             notes.append(f"- {name}: {each['failure']}")
@@ -212,7 +220,8 @@ def content(findings: dict[str, dict[str, Any]]) -> str:
             more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
             notes.append(f"- {name}: `{weights[0]}`{more}: {reason or 'another reason'}")
     columns = ["networks", "exported", "weights that can be masked", "positions only", "seconds", "GB"]
-    return "\n\n".join([markdown_table(columns, rows), "Not exported, or not masked:", "\n".join(notes or ["- none"])])
+    names = f"All weights can be masked in {', '.join(complete)}."
+    return "\n\n".join([markdown_table(columns, rows), names, "\n".join(notes)])
 
 
 def main(names: Sequence[str]) -> None:
