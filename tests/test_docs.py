@@ -3,7 +3,6 @@
 import importlib
 import re
 import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,8 +18,9 @@ from experiment.config import load_variants
 from mimu.seeds import seeded
 
 PAGES = [PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md"))]
-sys.path.append(str(PROJECT / "docs"))
-build, tune, shadow = map(importlib.import_module, ("build", "tune", "shadow"))
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(PROJECT / "docs"))
+    build, tune, shadow = map(importlib.import_module, ("build", "tune", "shadow"))
 
 
 @pytest.fixture
@@ -51,9 +51,8 @@ def test_a_measured_block_is_written_with_the_commit_and_a_failure_leaves_its_bl
     assert build.main([]) == 1 and "ablation: " in capsys.readouterr().out
     assert build.block("few")[1:3] == ("0123abc", "| figure |\n")
     few = (pages / "docs" / "few.md").read_text()
-    for end in (0, 2):  # all around the block stands as it was
-        assert few.split("few: measured")[0] == before["few.md"].split("few: measured")[0]
-        assert few.split("<!-- /few")[1] == before["few.md"].split("<!-- /few")[1]
+    around = re.compile("(<!-- few: ).*(<!-- /few -->)", re.DOTALL)
+    assert around.sub("", few) == around.sub("", before["few.md"])
     changed = [page.name for page in pages.glob("docs/*.md") if page.read_text() != before[page.name]]
     assert changed == ["few.md"]
     assert build.main(["--list", "few"]) == 0
@@ -124,9 +123,6 @@ def test_the_configs_have_the_candidates_that_were_chosen():
         for hyperparameter in filter(None, chosen.split(", ")):
             name, value = hyperparameter.split()
             assert f"{configured[name]:g}" == value, (section, method)
-        assert {candidate for grid in tune.SETTINGS[section]["candidates"][method] for candidate in grid} <= {
-            *configured
-        }
 
 
 def test_the_attack_by_shadow_models_leaves_each_pair_out_of_its_gaussians():
