@@ -20,7 +20,7 @@ from build import ROOT, write_block
 
 from data import load_image_data
 from experiment.config import load_config
-from mimu.erasing import Erasing
+from mimu.erasing import ErasingConfig
 from mimu.samples import some_of_every_class
 from reporter import markdown_table
 from trainer import Trainer
@@ -31,7 +31,7 @@ SOURCES = ("retrained", "another retrained", "inputs", "untrained", "original", 
 
 def measure(overrides: Sequence[str]) -> dict[str, list[float]]:
     """Returns R^2 of attackers in each of SOURCES on samples of the training split, by seed and class."""
-    config, erasing = load_config(overrides=[*OVERRIDES, *overrides]), Erasing.configured()
+    config, erasing = load_config(overrides=[*OVERRIDES, *overrides]), ErasingConfig.configured()
     data = load_image_data(config.dataset, ROOT / "datasets", "cpu")
     classes, rows = len(data.class_names), {}
     for seed in config.seeds:
@@ -46,7 +46,7 @@ def measure(overrides: Sequence[str]) -> dict[str, list[float]]:
             features.insert(2, samples.images)
             values = [erasing.mean_r_squared(each, samples.labels == label, seed) for each in features]
             _, _, in_inputs, _, in_original = values
-            rows[f"{seed}, {data.class_names[label]}"] = [*values, erasing.bar(in_inputs, in_original)]
+            rows[f"{seed}, {data.class_names[label]}"] = [*values, erasing.target_r_squared(in_inputs, in_original)]
     return rows
 
 

@@ -29,8 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from build import write_block
 
-from audits.predictions import Predictions
-from audits.probes import found_by_probes
+from audits import Predictions, probe_metrics
 from data import load_image_data
 from experiment.config import load_config
 from mimu import Mask, RetainScoreError, unlearn
@@ -369,8 +368,8 @@ class Chosen:
     def bits(self, model: nn.Module, digit: int) -> float:
         """Returns the most bits about "is it this digit" that a probe finds in the test samples' representation."""
         splits = (predictions(model, split) for split in (self.few, self.test))
-        bits = found_by_probes(*splits, digit, SEED, ("two_layer", "neighbours"))["usable_bits"]
-        return max(bits["representation"].values())
+        metrics = probe_metrics(*splits, digit, SEED, ("two_layer", "neighbours"))
+        return max(metrics["usable_bits"]["representation"].values())
 
     def cells(self, forget: Forget, requests: Sequence[list[int]]) -> Row:
         """Makes the requests: worst forget accuracy, means of all else, how many `unlearn` refused."""

@@ -78,7 +78,7 @@ def measure(network: str, size: int, classes: int, count: int, request: str) -> 
     fit_last_layer(model, *noisy(images, FITTED))
     inputs, labels = noisy(images, count)
     # Attackers find much in random weights anyway: `erase` stops after its first edit, `erase_all` after its last.
-    erasing.NOTICED = math.inf if request == "erase" else -math.inf
+    erasing.TOLERANCE = math.inf if request == "erase" else -math.inf
     before, masks = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
     bounds = {"max_fall": None, "max_class_fall": None}
     total = cpu_seconds(lambda: masks.append(unlearn(model, inputs, labels, 0, erase=request != "mask", **bounds)))

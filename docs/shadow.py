@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from build import ROOT, write_block
 
 from data import GraphGenerator, ImageData, load_image_data
-from eval import Request, answer
+from eval import Request, run_method
 from experiment.config import Config, load_config
 from mimu.pretrained import TrainedGCN
 from mimu.seeds import seeded
@@ -60,7 +60,7 @@ def odds_by_method(config: Config, data: ImageData, chosen: Tensor, seed: int) -
         request = Request(config.eval, classifier, trainer, half, graphs, gcn, label, top_k, seed, "auto", kept=kept)
         samples = data.train.forget(label)
         for name in names:
-            model = answer(request, name).model
+            model = run_method(request, name).model
             with torch.no_grad():
                 odds[name].append(log_odds(model(samples.images).double(), samples.labels))
     return {name: torch.cat(parts) for name, parts in odds.items()}

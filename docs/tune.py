@@ -24,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from build import DOCS, ROOT, block, cells, head, write_block
 
-from audits.predictions import Predictions, jensen_shannon, predictions_of
-from audits.probes import found_by_probes
+from audits import Predictions, jensen_shannon, predictions_of, probe_metrics
 from data import GraphGenerator, load_image_data
-from eval import Request, answer
+from eval import Request, run_method
 from experiment.config import load_config
 from mimu.errors import TrainingError
 from mimu.pretrained import TrainedGCN
@@ -69,7 +68,7 @@ class Tuning:
             Request(config.eval, classifier, trainer, data.train, graphs, gcn, digit, top_k, seed, "auto", kept=kept)
             for digit in settings.get("digits", range(graphs.num_classes))
         ]
-        retrained = [answer(request, "retrain").model for request in self.requests]
+        retrained = [run_method(request, "retrain").model for request in self.requests]
         self.retrained = [predictions_of(model, self.held_out) for model in retrained]
         self.by_probe = settings.get("by_probe", False)
         if self.by_probe:
@@ -88,8 +87,8 @@ class Tuning:
     def bits(self, request: Request, model: nn.Module) -> float:
         """Returns the most bits about "is it this class" that a probe finds in held-out samples' representation."""
         splits = (predictions_of(model, samples) for samples in (request.train, self.held_out))
-        bits = found_by_probes(*splits, request.forget_class, request.seed, ["two_layer", "neighbours"])["usable_bits"]
-        return max(bits["representation"].values())
+        metrics = probe_metrics(*splits, request.forget_class, request.seed, ["two_layer", "neighbours"])
+        return max(metrics["usable_bits"]["representation"].values())
 
     def trial(self, method: str, values: Values) -> Trial:
         """Makes all requests by a method with these hyperparameters; one that diverges counts as keeping nothing."""
@@ -99,7 +98,7 @@ class Tuning:
             hyperparameters = configured | {method: configured.get(method, {}) | values}
             config = replace(request.config, hyperparameters=hyperparameters)
             try:
-                model = answer(replace(request, config=config, prunings={}), method).model
+                model = run_method(replace(request, config=config, prunings={}), method).model
             except TrainingError:
                 return Trial(values, 100.0, 0.0, math.inf)
             predictions = predictions_of(model, self.held_out)
