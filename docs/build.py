@@ -235,7 +235,7 @@ def cifar10() -> str:
     scores = {row[0]: row for row in cells(columns_of(means, SHORT))}
     worst_scores, audits = ({row[0]: row[1:] for row in cells(table)} for table in (worst, section("Audits")[1]))
     (name, forget, retain, gap, seconds), audit_names = scores.pop("method"), audits["method"][:-1]
-    worst_forget, worst_gap = (f"{column.name.split(',')[0]}, worst class" for column in (FORGET_SCORE, RETAIN_GAP))
+    worst_forget, worst_gap = f"{FORGET_SCORE.name.split(',')[0]}, worst class", "against retrain, worst class"
     header = [name, forget, worst_forget, retain, gap, worst_gap, *audit_names, seconds, "% of retraining"]
     rows, retraining = [], float(scores["retrain"][-1].split()[0])
     for method, (_, forget, retain, gap, seconds) in scores.items():
