@@ -211,19 +211,19 @@ def published() -> str:
     return columns_of(rows_of(section("Every kappa")[0], ["mimu", "published"]), columns)
 
 
-def variants(config: str, has_picture: bool = False) -> str:
-    """Returns the tables of all variants of a config."""
+def variants(config: str) -> str:
+    """Returns the tables of all variants of a config, and renews the picture of its page, if there is one."""
     typed = run(f"{TWO_PROCESSES} --config configs/{config}.yaml")
-    if has_picture:
+    if (DOCS / f"{config}.png").exists():
         copy_pictures(variants=config)
     return f"{variant_tables()}\n\n{typed}."
 
 
 def few() -> str:
     """Measures requests of few snapshots and of few samples."""
-    content = variants("few")
+    typed = run(f"{TWO_PROCESSES} --config configs/few.yaml")
     draw_few(variant_tables())
-    return content
+    return f"{variant_tables()}\n\n{typed}."
 
 
 def cifar10() -> str:
@@ -235,7 +235,7 @@ def cifar10() -> str:
     scores = {row[0]: row for row in cells(columns_of(means, SHORT))}
     worst_scores, audits = ({row[0]: row[1:] for row in cells(table)} for table in (worst, section("Audits")[1]))
     (name, forget, retain, gap, seconds), audit_names = scores.pop("method"), audits["method"][:-1]
-    worst_forget, worst_gap = (f"{column.name.split(',')[0]}, worst class" for column in (FORGET_SCORE, RETAIN_GAP))
+    worst_forget, worst_gap = f"{FORGET_SCORE.name.split(',')[0]}, worst class", "against retrain, worst class"
     header = [name, forget, worst_forget, retain, gap, worst_gap, *audit_names, seconds, "% of retraining"]
     rows, retraining = [], float(scores["retrain"][-1].split()[0])
     for method, (_, forget, retain, gap, seconds) in scores.items():
@@ -308,37 +308,25 @@ def draw_few(table: str) -> None:
     figure.savefig(DOCS / "few.png", dpi=150)
 
 
-# The order matters: all later blocks use the GCN that `pretrain` makes, and reuse what earlier blocks have run.
-MEASUREMENTS: dict[str, Callable[[], str | None]] = {
+VARIANTS = ("full_model", "ablation", "transfer", "transfer_fashion", "erasure_networks", "cnn", "vit")  # configs
+OWN = ("own_layers", "own_several", "choice", "own_networks", "own_kinds", "own_few")  # tables of docs/own.py
+SCRIPTS = {"bar": "docs/bar.py", "shadow": "docs/shadow.py", "scale": "docs/scale.py", "tuning": "docs/tune.py"}
+MEASUREMENTS: dict[str, Callable[[], str | None]] = {  # in their order: all later blocks use the GCN of `pretrain`
     "pretrain": pretrained,
     "default": default,
     "benchmark": benchmark,
     "two_processes": two_processes,
     "headline": headline,
     "all_digits": all_digits,
-    "full_model": partial(variants, "full_model"),
     "published": published,
     "few": few,
-    "ablation": partial(variants, "ablation", has_picture=True),
-    "transfer": partial(variants, "transfer", has_picture=True),
-    "transfer_fashion": partial(variants, "transfer_fashion", has_picture=True),
+    **{name: partial(variants, name) for name in VARIANTS},
     "baselines": baselines,
     "erasure": erasure,
-    "erasure_networks": partial(variants, "erasure_networks"),
-    "cnn": partial(variants, "cnn"),
-    "vit": partial(variants, "vit"),
     "cifar10": cifar10,
-    "own_layers": partial(by_script, "docs/own.py own_layers"),
-    "own_several": partial(by_script, "docs/own.py own_several"),
-    "choice": partial(by_script, "docs/own.py choice"),
-    "own_networks": partial(by_script, "docs/own.py own_networks"),
-    "own_kinds": partial(by_script, "docs/own.py own_kinds"),
-    "own_few": partial(by_script, "docs/own.py own_few"),
     "coverage": coverage,
-    "bar": partial(by_script, "docs/bar.py"),
-    "shadow": partial(by_script, "docs/shadow.py"),
-    "scale": partial(by_script, "docs/scale.py"),
-    "tuning": partial(by_script, "docs/tune.py"),
+    **{name: partial(by_script, f"docs/own.py {name}") for name in OWN},
+    **{name: partial(by_script, command) for name, command in SCRIPTS.items()},
 }
 
 

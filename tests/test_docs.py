@@ -130,8 +130,8 @@ def test_the_attack_by_shadow_models_leaves_each_pair_out_of_its_gaussians():
     kinds[1] += 4.0
 
     def density(kind: int, pair: int, sample: int, x: float) -> float:
-        rest = [*kinds[kind, :pair, sample].tolist(), *kinds[kind, pair + 1 :, sample].tolist()]
-        return norm(fmean(rest), stdev(rest)).logpdf(x)
+        remaining = [*kinds[kind, :pair, sample].tolist(), *kinds[kind, pair + 1 :, sample].tolist()]
+        return norm(fmean(remaining), stdev(remaining)).logpdf(x)
 
     right = torch.zeros(5, 4, 2)
     for pair, sample, kind in product(range(5), range(4), range(2)):
