@@ -1,4 +1,4 @@
-"""What samples show of a mask: how much remains of the classes to forget, and what the retained classes lose."""
+"""The judgement of a mask by samples: how much of the classes to forget remains, and what the retained ones lose."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN = 1.0  # percent of a class that may remain by few samples without a warni
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
-    """What samples show of a mask, from the logits (samples, classes) that they get under it.
+    """A judgement of a mask by samples, from the logits (samples, classes) that they get under it.
 
     labels: (samples)
     before: the logits under the mask that the request starts with
@@ -61,7 +61,7 @@ class Judgement:
 
     @property
     def has_few(self) -> bool:
-        """Whether some class has few samples."""
+        """True if some class has few samples."""
         return min(self.counts.values()) < FEW
 
     def accuracies(self, logits: Tensor, among: Sequence[int] | None = None) -> Accuracies:
@@ -107,14 +107,14 @@ class Judgement:
         return mean, max(lost.values())
 
     def is_within(self, after: Accuracies, times: float = 1) -> bool:
-        """Whether retained classes lose at most `times` what the bounds allow; few samples must show it for certain."""
+        """Tells whether retained classes lose at most `times` their bounds; few samples must show more for certain."""
         lost = self.lost_points(after, are_certain=self.has_few)
         return all(bound is None or points <= times * bound for points, bound in zip(lost, self.bounds))
 
     def is_ruined(self, logits: Tensor) -> bool:
-        """Whether the retained classes lose twice what the bounds allow, classified among themselves.
+        """Tells whether retained classes, classified among themselves, lose more than twice what the bounds allow.
 
-        Until a class is forgotten, it takes over samples of others.
+        A class that is not forgotten yet takes over some of their samples.
         """
         return not self.is_within(self.accuracies(logits, among=self.retained), times=2)
 

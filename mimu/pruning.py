@@ -38,7 +38,7 @@ Ranking = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """How a request is answered.
+    """The settings of a request.
 
     step: weights zeroed in a step, a number or a share of the masked ones; None: they are scored only once
     snapshot_every: steps from one snapshot to the next, first-order updates between; None: a single snapshot
@@ -137,7 +137,7 @@ def prune(
 
 
 def is_updated(snapshot: Snapshot, step: int, snapshot_every: int | None) -> bool:
-    """Whether a step takes a first-order update of the last snapshot, whose record was kept, instead of a new one."""
+    """Tells whether a step updates the last snapshot, whose records must be kept, instead of taking a new one."""
     return bool(snapshot.records) and (snapshot_every is None or step % snapshot_every != 0)
 
 
@@ -157,7 +157,7 @@ def new_snapshot(
 
 
 def is_stalled(loss: float, previous_loss: float, config: PruningConfig) -> bool:
-    """Whether the forget class's mean -log(1 - p) is not small, and has not fallen by `config.penalty_growth`.
+    """Tells whether the forget class's mean -log(1 - p) is large and has not fallen by `config.penalty_growth`.
 
     The damage penalty is then lowered. Penalty methods likewise raise the weight of a constraint that a constant weight
     only balances against the objective (Nocedal and Wright 2006, Numerical Optimization, chapter 17).

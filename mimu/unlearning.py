@@ -53,8 +53,8 @@ def unlearn(
 
     Args:
         model: returns logits (samples, classes)
-        inputs: training samples (samples, ...), or a DataLoader or data set of pairs (input, label). There must be some
-            of every class, but for the classes that a mask on the model forgets
+        inputs: training samples (samples, ...), or a DataLoader or data set of pairs (input, label). Only the classes
+            that a mask on the model forgets may be missing
         labels: the classes of the samples, (samples), from 0 on
         forget_class: one class or several. The classes of a mask that the model carries stay forgotten
         gcn: rescales the scores; None: the pretrained one, and the formula alone in convolutions and linear layers on
@@ -78,15 +78,9 @@ def unlearn(
     """
     if isinstance(inputs, DataLoader | Dataset) and forget_class is None:
         labels, forget_class = None, labels
+    check_arguments(scorer, erase, mask_layer, {"max_fall": max_fall, "max_class_fall": max_class_fall})
     with plain_torch():
         inputs, labels = samples_of(inputs, labels, progress)
-        if erase and mask_layer not in ("auto", None):
-            raise InputError(f"mask_layer must be auto or None where classes are erased, not {mask_layer!r}")
-        if scorer not in ("gcn", "saliency"):
-            raise InputError(f"scorer must be gcn or saliency, not {scorer!r}")
-        for name, bound in (("max_fall", max_fall), ("max_class_fall", max_class_fall)):
-            if bound is not None and not (isinstance(bound, int | float) and bound > 0):
-                raise InputError(f"{name} must be a number of points above 0, or None, not {bound!r}")
         custom = CustomModel.of(model, inputs, mask_layer, progress, erase)
         carried = Mask.on(model)
         train = Split(custom.inputs, labels.to(custom.inputs.device))
@@ -102,6 +96,17 @@ def unlearn(
         request.mask_on_model(request.start, {})  # raises before any work
         request.check_accuracies()
         return erasing_mask(request) if erase else pruning_mask(request, scorer)
+
+
+def check_arguments(scorer: str, erase: bool, mask_layer: Any, bounds: dict[str, Any]) -> None:
+    """Raises InputError if an argument of `unlearn` has a value that it cannot have."""
+    if scorer not in ("gcn", "saliency"):
+        raise InputError(f"scorer must be gcn or saliency, not {scorer!r}")
+    if erase and mask_layer not in ("auto", None):
+        raise InputError(f"mask_layer must be auto or None where classes are erased, not {mask_layer!r}")
+    for name, bound in bounds.items():
+        if bound is not None and not (isinstance(bound, int | float) and bound > 0):
+            raise InputError(f"{name} must be a number of points above 0, or None, not {bound!r}")
 
 
 class RetainScoreError(InputError):
@@ -143,12 +148,12 @@ class UnlearningRequest:
 
     @property
     def advice(self) -> str:
-        """What a user may try if a request falls short; an erasure can only make use of samples."""
+        """The things to try if a request falls short; for an erasure, only samples."""
         return "" if self.erase else "mask_layer=-1 or another, scorer='saliency', or "
 
     @cached_property
     def start(self) -> Mask:
-        """What the mask on the model zeroes in the masked layers, as a mask on the classifier."""
+        """The zeros of the model's mask in the masked layers, as a mask on the classifier."""
         classifier, masks = self.custom.classifier, {}
         carried = self.carried.by_layer if self.carried else {}
         for layer in self.custom.masked:
@@ -195,16 +200,16 @@ class UnlearningRequest:
             must = f"there must be classes to retain beside {sorted(self.forget)} that the model classifies"
             raise InputError(f"{must}: {question}")
         forgotten = self.carried.forgets if self.carried else ()
-        known = fmean(percent for label, percent in judgement.accuracies_before.items() if label not in forgotten)
-        if known < TRUSTED:
-            warnings.warn(f"the model classifies {known:.1f} % of the samples correctly: {question}", stacklevel=3)
+        accuracy = fmean(percent for label, percent in judgement.accuracies_before.items() if label not in forgotten)
+        if accuracy < TRUSTED:
+            warnings.warn(f"the model classifies {accuracy:.1f} % of the samples correctly: {question}", stacklevel=3)
         for label in () if self.erase else sorted(self.forget - set(forgotten)):
             if judgement.percent_remaining(label, judgement.before) < judgement.target:
                 warnings.warn(f"class {label} is not classified in the first place: there is no mask", stacklevel=3)
 
 
 class Attempt(NamedTuple):
-    """How far a request came.
+    """An attempt to answer a request.
 
     masks: on the classifier, from the one it starts with to the last one
     logits: of all samples under the last mask, (samples, classes)

@@ -55,7 +55,7 @@ def test_the_whole_path_leaves_its_artifacts_and_clean_removes_them_alone(clone)
     for path in own:
         run_files.write_text(path, "mine")
     output = run(clone, *SMOKE, "sweep.kappa=[auto, 20]", "sweep.forget_digits=[3]", "report.format=[pdf, svg]")
-    assert all(name in output for name in (*METHODS, "forget score", "retain score", "reports"))
+    assert all(name in output for name in (*METHODS, "forget accuracy", "retain accuracy", "reports"))
     results = metrics(clone).values()
     assert [result["forget_digit"] for result in results] == [3, 3]
     for result in results:

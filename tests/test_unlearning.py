@@ -183,14 +183,11 @@ def masked(model: nn.Module) -> nn.Module:
 
 # What makes a model to train, or changes a trained one of convolutions; what is asked for; the layers of the answer.
 AS_THEY_ARE = [
-    (Ahead, None, "auto", "head"), (Ahead, None, None, "head inner"), (Ahead, None, 0, "head"),
-    (Ahead, None, [1, 0], "head inner"), (Ahead, None, "inner", "inner"), (Ahead, None, "*.weight", "head inner"),
-    (None, nn.Module.train, "auto", "8"), (None, nn.Module.train, None, "1 4 5 8"),
+    (Ahead, None, None, "head inner"), (Ahead, None, "*.weight", "head inner"), (None, nn.Module.train, "[45]", "4 5"),
     (None, lambda model: model[5].requires_grad_(False) and model.train(), [2, "1"], "1 5"),
-    (None, nn.Module.train, ["5", "8.weight"], "5 8"), (None, nn.Module.train, -1, "8"),
-    (None, masked, ["5", "8"], "1 5 8"), (None, nn.Module.bfloat16, 2, "5"), (None, nn.Module.train, "[45]", "4 5"),
+    (None, masked, ["5", "8"], "1 5 8"), (None, nn.Module.bfloat16, 2, "5"), (None, nn.Module.train, -1, "8"),
     (None, lambda model: model.to(memory_format=torch.channels_last), 2, "5"),
-    (pooled, None, None, "1 4 5 7"), (pooled, None, "auto", "7"), (called_twice, None, None, "1 4 5 11"),
+    (pooled, None, "auto", "7"), (called_twice, None, None, "1 4 5 11"),
     (None, lambda model: HookedClassifier(model, TRAIN.images), None, "1 4 5 8"),
     (None, lambda model: torch.compile(model, backend="eager"), "auto", "8"), (None, nn.DataParallel, "auto", "8"),
     (lambda: convolved(nn.Flatten(), Doubled(56, 8), nn.ReLU(), Doubled(8, 3)), None, [3, 4], "8 10"),
