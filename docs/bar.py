@@ -1,7 +1,7 @@
-"""How near the bar of an erasure is to what attackers find after retraining, for thirty classes.
+"""Compares the target R^2 of an erasure with the R^2 of attackers after retraining, for thirty classes.
 
-Run it with `uv run docs/bar.py`; it writes docs/bar.md; with overrides of the config, and of the seeds and classes by
-sweep.seeds and sweep.forget_digits, it prints the table alone.
+`uv run docs/bar.py` writes docs/bar.md. With overrides of the config, as of sweep.seeds and sweep.forget_digits, it
+prints the table and writes nothing.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from build import ROOT, write_block
 
 from data import load_image_data
@@ -22,37 +26,37 @@ from reporter import markdown_table
 from trainer import Trainer
 
 OVERRIDES = ("sweep.seeds=[0, 1, 2]", "sweep.forget_digits=[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]")
-FOUND_IN = ("retrained", "another retrained", "inputs", "untrained", "original", "bar")
+SOURCES = ("retrained", "another retrained", "inputs", "untrained", "original", "target")
 
 
-def measured(overrides: Sequence[str]) -> dict[str, list[float]]:
-    """By seed and class: R^2 of attackers in each of FOUND_IN, on samples of the training split."""
-    config, erasing, found = load_config(overrides=[*OVERRIDES, *overrides]), ErasingConfig.configured(), {}
+def measure(overrides: Sequence[str]) -> dict[str, list[float]]:
+    """Returns R^2 of attackers in each of SOURCES on samples of the training split, by seed and class."""
+    config, erasing = load_config(overrides=[*OVERRIDES, *overrides]), ErasingConfig.configured()
     data = load_image_data(config.dataset, ROOT / "datasets", "cpu")
-    classes = len(data.class_names)
+    classes, rows = len(data.class_names), {}
     for seed in config.seeds:
         samples = some_of_every_class(data.train, erasing.samples, "bar", seed)
         trainer = Trainer(config.classifier, seed, config.source.size)
         untrained, original = trainer.initial(data.train.images, classes), trainer.train(data.train, classes)
         for label in config.forget_digits:
-            others = [replace(trainer, seed=seed + more) for more in (1_000_000, 2_000_000)]
-            classifiers = [each.train(data.train.retain(label), classes) for each in others]
+            trainers = [replace(trainer, seed=seed + more) for more in (1_000_000, 2_000_000)]
+            retrained = [each.train(data.train.retain(label), classes) for each in trainers]
             with torch.no_grad():
-                features = [each.outputs(samples.images)[0] for each in (*classifiers, untrained, original)]
+                features = [each.outputs(samples.images)[0] for each in (*retrained, untrained, original)]
             features.insert(2, samples.images)
             values = [erasing.mean_r_squared(each, samples.labels == label, seed) for each in features]
             _, _, in_inputs, _, in_original = values
-            found[f"{seed}, {data.class_names[label]}"] = [*values, erasing.target_r_squared(in_inputs, in_original)]
-    return found
+            rows[f"{seed}, {data.class_names[label]}"] = [*values, erasing.target_r_squared(in_inputs, in_original)]
+    return rows
 
 
 def main(overrides: Sequence[str]) -> None:
-    found = measured(overrides)
-    rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in found.items()]
-    errors = [[value - values[0] for value in values] for values in found.values()]
+    r_squared = measure(overrides)
+    rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in r_squared.items()]
+    errors = [[value - values[0] for value in values] for values in r_squared.values()]
     rows.append(["mean error", *(f"{fmean(column):+.3f}" for column in zip(*errors))])
     rows.append(["mean absolute error", *(f"{fmean(map(abs, column)):.3f}" for column in zip(*errors))])
-    table = markdown_table(["seed, class", *FOUND_IN], rows)
+    table = markdown_table(["seed, class", *SOURCES], rows)
     print(table)
     if not overrides:
         write_block("bar", table)

@@ -1,18 +1,13 @@
-"""Measures what the pages show, and writes it between their marks: `<!-- name: digest -->` and `<!-- /name -->`.
+"""Measures the blocks of the pages: `uv run docs/build.py few ablation`, or without names all of them, for hours.
 
-The digest is of all that decides the figures: the settings, the code, and the pretrained GCN where one is taken.
-`uv run docs/build.py` measures every block that is stale, whose digest is not today's, one after the other; stopped, it
-goes on from there. All of them take hours, Fashion-MNIST and CIFAR-10; the first two train the tracked GCNs anew, in
-their places. With names, as in `uv run docs/build.py ablation few`, it measures those in any case. With `--stale` it
-measures nothing, and says which blocks are stale; its exit status is 1 where one is.
+A block stands between `<!-- few: measured at 559edba -->` and `<!-- /few -->`, where 559edba is the commit whose code
+measured it. `--list` measures nothing; it prints every block with its page and its commit. Some blocks need
+Fashion-MNIST or CIFAR-10. The block `pretrain` trains the tracked GCN anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
-import inspect
 import json
 import math
 import re
@@ -22,171 +17,57 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import cache
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import yaml
 from matplotlib import pyplot as plt
 
-from experiment.command_line import parse_arguments
-from experiment.config import load_variants
-from experiment.files import ROOT as PACKAGE
-from main import CODE, TRAINING_CODE
-from mimu.files import digest, write_text
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mimu.files import write_text
 from mimu.pretrained import PRETRAINED
 from reporter import FORGET_SCORE, RETAIN_GAP, RETAIN_SCORE, SECONDS, markdown_table, method_styles
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS, DOCS = ROOT / "reports", ROOT / "docs"
-ON_TWO = "torchrun --nproc-per-node 2 main.py"
+TWO_PROCESSES = "torchrun --nproc-per-node 2 main.py"
 SHORT = ("method", FORGET_SCORE.name, RETAIN_SCORE.name, RETAIN_GAP.name, SECONDS.name)  # columns
 SAMPLES = {1: "1 sample", 5: "5 samples", 10: "10 samples", 50: "50 samples"}  # variants of configs/few.yaml
 
 
-class Measurement(NamedTuple):
-    """What a block shows, and what decides its figures.
-
-    content: runs the commands, and returns the text; None where they write the block themselves
-    commands: as one types them after `uv run`; of one with --fresh, which reuses nothing, the block says what it took
-    settings: commands of main.py, or candidates of docs/tune.py, whose settings decide; none named: those of `commands`
-    code: which files of the project decide, beside the scripts of the commands
-    """
-
-    content: Callable[[Sequence[str]], str | None]
-    commands: Sequence[str]
-    settings: Sequence[str] = ()
-    code: Sequence[str] = CODE
-
-    def sources(self) -> dict[str, str]:
-        """File to the digest of its code, as this process first read it, for all files that figures may depend on."""
-        found = {}
-        scripts = [word for word in " ".join(self.commands).split() if word.endswith(".py")]
-        for pattern in [*self.code, *scripts]:
-            for path in ROOT.glob(pattern):
-                found[path.relative_to(ROOT).as_posix()] = code_digest(path)
-        found.pop("reporter.py", None)  # no number depends on it
-        return found
+def head() -> str:
+    """Returns the short hash of the commit that is checked out."""
+    command = ["git", "rev-parse", "--short=7", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 class Block(NamedTuple):
-    """Where a block stands, the digest of what made it, its content, and all of it with its marks."""
+    """A measured part of a page; `marked` is the content with both marks."""
 
     page: Path
-    provenance: str
+    commit: str
     content: str
     marked: str
 
 
 def block(name: str) -> Block:
-    """Finds a block by its marks. Raises ValueError where they do not stand once, on one page."""
-    marks = re.compile(rf"<!-- {re.escape(name)}: (\w+) -->\n(.*?)<!-- /{re.escape(name)} -->", re.DOTALL)
-    found = []
+    """Finds a block by its marks. Raises ValueError unless these stand exactly once on the pages."""
+    marks = re.compile(rf"<!-- {re.escape(name)}: measured at (\w+) -->\n(.*?)<!-- /{re.escape(name)} -->", re.DOTALL)
+    blocks = []
     for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
-        found += [Block(page, match[1], match[2], match[0]) for match in marks.finditer(page.read_text())]
-    if len(found) != 1:
-        raise ValueError(f"block {name}: its marks with a digest must stand once on the pages, not {len(found)} times")
-    return found[0]
+        blocks += [Block(page, match[1], match[2], match[0]) for match in marks.finditer(page.read_text())]
+    if len(blocks) != 1:
+        raise ValueError(f"block {name}: its marks must stand once on the pages, not {len(blocks)} times")
+    return blocks[0]
 
 
-def write_block(name: str, content: str, provenance: str | None = None) -> None:
-    """Writes what was measured, and the digest of what made it: today's where none is given."""
-    written = block(name)
-    marked = f"<!-- {name}: {provenance or today(name)} -->\n{content.strip()}\n<!-- /{name} -->"
-    write_text(written.page, written.page.read_text().replace(written.marked, marked))
-
-
-def today(name: str) -> str:
-    """The digest of all that decides the figures of a block."""
-    measured, settings = MEASUREMENTS[name], []
-    for each in measured.settings or measured.commands:
-        if each.startswith("docs/tuning"):
-            settings.append(all_of_tuning(Path(each).stem))
-        elif "main.py" in each:
-            settings.append(settings_of(each))
-    function = without_words(inspect.getsource(measured.content))
-    return digest([measured.commands, settings, function, measured.sources()])[:8]
-
-
-def is_stale(name: str) -> bool:
-    """Whether something else decided the figures of a block than what decides them today."""
-    return block(name).provenance != today(name)
-
-
-def measure(name: str) -> None:
-    """Runs what a block needs, and writes it."""
-    provenance = today(name)  # before, so that what is changed meanwhile leaves the block stale
-    content = MEASUREMENTS[name].content(MEASUREMENTS[name].commands)
-    if content is not None:
-        write_block(name, content, provenance)
-
-
-def settings_of(command: str) -> dict[str, Any]:
-    """The settings of a command of main.py that figures depend on, by the names of its variants.
-
-    Data sets that overrides name are left out, since they need not be there.
-    """
-    parsed, found = arguments_of(command), {}
-    overrides = [each for each in parsed.overrides if not each.startswith("dataset=")]
-    for name, config in load_variants(ROOT / parsed.config, overrides).items():
-        settings = asdict(config) | {"eval": config.eval.decisive()}
-        del settings["report"]
-        if not config.audit.enabled:
-            del settings["audit"]
-        if config.gcn.pretrained:
-            settings["pretrained"] = hashlib.sha256(tracked_gcn().read_bytes()).hexdigest()
-        found[name] = settings
-    return found
-
-
-def tuning_settings(name: str) -> dict[str, Any]:
-    """What docs/<name>.yaml says, the rest as in the file that it is `like`."""
-    own = yaml.safe_load((DOCS / f"{name}.yaml").read_text())
-    if "like" not in own:
-        return own
-    base = tuning_settings(f"tuning_{own.pop('like')}")
-    return base | own | {"candidates": base["candidates"] | own.get("candidates", {})}
-
-
-def all_of_tuning(name: str) -> list[Any]:
-    """The settings of a tuning, and of the config all but the hyperparameters that it tries, which it is to choose."""
-    tuning = tuning_settings(name)
-    methods = ", ".join(sorted({"mimu", *tuning["candidates"]}))
-    overrides = ["gcn.pretrained=true", "audit.enabled=true", f"eval.methods=[{methods}]"]
-    config = settings_of(shlex.join(["main.py", *overrides, *tuning.get("overrides", [])]))[""]
-    for method, rounds in tuning["candidates"].items():
-        for grid in rounds:
-            for hyperparameter in grid:
-                config["eval"]["hyperparameters"][method].pop(hyperparameter, None)
-    return [tuning, config]
-
-
-def tracked_gcn() -> Path:
-    return ROOT / PRETRAINED.relative_to(PACKAGE)
-
-
-def arguments_of(command: str) -> argparse.Namespace:
-    """The options and overrides of a command of main.py."""
-    return parse_arguments(shlex.split(command.partition("main.py")[2]))
-
-
-@cache
-def code_digest(path: Path) -> str:
-    return digest(without_words(path.read_text()))
-
-
-class WithoutDocstrings(ast.NodeTransformer):
-    """Takes what stands for itself and does nothing out of code."""
-
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        return None if isinstance(node.value, ast.Constant) else node
-
-
-def without_words(code: str) -> str:
-    """Code without docstrings, comments and line breaks of its own."""
-    return ast.unparse(WithoutDocstrings().visit(ast.parse(code)))  # unlike ast.dump the same in Python 3.11 and 3.13
+def write_block(name: str, content: str) -> None:
+    """Replaces the content of a block, and the commit in its mark by the one that is checked out."""
+    before = block(name)
+    marked = f"<!-- {name}: measured at {head()} -->\n{content.strip()}\n<!-- /{name} -->"
+    write_text(before.page, before.page.read_text().replace(before.marked, marked))
 
 
 def python(command: str) -> float:
@@ -197,234 +78,225 @@ def python(command: str) -> float:
     return time.perf_counter() - started
 
 
-def figures() -> dict[str, Any]:
-    """What the last run took."""
+def last_run() -> dict[str, Any]:
+    """Returns the seconds and the memory that the last run took."""
     return json.loads((REPORTS / "run.json").read_text())
 
 
 def run(command: str) -> str:
-    """Runs main.py, and returns what to say of it: the command, and of a fresh run the seconds and the memory."""
+    """Runs main.py; returns the command as a reader types it, after `--fresh` with the seconds and the memory."""
     python(command)
-    said = f"`uv run {command.replace(' --fresh', '')}`"
+    typed = f"`uv run {command.replace(' --fresh', '')}`"
     if "--fresh" not in command:
-        return said
-    memory = f"{figures()['peak_bytes'] / 1e9:.1f} GB{' a process' if ON_TWO in command else ''}"
-    return f"{said}, {figures()['total_seconds']:.0f} s, {memory}"
+        return typed
+    memory = f"{last_run()['peak_bytes'] / 1e9:.1f} GB{' a process' if TWO_PROCESSES in command else ''}"
+    return f"{typed}, {last_run()['total_seconds']:.0f} s, {memory}"
 
 
-def take_pictures(**names: str) -> None:
-    """Copies pictures of the reports: their names there, and in docs/."""
-    for theirs, ours in names.items():
-        shutil.copy(REPORTS / f"{theirs}.png", DOCS / f"{ours}.png")
+def copy_pictures(**names: str) -> None:
+    """Copies pictures from reports/ to docs/, given the name there by the name here."""
+    for source, target in names.items():
+        shutil.copy(REPORTS / f"{source}.png", DOCS / f"{target}.png")
 
 
 def section(heading: str) -> list[str]:
-    """The paragraphs and tables under a heading of the summary."""
-    _, found, rest = (REPORTS / "summary.md").read_text().partition(f"## {heading}\n\n")
-    if not found:
+    """Returns the paragraphs and tables under a heading of the summary. Raises ValueError if there is no such one."""
+    _, marker, text = (REPORTS / "summary.md").read_text().partition(f"## {heading}\n\n")
+    if not marker:
         raise ValueError(f"reports/summary.md has no section {heading!r}")
-    return rest.partition("\n## ")[0].strip().split("\n\n")
-
-
-def cells_of(line: str) -> list[str]:
-    return [cell.strip() for cell in line.split("|")[1:-1]]
+    return text.partition("\n## ")[0].strip().split("\n\n")
 
 
 def cells(table: str) -> list[list[str]]:
-    """The header and the rows of a table."""
+    """Returns the header and the rows of a Markdown table."""
     lines = table.strip().splitlines()
-    return [cells_of(line) for line in lines[:1] + lines[2:]]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[:1] + lines[2:]]
 
 
 def rows_of(table: str, methods: Sequence[str]) -> str:
-    """The table with the rows of these methods alone."""
+    """Keeps the rows of these methods."""
     header, *rows = cells(table)
     return markdown_table(header, [row for row in rows if row[0] in methods])
 
 
 def columns_of(table: str, columns: Sequence[str]) -> str:
-    """The table with these columns alone."""
+    """Keeps these columns, in this order."""
     header, *rows = cells(table)
-    places = [header.index(column) for column in columns]
-
-    def chosen(row: list[str]) -> list[str]:
-        return [row[place] for place in places]
-
-    return markdown_table(columns, map(chosen, rows))
+    return markdown_table(columns, [[row[header.index(column)] for column in columns] for row in rows])
 
 
 def variant_tables() -> str:
-    """What `reports/variants.md` says under its title."""
+    """Returns the tables of `reports/variants.md`, without its title."""
     return (REPORTS / "variants.md").read_text().partition("\n\n")[2].strip()
 
 
-def by_script(commands: Sequence[str]) -> None:
-    """A script writes its block itself."""
-    python(commands[0])
+def by_script(command: str) -> None:
+    """Runs a script that writes its block itself."""
+    python(command)
 
 
-def pretrained(commands: Sequence[str]) -> str:
-    """What training a pretrained GCN takes; it takes the place of the tracked one."""
-    seconds = python(commands[0])
-    return f"It takes {seconds:.0f} s and {tracked_gcn().stat().st_size / 1000:.0f} KB."
+def coverage() -> None:
+    """Runs docs/coverage.py, which writes its block itself, with the packages that it needs."""
+    command = ["uv", "run", "--with", "timm", "--with", "transformers", "docs/coverage.py"]
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
-def two_processes(commands: Sequence[str]) -> str:
-    return f"On the same two cores: {run(commands[0])}."
+def pretrained() -> str:
+    """Trains the pretrained GCN anew, in the place of the tracked one."""
+    seconds = python("main.py --pretrain --config configs/pretrain.yaml")
+    return f"It takes {seconds:.0f} s and {PRETRAINED.stat().st_size / 1000:.0f} KB."
 
 
-def about_all_digits(commands: Sequence[str]) -> str:
-    said = run(commands[0])
+def all_digits_intro(command: str) -> str:
+    typed = run(command)
     about = section("Every method, kappa = auto")[0]
-    return f"Ten digits, three classifiers (mean ± standard deviation over them), test split. {about} {said}"
+    return f"Ten digits, three classifiers (mean ± standard deviation over them), test split. {about} {typed}"
 
 
-def headline(commands: Sequence[str]) -> str:
-    """The table of the README."""
-    about = about_all_digits(commands)
-    take_pictures(summary="summary_all_digits")
-    gcn = [seconds for stage, seconds in figures()["seconds"].items() if stage.startswith("masking GCN")]
+def headline() -> str:
+    """Returns the table of the README."""
+    intro = all_digits_intro("main.py --fresh --config configs/all_digits.yaml")
+    copy_pictures(summary="summary_all_digits")
+    gcn = [seconds for stage, seconds in last_run()["seconds"].items() if stage.startswith("masking GCN")]
     table = columns_of(section("Every method, kappa = auto")[1], SHORT)
-    return f"{about}; training the GCN takes {fmean(gcn):.0f} s of it for each classifier.\n\n{table}"
+    return f"{intro}; training the GCN takes {fmean(gcn):.0f} s of it for each classifier.\n\n{table}"
 
 
-def all_digits(commands: Sequence[str]) -> str:
-    parts = [f"{about_all_digits(commands)}.", *section("Every method, kappa = auto")[1:]]
-    parts += ["Mask efficacy: only K = 2048 weights of the layer kept, scores on the class."]
+def all_digits() -> str:
+    parts = [f"{all_digits_intro('main.py --config configs/all_digits.yaml')}."]
+    parts += section("Every method, kappa = auto")[1:]
+    parts += ["Mask efficacy: only K = 2048 weights of the layer kept, accuracy on the class."]
     parts += [section("Mask efficacy, K = 2048")[1]]
     parts += ["Every kappa:", rows_of(section("Every kappa")[0], ["mimu", "saliency"])]
     return "\n\n".join(parts)
 
 
-def coverage(commands: Sequence[str]) -> None:
-    """As `by_script`, with the packages that the command names."""
-    subprocess.run(["uv", "run", *shlex.split(commands[0])], cwd=ROOT, check=True)
+def two_processes() -> str:
+    return f"On the same two cores: {run(f'{TWO_PROCESSES} --fresh --config configs/all_digits.yaml')}."
 
 
-def default(commands: Sequence[str]) -> str:
-    fresh, again, tests, faults = commands
-    run(fresh)
-    take_pictures(score_forget_set="score_forget_set", score_retain_set="score_retain_set")
-    took = figures()
+def default() -> str:
+    run("main.py --fresh")
+    copy_pictures(score_forget_set="score_forget_set", score_retain_set="score_retain_set")
+    fresh = last_run()
     rows = [
-        ["`uv run main.py`, wall time, s", f"{took['total_seconds']:.0f}"],
-        ["the same again, nothing left to do, s", f"{python(again):.1f}"],
-        ["`uv run main.py`, peak memory, GB", f"{took['peak_bytes'] / 1e9:.1f}"],
-        ["`uv run pytest`, wall time, s", f"{python(tests):.0f}"],
-        ["`uv run pytest -m faults`, wall time, s", f"{python(faults):.0f}"],
+        ["`uv run main.py`, wall time, s", f"{fresh['total_seconds']:.0f}"],
+        ["the same again, nothing left to do, s", f"{python('main.py'):.1f}"],
+        ["`uv run main.py`, peak memory, GB", f"{fresh['peak_bytes'] / 1e9:.1f}"],
+        ["`uv run pytest`, wall time, s", f"{python('-m pytest -q'):.0f}"],
+        ["`uv run pytest -m faults`, wall time, s", f"{python('-m pytest -q -m faults'):.0f}"],
     ]
     return markdown_table(["what", "measured"], rows)
 
 
-def benchmark(commands: Sequence[str]) -> str:
-    done = subprocess.run([sys.executable, commands[0]], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout
+def benchmark() -> str:
+    command = [sys.executable, "tests/benchmark.py"]
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def baselines(commands: Sequence[str]) -> str:
-    """Every method beside retraining, on three classifiers; and what one classifier takes, in one process."""
-    one, three = map(run, commands)
+def baselines() -> str:
+    """Compares every method with retraining, on one classifier in one process, then on three."""
+    one = run("main.py --fresh --config configs/baselines.yaml")
+    three = run(f"{TWO_PROCESSES} --fresh --config configs/baselines.yaml 'sweep.seeds=[0, 1, 2]'")
     parts = [f"One classifier: {one}. Here, three, by two processes with one thread each: {three}."]
-    take_pictures(audits="audits", trade_off="trade_off")
+    copy_pictures(audits="audits", trade_off="trade_off")
     for heading in ("Distance to retraining", "Audits", "Cost", "The methods"):
         parts += [f"### {heading}", *section(heading)]
     return "\n\n".join(parts)
 
 
-def published(commands: Sequence[str]) -> str:
-    run(commands[0])
+def published() -> str:
+    run("main.py --config configs/published.yaml")
     columns = ["method", "kappa", FORGET_SCORE.name, RETAIN_SCORE.name]
     return columns_of(rows_of(section("Every kappa")[0], ["mimu", "published"]), columns)
 
 
-def variants(commands: Sequence[str]) -> str:
-    """The tables of the variants of a config."""
-    said = run(commands[0])
-    return f"{variant_tables()}\n\n{said}."
+def variants(config: str) -> str:
+    """Returns the tables of all variants of a config, and renews the picture of its page, if there is one."""
+    typed = run(f"{TWO_PROCESSES} --config configs/{config}.yaml")
+    if (DOCS / f"{config}.png").exists():
+        copy_pictures(variants=config)
+    return f"{variant_tables()}\n\n{typed}."
 
 
-def variants_and_picture(commands: Sequence[str]) -> str:
-    content = variants(commands)
-    take_pictures(variants=arguments_of(commands[0]).config.stem)
-    return content
-
-
-def few(commands: Sequence[str]) -> str:
-    """What few snapshots and few samples cost."""
-    content = variants(commands)
+def few() -> str:
+    """Measures requests of few snapshots and of few samples."""
+    typed = run(f"{TWO_PROCESSES} --config configs/few.yaml")
     draw_few(variant_tables())
-    return content
+    return f"{variant_tables()}\n\n{typed}."
 
 
-def cifar10(commands: Sequence[str]) -> str:
-    """Every class and method in the field's form, and what another retrained classifier knows of two classes."""
-    whole, others = commands
-    said = run(whole)
-    take_pictures(trade_off="cifar10")
+def cifar10() -> str:
+    """Measures every method on every class, and a second retrained classifier on two classes."""
+    command = f"{TWO_PROCESSES} --config configs/cifar10.yaml 'dataset=cifar10-images'"
+    typed = run(command)
+    copy_pictures(trade_off="cifar10")
     _, means, _, worst = section("Every method, kappa = auto")
-    scores = {row[0]: row for row in cells(columns_of(means, SHORT))[1:]}
-    worst_of, audits = ({row[0]: row[1:] for row in cells(table)} for table in (worst, section("Audits")[1]))
-    seconds_of = {method: float(row[-1].split()[0]) for method, row in scores.items()}
-    rows = []
+    scores = {row[0]: row for row in cells(columns_of(means, SHORT))}
+    worst_scores, audits = ({row[0]: row[1:] for row in cells(table)} for table in (worst, section("Audits")[1]))
+    (name, forget, retain, gap, seconds), audit_names = scores.pop("method"), audits["method"][:-1]
+    worst_forget, worst_gap = f"{FORGET_SCORE.name.split(',')[0]}, worst class", "against retrain, worst class"
+    header = [name, forget, worst_forget, retain, gap, worst_gap, *audit_names, seconds, "% of retraining"]
+    rows, retraining = [], float(scores["retrain"][-1].split()[0])
     for method, (_, forget, retain, gap, seconds) in scores.items():
-        worst_forget, worst_gap = worst_of[method]
-        *left, _ = audits[method]  # no time of relearning, which the other table has
-        share = f"{100 * seconds_of[method] / seconds_of['retrain']:.3g}"
-        rows.append([method, forget, worst_forget, retain, gap, worst_gap, *left, seconds, share])
-    worst_forget, worst_gap = "forget score, worst class", "against retrain, worst class"
-    (name, forget, retain, gap, seconds), (*left, _) = SHORT, audits["method"]
-    header = [name, forget, worst_forget, retain, gap, worst_gap, *left, seconds, "% of retraining"]
-    again = run(others)
-    beside = columns_of(section("Audits")[1], ("method", "IDI", "relearn time, steps"))
-    return f"{markdown_table(header, rows)}\n\n{said}.\n\n{beside}\n\n{again}."
+        share = f"{100 * float(seconds.split()[0]) / retraining:.3g}"
+        audited = audits[method][:-1]  # the last one is the time of relearning, which the other table has
+        worst_forget, worst_gap = worst_scores[method]
+        rows.append([method, forget, worst_forget, retain, gap, worst_gap, *audited, seconds, share])
+    two_classes = (
+        "'sweep.forget_digits=[airplane, cat]' 'eval.methods=[original, mimu, erase, retrain, retrain_again]' "
+        "'audit.relearn_steps=100'"
+    )
+    typed_again = run(f"{command} {two_classes}")
+    table = columns_of(section("Audits")[1], ("method", "IDI", "relearn time, steps"))
+    return f"{markdown_table(header, rows)}\n\n{typed}.\n\n{table}\n\n{typed_again}."
 
 
-def erasure(commands: Sequence[str]) -> str:
-    """What methods leave in the representation, and at what price."""
-    said = run(commands[0])
+def erasure() -> str:
+    """Measures how much of a class methods leave in the representation, and at which cost."""
+    typed = run(f"{TWO_PROCESSES} --fresh --config configs/erasure.yaml")
     scores, representations = map(without_repeats, variant_tables().split("\n\n"))
     parts = [
-        "Ten digits, test split; `MNIST`: three classifiers (mean ± standard deviation over them), the others: one. "
-        "`MNIST` alone is mimu, its kappa chosen on the training split.",
+        "Ten digits, test split. `MNIST`: three classifiers (mean ± standard deviation over them); all other variants: "
+        "one classifier. The row `MNIST` without a method is mimu, whose kappa is chosen on the training split.",
         scores,
-        "What is left: IDI of the representation and of the layer before it, 1 as in the original, 0 as after "
-        "retraining; recall of the linear probe and of prototypes less that on the retrained classifier, points; and "
-        "the steps of relearning from 1, 10 and 100 samples of every class, at most 60.",
+        "The representation. IDI of it and of the layer before it: 1 as in the original, 0 as after retraining. Recall "
+        "of the linear probe and of prototypes, less the same in the retrained classifier, percentage points. Steps of "
+        "relearning from 1, 10 and 100 samples of every class, at most 60.",
         representations,
-        f"{said}.",
+        f"{typed}.",
     ]
     return "\n\n".join(parts)
 
 
 def without_repeats(table: str) -> str:
-    """The table of variants without mimu's rows but the first, where it stands in each and is the same in all."""
+    """Drops all of mimu's rows but the first: every variant has one, and they are equal."""
     header, *rows = cells(table)
     first = next(row for row in rows if ": " not in row[0])
     return markdown_table(header, [row for row in rows if row is first or ": " in row[0]])
 
 
 def draw_few(table: str) -> None:
-    """Draws the retain score over the samples that a request has."""
+    """Draws the gap to retraining over the number of samples that a request has."""
     header, *rows = cells(table)
-    found = {row[0]: row for row in rows}
+    by_variant = {row[0]: row for row in rows}
 
-    def figure_of(variant: str, method: str, column: str) -> float:
-        row = found[variant if method == "mimu" else f"{variant}: {method}"]
-        mean = row[header.index(column)].partition(" ")[0]
-        return math.nan if mean in ("", "–") else float(mean)
+    def mean(variant: str, method: str, column: str) -> float:
+        row = by_variant[variant if method == "mimu" else f"{variant}: {method}"]
+        number = row[header.index(column)].partition(" ")[0]
+        return math.nan if number in ("", "–") else float(number)
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    methods = "mimu", "saliency", "optimised_mask", "damp", "output_row"
-    for method, style in method_styles(methods).items():
-        if method not in methods:
-            continue
-        axes.plot([], [], label=method, **style)
-        gaps = [figure_of(variant, method, RETAIN_GAP.name) for variant in SAMPLES.values()]
-        axes.plot(list(SAMPLES), gaps, **style | {"marker": ""})
+    methods = ("mimu", "saliency", "optimised_mask", "damp", "output_row")
+    styles = method_styles(methods)
+    for method in methods:
+        axes.plot([], [], label=method, **styles[method])
+        gaps = [mean(variant, method, RETAIN_GAP.name) for variant in SAMPLES.values()]
+        axes.plot(list(SAMPLES), gaps, **styles[method] | {"marker": ""})
         for (count, variant), gap in zip(SAMPLES.items(), gaps):
-            fill = "none" if figure_of(variant, method, FORGET_SCORE.name) > 1 else "full"
-            axes.plot(count, gap, fillstyle=fill, **style)
-    axes.set(xscale="log", xlabel="samples of every class (hollow: over 1 % left)")
+            fill = "none" if mean(variant, method, FORGET_SCORE.name) > 1 else "full"
+            axes.plot(count, gap, fillstyle=fill, **styles[method])
+    axes.set(xscale="log", xlabel="samples of every class (hollow: forget accuracy above 1 %)")
     axes.set_yscale("symlog", linthresh=0.2)
     axes.set_ylabel(f"{RETAIN_GAP.name}\n(symmetric log scale)")
     axes.set_yticks((-1, -0.5, -0.2, -0.1, 0, 0.1, 0.2))
@@ -436,83 +308,54 @@ def draw_few(table: str) -> None:
     figure.savefig(DOCS / "few.png", dpi=150)
 
 
-PRETRAIN = "configs/pretrain.yaml"
-ALL_DIGITS, FEW = "--config configs/all_digits.yaml", "--config configs/few.yaml"
-BASELINES, ERASURE = "--config configs/baselines.yaml", "--config configs/erasure.yaml"
-NETWORKS = "--config configs/erasure_networks.yaml"
-CIFAR10 = "--config configs/cifar10.yaml 'dataset=cifar10-images'"
-TWO_CLASSES = (
-    "'sweep.forget_digits=[airplane, cat]' 'eval.methods=[original, mimu, erase, retrain, retrain_again]' "
-    "'audit.relearn_steps=100'"
-)
-THREE = "'sweep.seeds=[0, 1, 2]'"
-BY_PRETRAINED = "main.py gcn.pretrained=true"
-ERASING = "main.py audit.enabled=true 'eval.methods=[mimu, erase]'"
-UNLEARN_CODE = [*CODE, "unlearning/*.py"]
-
-# In this order: pretraining decides the figures of the others, and later blocks reuse what earlier ones have run.
-MEASUREMENTS = {
-    "pretrain": Measurement(pretrained, [f"main.py --pretrain --config {PRETRAIN}"], code=TRAINING_CODE),
-    "default": Measurement(default, ["main.py --fresh", "main.py", "-m pytest -q", "-m pytest -q -m faults"]),
-    "benchmark": Measurement(benchmark, ["tests/benchmark.py"], ["main.py", BY_PRETRAINED]),
-    "two_processes": Measurement(two_processes, [f"{ON_TWO} --fresh {ALL_DIGITS}"]),
-    "headline": Measurement(headline, [f"main.py --fresh {ALL_DIGITS}"]),
-    "all_digits": Measurement(all_digits, [f"main.py {ALL_DIGITS}"]),
-    "full_model": Measurement(variants, [f"{ON_TWO} --config configs/full_model.yaml"]),
-    "published": Measurement(published, ["main.py --config configs/published.yaml"]),
-    "few": Measurement(few, [f"{ON_TWO} {FEW}"]),
-    "ablation": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/ablation.yaml"]),
-    "transfer": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/transfer.yaml"]),
-    "transfer_fashion": Measurement(variants_and_picture, [f"{ON_TWO} --config configs/transfer_fashion.yaml"]),
-    "baselines": Measurement(baselines, [f"main.py --fresh {BASELINES}", f"{ON_TWO} --fresh {BASELINES} {THREE}"]),
-    "erasure": Measurement(erasure, [f"{ON_TWO} --fresh {ERASURE}"]),
-    "erasure_networks": Measurement(variants, [f"{ON_TWO} {NETWORKS}"]),
-    "cnn": Measurement(variants, [f"{ON_TWO} --config configs/cnn.yaml"]),
-    "vit": Measurement(variants, [f"{ON_TWO} --config configs/vit.yaml"]),
-    "cifar10": Measurement(cifar10, [f"{ON_TWO} {CIFAR10}", f"{ON_TWO} {CIFAR10} {TWO_CLASSES}"]),
-    "own_layers": Measurement(by_script, ["docs/own.py by_layer"], [BY_PRETRAINED], UNLEARN_CODE),
-    "own_several": Measurement(by_script, ["docs/own.py several"], [BY_PRETRAINED], UNLEARN_CODE),
-    "choice": Measurement(by_script, ["docs/own.py choice"], [BY_PRETRAINED, ERASING], UNLEARN_CODE),
-    "own_networks": Measurement(by_script, ["docs/own.py networks"], [BY_PRETRAINED], UNLEARN_CODE),
-    "own_kinds": Measurement(by_script, ["docs/own.py kinds"], [BY_PRETRAINED], UNLEARN_CODE),
-    "own_few": Measurement(by_script, ["docs/own.py with_few_samples"], [BY_PRETRAINED], UNLEARN_CODE),
-    "coverage": Measurement(coverage, ["--with timm --with transformers docs/coverage.py"], code=["networks/*.py"]),
-    "bar": Measurement(by_script, ["docs/bar.py"], [ERASING]),
-    "shadow": Measurement(by_script, ["docs/shadow.py"], [f"{BY_PRETRAINED} eval.methods=all"]),
-    "scale": Measurement(by_script, ["docs/scale.py"], [BY_PRETRAINED, ERASING], UNLEARN_CODE),
-    "tuning": Measurement(by_script, ["docs/tune.py"], ["docs/tuning.yaml"]),
-    "tuning_erasure": Measurement(by_script, ["docs/tune.py erasure"], ["docs/tuning_erasure.yaml"]),
-    "tuning_cnn": Measurement(by_script, ["docs/tune.py cnn"], ["docs/tuning_cnn.yaml"]),
-    "tuning_resnet": Measurement(by_script, ["docs/tune.py resnet"], ["docs/tuning_resnet.yaml"]),
-    "tuning_cifar10": Measurement(by_script, ["docs/tune.py cifar10"], ["docs/tuning_cifar10.yaml"]),
+VARIANTS = ("full_model", "ablation", "transfer", "transfer_fashion", "erasure_networks", "cnn", "vit")  # configs
+OWN = ("own_layers", "own_several", "choice", "own_networks", "own_kinds", "own_few")  # tables of docs/own.py
+SCRIPTS = {"bar": "docs/bar.py", "shadow": "docs/shadow.py", "scale": "docs/scale.py", "tuning": "docs/tune.py"}
+MEASUREMENTS: dict[str, Callable[[], str | None]] = {  # in their order: all later blocks use the GCN of `pretrain`
+    "pretrain": pretrained,
+    "default": default,
+    "benchmark": benchmark,
+    "two_processes": two_processes,
+    "headline": headline,
+    "all_digits": all_digits,
+    "published": published,
+    "few": few,
+    **{name: partial(variants, name) for name in VARIANTS},
+    "baselines": baselines,
+    "erasure": erasure,
+    "cifar10": cifar10,
+    "coverage": coverage,
+    **{name: partial(by_script, f"docs/own.py {name}") for name in OWN},
+    **{name: partial(by_script, command) for name, command in SCRIPTS.items()},
 }
-for each in MEASUREMENTS.values():
-    each.sources()  # reads the code now, as scripts that import this file run it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1 where blocks are stale, or could not be measured."""
+    """Measures blocks in their order, and returns the exit status: 1 if a command of one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("blocks", nargs="*", help=", ".join(MEASUREMENTS))
-    parser.add_argument("--stale", action="store_true", help="measure nothing, and say which blocks are stale")
-    given = parser.parse_args(arguments)
-    if odd := sorted(set(given.blocks).difference(MEASUREMENTS)):
-        parser.error(f"{odd[0]} is no block: valid are {', '.join(MEASUREMENTS)}")
-    if given.stale:
-        found = [name for name in given.blocks or MEASUREMENTS if is_stale(name)]
-        for name in found:
-            print(f"{block(name).page.relative_to(ROOT)}: {name}")
-        return 1 if found else 0
-    failed = []
-    for name in given.blocks or MEASUREMENTS:
-        if name in given.blocks or is_stale(name):
-            print(f"measuring {name}", flush=True)
-            try:
-                measure(name)
-            except subprocess.CalledProcessError as error:
-                failed.append(f"{name}: {error}")
-    print("\n".join(failed), end="\n" if failed else "")
-    return 1 if failed else 0
+    parser.add_argument("--list", action="store_true", help="print every block with its page and its commit")
+    parsed = parser.parse_args(arguments)
+    if unknown := sorted(set(parsed.blocks).difference(MEASUREMENTS)):
+        parser.error(f"{unknown[0]} is no block: valid are {', '.join(MEASUREMENTS)}")
+    failures = 0
+    for name, measure in MEASUREMENTS.items():
+        if parsed.blocks and name not in parsed.blocks:
+            continue
+        page, commit, *_ = block(name)
+        if parsed.list:
+            print(f"{name:16} {commit} {page.relative_to(ROOT)}")
+            continue
+        print(f"measuring {name}", flush=True)
+        try:
+            content = measure()
+        except subprocess.CalledProcessError as error:
+            failures += 1
+            print(f"{name}: {error}")
+            continue
+        if content is not None:
+            write_block(name, content)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

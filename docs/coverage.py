@@ -1,28 +1,32 @@
-"""Says which weights of which networks can be masked, for docs/coverage.md: every family that people use, untrained.
+"""Lists which weights can be masked of every family of networks that people use, untrained, for docs/coverage.md.
 
-`uv run --with timm --with transformers docs/coverage.py`; an hour, nothing is downloaded but these two packages. With
-names of networks, as `timm/levit_128s`, it prints what it finds of them and writes nothing.
+`uv run --with timm --with transformers docs/coverage.py` takes an hour, and downloads nothing but these two packages.
+With names of networks, as in `docs/coverage.py timm/levit_128s`, it prints its findings and writes nothing.
 """
 
 from __future__ import annotations
 
-import json
 import resource
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torchvision
 import transformers
-from build import write_block
 from torch import Tensor, nn
 from torch_geometric.nn import GCNConv
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from build import write_block
 
 from mimu.tracing import HookedClassifier
 from reporter import markdown_table
@@ -39,11 +43,12 @@ TIMM = (
 )  # fmt: skip
 OPERATIONS = (torch.ops.aten.linear, torch.ops.aten.conv1d, torch.ops.aten.conv2d, torch.ops.aten.conv3d)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-COMPUTED, UNREACHED = "what the layer reads is computed from it", "no sample reaches it, positions alone"
+COMPUTED = "the layer reads something that is computed from it"
+UNREACHED = "it reads positions, and nothing of a sample"
 
 
 class Bert(nn.Module):
-    """transformers' BERT, two layers of it: tokens (batch, words) to logits (batch, 10)."""
+    """Two layers of transformers' BERT: tokens (batch, words) to logits (batch, 10)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +73,7 @@ class Encoder(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM, a linear layer on what it ends with: (batch, time, 8) to (batch, 10)."""
+    """An LSTM, and a linear layer on its last output: (batch, time, 8) to (batch, 10)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +101,7 @@ def conv1d() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(16, 10))
 
 
-OTHERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+SMALL: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "transformers' BERT": lambda: (Bert(), torch.randint(100, (2, 12))),
     "nn.TransformerEncoder": lambda: (Encoder(), torch.randn(2, 12, 16)),
     "LSTM": lambda: (Recurrent(), torch.randn(2, 12, 8)),
@@ -105,43 +110,38 @@ OTHERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 
 
-class Network(NamedTuple):
-    """One to be looked into: `torchvision/vgg/vgg11`, `timm/levit_128s`, `other/LSTM`."""
-
-    name: str
-
-    @property
-    def family(self) -> str:
-        """The row that it stands in."""
-        return self.name.rpartition("/")[0] if self.name.startswith("torchvision/") else self.name
-
-    def built(self) -> tuple[nn.Module, Tensor]:
-        """The network in evaluation mode, and an example for it."""
-        library, _, rest = self.name.partition("/")
-        if library == "other":
-            network, example = OTHERS[rest]()
-            return network.eval(), example
-        if library == "timm":
-            network = timm.create_model(rest, pretrained=False)
-            return network.eval(), torch.rand(2, *network.default_cfg["input_size"])
-        model = rest.rpartition("/")[2]
-        given = {"init_weights": False} if model in ("googlenet", "inception_v3") else {}
-        side = 299 if model == "inception_v3" else 224
-        return torchvision.models.get_model(model, weights=None, **given).eval(), torch.rand(2, 3, side, side)
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """Builds a network in evaluation mode, and an example for it: `torchvision/vgg/vgg11`, `timm/...`, `other/LSTM`."""
+    library, _, path = name.partition("/")
+    if library == "other":
+        network, example = SMALL[path]()
+        return network.eval(), example
+    if library == "timm":
+        network = timm.create_model(path, pretrained=False)
+        return network.eval(), torch.rand(2, *network.default_cfg["input_size"])
+    model = path.rpartition("/")[2]
+    options = {"init_weights": False} if model in ("googlenet", "inception_v3") else {}
+    side = 299 if model == "inception_v3" else 224
+    return torchvision.models.get_model(model, weights=None, **options).eval(), torch.rand(2, 3, side, side)
 
 
-def networks() -> list[Network]:
-    found = []
-    for name in torchvision.models.list_models(module=torchvision.models):
-        family = torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
-        found.append(Network(f"torchvision/{family}/{name}"))
-    return sorted(found) + [Network(f"timm/{name}") for name in TIMM] + [Network(f"other/{name}") for name in OTHERS]
+def family(name: str) -> str:
+    """Returns the row of the table that a network belongs to."""
+    return name.rpartition("/")[0] if name.startswith("torchvision/") else name.removeprefix("other/")
 
 
-def weights_of(network: nn.Module, example: Tensor) -> dict[str, str]:
-    """The parameters that linear operations and convolutions read, or modules of these have that are called.
+def all_networks() -> list[str]:
+    names = []
+    for model in torchvision.models.list_models(module=torchvision.models):
+        module = torchvision.models.get_model_builder(model).__module__.rpartition(".")[2]
+        names.append(f"torchvision/{module}/{model}")
+    return sorted(names) + [f"timm/{model}" for model in TIMM] + [f"other/{model}" for model in SMALL]
 
-    Each with why it might be left out: "" where the operation is given something of the samples.
+
+def layer_weights(network: nn.Module, example: Tensor) -> dict[str, str]:
+    """Finds the parameters of linear layers and convolutions that are called, and those that such operations read.
+
+    Returns, for each, why it might be impossible to mask it; "" if the operation reads something of the samples.
     """
     names, called = {id(parameter): name for name, parameter in network.named_parameters()}, set()
 
@@ -152,93 +152,88 @@ def weights_of(network: nn.Module, example: Tensor) -> dict[str, str]:
     network(example)
     for hook in hooks:
         hook.remove()
-    found = dict.fromkeys(called, COMPUTED)
-    try:
-        exported = torch.export.export(network, (example,), strict=False)
-    except Exception as error:  # of a model that cannot be
-        print(f"the modules alone are counted: {type(error).__name__}", file=sys.stderr)
-        return {name: found[name] for name in names.values() if name in found}
-    signature, of_samples = exported.graph_signature, set()
+    reasons = dict.fromkeys(called, COMPUTED)
+    exported = torch.export.export(network, (example,), strict=False)
+    signature, depends_on_samples = exported.graph_signature, set()
     for node in exported.graph.nodes:
-        if node.name in signature.user_inputs or not of_samples.isdisjoint(node.all_input_nodes):
-            of_samples.add(node)
+        if node.name in signature.user_inputs or not depends_on_samples.isdisjoint(node.all_input_nodes):
+            depends_on_samples.add(node)
         if getattr(node.target, "overloadpacket", None) in OPERATIONS:
             name = signature.inputs_to_parameters.get(node.args[1].name)
-            found[name] = "" if node in of_samples else UNREACHED
-    return {name: found[name] for name in names.values() if name in found}
+            reasons[name] = "" if node in depends_on_samples else UNREACHED
+    return {name: reasons[name] for name in names.values() if name in reasons}
 
 
-def looked_into(network: Network) -> dict[str, Any]:
-    """What can be masked, what there is, seconds and gigabytes; why where it cannot be exported."""
+def inspect(name: str) -> dict[str, Any]:
+    """Returns how many weights there are, which cannot be masked and why, seconds, gigabytes, and any failure."""
+    warnings.simplefilter("ignore")  # of the packages
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model, example = network.built()
-    started, can_be, failure = time.perf_counter(), [], ""
+    model, example = build(name)
+    started, maskable, failure = time.perf_counter(), [], ""
     try:
-        can_be = HookedClassifier(model, example).names
-    except Exception as error:  # of a model of somebody else's
+        maskable = HookedClassifier(model, example).names
+    except Exception as error:  # a library may raise anything
         failure = f"{type(error).__name__}: {error}".partition("\n")[0]
-    found = {"failure": failure, "seconds": time.perf_counter() - started}
-    found["gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    there_are = weights_of(model, example)
-    excluded_classes = {name: why for name, why in there_are.items() if name not in can_be}
-    return found | {"weights": len(there_are), "left out": excluded_classes}
+    seconds, gigabytes = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    weights = {} if failure else layer_weights(model, example)
+    unmaskable = {weight: reason for weight, reason in weights.items() if weight not in maskable}
+    about = {"failure": failure, "seconds": seconds, "gigabytes": gigabytes}
+    return about | {"weights": len(weights), "unmaskable": unmaskable}
 
 
-def in_own_process(network: Network) -> dict[str, Any]:
-    """The same, so that its memory is its own."""
-    command = [sys.executable, __file__, "--one", network.name]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        weights = {"weights": 0, "left out": {}}
-        return {"failure": f"ended with {done.returncode}", "seconds": 0.0, "gigabytes": 0.0} | weights
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def row_of(label: str, found: Sequence[dict[str, Any]]) -> list[str]:
-    """A row of the table: of the networks of one family, or of a library."""
-    weights = sum(each["weights"] for each in found)
-    excluded_classes = sum(len(each["left out"]) for each in found)
+def row(label: str, findings: Sequence[dict[str, Any]]) -> list[str]:
+    """Summarises the networks of a family, or of a library."""
+    weights, unmaskable = sum(each["weights"] for each in findings), []
+    for each in findings:
+        unmaskable += each["unmaskable"].values()
     return [
         label,
-        f"{sum(not each['failure'] for each in found)} / {len(found)}",
-        f"{weights - excluded_classes} / {weights}",
-        str(sum([*each["left out"].values()].count(UNREACHED) for each in found)),
-        f"{max(each['seconds'] for each in found):.1f}",
-        f"{max(each['gigabytes'] for each in found):.1f}",
+        f"{sum(not each['failure'] for each in findings)} / {len(findings)}",
+        f"{weights - len(unmaskable)} / {weights}",
+        str(unmaskable.count(UNREACHED)),
+        f"{max(each['seconds'] for each in findings):.1f}",
+        f"{max(each['gigabytes'] for each in findings):.1f}",
     ]
 
 
-def content(found: dict[Network, dict[str, Any]]) -> str:
-    """A table of the libraries and the families, then what cannot be masked."""
-    rows, said = [], []
+def is_complete(finding: dict[str, Any]) -> bool:
+    return not finding["failure"] and not finding["unmaskable"]
+
+
+def content(findings: dict[str, dict[str, Any]]) -> str:
+    """Returns a table of the libraries and of the families with exceptions, the other families, and the exceptions."""
+    rows, complete, notes = [], [], []
     for library in ("torchvision", "timm"):
-        rows.append(row_of(f"{library}, all", [found[each] for each in found if each.name.startswith(f"{library}/")]))
-    for family in dict.fromkeys(network.family for network in found):
-        rows.append(row_of(family.removeprefix("other/"), [found[each] for each in found if each.family == family]))
-    for network, each in found.items():
+        rows.append(row(f"{library}, all", [findings[name] for name in findings if name.startswith(f"{library}/")]))
+    for label in dict.fromkeys(map(family, findings)):
+        members = [findings[name] for name in findings if family(name) == label]
+        if all(map(is_complete, members)):
+            complete.append(label)
+        else:
+            rows.append(row(label, members))
+    for name, each in findings.items():
         if each["failure"]:
-            said.append(f"- {network.name}: {each['failure']}")
-            continue
-        for why in dict.fromkeys(each["left out"].values()):
-            names = [f"`{name}`" for name, its in each["left out"].items() if its == why]
-            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            said.append(f"- {network.name}: {names[0]}{others}: {why or 'for another reason'}")
-    columns = ["networks", "exported", "weights that can be masked", "without samples", "seconds", "GB"]
-    return "\n\n".join([markdown_table(columns, rows), "Not exported, or not masked:", "\n".join(said or ["- none"])])
+            notes.append(f"- {name}: {each['failure']}")
+        for reason in dict.fromkeys(each["unmaskable"].values()):
+            weights = [weight for weight, its in each["unmaskable"].items() if its == reason]
+            more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
+            notes.append(f"- {name}: `{weights[0]}`{more}: {reason or 'another reason'}")
+    columns = ["networks", "exported", "weights that can be masked", "positions only", "seconds", "GB"]
+    names = f"All weights can be masked in {', '.join(complete)}."
+    return "\n\n".join([markdown_table(columns, rows), names, "\n".join(notes)])
 
 
-def main(arguments: Sequence[str]) -> None:
-    warnings.simplefilter("ignore")  # of the packages
-    if arguments[:1] == ["--one"]:
-        print(json.dumps(looked_into(Network(arguments[1]))))
-        return
-    found = {}
-    for network in tqdm([*map(Network, arguments)] or networks()):
-        found[network] = in_own_process(network)
-        tqdm.write(f"{network.name}: {found[network]}")
-    if not arguments:
-        write_block("coverage", content(found))
+def main(names: Sequence[str]) -> None:
+    findings = {}
+    # Each network is inspected in a process of its own, so that the memory is the network's.
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        inspected = names or all_networks()
+        for name, finding in zip(inspected, tqdm(processes.map(inspect, inspected), total=len(inspected))):
+            findings[name] = finding
+            tqdm.write(f"{name}: {finding}")
+    if not names:
+        write_block("coverage", content(findings))
 
 
 if __name__ == "__main__":

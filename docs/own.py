@@ -1,7 +1,7 @@
-"""Measures `unlearn` on classifiers that no setting was chosen on: `uv run docs/own.py`.
+"""Measures `unlearn` on classifiers that no setting was chosen on, for docs/own.md, docs/networks.md and the README.
 
-It writes docs/own.md, and `choice`, five minutes of an idle core, into the README. All of it takes half an hour, and
-Fashion-MNIST in datasets/FashionMNIST/raw/. With names of tables it measures those.
+`uv run docs/own.py` measures all tables, in half an hour; with names, as in `uv run docs/own.py choice`, it measures
+these. Fashion-MNIST must be in datasets/FashionMNIST/raw/.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from build import write_block
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from build import write_block
 
 from audits import Predictions, probe_metrics
 from data import load_image_data
@@ -34,7 +38,7 @@ from model import VisionTransformer
 from reporter import markdown_table
 from trainer import Trainer
 
-SHAPES = {
+SHAPES = {  # hidden sizes, bias
     "784-128-64-10": ((128, 64), False),
     "784-200-50-10 with biases": ((200, 50), True),
     "784-100-10 with biases": ((100,), True),
@@ -44,99 +48,135 @@ SHAPES = {
 DIGITS = (0, 3, 7)
 TOGETHER = ((3, 7), (7, 3), (0, 8), (4, 9), (9, 4), (3, 5, 8), (8, 3, 5), (1, 4, 7))
 SEED = 300  # of the first classifier
+Row = dict[str, str]  # of a table, by its columns
 
 
-def trainer(shape: str) -> Trainer:
+def train_perceptron(shape: str, train: Split) -> nn.Module:
     hidden, bias = SHAPES[shape]
     config = replace(load_config().classifier, hidden_sizes=hidden, bias=bias)
-    return Trainer(config, SEED + list(SHAPES).index(shape))
+    return Trainer(config, SEED + list(SHAPES).index(shape)).train(train, 10)
+
+
+def images_of(dataset: str) -> tuple[Split, Split]:
+    """Returns the training and the test split of a data set, as images (samples, 1, 28, 28)."""
+    data = load_image_data(dataset)
+    train, test = (Split(split.images.view(-1, 1, 28, 28), split.labels) for split in (data.train, data.test))
+    return train, test
+
+
+def without(classes: Sequence[int], labels: Tensor) -> Tensor:
+    """Tells which samples are of none of these classes, (samples)."""
+    return torch.isin(labels, torch.tensor(classes), invert=True)
 
 
 @torch.no_grad()
 def is_correct(model: nn.Module, split: Split) -> Tensor:
-    """Which samples are classified correctly, (samples)."""
+    """Tells which samples are classified correctly, (samples)."""
     model.eval()
     return torch.cat([model(images).argmax(1) for images in split.images.split(1000)]) == split.labels
 
 
-def score(correct: Tensor, chosen: Tensor) -> float:
-    """Percent of the chosen samples."""
+def accuracy(correct: Tensor, chosen: Tensor) -> float:
+    """Returns the percentage of the chosen samples that are classified correctly."""
     return 100 * correct[chosen].float().mean().item()
 
 
-def answer(model: nn.Module, train: Split, forget_class: int | Sequence[int], **asked: Any) -> tuple[Mask, str]:
-    """The mask of a request, or the one of its error; and "error", "left" where it warned, or ""."""
-    with warnings.catch_warnings(record=True) as warned:
+def request(model: nn.Module, train: Split, forget_class: int | Sequence[int], **arguments: Any) -> tuple[Mask, str]:
+    """Returns the mask, or that of a RetainScoreError; and "error", "warning", or "" if there was neither."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            mask = unlearn(model, train.images, train.labels, forget_class, **asked)
+            mask = unlearn(model, train.images, train.labels, forget_class, **arguments)
         except RetainScoreError as error:
             return error.mask, "error"
-    return mask, "left" if warned else ""
+    return mask, "warning" if caught else ""
 
 
-def measured(model: nn.Module, train: Split, test: Split, digit: int, **asked: Any) -> dict[str, Any]:
-    """What one request makes of a model: scores on the test split in percent, their changes in points, and the rest."""
+class Outcome(NamedTuple):
+    """One request on the test split: accuracy in percent, changes of accuracy in percentage points."""
+
+    retain_before: float
+    forget: float
+    change: float  # of retain accuracy
+    worst_change: float  # of the retained class that loses most
+    zeroed: int
+    seconds: float
+    message: str
+
+    @property
+    def is_harm(self) -> bool:
+        """Tells whether more than 2 % of the class remain, or another class loses six points."""
+        return self.forget > 2 or self.worst_change <= -6
+
+
+def measure(model: nn.Module, train: Split, test: Split, digit: int, **arguments: Any) -> Outcome:
+    """Makes one request, and scores its mask."""
     started = time.perf_counter()
-    mask, said = answer(model, train, digit, **asked)
+    mask, message = request(model, train, digit, **arguments)
     seconds, before = time.perf_counter() - started, is_correct(model, test)
     with mask.applied_to(model):
         after = is_correct(model, test)
-    is_other, changes = test.labels != digit, []
-    for chosen in [is_other, *(test.labels == each for each in range(10) if each != digit)]:
-        changes.append(score(after, chosen) - score(before, chosen))
-    found = {"before": score(before, is_other), "forget": score(after, ~is_other), "others": changes[0]}
-    found |= {"any other": min(changes[1:]), "zeroed": mask.num_zeroed, "seconds": seconds}
-    return found | {"said": f"{said} ({digit})" if said else ""}
+    retained, changes = test.labels != digit, []
+    for chosen in [retained, *(test.labels == label for label in range(10) if label != digit)]:
+        changes.append(accuracy(after, chosen) - accuracy(before, chosen))
+    forget, worst_change = accuracy(after, ~retained), min(changes[1:])
+    return Outcome(
+        accuracy(before, retained), forget, changes[0], worst_change, mask.num_zeroed, seconds, message=message
+    )
 
 
-def cells(model: nn.Module, train: Split, test: Split, **asked: Any) -> dict[str, str]:
-    """Of the requests for DIGITS: the figure of the worst, or of each of them."""
-    found = [measured(model, train, test, digit, **asked) for digit in DIGITS]
+def messages(outcomes: dict[int, Outcome]) -> str:
+    return ", ".join(f"{outcome.message} ({label})" for label, outcome in outcomes.items() if outcome.message)
+
+
+def requests_for_digits(model: nn.Module, train: Split, test: Split, **arguments: Any) -> Row:
+    """Makes a request for each of DIGITS, and returns the figure of the worst, or of each."""
+    outcomes = {digit: measure(model, train, test, digit, **arguments) for digit in DIGITS}
+    values = outcomes.values()
     return {
-        "others before, %": f"{max(each['before'] for each in found):.1f}",
-        "forget, worst": f"{max(each['forget'] for each in found):.2f}",
-        "others, points, each class": " ".join(f"{each['others']:+.2f}" for each in found),
-        "any other class, worst": f"{min(each['any other'] for each in found):+.1f}",
-        "weights zeroed": " ".join(str(each["zeroed"]) for each in found),
-        "seconds": f"{max(each['seconds'] for each in found):.0f}",
-        "said": ", ".join(each["said"] for each in found if each["said"]),
+        "retain accuracy before, %": f"{max(each.retain_before for each in values):.1f}",
+        "forget accuracy, worst, %": f"{max(each.forget for each in values):.2f}",
+        "retain accuracy, change, points": " ".join(f"{each.change:+.2f}" for each in values),
+        "worst retained class, points": f"{min(each.worst_change for each in values):+.1f}",
+        "weights zeroed": " ".join(str(each.zeroed) for each in values),
+        "seconds": f"{max(each.seconds for each in values):.0f}",
+        "message": messages(outcomes),
     }
 
 
-def by_layer() -> Iterator[dict[str, str]]:
-    """Every single layer, the last two, and all."""
+def own_layers() -> Iterator[Row]:
+    """Masks every single layer, the last two, and all."""
     data = load_image_data("MNIST")
     for shape in SHAPES:
-        model = trainer(shape).train(data.train, 10)
+        model = train_perceptron(shape, data.train)
         count = len(model.names)
         last_two = [(count - 2, count - 1)] if count > 2 else []
         for layers in [*range(count), *last_two, None]:
-            found = cells(model, data.train, data.test, mask_layer=layers)
-            del found["others before, %"]
-            yield {"classifier": shape, "mask_layer": "all" if layers is None else str(layers)} | found
+            row = requests_for_digits(model, data.train, data.test, mask_layer=layers)
+            del row["retain accuracy before, %"]
+            yield {"classifier": shape, "mask_layer": "all" if layers is None else str(layers)} | row
 
 
-def several() -> Iterator[dict[str, str]]:
-    """Classes together, and one after the other, beside a classifier retrained without all of them."""
+def own_several() -> Iterator[Row]:
+    """Forgets classes together, and one after the other, beside a classifier retrained without all of them."""
     data = load_image_data("MNIST")
     for shape in (name for name in SHAPES if name.count("-") > 2):
-        original, retrained = trainer(shape).train(data.train, 10), {}
+        original, retrained = train_perceptron(shape, data.train), {}
         for classes in TOGETHER:
-            is_other = torch.isin(data.test.labels, torch.tensor(classes), invert=True)
-            key = frozenset(classes)
+            retained, key = without(classes, data.test.labels), frozenset(classes)
             if key not in retrained:
-                kept = torch.isin(data.train.labels, torch.tensor(classes), invert=True)
-                retrained[key] = score(is_correct(trainer(shape).train(data.train[kept], 10), data.test), is_other)
+                model = train_perceptron(shape, data.train[without(classes, data.train.labels)])
+                retrained[key] = accuracy(is_correct(model, data.test), retained)
             row = {"classifier": shape, "classes": " ".join(map(str, classes))}
-            for way in ("together", "in a row", "permanent"):
+            for order in ("together", "in a row", "permanent"):
                 model = copy.deepcopy(original)
-                for step in [classes] if way == "together" else classes:
-                    mask, said = answer(model, data.train, step)
-                    mask.apply(model, permanent=way == "permanent")
+                for step in [classes] if order == "together" else classes:
+                    mask, message = request(model, data.train, step)
+                    mask.apply(model, permanent=order == "permanent")
                 after = is_correct(model, data.test)
-                row[f"{way}: forget, worst"] = f"{max(score(after, data.test.labels == each) for each in classes):.2f}"
-                row[f"{way}: others"] = f"{score(after, is_other) - retrained[key]:+.2f}{said}"
+                worst = max(accuracy(after, data.test.labels == label) for label in classes)
+                row[f"{order}: forget accuracy, worst, %"] = f"{worst:.2f}"
+                row[f"{order}: gap, points"] = f"{accuracy(after, retained) - retrained[key]:+.2f}{message}"
             yield row
 
 
@@ -154,77 +194,61 @@ class Convolutional(nn.Module):
         return self.head(self.dropout(self.inner(x.flatten(1)).relu()))
 
 
-def resnet() -> nn.Module:
-    """torchvision's ResNet-18 for grey images, its features random and standardised, with a head of two to train."""
-    model = torchvision.models.resnet18()
-    model.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
-    model.fc = nn.Sequential(nn.BatchNorm1d(512, affine=False), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10))
-    return model
-
-
 def fit(
-    model: nn.Module,
-    part: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    epochs: int,
-    learning_rate: float = 0.001,
-    end_factor: float = 1.0,
+    model: nn.Module, part: nn.Module, train: Split, epochs: int, learning_rate: float = 0.001, end_factor: float = 1.0
 ) -> nn.Module:
-    """Trains a part of a model in place, by Adam; end_factor: of the learning rate, which changes linearly."""
+    """Trains a part of a model in place by Adam; the learning rate changes linearly to end_factor times itself."""
     optimizer, generator = torch.optim.Adam(part.parameters(), learning_rate), torch.Generator().manual_seed(0)
-    steps = epochs * -(-len(labels) // 128)
+    steps = epochs * -(-len(train.labels) // 128)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end_factor, steps)
     model.train()
     for _ in range(epochs):
-        for batch in torch.randperm(len(labels), generator=generator).split(128):
+        for batch in torch.randperm(len(train.labels), generator=generator).split(128):
             optimizer.zero_grad()
-            F.cross_entropy(part(images[batch]), labels[batch]).backward()
+            F.cross_entropy(part(train.images[batch]), train.labels[batch]).backward()
             optimizer.step()
             schedule.step()
     return model.eval()
 
 
 @torch.no_grad()
-def features(model: nn.Module, images: Tensor) -> Tensor:
-    """What the head of a ResNet is given."""
+def train_head(few: Split) -> nn.Module:
+    """Trains two linear layers on the random, standardised features of torchvision's ResNet-18 for grey images."""
+    model = torchvision.models.resnet18()
+    model.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    model.fc = nn.Sequential(nn.BatchNorm1d(512, affine=False), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10))
     body = copy.copy(model)
     body._modules = model._modules | {"fc": nn.Identity()}
-    return torch.cat([body.eval()(batch) for batch in images.split(500)])
+    features = torch.cat([body.eval()(batch) for batch in few.images.split(500)])
+    with torch.enable_grad():
+        return fit(model, model.fc, Split(features, few.labels), 20)
 
 
-def trained_network(name: str, few: Split, train: Split) -> nn.Module:
-    """On all of the training samples; of the ResNet-18 the head alone, on a few."""
-    torch.manual_seed(SEED)
-    if name == "ResNet-18":
-        model = resnet()
-        return fit(model, model.fc, features(model, few.images), few.labels, 20)
-    model = Convolutional()
-    return fit(model, model, train.images, train.labels, 2)
-
-
-def networks() -> Iterator[dict[str, str]]:
-    """Networks whose last linear layers are what is masked; requests on 1,000 images of every class."""
-    for name in ("MNIST", "FashionMNIST"):
-        data = load_image_data(name)
-        train, test = (Split(part.images.view(-1, 1, 28, 28), part.labels) for part in (data.train, data.test))
+def own_networks() -> Iterator[Row]:
+    """Masks the last linear layers of networks; the requests see 1,000 images of every class."""
+    for dataset in ("MNIST", "FashionMNIST"):
+        train, test = images_of(dataset)
         few = train[torch.cat([(train.labels == label).nonzero()[:1000, 0] for label in range(10)])]
         for network in ("two convolutions", "ResNet-18"):
-            model = trained_network(network, few, train)
-            scored_on = test[:2000] if network == "ResNet-18" else test
-            for asked_for, bounds in (("auto", {}), ("auto, no max_class_fall", {"max_class_fall": None})):
-                found = cells(model, few, scored_on, **bounds)
-                del found["any other class, worst"], found["weights zeroed"]
-                yield {"data set": name, "network": network, "mask_layer": asked_for} | found
+            torch.manual_seed(SEED)
+            if network == "ResNet-18":
+                model, scored = train_head(few), test[:2000]
+            else:
+                model = Convolutional()
+                model, scored = fit(model, model, train, 2), test
+            for mask_layer, bounds in (("auto", {}), ("auto, no max_class_fall", {"max_class_fall": None})):
+                row = requests_for_digits(model, few, scored, **bounds)
+                del row["worst retained class, points"], row["weights zeroed"]
+                yield {"data set": dataset, "network": network, "mask_layer": mask_layer} | row
 
 
 def transformer() -> nn.Module:
-    """That of configs/vit.yaml."""
+    """Builds the transformer of configs/vit.yaml."""
     return VisionTransformer((1, 28, 28), patch=7, width=64, hidden=128, heads=4, blocks=2, num_classes=10)
 
 
 def separable(n: int, m: int, stride: int) -> nn.Sequential:
-    """A convolution of each channel by itself, then one of 1 x 1 (Howard et al. 2017, arXiv:1704.04861)."""
+    """Builds a depthwise convolution and one of 1 x 1 behind it (Howard et al. 2017, arXiv:1704.04861)."""
     layers = {
         "depthwise": nn.Conv2d(n, n, 3, stride, 1, groups=n, bias=False),
         "norm1": nn.BatchNorm2d(n),
@@ -270,10 +294,10 @@ class Kind(NamedTuple):
     learning_rate: float
     mask_layers: Sequence[str]
 
-    def trained(self, train: Split) -> nn.Module:
+    def train(self, samples: Split) -> nn.Module:
         torch.manual_seed(SEED)
         model = self.network().to(memory_format=torch.channels_last)
-        return fit(model, model, train.images, train.labels, self.epochs, self.learning_rate, end_factor=0.0)
+        return fit(model, model, samples, self.epochs, self.learning_rate, end_factor=0.0)
 
 
 KINDS = (
@@ -284,29 +308,28 @@ KINDS = (
 CLASSES = (0, 4, 6, 9)
 
 
-def kinds() -> Iterator[dict[str, str]]:
-    """A transformer, depthwise convolutions, a ConvNeXt, on Fashion-MNIST, beside each retrained without the class."""
-    data = load_image_data("FashionMNIST")
-    train, test = (Split(part.images.view(-1, 1, 28, 28), part.labels) for part in (data.train, data.test))
+def own_kinds() -> Iterator[Row]:
+    """Compares a transformer, depthwise convolutions and a ConvNeXt with each retrained without the class."""
+    train, test = images_of("FashionMNIST")
     few = some_of_every_class(train, 1000, "kinds")
     for kind in KINDS:
-        model, retrained = kind.trained(train), {}
-        for each in CLASSES:
-            retrained[each] = score(is_correct(kind.trained(train.retain(each)), test), test.labels != each)
-        accuracy = score(is_correct(model, test), test.labels >= 0)
+        model, retrained = kind.train(train), {}
+        for label in CLASSES:
+            retrained[label] = accuracy(is_correct(kind.train(train.retain(label)), test), test.labels != label)
+        total = accuracy(is_correct(model, test), test.labels >= 0)
         for layers in kind.mask_layers:
-            found = {each: measured(model, few, test, each, mask_layer=layers) for each in CLASSES}
-            gaps = [cells["before"] + cells["others"] - retrained[each] for each, cells in found.items()]
-            rows = found.values()
+            outcomes = {label: measure(model, few, test, label, mask_layer=layers) for label in CLASSES}
+            values = outcomes.values()
+            gaps = [each.retain_before + each.change - retrained[label] for label, each in outcomes.items()]
             yield {
-                "network": f"{kind.name}, {accuracy:.1f} %",
+                "network": f"{kind.name}, {total:.1f} %",
                 "mask_layer": f"`{layers}`",
-                "forget, %, each class": " ".join(f"{each['forget']:.2f}" for each in rows),
-                "others against retrained, points": " ".join(f"{gap:+.2f}" for gap in gaps),
+                "forget accuracy, %": " ".join(f"{each.forget:.2f}" for each in values),
+                "gap to retraining, points": " ".join(f"{gap:+.2f}" for gap in gaps),
                 "mean": f"{fmean(gaps):+.2f}",
-                "weights zeroed": " ".join(str(each["zeroed"]) for each in rows),
-                "seconds": f"{max(each['seconds'] for each in rows):.0f}",
-                "said": ", ".join(each["said"] for each in rows if each["said"]),
+                "weights zeroed": " ".join(str(each.zeroed) for each in values),
+                "seconds": f"{max(each.seconds for each in values):.0f}",
+                "message": messages(outcomes),
             }
 
 
@@ -315,47 +338,43 @@ def last_layer(model: nn.Module) -> nn.Linear:
 
 
 @torch.no_grad()
-def looked_into(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The representation, which the last layer is given, (samples, n), and the classes that a model names (samples)."""
-    given: list[Tensor] = []
-    hook = last_layer(model.eval()).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    named = [model(batch).argmax(1) for batch in images.split(500)]
+def predictions(model: nn.Module, split: Split) -> Predictions:
+    """Records the representation, which is the input of the last layer; predicted classes stand for the logits."""
+    features: list[Tensor] = []
+    hook = last_layer(model.eval()).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    predicted = torch.cat([model(batch).argmax(1) for batch in split.images.split(500)])
     hook.remove()
-    return torch.cat(given), torch.cat(named)
+    return Predictions(predicted, (torch.cat(features),), split.labels)
 
 
 @dataclass
 class Chosen:
-    """A classifier of the README's table of choices: how and on what it is trained, and what requests are made with.
+    """A classifier of the README's table of choices.
 
     few: the samples of requests and probes
-    found: by digit the bits in the classifier retrained without it, once that was done, and in the original
+    retrained_bits: by digit the bits in the classifier retrained without it, and in the original
     """
 
-    name: str
     trainer: Trainer
     train: Split
     few: Split
     test: Split
-    found: dict[int, tuple[float, float]] = field(default_factory=dict)
+    retrained_bits: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     @cached_property
     def original(self) -> nn.Module:
         return self.trainer.train(self.train, 10).network
 
     def bits(self, model: nn.Module, digit: int) -> float:
-        """The most bits about "is it this digit" that a probe finds in the representation of the test samples."""
-        seen = []
-        for split in (self.few, self.test):
-            features, logits = looked_into(model, split.images)
-            seen.append(Predictions(logits, (features,), split.labels))
-        metrics = probe_metrics(*seen, digit, SEED, ("two_layer", "neighbours"))
+        """Returns the most bits about "is it this digit" that a probe finds in the test samples' representation."""
+        splits = (predictions(model, split) for split in (self.few, self.test))
+        metrics = probe_metrics(*splits, digit, SEED, ("two_layer", "neighbours"))
         return max(metrics["usable_bits"]["representation"].values())
 
-    def cells(self, forget: Way, requests: Sequence[list[int]]) -> dict[str, str]:
-        """Of the requests: the worst of what is left, and the means of the rest; how many `unlearn` refused."""
+    def cells(self, forget: Forget, requests: Sequence[list[int]]) -> Row:
+        """Makes the requests: worst forget accuracy, means of all else, how many `unlearn` refused."""
         labels, rows, refused = self.test.labels, [], 0
-        before = looked_into(self.original, self.test.images)[1] == labels
+        before = predictions(self.original, self.test).logits == labels
         for classes in requests:
             started = time.perf_counter()
             try:
@@ -364,27 +383,27 @@ class Chosen:
                 refused += 1
                 continue
             seconds = time.perf_counter() - started
-            after = looked_into(model, self.test.images)[1] == labels
-            is_other = torch.isin(labels, torch.tensor(classes), invert=True)
-            left = max(score(after, labels == each) for each in classes)
-            excess = to_forget = math.nan
+            after, retained = predictions(model, self.test).logits == labels, without(classes, labels)
+            worst = max(accuracy(after, labels == label) for label in classes)
+            excess = full_excess = math.nan
             if len(classes) == 1:
                 digit, bits = classes[0], self.bits(model, classes[0])
-                if digit not in self.found:  # the first way to forget is retraining
-                    self.found[digit] = bits, self.bits(self.original, digit)
-                retrained, known = self.found[digit]
-                excess, to_forget = bits - retrained, known - retrained
-            rows.append([left, score(after, is_other) - score(before, is_other), excess, to_forget, seconds])
-        left, others, excess, to_forget, seconds = torch.tensor(rows).T
+                if digit not in self.retrained_bits:  # the first row of CHOICES is retraining
+                    self.retrained_bits[digit] = bits, self.bits(self.original, digit)
+                retrained, original = self.retrained_bits[digit]
+                excess, full_excess = bits - retrained, original - retrained
+            change = accuracy(after, retained) - accuracy(before, retained)
+            rows.append([worst, change, excess, full_excess, seconds])
+        worst, change, excess, full_excess, seconds = torch.tensor(rows).T
         return {
-            "left of the class, %": f"{left.max():.1f}" + f" ({refused} refused)" * bool(refused),
-            "others, points": f"{others.mean():+.1f}",
-            "IDI": "–" if excess.isnan().any() else f"{excess.sum() / to_forget.sum():+.1f}",
+            "forget accuracy, %": f"{worst.max():.1f}" + f" ({refused} refused)" * bool(refused),
+            "retain accuracy, change, points": f"{change.mean():+.1f}",
+            "IDI": "–" if excess.isnan().any() else f"{excess.sum() / full_excess.sum():+.1f}",
             "seconds": f"{seconds.mean():.1f}",
         }
 
 
-Way = Callable[[Chosen, list[int]], nn.Module]  # to forget classes: gives a model without them
+Forget = Callable[[Chosen, list[int]], nn.Module]  # returns a model without these classes
 
 
 def by_retraining(chosen: Chosen, classes: list[int]) -> nn.Module:
@@ -392,7 +411,7 @@ def by_retraining(chosen: Chosen, classes: list[int]) -> nn.Module:
 
 
 def by_hand(chosen: Chosen, classes: list[int]) -> nn.Module:
-    """Without a sample: zeros the rows of the last layer; where it has biases, these keep the classes out."""
+    """Zeros the class's output weights, and sets its bias, if there is one, so that it is never predicted."""
     model = copy.deepcopy(chosen.original)
     last = last_layer(model)
     last.weight.data[classes] = 0
@@ -401,13 +420,13 @@ def by_hand(chosen: Chosen, classes: list[int]) -> nn.Module:
     return model
 
 
-def by_unlearn(samples: int, **asked: Any) -> Way:
-    """With so many samples of every class."""
+def by_unlearn(samples: int, **arguments: Any) -> Forget:
+    """Calls `unlearn` with this many samples of every class."""
 
     def forget(chosen: Chosen, classes: list[int]) -> nn.Module:
         model = copy.deepcopy(chosen.original)
         train = some_of_every_class(chosen.few, samples, "choice")
-        unlearn(model, train.images, train.labels, classes, **asked).apply(model)
+        unlearn(model, train.images, train.labels, classes, **arguments).apply(model)
         return model
 
     return forget
@@ -415,97 +434,92 @@ def by_unlearn(samples: int, **asked: Any) -> Way:
 
 SINGLE, TWO = [[digit] for digit in DIGITS], [list(TOGETHER[0])]
 MASK, ERASE = "`unlearn(model, inputs, labels, 3)`", "`unlearn(model, inputs, labels, 3, erase=True)`"
-CHOICES: tuple[tuple[str, str, Way, Sequence[list[int]]], ...] = (  # retraining first, which the others stand beside
+PUBLISH = "`unlearn(model, inputs, labels, [3, 7], erase=True).apply(model, permanent=True)`"
+COMPARE = "`uv run main.py`, [your data](#configuration-runs-and-artifacts)"
+CHOICES: tuple[tuple[str, str, Forget | None, Sequence[list[int]]], ...] = (  # retraining first: IDI needs its bits
     ("retraining is cheap", "train without the class", by_retraining, SINGLE),
-    ("some thousand samples; hidden is enough", MASK, by_unlearn(1000), SINGLE),
-    ("the same, several classes", "`unlearn(model, inputs, labels, [3, 7])`", by_unlearn(1000), TWO),
-    ("ten samples a class", MASK, by_unlearn(10), SINGLE),
-    ("no data: nothing here, by hand", "`last.weight.data[3] = 0; last.bias.data[3] = -1e4`", by_hand, SINGLE),
-    ("gone from the representation, too", ERASE, by_unlearn(1000, erase=True), SINGLE),
-)
-MORE_CHOICES = (
-    ("to be taken back next week", "`mask.apply(model)`, then `mask.remove(model)`"),
+    ("about 1,000 samples per class, and only the predictions must change", MASK, by_unlearn(1000), SINGLE),
+    ("the same for several classes", "`unlearn(model, inputs, labels, [3, 7])`", by_unlearn(1000), TWO),
+    ("ten samples per class", MASK, by_unlearn(10), SINGLE),
+    ("no samples: two lines by hand", "`last.weight.data[3] = 0; last.bias.data[3] = -1e4`", by_hand, SINGLE),
+    ("the class must also leave the representation", ERASE, by_unlearn(1000, erase=True), SINGLE),
+    ("to restore the class next week", "`mask.apply(model)`, then `mask.remove(model)`", None, ()),
+    ("to publish the file without the class", PUBLISH, None, ()),
     (
-        "for good, the file to be published",
-        "`unlearn(model, inputs, labels, [3, 7], erase=True).apply(model, permanent=True)`",
+        "to compare methods with retraining",
+        "`uv run main.py`, [your data](#configuration-runs-and-artifacts)",
+        None,
+        (),
     ),
-    ("evidence beside retraining", "`uv run main.py`, [your data](#configuration-runs-and-artifacts)"),
 )
 
 
-def choice() -> Iterator[dict[str, str]]:
-    """What each way to forget leaves, costs and takes, on a perceptron, a CNN and a ResNet."""
+def choice() -> Iterator[Row]:
+    """Measures every choice on a perceptron, a CNN and a ResNet."""
     data, config = load_image_data("MNIST"), load_config()
     few = some_of_every_class(data.train, 1000, "choice")
-    of_few = replace(config.classifier, epochs=4, batch_size=128)
-    configs = {
-        "perceptron": config.classifier,
-        "CNN": replace(of_few, architecture="cnn", hidden_sizes=(64,), channels=(8, 16), bias=True),
-        "ResNet": replace(of_few, architecture="resnet", channels=(8, 16, 32)),
-    }
+    base = replace(config.classifier, epochs=4, batch_size=128)
+    cnn = replace(base, architecture="cnn", hidden_sizes=(64,), channels=(8, 16), bias=True)
+    resnet = replace(base, architecture="resnet", channels=(8, 16, 32))
     classifiers = []
-    for name, of_classifier in configs.items():
-        trainer = Trainer(of_classifier, SEED, config.source.size)
-        classifiers.append(Chosen(name, trainer, data.train if name == "perceptron" else few, few, data.test))
-    for wanted, call, forget, requests in CHOICES:
-        found = [chosen.cells(forget, requests) for chosen in classifiers]
-        columns = {column: " / ".join(cells[column] for cells in found) for column in found[0]}
-        row = {"you have, or want": wanted, "call": call} | columns
-        yield row
-    for wanted, call in MORE_CHOICES:
-        yield dict.fromkeys(row, "") | {"you have, or want": wanted, "call": call}
+    for settings, train in ((config.classifier, data.train), (cnn, few), (resnet, few)):
+        classifiers.append(Chosen(Trainer(settings, SEED, config.source.size), train, few, data.test))
+    for situation, call, forget, requests in CHOICES:
+        row = {"you have, or want": situation, "call": call}
+        if forget is not None:
+            rows = [chosen.cells(forget, requests) for chosen in classifiers]
+            columns = {column: " / ".join(cells[column] for cells in rows) for column in rows[0]}
+        else:
+            columns = dict.fromkeys(columns, "")
+        yield row | columns
 
 
 def normalised() -> nn.Module:
-    """As `Convolutional`, with batch normalisation."""
+    """Builds a network as `Convolutional`, with batch normalisation."""
     layers: list[nn.Module] = []
-    for channels, given in ((16, 1), (32, 16)):
-        layers += [nn.Conv2d(given, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2)]
+    for n, m in ((1, 16), (16, 32)):
+        layers += [nn.Conv2d(n, m, 3, padding=1), nn.BatchNorm2d(m), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 49, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-def on_images(shape: str, train: Split) -> nn.Module:
-    """A perceptron that takes images (samples, 1, 28, 28)."""
-    return nn.Sequential(nn.Flatten(), trainer(shape).train(Split(train.images.flatten(1), train.labels), 10).network)
+def perceptron_on_images(shape: str, train: Split) -> nn.Module:
+    """Trains a perceptron that takes images (samples, 1, 28, 28)."""
+    flat = Split(train.images.flatten(1), train.labels)
+    return nn.Sequential(nn.Flatten(), train_perceptron(shape, flat).network)
 
 
-def with_few_samples() -> Iterator[dict[str, str]]:
-    """Twelve requests for each number of samples: what of their harm they say, and what they say without harm."""
-    data = load_image_data("MNIST")
-    train, test = (Split(part.images.view(-1, 1, 28, 28), part.labels) for part in (data.train, data.test))
+def own_few() -> Iterator[Row]:
+    """Makes twelve requests for each number of samples, and counts which do harm, and which report it."""
+    train, test = images_of("MNIST")
     torch.manual_seed(SEED)
-    models = [fit(model, model, train.images, train.labels, 1) for model in (Convolutional(), normalised())]
-    models += [on_images(shape, train) for shape in ("784-100-10 with biases", "784-200-50-10 with biases")]
+    models = [fit(model, model, train, 1) for model in (Convolutional(), normalised())]
+    models += [perceptron_on_images(shape, train) for shape in ("784-100-10 with biases", "784-200-50-10 with biases")]
     for samples in (1, 2, 3, 5, 10):
         for erase in (False, True):
-            requests = []
+            outcomes = []
             for place, (model, digit) in enumerate(itertools.product(models, (3, 5, 8))):
                 few = some_of_every_class(train, samples, "few", place)
-                found = measured(model, few, test, digit, erase=erase)
-                is_harm = found["forget"] > 2 or found["any other"] <= -6
-                kind = found["said"].partition(" ")[0]
-                requests.append((is_harm, kind, kind == "error" and found["others"] > -1, found["seconds"]))
+                outcomes.append(measure(model, few, test, digit, erase=erase))
+            harmful = [each for each in outcomes if each.is_harm]
+            needless = [each for each in outcomes if each.message == "error" and each.change > -1]
             yield {
                 "samples a class": str(samples),
                 "call": "erase" if erase else "mask",
-                "harm": str(sum(is_harm for is_harm, *_ in requests)),
-                "harm without a word": str(sum(is_harm and not kind for is_harm, kind, *_ in requests)),
-                "errors at less than a point": str(sum(is_needless for *_, is_needless, _ in requests)),
-                "warnings without harm": str(sum(kind == "left" and not is_harm for is_harm, kind, *_ in requests)),
-                "seconds": f"{sum(seconds for *_, seconds in requests) / len(requests):.1f}",
+                "harm": str(len(harmful)),
+                "harm without a message": str(sum(not each.message for each in harmful)),
+                "errors at less than a point": str(len(needless)),
+                "warnings without harm": str(sum(each.message == "warning" and not each.is_harm for each in outcomes)),
+                "seconds": f"{fmean(each.seconds for each in outcomes):.1f}",
             }
 
 
-TABLES = {"by_layer": (by_layer, "own_layers", 2), "several": (several, "own_several", 2),
-          "networks": (networks, "own_networks", 3), "choice": (choice, "choice", 2), "kinds": (kinds, "own_kinds", 2),
-          "with_few_samples": (with_few_samples, "own_few", 2)}  # fmt: skip
+TABLES = {table.__name__: table for table in (own_layers, own_several, own_networks, choice, own_kinds, own_few)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # as in runs
     for name in sys.argv[1:] or TABLES:
-        measure, block, texts = TABLES[name]
         rows = []
-        for row in measure():
+        for row in TABLES[name]():
             print(*row.values(), flush=True)
             rows.append(row)
-        write_block(block, markdown_table(rows[0], [row.values() for row in rows], texts=texts))
+        write_block(name, markdown_table(rows[0], [row.values() for row in rows], texts=2))

@@ -1,10 +1,7 @@
-"""Tries candidates for the hyperparameters of every method on held-out training samples, for docs/tuning.md.
+"""Tries the candidates of docs/tuning.yaml on held-out training samples, and writes the chosen ones to docs/tuning.md.
 
-Run it with `uv run docs/tune.py`, or with the names of some methods, the others staying as they are written:
-`uv run docs/tune.py sft scrub`. What it chooses stands in configs/config.yaml (sft) and configs/methods.yaml. A first
-argument as cnn tries docs/tuning_cnn.yaml, whose choices stand in configs/cnn.yaml. Where the settings say `by_probe`,
-the distance to retraining is the information difference index of the representation (see `Column.is_index`), its
-absolute value, plus the points of the retain score lost.
+`uv run docs/tune.py` tries all of them; `uv run docs/tune.py cnn` those of one section; `uv run docs/tune.py cnn ssd
+salun` those of some of its methods. All other rows of the table stay. The configs hold what was chosen.
 """
 
 from __future__ import annotations
@@ -12,15 +9,20 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from build import DOCS, ROOT, block, cells, tuning_settings, write_block
+import yaml
 from torch import nn
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from build import DOCS, ROOT, block, cells, head, write_block
 
 from audits import Predictions, jensen_shannon, predictions_of, probe_metrics
 from data import GraphGenerator, load_image_data
@@ -32,12 +34,14 @@ from mimu.settings import number_of_weights
 from reporter import markdown_table
 from trainer import Trainer
 
-Values = dict[str, int | float]  # of the hyperparameters of a method
+SETTINGS = yaml.safe_load((DOCS / "tuning.yaml").read_text())["sections"]
+HEADER = ["section", "method", "chosen", "forget accuracy, %", "retain accuracy, %", "distance", "commit"]
+Values = dict[str, int | float]  # hyperparameters of a method
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a candidate comes to, mean over the digits: scores in percent, distance to retraining."""
+    """Scores of a candidate, mean over the classes: accuracy in percent, and the distance to retraining."""
 
     values: Values
     forget: float
@@ -46,7 +50,7 @@ class Trial:
 
 
 class Tuning:
-    """The requests of one classifier, and what is held out of its training split to score their answers."""
+    """Requests on one classifier, scored on samples that are held out of its training split."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         config = load_config(overrides=["gcn.pretrained=true", *settings.get("overrides", [])])
@@ -65,93 +69,91 @@ class Tuning:
             for digit in settings.get("digits", range(graphs.num_classes))
         ]
         retrained = [run_method(request, "retrain").model for request in self.requests]
-        self.retrained = [self.seen(model) for model in retrained]
+        self.retrained = [predictions_of(model, self.held_out) for model in retrained]
         self.by_probe = settings.get("by_probe", False)
         if self.by_probe:
-            self.known = [self.bits(*each) for each in zip(self.requests, retrained)]
-            self.learned = fmean(self.bits(request, classifier) for request in self.requests) - fmean(self.known)
-        original = self.seen(classifier)
-        scores = [self.scores(original, request.forget_class)[1] for request in self.requests]
-        self.smallest_retain = sum(scores) / len(scores) - settings["largest_retain_loss"]
+            self.retrained_bits = [self.bits(request, model) for request, model in zip(self.requests, retrained)]
+            original_bits = fmean(self.bits(request, classifier) for request in self.requests)
+            self.full_excess = original_bits - fmean(self.retrained_bits)
+        original = predictions_of(classifier, self.held_out)
+        retain = fmean(self.accuracy(original, request.forget_class)[1] for request in self.requests)
+        self.smallest_retain = retain - settings["largest_retain_loss"]
 
-    def seen(self, model: nn.Module) -> Predictions:
-        """What a classifier does with the held-out samples."""
-        return predictions_of(model, self.held_out)
-
-    def scores(self, seen: Predictions, digit: int) -> tuple[float, float]:
-        """Forget and retain score, percent."""
-        is_forget = seen.labels == digit
-        return 100 * seen.correct[is_forget].mean().item(), 100 * seen.correct[~is_forget].mean().item()
+    def accuracy(self, predictions: Predictions, forget_class: int) -> tuple[float, float]:
+        """Returns forget accuracy and retain accuracy, percent."""
+        is_forget = predictions.labels == forget_class
+        return tuple(100 * predictions.correct[chosen].mean().item() for chosen in (is_forget, ~is_forget))
 
     def bits(self, request: Request, model: nn.Module) -> float:
-        """The most that any probe of the representation says of the class or not, of held-out samples."""
-        train, held_out = predictions_of(model, request.train), self.seen(model)
-        metrics = probe_metrics(train, held_out, request.forget_class, request.seed, ["two_layer", "neighbours"])
+        """Returns the most bits about "is it this class" that a probe finds in held-out samples' representation."""
+        splits = (predictions_of(model, samples) for samples in (request.train, self.held_out))
+        metrics = probe_metrics(*splits, request.forget_class, request.seed, ["two_layer", "neighbours"])
         return max(metrics["usable_bits"]["representation"].values())
 
     def trial(self, method: str, values: Values) -> Trial:
-        """Lets a method with these hyperparameters answer the requests; a candidate that diverges keeps nothing."""
+        """Makes all requests by a method with these hyperparameters; one that diverges counts as keeping nothing."""
         figures = []
         for place, (request, retrained) in enumerate(zip(self.requests, self.retrained)):
-            given, digit = request.config.hyperparameters, request.forget_class
-            config = replace(request.config, hyperparameters=given | {method: given.get(method, {}) | values})
+            configured, forget_class = request.config.hyperparameters, request.forget_class
+            hyperparameters = configured | {method: configured.get(method, {}) | values}
+            config = replace(request.config, hyperparameters=hyperparameters)
             try:
                 model = run_method(replace(request, config=config, prunings={}), method).model
             except TrainingError:
                 return Trial(values, 100.0, 0.0, math.inf)
-            seen = self.seen(model)
-            forget, retain = self.scores(seen, digit)
-            if not self.by_probe:
-                parts = [seen.labels == digit, seen.labels != digit]
-                distance = sum(jensen_shannon(seen.logits[part], retrained.logits[part]) for part in parts) / 2
-                figures.append((forget, retain, distance))
+            predictions = predictions_of(model, self.held_out)
+            forget, retain = self.accuracy(predictions, forget_class)
+            if self.by_probe:
+                index = (self.bits(request, model) - self.retrained_bits[place]) / self.full_excess
+                figures.append((forget, retain, index, self.accuracy(retrained, forget_class)[1] - retain))
             else:
-                index = (self.bits(request, model) - self.known[place]) / self.learned
-                figures.append((forget, retain, index, self.scores(retrained, digit)[1] - retain))
+                is_forget = predictions.labels == forget_class
+                parts = [is_forget, ~is_forget]
+                distance = sum(jensen_shannon(predictions.logits[part], retrained.logits[part]) for part in parts) / 2
+                figures.append((forget, retain, distance))
         forget, retain, *away = torch.tensor(figures, dtype=torch.double).mean(0).tolist()
         return Trial(values, forget, retain, abs(away[0]) + max(0.0, away[1]) if self.by_probe else away[0])
 
     def best(self, trials: list[Trial]) -> Trial:
-        """The nearest to retraining of those that forget and keep enough; else what falls short by fewest points."""
+        """Chooses the nearest to retraining within both limits; without one, the least beyond them, in points."""
 
         def rank(trial: Trial) -> tuple[float, float]:
-            left = max(0.0, trial.forget - self.settings["largest_forget_score"])
-            return left + max(0.0, self.smallest_retain - trial.retain), trial.distance
+            beyond = max(0.0, trial.forget - self.settings["largest_forget_score"])
+            return beyond + max(0.0, self.smallest_retain - trial.retain), trial.distance
 
         return min(trials, key=rank)
 
 
 def candidates(rounds: list[dict[str, list[int | float]]]) -> Iterator[Values]:
-    """Every combination of the values of each grid."""
+    """Yields every combination of the values of each grid."""
     for grid in rounds:
         for values in itertools.product(*grid.values()):
             yield dict(zip(grid, values))
 
 
-def row(method: str, trial: Trial, mark: str) -> list[str]:
+def row(section: str, method: str, trial: Trial) -> list[str]:
     values = ", ".join(f"{name} {value:g}" for name, value in trial.values.items())
-    return [method, values, f"{trial.forget:.2f}", f"{trial.retain:.2f}", f"{trial.distance:.4f}", mark]
+    figures = [f"{trial.forget:.2f}", f"{trial.retain:.2f}", f"{trial.distance:.4f}"]
+    return [section, method, values, *figures, head()]
 
 
-def main(arguments: list[str]) -> None:
-    is_named = bool(arguments) and (DOCS / f"tuning_{arguments[0]}.yaml").exists()
-    name = f"tuning_{arguments[0]}" if is_named else "tuning"
-    methods = arguments[1:] if is_named else arguments
-    settings, before = tuning_settings(name), block(name)
-    tuning, rows = Tuning(settings), []
-    for method, rounds in settings["candidates"].items():
-        if methods and method not in methods:
-            rows += [written for written in cells(before.content)[1:] if written[0] == method]
-            continue
-        trials = [tuning.trial(method, values) for values in tqdm(list(candidates(rounds)), method, leave=False)]
-        best = tuning.best(trials)
-        tried = [row(method, trial, "chosen" if trial is best else "") for trial in trials]
-        print("\n".join(map(" ".join, tried)), flush=True)
-        rows += tried
-    distance = f"distance to retraining, {'IDI + points' if tuning.by_probe else 'bits'}"
-    header = ["method", "hyperparameters", "forget score, %", "retain score, %", distance, ""]
-    table = markdown_table(header, rows, texts=2)
-    write_block(name, table, before.provenance if methods else None)  # some rows are no newer than they were
+def main(arguments: Sequence[str]) -> None:
+    sections, methods = list(arguments[:1]) or list(SETTINGS), arguments[1:]
+    rows = {
+        (section, method): [section, method, *figures]
+        for section, method, *figures in cells(block("tuning").content)[1:]
+    }
+    for section in sections:
+        tuning = Tuning(SETTINGS[section])
+        for method, rounds in SETTINGS[section]["candidates"].items():
+            if methods and method not in methods:
+                continue
+            trials = []
+            for values in tqdm(list(candidates(rounds)), f"{section}, {method}", leave=False):
+                trials.append(tuning.trial(method, values))
+                tqdm.write(" ".join(row(section, method, trials[-1])))
+            rows[section, method] = row(section, method, tuning.best(trials))
+    write_block("tuning", markdown_table(HEADER, rows.values(), texts=3))
 
 
 if __name__ == "__main__":
