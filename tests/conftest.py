@@ -149,9 +149,9 @@ class Group:
         names = [self.masked.names[layer].removesuffix(".weight") for layer in graphs.graph.layers]
         self.layers = [self.masked.network.get_submodule(name) for name in names]
         self.images, label = graphs.samples.images[samples], int(graphs.labels[samples[0]])
-        self.log_odds = torch.stack([log_odds(self.masked, x, label, among) for x in self.images])
-        self.p = self.log_odds.sigmoid()
-        self.t = torch.stack([log_odds(graphs.classifier, x, label, among) for x in self.images]).sigmoid().detach()
+        models = (self.masked, graphs.classifier)
+        self.log_odds, kept = (torch.stack([log_odds(model, x, label, among) for x in self.images]) for model in models)
+        self.p, self.t = self.log_odds.sigmoid(), kept.sigmoid().detach()
 
     def gradients(self, values: Tensor) -> Tensor:
         """The gradients by the weights of all masked layers, (samples, vertices)."""
@@ -171,8 +171,8 @@ class Group:
         a, h = (each.reshape(*each.shape[:2], -1).detach() for each in (a, h))  # (samples, n, places)
         a, h = (each.unflatten(1, (getattr(layer, "groups", 1), -1)) for each in (a, h))
         both = ((h > 0 if relus else torch.ones_like(h))[:, :, :, None] * a[:, :, None]).mean((0, 4))
-        of_ends = a.mean((0, 3))[:, None].expand_as(both), h.mean((0, 3))[..., None].expand_as(both), both
-        return [each.flatten() for each in of_ends]
+        ends = a.mean((0, 3))[:, None].expand_as(both), h.mean((0, 3))[..., None].expand_as(both), both
+        return [each.flatten() for each in ends]
 
     def features(self) -> dict[str, Tensor]:
         forgetting = T * F.softplus(self.log_odds / T)

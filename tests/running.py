@@ -22,7 +22,7 @@ SMOKE = ("--config", "configs/smoke.yaml")
 
 
 def of_copy(folder: Path) -> dict[str, str]:
-    """An environment in which a copy of the project in a folder named mimu is the package."""
+    """An environment in which Python imports from a copy of the project."""
     return os.environ | {"PYTHONPATH": str(folder)}
 
 
@@ -35,7 +35,7 @@ def run(folder: Path, *arguments: str, processes: int = 1) -> str:
 
 
 def run_here(folder: Path, *overrides: str, configs: dict | None = None, is_fresh: bool = False) -> None:
-    """Runs the smoke config, or others, without the seconds that importing PyTorch takes."""
+    """Runs the smoke config, or others, in this process, which has imported PyTorch."""
     import main
 
     threads = torch.get_num_threads()
