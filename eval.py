@@ -300,7 +300,7 @@ def answer(request: Request, name: str) -> Answer:
         model, mask = (request.classifier, made) if isinstance(made, Mask) else (made, None)
         if mask is not None:
             mask.apply(model)
-            mask = mask.made_on(request.original)  # by the names of its weights
+            mask = mask.with_origins_of(request.original)  # by the names of its weights
         check_weights(model, "classifier", f"eval.hyperparameters.{name}")
     except TrainingError as error:
         raise TrainingError(f"method {name}, class {request.forget_class}: {error}") from None
@@ -318,7 +318,7 @@ class Eval:
     metrics, mask: the files to write; about: what else the JSON says, such as the id, the config and earlier seconds
     shared: results that do not depend on kappa, kept from one kappa of a request to the next
     audit: from the original and the retrained classifier (None without one) to what audits a classifier
-    draw: draws the plots of the results, which it is given
+    draw: draws the plots from the JSON
     """
 
     request: Request
@@ -328,7 +328,7 @@ class Eval:
     about: dict[str, Any]
     shared: dict[Hashable, Any]
     audit: Callable[[nn.Module, nn.Module | None], Callable[[nn.Module], dict[str, Any]]] | None = None
-    draw: Callable[[dict[str, Any]], None] | None = None
+    draw: Callable[[], None] | None = None
     own: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
@@ -443,7 +443,7 @@ class Eval:
 
     def draw_visualization(self) -> None:
         """Draws bar charts of each evaluation, where the forget set goes, and which weights are zeroed."""
-        self.draw(self.metrics.load())
+        self.draw()
 
     def _answer(self, name: str) -> Answer:
         request = self.request if METHODS[name].uses_kappa else replace(self.request, requested_kappa=None)

@@ -56,6 +56,7 @@ class Config:
     """A whole run.
 
     samples: how many training samples of every class graphs and requests have; None: all
+    save_graphs: whether the activation graphs are also written to `datasets/Graphs/`
     held_out: how many training samples are scored in the place of the test split; 0: the test split
     """
 
@@ -64,6 +65,7 @@ class Config:
     threads: Annotated[int, "at least 1, at most 1024"] | None
     dataset: str
     samples: Count | None
+    save_graphs: bool
     held_out: Annotated[int, "at least 0"]
     classifier: TrainerConfig
     graphs: GraphConfig

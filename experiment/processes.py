@@ -14,8 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from experiment.files import Artifact
-
 
 class Processes:
     """What the processes of a run tell one another, through the store of torch.distributed.
@@ -64,11 +62,6 @@ class Processes:
             self._store.set(f"value of {self.rank}", json.dumps(value))
             return []
         return [value] + [json.loads(self._wait_for(f"value of {rank}")) for rank in range(1, self.count)]
-
-
-def how_many(artifacts: Sequence[Artifact]) -> str:
-    """How many of the files are there as they would be made, in words."""
-    return f"{sum(each.is_current for each in artifacts)} of {len(artifacts)} files are there"
 
 
 def peak_bytes() -> int:

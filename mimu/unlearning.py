@@ -244,7 +244,7 @@ class Forgetting:
         mask = replace(mask, forgets=tuple(gone), about=about)
         if self.erase and (edited := {name: part for name, part in mask.by_layer.items() if part.rank}):
             mask = replace(mask, by_layer=edited)
-        return (mask & self.carried if self.carried else mask).made_on(self.model)
+        return (mask & self.carried if self.carried else mask).with_origins_of(self.model)
 
     def answer(self) -> Mask:
         """The mask on the model that leaves nothing of the classes to forget.

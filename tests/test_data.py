@@ -21,7 +21,6 @@ from scipy.io import savemat
 from torch import Tensor, nn
 
 from data import FILES, GraphGenerator, checksum, data_set, load_image_data
-from mimu.errors import DataError
 from mimu.layers import LayerRecord
 from mimu.saliency import FEATURES
 from mimu.saliency import FORGETTING_TEMPERATURE as T
