@@ -25,7 +25,7 @@ from experiment.files import Artifact
 from mimu.errors import TrainingError
 from mimu.graph import MaskingGCN
 from mimu.masks import Mask
-from mimu.pruning import Pruning, PruningConfig, PruningResult, SaliencyScorer
+from mimu.pruning import Pruning, PruningConfig, PruningResult, Ranking, RemainingCounter, prune
 from mimu.saliency import ActivationGraphs
 from mimu.samples import Split, is_correct
 from mimu.seeds import seeded
@@ -75,7 +75,8 @@ class Request:
     train: the training split; graphs, gcn: the activation graphs of the original and the masking GCN trained on them
     forget_class: the class to forget; top_k: how many weights a keep mask keeps; seed: of all random draws
     requested_kappa: how many weights to zero; `auto`: as few as forget; None where the answer does not depend on it
-    orders: in which weights are zeroed, by the name of the method; kept from one kappa to the next
+    resolved_kappa: the number of weights to zero, see `kappa`
+    prunings: the steps of every method by its name, kept from one kappa to the next
     kept: what methods keep from one request to the next on the same classifier, by names of theirs
     trained_on: what the original was trained on, where a request has fewer samples; for retraining alone
     retrain: trains a classifier on samples, or takes one that was trained so before; None: trains it in any case
@@ -91,7 +92,8 @@ class Request:
     top_k: int
     seed: int
     requested_kappa: int | Literal["auto"] | None = None
-    orders: dict[str, Pruning] = field(default_factory=dict)
+    resolved_kappa: int | None = None
+    prunings: dict[str, Pruning] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     trained_on: Split | None = None
     retrain: Callable[[Trainer, Split], Trained] | None = None
@@ -119,35 +121,52 @@ class Request:
 
     @property
     def kappa(self) -> int:
-        """How many weights to zero; with auto as many as the masking GCN zeroes."""
-        if self.requested_kappa is None:
+        """The number of weights to zero; for `auto` it is the number that mimu zeroes.
+
+        Raises ValueError if the method was not registered with uses_kappa=True.
+        """
+        if self.resolved_kappa is None:
             raise ValueError("this method reads request.kappa: register it with uses_kappa=True")
-        return (
-            len(self.in_steps("mimu", self.ranking).vertices)
-            if self.requested_kappa == "auto"
-            else self.requested_kappa
-        )
+        return self.resolved_kappa
+
+    def with_kappa(self) -> Request:
+        """Returns the request with its number of weights to zero; for `auto`, mimu's search decides it."""
+        kappa = self.requested_kappa
+        return replace(self, resolved_kappa=len(self.zeroed_by_mimu()) if kappa == "auto" else kappa)
+
+    def zeroed_by_mimu(self) -> Tensor:
+        """The vertices that the masking GCN zeroes, in their order."""
+        return self.in_steps("mimu", gcn=self.gcn).vertices
 
     @property
     def class_index(self) -> int:
-        """The row of the forget class in what the graphs have class after class."""
+        """The index of the forget class where tensors of the graphs stand class after class."""
         return self.graphs.class_index_of(self.forget_class)
 
-    @property
-    def ranking(self) -> SaliencyScorer:
-        """The saliency of every weight, as the masking GCN adapts it."""
-        return SaliencyScorer(self.config, self.graphs, self.class_index, self.seed, self.gcn)
-
-    def in_steps(self, name: str, ranking: Callable[[int, Tensor], Tensor], all_at_once: bool = False) -> PruningResult:
-        """The weights that a ranking zeroes first, up to kappa; with auto up to its own smallest kappa that forgets.
-
-        name: of the method; ranking: from the number of the step and the vertices zeroed before it to scores (vertices)
-        all_at_once: ranks the whole classifier once, instead of anew after every `eval.step` weights
-        """
-        if name not in self.orders:
+    def pruning(
+        self, name: str, ranking: Ranking | None = None, gcn: MaskingGCN | None = None, all_at_once: bool = False
+    ) -> Pruning:
+        """The steps of a method, kept from one kappa to the next. See `in_steps`."""
+        if name not in self.prunings:
             config = replace(self.config, step=None) if all_at_once else self.config
-            self.orders[name] = Pruning(config, self.graphs, self.class_index, ranking)
-        return self.orders[name].answer("auto" if self.requested_kappa == "auto" else self.kappa, self.forget)
+            counter = RemainingCounter(self.graphs, self.class_index, self.forget.images, config.target)
+            steps = prune(self.graphs, self.class_index, config, self.seed, gcn, ranking)
+            self.prunings[name] = Pruning(steps, counter, config)
+        return self.prunings[name]
+
+    def in_steps(
+        self, name: str, ranking: Ranking | None = None, gcn: MaskingGCN | None = None, all_at_once: bool = False
+    ) -> PruningResult:
+        """Zeroes the highest-scoring weights up to kappa, with `auto` up to the smallest kappa that forgets the class.
+
+        Args:
+            name: of the method
+            ranking: from the number of a step and the vertices zeroed before it to scores (vertices); None: saliency
+            gcn: rescales the saliency; None: the formula as it is
+            all_at_once: scores the weights once, instead of anew after every `eval.step` weights
+        """
+        pruning = self.pruning(name, ranking, gcn, all_at_once)
+        return pruning.until_forgotten() if self.requested_kappa == "auto" else pruning.at(self.requested_kappa)
 
 
 # From a request, and the hyperparameters as keywords, to an unlearned classifier or what to zero in the original.
@@ -234,13 +253,14 @@ def original(request: Request) -> nn.Module:
 
 
 def most_needed(request: Request) -> Tensor:
-    return request.ranking(0, request.graphs.nothing).topk(request.top_k).indices
+    first_step = next(request.pruning("mimu", gcn=request.gcn).steps())
+    return first_step.scores.topk(request.top_k).indices
 
 
 @unlearning_method("mimu", uses_kappa=True, most_needed=most_needed, touches="a mask")
 def mimu(request: Request) -> PruningResult:
     """The kappa weights that the masking GCN zeroes first."""
-    return request.in_steps("mimu", request.ranking)
+    return request.in_steps("mimu", gcn=request.gcn)
 
 
 def random_vertices(request: Request, count: int, draw: int = 0) -> Tensor:
@@ -273,12 +293,12 @@ def retrain(request: Request) -> Trained:
 
 
 class Answer(NamedTuple):
-    """What a method makes of a request; mask: where it is the masked original; seconds, left: as in `PruningResult`."""
+    """An unlearned model; its mask, if it is the masked original; seconds and message as in `PruningResult`."""
 
     model: nn.Module
     mask: Mask | None
     seconds: float
-    left: str | None
+    message: str | None
 
 
 def answer(request: Request, name: str) -> Answer:
@@ -286,15 +306,15 @@ def answer(request: Request, name: str) -> Answer:
     before = copy.deepcopy(request.original.state_dict())
     method = METHODS[name]
     arguments = method.arguments(request.config.hyperparameters.get(name, {}))
-    if method.uses_kappa and request.requested_kappa == "auto":
-        request.in_steps("mimu", request.ranking)  # where others take its kappa, its search is not theirs
+    if method.uses_kappa:
+        request = request.with_kappa()  # before the clock starts: mimu's search is not this method's
     started = time.perf_counter()
     try:
         made = method.unlearn(request, **arguments)
-        seconds, left = time.perf_counter() - started, None
+        seconds, message = time.perf_counter() - started, None
         if isinstance(made, PruningResult):
             # Steps that were made before, for a smaller kappa, count as spent: of them the clock knows nothing.
-            made, seconds, left = request.graphs.graph.zeroing(made.vertices), made.seconds, made.left
+            made, seconds, message = request.graphs.graph.zeroing(made.vertices), made.seconds, made.message
         if isinstance(made, Trained):
             made, seconds = made  # an earlier run may have trained it
         model, mask = (request.classifier, made) if isinstance(made, Mask) else (made, None)
@@ -308,7 +328,7 @@ def answer(request: Request, name: str) -> Answer:
     for key, weight in before.items():
         if key not in after or not torch.equal(weight, after[key]):
             raise ValueError(f"method {name!r} changed the original's {key}: change request.classifier, a copy")
-    return Answer(model, mask, seconds, left)
+    return Answer(model, mask, seconds, message)
 
 
 @dataclass
@@ -408,7 +428,7 @@ class Eval:
         request, graph = self.request, self.request.graphs.graph
         answers = {name: self._answer(name) for name in self.names}
         masks = {name: each.mask for name, each in answers.items()}
-        zeroed = request.in_steps("mimu", request.ranking).vertices.tolist()
+        zeroed = request.zeroed_by_mimu().tolist()
         results = {
             **self.about,
             "seed": request.seed,
@@ -428,7 +448,7 @@ class Eval:
             "audit_metrics": self.eval_audits(),
             "methods": {name: METHODS[name].about() for name in self.names},
             "num_zeroed": {name: mask and mask.num_zeroed for name, mask in masks.items()},
-            "gave_up": {name: each.left != "" for name, each in answers.items() if each.left is not None},
+            "gave_up": {name: each.message != "" for name, each in answers.items() if each.message is not None},
             "class_probabilities": {name: self._class_probabilities(each.model) for name, each in answers.items()},
             "weight_histograms": self._weight_histograms(),
         }

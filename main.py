@@ -275,7 +275,7 @@ class Stages:
 
     def experiments(self, training: Training, forget_class: int) -> None:
         """Runs the experiments on one forget class whose files are not current, and draws the missing plots."""
-        config, shared, orders = training.config, {}, {}
+        config, shared, prunings = training.config, {}, {}
         for requested_kappa in tqdm(
             config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None
         ):
@@ -283,7 +283,7 @@ class Stages:
             plots = metrics.path.parents[1] / "plots" / metrics.path.stem
             draw_plots = partial(draw, metrics.path, plots, config.report) if config.eval.visualize else None
             if not metrics.is_current or not mask.is_current:
-                request = self.request(self._prepared, forget_class, requested_kappa, orders)
+                request = self.request(self._prepared, forget_class, requested_kappa, prunings)
                 data, about = self.data(config), self.about(self._prepared, metrics, mask)
                 audit = partial(Audit, config.audit, data, forget_class, training.seed)
                 audit = audit if config.audit.enabled else None
@@ -292,9 +292,9 @@ class Stages:
                 draw_plots()
 
     def request(
-        self, prepared: Prepared, forget_class: int, requested_kappa: RequestedKappa, orders: dict[str, Any]
+        self, prepared: Prepared, forget_class: int, requested_kappa: RequestedKappa, prunings: dict[str, Any]
     ) -> Request:
-        """Returns a request to forget a class. `orders` is what requests of one class share."""
+        """Returns a request to forget a class. `prunings` is what requests of one class share."""
         training, graphs = prepared.training, prepared.graphs
         config = training.config
         return Request(
@@ -308,7 +308,7 @@ class Stages:
             top_k=training.top_k,
             seed=training.seed,
             requested_kappa=requested_kappa,
-            orders=orders,
+            prunings=prunings,
             kept=prepared.kept,
             trained_on=self.data(config).train,
             retrain=partial(self.retrained, training, forget_class),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from experiment.files import Artifact
 from mimu.errors import TrainingError
 from mimu.graph import MaskingGCN, WeightGraph
-from mimu.pruning import Pruning, PruningConfig, SaliencyScorer
+from mimu.pruning import PruningConfig, RemainingCounter, prune, prune_until_forgotten
 from mimu.saliency import FORGETTING_TEMPERATURE, TERMS, ActivationGraphs, ranked, saliency
 from mimu.samples import Split, is_correct
 from mimu.seeds import seeded, seeded_initialisation
@@ -361,9 +361,10 @@ class GCNTrainer:
         """
         graphs = self.graphs[0]
 
-        def points(row: int, label: int, ranks: MaskingGCN | None) -> float:
-            order = Pruning(masking, graphs, row, SaliencyScorer(masking, graphs, row, self.seed, ranks))
-            zeroed = order.answer("auto", graphs.train.forget(label)).vertices
+        def points(class_index: int, label: int, gcn: MaskingGCN | None) -> float:
+            counter = RemainingCounter(graphs, class_index, graphs.train.forget(label).images, masking.target)
+            steps = prune(graphs, class_index, masking, self.seed, gcn)
+            *_, (zeroed, _, _) = prune_until_forgotten(steps, counter, masking)
             with graphs.graph.zeroing(zeroed).applied_to(graphs.classifier):
                 logits = graphs.suffix(graphs.cached_inputs)
             correct, is_forget = is_correct(logits, graphs.labels).double(), graphs.labels == label

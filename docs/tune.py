@@ -97,7 +97,7 @@ class Tuning:
             given, digit = request.config.hyperparameters, request.forget_class
             config = replace(request.config, hyperparameters=given | {method: given.get(method, {}) | values})
             try:
-                model = answer(replace(request, config=config, orders={}), method).model
+                model = answer(replace(request, config=config, prunings={}), method).model
             except TrainingError:
                 return Trial(values, 100.0, 0.0, math.inf)
             seen = self.seen(model)

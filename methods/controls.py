@@ -27,7 +27,7 @@ def output_layer(classifier: HookedClassifier) -> nn.Module:
 @unlearning_method("saliency", uses_kappa=True, touches="a mask")
 def saliency(request: Request) -> PruningResult:
     """No GCN: in the same steps, by the formula that the GCN adapts."""
-    return request.in_steps("saliency", replace(request.ranking, gcn=None))
+    return request.in_steps("saliency")
 
 
 def largest(request: Request, count: int | None = None) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +19,7 @@ from mimu.saliency import GraphConfig
 from mimu.settings import library_settings
 from mimu.training import is_finite
 
+Settings = TypeVar("Settings")
 PRETRAINED = Path(__file__).with_name("gcn.pt")
 
 
@@ -27,42 +29,54 @@ class TrainedGCN:
 
     gcn: MaskingGCN
     graphs: GraphConfig
-    masking: PruningConfig
+    pruning: PruningConfig
 
     @staticmethod
     def load(path: Path | str = PRETRAINED) -> TrainedGCN:
-        """Reads what a run left in `checkpoints/`, or a tracked GCN. Raises ArtifactError."""
+        """Reads a checkpoint: one that a run wrote to `checkpoints/`, or the pretrained one.
+
+        A setting that is newer than the checkpoint has its default. Raises ArtifactError.
+        """
         checkpoint = load(Path(path))
         try:
-            config, weights = checkpoint["config"], checkpoint["state_dict"]
-            graphs = GraphConfig(**{each.name: config["graphs"][each.name] for each in fields(GraphConfig)})
-            masking = PruningConfig(**{each.name: config["eval"][each.name] for each in fields(PruningConfig)})
+            config = checkpoint["config"]
+            graphs, pruning = section(GraphConfig, config["graphs"]), section(PruningConfig, config["eval"])
             sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
             gcn = MaskingGCN(graphs.num_features, **sizes, device="meta")  # without drawing weights
-            gcn.load_state_dict(weights, assign=True)
+            gcn.load_state_dict(checkpoint["state_dict"], assign=True)
             if not is_finite(gcn):
                 raise ValueError("a weight is not a finite number")
-            return TrainedGCN(gcn, graphs, masking)
+            return TrainedGCN(gcn, graphs, pruning)
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{path}: is not the checkpoint of a masking GCN ({one_line(error)})") from None
 
     @staticmethod
     def of(gcn: MaskingGCN | TrainedGCN | None, device: torch.device) -> TrainedGCN:
-        """A copy of a GCN in float32; the tracked one where it is None, whose settings a bare MaskingGCN takes."""
+        """Copies a GCN in float32 to a device; None stands for the pretrained one.
+
+        A bare MaskingGCN gets the settings of the pretrained one. Raises InputError if it is none, does not read the
+        features of these settings, or has a weight that is not finite.
+        """
         if gcn is not None and not isinstance(gcn, MaskingGCN | TrainedGCN):
             raise InputError(f"gcn must be a MaskingGCN, a TrainedGCN or None, not {gcn!r}")
         trained = gcn if isinstance(gcn, TrainedGCN) else TrainedGCN.load()
-        ranks = copy.deepcopy(gcn if isinstance(gcn, MaskingGCN) else trained.gcn).float().to(device)
-        if not is_finite(ranks):
+        network = copy.deepcopy(gcn if isinstance(gcn, MaskingGCN) else trained.gcn).float().to(device)
+        if not is_finite(network):
             raise InputError("gcn: a weight is not a finite number")
-        if ranks.num_features != trained.graphs.num_features:
+        if network.num_features != trained.graphs.num_features:
             must = f"read {trained.graphs.num_features} features, those of graphs.features and other_classes"
-            raise InputError(f"gcn must {must}, not {ranks.num_features}")
-        return replace(trained, gcn=ranks)
+            raise InputError(f"gcn must {must}, not {network.num_features}")
+        return replace(trained, gcn=network)
 
     def for_kernels(self, shapes: Iterable[tuple[int, ...]]) -> TrainedGCN:
-        """The same with the settings of kernels; where no kernel reads several places, with its updates alone."""
+        """Takes the settings of `kernels`; if no kernel reads several places, their `snapshot_every` alone."""
         settings = library_settings()["kernels"]
         if all(math.prod(shape[2:]) == 1 for shape in shapes):
             settings = {"snapshot_every": settings["snapshot_every"]}
-        return replace(self, masking=replace(self.masking, **settings))
+        return replace(self, pruning=replace(self.pruning, **settings))
+
+
+def section(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Makes a dataclass of the values that have the names of its fields; a field with a default may be missing."""
+    names = [field.name for field in fields(kind) if field.name in values or field.default is MISSING]
+    return kind(**{name: values[name] for name in names})

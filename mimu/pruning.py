@@ -1,14 +1,19 @@
-"""A request to forget a class, step by step: which weights are zeroed, and when it stops."""
+"""A request to forget a class: weights are zeroed step by step until the class is no longer classified.
+
+Weights of a layer stand in for one another, which scores given all at once cannot see. So pruning iterates: `prune`
+scores all weights on the classifier masked so far, zeroes the highest-scoring ones, and yields; whoever drives it
+decides when to stop. `prune_until_forgotten` stops where the class is gone. `Pruning` serves several kappas in turn.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +22,33 @@ from torch import Tensor
 from mimu.errors import InputError
 from mimu.graph import MaskingGCN
 from mimu.saliency import TERMS, ActivationGraphs, Snapshot, ranked, saliency
-from mimu.samples import Split, margins
+from mimu.samples import margins
 from mimu.seeds import seeded
 from mimu.settings import Amount, Count, Positive, number_of_weights
+
+LEAST_SHARE = 1 / 16  # of the weights of one neuron: the fewest that a layer may zero in a step if layers compete
+COUNTED_AT_ONCE = 100  # samples of the forget class after which counting may stop
+UNNOTICED = 1e-3  # nats that the retained classes may lose at no cost where layers compete
+FEW = 100  # with fewer samples of a class, their variance is estimated with the help of all samples
+PRIOR_SAMPLES = 4  # weight of the variance of all samples then, in samples
+
+# From the number of a step and the vertices zeroed before it to the scores of all weights, (vertices).
+Ranking = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """How a request is answered: the snapshots that it takes, and how their scores rank the weights."""
+    """How a request is answered.
+
+    step: weights zeroed in a step, a number or a share of the masked ones; None: they are scored only once
+    snapshot_every: steps from one snapshot to the next, first-order updates between; None: a single snapshot
+    momentum: of the running mean of the scores over the steps
+    group_size: samples of every class in a snapshot
+    retain_weight: weight of the damage to the retained classes in the score
+    penalty_growth: divides `retain_weight` after each step in which forgetting stalls
+    target: a class is forgotten if less than this percentage of its samples is classified correctly
+    max_kappa: weights, at most, that are zeroed for a request that searches for kappa
+    """
 
     step: Amount | None
     snapshot_every: Count | None
@@ -36,245 +60,277 @@ class PruningConfig:
     max_kappa: Amount
 
 
-@dataclass(eq=False)
-class SaliencyScorer:
-    """The saliency of every weight on the classifier masked so far, by the formula or with a trained GCN.
+class PruningStep(NamedTuple):
+    """One step: the vertices zeroed so far, in order; the scores (vertices); the seconds of all steps so far."""
 
-    gcn: None for the formula
-    """
-
-    config: PruningConfig
-    graphs: ActivationGraphs
-    class_index: int
-    seed: int
-    gcn: MaskingGCN | None = None
-    _snapshot: Snapshot | None = field(default=None, init=False)
-    _zeroed: int = field(default=0, init=False)  # how many vertices were zeroed in that snapshot
-    _left: float = field(default=float("inf"), init=False)  # the class's mean -log(1 - p) there
-    _penalty: float = field(default=1.0, init=False)
-
-    @torch.no_grad()
-    def __call__(self, step: int, zeroed: Tensor) -> Tensor:
-        """Scores (vertices), largest first to go, for the step that follows after the vertices `zeroed`."""
-        snapshot = self._taken(step, zeroed)
-        self._schedule(snapshot)
-        return saliency(snapshot, self.class_index, self._penalty * self.config.retain_weight, self.gcn)
-
-    def _taken(self, step: int, zeroed: Tensor) -> Snapshot:
-        """The snapshot for a step, after every `config.snapshot_every` steps anew.
-
-        Between, it is the last one's first-order update; of kernels too large for a record to be kept, a new one.
-        """
-        every, last = self.config.snapshot_every, self._snapshot
-        goes_on = last is not None and bool(last.records) and (step % every if every else step)
-        if goes_on:
-            self._snapshot = last.first_order_update(zeroed[self._zeroed :])
-        else:
-            self._snapshot = last = None  # not two at a time in memory
-            names = [*TERMS] if self.gcn is None else [*TERMS, *self.graphs.config.features]
-            generator = seeded("request", self.seed, self.graphs.classes[self.class_index], step)
-            samples = self.graphs.draw(self.config.group_size, generator)
-            self._snapshot = self.graphs.snapshot(samples, names, self.graphs.mask_of(zeroed), self.class_index)
-        self._zeroed = len(zeroed)
-        return self._snapshot
-
-    def _schedule(self, snapshot: Snapshot) -> None:
-        """Lowers what the others weigh where the class stalls: where -log(1 - p) has not fallen enough since last time.
-
-        As in penalty methods, where a constraint (nothing is left of the class) that a constant weight only balances
-        against the objective is enforced by one that grows (Nocedal and Wright 2006, Numerical Optimization, ch. 17).
-        """
-        before, self._left = self._left, F.softplus(snapshot.log_odds[self.class_index]).mean().item()
-        growth = self.config.penalty_growth
-        if self._left > self.config.target / 100 and self._left > before / growth:
-            self._penalty /= growth
-
-
-FEWEST = 1 / 16  # of the weights of a neuron that a layer gives in a step, where several compete by what is measured
-COUNTED_AT_ONCE = 100  # samples of the forget class, where it may be that no more are needed
-UNNOTICED = 1e-3  # nats that the others may lose at no cost, there
-FEW = 100  # samples of a class, below which they do not say themselves how much samples differ
-PRIOR = 4  # samples as which counts then how much those of all classes do
-
-
-def forgetting_loss(p: Tensor) -> Tensor:
-    """Mean of -log(1 - p) in nats, p the probability of the forget class on its own samples: 0 where all forget it."""
-    return -torch.log1p(-p.clamp(max=1 - 1e-6)).mean()
-
-
-def percent_above_zero(margins: Tensor, spread: float) -> float:
-    """The percentage of further samples that are classified correctly, by the margins (n) of some.
-
-    Margins are taken to be normally distributed. Of fewer than FEW the variance is that of their predictive
-    distribution: theirs, together with spread^2 as that of PRIOR more, and that of their mean.
-    """
-    count, mean = len(margins), float(margins.double().mean())
-    variance = float(margins.double().var()) if count > 1 else 0.0
-    if count < FEW:
-        variance = ((count - 1) * variance + PRIOR * spread**2) / (count - 1 + PRIOR) * (1 + 1 / count)
-    return 100 - 100 * NormalDist(mean, math.sqrt(variance)).cdf(0) if variance > 0 else 100.0 * (mean > 0)
+    zeroed: Tensor
+    scores: Tensor
+    seconds: float
 
 
 class PruningResult(NamedTuple):
-    """The weights to zero for a request, in their order, and what finding them took.
+    """The weights to zero for a request.
 
-    seconds: of all steps up to there, those made before for another kappa included
-    left: what is left of the class at the largest kappa, in words, or ""; None where no kappa was searched for
+    vertices: in the order in which they are zeroed, (kappa)
+    seconds: what finding them took, steps for a smaller kappa included
+    message: "" if the class is forgotten, how much of it remains if max_kappa is reached, else None
     """
 
     vertices: Tensor
     seconds: float
-    left: str | None = None
+    message: str | None = None
 
 
-@dataclass(eq=False)
-class Pruning:
-    """The order in which weights are zeroed to forget a class: the mask at kappa is its first kappa entries.
+@torch.no_grad()
+def prune(
+    graphs: ActivationGraphs,
+    class_index: int,
+    config: PruningConfig,
+    seed: int,
+    gcn: MaskingGCN | None = None,
+    ranking: Ranking | None = None,
+    zeroed: Tensor | None = None,
+) -> Iterator[PruningStep]:
+    """Zeroes weights step by step, until all are zeroed, and yields after every step.
 
-    Iterative pruning: weights stand in for one another, which scores given all at once cannot see (Molchanov et al.
-    2017, arXiv:1611.06440). So a step zeroes `config.step` weights (None: all of them), and the next one is ranked on
-    the classifier masked so far. Since each ranking is drawn from few samples, a step follows the running mean
-    m = momentum m + (1 - momentum) s of the scores s, each divided by their standard deviation. A larger kappa goes on
-    from the steps of a smaller one.
+    Iterative pruning after Molchanov et al. 2017, arXiv:1611.06440. A step follows a running mean of the scores, since
+    each snapshot is drawn from few samples: m = momentum m + (1 - momentum) s / std(s).
 
-    class_index: the row of the class in the graphs
-    ranking: from the number of the step and the vertices zeroed before it to scores (vertices), largest first to go
-    zeroed: vertices that are zeroed so far, the first entries of the order; to begin with, none by default
+    Args:
+        graphs: the classifier, its samples and its masked weights
+        class_index: the index of the class to forget in `graphs.classes`
+        seed: decides, with the class and the number of the step, which samples are drawn
+        gcn: rescales the scores of the formula; None: the formula as it is
+        ranking: scores the weights in place of snapshots and the formula
+        zeroed: the vertices that are zeroed to begin with
+
+    Raises:
+        InputError: if a score is not finite
+    """
+    zeroed = graphs.nothing if zeroed is None else zeroed
+    newest, snapshot, scores, running_mean = graphs.nothing, None, None, None
+    penalty, loss, seconds = 1.0, math.inf, 0.0
+    for step in itertools.count():
+        started = time.perf_counter()
+        if step > 0 and config.step is None:
+            pass  # the scores of the first step serve all others
+        elif ranking is not None:
+            scores = ranking(step, zeroed)
+        else:
+            if snapshot is not None and is_updated(snapshot, step, config.snapshot_every):
+                snapshot = snapshot.first_order_update(newest)
+            else:
+                snapshot = None  # two snapshots at a time could take too much memory
+                snapshot = new_snapshot(graphs, class_index, config.group_size, seed, step, zeroed, gcn)
+            previous_loss, loss = loss, F.softplus(snapshot.log_odds[class_index]).mean().item()
+            if is_stalled(loss, previous_loss, config):
+                penalty /= config.penalty_growth
+            scores = saliency(snapshot, class_index, penalty * config.retain_weight, gcn)
+        standardised = in_standard_deviations(scores)
+        running_mean = standardised if step == 0 else torch.lerp(standardised, running_mean, config.momentum)
+        newest = next_vertices(graphs, class_index, config, running_mean, zeroed)
+        zeroed = torch.cat([zeroed, newest])
+        seconds += time.perf_counter() - started
+        yield PruningStep(zeroed, scores, seconds)
+        if len(zeroed) == graphs.graph.num_vertices:
+            return
+
+
+def is_updated(snapshot: Snapshot, step: int, snapshot_every: int | None) -> bool:
+    """Whether a step takes a first-order update of the last snapshot, whose record was kept, instead of a new one."""
+    return bool(snapshot.records) and (snapshot_every is None or step % snapshot_every != 0)
+
+
+def new_snapshot(
+    graphs: ActivationGraphs,
+    class_index: int,
+    group_size: int,
+    seed: int,
+    step: int,
+    zeroed: Tensor,
+    gcn: MaskingGCN | None,
+) -> Snapshot:
+    """Runs newly drawn samples through the classifier masked so far, and records what the score and the GCN read."""
+    samples = graphs.draw(group_size, seeded("request", seed, graphs.classes[class_index], step))
+    features = TERMS if gcn is None else (*TERMS, *graphs.config.features)
+    return graphs.snapshot(samples, features, graphs.mask_of(zeroed), class_index)
+
+
+def is_stalled(loss: float, previous_loss: float, config: PruningConfig) -> bool:
+    """Whether the forget class's mean -log(1 - p) is not small, and has not fallen by `config.penalty_growth`.
+
+    The damage penalty is then lowered. Penalty methods likewise raise the weight of a constraint that a constant weight
+    only balances against the objective (Nocedal and Wright 2006, Numerical Optimization, chapter 17).
+    """
+    return loss > config.target / 100 and loss > previous_loss / config.penalty_growth
+
+
+def in_standard_deviations(scores: Tensor) -> Tensor:
+    """Divides scores (vertices) by their standard deviation. Raises InputError if one of them is not finite."""
+    if not scores.isfinite().all():
+        raise InputError("scores of weights are not finite: look at the inputs, the weights and the GCN")
+    return scores / scores.std().clamp_min(1e-12)
+
+
+def next_vertices(
+    graphs: ActivationGraphs, class_index: int, config: PruningConfig, scores: Tensor, zeroed: Tensor
+) -> Tensor:
+    """Chooses the vertices of one step: those of the highest scores; if layers compete, within the best layer."""
+    num_vertices = graphs.graph.num_vertices
+    if config.step is None:  # fine enough to find the smallest kappa that forgets
+        count = max(1, number_of_weights(config.max_kappa, num_vertices) // 100)
+    else:
+        count = number_of_weights(config.step, num_vertices)
+    if graphs.config.scope == "measured" and len(graphs.graph.layers) > 1:
+        return best_of_one_layer(graphs, class_index, config.group_size, count, scores, zeroed)
+    return ranked(scores, zeroed, count)
+
+
+def best_of_one_layer(
+    graphs: ActivationGraphs, class_index: int, group_size: int, count: int, scores: Tensor, zeroed: Tensor
+) -> Tensor:
+    """Chooses among the highest-scoring vertices of every layer, its share of a step, those that do best when zeroed.
+
+    Scores of different layers are not comparable; what their zeros do to the losses is. The best vertices raise the
+    forget class's loss most for every nat that the retained classes lose; where none raises it, those that cost the
+    retained classes least.
+    """
+    graph, best_merit, best_vertices = graphs.graph, None, None
+    samples = graphs.by_class()[:, :group_size]
+    losses = losses_without(graphs, class_index, samples, zeroed)
+    offset = 0
+    for layer_scores in graph.split(scores.index_fill(0, zeroed, float("-inf"))):
+        share = max(1, round(count * layer_scores.numel() / len(scores)), int(LEAST_SHARE * layer_scores[0].numel()))
+        share = min(share, int((layer_scores > float("-inf")).sum()))
+        vertices = offset + layer_scores.flatten().topk(share).indices
+        offset += layer_scores.numel()
+        changes = losses_without(graphs, class_index, samples, torch.cat([zeroed, vertices])) - losses
+        forget, retain = changes.tolist()
+        merit = (forget < 0, -forget / max(retain, UNNOTICED) if forget < 0 else -retain)
+        if share and (best_merit is None or merit > best_merit):
+            best_merit, best_vertices = merit, vertices
+    return best_vertices
+
+
+def losses_without(graphs: ActivationGraphs, class_index: int, samples: Tensor, zeroed: Tensor) -> Tensor:
+    """Computes `forgetting_loss` and the mean cross entropy of the retained classes with vertices zeroed, (2), in nats.
+
+    samples: indices, (classes, samples)
+    """
+    indices = samples.flatten()
+    with graphs.graph.zeroing(zeroed).applied_to(graphs.classifier):
+        logits = graphs.suffix(graphs.cached_inputs[indices])
+    p = logits.unflatten(0, samples.shape)[class_index].softmax(1)[:, graphs.classes[class_index]]
+    losses = F.cross_entropy(logits, graphs.labels[indices], reduction="none").view(samples.shape).mean(1)
+    return torch.stack([forgetting_loss(p), (losses.sum() - losses[class_index]) / (len(losses) - 1)])
+
+
+def forgetting_loss(p: Tensor) -> Tensor:
+    """Computes the mean of -log(1 - p) in nats; p is the probability of the forget class on its samples."""
+    return -torch.log1p(-p.clamp(max=1 - 1e-6)).mean()
+
+
+class RemainingCounter:
+    """Counts how much of a class is still classified correctly while its weights are zeroed.
+
+    images: samples of the class (samples, ...), as the classifier takes them
     """
 
-    config: PruningConfig
-    graphs: ActivationGraphs
-    class_index: int
-    ranking: Callable[[int, Tensor], Tensor]
-    zeroed: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        step, num_vertices = self.config.step, self.graphs.graph.num_vertices
-        self.step = num_vertices if step is None else number_of_weights(step, num_vertices)
-        self.zeroed = self.graphs.nothing if self.zeroed is None else self.zeroed
-        self._mean: Tensor | None = None
-        self._ends = [len(self.zeroed)]  # how many are zeroed before the first step and after each
-        self._seconds: list[float] = []
-        self._forgetting: PruningResult | None = None
-        self._counted: Tensor | None = None  # samples of the class in the order in which they are counted
-
-    def answer(
-        self, asked: int | Literal["auto"], forget: Split, is_too_much: Callable[[Tensor], bool] = lambda zeroed: False
-    ) -> PruningResult:
-        """The vertices to zero: so many, or with auto the fewest whole steps of them after which a class is forgotten.
-
-        It is when less than `config.target` percent of its training samples, `forget`, are classified correctly, or of
-        others like them where they are few (`_left`). At the largest kappa the search gives up, and where
-        `is_too_much`, which it asks after every step of the vertices zeroed so far.
-        """
-        if asked != "auto":
-            return self.first(asked)
-        if self._forgetting is None:
-            self._forgetting = self._search(forget, is_too_much)
-        return self._forgetting
-
-    def first(self, kappa: int) -> PruningResult:
-        """The vertices to zero for this kappa: all of them where kappa is larger."""
-        while len(self.zeroed) < min(kappa, self.graphs.graph.num_vertices):
-            started = time.perf_counter()
-            scores = self.ranking(len(self._seconds), self.zeroed)
-            if not scores.isfinite().all():
-                raise InputError("scores of weights are not finite: look at the inputs, the weights and the GCN")
-            scores = scores / scores.std().clamp_min(1e-12)
-            self._mean = scores if self._mean is None else torch.lerp(scores, self._mean, self.config.momentum)
-            if self._is_measured:
-                further = self._cheapest(self._mean.index_fill(0, self.zeroed, float("-inf")))
-            else:
-                further = ranked(self._mean, self.zeroed, self.step)
-            self.zeroed = torch.cat([self.zeroed, further])
-            self._ends.append(len(self.zeroed))
-            self._seconds.append(time.perf_counter() - started)
-        took = (seconds for seconds, start in zip(self._seconds, self._ends) if start < kappa)
-        return PruningResult(self.zeroed[:kappa], sum(took))
-
-    def steps(self) -> Iterator[PruningResult]:
-        """What is zeroed after each step, up to `config.max_kappa`; where all is at once, in hundredths of that."""
-        graph, kappa = self.graphs.graph, self._ends[0]
-        limit = number_of_weights(self.config.max_kappa, graph.num_vertices)
-        max_kappa = min(kappa + limit, graph.num_vertices)
-        while kappa < max_kappa:
-            self.first(kappa + 1)
-            end = next(end for end in self._ends if end > kappa)
-            kappa = min(end if self.config.step is not None else kappa + max(1, limit // 100), max_kappa)
-            yield self.first(kappa)
+    def __init__(self, graphs: ActivationGraphs, class_index: int, images: Tensor, target: float) -> None:
+        self.graphs, self.label, self.target = graphs, graphs.classes[class_index], target
+        self.inputs = graphs.classifier.prefix_activations(graphs.graph.layers, images)
+        self.order = torch.arange(len(images), device=images.device)
 
     @torch.no_grad()
-    def _search(self, forget: Split, is_too_much: Callable[[Tensor], bool]) -> PruningResult:
-        graphs = self.graphs
-        label = int(forget.labels[0])
-        inputs = graphs.classifier.prefix_activations(graphs.graph.layers, forget.images)
-        found, counting = self.first(self._ends[0]), 0.0
-        for found in self.steps():
-            started = time.perf_counter()
-            ends = is_too_much(found.vertices)
-            is_forgotten = self._left(found.vertices, inputs, label, self.config.target) < self.config.target
-            counting += time.perf_counter() - started
-            if is_forgotten:
-                return PruningResult(found.vertices, found.seconds + counting, "")
-            if ends:
-                break
-        percent = self._left(found.vertices, inputs, label)
-        return PruningResult(found.vertices, found.seconds + counting, f"{percent:.1f} % of class {label} are left")
+    def percent_remaining(self, zeroed: Tensor, enough: float = math.inf) -> float:
+        """Counts the percentage of samples classified correctly; it stops early once that reaches `enough`.
 
-    @property
-    def _is_measured(self) -> bool:
-        """Whether steps are those that are measured to cost the others least."""
-        return self.graphs.config.scope == "measured" and len(self.graphs.graph.layers) > 1
-
-    @torch.no_grad()
-    def _cheapest(self, scores: Tensor) -> Tensor:
-        """Of the first vertices of every layer, its share of a step, those that are measured to be the best.
-
-        Scores of different layers are not comparable; what their zeros do is. The best ones make the class lose the
-        most for every nat that the others lose; where nothing makes it lose, those that the others stand best.
+        If the samples are too few to show a percentage below the target, what further samples of the class would show
+        is estimated (`percent_above_zero`).
         """
-        graphs, best, chosen = self.graphs, None, None
-        samples = graphs.by_class()[:, : self.config.group_size]
-        before = self._losses(self.zeroed, samples)
-        for offset, part in zip(accumulate(graphs.graph.sizes, initial=0), graphs.graph.split(scores)):
-            share = max(1, round(self.step * part.numel() / len(scores)), int(FEWEST * part[0].numel()))
-            share = min(share, int((part > float("-inf")).sum()))
-            vertices = offset + part.flatten().topk(share).indices
-            forget, retain = (self._losses(torch.cat([self.zeroed, vertices]), samples) - before).tolist()
-            merit = (forget < 0, -forget / max(retain, UNNOTICED) if forget < 0 else -retain)
-            if share and (best is None or merit > best):
-                best, chosen = merit, vertices
-        return chosen
-
-    def _losses(self, zeroed: Tensor, samples: Tensor) -> Tensor:
-        """The terms of necessity on samples (classes, n): `forgetting_loss`, and the others' mean cross entropy (2)."""
-        graphs, row, flat = self.graphs, self.class_index, samples.flatten()
-        with graphs.graph.zeroing(zeroed).applied_to(graphs.classifier):
-            logits = graphs.suffix(graphs.cached_inputs[flat])
-        p = logits.unflatten(0, samples.shape)[row].softmax(1)[:, graphs.classes[row]]
-        losses = F.cross_entropy(logits, graphs.labels[flat], reduction="none").view(samples.shape).mean(1)
-        return torch.stack([forgetting_loss(p), (losses.sum() - losses[row]) / (len(losses) - 1)])
-
-    def _left(self, zeroed: Tensor, inputs: Tensor, label: int, enough: float = math.inf) -> float:
-        """The percentage of a class that is classified correctly, as far as it takes to find enough.
-
-        Samples that are too few to show less than `config.target` percent stand for others (`percent_above_zero`).
-
-        inputs: of the first masked layer, for samples of the class
-        """
-        graphs, found = self.graphs, []
-        is_correct = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
+        graphs, logits = self.graphs, []
+        is_correct = torch.zeros(len(self.inputs), dtype=torch.bool, device=self.inputs.device)
         weights = graphs.graph.zeroing(zeroed).weights(graphs.classifier)
-        # Those that were correct the last time come first: of them a few are enough.
-        order = torch.arange(len(inputs)) if self._counted is None else self._counted
-        for part in order.to(inputs.device).split(min(COUNTED_AT_ONCE, graphs.suffix.samples_at_once)):
-            found.append(graphs.suffix.outputs(inputs[part], weights)[1])
-            is_correct[part] = found[-1].argmax(1) == label
-            if (left := 100 * int(is_correct.sum()) / len(inputs)) >= enough:
+        for part in self.order.split(min(COUNTED_AT_ONCE, graphs.suffix.samples_at_once)):
+            logits.append(graphs.suffix.outputs(self.inputs[part], weights)[1])
+            is_correct[part] = logits[-1].argmax(1) == self.label
+            percent = 100 * int(is_correct.sum()) / len(self.inputs)
+            if percent >= enough:
                 break
-        self._counted = is_correct.int().argsort(descending=True, stable=True)
-        if left < enough and len(inputs) < 100 / self.config.target:
-            logits = torch.cat(found)
+        # Samples that were still correct come first the next time: a few of them are then enough.
+        self.order = is_correct.int().argsort(descending=True, stable=True)
+        if percent < enough and len(self.inputs) < 100 / self.target:
             spread = float(margins(graphs.predictions, graphs.labels).std())
-            left = max(left, percent_above_zero(margins(logits, graphs.labels.new_full([len(logits)], label)), spread))
-        return left
+            labels = graphs.labels.new_full([len(self.inputs)], self.label)
+            percent = max(percent, percent_above_zero(margins(torch.cat(logits), labels), spread))
+        return percent
+
+    def message(self, zeroed: Tensor) -> str:
+        """Says how much of the class remains."""
+        return f"{self.percent_remaining(zeroed):.1f} % of class {self.label} remains"
+
+
+def percent_above_zero(margins: Tensor, spread: float) -> float:
+    """Estimates the percentage of further samples that are classified correctly, from the margins (n) of some.
+
+    Margins are taken to be normally distributed. With fewer than FEW, the variance is that of their predictive
+    distribution: their own variance pooled with spread^2, which counts as PRIOR_SAMPLES, plus that of their mean.
+    """
+    count, mean = len(margins), float(margins.double().mean())
+    variance = float(margins.double().var()) if count > 1 else 0.0
+    if count < FEW:
+        pooled = ((count - 1) * variance + PRIOR_SAMPLES * spread**2) / (count - 1 + PRIOR_SAMPLES)
+        variance = pooled * (1 + 1 / count)
+    return 100 - 100 * NormalDist(mean, math.sqrt(variance)).cdf(0) if variance > 0 else 100.0 * (mean > 0)
+
+
+def prune_until_forgotten(
+    steps: Iterable[PruningStep], counter: RemainingCounter, config: PruningConfig, num_zeroed: int = 0
+) -> Iterator[PruningResult]:
+    """Drives steps until the class is forgotten or `config.max_kappa` weights are zeroed, and yields after each.
+
+    num_zeroed: how many vertices were zeroed to begin with
+    """
+    num_vertices, counting = counter.graphs.graph.num_vertices, 0.0
+    max_kappa = min(num_zeroed + number_of_weights(config.max_kappa, num_vertices), num_vertices)
+    for step in steps:
+        zeroed, started = step.zeroed[:max_kappa], time.perf_counter()
+        is_forgotten = counter.percent_remaining(zeroed, config.target) < config.target
+        counting += time.perf_counter() - started
+        if is_forgotten or len(zeroed) == max_kappa:
+            yield PruningResult(zeroed, step.seconds + counting, "" if is_forgotten else counter.message(zeroed))
+            return
+        yield PruningResult(zeroed, step.seconds + counting)
+
+
+class Pruning:
+    """The steps of one request, kept from one kappa to the next: the mask at kappa is the first kappa entries.
+
+    steps: as `prune` yields them
+    """
+
+    def __init__(self, steps: Iterator[PruningStep], counter: RemainingCounter, config: PruningConfig) -> None:
+        self._coming, self._kept = steps, []
+        self._counter, self._config = counter, config
+        self._forgotten: PruningResult | None = None
+
+    def steps(self) -> Iterator[PruningStep]:
+        """Yields every step from the first on; a step is computed once."""
+        for index in itertools.count():
+            if index == len(self._kept):
+                step = next(self._coming, None)
+                if step is None:
+                    return
+                self._kept.append(step)
+            yield self._kept[index]
+
+    def at(self, kappa: int) -> PruningResult:
+        """The first kappa vertices."""
+        step = next(step for step in self.steps() if len(step.zeroed) >= kappa)
+        return PruningResult(step.zeroed[:kappa], step.seconds)
+
+    def until_forgotten(self) -> PruningResult:
+        """The vertices of the fewest whole steps after which the class is forgotten, or max_kappa of them."""
+        if self._forgotten is None:
+            *_, self._forgotten = prune_until_forgotten(self.steps(), self._counter, self._config)
+        return self._forgotten

@@ -214,7 +214,7 @@ def stages_part(table: Table, before: dict[str, Table]) -> None:
     request = Request(
         mimu_alone, classifier, trainer, data.train, graphs, gcn, 9, top_k=2048, seed=0, requested_kappa=200
     )
-    request.in_steps("mimu", request.ranking)
+    request.in_steps("mimu", gcn=gcn)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         metrics, mask = Artifact(folder / "metrics.json", {}), Artifact(folder / "mask.pt", {})
