@@ -6,78 +6,91 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from reporter import METRICS, SECONDS, Column, Reporter, markdown_table, save_figure
-from tables.pictures import INDEX, Row, draw_panels, symmetric_log
+from reporter import METRICS, SECONDS, Column, Experiments, markdown_table
+from tables.panels import Row, draw_panels, symmetric_log
 
 DIVERGENCES = (
     Column(("audit_metrics", "js_forget"), "divergence on the forget set, bits", ".3f"),
     Column(("audit_metrics", "js_retain"), "divergence on the retain set, bits", ".4f"),
 )
-GAPS = tuple(replace(of, name=of.name.replace("%", "points"), spec=f"+{of.spec}", is_gap=True) for of in METRICS)
-RELEARN_STEPS = Column(("audit_metrics", "relearn_steps"), "relearn time, steps", ".1f")
-LEFT_BEHIND = (
-    Column(("audit_metrics", "loss_attack"), "loss attack, area under the curve", ".3f"),
-    Column(("audit_metrics", "entropy_attack"), "entropy attack, % members", ".1f"),
-    INDEX,
-    Column(("audit_metrics", "probe_recall", "linear"), "probe, recall of the forget class, %", ".1f"),
-    RELEARN_STEPS,
+GAPS = tuple(
+    replace(each, name=each.name.replace("%", "points"), spec=f"+{each.spec}", is_gap=True) for each in METRICS
 )
+INDEX = Column(("audit_metrics", "usable_bits", "representation"), "IDI", "+.2f", is_gap=True, reduction="index")
+PROBE = Column(("audit_metrics", "probe_recall", "linear"), "probe, recall of the forget class, %", ".1f")
+RELEARN_STEPS = Column(("audit_metrics", "relearn_steps"), "relearn time, steps", ".1f")
+CAME_BACK = Column(("audit_metrics", "came_back"))
 COST = (SECONDS, Column(("audit_metrics", "weights_changed"), "weights changed", ".0f"))
+PLACED = ("js_forget", "js_retain", "relearn_steps", "weights_changed")  # audits of one number with a column above
+OLD_AUDITS = {  # for JSON that does not name its audits
+    "loss_attack": {"title": "loss attack, area under the curve", "spec": ".3f"},
+    "entropy_attack": {"title": "entropy attack, % members", "spec": ".1f"},
+}
 ABOUT = {"does": "what it does", "touches": "what it may change", "needs": "data it needs", "paper": "paper"}
 
 
-def by_distance(reporter: Reporter) -> list[str]:
-    """The methods in the order of their distance to the retrained classifier: the mean of both `DIVERGENCES`."""
+def audit_columns(experiments: Experiments) -> tuple[Column, ...]:
+    """Return the columns of the audits, first those of one number that the JSON names and that have no other place."""
+    columns = []
+    for name, audit in experiments.first.get("audits", OLD_AUDITS).items():
+        values = [audits.get(name) for audits in experiments.first["audit_metrics"].values()]
+        if name not in PLACED and any(type(value) in (int, float) for value in values):
+            columns.append(Column(("audit_metrics", name), audit["title"], audit["spec"]))
+    return *columns, INDEX, PROBE, RELEARN_STEPS
+
+
+def by_distance(experiments: Experiments) -> list[str]:
+    """Return the audited methods, sorted by the mean of their `DIVERGENCES` from the retrained classifier."""
 
     def distance(method: str) -> float:
-        return np.nan_to_num(sum(reporter.mean(column, method) for column in DIVERGENCES) / 2, nan=np.inf)
+        return np.nan_to_num(sum(experiments.mean(column, method) for column in DIVERGENCES) / 2, nan=np.inf)
 
-    return sorted(reporter.experiments[0]["methods"], key=distance)  # without models that are scored by hand
+    return sorted(experiments.first["methods"], key=distance)  # without models that were evaluated by hand
 
 
-def audit_sections(reporter: Reporter) -> list[str]:
-    """The sections of the summary on every method beside the classifier retrained without the class."""
-    gcn = replace(SECONDS, spec=".0f").text(reporter.figures(SECONDS, "gcn"))
-    methods = reporter.experiments[0]["methods"]
-    about = [[name, *map(methods[name].get, ABOUT)] for name in by_distance(reporter)]
+def audit_sections(experiments: Experiments) -> list[str]:
+    """Return the sections of the summary that compare every method with the retrained classifier."""
+    gcn = replace(SECONDS, spec=".0f").text(experiments.by_seed(SECONDS, "gcn"))
+    methods = experiments.first["methods"]
+    about = [[name, *map(methods[name].get, ABOUT)] for name in by_distance(experiments)]
     return [
         "## Distance to retraining",
-        "Jensen-Shannon divergence of the predictions from the retrained classifier's (0: the same, 1: at most), "
-        "and the five metrics less those of the retrained classifier. Sorted by the mean of the two divergences; "
-        f"± standard deviation over the {'seeds' if len(reporter.seeds) > 1 else 'classes'}.",
-        audit_table(reporter, DIVERGENCES + GAPS),
+        "The Jensen-Shannon divergence of a method's predictions from the retrained classifier's (0: the same, 1: the "
+        "largest), and the five metrics minus those of the retrained classifier. Methods are sorted by the mean of the "
+        f"two divergences; ± is the standard deviation over {'seeds' if len(experiments.seeds) > 1 else 'classes'}.",
+        audit_table(experiments, DIVERGENCES + GAPS),
         "## Audits",
-        "Loss attack: 0.5 tells nothing. IDI: what the best probe finds, 0 as after retraining, 1 as in the original; "
-        "– where no more is to forget than other retrained classifiers differ by. Relearn time: '>' where a class was "
-        "not back by the last step; – where it has no logit to learn with.",
-        audit_table(reporter, LEFT_BEHIND),
+        "A loss attack of 0.5 learns nothing. IDI is what the best probe finds: 0 as after retraining, 1 as in the "
+        "original, – if the original has no more to forget than the difference between two retrained classifiers. "
+        "Relearn time: > if the class had not come back by the last step, – if it has no logit to learn with.",
+        audit_table(experiments, audit_columns(experiments)),
         "## Cost",
-        f"Training the masking GCN, once for all requests, takes {gcn} s, which is not in mimu's seconds.",
-        audit_table(reporter, COST),
+        f"Training the masking GCN takes {gcn} s, once for all requests, which the seconds of mimu do not include.",
+        audit_table(experiments, COST),
         "## The methods",
         markdown_table(["method", *ABOUT.values()], about, texts=1 + len(ABOUT)),
     ]
 
 
-def audit_table(reporter: Reporter, columns: Sequence[Column]) -> str:
-    """A row for every method, a column for each figure; marked where a class did not come back within the steps."""
+def audit_table(experiments: Experiments, columns: Sequence[Column]) -> str:
+    """Return a table with a row for every method; relearn times are marked if the class did not come back."""
     rows = []
-    for method in by_distance(reporter):
-        row = [column.text(reporter.spread(column, method)) for column in columns]
-        came_back = reporter.numbers(Column(("audit_metrics", "came_back")), method)
-        if columns[-1] is RELEARN_STEPS and row[-1] != "–" and not np.all(came_back):
-            row[-1] = f"> {row[-1]}"
-        rows.append([method, *row])
+    for method in by_distance(experiments):
+        cells = [column.text(experiments.spread(column, method)) for column in columns]
+        if columns[-1] is RELEARN_STEPS and cells[-1] != "–" and not np.all(experiments.numbers(CAME_BACK, method)):
+            cells[-1] = f"> {cells[-1]}"
+        rows.append([method, *cells])
     return markdown_table(["method", *(column.name for column in columns)], rows)
 
 
-def draw_audits(reporter: Reporter) -> None:
-    """Draws `audits.png`: a panel for every audit, with a grey line where the retrained classifier is."""
-    columns = (*DIVERGENCES, *LEFT_BEHIND, SECONDS)
-    figure, axes = draw_panels([Row(name, reporter, name) for name in by_distance(reporter)], columns)
-    for panel, column in zip(axes, columns):
-        panel.axvline(reporter.mean(column, "retrain"), color="0.5", linewidth=0.8)
-    symmetric_log(axes[1], linear=0.01)
-    axes[-1].set(xscale="log", xlabel=f"{SECONDS.name} (log scale)")
-    save_figure(figure, reporter.folder / "audits.png", reporter.config)
+def draw_audits(experiments: Experiments) -> Figure:
+    """Draw a panel for every audit, with a grey line at the retrained classifier."""
+    columns = (*DIVERGENCES, *audit_columns(experiments), SECONDS)
+    figure, panels = draw_panels([Row(name, experiments, name) for name in by_distance(experiments)], columns)
+    for panel, column in zip(panels, columns):
+        panel.axvline(experiments.mean(column, "retrain"), color="0.5", linewidth=0.8)
+    symmetric_log(panels[1], linear=0.01)
+    panels[-1].set(xscale="log", xlabel=f"{SECONDS.name} (log scale)")
+    return figure

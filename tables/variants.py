@@ -8,68 +8,82 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mimu.files import write_text
-from reporter import FORGET_SCORE, RETAIN_GAP, SECONDS, WORST, Column, Reporter, markdown_table
-from tables.pictures import INDEX, PROBE, Row, draw_frontier, draw_scores
+from reporter import (
+    FORGET_SCORE,
+    RETAIN_GAP,
+    SECONDS,
+    WORST,
+    Column,
+    Experiments,
+    Reporter,
+    markdown_table,
+    save_figure,
+    save_text,
+)
+from tables.panels import Row, draw_accuracies
+from tables.retraining import INDEX, PROBE
 
 WORST_FORGET, WORST_GAP = (replace(column, name="worst") for column in WORST)
-SHARE = Column(("num_zeroed",), "weights zeroed, %", is_share=True)
+SHARE = Column(("num_zeroed",), "weights zeroed, %", percent_of="num_graph_vertices")
 COLUMNS = (FORGET_SCORE, WORST_FORGET, RETAIN_GAP, WORST_GAP, SHARE, SECONDS)
+PROBE_GAP = replace(PROBE, name="probe recall against retrain, points", spec="+.1f", is_gap=True)
 
 
 def compare(reporters: Mapping[str, Reporter], folder: Path) -> list[str]:
-    """Writes and draws variants side by side, the frontier of those that are audited too; returns their tables.
+    """Write and draw variants side by side, and return their tables.
 
-    A row is a method of a variant; mimu's is called by the variant alone. Figures have the settings of the first one.
+    A row is a method of a variant; that of mimu has the name of the variant alone.
     """
-    share_retrained(reporters.values())
+    experiments = [reporter.experiments for reporter in reporters.values()]
+    share_retrained(experiments)
     rows = []
     for variant, reporter in reporters.items():
-        for method in reporter.methods:
-            rows.append(Row(variant if method == "mimu" else f"{variant}: {method}", reporter, method))
+        for method in reporter.experiments.methods:
+            rows.append(Row(variant if method == "mimu" else f"{variant}: {method}", reporter.experiments, method))
     tables = [table([row for row in rows if row.method != "retrain"], COLUMNS)]
-    if left_behind := audits_of(reporters.values()):
-        tables.append(table(rows, left_behind))
-    write_text(folder / "variants.md", "\n\n".join(["# Variants", *tables]) + "\n")
-    config = rows[0].reporter.config
+    if columns := audit_columns(experiments):
+        tables.append(table(rows, columns))
+    save_text("\n\n".join(["# Variants", *tables]) + "\n", folder / "variants.md")
     unlearned = [row for row in rows if row.method not in ("original", "retrain")]
-    draw_scores(unlearned, folder / "variants.png", config)
-    if audited := [each for each in reporters.values() if each.has_audits and each.retrained]:
-        of_first = [each for each in audited if each.retrained is audited[0].retrained]  # the same classifier
-        draw_frontier(of_first, folder / "frontier.png", config)
+    config = next(iter(reporters.values())).config
+    save_figure(draw_accuracies(unlearned), folder / "variants.png", config)
     return tables
 
 
-def share_retrained(reporters: Iterable[Reporter]) -> None:
-    """Tells every reporter of the classifiers that any variant with the same original retrained without the class."""
+def share_retrained(variants: Iterable[Experiments]) -> None:
+    """Let variants of the same original classifier share the retrained ones, preferably those that were audited."""
     retrained: dict[str, dict[tuple[int, int], Any]] = {}
-    for reporter in sorted(reporters, key=lambda each: each.has_audits):  # the audited ones stay
-        config = reporter.experiments[0]["config"]
+    for experiments in sorted(variants, key=lambda each: each.is_audited):
+        config = experiments.first["config"]
         classifier = json.dumps([config["dataset"], config["held_out"], config["classifier"]])
-        retrained.setdefault(classifier, {}).update(reporter.retrained)
-        reporter.retrained = retrained[classifier]
+        retrained.setdefault(classifier, {}).update(experiments.retrained)
+        experiments.retrained = retrained[classifier]
 
 
-def audits_of(reporters: Iterable[Reporter]) -> list[Column]:
-    """What probes find in every layer of any variant, and prototypes, beside retraining, and steps of relearning."""
+def audit_columns(variants: Iterable[Experiments]) -> list[Column]:
+    """Return columns of what probes find in each layer of any variant, of prototypes, and of relearning from few."""
     layers: dict[str, None] = {}
     counts: dict[str, None] = {}
-    for reporter in reporters:
-        for audits in reporter.experiments[0]["audit_metrics"].values():
-            layers |= dict.fromkeys(audits["usable_bits"] or ())
-            counts |= dict.fromkeys(audits["relearn_from"] or ())
-
-    def column(of: Column, audit: str, key: str, name: str) -> Column:
-        return replace(of, keys=("audit_metrics", audit, key), name=name.replace("hidden_", "hidden layer "))
-
-    columns = [column(INDEX, "usable_bits", each, f"IDI, {each}") for each in layers] + [PROBE] * bool(layers)
-    columns += [column(PROBE, "prototype_recall", each, f"prototype, {each} a class") for each in counts]
-    columns += [Column(("audit_metrics", "relearn_from", each), f"steps, {each} a class", ".0f") for each in counts]
+    for experiments in variants:
+        for audits in experiments.first["audit_metrics"].values():
+            layers |= dict.fromkeys(audits.get("usable_bits") or ())
+            counts |= dict.fromkeys(audits.get("relearn_from") or ())
+    columns = []
+    for layer in layers:
+        name = f"IDI, {layer.replace('hidden_', 'hidden layer ')}"
+        columns.append(replace(INDEX, keys=("audit_metrics", "usable_bits", layer), name=name))
+    if layers:
+        columns.append(PROBE_GAP)
+    for count in counts:
+        keys = ("audit_metrics", "prototype_recall", count)
+        columns.append(replace(PROBE_GAP, keys=keys, name=f"prototype, {count} a class"))
+    for count in counts:
+        columns.append(Column(("audit_metrics", "relearn_from", count), f"steps, {count} a class", ".0f"))
     return columns
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """A column for each figure, a line for every row of which one is known."""
-    lines = [[row.name, *row.reporter.cells(columns, row.method)] for row in rows]
-    known = [line for line in lines if set(line[1:]) != {"–"}]
-    return markdown_table(["variant", *(column.name for column in columns)], known)
+    """Return a table with a column for each of `columns` and a line for every row that has any number."""
+    lines = [[row.name, *row.experiments.cells(columns, row.method)] for row in rows]
+    numbered = [line for line in lines if set(line[1:]) != {"–"}]
+    return markdown_table(["variant", *(column.name for column in columns)], numbered)
