@@ -1,12 +1,13 @@
-"""All that trains: the classifier, the masking GCN, unlearning by random labels."""
+"""The trainings of an experiment: the classifier, the masking GCN, and unlearning by random labels."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,51 +27,69 @@ from mimu.tracing import HookedClassifier, Trace, log_odds
 from mimu.training import check_weights, descend, learn
 from model import VisionTransformer, airbench, cnn, mlp, resnet, whiten
 
-LEAST_SPREAD = 1e-6  # standard deviation of scores, which may be all the same
-GRADIENT_NORM = 1.0  # largest norm of a step's gradient of the GCN
-SAVED_EVERY = 60.0  # seconds of training, at least, between two writes of how far it is
-COMPARED = 10  # classes, at most, that GCN and formula both forget to be compared
+LEAST_SPREAD = 1e-6  # divisor, at least, in the place of the scores' standard deviation, which may be 0
+GRADIENT_NORM = 1.0  # a step's gradient of the GCN is scaled down to this norm if it is larger
+SAVED_EVERY = 60.0  # seconds, at least, between two times that the state of a training is saved
+COMPARED = 10  # classes, at most, that both the GCN and the formula forget in order to be compared
 TOLERATED = 1.0  # points that a GCN may be behind the formula
-TRACES: dict[Hashable, Trace] = {}  # of classifiers, by all that these depend on but their weights
+TRACES: dict[Hashable, Trace] = {}  # exported networks, by everything that they depend on but their weights
 
 
-class Progress:
-    """How far a training is, kept now and then in the place of its checkpoint: an interrupted one goes on from there.
+def train_in_rounds(
+    section: Literal["classifier", "gcn"],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    generator: torch.Generator,
+    next_round: Callable[[int], Iterator[dict[str, Tensor]]],
+    steps: int,
+    checkpoint: Artifact | None,
+    max_norm: float | None = None,
+) -> float:
+    """Trains a model in place. If the same training was interrupted before, it is resumed from its saved state.
 
-    parts: all that has a `state_dict` and changes from step to step
-    step: the one to begin with
-    seconds: that the training has taken, before an interrupt, too
+    Args:
+        section: of the settings, for messages
+        generator: of all random draws
+        next_round: a function from the number of a step to the losses of this step and the next ones, by their names;
+            each step descends their sum. The state is saved between rounds alone
+        steps: of the whole training, which may end within a round
+        checkpoint: where the trained model will be saved, and until then the state; None: nowhere
+        max_norm: of a step's gradient
+    Returns:
+        The seconds that the training took, those before an interrupt included.
+    Raises:
+        TrainingError: a loss or a weight is not a finite number.
     """
-
-    def __init__(self, checkpoint: Artifact | None, generator: torch.Generator, *parts: Any) -> None:
-        self.file = checkpoint and replace(checkpoint, provenance=checkpoint.provenance | {"training": "begun"})
-        self.generator, self.parts = generator, parts
-        self.step, self._saved = 0, time.monotonic()
-        self._started = self._saved
-        if self.file and self.file.is_current:
-            state = self.file.load()
-            self.step = state["step"]
-            self._started -= state["seconds"]
-            generator.set_state(state["generator"])
-            for part, of_part in zip(parts, state["parts"]):
-                part.load_state_dict(of_part)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    def save(self, step: int) -> None:
-        """Keeps the state before a step, where the last one is of `SAVED_EVERY` seconds ago."""
-        if self.file and time.monotonic() - self._saved >= SAVED_EVERY:
-            states = [part.state_dict() for part in self.parts]
-            state = {"step": step, "seconds": self.seconds, "generator": self.generator.get_state(), "parts": states}
-            self.file.save(state)
-            self._saved = time.monotonic()
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    setting, parts = f"{section}.learning_rate", (model, optimizer, schedule)
+    step, started = 0, time.monotonic()
+    saved = started
+    unfinished = checkpoint and replace(checkpoint, provenance=checkpoint.provenance | {"training": "begun"})
+    if unfinished and unfinished.is_current:
+        state = unfinished.load()
+        step, started = state["step"], started - state["seconds"]
+        generator.set_state(state["generator"])
+        for part, part_state in zip(parts, state["parts"]):
+            part.load_state_dict(part_state)
+    model.train()
+    with tqdm(desc=section, initial=step, total=steps, unit="step", delay=1, leave=False, disable=None) as bar:
+        while step < steps:
+            if unfinished and time.monotonic() - saved >= SAVED_EVERY:
+                saved = time.monotonic()
+                state = {"step": step, "seconds": saved - started, "generator": generator.get_state()}
+                unfinished.save(state | {"parts": [part.state_dict() for part in parts]})
+            for losses in itertools.islice(next_round(step), steps - step):
+                descend(optimizer, losses, step, setting, max_norm)
+                step += 1
+                bar.update()
+    check_weights(model.eval(), section, setting)
+    return time.monotonic() - started
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """What a classifier is, and how it is trained: on the cross entropy, with a rate that falls linearly to zero."""
+    """The settings of a classifier and of its training, which lowers the cross entropy."""
 
     architecture: Literal["mlp", "cnn", "airbench", "resnet", "vit"]
     hidden_sizes: tuple[Count, ...]
@@ -115,13 +134,12 @@ class TrainerConfig:
         return resnet(size, self.channels, self.blocks, num_classes)
 
     def optimizer(self, model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
-        """What takes the steps, Adam or SGD with Nesterov's momentum, and their rate: it rises first or falls alone."""
-        decay = {"weight_decay": self.weight_decay}
+        """Returns Adam, or SGD with Nesterov's momentum, and its rate, which rises in the warm-up and falls to zero."""
         if self.momentum is None:
-            optimizer = torch.optim.Adam(model.parameters(), self.learning_rate, **decay)
+            optimizer = torch.optim.Adam(model.parameters(), self.learning_rate, weight_decay=self.weight_decay)
         else:
-            momentum = {"momentum": self.momentum, "nesterov": self.momentum > 0}
-            optimizer = torch.optim.SGD(model.parameters(), self.learning_rate, **momentum, **decay)
+            momentum = {"momentum": self.momentum, "nesterov": self.momentum > 0, "weight_decay": self.weight_decay}
+            optimizer = torch.optim.SGD(model.parameters(), self.learning_rate, **momentum)
         if not self.warm_up:
             return optimizer, LinearLR(optimizer, 1.0, 0.0, steps)
         if self.warm_up * steps <= 1:
@@ -131,9 +149,9 @@ class TrainerConfig:
 
 
 def augmented(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Images (samples, [channels,] height, width), each moved by up to `shift` pixels, half of them mirrored, too.
+    """Moves each image by up to `shift` pixels, and with `flip` mirrors half of them.
 
-    Where an image is moved away from an edge, the pixels at that edge are repeated.
+    Pixels at an edge are repeated where an image moves away from it. Shapes: (samples, [channels,] height, width).
     """
     count, (height, width), device = len(images), images.shape[-2:], images.device
     moves = torch.randint(2 * shift + 1, (2, count, 1), generator=generator).to(device)
@@ -147,7 +165,7 @@ def augmented(images: Tensor, shift: int, flip: bool, generator: torch.Generator
 
 
 class Trained(NamedTuple):
-    """A classifier after its training, and the seconds that this took."""
+    """A trained classifier, and the seconds that its training took."""
 
     model: HookedClassifier
     seconds: float
@@ -155,52 +173,55 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains a classifier from scratch. On the retain set alone this is the gold standard of unlearning."""
+    """Trains a classifier from scratch. On the retain set alone this is the gold standard of unlearning.
+
+    size: of the images; None: they have pixels alone, and an mlp without shift and flip reads them
+    """
 
     config: TrainerConfig
     seed: int
-    size: tuple[int, ...] | None = None  # of the images; None: of pixels alone, for an mlp without shift and flip
+    size: tuple[int, ...] | None = None
 
     def initial(self, images: Tensor, num_classes: int) -> HookedClassifier:
-        """The classifier of images (samples, pixels) before its training, on their device."""
+        """Returns the untrained classifier of images (samples, pixels), on their device."""
         with seeded_initialisation(self.seed):
             network = self.config.network(self.size or images.shape[1:], num_classes)
         if self.config.architecture == "airbench":
             whiten(network, images)
-        of_images = (self.config, self.size, images.shape[1:], images.device, num_classes)
-        example = TRACES.get(of_images, images[:2])
-        classifier = HookedClassifier(network.to(images.device), example, self.config.bfloat16)
-        TRACES[of_images] = classifier.trace
+        key = (self.config, self.size, images.shape[1:], images.device, num_classes)
+        classifier = HookedClassifier(network.to(images.device), TRACES.get(key, images[:2]), self.config.bfloat16)
+        TRACES[key] = classifier.trace
         return classifier
 
     def train(self, train: Split, num_classes: int) -> HookedClassifier:
-        """The classifier after its training."""
+        """Returns the trained classifier."""
         return self.trained(train, num_classes).model
 
     def trained(self, train: Split, num_classes: int, checkpoint: Artifact | None = None) -> Trained:
-        """The classifier after its training, whose `Progress` is kept where its checkpoint will be."""
-        config, setting = self.config, "classifier.learning_rate"
-        classifier = self.initial(train.images, num_classes)
-        optimizer, schedule = config.optimizer(classifier, config.epochs * -(-len(train.labels) // config.batch_size))
-        optimizer.register_step_post_hook(lambda *_: schedule.step())
-        generator = seeded("classifier", self.seed)
-        progress = Progress(checkpoint, generator, classifier, optimizer, schedule)
+        """Returns the trained classifier and its seconds; with a checkpoint, an interrupted training is resumed."""
+        config, classifier = self.config, self.initial(train.images, num_classes)
+        num_batches = train.num_batches(config.batch_size)
+        steps, generator = config.epochs * num_batches, seeded("classifier", self.seed)
+        optimizer, schedule = config.optimizer(classifier, steps)
 
-        def loss(images: Tensor, labels: Tensor) -> Tensor:
-            if config.shift or config.flip:
-                images = augmented(images.unflatten(1, self.size), config.shift, config.flip, generator).flatten(1)
-            return F.cross_entropy(classifier(images), labels, label_smoothing=config.label_smoothing)
+        def epoch(step: int) -> Iterator[dict[str, Tensor]]:
+            for batch in itertools.islice(train.batches(config.batch_size, generator), num_batches):
+                images = batch.images
+                if config.shift or config.flip:
+                    images = images.unflatten(1, self.size)
+                    images = augmented(images, config.shift, config.flip, generator).flatten(1)
+                logits = classifier(images)
+                yield {"loss": F.cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)}
 
-        epochs, size = config.epochs, config.batch_size
-        learn(classifier, train, epochs, size, optimizer, generator, loss, setting, progress.step, progress.save)
-        check_weights(classifier, "classifier", setting)
-        return Trained(classifier, progress.seconds)
+        seconds = train_in_rounds("classifier", classifier, optimizer, schedule, generator, epoch, steps, checkpoint)
+        return Trained(classifier, seconds)
 
 
 def top_k_mask(logits: Tensor, k: int, temperature: float) -> Tensor:
-    """Straight-through top-k: exactly k ones on the last dimension, ties included.
+    """Computes a straight-through mask of the k largest logits on the last dimension.
 
-    Forward 1 on the k largest and 0 elsewhere; backward the gradient of sigmoid((logit - k-th largest) / temperature).
+    The mask is 1 on exactly k logits, ties included, and 0 elsewhere. Backward it has the gradient of
+    sigmoid((logit - k-th largest) / temperature).
     """
     largest, vertices = logits.topk(k, -1)
     hard = torch.zeros_like(logits).scatter_(-1, vertices, 1.0)
@@ -209,32 +230,35 @@ def top_k_mask(logits: Tensor, k: int, temperature: float) -> Tensor:
 
 
 def kappa_mask(scores: Tensor, zeroed: Tensor, kappa: int, temperature: float) -> Tensor:
-    """`top_k_mask` of scores (vertices) in standard deviations, 1 for the weights to zero: `zeroed`, and kappa more."""
+    """Computes the mask of the weights to zero, (vertices): 1 on those that are `zeroed` before, and on kappa more.
+
+    The kappa ones are the `top_k_mask` of scores (vertices), which are divided by their standard deviation.
+    """
     is_zeroed = torch.zeros_like(scores, dtype=torch.bool).index_fill(0, zeroed, True)
-    left = int((~is_zeroed).sum())
+    kappa = max(1, min(kappa, int((~is_zeroed).sum())))
     scores = scores / scores.std().clamp_min(LEAST_SPREAD)
-    further = top_k_mask(scores.masked_fill(is_zeroed, float("-inf")), max(1, min(kappa, left)), temperature)
+    further = top_k_mask(scores.masked_fill(is_zeroed, float("-inf")), kappa, temperature)
     return further.index_fill(0, zeroed, 1.0)
 
 
 def masked_weights(classifier: HookedClassifier, graph: WeightGraph, keep: Tensor) -> dict[str, Tensor]:
-    """A classifier's weights under a mask `keep` (vertices), differentiable in it, as its `outputs` takes them.
+    """Computes the weights of the masked layers, by their names, under a mask `keep`, which gradients reach.
 
-    Shapes: of each masked layer, by its name; of several masks (masks, vertices) to (masks, *shape).
+    Shapes: a mask (vertices) gives each weight its own shape; several, (masks, vertices), give (masks, *shape).
     """
     weights = dict(zip(classifier.names, classifier.weights))
     return {name: weights[name].detach() * part for name, part in zip(graph.names, graph.split(keep))}
 
 
 def log_uniform(span: tuple[Amount, Amount], num_vertices: int, generator: torch.Generator) -> int:
-    """A random number of weights from [low, high], small ones as likely as large ones on a logarithmic scale."""
+    """Draws a number of weights from [low, high], uniformly on a logarithmic scale."""
     low, high = (number_of_weights(amount, num_vertices) for amount in span)
     return round(low * (high / low) ** torch.rand((), generator=generator).item())
 
 
 @dataclass(frozen=True)
 class GCNTrainerConfig:
-    """The masking GCN and its loss, and the ranges from which a step draws."""
+    """The settings of the masking GCN, of its loss and of its training."""
 
     pretrained: bool  # takes the tracked GCN as it is
     hidden: Count
@@ -252,7 +276,7 @@ class GCNTrainerConfig:
     snapshots: Count
 
     def network(self, num_features: int) -> MaskingGCN:
-        """The GCN that reads so many features of a vertex, with weights as PyTorch draws them."""
+        """Returns a GCN that reads this many features of a vertex, with weights as PyTorch draws them."""
         return MaskingGCN(num_features, self.hidden, self.rounds, self.message_passing)
 
     def __post_init__(self) -> None:
@@ -265,52 +289,11 @@ class GCNTrainerConfig:
 
 
 @dataclass(frozen=True)
-class GCNLoss:
-    """What is asked of a masking GCN on one classifier: of the mask that it makes to forget a class.
-
-    Necessity: without the kappa weights of largest score for class d, p(d) of its samples goes to 0, by -log(1 - p(d))
-    at a temperature, and all others keep the original's prediction with class d removed (cross entropy), which weighs
-    `retain_weight`. Of both the saliency is the expansion for a single weight.
-    """
-
-    config: GCNTrainerConfig
-    graphs: ActivationGraphs
-    retain_weight: float
-
-    def __call__(
-        self, gcn: MaskingGCN, zeroed: Tensor, class_index: int, generator: torch.Generator
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The weighted terms, and the scores (vertices), on the classifier without the vertices `zeroed`."""
-        config, graphs = self.config, self.graphs
-        group = graphs.draw(config.group_size, generator)
-        names = [*TERMS, *graphs.config.features]
-        snapshot = graphs.snapshot(group, names, graphs.mask_of(zeroed), class_index)
-        scores = saliency(snapshot, class_index, self.retain_weight, gcn)
-        kappa = log_uniform(config.kappa, graphs.graph.num_vertices, generator)
-        removed = kappa_mask(scores, zeroed, kappa, config.temperature)
-        flat = graphs.draw(max(1, config.samples // graphs.num_classes), generator).flatten()
-        forget_class = graphs.classes[class_index]
-        weights = masked_weights(graphs.classifier, graphs.graph, 1 - removed)
-        _, logits = graphs.suffix.outputs(graphs.cached_inputs[flat], weights)
-        is_forget = graphs.labels[flat] == forget_class
-        own = log_odds(logits[is_forget], graphs.labels[flat][is_forget]) / FORGETTING_TEMPERATURE
-        forget = FORGETTING_TEMPERATURE * F.softplus(own).mean()
-        without = torch.tensor([forget_class], device=flat.device)
-        target = graphs.predictions[flat][~is_forget].index_fill(1, without, float("-inf")).softmax(-1)
-        retain = F.cross_entropy(logits[~is_forget], target)
-        terms = {
-            "necessity_forget": config.necessity_forget * forget / self.retain_weight,
-            "necessity_retain": config.necessity_retain * retain,
-        }
-        return terms, scores.detach()
-
-
-@dataclass(frozen=True)
 class GCNTrainer:
     """Trains one masking GCN on the graphs of one or several classifiers, which must have the same features.
 
-    It follows requests: after a step on a whole classifier come `snapshots` more on it as the GCN's own masks for a
-    random class leave it, more and more of it zeroed, half at most.
+    The training follows requests to forget a random class: a step on a whole classifier, then `snapshots` more on the
+    classifier as the GCN's own masks leave it, of which they zero more and more, at most half.
     """
 
     config: GCNTrainerConfig
@@ -323,35 +306,71 @@ class GCNTrainer:
             raise TrainingError("graphs.features and other_classes must be those of all classifiers")
 
     def initial(self) -> MaskingGCN:
-        """The GCN before its training: the formula."""
+        """Returns the GCN before its training, which leaves the formula as it is."""
         graphs = self.graphs[0]
         with seeded_initialisation(self.seed):
             return self.config.network(graphs.config.num_features).to(graphs.labels.device)
 
     def train(self, checkpoint: Artifact | None = None) -> MaskingGCN:
-        """The GCN after its training, whose `Progress` is kept where its checkpoint will be."""
-        config, gcn = self.config, self.initial()
-        losses = [GCNLoss(config, of_classifier, self.retain_weight) for of_classifier in self.graphs]
+        """Returns the trained GCN; with a checkpoint, an interrupted training is resumed."""
+        config, gcn, generator = self.config, self.initial(), seeded("gcn", self.seed)
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
         schedule = CosineAnnealingLR(optimizer, config.steps)
-        generator = seeded("gcn", self.seed)
-        loss_on, zeroed = losses[0], self.graphs[0].nothing
-        progress = Progress(checkpoint, generator, gcn, optimizer, schedule)
-        steps = range(progress.step, config.steps)
-        for step in tqdm(steps, "masking GCN", unit="step", leave=False, disable=None):
-            is_half_zeroed = 2 * len(zeroed) > loss_on.graphs.graph.num_vertices
-            if step == progress.step or step % (1 + config.snapshots) == 0 or is_half_zeroed:
-                progress.save(step)
-                loss_on = losses[int(torch.randint(len(losses), (), generator=generator))]
-                class_index = int(torch.randint(loss_on.graphs.num_classes, (), generator=generator))
-                zeroed = loss_on.graphs.nothing
-            terms, scores = loss_on(gcn, zeroed, class_index, generator)
-            descend(optimizer, terms, step, "gcn.learning_rate and the weight of the term", GRADIENT_NORM)
-            schedule.step()
-            count = log_uniform(config.partly_masked, len(scores), generator)
-            zeroed = torch.cat([zeroed, ranked(scores, zeroed, count)])
-        check_weights(gcn, "masking GCN", "gcn.learning_rate")
+
+        def request(step: int) -> Iterator[dict[str, Tensor]]:
+            graphs = self.graphs[int(torch.randint(len(self.graphs), (), generator=generator))]
+            class_index = int(torch.randint(graphs.num_classes, (), generator=generator))
+            zeroed, is_complete = graphs.nothing, False
+            while not is_complete:
+                terms, scores = self.necessity(gcn, graphs, zeroed, class_index, generator)
+                yield terms
+                count = log_uniform(config.partly_masked, len(scores), generator)
+                zeroed = torch.cat([zeroed, ranked(scores, zeroed, count)])
+                step += 1
+                is_complete = step % (1 + config.snapshots) == 0 or 2 * len(zeroed) > len(scores)
+
+        train_in_rounds("gcn", gcn, optimizer, schedule, generator, request, config.steps, checkpoint, GRADIENT_NORM)
         return gcn
+
+    def necessity(
+        self, gcn: MaskingGCN, graphs: ActivationGraphs, zeroed: Tensor, class_index: int, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Computes the loss of the mask that the GCN makes to forget a class, on a classifier that may be masked.
+
+        Without the kappa weights of the highest scores, the probability p of the class on its own samples shall be 0:
+        -log(1 - p), at a temperature. The samples of the retained classes shall keep the original's prediction with the
+        class removed: cross entropy, weighted by `retain_weight`. For a single weight the saliency is the expansion of
+        both.
+
+        Args:
+            graphs: of the classifier
+            zeroed: vertices that are masked before
+            generator: draws the samples and kappa
+        Returns:
+            The weighted terms by their names, and the scores, (vertices).
+        """
+        config = self.config
+        group = graphs.draw(config.group_size, generator)
+        names = [*TERMS, *graphs.config.features]
+        snapshot = graphs.snapshot(group, names, graphs.mask_of(zeroed), class_index)
+        scores = saliency(snapshot, class_index, self.retain_weight, gcn)
+        kappa = log_uniform(config.kappa, graphs.graph.num_vertices, generator)
+        removed = kappa_mask(scores, zeroed, kappa, config.temperature)
+        weights = masked_weights(graphs.classifier, graphs.graph, 1 - removed)
+        samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator).flatten()
+        _, logits = graphs.suffix.outputs(graphs.cached_inputs[samples], weights)
+        labels, forget_class = graphs.labels[samples], graphs.classes[class_index]
+        is_forget = labels == forget_class
+        forget_log_odds = log_odds(logits[is_forget], labels[is_forget]) / FORGETTING_TEMPERATURE
+        forget = FORGETTING_TEMPERATURE * F.softplus(forget_log_odds).mean()
+        removed_class = torch.tensor([forget_class], device=labels.device)
+        target = graphs.predictions[samples][~is_forget].index_fill(1, removed_class, float("-inf")).softmax(-1)
+        retain = F.cross_entropy(logits[~is_forget], target)
+        terms = {
+            "necessity_forget": config.necessity_forget * forget / self.retain_weight,
+            "necessity_retain": config.necessity_retain * retain,
+        }
+        return terms, scores.detach()
 
     @torch.no_grad()
     def points_behind(self, gcn: MaskingGCN, masking: PruningConfig) -> float:
@@ -375,14 +394,14 @@ class GCNTrainer:
 
 
 def other_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
-    """A random label for each sample, never its own."""
+    """Draws a label for each sample, which is never its own."""
     shift = torch.randint(1, num_classes, labels.shape, generator=generator).to(labels.device)
     return (labels + shift) % num_classes
 
 
 @dataclass(frozen=True)
 class UnlearningSFTConfig:
-    """How long and how fast random labels are learned."""
+    """The settings of the fine-tuning on random labels."""
 
     epochs: Count
     batch_size: Count
@@ -397,7 +416,7 @@ class UnlearningSFT:
     seed: int
 
     def unlearn(self, classifier: HookedClassifier, forget: Split, layers: tuple[int, ...]) -> nn.Module:
-        """Trains the given layers of `classifier` in place on `forget`, samples of one class, and returns it."""
+        """Trains these layers of a classifier in place on `forget`, samples of one class, and returns it."""
         generator = seeded("sft", self.seed, int(forget.labels[0]))
         samples = Split(forget.images, other_labels(forget.labels, classifier.shapes[-1][0], generator))
         optimizer = torch.optim.SGD([classifier.weights[index] for index in layers], self.config.learning_rate)

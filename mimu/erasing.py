@@ -131,7 +131,7 @@ def train_and_held_out(labels: Tensor, label: int, config: Erasing, seed: int) -
     """
     is_own, is_held_out, generator = labels == label, held_out(labels), seeded("held out", seed, label)
     rest, unseen = (part.nonzero()[:, 0] for part in (~is_held_out, is_held_out))
-    known = rest[drawn_of_every_class(labels[rest], config.samples, lambda each: seeded("erase", seed, label, each))]
+    known = rest[drawn_of_every_class(labels[rest], config.samples, "erase", seed, label)]
     own = int(is_own[unseen].sum())
     unseen = unseen if min(own, len(unseen) - own) >= JUDGES else known
     return known, drawn(unseen, is_own, config.samples // (HELD_OUT - 1), config.others_ratio, generator)

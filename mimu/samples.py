@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,60 +16,75 @@ SCORED_AT_ONCE = 10_000  # samples of a batch without a backward pass
 
 @dataclass(frozen=True)
 class Split:
-    """Samples in memory. images: (samples, pixels) float, labels: (samples) int64."""
+    """Samples in memory.
+
+    images: (samples, pixels), float
+    labels: (samples), int64
+    """
 
     images: Tensor
     labels: Tensor
 
     def forget(self, forget_class: int) -> Split:
-        """The samples of the forget class."""
+        """Returns the samples of the forget class."""
         return self[self.labels == forget_class]
 
     def retain(self, forget_class: int) -> Split:
-        """The samples of all other classes."""
+        """Returns the samples of the retained classes."""
         return self[self.labels != forget_class]
 
     def __getitem__(self, chosen: Tensor | slice) -> Split:
         return Split(self.images[chosen], self.labels[chosen])
 
+    def select(self, indices: Tensor) -> Split:
+        """Returns the samples of these indices; it copies whole rows, which is faster than indexing."""
+        return Split(self.images.index_select(0, indices), self.labels[indices])
+
+    def num_batches(self, batch_size: int) -> int:
+        """The number of batches in an epoch, the last one of which may be smaller."""
+        return -(-len(self.labels) // batch_size)
+
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Split]:
-        """Random batches of the samples, again and again."""
+        """Yields random batches of the samples, epoch after epoch without end."""
         while True:
             order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
-            for batch in order.split(batch_size):
-                yield Split(self.images.index_select(0, batch), self.labels[batch])
+            yield from map(self.select, order.split(batch_size))
 
     def loader(self, batch_size: int = SCORED_AT_ONCE) -> DataLoader:
-        """Whole batches (images, labels) in order, cut from the tensors at once rather than sample by sample."""
+        """Returns a loader of batches (images, labels) in order, which are cut whole and not sample by sample."""
         samples = TensorDataset(self.images, self.labels)
         batches = BatchSampler(SequentialSampler(samples), batch_size, drop_last=False)
         return DataLoader(samples, sampler=batches, batch_size=None)
 
 
-def drawn_of_every_class(labels: Tensor, count: int, generator_of: Callable[[int], torch.Generator]) -> Tensor:
-    """Indices of random samples, class after class: `count` of every one that is there, or all where it has fewer."""
+def drawn_of_every_class(labels: Tensor, count: int, *key: object) -> Tensor:
+    """Returns the indices of random samples, class after class.
+
+    Args:
+        labels: (samples)
+        count: samples to draw of every class; of a class that has fewer, all are taken
+        key: seeds the draws together with the label of a class, so that no class depends on another one
+    """
     chosen = []
     for label in labels.unique().tolist():
-        of_class = (labels == label).nonzero()[:, 0]
-        order = torch.randperm(len(of_class), generator=generator_of(label))
-        chosen.append(of_class[order[:count].to(of_class.device)])
+        members = (labels == label).nonzero()[:, 0]
+        order = torch.randperm(len(members), generator=seeded(*key, label))
+        chosen.append(members[order[:count].to(members.device)])
     return torch.cat(chosen)
 
 
 def some_of_every_class(split: Split, count: int, *key: object) -> Split:
-    """`drawn_of_every_class`, those of each by a generator of its own, seeded by a key and the class."""
-    found = drawn_of_every_class(split.labels, count, lambda label: seeded(*key, label))
-    # Copies rows; indexing copies numbers one by one.
-    return Split(split.images.index_select(0, found), split.labels[found])
+    """Returns the samples that `drawn_of_every_class` draws."""
+    return split.select(drawn_of_every_class(split.labels, count, *key))
 
 
 def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which samples are classified correctly, (samples): none whose logits (samples, classes) are not numbers."""
-    # The largest of logits that are not numbers would be the first class.
+    """Says which samples are classified correctly, (samples): none with a logit that is not a number."""
+    # If logits are not numbers, the largest one would be that of the first class.
     return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """By how much the logit of each sample's class is above the largest other one, (samples)."""
-    others = logits.scatter(1, labels[:, None], float("-inf"))
-    return logits.gather(1, labels[:, None])[:, 0] - others.amax(1)
+    """Returns by how much the logit of each sample's class exceeds the largest of the other logits, (samples)."""
+    other_logits = logits.scatter(1, labels[:, None], float("-inf"))
+    return logits.gather(1, labels[:, None])[:, 0] - other_logits.amax(1)

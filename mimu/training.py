@@ -1,4 +1,4 @@
-"""One loop that trains a model on samples."""
+"""The steps that train a model, and the errors of a training that diverges."""
 
 from __future__ import annotations
 
@@ -15,33 +15,41 @@ from mimu.samples import Split
 
 
 def check_finite(losses: dict[str, float], step: int, setting: str) -> None:
-    """Raises TrainingError on a loss that is infinite or not a number; `setting` is what to look at."""
+    """Raises TrainingError if a loss is infinite or not a number; the message names the setting to look at."""
     for name, loss in losses.items():
         if not math.isfinite(loss):
             raise TrainingError(f"{name} is {loss} at step {step}: training diverged, see {setting}")
 
 
 def descend(
-    optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], step: int, setting: str, norm: float | None = None
+    optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], step: int, setting: str, max_norm: float | None = None
 ) -> None:
-    """One step down the sum of the losses, its gradient cut to a norm. Raises TrainingError as `check_finite` does."""
-    # All of them in one copy: a GPU is waited for once a step.
+    """Takes one step down the sum of the losses.
+
+    Args:
+        losses: scalars by their names, for messages
+        step, setting: for messages, see `check_finite`
+        max_norm: the gradient is scaled down to this norm if it is larger
+    Raises:
+        TrainingError: a loss is infinite or not a number.
+    """
+    # One copy of all losses, so that a GPU is waited for once a step.
     values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
     check_finite(dict(zip(losses, values)), step, setting)
     optimizer.zero_grad()
     sum(losses.values()).backward()
-    if norm is not None:
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], norm)
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
     optimizer.step()
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Whether all its weights are finite numbers."""
+    """Says whether all weights of a model are finite numbers."""
     return all(weight.isfinite().all() for weight in model.state_dict().values())
 
 
 def check_weights(model: nn.Module, name: str, setting: str) -> None:
-    """Raises TrainingError on weights that the last step of a training has left without a finite number."""
+    """Raises TrainingError if a weight of a trained model is not finite, which the last step may have done."""
     if not is_finite(model):
         raise TrainingError(f"a weight of the {name} is not a finite number: training diverged, see {setting}")
 
@@ -55,23 +63,18 @@ def learn(
     generator: torch.Generator,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     setting: str = "eval.hyperparameters",
-    first_step: int = 0,
-    before_epoch: Callable[[int], None] | None = None,
 ) -> nn.Module:
-    """Trains a model in place on random batches of the samples, drawn anew in every epoch, and returns it.
+    """Trains a model in place on random batches of samples, drawn anew in every epoch, and returns it.
 
-    loss: of images and labels; None: the cross entropy
-    first_step: the step to begin with; before_epoch: called with the step before each epoch's batches are drawn
-    Raises TrainingError on a loss that is not a finite number, and names the `setting` to look at.
+    Args:
+        loss: a function of images and labels; None: the cross entropy of the model's logits
+        setting: for the message of an error, the setting to look at
+    Raises:
+        TrainingError: a loss is infinite or not a number.
     """
     model.train()
     loss = loss or (lambda images, labels: F.cross_entropy(model(images), labels))
-    of_epoch = -(-len(samples.labels) // batch_size)
-    steps = range(first_step, epochs * of_epoch)
-    batches = samples.batches(batch_size, generator)
-    for step in tqdm(steps, "training", unit="step", delay=1, leave=False, disable=None):
-        if before_epoch and step % of_epoch == 0:
-            before_epoch(step)
-        batch = next(batches)
+    steps = tqdm(range(epochs * samples.num_batches(batch_size)), "training", delay=1, leave=False, disable=None)
+    for step, batch in zip(steps, samples.batches(batch_size, generator)):
         descend(optimizer, {"loss": loss(batch.images, batch.labels)}, step, setting)
     return model.eval()

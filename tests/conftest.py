@@ -2,7 +2,6 @@ import functools
 import shutil
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -47,17 +46,20 @@ def random_classifier(seed: int = 0, dtype: torch.dtype = torch.float32, bias: b
     return HookedMNISTClassifier(HIDDEN, IN_FEATURES, NUM_CLASSES, bias).to(dtype)
 
 
+RECIPE = {"architecture": "mlp", "channels": (4, 6), "blocks": 1, "batch_norm": False, "bias": False, "patch": 7,
+          "heads": 2, "learning_rate": 0.01, "momentum": None, "weight_decay": 0.0, "warm_up": 0.0,
+          "label_smoothing": 0.0, "shift": 0, "flip": False, "bfloat16": False}  # fmt: skip
+GRAPHS = {"scope": "global", "features": tuple(FEATURES), "other_classes": True, "samples_per_class": 15}
+PRUNING = {"step": 4, "snapshot_every": 1, "momentum": 0.0, "group_size": 8, "retain_weight": 5.0,
+           "penalty_growth": 1.0, "target": 1.25, "max_kappa": 20}  # fmt: skip
+
+
 def trainer_config(hidden_sizes: tuple[int, ...], epochs: int, batch_size: int = 16, **changes) -> TrainerConfig:
-    settings = {"architecture": "mlp", "channels": (4, 6), "blocks": 1, "batch_norm": False, "bias": False}
-    settings |= {"patch": 7, "heads": 2, "momentum": None, "weight_decay": 0.0, "warm_up": 0.0}
-    settings |= {"label_smoothing": 0.0, "shift": 0, "flip": False, "bfloat16": False}
-    settings |= {"hidden_sizes": hidden_sizes, "epochs": epochs, "batch_size": batch_size, "learning_rate": 0.01}
-    return TrainerConfig(**settings | changes)
+    return TrainerConfig(hidden_sizes=hidden_sizes, epochs=epochs, batch_size=batch_size, **RECIPE | changes)
 
 
 def graph_config(mask_layer: int | Sequence[int] | None = -2, **changes) -> GraphConfig:
-    settings = {"scope": "global", "features": tuple(FEATURES), "other_classes": True, "samples_per_class": 15}
-    return GraphConfig(mask_layer=mask_layer, **settings | changes)
+    return GraphConfig(mask_layer=mask_layer, **GRAPHS | changes)
 
 
 def graph_generator(mask_layer=-2, dtype=torch.float32, bias=False, **changes) -> GraphGenerator:
@@ -66,9 +68,7 @@ def graph_generator(mask_layer=-2, dtype=torch.float32, bias=False, **changes) -
 
 
 def pruning_config(**changes) -> PruningConfig:
-    settings = {"step": 4, "snapshot_every": 1, "momentum": 0.0, "group_size": 8, "retain_weight": 5.0}
-    settings |= {"penalty_growth": 1.0, "target": 1.25, "max_kappa": 20}
-    return PruningConfig(**settings | changes)
+    return PruningConfig(**PRUNING | changes)
 
 
 def untrained_gcn(num_features: int, rounds: int = 2) -> MaskingGCN:
@@ -87,22 +87,11 @@ def small_request(requested_kappa: int | str | None = 9, mask_layer=-2, **change
     train, trainer, classifier = deepcopy(trained_problem())
     described = graph_config(mask_layer, features=("weight", "taylor"), samples_per_class=20)
     graphs = GraphGenerator(classifier, train, described, 0)
-    settings = asdict(pruning_config(momentum=0.7, group_size=10, target=0.1, max_kappa=29))
-    hyperparameters = {"sft": {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}}
-    settings |= {"methods": ("mimu",), "visualize": False, "hyperparameters": hyperparameters}
-    config, gcn = EvalConfig(**settings | changes), untrained_gcn(described.num_features)
-    return Request(
-        config,
-        classifier,
-        trainer,
-        train,
-        graphs,
-        gcn,
-        forget_class=1,
-        top_k=8,
-        seed=0,
-        requested_kappa=requested_kappa,
-    )
+    settings = PRUNING | {"momentum": 0.7, "group_size": 10, "target": 0.1, "max_kappa": 29, "methods": ("mimu",)}
+    settings |= {"hyperparameters": {"sft": {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}}, "visualize": False}
+    gcn, about = untrained_gcn(described.num_features), {"forget_class": 1, "top_k": 8, "seed": 0}
+    config = EvalConfig(**settings | changes)
+    return Request(config, classifier, trainer, train, graphs, gcn, requested_kappa=requested_kappa, **about)
 
 
 @pytest.fixture
@@ -165,15 +154,13 @@ class Group:
         self.t = torch.stack([log_odds(graphs.classifier, x, label, among) for x in self.images]).sigmoid().detach()
 
     def gradients(self, values: Tensor) -> Tensor:
-        """By the weights of all masked layers, (samples, vertices)."""
-        rows = []
-        for value in values:
-            parts = grad(value, [layer.weight for layer in self.layers], retain_graph=True)
-            rows.append(torch.cat([part.flatten() for part in parts]))
-        return torch.stack(rows)
+        """The gradients by the weights of all masked layers, (samples, vertices)."""
+        weights = [layer.weight for layer in self.layers]
+        parts = zip(*[grad(value, weights, retain_graph=True) for value in values])
+        return torch.cat([torch.stack(part).flatten(1) for part in parts], 1)
 
     def activations(self, layer: nn.Module) -> list[Tensor]:
-        """For every weight, means of what it is given, what its target gives, and of both where that is active."""
+        """The mean input, output and input where the output is active, of the neurons at the ends of every weight."""
         network = list(self.masked.network)
         begin = network.index(layer)
         relus = [index for index in range(begin, len(network)) if isinstance(network[index], nn.ReLU)]
@@ -199,7 +186,7 @@ class Group:
 
 
 def assert_by_hand(snapshot: Snapshot, groups: list[Group]) -> None:
-    """Whether a snapshot has the log-odds and the features of one group of each class."""
+    """Asserts that a snapshot has the log-odds and the features of one group of each class."""
     for row, group in enumerate(groups):
         assert torch.allclose(snapshot.log_odds[row], group.log_odds, atol=1e-9)
         for name, expected in group.features().items():
@@ -219,7 +206,7 @@ def clone(tmp_path) -> Path:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """A folder with a few samples of the data set only, for runs in this process that draw nothing and take no time."""
+    """A folder with a few samples of MNIST, for quick runs in this process that draw nothing."""
     folder = tmp_path / "mimu"
     write_few(folder)
     draw_nothing(monkeypatch)
