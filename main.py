@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import tables
 from audits import Audit
-from data import DataError, GraphGenerator, ImageData, checksum, load_image_data
+from data import GraphGenerator, ImageData, checksum, load_image_data
 from eval import Eval, Request
 from experiment.config import Config, RequestedKappa, load_variants
 from experiment.files import ROOT, Artifact, Log, code_of, locked, slug
@@ -41,7 +41,6 @@ from mimu.files import digest, save
 from mimu.graph import MaskingGCN, keep_freed_memory
 from mimu.pretrained import PRETRAINED, TrainedGCN
 from mimu.samples import Split, is_correct, some_of_every_class
-from mimu.tracing import HookedClassifier
 from tables.experiment import draw
 from trainer import TOLERATED, GCNTrainer, Trained, Trainer
 
@@ -123,9 +122,11 @@ class Files:
 
     def every(self, training: Training, forget_class: int | None = None) -> list[Artifact]:
         """Returns the shared files, and the files of the experiments on one forget class or, without one, on all."""
+        artifacts = list(self.shared(training).values())
         forget_classes = training.config.forget_digits if forget_class is None else [forget_class]
-        requests = product([training], forget_classes, training.config.kappas)
-        return [*self.shared(training).values(), *chain.from_iterable(map(self.metrics_and_mask, *zip(*requests)))]
+        for label, requested_kappa in product(forget_classes, training.config.kappas):
+            artifacts += self.metrics_and_mask(training, label, requested_kappa)
+        return artifacts
 
     def _artifact(self, path: str, training: Training, stage: str, **request: Any) -> Artifact:
         dataset, settings = training.config.dataset, digest(training.settings[stage] | request)
@@ -196,39 +197,38 @@ class Stages:
                 self._data[key] = load_image_data(config.dataset, root, device, config.held_out)
         return self._data[key]
 
-    def trained(
-        self, name: str, training: Training, trainer: Trainer, samples: Split, artifact: Artifact, test: Split | None
+    def classifier(
+        self, training: Training, trainer: Trainer, samples: Split, forget_class: int | None = None
     ) -> Trained:
-        """Returns a classifier, and the seconds that its training took in whichever run. Logs its score on `test`."""
-        num_classes = len(training.config.source.class_names)
+        """Returns the classifier of a training or, with a forget class, one that was trained without it.
+
+        The seconds are those that its training took, in whichever run.
+        """
+        config, num_classes = training.config, len(training.config.source.class_names)
+        if forget_class is None:
+            name, artifact = f"classifier, {training.name}", self.files.shared(training)["classifier"]
+        else:
+            name = f"retrained without class {forget_class}, {training.name}, from the weights of seed {trainer.seed}"
+            artifact = self.files.retrained(training, forget_class, trainer.seed)
 
         def train() -> dict[str, Any]:
             model, seconds = trainer.trained(samples, num_classes, artifact)
-            if test is not None:
+            if forget_class is None:
+                test = self.data(config).test
                 score = 100 * is_correct(model(test.images), test.labels).double().mean()
-                self.log(f"{name}: {score:.2f} % of {training.config.split} classified correctly")
+                self.log(f"{name}: {score:.2f} % of {config.split} classified correctly")
             return checkpoint_of(model, training) | {"seed": trainer.seed, "seconds": seconds}
 
         checkpoint = self.load_or_make(artifact, name, train)
-        classifier = trainer.initial(samples.images, num_classes)
-        classifier.load_state_dict(checkpoint["state_dict"])
-        return Trained(classifier, checkpoint["seconds"])
+        model = trainer.initial(samples.images, num_classes)
+        model.load_state_dict(checkpoint["state_dict"])
+        return Trained(model, checkpoint["seconds"])
 
-    def classifier(self, training: Training, data: ImageData) -> HookedClassifier:
-        """Returns the classifier that requests start from."""
-        config, artifact = training.config, self.files.shared(training)["classifier"]
-        trainer = Trainer(config.classifier, training.seed, config.source.size)
-        return self.trained(f"classifier, {training.name}", training, trainer, data.train, artifact, data.test).model
-
-    def retrained(self, training: Training, forget_class: int, trainer: Trainer, samples: Split) -> Trained:
-        """Returns a classifier that was trained without a class."""
-        artifact = self.files.retrained(training, forget_class, trainer.seed)
-        name = f"retrained without class {forget_class}, {training.name}, from the weights of seed {trainer.seed}"
-        return self.trained(name, training, trainer, samples, artifact, test=None)
-
-    def graphs(self, training: Training, classifier: HookedClassifier, data: ImageData) -> GraphGenerator:
+    def graphs(self, training: Training) -> GraphGenerator:
         """Returns the activation graphs. They are recorded in every run, which is faster than reading a file."""
-        config, train = training.config, data.train
+        config, train = training.config, self.data(training.config).train
+        trainer = Trainer(config.classifier, training.seed, config.source.size)
+        classifier = self.classifier(training, trainer, train).model
         if config.samples is not None:
             train = some_of_every_class(train, config.samples, "samples", training.seed)
         graphs = GraphGenerator(classifier, train, config.graphs, training.seed)
@@ -265,8 +265,7 @@ class Stages:
         torch.set_num_threads(config.threads or self._threads)
         is_done = all(artifact.is_current for artifact in self.files.every(training, forget_class))
         if not is_done and (self._prepared is None or self._prepared.training != training):
-            data = self.data(config)
-            graphs = self.graphs(training, self.classifier(training, data), data)
+            graphs = self.graphs(training)
             gcn, about_gcn = self.gcn(training, graphs)
             self._prepared = Prepared(training, graphs, gcn, about_gcn, kept={})
         if forget_class is not None:
@@ -276,47 +275,38 @@ class Stages:
     def experiments(self, training: Training, forget_class: int) -> None:
         """Runs the experiments on one forget class whose files are not current, and draws the missing plots."""
         config, shared, prunings = training.config, {}, {}
-        for requested_kappa in tqdm(
-            config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None
-        ):
+        for requested_kappa in config.kappas:
             metrics, mask = self.files.metrics_and_mask(training, forget_class, requested_kappa)
             plots = metrics.path.parents[1] / "plots" / metrics.path.stem
             draw_plots = partial(draw, metrics.path, plots, config.report) if config.eval.visualize else None
-            if not metrics.is_current or not mask.is_current:
-                request = self.request(self._prepared, forget_class, requested_kappa, prunings)
-                data, about = self.data(config), self.about(self._prepared, metrics, mask)
-                audit = partial(Audit, config.audit, data, forget_class, training.seed)
-                audit = audit if config.audit.enabled else None
-                Eval(request, data, metrics, mask, about, shared, audit, draw_plots).eval()
-            elif draw_plots is not None:
-                draw_plots()
+            if metrics.is_current and mask.is_current:
+                if draw_plots is not None:
+                    draw_plots()
+                continue
+            data, graphs = self.data(config), self._prepared.graphs
+            audit = partial(Audit, config.audit, data, forget_class, training.seed) if config.audit.enabled else None
+            request = Request(
+                config=config.eval,
+                original=graphs.classifier,
+                trainer=Trainer(config.classifier, training.seed, config.source.size),
+                train=graphs.train,
+                graphs=graphs,
+                gcn=self._prepared.gcn,
+                forget_class=forget_class,
+                top_k=training.top_k,
+                seed=training.seed,
+                requested_kappa=requested_kappa,
+                prunings=prunings,
+                kept=self._prepared.kept,
+                trained_on=data.train,
+                retrain=partial(self.classifier, training, forget_class=forget_class),
+            )
+            about = self.about(training, metrics, mask) | self._prepared.about_gcn
+            Eval(request, data, metrics, mask, about, shared, audit, draw_plots).eval()
 
-    def request(
-        self, prepared: Prepared, forget_class: int, requested_kappa: RequestedKappa, prunings: dict[str, Any]
-    ) -> Request:
-        """Returns a request to forget a class. `prunings` is what requests of one class share."""
-        training, graphs = prepared.training, prepared.graphs
-        config = training.config
-        return Request(
-            config=config.eval,
-            original=graphs.classifier,
-            trainer=Trainer(config.classifier, training.seed, config.source.size),
-            train=graphs.train,
-            graphs=graphs,
-            gcn=prepared.gcn,
-            forget_class=forget_class,
-            top_k=training.top_k,
-            seed=training.seed,
-            requested_kappa=requested_kappa,
-            prunings=prunings,
-            kept=prepared.kept,
-            trained_on=self.data(config).train,
-            retrain=partial(self.retrained, training, forget_class),
-        )
-
-    def about(self, prepared: Prepared, metrics: Artifact, mask: Artifact) -> dict[str, Any]:
+    def about(self, training: Training, metrics: Artifact, mask: Artifact) -> dict[str, Any]:
         """Returns the part of an experiment's JSON that describes the run."""
-        training, config = prepared.training, prepared.training.config
+        config = training.config
         artifacts = self.files.shared(training) | {"mask": mask}
         return {
             "id": metrics.path.stem,
@@ -328,7 +318,6 @@ class Stages:
             "mask_layer": config.graphs.mask_layer,
             "config": asdict(config),
             "files": {name: file.path.relative_to(self.root).as_posix() for name, file in artifacts.items()},
-            **prepared.about_gcn,
         }
 
 
@@ -412,7 +401,7 @@ def write_reports(files: Files, configs: Mapping[str, Config]) -> None:
     """Draws the reports from the JSON of all experiments, and prints the closing tables.
 
     Raises:
-        DataError: An experiment is missing. Reports of a part would mislead.
+        InputError: An experiment is missing. Reports of a part would mislead.
     """
     results, missing = {}, []
     for training in trainings_of(configs):
@@ -422,7 +411,9 @@ def write_reports(files: Files, configs: Mapping[str, Config]) -> None:
         paths += [artifact.path for artifact in metrics]
     if missing:
         names = ", ".join(missing)
-        raise DataError(f"{files.root / 'eval'}: not all is there: run it first, or leave out what is missing: {names}")
+        raise InputError(
+            f"{files.root / 'eval'}: not all is there: run it first, or leave out what is missing: {names}"
+        )
     print("\n".join(f"\n{table}" for table in tables.report(results, files.root / "reports")), end="\n\n")
 
 
@@ -436,8 +427,7 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
         stages, graphs = Stages(root), []
         for training in trainings_of(configs):
             torch.set_num_threads(training.config.threads or torch.get_num_threads())
-            data = stages.data(training.config)
-            graphs.append(stages.graphs(training, stages.classifier(training, data), data))
+            graphs.append(stages.graphs(training))
         with stages.stage(f"masking GCN, {len(graphs)} classifiers"):
             gcn = GCNTrainer(config.gcn, graphs, config.eval.retain_weight, config.seed).train()
         path = root / PRETRAINED.relative_to(ROOT)
@@ -453,7 +443,7 @@ def dry_run(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 
 
 def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
-    """Draws the reports again from the JSON of the experiments. Raises DataError where one is missing."""
+    """Draws the reports again from the JSON of the experiments. Raises InputError where one is missing."""
     with locked(root):
         write_reports(Files(root), configs)
     print(f"Curves and tables: {root / 'reports'}")

@@ -14,16 +14,10 @@ from torch.nn.utils import parametrize
 
 from mimu.errors import ArtifactError, one_line
 from mimu.files import load, save
+from mimu.wrapping import COLLECTIONS, unwrapped
 
 SAMPLE_SIZE = 256  # numbers of a weight that are kept to recognise it
 TOLERANCE = 0.01  # relative difference of weights that count as equal: bfloat16 rounds by at most 0.002
-COLLECTIONS = (nn.ParameterList, nn.ParameterDict, parametrize.ParametrizationList)  # another module reads their entries
-
-
-class Wrapper(nn.Module):
-    """A module that runs another one, `network`. Masks are applied to that one, under its own names."""
-
-    network: nn.Module
 
 
 class LayerMask(NamedTuple):
@@ -223,7 +217,9 @@ class Mask:
             if ours.keep.shape != theirs.keep.shape:
                 shapes = f"{tuple(ours.keep.shape)} and {tuple(theirs.keep.shape)}"
                 raise ValueError(f"masks of one classifier combine: of layer {layer!r} these have {shapes}")
-            if layer in self.origins.keys() & other.origins and not are_equal(self.origins[layer], other.origins[layer]):
+            if layer in self.origins.keys() & other.origins and not are_equal(
+                self.origins[layer], other.origins[layer]
+            ):
                 raise ValueError(f"masks of one classifier combine: these were made on other weights of {layer!r}")
             combined[layer] = ours & theirs if layer in combined else theirs
         forgets = tuple(sorted({*self.forgets, *other.forgets}))
@@ -259,7 +255,9 @@ class Mask:
             name, shape = names.get(layer, layer), tuple(part.keep.shape)
             weight = weights.get(name)
             if weight is None or weight.original is None or isinstance(weight.owner, COLLECTIONS):
-                remedy = "what torch.nn.utils computes becomes one by prune.remove, remove_parametrizations or their like"
+                remedy = (
+                    "what torch.nn.utils computes becomes one by prune.remove, remove_parametrizations or their like"
+                )
                 must = f"must be a parameter {shape} of a module, and no entry of a list of them"
                 raise ValueError(f"layer {layer!r} {must}: {remedy}")
             if weight.original.shape != shape:
@@ -309,7 +307,7 @@ class Mask:
             undo.pop_all()
 
     def remove(self, model: nn.Module) -> None:
-        """Takes the mask off: the weights are those from before, bit for bit and in the same order, or as trained since.
+        """Takes the mask off: the weights are those from before, bit for bit in their order, or as trained since.
 
         Raises:
             ValueError: The model does not carry this mask.
@@ -373,13 +371,6 @@ def are_equal(one: Tensor, other: Tensor) -> bool:
     are_both = (one != 0) & (other != 0)
     one, other = one[are_both], other[are_both]
     return not (one - other).norm() > TOLERANCE * other.norm()
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the network inside a Wrapper, torch.compile, DataParallel or DistributedDataParallel."""
-    is_parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-    name = "network" if isinstance(model, Wrapper) else "module" if is_parallel else "_orig_mod"
-    return unwrapped(getattr(model, name)) if hasattr(model, name) else model
 
 
 def weights_in(model: nn.Module) -> dict[str, Weight]:

@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from mimu.errors import one_line
 from mimu.layers import CONVOLUTIONS, Ends, Layer, LayerRecord, Neurons, Record, argument, is_moving, name_of
-from mimu.masks import COLLECTIONS, Wrapper
+from mimu.wrapping import COLLECTIONS, Wrapper
 
 RECTIFIERS = {"relu", "leaky_relu", "hardtanh"}  # relu6 is a hardtanh
 SMOOTH = {"gelu", "silu", "elu", "celu", "softplus", "tanh", "sigmoid", "hardswish", "mish", "prelu"}
