@@ -188,7 +188,9 @@ WAYS = {
 }
 
 
-ACTS = {act.__code__ for act in (Mask.apply, Mask.remove, Mask.applied_to.__wrapped__, Weight.remove_mask, masks.restoring)}
+ACTS = {
+    act.__code__ for act in (Mask.apply, Mask.remove, Mask.applied_to.__wrapped__, Weight.remove_mask, masks.restoring)
+}
 
 
 def interrupted(act: Callable[[], object], at: int) -> bool:
