@@ -354,14 +354,16 @@ class Mask:
     @staticmethod
     def load(path: Path | str) -> Mask:
         """Reads a mask from a file. Raises ArtifactError where the file is not a mask."""
-        saved = load(Path(path))
         try:
+            saved = load(Path(path))
             parts = zip(saved["keep"], saved["edits"], strict=True)
             masks = [LayerMask(keep.float(), u, v) for keep, (u, v) in parts]
             made_on = saved.get("made_on", {}).items()  # which old files lack
             origins = {layer: weights.float().view(SAMPLE_SIZE) for layer, (_, weights) in made_on}
             by_layer = dict(zip(saved["layers"], masks, strict=True))
             return Mask(by_layer, tuple(saved["forgets"]), origins, saved.get("about", ""))
+        except ArtifactError:
+            raise
         except Exception as error:  # anything may stand in the file
             raise ArtifactError(f"{path}: is not a mask ({one_line(error)})") from None
 
