@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Removes what runs produce, and nothing else: the tracked data and files of your own stay.
+# Removes what runs write, and nothing else. Files of your own, the tracked data, and what is behind links stay.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
-shopt -s nullglob
 
 if command -v flock >/dev/null; then
     exec 9>>.lock
@@ -11,23 +10,32 @@ if command -v flock >/dev/null; then
         exit 2
     fi
 fi
-# What killed runs have left half written.
-find checkpoints datasets eval reports -name '*.mimu-partial' -type f -delete 2>/dev/null || true
-rm -f checkpoints/{classifier,retrained,gcn,published}_seed_[0-9]*.pt datasets/Graphs/seed_[0-9]*.pt eval/masks/seed_[0-9]*_digit_*.pt
-rm -f "eval/Metrics and Plots/metrics"/seed_[0-9]*_digit_*.json
-rm -rf "eval/Metrics and Plots/plots"/seed_[0-9]*_digit_*
-for folder in reports reports/{,variants/*/}top_k_[0-9]* reports/variants/*; do
-    for format in png pdf svg; do
-        rm -f "$folder"/{{loss,score}_{forget,retain}_set,probability_on_forget_class,summary}."$format"
-        rm -f "$folder"/{audits,frontier,mask_efficacy,masks,trade_off,variants}."$format"
-    done
-    rm -f "$folder"/{summary.md,variants.md,run.json,run.log,benchmark.json}
-done
-# What torchvision and earlier versions unpack from the tracked .gz files.
-for packed in datasets/MNIST/raw/*.gz; do rm -f "${packed%.gz}"; done
 
-for folder in "eval/Metrics and Plots"/{metrics,plots} "eval/Metrics and Plots" eval/masks eval \
-    reports/{,variants/*/}top_k_[0-9]* reports/variants/* reports/variants reports checkpoints datasets/Graphs; do
-    if [ ! -L "$folder" ]; then rmdir "$folder" 2>/dev/null || true; fi
-done
+# find enters no symbolic link, and -type f matches none.
+search() { find checkpoints datasets eval reports "$@" 2>/dev/null || true; }
+experiments='eval/Metrics and Plots'
+
+search -type f -name '*.mimu-partial' -delete # half written by runs that were killed
+search -maxdepth 1 -type f \( -path 'checkpoints/classifier_seed_[0-9]*.pt' -o -path 'checkpoints/gcn_seed_[0-9]*.pt' \
+    -o -path 'checkpoints/retrained_seed_[0-9]*.pt' -o -path reports/run.json -o -path reports/run.log -o -path reports/benchmark.json \) -delete
+search -maxdepth 2 -type f \( -path 'datasets/Graphs/seed_[0-9]*.pt' -o -path 'eval/masks/seed_[0-9]*_digit_*.pt' \) -delete
+search -maxdepth 3 -type f -path "$experiments/metrics/seed_[0-9]*_digit_*.json" -delete
+
+# Each folder of reports or plots lists the files that were written there, one name a line.
+search -type f -name .written \( -path "$experiments/plots/*" -o -path 'reports/*' \) -print0 |
+    while IFS= read -r -d '' list; do
+        folder=$(dirname -- "$list")
+        while IFS= read -r name; do
+            if [[ $name != */* && -f $folder/$name && ! -L $folder/$name ]]; then rm -- "$folder/$name"; fi
+        done <"$list"
+        rm -- "$list"
+        rmdir -- "$folder" 2>/dev/null || true
+    done
+
+# What torchvision and earlier versions unpack from the tracked .gz files.
+search -type f -path 'datasets/MNIST/raw/*.gz' -print0 | while IFS= read -r -d '' packed; do rm -f -- "${packed%.gz}"; done
+
+search -depth -type d -empty \( -path checkpoints -o -path datasets/Graphs -o -path eval -o -path eval/masks \
+    -o -path "$experiments" -o -path "$experiments/metrics" -o -path "$experiments/plots" \
+    -o -path reports -o -path reports/variants -o -path 'reports/variants/*' \) -delete
 rm -f .lock

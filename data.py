@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiment.files import ROOT
-from mimu.errors import DataError, one_line
+from mimu.errors import InputError, one_line
 from mimu.files import digest, naming
 from mimu.saliency import ActivationGraphs
 from mimu.samples import Split
@@ -38,6 +38,10 @@ DATASETS = {
     "SVHN": tuple("0123456789"),
 }
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+class DataError(InputError):
+    """A data set that is missing or cannot be read, or results that are missing."""
 
 
 class DataSet(NamedTuple):

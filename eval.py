@@ -237,7 +237,7 @@ def run_method(request: Request, name: str) -> Unlearned:
         model, mask = (request.classifier, output) if isinstance(output, Mask) else (output, None)
         if mask is not None:
             mask.apply(model)
-            mask = mask.made_on(request.original)  # by the names of its weights
+            mask = mask.with_origins_of(request.original)  # by the names of its weights
         check_weights(model, "classifier", f"eval.hyperparameters.{name}")
     except TrainingError as error:
         raise TrainingError(f"method {name}, class {request.forget_class}: {error}") from None

@@ -15,15 +15,15 @@ if __name__ == "__main__":
 
 import argparse
 import hashlib
-import itertools
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import chain, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -33,25 +33,22 @@ from audits import Audit
 from data import GraphGenerator, ImageData, checksum, load_image_data
 from eval import Eval, Request
 from experiment.config import Config, RequestedKappa, load_variants
-from experiment.files import ROOT, Artifact, Log, code_of, damaged, locked, slug
-from experiment.processes import Processes, how_many, peak_bytes, world_size
-from mimu.errors import DataError, InputError
+from experiment.files import ROOT, Artifact, Log, code_of, locked, slug
+from experiment.processes import Processes, peak_bytes, world_size
+from mimu.errors import InputError
 from mimu.files import digest, save
 from mimu.graph import MaskingGCN, keep_freed_memory
 from mimu.pretrained import PRETRAINED, TrainedGCN
 from mimu.samples import Split, is_correct, some_of_every_class
-from mimu.tracing import HookedClassifier
-from tables.experiment import draw as draw_experiment
+from tables.experiment import draw
 from trainer import TOLERATED, GCNTrainer, Trained, Trainer
 
-# The source files that a classifier, its graphs and its GCN depend on, and those that metrics do.
-TRAINING_CODE = ("main.py", "model.py", "data.py", "trainer.py", "mimu/*.py")
-CODE = ("*.py", "methods/*.py", "audits/*.py", *TRAINING_CODE)
+NO_NUMBERS = ("experiment", "reporter", "tables")  # packages and modules on which no number of a run depends
 
 
 @dataclass(frozen=True)
 class Training:
-    """What requests share: a classifier, the graphs of its activations, and the masking GCN trained on them."""
+    """The training that requests share: of a classifier, and of the masking GCN on the graphs of its activations."""
 
     variant: str
     config: Config
@@ -60,27 +57,104 @@ class Training:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """The name of the training in messages."""
         return f"{self.variant}, seed {self.seed}" if self.variant else f"seed {self.seed}"
 
     @cached_property
     def settings(self) -> dict[str, dict[str, Any]]:
-        """What decides what is in its files, by what they are of, as JSON holds it."""
+        """The settings that decide the content of files, by the stage that makes these, as JSON holds them."""
         config = self.config
-        of_classifier = {name: getattr(config, name) for name in ("threads", "dataset", "held_out")}
-        of_classifier |= {"seed": self.seed, "device": config.torch_device().type}
-        of_classifier |= {"classifier": asdict(config.classifier)}
-        of_graphs = of_classifier | {"graphs": asdict(config.graphs), "samples": config.samples}
-        of_gcn = of_graphs | {"gcn": asdict(config.gcn), "retain_weight": config.eval.retain_weight}
+        classifier = {name: getattr(config, name) for name in ("threads", "dataset", "held_out")}
+        classifier |= {"seed": self.seed, "device": config.torch_device().type}
+        classifier |= {"classifier": asdict(config.classifier)}
+        graphs = classifier | {"graphs": asdict(config.graphs), "samples": config.samples}
+        gcn = graphs | {"gcn": asdict(config.gcn), "retain_weight": config.eval.retain_weight}
         if config.gcn.pretrained:
-            of_gcn["pretrained"] = hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()
+            gcn["pretrained"] = hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()
         audit = asdict(config.audit) if config.audit.enabled else None
-        of_experiments = {"eval": config.eval.decisive(), "audit": audit, "variant": self.variant, "top_k": self.top_k}
-        return {"classifier": of_classifier, "graphs": of_graphs, "gcn": of_gcn, "experiments": of_gcn | of_experiments}
+        experiments = gcn | {"eval": config.eval.decisive(), "audit": audit}
+        experiments |= {"variant": self.variant, "top_k": self.top_k}
+        return {"classifier": classifier, "graphs": graphs, "gcn": gcn, "experiments": experiments}
+
+
+class Files:
+    """The files of a run: where they are, and what decides their content.
+
+    Two configs share the files that both would make alike, and no others: the names of files end in a digest of the
+    settings that they depend on. After a change of the code, the data set or PyTorch a file is made again in its place.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        training_code = code_of(ROOT, ["main"], (*NO_NUMBERS, "eval", "methods", "audits"))
+        self._code = dict.fromkeys(("classifier", "graphs", "gcn"), training_code)
+        self._code["experiments"] = code_of(ROOT, ["main", "methods"], NO_NUMBERS)
+        self._checksums: dict[str, str] = {}
+
+    def shared(self, training: Training) -> dict[str, Artifact]:
+        """Returns the files that all requests of a training share, by the stage that makes them."""
+        folders = {"classifier": "checkpoints/classifier_"}
+        if training.config.save_graphs:
+            folders["graphs"] = "datasets/Graphs/"
+        if not training.config.gcn.pretrained:
+            folders["gcn"] = "checkpoints/gcn_"
+        return {
+            stage: self._artifact(f"{folder}seed_{training.seed}.pt", training, stage)
+            for stage, folder in folders.items()
+        }
+
+    def retrained(self, training: Training, forget_class: int, seed: int | str) -> Artifact:
+        """Returns the file of a classifier that was trained without a class. With seed "*" its name is a pattern."""
+        path = f"checkpoints/retrained_seed_{seed}_digit_{forget_class}.pt"
+        return self._artifact(path, training, "classifier", forget_digit=forget_class)
+
+    def metrics_and_mask(
+        self, training: Training, forget_class: int, requested_kappa: RequestedKappa
+    ) -> tuple[Artifact, Artifact]:
+        """Returns the files of an experiment: its JSON, whose name is the experiment's id, and its mask."""
+        name = f"seed_{training.seed}_digit_{forget_class}_top_k_{training.top_k}"
+        name += "_kappa_auto" if requested_kappa == "auto" else f"_kappa_{requested_kappa}_fixed"
+        name += f"_{slug(training.variant)[:60]}" if training.variant else ""
+        request = {"forget_digit": forget_class, "kappa": requested_kappa}
+        metrics = self._artifact(f"eval/Metrics and Plots/metrics/{name}.json", training, "experiments", **request)
+        return metrics, self._artifact(f"eval/masks/{name}.pt", training, "experiments", **request)
+
+    def every(self, training: Training, forget_class: int | None = None) -> list[Artifact]:
+        """Returns the shared files, and the files of the experiments on one forget class or, without one, on all."""
+        artifacts = list(self.shared(training).values())
+        forget_classes = training.config.forget_digits if forget_class is None else [forget_class]
+        for label, requested_kappa in product(forget_classes, training.config.kappas):
+            artifacts += self.metrics_and_mask(training, label, requested_kappa)
+        return artifacts
+
+    def _artifact(self, path: str, training: Training, stage: str, **request: Any) -> Artifact:
+        dataset, settings = training.config.dataset, digest(training.settings[stage] | request)
+        if not self._checksums.get(dataset):  # the data set may be downloaded later
+            self._checksums[dataset] = checksum(dataset, self.root / "datasets")
+        provenance = digest([settings, self._code[stage], self._checksums[dataset], torch.__version__])
+        return Artifact((self.root / path).with_stem(f"{Path(path).stem}_{settings[:8]}"), provenance)
+
+
+class Prepared(NamedTuple):
+    """Everything that the requests of a training share.
+
+    Args:
+        training: The training.
+        graphs: The activation graphs of the trained classifier.
+        gcn: The masking GCN.
+        about_gcn: The part of an experiment's JSON that tells how the GCN was trained.
+        kept: The results that methods keep from one request to the next, by names of their own.
+    """
+
+    training: Training
+    graphs: GraphGenerator
+    gcn: MaskingGCN
+    about_gcn: dict[str, Any]
+    kept: dict[str, Any]
 
 
 class Stages:
-    """The stages of one process of a run; what a stage makes is taken from its file where it is there."""
+    """The stages of one process of a run. A stage whose file is current reads it instead of making it again."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -90,46 +164,31 @@ class Stages:
         self.log = Log(root / "reports" / "run.log", prefix)
         self.seconds: Counter[str] = Counter()  # of every stage so far, by its name
         self._data: dict[tuple[str, str, int], ImageData] = {}
-        self._last: tuple[Training, GraphGenerator, MaskingGCN, dict[str, Any]] | None = None
-        self._kept: dict[str, Any] = {}  # by the methods, of the last classifier
+        self._prepared: Prepared | None = None  # the last one
         self._threads = torch.get_num_threads()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measures a stage, and says when it is done."""
+        """Measures a stage, and logs its seconds."""
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started
         self.seconds[name] += seconds
         self.log(f"{name}: {seconds:.1f} s")
 
-    def made(self, artifact: Artifact, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The content of a file: as it is there, or made and written by the first process that asks for it."""
+    def load_or_make(self, artifact: Artifact, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Returns the content of a file. The first process that needs it makes it, where it is not current."""
 
-        def make_it() -> None:
+        def make_missing() -> None:
             if not artifact.is_current:
                 with self.stage(name):
                     artifact.save(make())
 
-        self.processes.once(artifact.path.name, make_it)
+        self.processes.once(artifact.path.name, make_missing)
         return artifact.load()
 
-    def forget(self, training: Training, forget_class: int | None) -> None:
-        """The method, stage by stage, up to the metrics and the mask of every kappa; without a class, the training."""
-        config = training.config
-        torch.set_num_threads(config.threads or self._threads)
-        is_done = all(file.is_current for file in self.files.every(training, forget_class))
-        if not is_done and (self._last is None or self._last[0] != training):
-            data = self.data(config)
-            classifier = self.classifier(training, data)
-            graphs = self.graphs(training, classifier, data)
-            self._last, self._kept = (training, graphs, *self.gcn(training, graphs)), {}
-        if forget_class is not None:
-            with self.stage(f"class {forget_class}, {training.name}"):
-                self.requests(training, forget_class)
-
     def data(self, config: Config) -> ImageData:
-        """Images and labels in memory, read once."""
+        """Returns images and labels in memory, which are read once."""
         key = (config.dataset, config.device, config.held_out)
         if key not in self._data:
             with self.stage(f"data, {config.dataset}"):
@@ -137,204 +196,161 @@ class Stages:
                 self._data[key] = load_image_data(config.dataset, root, device, config.held_out)
         return self._data[key]
 
-    def classifier(self, training: Training, data: ImageData) -> HookedClassifier:
-        config, artifact = training.config, self.files.of_training(training)["classifier"]
-        trainer = Trainer(config.classifier, training.seed, config.source.size)
-        return self.trained(f"classifier, {training.name}", training, trainer, data.train, artifact, data.test).model
-
-    def retrained(self, training: Training, forget_class: int, seed: int) -> Trained:
-        """A classifier that never saw a class."""
-        artifact = self.files.retrained(training, forget_class, seed)
-        name = f"retrained without class {forget_class}, {training.name}, from the weights of seed {seed}"
-        trainer = Trainer(training.config.classifier, seed, training.config.source.size)
-        samples = self.data(training.config).train.retain(forget_class)
-        return self.trained(name, training, trainer, samples, artifact)
-
-    def trained(
-        self, name: str, training: Training, trainer: Trainer, samples: Split, kept: Artifact, test: Split | None = None
+    def classifier(
+        self, training: Training, trainer: Trainer, samples: Split, forget_class: int | None = None
     ) -> Trained:
-        """A classifier, and the seconds that its training took in whichever run it was; test: to say how good it is."""
-        num_classes = len(training.config.source.class_names)
+        """Returns the classifier of a training or, with a forget class, one that was trained without it.
+
+        The seconds are those that its training took, in whichever run.
+        """
+        config, num_classes = training.config, len(training.config.source.class_names)
+        if forget_class is None:
+            name, artifact = f"classifier, {training.name}", self.files.shared(training)["classifier"]
+        else:
+            name = f"retrained without class {forget_class}, {training.name}, from the weights of seed {trainer.seed}"
+            artifact = self.files.retrained(training, forget_class, trainer.seed)
 
         def train() -> dict[str, Any]:
-            model, seconds = trainer.trained(samples, num_classes, kept)
-            if test is not None:
+            model, seconds = trainer.trained(samples, num_classes, artifact)
+            if forget_class is None:
+                test = self.data(config).test
                 score = 100 * is_correct(model(test.images), test.labels).double().mean()
-                self.log(f"{name}: {score:.2f} % of {training.config.split} classified correctly")
+                self.log(f"{name}: {score:.2f} % of {config.split} classified correctly")
             return checkpoint_of(model, training) | {"seed": trainer.seed, "seconds": seconds}
 
-        checkpoint = self.made(kept, name, train)
-        classifier = trainer.initial(samples.images, num_classes)
-        classifier.load_state_dict(checkpoint["state_dict"])
-        return Trained(classifier, checkpoint["seconds"])
+        checkpoint = self.load_or_make(artifact, name, train)
+        model = trainer.initial(samples.images, num_classes)
+        model.load_state_dict(checkpoint["state_dict"])
+        return Trained(model, checkpoint["seconds"])
 
-    def graphs(self, training: Training, classifier: HookedClassifier, data: ImageData) -> GraphGenerator:
-        """The activation graphs: recorded anew where they are read, since that takes less than reading the file."""
-        config, artifact = training.config, self.files.of_training(training)["graphs"]
-        train = data.train
+    def retrained(self, training: Training, forget_class: int, seed: int) -> Trained:
+        """Returns a classifier that was trained without a class, from the initial weights of a seed."""
+        trainer = Trainer(training.config.classifier, seed, training.config.source.size)
+        samples = self.data(training.config).train.retain(forget_class)
+        return self.classifier(training, trainer, samples, forget_class)
+
+    def graphs(self, training: Training) -> GraphGenerator:
+        """Returns the activation graphs. They are recorded in every run, which is faster than reading a file."""
+        config, train = training.config, self.data(training.config).train
+        trainer = Trainer(config.classifier, training.seed, config.source.size)
+        classifier = self.classifier(training, trainer, train).model
         if config.samples is not None:
             train = some_of_every_class(train, config.samples, "samples", training.seed)
         graphs = GraphGenerator(classifier, train, config.graphs, training.seed)
-        self.processes.once(artifact.path.name, lambda: artifact.is_current or artifact.save(graphs.recorded()))
+        if config.save_graphs:
+            self.load_or_make(self.files.shared(training)["graphs"], f"graphs, {training.name}", graphs.recorded)
         return graphs
 
     def gcn(self, training: Training, graphs: GraphGenerator) -> tuple[MaskingGCN, dict[str, Any]]:
-        """The masking GCN, and what experiments say of its training."""
-        config = training.config.gcn
-        if config.pretrained:
-            trained = TrainedGCN.load()
-            return trained.gcn.to(graphs.labels.device), {"seconds": {"gcn": 0.0}}
-        name, artifact = f"masking GCN, {training.name}", self.files.of_training(training)["gcn"]
-        trainer = GCNTrainer(config, [graphs], training.config.eval.retain_weight, training.seed)
+        """Returns the masking GCN, and the part of an experiment's JSON that tells how it was trained."""
+        config = training.config
+        if config.gcn.pretrained:
+            return TrainedGCN.load().gcn.to(graphs.labels.device), {"seconds": {"gcn": 0.0}}
+        name, artifact = f"masking GCN, {training.name}", self.files.shared(training)["gcn"]
+        trainer = GCNTrainer(config.gcn, [graphs], config.eval.retain_weight, training.seed)
 
         def train() -> dict[str, Any]:
             started = time.perf_counter()
             return checkpoint_of(trainer.train(artifact), training) | {"seconds": time.perf_counter() - started}
 
-        checkpoint = self.made(artifact, name, train)
+        checkpoint = self.load_or_make(artifact, name, train)
         gcn = trainer.initial()
         gcn.load_state_dict(checkpoint["state_dict"])
         with self.stage(f"{name}, beside the formula"):
-            behind = trainer.points_behind(gcn, training.config.eval)
-        is_untrained = behind > TOLERATED
+            points = trainer.points_behind(gcn, config.eval)
+        is_untrained = points > TOLERATED
         if is_untrained:
-            self.log(f"{name}: its training leaves it {behind:.1f} points behind the formula: taken as it was before")
+            self.log(f"{name}: after its training it is {points:.1f} points behind the formula: the untrained is used")
             gcn = trainer.initial()
         return gcn, {"gcn_untrained": is_untrained, "seconds": {"gcn": checkpoint["seconds"]}}
 
-    def requests(self, training: Training, forget_class: int) -> None:
-        """Every experiment on one forget class that is not there, and the plots that are not."""
-        config, shared, prunings = training.config, {}, {}
-        for requested_kappa in tqdm(
-            config.kappas, f"class {forget_class}", unit="experiment", leave=False, disable=None
-        ):
-            metrics, mask = self.files.metrics_and_mask(training, forget_class, requested_kappa)
+    def forget(self, training: Training, forget_class: int | None) -> None:
+        """Runs every experiment on one forget class; without a class, only what requests share is prepared."""
+        config = training.config
+        torch.set_num_threads(config.threads or self._threads)
+        is_done = all(artifact.is_current for artifact in self.files.every(training, forget_class))
+        if not is_done and (self._prepared is None or self._prepared.training != training):
+            graphs = self.graphs(training)
+            gcn, about_gcn = self.gcn(training, graphs)
+            self._prepared = Prepared(training, graphs, gcn, about_gcn, kept={})
+        if forget_class is not None:
+            with self.stage(f"class {forget_class}, {training.name}"):
+                self.experiments(training, forget_class)
 
-            place = metrics.path.parents[1] / "plots" / metrics.path.stem
-            draw = partial(draw_experiment, metrics.path, place, config.report) if config.eval.visualize else None
+    def experiments(self, training: Training, forget_class: int) -> None:
+        """Runs the experiments on one forget class whose files are not current, and draws the missing plots."""
+        config, shared, prunings = training.config, {}, {}
+        for requested_kappa in config.kappas:
+            metrics, mask = self.files.metrics_and_mask(training, forget_class, requested_kappa)
+            plots = metrics.path.parents[1] / "plots" / metrics.path.stem
+            draw_plots = partial(draw, metrics.path, plots, config.report) if config.eval.visualize else None
             if metrics.is_current and mask.is_current:
-                if draw is not None:
-                    draw()
+                if draw_plots is not None:
+                    draw_plots()
                 continue
-            _, graphs, gcn, about_gcn = self._last
-            data, trainer = self.data(config), Trainer(config.classifier, training.seed, config.source.size)
+            data, graphs = self.data(config), self._prepared.graphs
+            audit = partial(Audit, config.audit, data, forget_class, training.seed) if config.audit.enabled else None
             request = Request(
                 config=config.eval,
                 original=graphs.classifier,
-                trainer=trainer,
+                trainer=Trainer(config.classifier, training.seed, config.source.size),
                 train=graphs.train,
                 graphs=graphs,
-                gcn=gcn,
+                gcn=self._prepared.gcn,
                 forget_class=forget_class,
                 top_k=training.top_k,
                 seed=training.seed,
                 requested_kappa=requested_kappa,
                 prunings=prunings,
-                kept=self._kept,
+                kept=self._prepared.kept,
                 retrain=partial(self.retrained, training, forget_class),
             )
-            paths = self.files.of_training(training) | {"mask": mask}
-            about = {
-                "id": metrics.path.stem,
-                "variant": training.variant,
-                "dataset": config.dataset,
-                "class_names": list(data.class_names),
-                "split": config.split,
-                "classifier": config.architecture,
-                "mask_layer": config.graphs.mask_layer,
-                "config": asdict(config),
-                "files": {name: file.path.relative_to(self.root).as_posix() for name, file in paths.items()},
-                **about_gcn,
-            }
-            audit = partial(Audit, config.audit, data, forget_class, training.seed)
-            Eval(request, data, metrics, mask, about, shared, audit if config.audit.enabled else None, draw).eval()
+            about = self.about(training, metrics, mask) | self._prepared.about_gcn
+            Eval(request, data, metrics, mask, about, shared, audit, draw_plots).eval()
+
+    def about(self, training: Training, metrics: Artifact, mask: Artifact) -> dict[str, Any]:
+        """Returns the part of an experiment's JSON that describes the run."""
+        config = training.config
+        artifacts = self.files.shared(training) | {"mask": mask}
+        return {
+            "id": metrics.path.stem,
+            "variant": training.variant,
+            "dataset": config.dataset,
+            "class_names": list(config.source.class_names),
+            "split": config.split,
+            "classifier": config.architecture,
+            "mask_layer": config.graphs.mask_layer,
+            "config": asdict(config),
+            "files": {name: file.path.relative_to(self.root).as_posix() for name, file in artifacts.items()},
+        }
 
 
 def checkpoint_of(model: torch.nn.Module, training: Training) -> dict[str, Any]:
-    """The weights of a model, with the config and the seed that made them."""
+    """Returns the weights of a model, with the config and the seed that made them."""
     return {"state_dict": model.state_dict(), "config": asdict(training.config), "seed": training.seed}
 
 
-class Files:
-    """Where every file of a run stands, and what it depends on.
-
-    Two configs share what both would make alike, and nothing else: the names of files end in a digest of the settings
-    that they depend on. A change of the code, the data set or PyTorch leaves the name and makes the file anew.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._seen: dict[Path, Any] = {}
-        self._training_code = code_of(ROOT, TRAINING_CODE)
-        self._code = code_of(ROOT, CODE)
-        self._code.pop("reporter.py", None)  # no number depends on it
-        self._checksums: dict[str, str] = {}
-
-    def of_training(self, training: Training) -> dict[str, Artifact]:
-        """The files that a training makes, by what is in them."""
-        end = f"seed_{training.seed}.pt"
-        paths = {"classifier": f"checkpoints/classifier_{end}", "graphs": f"datasets/Graphs/{end}"}
-        if not training.config.gcn.pretrained:
-            paths["gcn"] = f"checkpoints/gcn_{end}"
-        made = {}
-        for name, path in paths.items():
-            made[name] = self._artifact(path, training, training.settings[name], self._training_code)
-        return made
-
-    def metrics_and_mask(
-        self, training: Training, forget_class: int, requested_kappa: RequestedKappa
-    ) -> tuple[Artifact, Artifact]:
-        """The JSON of an experiment, whose name is the experiment's id, and its mask."""
-        name = f"seed_{training.seed}_digit_{forget_class}_top_k_{training.top_k}"
-        name += "_kappa_auto" if requested_kappa == "auto" else f"_kappa_{requested_kappa}_fixed"
-        name += f"_{slug(training.variant)[:60]}" if training.variant else ""
-        settings = training.settings["experiments"] | {"forget_digit": forget_class, "kappa": requested_kappa}
-        paths = f"eval/Metrics and Plots/metrics/{name}.json", f"eval/masks/{name}.pt"
-        return tuple(self._artifact(path, training, settings, self._code) for path in paths)
-
-    def retrained(self, training: Training, forget_class: int, seed: int | Literal["*"]) -> Artifact:
-        """A classifier trained as the original, with a seed, without a class; of every seed: its name is a pattern."""
-        settings = training.settings["classifier"] | {"forget_digit": forget_class}
-        path = f"checkpoints/retrained_seed_{seed}_digit_{forget_class}.pt"
-        return self._artifact(path, training, settings, self._training_code)
-
-    def every(self, training: Training, forget_class: int | None = None) -> list[Artifact]:
-        """The files of a training, and the JSON and the mask of every kappa: of all forget classes, or of one."""
-        found = [*self.of_training(training).values()]
-        forget_classes = training.config.forget_digits if forget_class is None else [forget_class]
-        for forget_class, requested_kappa in itertools.product(forget_classes, training.config.kappas):
-            found += self.metrics_and_mask(training, forget_class, requested_kappa)
-        return found
-
-    def _artifact(self, path: str, training: Training, settings: dict[str, Any], code: dict[str, str]) -> Artifact:
-        dataset, of_settings, where = training.config.dataset, digest(settings), self.root / path
-        if not self._checksums.get(dataset):
-            self._checksums[dataset] = checksum(dataset, self.root / "datasets")
-        others = {"code": code, "data": self._checksums[dataset], "PyTorch": torch.__version__}
-        provenance = {name: digest(value) for name, value in (settings | others).items()}
-        return Artifact(where.with_stem(f"{where.stem}_{of_settings[:8]}"), provenance, self._seen)
-
-
 def trainings_of(configs: Mapping[str, Config]) -> Iterator[Training]:
+    """Yields the trainings of all configs: one for every seed and top_k."""
     for variant, config in configs.items():
-        for seed, top_k in itertools.product(config.seeds, config.top_ks):
+        for seed, top_k in product(config.seeds, config.top_ks):
             yield Training(variant, config, seed, top_k)
 
 
 def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False) -> None:
-    """Runs the experiments of every config by its name, "" for the only one, and leaves their files under `root`.
+    """Runs the experiments of all configs, and writes the reports. Files that are current are not made again.
 
-    What is there already, made by the same settings and the same code, is taken as it is.
-
-    is_fresh: removes first what is there of the same configs
+    Args:
+        configs: The configs by the names of variants, "" for the only one.
+        root: The folder of all files.
+        is_fresh: Removes the files of earlier runs of the same configs first.
     """
     stages = Stages(root)
     processes = stages.processes
     with locked(root) if processes.rank == 0 else nullcontext():
         processes.first(partial(begin, stages, configs, is_fresh))
-        # What a process does at a time: a training alone, or with the experiments on one forget class.
         tasks: list[tuple[Training, int | None]] = []
-        if processes.count > 1:  # each trains something, before requests that all of them would wait to be trained for
+        if processes.count > 1:  # trainings first: otherwise all processes would wait for the first one
             tasks += [(training, None) for training in trainings_of(configs)]
         for training in trainings_of(configs):
             tasks += [(training, forget_class) for forget_class in training.config.forget_digits]
@@ -347,65 +363,75 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
 
 
 def begin(stages: Stages, configs: Mapping[str, Config], is_fresh: bool) -> None:
-    """What the first process does before all work: looks at what is there, and says it."""
+    """Logs how many files are current, and reads the data sets where work is to be done; in the first process."""
     stages.log.note(shlex.join(sys.argv))
-    artifacts = list(itertools.chain.from_iterable(map(stages.files.every, trainings_of(configs))))
+    artifacts = list(chain.from_iterable(map(stages.files.every, trainings_of(configs))))
     if is_fresh or not all(artifact.is_current for artifact in artifacts):
         for config in configs.values():
-            stages.data(config)  # all of it first, so that a missing or damaged file is told before any work
+            stages.data(config)  # a missing or damaged data set is an error before any work
     if is_fresh:
         for artifact in artifacts:
             artifact.path.unlink(missing_ok=True)
         for training in trainings_of(configs):
             for forget_class in training.config.forget_digits:
-                of_any_seed = stages.files.retrained(training, forget_class, "*").path
-                for path in of_any_seed.parent.glob(of_any_seed.name):
+                pattern = stages.files.retrained(training, forget_class, "*").path
+                for path in pattern.parent.glob(pattern.name):
                     path.unlink()
-    stages.log(how_many(artifacts))
+    stages.log(count_current(artifacts))
+
+
+def count_current(artifacts: Sequence[Artifact]) -> str:
+    """Returns how many files are current, in words."""
+    count = sum(artifact.is_current for artifact in artifacts)
+    return f"{count} of {len(artifacts)} files are there, {len(artifacts) - count} would be made"
 
 
 def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str, Any]]) -> None:
-    """What the first process does after all work: draws the reports, and says what the run took."""
+    """Writes the reports, and logs the time and the memory that all processes took; in the first process."""
     reports = stages.root / "reports"
     with stages.stage("reports"):
-        closing = tables.report(finished(stages.files, configs), reports)
-    seconds = sum((Counter(of_process["seconds"]) for of_process in shares), Counter())
-    total, peak = time.perf_counter() - STARTED, max(of_process["peak"] for of_process in shares)
+        write_reports(stages.files, configs)
+    seconds = sum((Counter(share["seconds"]) for share in shares), Counter())
+    total, peak = time.perf_counter() - STARTED, max(share["peak"] for share in shares)
     seconds["reports"] = stages.seconds["reports"]
     summary = {"seconds": seconds, "total_seconds": total, "peak_bytes": peak, "processes": len(shares)}
     save(reports / "run.json", summary)
-    print("\n".join(f"\n{table}" for table in closing), end="\n\n")
     each = " a process" if len(shares) > 1 else ""
     stages.log(f"{total:.0f} s, {peak / 1e9:.1f} GB at most{each}. Curves and tables: {reports}")
     print(f"Metrics and plots of each experiment, and masks: {stages.root / 'eval'}")
 
 
-def finished(files: Files, configs: Mapping[str, Config]) -> tables.Results:
-    """The JSON of all trainings. Raises DataError where experiments are missing: reports of a part would mislead."""
+def write_reports(files: Files, configs: Mapping[str, Config]) -> None:
+    """Draws the reports from the JSON of all experiments, and prints the closing tables.
+
+    Raises:
+        InputError: An experiment is missing. Reports of a part would mislead.
+    """
     results, missing = {}, []
     for training in trainings_of(configs):
-        metrics = [file for file in files.every(training) if file.path.suffix == ".json"]
-        missing += [file.path.stem[:-9] for file in metrics if not file.is_current]
+        metrics = [artifact for artifact in files.every(training) if artifact.path.suffix == ".json"]
+        missing += [artifact.path.stem[:-9] for artifact in metrics if not artifact.is_current]
         _, paths = results.setdefault((training.variant, training.top_k), (training.config.report, []))
-        paths += [file.path for file in metrics]
+        paths += [artifact.path for artifact in metrics]
     if missing:
         names = ", ".join(missing)
-        raise DataError(f"{files.root / 'eval'}: not all is there: run it first, or leave out what is missing: {names}")
-    return results
+        raise InputError(
+            f"{files.root / 'eval'}: not all is there: run it first, or leave out what is missing: {names}"
+        )
+    print("\n".join(f"\n{table}" for table in tables.report(results, files.root / "reports")), end="\n\n")
 
 
 def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
-    """Trains one masking GCN on the classifiers of all configs and seeds, with the settings of the first.
+    """Trains one masking GCN on the classifiers of all configs and seeds, with the settings of the first config.
 
-    It takes the place of the tracked one for the layers that the first config masks.
+    It replaces the GCN that is part of the library.
     """
     config = next(iter(configs.values()))
     with locked(root):
         stages, graphs = Stages(root), []
         for training in trainings_of(configs):
             torch.set_num_threads(training.config.threads or torch.get_num_threads())
-            data = stages.data(training.config)
-            graphs.append(stages.graphs(training, stages.classifier(training, data), data))
+            graphs.append(stages.graphs(training))
         with stages.stage(f"masking GCN, {len(graphs)} classifiers"):
             gcn = GCNTrainer(config.gcn, graphs, config.eval.retain_weight, config.seed).train()
         path = root / PRETRAINED.relative_to(ROOT)
@@ -414,23 +440,17 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 
 
 def dry_run(configs: Mapping[str, Config], root: Path = ROOT) -> None:
-    """Says what a run would make and what it would reuse, why not all, and what is damaged; writes nothing."""
-    for error in damaged(root):
-        print(error)
+    """Prints how many files of every training are current, and how many a run would make; writes nothing."""
     files = Files(root)
     for training in trainings_of(configs):
-        artifacts = files.every(training)
-        others = Counter(", ".join(artifact.differences()) for artifact in artifacts)
-        why = [f"; made with other {names}: {count}" for names, count in others.items() if names]
-        print(f"{training.name}, top-K {training.top_k}: {how_many(artifacts)}{''.join(why)}")
+        print(f"{training.name}, top-K {training.top_k}: {count_current(files.every(training))}")
 
 
 def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
-    """Draws and writes the reports anew from the JSON of the experiments. Raises DataError where one is missing."""
+    """Draws the reports again from the JSON of the experiments. Raises InputError where one is missing."""
     with locked(root):
-        closing = tables.report(finished(Files(root), configs), root / "reports")
-    print("\n".join(f"\n{table}" for table in closing))
-    print(f"\nCurves and tables: {root / 'reports'}")
+        write_reports(Files(root), configs)
+    print(f"Curves and tables: {root / 'reports'}")
 
 
 def start(parsed: argparse.Namespace) -> None:

@@ -65,7 +65,7 @@ def train_in_rounds(
     setting, parts = f"{section}.learning_rate", (model, optimizer, schedule)
     step, started = 0, time.monotonic()
     saved = started
-    unfinished = checkpoint and replace(checkpoint, provenance=checkpoint.provenance | {"training": "begun"})
+    unfinished = checkpoint and replace(checkpoint, provenance=f"unfinished: {checkpoint.provenance}")
     if unfinished and unfinished.is_current:
         state = unfinished.load()
         step, started = state["step"], started - state["seconds"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import re
@@ -9,98 +10,117 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from mimu.errors import ArtifactError
-from mimu.files import PARTIAL, load, naming, save
+from mimu.files import PARTIAL, digest, load, naming, save
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def slug(name: str) -> str:
-    """The name in letters, digits and underscores, as it stands in the names of files."""
+    """Returns the name in letters, digits and underscores, as the names of files contain it."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def damaged(root: Path) -> Iterator[ArtifactError]:
-    """What is wrong with the files that runs have left, where it is."""
-    for pattern in ("checkpoints/*_seed_*.pt", "datasets/Graphs/seed_*.pt", "eval/masks/seed_*.pt", "eval/*/metrics/*"):
-        for path in root.glob(pattern):
-            try:
-                load(path)
-            except ArtifactError as error:
-                yield error
+@cache
+def read_source(source: bytes) -> tuple[list[str], str]:
+    """Returns the modules that Python code may import, and a digest of its syntax tree without docstrings."""
+    imported, tree = [], ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+        elif isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            imported += [f"{node.module}.{alias.name}" for alias in node.names]
+    return imported, hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
-def code_of(root: Path, patterns: Iterable[str]) -> dict[str, str]:
-    """File to the hash of its bytes, for all files under `root` that match a pattern such as `audits/*.py`."""
-    hashes = {}
-    for pattern in patterns:
-        for path in root.glob(pattern):
-            hashes[path.relative_to(root).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return hashes
+def code_of(root: Path, modules: Iterable[str], without: Collection[str] = ()) -> str:
+    """Returns a digest of the code of modules and of all that they import from the same folder.
+
+    Comments, docstrings and blank lines do not count.
+
+    Args:
+        root: The folder that holds the modules.
+        modules: The modules to start with.
+        without: Modules and packages that do not count, nor what only they import.
+    """
+    digests, names = {}, list(modules)
+    while names:
+        for name in accumulate(names.pop().split("."), "{}/{}".format):  # a module's packages are imported with it
+            for path in (f"{name}.py", f"{name}/__init__.py"):
+                if name.split("/")[0] not in without and path not in digests and (root / path).is_file():
+                    imported, digests[path] = read_source((root / path).read_bytes())
+                    names += imported
+    return digest(digests)
+
+
+@cache
+def stored_provenance(path: Path, inode: int, size: int, modified: int) -> Any:
+    """Returns the provenance that one version of a file contains. Raises ArtifactError where it is damaged."""
+    return load(path).get("made_by")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file of a run, and all that decides what is in it: with any of that changed it is made anew.
+    """A file of a run. It is made again where anything that decides its content has changed.
 
-    provenance: digests of this: of settings, the code, the data, PyTorch
-    seen: which version of files was found to be whole, so that it is not read again only to find that out
+    Args:
+        path: The place of the file.
+        provenance: A digest of the settings, the code, the data and the version of PyTorch that make it.
     """
 
     path: Path
-    provenance: dict[str, str]
-    seen: dict[Path, tuple[dict[str, str], int, int, int]] = field(default_factory=dict, compare=False, repr=False)
+    provenance: str
 
     def save(self, content: dict[str, Any]) -> None:
+        """Writes the file. Raises ArtifactError where that is not possible."""
         save(self.path, content | {"made_by": self.provenance})
 
     def load(self) -> dict[str, Any]:
-        """The content. Raises ArtifactError where it is not there, damaged, or made by something else."""
+        """Reads the file. Raises ArtifactError where it is missing, damaged, or made by something else."""
         content = load(self.path)
         if content.get("made_by") != self.provenance:
             raise ArtifactError(f"{self.path}: was made by other settings, code or data")
         return content
 
-    def differences(self) -> list[str]:
-        """What was other when the most alike of the files that are there was made; nothing where it is this one."""
-        found = []
-        for path in self.path.parent.glob(f"{self.path.stem[:-8]}????????{self.path.suffix}"):
-            with suppress(ArtifactError, AttributeError):  # damaged, or of an earlier version, which did not say it
-                found.append(sorted(dict(self.provenance.items() - load(path).get("made_by").items())))
-        return min(found, key=len, default=[])
-
     @property
     def is_current(self) -> bool:
-        """Whether it is there, whole, and as it would be made."""
+        """True where the file exists, is whole, and would be made the same again."""
         with suppress(OSError, ArtifactError):
             status = self.path.stat()
-            version = (self.provenance, status.st_ino, status.st_size, status.st_mtime_ns)
-            if self.seen.get(self.path) != version:
-                self.load()
-                self.seen[self.path] = version
-            return True
+            version = status.st_ino, status.st_size, status.st_mtime_ns
+            return stored_provenance(self.path, *version) == self.provenance  # read once, though often asked for
         return False
 
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Holds a folder for one run, until the process ends, however that may be; without locks (Windows), not at all.
+    """Reserves a folder for one run until the process ends. Without locks (Windows), nothing is reserved.
 
-    Raises ArtifactError where another run holds it, and says which, or where the folder cannot be written to.
+    Raises:
+        ArtifactError: Another run, which the message names, works there; or the folder cannot be written to.
     """
-    with ExitStack() as held:
+    with naming(root / ".lock"):
+        file = open(root / ".lock", "a+", encoding="utf-8", errors="backslashreplace")
+    with file:
         with naming(root / ".lock"):
-            file = held.enter_context(open(root / ".lock", "a+", encoding="utf-8", errors="backslashreplace"))
             try:
-                with suppress(ImportError):  # of Windows
+                with suppress(ImportError):  # Windows has no fcntl
                     import fcntl
 
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,27 +132,32 @@ def locked(root: Path) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}: {shlex.join(sys.argv)}\n")
             file.flush()
         for folder in ("checkpoints", "datasets", "eval", "reports"):
-            for path in (root / folder).rglob(f"*{PARTIAL}"):  # half written, by a run that was killed
+            for path in (root / folder).rglob(f"*{PARTIAL}"):  # half written by a run that was killed
                 path.unlink(missing_ok=True)
         yield
 
 
 @dataclass(frozen=True)
 class Log:
-    """Says messages on the terminal and in a file. The prefix tells which process it is, where there are several."""
+    """A log on the terminal and in a file.
+
+    Args:
+        path: The file.
+        prefix: The process that writes, where there are several.
+    """
 
     path: Path
     prefix: str = ""
 
     def __call__(self, message: str) -> None:
-        """Says it on both. Raises ArtifactError where the file cannot be written."""
-        with suppress(OSError):  # nobody reads the terminal any more: `main.py | head`
+        """Writes a message to both. Raises ArtifactError where the file cannot be written."""
+        with suppress(OSError):  # the terminal may be closed, as with `main.py | head`
             tqdm.write(f"{self.prefix}{message}")
             sys.stdout.flush()
         self.note(message)
 
     def note(self, message: str) -> None:
-        """Says it in the file alone, with the time. Raises ArtifactError where that cannot be written."""
+        """Writes a message with the time to the file alone. Raises ArtifactError where it cannot be written."""
         with naming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:

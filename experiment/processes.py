@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from experiment.files import Artifact
 from mimu.errors import InputError, one_line
 
 TIMEOUT = datetime.timedelta(minutes=5)  # torchrun may have been killed in the meantime
@@ -81,11 +80,6 @@ class Processes:
             self._store.set(f"value of {self.rank}", json.dumps(value))
             return []
         return [value] + [json.loads(self._wait_for(f"value of {rank}")) for rank in range(1, self.count)]
-
-
-def how_many(artifacts: Sequence[Artifact]) -> str:
-    """Says in words how many of the files are current."""
-    return f"{sum(each.is_current for each in artifacts)} of {len(artifacts)} files are there"
 
 
 def peak_bytes() -> int:

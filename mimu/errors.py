@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """What the user can mend: a setting, a file, a folder. The message says what and where, in one line."""
+    """The user can correct this: a setting, a file, a folder. The message says what and where, in one line."""
 
 
 class ArtifactError(InputError):
@@ -12,12 +12,8 @@ class ArtifactError(InputError):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks and at most 300 characters of it."""
+    """Returns the message of an error without line breaks, cut to 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-class DataError(InputError):
-    """A data set that is not there and cannot be had, or whose files are not what they should be."""
 
 
 class TrainingError(InputError):

@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from mimu.errors import one_line
 from mimu.layers import CONVOLUTIONS, LAYERS, Layer, Record, argument, joined_neurons, name_of
-from mimu.masks import COLLECTIONS, Wrapper
+from mimu.wrapping import COLLECTIONS, Wrapper
 
 NUMBERS_AT_ONCE = 2**26  # of float32 in the tensors of a pass over samples, which then takes some 256 MB
 RECTIFIERS = {"relu", "leaky_relu", "hardtanh"}  # relu6 is a hardtanh

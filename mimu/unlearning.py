@@ -186,7 +186,7 @@ class UnlearningRequest:
         mask = replace(mask, forgets=tuple(forgotten), about=about)
         if self.erase and (edited := {name: part for name, part in mask.by_layer.items() if part.rank}):
             mask = replace(mask, by_layer=edited)
-        return (mask & self.carried if self.carried else mask).made_on(self.model)
+        return (mask & self.carried if self.carried else mask).with_origins_of(self.model)
 
     def check_accuracies(self) -> None:
         """Raises InputError if there is no class to retain. Warns if model and samples hardly belong together."""

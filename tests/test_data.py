@@ -20,8 +20,7 @@ from running import write_image
 from scipy.io import savemat
 from torch import Tensor, nn
 
-from data import FILES, GraphGenerator, checksum, data_set, load_image_data
-from mimu.errors import DataError
+from data import FILES, DataError, GraphGenerator, checksum, data_set, load_image_data
 from mimu.layers import FeatureRecord
 from mimu.saliency import FEATURES
 from mimu.saliency import FORGETTING_TEMPERATURE as T

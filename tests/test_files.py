@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,14 +20,15 @@ import pytest
 import torch
 from running import PROJECT, metrics, run_here
 
-from experiment.files import Artifact, Log, locked, slug
+from experiment import files as run_files
+from experiment.files import Artifact, Log, code_of, locked, slug
 from mimu import files
 from mimu.errors import ArtifactError, one_line
 from mimu.files import PARTIAL, write_text, written_whole
 
 TINY = ("sweep.kappa=[auto, 20]", "gcn.steps=2", "eval.methods=[original, mimu, retrain]", "sweep.forget_digits=[3]")
-MADE = ("checkpoints", "datasets/Graphs", "eval", "reports")  # the folders that a run makes where there is only data
-MADE_BY = {"seed": "0", "code": "a"}
+FOLDERS = ("checkpoints", "datasets/Graphs", "eval", "reports")  # which a run makes where there is only data
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 class Watched:
@@ -86,19 +86,8 @@ def power(monkeypatch, cut_before=0, error: OSError | None = None, before=lambda
         yield supply
 
 
-def damaged(content: bytes, random: Random) -> bytes:
-    """The content with a bit or some bytes of it wrong, cut, doubled, or replaced."""
-    position = random.randrange(len(content))
-    end = min(len(content), position + random.choice([1, 2, 8, 100, len(content)]))
-    some = bytes(random.randrange(256) for _ in range(end - position))
-    head, middle, tail = content[:position], content[position:end], content[end:]
-    flipped = head + bytes([content[position] ^ 1 << random.randrange(8)]) + content[position + 1 :]
-    others = [flipped, head + some + tail, head + bytes(end - position) + tail, head, head + tail]
-    return random.choice([*others, head + middle + middle + tail, b"", content[::-1]])
-
-
 def emptied(folder: Path) -> None:
-    for name in MADE:
+    for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -128,24 +117,21 @@ def test_what_is_saved_comes_back_and_others_read_it(tmp_path):
     files.save(checkpoint, content(math.pi))
     assert same(files.load(checkpoint), content(math.pi)) and list(checkpoint.parent.iterdir()) == [checkpoint]
     assert same(torch.load(checkpoint, weights_only=True), content(math.pi))
-    assert "state_dict" in files.load(PROJECT / "checkpoints" / "pretrained" / "gcn.pt")
+    assert "state_dict" in files.load(PROJECT / "mimu" / "gcn.pt")
     files.save(metrics, {"a": [1, 0.1, None], "b": {"c": 2}})
     assert same(files.load(metrics), {"a": [1, 0.1, None], "b": {"c": 2}})
     read = json.loads(metrics.read_text(), parse_constant=pytest.fail)
     assert read["a"] == [1, 0.1, None] and len(read["checksum"]) == 64
 
 
-FULL = OSError(errno.ENOSPC, "No space left on device")
-
-
 def test_a_full_disk_and_a_kill_before_the_last_operation_leave_the_file_as_it_was(tmp_path, monkeypatch):
-    path, left = tmp_path / "file.pt", []
+    path, states = tmp_path / "file.pt", []
     files.save(path, content(1.0))
     before = path.read_bytes()
-    with power(monkeypatch, before=lambda: left.append((path.read_bytes(), len(list(tmp_path.iterdir()))))):
+    with power(monkeypatch, before=lambda: states.append((path.read_bytes(), len(list(tmp_path.iterdir()))))):
         files.save(path, content(2.0))
     # Before the folder is made and the file opened, it is written, in the middle of that, flushed to the disk, renamed.
-    assert left == [(before, count) for count in (1, 1, 2, 2, 2, 2)]
+    assert states == [(before, count) for count in (1, 1, 2, 2, 2, 2)]
     assert same(files.load(path), content(2.0)) and list(tmp_path.iterdir()) == [path]
     for cut in range(5):
         with power(monkeypatch, cut, FULL), pytest.raises(ArtifactError) as raised:
@@ -175,17 +161,15 @@ def test_nothing_is_written_where_the_content_cannot_be_made(tmp_path):
 
 
 @pytest.mark.parametrize("name, least", [("file.pt", 1), ("file.json", 0.8)])
-def test_every_byte_counts(tmp_path, name, least):
-    """Of JSON, a few may become others that mean the same."""
+def test_a_file_with_a_wrong_byte_is_refused(tmp_path, name, least):
+    """Of JSON, a few bytes may become others that mean the same."""
     path, refused = tmp_path / name, 0
     saved = content(math.pi) if name == "file.pt" else {"scores": [1 / 3, 96.9, None], "config": {"a": {"b": "c"}}}
     files.save(path, saved)
     whole = path.read_bytes()
-    wrong = [whole[:end] for end in range(0, len(whole), 20)]
-    for position, byte in enumerate(whole):
-        wrong.append(whole[:position] + bytes([byte ^ 1 << position % 8]) + whole[position + 1 :])
-    random = Random(0)
-    wrong += {damaged(whole, random) for _ in range(100)} - {whole}
+    wrong = [b"", whole[::-1], whole + whole, bytes(len(whole)), *(whole[:end] for end in range(1, len(whole), 50))]
+    for position in [*range(0, len(whole), 7), *range(len(whole) - 80, len(whole))]:
+        wrong.append(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
     for broken in wrong:
         path.write_bytes(broken)
         try:
@@ -223,24 +207,59 @@ def test_another_content_is_refused_and_no_code_is_run(tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
-def test_an_artifact_is_there_where_it_is_whole_and_made_by_the_same_and_is_read_once(tmp_path, monkeypatch):
-    path, seen, reads = tmp_path / "file.json", {}, []
-    monkeypatch.setattr(files, "load", lambda path, load=files.load: reads.append(path) or load(path))
-    ours, other = (Artifact(path, provenance, seen) for provenance in (MADE_BY, MADE_BY | {"seed": "1"}))
-    assert not ours.is_current and reads == []
-    ours.save({"a": 1})
-    assert [ours.is_current, Artifact(path, MADE_BY, seen).is_current, other.is_current] == [True, True, False]
-    assert reads == [path] * 2 and ours.load() == {"a": 1, "made_by": MADE_BY}
+def test_an_artifact_is_current_where_it_is_whole_and_made_by_the_same_and_is_read_once(tmp_path, monkeypatch):
+    path, reads = tmp_path / "file.json", []
+    monkeypatch.setattr(run_files, "load", lambda path: reads.append(path) or files.load(path))
+    artifact, other = Artifact(path, "one digest"), Artifact(path, "another")
+    assert not artifact.is_current and reads == []
+    artifact.save({"a": 1})
+    assert [artifact.is_current, Artifact(path, "one digest").is_current, other.is_current] == [True, True, False]
+    assert reads == [path] and artifact.load() == {"a": 1, "made_by": "one digest"}
     with pytest.raises(ArtifactError, match="file.json: was made by other settings, code or data"):
         other.load()
-    # Another process makes it anew, and a version that differs in nothing but a byte is another one, too.
-    for change in (lambda: Artifact(path, MADE_BY).save({"a": 2}), lambda: path.write_bytes(path.read_bytes())):
+    # Another process makes it again, and a version that differs in nothing but a byte is another one, too.
+    for change in (lambda: Artifact(path, "one digest").save({"a": 2}), lambda: path.write_bytes(path.read_bytes())):
         reads.clear()
         change()
-        assert [ours.is_current, ours.is_current] == [True, True] and reads == [path]
+        assert [artifact.is_current, artifact.is_current] == [True, True] and reads == [path]
     for spoil in (lambda: path.write_bytes(b"{"), lambda: files.save(path, {"made_by": {}}), path.unlink):
         spoil()
-        assert not ours.is_current
+        assert not artifact.is_current
+
+
+SOURCES = {
+    "stage.py": 'from parts.inner import f\n\nclass A:\n    """Doc."""\n\n    size = f() + 1\n',
+    "parts/__init__.py": "COUNT = 2\n",
+    "parts/inner.py": "def f():\n    'doc'\n    import late\n    return 2\n",
+    "late.py": "import torch, skipped\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import unused\n",
+    "skipped.py": "import behind\n",
+    "behind.py": "",
+    "unused.py": "",
+}
+CHANGES = {
+    "a comment": ("stage.py", "class A", "# a remark\nclass A", False),
+    "a docstring": ("stage.py", '"""Doc."""', '"""More."""', False),
+    "no docstring": ("parts/inner.py", "    'doc'\n", "", False),
+    "blank lines": ("parts/inner.py", "    return", "\n\n    return", False),
+    "a number": ("stage.py", "+ 1", "+ 3", True),
+    "an imported number": ("parts/inner.py", "return 2", "return 3", True),
+    "a package on the way": ("parts/__init__.py", "2", "3", True),
+    "an import within a function": ("late.py", "import torch", "import numpy", True),
+    "a module that does not count": ("skipped.py", "import behind", "behind = 1", False),
+    "one that only this imports": ("behind.py", "", "NUMBER = 1", False),
+    "one for type checkers": ("unused.py", "", "NUMBER = 1", False),
+    "one that nothing imports": ("new.py", "", "NUMBER = 1", False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_code_counts_by_its_syntax_tree_where_a_stage_imports_it(tmp_path, change):
+    for name, source in SOURCES.items():
+        write_text(tmp_path / name, source)
+    before = code_of(tmp_path, ["stage"], ["skipped"])
+    name, old, new, is_other = CHANGES[change]
+    write_text(tmp_path / name, SOURCES.get(name, "").replace(old, new, 1))
+    assert (code_of(tmp_path, ["stage"], ["skipped"]) != before) == is_other
 
 
 def test_a_folder_that_cannot_be_written_to_and_one_in_the_place_of_a_file_are_named(tmp_path, monkeypatch):
@@ -252,7 +271,7 @@ def test_a_folder_that_cannot_be_written_to_and_one_in_the_place_of_a_file_are_n
     for name in ("file.pt", "file.json", ".lock"):
         path = tmp_path / name
         path.mkdir()
-        assert not Artifact(path, MADE_BY).is_current
+        assert not Artifact(path, "a digest").is_current
         uses = [partial(files.load, path), partial(files.save, path, {"a": 1}), partial(Log(path).note, "some")]
         for use in uses + [locked(tmp_path).__enter__] * (name == ".lock"):
             with pytest.raises(ArtifactError, match=f"{name}: cannot be (read|written) .Is a directory"):
@@ -300,11 +319,8 @@ def test_names_and_errors_are_one_short_line():
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Path to content of all that a run leaves, but for the log and the seconds of the run."""
-    found = {}
-    for name in MADE:
-        paths = [path for path in (folder / name).rglob("*") if path.is_file() and path.stem != "run"]
-        found |= {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-    return found
+    paths = [path for name in FOLDERS for path in (folder / name).rglob("*")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file() and path.stem != "run"}
 
 
 @pytest.mark.faults

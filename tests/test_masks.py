@@ -38,7 +38,7 @@ def lower_left(model: nn.Module, layers: tuple[str, ...] = NAMES, rank: int = 0)
         shape = operator.attrgetter(name)(model).shape
         keep = torch.ones(shape).flatten(1).tril()
         by_layer[name] = LayerMask(keep.view(shape), *(torch.ones(size, rank) / size for size in keep.shape))
-    return Mask(by_layer, (1,)).made_on(model)
+    return Mask(by_layer, (1,)).with_origins_of(model)
 
 
 def state_of(model: nn.Module) -> list:
@@ -188,7 +188,9 @@ WAYS = {
 }
 
 
-ACTS = {act.__code__ for act in (Mask.apply, Mask.remove, Mask.applied_to.__wrapped__, Weight.take_off, masks.undoing)}
+ACTS = {
+    act.__code__ for act in (Mask.apply, Mask.remove, Mask.applied_to.__wrapped__, Weight.remove_mask, masks.restoring)
+}
 
 
 def interrupted(act: Callable[[], object], at: int) -> bool:
@@ -426,14 +428,14 @@ def test_files_from_before_have_indices_and_go_on_by_the_names_of_what_they_were
         saved |= {"made_on": {0: [name, mask.origins[KERNELS]], 2: [SECOND, mask.origins[SECOND]]}, "about": ""}
     save(tmp_path / "mask.pt", saved)
     loaded = Mask.load(tmp_path / "mask.pt")
-    assert loaded.layers == (0, 2) and loaded.made_on(model).layers == (KERNELS, SECOND)
+    assert loaded.layers == (0, 2) and loaded.with_origins_of(model).layers == (KERNELS, SECOND)
     with loaded.applied_to(model):
         found = Mask.on(model)
-        assert found.layers == (KERNELS, SECOND) and found.includes(loaded.made_on(model))
+        assert found.layers == (KERNELS, SECOND) and found.includes(loaded.with_origins_of(model))
         loaded.save(tmp_path / "again.pt")
         assert Mask.load(tmp_path / "again.pt").layers == (0, 2)
     assert list(loaded.weights(model)) == [KERNELS, SECOND]
-    assert (loaded.made_on(model) & mask).layers == (KERNELS, SECOND, FIRST)
+    assert (loaded.with_origins_of(model) & mask).layers == (KERNELS, SECOND, FIRST)
     with pytest.raises(ValueError, match="^a mask must have layers by the names of their weights"):
         loaded & mask  # of one layer by both
     with pytest.raises(ValueError, match="^layer 2 must be a parameter"):
