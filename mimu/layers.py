@@ -2,120 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-# Names of operations of PyTorch's ATen.
-CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
-LAYERS = {"linear"} | CONVOLUTIONS
-NORMALISATIONS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
-# Operations that compute each number from the number at the same place, but have no tag that says so.
-ELEMENTWISE = {"dropout", "feature_dropout", "to", "contiguous", "hardswish", "prelu"}
-RESHAPING = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
-REDUCING = {"mean", "sum", "amax", "amin"}
-OVER_PLACES = ("max_pool", "avg_pool", "adaptive_", "upsample_", "pad", "constant_pad")  # prefixes of names
-
-
-def name_of(node: fx.Node) -> str:
-    """The name of an operation without its overload, such as `conv2d`, `relu` or `getitem`."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.removeprefix("aten::") if schema else getattr(node.target, "__name__", "")
-
-
-def argument(node: fx.Node, name: str) -> Any:
-    """The value of an operation's argument, or its default."""
-    for place, each in enumerate(node.target._schema.arguments):
-        if each.name == name:
-            return node.args[place] if place < len(node.args) else node.kwargs.get(name, each.default_value)
-    return None
-
-
-def joined_neurons(
-    nodes: Sequence[fx.Node], shapes: Mapping[fx.Node, torch.Size]
-) -> dict[fx.Node, tuple[range, range]]:
-    """Numbers the neurons of a network: for each linear operation and convolution those that it reads and gives.
-
-    A layer reads the neurons of another one if its input comes from that layer's output through operations that leave
-    neurons apart (`keeps_neurons`). If such an operation reads the outputs of several layers, as a residual addition
-    does, their neurons are the same. Any other operation, such as attention, ends the chain: a layer that comes after
-    it reads neurons of its own.
-
-    Args:
-        nodes: the operations whose values depend on the samples, in the order in which they run
-        shapes: the shapes of tensors
-    """
-    givers: dict[tuple[fx.Node, int], fx.Node] = {}  # by a value and its dimension, the layer that gives its neurons
-    parents: dict[fx.Node, fx.Node] = {}
-
-    def root(layer: fx.Node) -> fx.Node:
-        while layer in parents:
-            layer = parents[layer]
-        return layer
-
-    def num_outputs(layer: fx.Node) -> int:
-        return shapes[layer][neuron_dim(layer, shapes[layer])]
-
-    for node in nodes:
-        shape = shapes.get(node, ())
-        if name_of(node) in LAYERS:
-            givers[node, neuron_dim(node, shape)] = node
-            continue
-        operation = node.args[0] if name_of(node) == "getitem" else node  # pooling may give indices beside values
-        for dim in {1, len(shape) - 1}:
-            for each in operation.all_input_nodes:
-                giver = givers.get((each, dim))
-                if giver and keeps_neurons(operation, dim, shapes[each], shape):
-                    first, second = root(givers.setdefault((node, dim), giver)), root(giver)
-                    if first is not second and num_outputs(first) == num_outputs(second):
-                        parents[second] = first
-
-    numbers: dict[fx.Node, range] = {}  # by a layer that gives neurons, or a value of unknown ones
-
-    def numbered(key: fx.Node, count: int) -> range:
-        start = sum(map(len, numbers.values()))
-        return numbers.setdefault(key, range(start, start + count))
-
-    joined: dict[fx.Node, tuple[range, range]] = {}
-    for node in nodes:
-        if name_of(node) in LAYERS and node.args[0] in shapes:
-            value = node.args[0]
-            dim = neuron_dim(node, shapes[value])
-            giver = givers.get((value, dim))
-            sources = numbered(root(giver), num_outputs(giver)) if giver else numbered(value, shapes[value][dim])
-            joined[node] = sources, numbered(root(node), num_outputs(node))
-    return joined
-
-
-def neuron_dim(layer: fx.Node, shape: torch.Size) -> int:
-    """The dimension of a layer's input or output that holds neurons, or the channels of a convolution."""
-    return 1 if name_of(layer) in CONVOLUTIONS else len(shape) - 1
-
-
-def keeps_neurons(node: fx.Node, dim: int, before: torch.Size, shape: torch.Size) -> bool:
-    """Whether each entry of a dimension becomes one entry of the output's, or several neighbouring ones.
-
-    Elementwise functions, normalisation, pooling, means over later dimensions and flattening of these do so.
-
-    Args:
-        dim: the dimension
-        before: the shape of the operation's input
-        shape: the shape of its output
-    """
-    name = name_of(node)
-    if name in RESHAPING:
-        return len(before) > dim and before[:dim] == shape[:dim] and shape[dim] % before[dim] == 0
-    if name in REDUCING:
-        return min(each % len(before) for each in argument(node, "dim") or [0]) > dim
-    if name.startswith(OVER_PLACES):
-        return len(before) > dim + 1 and before[: dim + 1] == shape[: dim + 1]
-    is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return before == shape and (is_pointwise or name in NORMALISATIONS | ELEMENTWISE)
+from mimu.operations import CONVOLUTIONS, argument, name_of
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import operator
 import sys
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -14,20 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram, export
 
 from mimu.errors import one_line
-from mimu.layers import CONVOLUTIONS, LAYERS, Layer, Record, argument, joined_neurons, name_of
+from mimu.layers import Layer, Record
+from mimu.operations import (
+    CONVOLUTIONS,
+    LAYERS,
+    argument,
+    exported,
+    is_in_order,
+    joined_neurons,
+    name_of,
+    output_activation,
+)
 from mimu.wrapping import COLLECTIONS, Wrapper
 
 NUMBERS_AT_ONCE = 2**26  # of float32 in the tensors of a pass over samples, which then takes some 256 MB
-RECTIFIERS = {"relu", "leaky_relu", "hardtanh"}  # relu6 is a hardtanh
-SMOOTH = {"gelu", "silu", "elu", "celu", "softplus", "tanh", "sigmoid", "hardswish", "mish", "prelu"}
-# These may stand between a layer and its activation function.
-CARRYING = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "add", "sub", "mul", "dropout", "clone", "to"}
 PROBABILITIES = {"softmax", "sigmoid"}  # their outputs are no logits
-EXPORTING = threading.Lock()  # torch.export is not made for several threads at once
-
 Compute = Callable[[fx.Node, tuple, dict], Any]  # from an operation and its arguments to its value
 
 
@@ -299,84 +301,15 @@ class Trace:
         positions = prod(places) * parts if is_convolution else prod(places) // 2
         if positions == 1 and not (is_convolution and argument(node, "groups") > 1):
             positions = None
-        activation, is_rectified = self._activation(node)
+        activation, is_rectified = output_activation(node, {*self.nodes}, self.shapes)
         sources, targets = neurons
         layout = batch, parts, in_order, positions
         return Layer(node, tuple(shape), activation, is_rectified, *layout, sources, targets)
-
-    def _activation(self, layer: fx.Node) -> tuple[fx.Node, bool]:
-        """The node of a layer's output activation, after normalisation and addition, and whether it is rectified."""
-        node, live = layer, set(self.nodes)
-        while len(users := [each for each in node.users if each in live]) == 1:
-            name = name_of(users[0])
-            if self.shapes.get(users[0]) != self.shapes[node] or name not in RECTIFIERS | SMOOTH | CARRYING:
-                break
-            node = users[0]
-            if name not in CARRYING:
-                return node, name in RECTIFIERS
-        return layer, False
 
 
 def before_dropout(node: fx.Node) -> fx.Node:
     """The node, or the input of a dropout, which does nothing in evaluation mode."""
     return before_dropout(node.args[0]) if name_of(node) == "dropout" else node
-
-
-def is_in_order(two: Tensor, three: Tensor, batch: int, parts: int) -> bool | None:
-    """Whether a dimension holds one sample after the other (True) or one part of all samples after the other (False).
-
-    Args:
-        two: values of two samples
-        three: values of three, the last two of which are the same
-        batch: the dimension
-        parts: how many of its entries belong to each sample
-    Returns: None if it is neither
-    """
-    two, three = two.movedim(batch, 0), three.movedim(batch, 0)
-    if torch.allclose(three.unflatten(0, (3, parts))[1:], two.unflatten(0, (2, parts)), 1e-3, 1e-4):
-        return True
-    is_in_parts = torch.allclose(three.unflatten(0, (parts, 3))[:, 1:], two.unflatten(0, (parts, 2)), 1e-3, 1e-4)
-    return False if is_in_parts else None
-
-
-def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
-    """Exports the operations of a network for any number of samples, none of them in place."""
-    with EXPORTING, torch.enable_grad():  # without gradients nn.TransformerEncoderLayer is one operation
-        program = export(network, (example,), dynamic_shapes=({0: Dim.AUTO},), strict=False)
-        in_place = [node for node in program.graph.nodes if is_in_place(node)]
-        if any(has_views(node.args[0]) for node in in_place):
-            program = program.run_decompositions({})  # takes as long as the export
-        else:
-            for node in in_place:
-                plain = getattr(torch.ops.aten, name_of(node).removesuffix("_"))
-                node.target = getattr(plain, node.target._overloadname)
-    for node in program.graph.nodes:
-        if name_of(node) == "_native_batch_norm_legit_no_training":  # back to the operation with a single value
-            (first,) = [user for user in node.users if user.args[1] == 0]
-            *inputs, momentum, eps = node.args
-            first.target, first.args = torch.ops.aten.batch_norm.default, (*inputs, False, momentum, eps, True)
-        elif name_of(node) == "copy":  # which has no derivative
-            node.target, node.args, node.kwargs = torch.ops.aten.expand_as.default, node.args[1::-1], {}
-    return program
-
-
-def is_in_place(node: fx.Node) -> bool:
-    """Whether an operation changes its input."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
-def has_views(node: fx.Node) -> bool:
-    """Whether a value may share its memory with another one."""
-    return any(is_view(each) and not is_in_place(each) for each in (node, *node.users))
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether an operation's output may share its memory with the input."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return name_of(node) == "getitem"  # of several tensors, which may be views of one
-    return name_of(node) != "to" and any(each.alias_info is not None for each in schema.returns)
 
 
 def call(node: fx.Node, arguments: tuple, keywords: dict) -> Any:
