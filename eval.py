@@ -23,12 +23,12 @@ from experiment.files import Artifact
 from experiment.registry import METHODS, unlearning_method
 from mimu.errors import TrainingError
 from mimu.graph import MaskingGCN
+from mimu.hooked import HookedClassifier
 from mimu.masks import Mask
 from mimu.pruning import Pruning, PruningConfig, PruningResult, Ranking, RemainingCounter, prune
 from mimu.saliency import ActivationGraphs
 from mimu.samples import Split, is_correct
 from mimu.seeds import seeded
-from mimu.tracing import HookedClassifier
 from mimu.training import check_weights
 from trainer import Trained, Trainer, UnlearningSFT, UnlearningSFTConfig
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimu.tracing import HookedClassifier, Trace
+from mimu.hooked import HookedClassifier
+from mimu.tracing import Trace
 
 WHITENED_BY = 1000  # images, evenly spaced among those given
 LEAST_VARIANCE = 5e-4  # added to the variance of each direction of patches, which may be 0

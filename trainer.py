@@ -18,12 +18,13 @@ from tqdm import tqdm
 from experiment.files import Artifact
 from mimu.errors import TrainingError
 from mimu.graph import MaskingGCN, WeightGraph
+from mimu.hooked import HookedClassifier, log_odds
 from mimu.pruning import PruningConfig, RemainingCounter, prune, prune_until_forgotten
 from mimu.saliency import FORGETTING_TEMPERATURE, TERMS, ActivationGraphs, ranked, saliency
 from mimu.samples import Split, is_correct
 from mimu.seeds import seeded, seeded_initialisation
 from mimu.settings import Amount, Bounds, Count, NonNegative, Positive, number_of_weights
-from mimu.tracing import HookedClassifier, Trace, log_odds
+from mimu.tracing import Trace
 from mimu.training import check_weights, descend, learn
 from model import ARCHITECTURES
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from build import write_block
 
-from mimu.tracing import HookedClassifier
+from mimu.hooked import HookedClassifier
 from reporter import markdown_table
 
 # One of each of forty families, a small one.

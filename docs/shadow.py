@@ -22,10 +22,10 @@ from build import ROOT, write_block
 from data import GraphGenerator, ImageData, load_image_data
 from eval import Request, run_method
 from experiment.config import Config, load_config
+from mimu.hooked import log_odds
 from mimu.pretrained import TrainedGCN
 from mimu.seeds import seeded
 from mimu.settings import number_of_weights
-from mimu.tracing import log_odds
 from reporter import markdown_table
 from trainer import Trainer
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from eval import Request, unlearning_method
+from mimu.hooked import HookedClassifier, samples_that_fit
 from mimu.masks import Mask
 from mimu.pruning import forgetting_loss
 from mimu.samples import Split
 from mimu.seeds import seeded
 from mimu.settings import Count, NonNegative, Positive, Share
-from mimu.tracing import HookedClassifier, samples_that_fit
 from mimu.training import descend, learn
 from trainer import UnlearningSFTConfig, masked_weights, other_labels
 

@@ -21,13 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimu.errors import InputError
+from mimu.hooked import HookedClassifier
 from mimu.masks import LayerMask, Mask
 from mimu.probes import held_out_variance, standardised
 from mimu.pruning import forgetting_loss
 from mimu.samples import Split, drawn_of_every_class
 from mimu.seeds import seeded
 from mimu.settings import Count, NonNegative, Positive, Share, library_settings
-from mimu.tracing import HookedClassifier
 from mimu.training import descend
 
 MAX_EDITED = 4  # layers before the last one that are edited, at most

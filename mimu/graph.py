@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from mimu.hooked import HookedClassifier
 from mimu.masks import LayerMask, Mask
-from mimu.tracing import HookedClassifier
 
 
 def resolve_mask_layer(mask_layer: int | Sequence[int] | None, num_layers: int) -> tuple[int, ...]:

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from mimu.erasing import late_layers
 from mimu.errors import InputError, one_line
+from mimu.hooked import HookedClassifier
 from mimu.masks import Mask
 from mimu.seeds import seeded
-from mimu.tracing import HookedClassifier
 from mimu.wrapping import unwrapped
 
 READ_AT_ONCE = 1000  # samples that a data set is read by, and a model is run on

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimu.graph import MaskingGCN, WeightGraph
+from mimu.hooked import HookedClassifier, log_odds, samples_that_fit
 from mimu.layers import FeatureRecord, LayerRecord, Record
 from mimu.masks import Mask
 from mimu.samples import Split, some_of_every_class
 from mimu.settings import Count
-from mimu.tracing import HookedClassifier, log_odds, samples_that_fit
 
 # Divides the log-odds in the forgetting loss; at 1, a few samples that are forgotten suggest too soon that all are.
 FORGETTING_TEMPERATURE = 2.0

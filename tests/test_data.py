@@ -21,12 +21,12 @@ from scipy.io import savemat
 from torch import Tensor, nn
 
 from data import FILES, DataError, GraphGenerator, checksum, data_set, load_image_data
+from mimu.hooked import HookedClassifier, log_odds
 from mimu.layers import FeatureRecord
 from mimu.saliency import FEATURES
 from mimu.saliency import FORGETTING_TEMPERATURE as T
 from mimu.samples import some_of_every_class
 from mimu.seeds import seeded
-from mimu.tracing import HookedClassifier, log_odds
 from model import HookedMNISTClassifier
 
 IMAGES, LABELS = torch.arange(30 * 784).view(30, 28, 28) % 251, torch.arange(30) % 10

@@ -20,11 +20,11 @@ from torch import nn
 
 from mimu.erasing import Edit, ErasingConfig, class_direction, direction_to_erase, erase_class, late_layers
 from mimu.errors import InputError
+from mimu.hooked import HookedClassifier
 from mimu.masks import LayerMask, Mask
 from mimu.probes import held_out_variance
 from mimu.samples import Split
 from mimu.seeds import seeded
-from mimu.tracing import HookedClassifier
 from mimu.training import learn
 from mimu.unlearning import RetainScoreError, unlearn
 from model import HookedMNISTClassifier, VisionTransformer, cnn, mlp, resnet

@@ -17,8 +17,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from mimu import Mask, RetainScoreError, masks, unlearn
 from mimu.errors import ArtifactError
 from mimu.files import save
+from mimu.hooked import HookedClassifier
 from mimu.masks import LayerMask, Weight
-from mimu.tracing import HookedClassifier
 
 TRAIN = random_split(200)
 KERNELS, FIRST, SECOND = NAMES = ("0.weight", "1.1.weight", "1.3.weight")

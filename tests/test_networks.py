@@ -26,12 +26,13 @@ from methods.fine_tuning import fisher_information
 from mimu.errors import ArtifactError
 from mimu.files import save
 from mimu.graph import LARGEST_CHANGE, AffineReLU, MaskingGCN, WeightGraph
+from mimu.hooked import HookedClassifier
 from mimu.masks import LayerMask, Mask
-from mimu.pruning import Pruning, SaliencyScorer
+from mimu.pruning import prune
 from mimu.saliency import FEATURES
 from mimu.samples import Split
 from mimu.seeds import seeded
-from mimu.tracing import HookedClassifier, Trace
+from mimu.tracing import Trace
 from model import HookedMNISTClassifier, airbench, cnn, mlp, resnet
 from trainer import GCNTrainer, Trainer, masked_weights
 
@@ -379,13 +380,12 @@ def test_recorded_activations_stand_behind_normalisation_addition_and_relu():
 def test_requests_take_a_snapshot_before_every_step_where_gradients_by_kernels_are_too_many_to_be_kept(
     mask_layer, numbers, is_updated, monkeypatch
 ):
-    monkeypatch.setattr("mimu.tracing.NUMBERS_AT_ONCE", numbers)
+    monkeypatch.setattr("mimu.hooked.NUMBERS_AT_ONCE", numbers)
     graphs = GraphGenerator(classifier_of("cnn"), labelled(), graph_config(mask_layer), 0)
     zeroed = []
     for every in (1, None):
         config = replace(load_config().eval, step=9, snapshot_every=every)
-        order = Pruning(config, graphs, 1, SaliencyScorer(config, graphs, 1, 0))
-        zeroed.append(order.answer(45, graphs.samples).vertices)
+        zeroed.append(next(step.zeroed for step in prune(graphs, 1, config, 0) if len(step.zeroed) >= 45))
     assert torch.equal(*zeroed) == (not is_updated)
 
 
@@ -398,7 +398,7 @@ MASKED = [
 @pytest.mark.parametrize("numbers, parts", [(2**26, [12]), (2**26, [9, 3]), (1, [3] * 4)])
 @pytest.mark.parametrize("name, mask_layer, forget", MASKED)
 def test_features_of_kernels_are_those_of_their_definitions(monkeypatch, name, mask_layer, forget, numbers, parts):
-    monkeypatch.setattr("mimu.tracing.NUMBERS_AT_ONCE", numbers)
+    monkeypatch.setattr("mimu.hooked.NUMBERS_AT_ONCE", numbers)
     passes, record = [], HookedClassifier.record
     monkeypatch.setattr(HookedClassifier, "record", lambda *given: passes.append(len(given[2])) or record(*given))
     graphs = GraphGenerator(classifier_of(name), labelled(), graph_config(mask_layer), 0)
@@ -481,7 +481,7 @@ def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name
 @pytest.mark.parametrize("at_once", [1, 2**26])
 @pytest.mark.parametrize("name", ["mlp", "biased", "cnn", "resnet", "varied", "grouped", "windows", "mixer", "spaced"])
 def test_what_a_layer_is_given_makes_its_output(name, at_once, monkeypatch):
-    monkeypatch.setattr("mimu.tracing.NUMBERS_AT_ONCE", at_once)
+    monkeypatch.setattr("mimu.hooked.NUMBERS_AT_ONCE", at_once)
     classifier, x = classifier_of(name), images(3)
     outputs: dict[nn.Module, Tensor] = {}
     layers = [classifier.network.get_submodule(name.removesuffix(".weight")) for name in classifier.names]

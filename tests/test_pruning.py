@@ -17,13 +17,13 @@ from data import GraphGenerator
 from mimu.errors import ArtifactError, InputError
 from mimu.files import save
 from mimu.graph import MaskingGCN
+from mimu.hooked import HookedClassifier
 from mimu.masks import Mask
 from mimu.pretrained import TrainedGCN
 from mimu.pruning import Pruning, PruningConfig, RemainingCounter, prune, prune_until_forgotten
 from mimu.saliency import TERMS, ActivationGraphs, Snapshot, ranked, saliency
 from mimu.samples import Split
 from mimu.seeds import seeded
-from mimu.tracing import HookedClassifier
 from trainer import Trainer
 
 RETAIN_WEIGHT = 5.0

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from mimu import Mask, RetainScoreError, unlearn
 from mimu.graph import MaskingGCN
+from mimu.hooked import HookedClassifier
 from mimu.inputs import CustomModel, plain_torch
 from mimu.judgement import Judgement
 from mimu.pretrained import TrainedGCN
 from mimu.samples import Split
-from mimu.tracing import HookedClassifier
 
 TRAIN, TEST = random_split(200), random_split(200, seed=7)
 FREE = {"max_fall": None, "max_class_fall": None}
