@@ -129,7 +129,7 @@ def test_a_change_makes_the_files_that_depend_on_it_again_and_no_others(here, mo
         assert dry_run(here, capsys, setting) == line.format(counts[0], sum(counts), counts[1])
 
     sources = copy_to(here / "sources", *TRACKED)
-    monkeypatch.setattr(main, "ROOT", sources)
+    monkeypatch.setattr("experiment.artifacts.ROOT", sources)
     decisive = {0: ["main.py", "model.py", "data.py", "trainer.py", "mimu/graph.py"],
                 2: ["eval.py", "methods/controls.py"],
                 3: ["reporter.py", "tables/variants.py", "experiment/files.py", "my_own.py"]}  # fmt: skip
@@ -141,7 +141,7 @@ def test_a_change_makes_the_files_that_depend_on_it_again_and_no_others(here, mo
             path.write_text(f"{source}\nNUMBER = 1\n")
             assert current(here) == FINISHED | dict.fromkeys(stages[first:], 0), path
             path.write_text(source)
-    monkeypatch.setattr(main, "checksum", lambda *arguments: "other data")
+    monkeypatch.setattr("experiment.artifacts.checksum", lambda *arguments: "other data")
     assert current(here) == dict.fromkeys(stages, 0)
 
 
