@@ -1,1 +1,1 @@
-"""What surrounds the stages of a run: settings, files, processes, the command line."""
+"""Everything around the stages of a run: settings, files, processes, the command line."""

@@ -20,12 +20,12 @@ NUMBERS_AT_ONCE = 2**26  # of float32 in the tensors of a pass over samples, whi
 
 
 def samples_that_fit(numbers: int) -> int:
-    """How many samples of so many numbers each a pass may take, at least 1."""
+    """The number of samples, of so many numbers each, that one pass may take; at least 1."""
     return max(1, NUMBERS_AT_ONCE // numbers) if numbers else sys.maxsize
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 by itself."""
+    """True if a device computes in bfloat16 by itself."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type != "cpu" or (
@@ -74,11 +74,11 @@ class HookedClassifier(Wrapper):
         return self._layer(index).positions
 
     def suffix_from(self, layers: Sequence[int]) -> HookedClassifier:
-        """The same network, which takes `prefix_activations` of the layers in place of images."""
+        """This network, which takes `prefix_activations` of the layers in place of images."""
         return self._suffix(self.trace.suffix_from([self.names[layer] for layer in layers]))
 
     def suffix_after(self, layer: int) -> HookedClassifier:
-        """The same network, whose `outputs` take what `recorded` returns for a layer in place of images."""
+        """This network, whose `outputs` take what `recorded` returns for a layer in place of images."""
         return self._suffix(self.trace.suffix_after(self.names[layer]))
 
     def _suffix(self, trace: Trace) -> HookedClassifier:
@@ -197,12 +197,12 @@ class HookedClassifier(Wrapper):
 
     @property
     def samples_at_once(self) -> int:
-        """How many samples a pass takes that needs no gradients."""
+        """The number of samples in a pass that needs no gradients."""
         # A sixteenth of what fits stays in the caches of a processor, and takes half the time.
         return samples_that_fit(16 * self.trace.largest)
 
     def recorded_at_once(self, layers: Sequence[int]) -> int:
-        """How many samples a pass takes that records layers."""
+        """The number of samples in a pass that records layers."""
         return samples_that_fit(self.trace.total + sum(self._layer(index).numbers for index in layers))
 
 

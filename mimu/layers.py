@@ -54,7 +54,7 @@ class Layer:
 
     @property
     def numbers(self) -> int:
-        """How many numbers a record holds of each sample."""
+        """The size of a record, in numbers per sample."""
         return (self.groups * prod(self.shape[1:]) + 3 * self.shape[0]) * (self.positions or 1)
 
     def record(self, x: Tensor, h: Tensor, gradient: Tensor) -> LayerRecord:
@@ -138,7 +138,7 @@ class Layer:
 
 
 class FeatureRecord(NamedTuple):
-    """What a layer that is applied once to each sample did on samples.
+    """The record of a layer that is applied once to each sample did on samples.
 
     The gradient of sample s's log-odds by the weight is the outer product `log_odds_gradient[s] inputs[s]^T`.
     `by_class` puts a dimension of classes in front, as all methods below it want.
@@ -175,7 +175,7 @@ class FeatureRecord(NamedTuple):
         return self.outputs.mean(1)
 
     def log_odds_drop(self, weight: Tensor, removed: Tensor) -> Tensor:
-        """How much the log-odds fall to first order when some weights become 0, (classes, samples).
+        """The first-order fall of the log-odds when some weights become 0, (classes, samples).
 
         A weight w from neuron c to r that is zeroed takes w a_c from the pre-activation of r.
 
@@ -195,7 +195,7 @@ class FeatureRecord(NamedTuple):
 
 
 class PositionRecord(NamedTuple):
-    """What a layer that is applied at many positions of each sample, such as pixels or tokens, did on samples.
+    """The record of a layer that is applied at many positions of each sample, such as pixels or tokens, did on samples.
 
     `by_class` merges classes and groups into the first dimension, as all methods below it want.
     """
@@ -230,7 +230,7 @@ class PositionRecord(NamedTuple):
         return self.outputs.mean(3).mean(1)
 
     def log_odds_drop(self, weight: Tensor, removed: Tensor) -> Tensor:
-        """How much the log-odds fall to first order when some weights become 0, (classes, samples).
+        """The first-order fall of the log-odds when some weights become 0, (classes, samples).
 
         Args:
             weight: (groups, m, n)
@@ -255,7 +255,7 @@ LayerRecord = FeatureRecord | PositionRecord
 
 
 class Record(NamedTuple):
-    """What some layers did on a batch, and the log-odds log(p / (1 - p)) of the label of every sample.
+    """The records of some layers on a batch, and the log-odds log(p / (1 - p)) of the label of every sample.
 
     All losses follow from the log-odds: -log p has the derivative p - 1 by them, -log(1 - p) has p.
     """

@@ -87,7 +87,7 @@ def neuron_dim(layer: fx.Node, shape: torch.Size) -> int:
 
 
 def keeps_neurons(node: fx.Node, dim: int, before: torch.Size, shape: torch.Size) -> bool:
-    """Whether each entry of a dimension becomes one entry of the output's, or several neighbouring ones.
+    """True if each entry of a dimension becomes one entry of the output's, or several neighbouring ones.
 
     Elementwise functions, normalisation, pooling, means over later dimensions and flattening of these do so.
 
@@ -128,7 +128,7 @@ def output_activation(
 
 
 def is_in_order(two: Tensor, three: Tensor, batch: int, parts: int) -> bool | None:
-    """Whether a dimension holds one sample after the other (True) or one part of all samples after the other (False).
+    """Tells if a dimension holds one sample after the other (True) or one part of all samples after the other (False).
 
     Args:
         two: values of two samples
@@ -166,18 +166,18 @@ def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
 
 
 def is_in_place(node: fx.Node) -> bool:
-    """Whether an operation changes its input."""
+    """True if an operation changes its input."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 
 
 def has_views(node: fx.Node) -> bool:
-    """Whether a value may share its memory with another one."""
+    """True if a value may share its memory with another one."""
     return any(is_view(each) and not is_in_place(each) for each in (node, *node.users))
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether an operation's output may share its memory with the input."""
+    """True if an operation's output may share its memory with the input."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return name_of(node) == "getitem"  # of several tensors, which may be views of one

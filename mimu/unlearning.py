@@ -57,16 +57,13 @@ def unlearn(
             that a mask on the model forgets may be missing
         labels: the classes of the samples, (samples), from 0 on
         forget_class: one class or several. The classes of a mask that the model carries stay forgotten
-        gcn: rescales the scores; None: the pretrained one, and the formula alone in convolutions and linear layers on
-            tokens. A bare MaskingGCN gets the settings of the pretrained one
+        gcn: rescales the scores; None: the pretrained one, but the formula alone for convolutions and layers on tokens
         mask_layer: names as in named_parameters, of modules or with * and ?, or indices among the layers that can be
             masked; one or several; None: all; auto: the last, of three linear layers at the end the last but one
         seed: of the samples that are drawn
         scorer: the GCN, or the saliency formula alone
-        erase: whether the classes are also removed from the last layer's input, by one direction in a few late layers
-            (`mimu.erasing`); without a GCN, and with mask_layer auto or None
-        max_fall, max_class_fall: points of accuracy that the retained classes may lose on the samples, together and
-            each; None: any
+        erase: whether the classes are also removed from the last layer's input (`mimu.erasing`)
+        max_fall, max_class_fall: points of accuracy that the retained classes may lose, together and each; None: any
         progress: whether bars are shown on a terminal
 
     Raises:
