@@ -29,7 +29,7 @@ def mlp(sizes: Sequence[int], bias: bool) -> nn.Sequential:
 
 
 def pooled_pixels(height: int, width: int, channels: Sequence[int]) -> int:
-    """The number of pixels that remain after one max pooling for each of the channels. Raises ValueError if none does."""
+    """The number of pixels after one max pooling for each of the channels. Raises ValueError if none remains."""
     pixels = (height >> len(channels)) * (width >> len(channels))
     if not pixels:
         raise ValueError(f"channels must be fewer than {len(channels)}: nothing is left of {height} x {width} pixels")

@@ -138,7 +138,7 @@ class Layer:
 
 
 class FeatureRecord(NamedTuple):
-    """The record of a layer that is applied once to each sample did on samples.
+    """The record of a layer that is applied once to each sample.
 
     The gradient of sample s's log-odds by the weight is the outer product `log_odds_gradient[s] inputs[s]^T`.
     `by_class` puts a dimension of classes in front, as all methods below it want.
@@ -195,7 +195,7 @@ class FeatureRecord(NamedTuple):
 
 
 class PositionRecord(NamedTuple):
-    """The record of a layer that is applied at many positions of each sample, such as pixels or tokens, did on samples.
+    """The record of a layer that is applied at many positions of each sample, such as pixels or tokens,.
 
     `by_class` merges classes and groups into the first dimension, as all methods below it want.
     """
