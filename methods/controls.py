@@ -37,7 +37,7 @@ def magnitude(request: Request) -> Mask:
 @unlearning_method("output_row", runs_with="all", touches="a mask", needs="nothing")
 def output_row(request: Request) -> Mask:
     """The trivial mask: the class's output weights are zeroed, so that its logit is always 0, or its bias."""
-    graph = WeightGraph(request.graphs.classifier, -1)
+    graph = WeightGraph(request.graphs.classifier.trace.layers, -1)
     (vertices,) = graph.split(torch.arange(graph.num_vertices))
     return graph.zeroing(vertices[request.forget_class])
 

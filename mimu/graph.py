@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from mimu.hooked import HookedClassifier
+from mimu.layers import Layer
 from mimu.masks import LayerMask, Mask
 
 
@@ -57,10 +57,11 @@ class WeightGraph:
         degrees: of the weights of each layer
     """
 
-    def __init__(self, classifier: HookedClassifier, mask_layer: int | Sequence[int] | None) -> None:
-        self.layers = resolve_mask_layer(mask_layer, len(classifier.names))
-        self.names = [classifier.names[index] for index in self.layers]
-        layers = [classifier.trace.layers[name] for name in self.names]
+    def __init__(self, trace_layers: Mapping[str, Layer], mask_layer: int | Sequence[int] | None) -> None:
+        """Builds the graph of some of the layers that a network's trace can mask, by name."""
+        self.layers = resolve_mask_layer(mask_layer, len(trace_layers))
+        self.names = [[*trace_layers][index] for index in self.layers]
+        layers = [trace_layers[name] for name in self.names]
         self.shapes = [layer.shape for layer in layers]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.num_vertices = sum(self.sizes)

@@ -195,7 +195,7 @@ class FeatureRecord(NamedTuple):
 
 
 class PositionRecord(NamedTuple):
-    """The record of a layer that is applied at many positions of each sample, such as pixels or tokens,.
+    """The record of a layer that is applied at many positions of each sample, such as pixels or tokens.
 
     `by_class` merges classes and groups into the first dimension, as all methods below it want.
     """

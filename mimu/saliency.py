@@ -215,7 +215,7 @@ class ActivationGraphs:
 
     def __post_init__(self) -> None:
         classifier = self.classifier.eval()
-        self.graph = WeightGraph(classifier, self.config.mask_layer)
+        self.graph = WeightGraph(classifier.trace.layers, self.config.mask_layer)
         classes, counts = self.train.labels.unique(return_counts=True)
         self.classes = classes.tolist()
         self.num_classes = len(self.classes)

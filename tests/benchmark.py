@@ -103,7 +103,7 @@ def time_gcn(table: Table, what: str, gcn: nn.Module, x: Tensor, graph: object, 
 
 def pyg_part(table: Table, pyg: Table | None = None) -> tuple[WeightGraph, Tensor, dict[str, Tensor]]:
     """PyG's SAGEConv with memory managed as PyTorch comes: the default GCN, forward and backward on a 64x128 graph."""
-    graph = WeightGraph(HookedMNISTClassifier((), 128, 64), 0)
+    graph = WeightGraph(HookedMNISTClassifier((), 128, 64).trace.layers, 0)
     x, edges = torch.randn(1, graph.num_vertices, CONFIG.graphs.num_features), graph.edge_index()
     adjacency = torch.sparse_coo_tensor(edges, torch.ones(edges.shape[1]), [graph.num_vertices] * 2)
     formats = {"edge list": edges, "CSR sparse product": adjacency.to_sparse_csr()}
@@ -162,7 +162,7 @@ def growth_part(table: Table, pyg: Table) -> None:
     table["GB that the process holds before, with all that it has imported"] = [held]
     for scale in (0.27, 0.5, 1, 2, 3.5, 6):
         inputs, first, second = (round(scale * size) for size in (784, 128, 64))
-        graph = WeightGraph(HookedMNISTClassifier((first, second), inputs), None)
+        graph = WeightGraph(HookedMNISTClassifier((first, second), inputs).trace.layers, None)
         x = torch.randn(1, graph.num_vertices, CONFIG.graphs.num_features)
         name = f"{inputs}-{first}-{second}-10, {graph.num_vertices:,} weights"
         milliseconds = time_gcn(table, name, default_gcn(), x, graph, max(3, min(100, 10**6 // graph.num_vertices)))

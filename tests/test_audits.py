@@ -68,7 +68,7 @@ def without_logit(classifier):
 
 def masked(classifier, vertices=(0, 7, 29)):
     model = copy.deepcopy(classifier)
-    WeightGraph(classifier, -2).zeroing(torch.tensor(vertices)).apply(model)
+    WeightGraph(classifier.trace.layers, -2).zeroing(torch.tensor(vertices)).apply(model)
     return model
 
 

@@ -294,7 +294,7 @@ def incidence(of_network: str, layers: list[int]) -> Tensor:
     "sizes, mask_layer", [((6, 1), 0), ((7, 6, 5, 3), -2), ((7, 6, 5, 3), [2, 0]), ((7, 6, 5, 3), None)]
 )
 def test_the_weight_graph_is_the_line_graph_of_the_network(sizes, mask_layer):
-    graph = WeightGraph(HookedMNISTClassifier(sizes[1:-1], sizes[0], sizes[-1]), mask_layer)
+    graph = WeightGraph(HookedMNISTClassifier(sizes[1:-1], sizes[0], sizes[-1]).trace.layers, mask_layer)
     network = []
     for layer in graph.layers:
         network += [((layer, c), (layer + 1, r)) for r, c in product(range(sizes[layer + 1]), range(sizes[layer]))]
@@ -310,7 +310,7 @@ def test_the_weight_graph_is_the_line_graph_of_the_network(sizes, mask_layer):
 @pytest.mark.parametrize("rounds", [1, 3])
 @some_layers
 def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(name, layers, rounds):
-    graph = WeightGraph(classifier_of(name), layers)
+    graph = WeightGraph(classifier_of(name).trace.layers, layers)
     ends = incidence(ENDS[name], layers)
     neighbours = ends @ ends.T - 2 * torch.eye(len(ends), dtype=torch.float64)
     degrees = neighbours.sum(1)
@@ -420,7 +420,7 @@ def test_features_of_kernels_are_those_of_their_definitions(monkeypatch, name, m
 @some_layers
 def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_these_alone(name, layers):
     classifier, x = classifier_of(name), images(3)
-    graph = WeightGraph(classifier, layers)
+    graph = WeightGraph(classifier.trace.layers, layers)
     mask = graph.zeroing(torch.randperm(graph.num_vertices)[: graph.num_vertices // 3])
     keep = torch.cat([part.flatten() for part in mask.keep]).double().requires_grad_()
     weights = masked_weights(classifier, graph, keep)
@@ -555,7 +555,7 @@ def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_ori
 @pytest.mark.parametrize("name, layers", [("mlp", [1]), ("mlp", None), ("cnn", [1]), ("resnet", [0, 2, -1])])
 def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(name, layers, rank, is_on, tmp_path):
     classifier, x = classifier_of(name), images()
-    graph = WeightGraph(classifier, layers)
+    graph = WeightGraph(classifier.trace.layers, layers)
     zeroed, before = torch.randperm(graph.num_vertices)[:25], copy.deepcopy(classifier.state_dict())
     mask, kept, logits = graph.zeroing(zeroed), graph.keeping(zeroed).as_tensor(), classifier(x)
     assert kept.sum() == 25 == mask.num_zeroed and torch.equal(kept + mask.as_tensor(), torch.ones_like(kept))
@@ -697,7 +697,7 @@ def test_airbench_is_that_of_the_config_and_starts_with_kernels_that_whiten_patc
 @pytest.mark.parametrize("message_passing", [True, False])
 def test_factors_are_1_before_the_training_and_do_not_depend_on_the_graphs_seen_together(message_passing):
     torch.manual_seed(0)
-    graph = WeightGraph(HookedMNISTClassifier((64,), 128), None)
+    graph = WeightGraph(HookedMNISTClassifier((64,), 128).trace.layers, None)
     x, gcn = torch.randn(5, graph.num_vertices, 15), MaskingGCN(15, message_passing=message_passing)
     assert gcn(x, graph).shape == (5, graph.num_vertices, 2) and (gcn(x, graph) == 1).all()
     gcn.readout.weight.data.normal_()
@@ -714,7 +714,7 @@ def test_without_message_passing_a_weight_has_its_factors_by_its_own_features(cl
     w0, w1, w2 = (conv.weight for conv in gcn.convs)
     found = gcn.readout((((x @ w0.T) @ w1.T).relu() @ w2.T).relu())
     expected = (found - found.mean(1, keepdim=True)).tanh().exp()
-    assert torch.allclose(gcn(x, WeightGraph(classifier, -2)), expected, rtol=1e-5)
+    assert torch.allclose(gcn(x, WeightGraph(classifier.trace.layers, -2)), expected, rtol=1e-5)
 
 
 def test_where_nothing_of_a_graph_is_above_zero_the_gradient_passes_as_if_all_were():
@@ -763,7 +763,7 @@ def test_looking_into_a_classifier_leaves_no_gradient_behind_and_its_weights_fre
 
 
 def test_a_mask_that_does_not_fit_and_a_file_that_is_no_mask_are_refused(classifier, tmp_path):
-    mask = WeightGraph(classifier, -2).zeroing(torch.arange(3))
+    mask = WeightGraph(classifier.trace.layers, -2).zeroing(torch.arange(3))
     with pytest.raises(ZeroDivisionError), mask.applied_to(classifier):
         raise ZeroDivisionError
     assert not any(map(parametrize.is_parametrized, classifier.modules())), "the mask comes off when its context fails"

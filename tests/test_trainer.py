@@ -250,7 +250,7 @@ def test_the_rate_of_a_training_with_a_warm_up_rises_and_falls_to_zero_linearly(
 
 
 def test_mixed_precision_is_of_trainings_alone_and_changes_little(split, monkeypatch):
-    monkeypatch.setattr("mimu.tracing.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("mimu.hooked.has_bfloat16", lambda device: True)
     exact, mixed = (Trainer(trainer_config((6, 5), 3, bfloat16=is_mixed), 0) for is_mixed in (False, True))
     assert torch.equal(exact.initial(split.images, 3)(split.images), mixed.initial(split.images, 3)(split.images))
     models = [each.train(split, NUM_CLASSES) for each in (exact, mixed)]
