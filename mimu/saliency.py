@@ -181,8 +181,7 @@ class Snapshot:
         log-odds there, it takes g_r w a_c from the log-odds, summed over positions. Gradients and activations stay as
         they are. The records must have been kept.
         """
-        is_removed = torch.zeros(self.graph.num_vertices, dtype=torch.bool, device=vertices.device)
-        is_removed[vertices] = True
+        is_removed = vertices.new_zeros(self.graph.num_vertices).index_fill(0, vertices, 1)
         removed = [part.nonzero()[:, 0] for part in is_removed.split(self.graph.sizes)]
         records = []
         for record in self.records:
@@ -271,10 +270,6 @@ class ActivationGraphs:
     def mask_of(self, zeroed: Tensor) -> Mask | None:
         """Returns the mask that switches off the vertices `zeroed`; None if there are none."""
         return self.graph.zeroing(zeroed) if len(zeroed) else None
-
-    def class_index_of(self, forget_class: int) -> int:
-        """Returns the index of a class where tensors stand class after class."""
-        return self.classes.index(forget_class)
 
     def snapshot(
         self, samples: Tensor, names: Sequence[str], mask: Mask | None = None, class_index: int | None = None

@@ -301,7 +301,7 @@ def prune_class(request: UnlearningRequest, judgement: Judgement, label: int, sc
     labels, trained = request.train.labels, request.trained
     samples = request.train[torch.isin(labels, labels.new_tensor([label, *judgement.retained]))]
     graphs = ActivationGraphs(request.custom.classifier, samples, trained.graphs, request.seed)
-    config, class_index, zeroed = trained.pruning, graphs.class_index_of(label), masks[-1].vertices()
+    config, class_index, zeroed = trained.pruning, graphs.classes.index(label), masks[-1].vertices()
     gcn = trained.gcn if scorer == "gcn" else None
     steps = prune(graphs, class_index, config, request.seed, gcn, zeroed=zeroed)
     counter = RemainingCounter(graphs, class_index, request.train.forget(label).images, config.target)
