@@ -27,6 +27,7 @@ from mimu.errors import ArtifactError
 from mimu.files import save
 from mimu.graph import LARGEST_CHANGE, AffineReLU, MaskingGCN, WeightGraph
 from mimu.hooked import HookedClassifier
+from mimu.layers import PositionRecord
 from mimu.masks import LayerMask, Mask
 from mimu.pruning import prune
 from mimu.saliency import FEATURES
@@ -215,7 +216,7 @@ def tokens() -> nn.Sequential:
     return nn.Sequential(*begin, nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(16, NUM_CLASSES))
 
 
-ENCODER = "i2*16-a4 a4-q8+v4 v4-a4 a4-h6 h6-a4 a4-o3", {1: (4, 4), 2: (4, 4), 4: (4, 4), 5: (4,)}
+ENCODER = "i2*16-a4 t4-q8+v4 w4-x4 y4-h6 h6-b4 z4-o3", {1: (4, 4), 2: (4, 4), 4: (4, 4), 5: (4,)}
 # What makes each; whose the columns and the rows of every layer are, by hand: `a3*9-b4`, nine columns of each a, a row
 # of each b; in so many groups, `a4*9-b4/2`, of which each has its own columns and rows; the shape of what is given by
 # layers at which it begins midway.
@@ -229,20 +230,20 @@ NETWORKS = {
                  {1: (16, 7, 7), 3: (3, 3, 3), 5: (4,), 6: (5,)}),
     "resnet": (lambda: resnet(SIZE, (3, 4), 1, NUM_CLASSES), "i2*9-a3 a3*9-b3 b3*9-a3 a3-d4 a3*9-c4 c4*9-d4 d4-o3",
                {1: (3, 8, 8), 2: (3, 8, 8), 3: (3, 8, 8), 5: (3, 8, 8), 6: (4,)}),
-    "joined": (Joined, "i2*9-a3 a3-a3 i2-b2 d10*9-c4 a3*3+b2*3-d10/5 c4*4-o3", {1: (2, 8, 8), 4: (5, 8, 8), 5: (16,)}),
+    "joined": (Joined, "i2*9-a3 a3-a3 i2-b2 d10*9-c4 x5*3-d10/5 c4*4-o3", {1: (2, 8, 8), 4: (5, 8, 8), 5: (16,)}),
     "varied": (Varied, "i2*9-a4 a4*6-a4 g4*6-b3 a4-g4/2 b3*6-o3", {1: (4, 4, 4), 4: (18,)}),
     "grouped": (grouped, "i2*9-a4 a4*9-b8/4 b8*9-c6/2 c6*4-o3", {1: (4, 8, 8), 2: (8, 4, 4), 3: (24,)}),
-    "averaged": (Averaged, "i2*9-a4 r16-b5 b5+a4-o3", {1: (4, 4, 4), 2: (9,)}),
+    "averaged": (Averaged, "i2*9-a4 r16-b5 y9-o3", {1: (4, 4, 4), 2: (9,)}),
     "encoder": (lambda: Encoder(True), *ENCODER),
     "samples behind": (lambda: Encoder(False), *ENCODER),
-    "windows": (Windows, "i2*4-a4 a4-h5 h5-a4 a4-g1 a4-o3", {1: (2, 2, 2, 2, 4), 3: (16, 4), 4: (4,)}),
-    "mixer": (Mixer, "i2*8-a4 t8-u3 u3-s8 a4-h6 h6-a4 a4-o3", {1: (8, 4), 2: (8, 4), 3: (8, 4), 4: (8, 4), 5: (4,)}),
-    "spaced": (Spaced, "i2*5-a6/2 j1*18-b3 a6+b3-c4 c4-o3", {1: (2, 8, 8), 2: (9, 6), 3: (4,)}),
-    "functional": (Functional, "a4*4-r6 i2*16-a4 r6-o3", {0: (16,), 1: (2, 8, 8), 2: (6,)}),
-    "squeezed": (Squeezed, "i2*9-a4 a4-s2 s2-b3 s2*9-c3 b3+c3-o3",
+    "windows": (Windows, "i2*4-a4 x4-h5 h5-b4 y4-g1 z4-o3", {1: (2, 2, 2, 2, 4), 3: (16, 4), 4: (4,)}),
+    "mixer": (Mixer, "i2*8-a4 t8-u3 u3-s8 w4-h6 h6-x4 y4-o3", {1: (8, 4), 2: (8, 4), 3: (8, 4), 4: (8, 4), 5: (4,)}),
+    "spaced": (Spaced, "i2*5-a6/2 j1*18-b3 x9-c4 c4-o3", {1: (2, 8, 8), 2: (9, 6), 3: (4,)}),
+    "functional": (Functional, "x16-r6 i2*16-a4 y6-o3", {0: (16,), 1: (2, 8, 8), 2: (6,)}),
+    "squeezed": (Squeezed, "i2*9-a4 a4-s2 s2-b3 s2*9-c3 x6-o3",
                  {1: (4, 3, 3), 2: (2, 3, 3), 3: (2, 3, 3), 4: (6, 3, 3)}),
     "heads": (Heads, "i128-a6 a6-o3 a6-o3", {0: (128,), 1: (6,), 2: (6,)}),
-    "tokens": (tokens, "i2*16-a4 a4-b5 b5-c4 c4+c4+c4+c4-o3", {1: (4, 4), 2: (4, 5), 3: (16,)}),
+    "tokens": (tokens, "i2*16-a4 x4-b5 b5-c4 y16-o3", {1: (4, 4), 2: (4, 5), 3: (16,)}),
 }  # fmt: skip
 ENDS = {name: ends for name, (_, ends, _) in NETWORKS.items()}
 COUNTS = {name: len(ends.split()) for name, ends in ENDS.items()}
@@ -353,9 +354,11 @@ def test_recorded_gradients_of_kernels_are_those_of_autograd_one_sample_at_a_tim
     singles = [torch.stack(of_layer) for of_layer in zip(*by_sample)]
     assert torch.allclose(record.log_odds, odds) and torch.equal(record.kept_log_odds, record.log_odds)
     for index, layer in zip(layers, record.layers, strict=True):
-        delta, a, single = layer.log_odds_gradient, layer.inputs, singles[index]
-        gradients = delta @ a.mT if a.ndim == 4 else delta[:, :, None] * a[:, None]
-        assert torch.allclose(gradients.view_as(single), single, rtol=0, atol=1e-12)
+        if isinstance(layer, PositionRecord):
+            gradients = layer.weight_gradient
+        else:
+            gradients = layer.log_odds_gradient[:, :, None] * layer.inputs[:, None]
+        assert torch.allclose(gradients.view_as(singles[index]), singles[index], rtol=0, atol=1e-12)
     q = 1 - odds.sigmoid()
     for squares, single in zip(fisher_information(classifier, split), singles):
         expected = (q.square() @ single.flatten(1).square() / len(q)).view_as(squares)
@@ -488,10 +491,9 @@ def test_what_a_layer_is_given_makes_its_output(name, at_once, monkeypatch):
     for layer in layers:
         layer.register_forward_hook(lambda layer, inputs, output: outputs.update({layer: output}))
     classifier.network(x)
-    for index, layer in enumerate(layers):
-        parts = list(classifier.layer_inputs(index, x))
-        assert len(parts) == (3 if at_once == 1 else 1)
-        rows = torch.cat(parts)
+    for index, (layer, traced) in enumerate(zip(layers, classifier.trace.layers.values())):
+        rows = traced.read(classifier.value_of(traced.node.args[0], x))
+        rows = rows[:, None] if traced.positions is None else rows.flatten(1, 2).mT
         groups = layer.weight.flatten(1).chunk(getattr(layer, "groups", 1))
         found = rows @ torch.block_diag(*groups).T + (0 if layer.bias is None else layer.bias)
         expected = outputs[layer] if isinstance(layer, nn.Linear) else outputs[layer].movedim(1, -1)
@@ -576,7 +578,7 @@ def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(nam
         masked, on = classifier(x), Mask.on(classifier)
         assert on.includes(mask) and mask.includes(on) and on.layers == mask.layers == tuple(graph.names)
         assert {each.rank for each in on.by_layer.values()} == {rank}
-        assert ("directions taken: layer" in repr(on)) == (rank > 0)
+        assert ("directions removed: layer" in repr(on)) == (rank > 0)
         assert torch.equal(flat(), expected)
     after = classifier.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[key], value) for key, value in before.items())
@@ -773,5 +775,5 @@ def test_a_mask_that_does_not_fit_and_a_file_that_is_no_mask_are_refused(classif
     with pytest.raises(ValueError, match=r"layer '3.weight' must be a parameter \(5, 6\) of a module"):
         mask.apply(nn.Linear(7, 3))
     save(tmp_path / "gcn.pt", {"state_dict": {}, "seed": 0})
-    with pytest.raises(ArtifactError, match="gcn.pt: is not a mask .'layers'."):
+    with pytest.raises(ArtifactError, match="gcn.pt: is not a mask .'keep'."):
         Mask.load(tmp_path / "gcn.pt")
