@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from conftest import NUM_CLASSES, Group, assert_by_hand, graph_config, log_odds, mask_of, random_classifier
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -95,17 +94,15 @@ class Averaged(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Patches as tokens in an encoder layer, samples in front or behind the tokens, and their mean."""
+    """Patches as tokens in two encoder layers, samples behind the tokens, and the mean of the tokens."""
 
-    def __init__(self, batch_first: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.patches, self.layer = nn.Conv2d(2, 4, 4, 4), nn.TransformerEncoderLayer(4, 2, 6, batch_first=batch_first)
-        self.head = nn.Linear(4, NUM_CLASSES)
+        self.patches, self.head = nn.Conv2d(2, 4, 4, 4), nn.Linear(4, NUM_CLASSES)
+        self.layers = nn.Sequential(*(nn.TransformerEncoderLayer(4, 2, 6, norm_first=True) for _ in range(2)))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patches(x).flatten(2)
-        is_first = self.layer.self_attn.batch_first
-        return self.head(self.layer(tokens.mT if is_first else tokens.permute(2, 0, 1)).mean(1 if is_first else 0))
+        return self.head(self.layers(self.patches(x).flatten(2).permute(2, 0, 1)).mean(0))
 
 
 class Windows(nn.Module):
@@ -123,22 +120,6 @@ class Windows(nn.Module):
         windows = windows + self.reduce(F.gelu(self.expand(self.norm(windows))))
         x = windows.view(-1, 2, 2, 2, 2, 4).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 4)
         return self.head((x * self.gate(x).sigmoid()).mean(1))
-
-
-class Mixer(nn.Module):
-    """Linear layers over tokens, then over channels, as of an MLP-mixer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(2, 4, (4, 2), (4, 2))
-        self.tokens = nn.Sequential(nn.Linear(8, 3), nn.ReLU(), nn.Linear(3, 8))
-        self.channels = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
-        self.head = nn.Linear(4, NUM_CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).mT
-        x = x + self.tokens(x.mT).mT
-        return self.head((x + self.channels(x)).mean(1))
 
 
 class Spaced(nn.Module):
@@ -172,32 +153,6 @@ class Functional(nn.Module):
         return self.head(rows.clamp_(min=0))
 
 
-class Squeezed(nn.Module):
-    """It ends in a convolution, a ReLU and a mean, as SqueezeNet does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.begin, self.squeeze = nn.Conv2d(2, 4, 3, 2), nn.Conv2d(4, 2, 1)
-        self.one, self.three, self.last = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 3, 1, 1), nn.Conv2d(6, NUM_CLASSES, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.squeeze(self.begin(x).relu()).relu()
-        both = torch.cat([self.one(x).relu(), self.three(x).relu()], 1)
-        return F.adaptive_avg_pool2d(self.last(both).relu(), 1).flatten(1)
-
-
-class Heads(nn.Module):
-    """The mean of two heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.one, self.two = nn.Linear(128, 6), nn.Linear(6, NUM_CLASSES), nn.Linear(6, NUM_CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x.flatten(1)).relu()
-        return (self.one(x) + self.two(x)) / 2
-
-
 def grouped() -> nn.Sequential:
     depthwise, grouped = nn.Conv2d(4, 8, 3, 1, 1, groups=4), nn.Conv2d(8, 6, 3, 1, 1, groups=2, bias=False)
     begin = nn.Conv2d(2, 4, 3, 1, 1), nn.ReLU(), depthwise, nn.ReLU(), nn.MaxPool2d(2)
@@ -216,13 +171,11 @@ def tokens() -> nn.Sequential:
     return nn.Sequential(*begin, nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(16, NUM_CLASSES))
 
 
-ENCODER = "i2*16-a4 t4-q8+v4 w4-x4 y4-h6 h6-b4 z4-o3", {1: (4, 4), 2: (4, 4), 4: (4, 4), 5: (4,)}
-# What makes each; whose the columns and the rows of every layer are, by hand: `a3*9-b4`, nine columns of each a, a row
-# of each b; in so many groups, `a4*9-b4/2`, of which each has its own columns and rows; the shape of what is given by
-# layers at which it begins midway.
+# Each has a function that makes it; the neurons of the columns and of the rows of every layer, by hand: `a3*9-b4` has
+# nine columns of each a and a row of each b, `a4*9-b4/2` is two groups, each with its own columns and rows; and the
+# shape of the value at which a network begins midway, by layers.
 NETWORKS = {
-    "mlp": (lambda: mlp([128, 6, 5, NUM_CLASSES], False), "i128-a6 a6-b5 b5-o3", {1: (6,), 2: (5,)}),
-    "biased": (lambda: mlp([128, 6, 5, NUM_CLASSES], True), "i128-a6 a6-b5 b5-o3", {1: (6,), 2: (5,)}),
+    "mlp": (lambda: mlp([128, 6, 5, NUM_CLASSES], True), "i128-a6 a6-b5 b5-o3", {1: (6,), 2: (5,)}),
     "cnn": (lambda: cnn(SIZE, (3, 4), (5, NUM_CLASSES), True, True), "i2*9-a3 a3*9-b4 b4*4-c5 c5-o3",
             {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}),
     "airbench": (lambda: airbench(SIZE, (3, 4), (5, NUM_CLASSES), True, 2),
@@ -233,24 +186,18 @@ NETWORKS = {
     "joined": (Joined, "i2*9-a3 a3-a3 i2-b2 d10*9-c4 x5*3-d10/5 c4*4-o3", {1: (2, 8, 8), 4: (5, 8, 8), 5: (16,)}),
     "varied": (Varied, "i2*9-a4 a4*6-a4 g4*6-b3 a4-g4/2 b3*6-o3", {1: (4, 4, 4), 4: (18,)}),
     "grouped": (grouped, "i2*9-a4 a4*9-b8/4 b8*9-c6/2 c6*4-o3", {1: (4, 8, 8), 2: (8, 4, 4), 3: (24,)}),
-    "averaged": (Averaged, "i2*9-a4 r16-b5 y9-o3", {1: (4, 4, 4), 2: (9,)}),
-    "encoder": (lambda: Encoder(True), *ENCODER),
-    "samples behind": (lambda: Encoder(False), *ENCODER),
-    "windows": (Windows, "i2*4-a4 x4-h5 h5-b4 y4-g1 z4-o3", {1: (2, 2, 2, 2, 4), 3: (16, 4), 4: (4,)}),
-    "mixer": (Mixer, "i2*8-a4 t8-u3 u3-s8 w4-h6 h6-x4 y4-o3", {1: (8, 4), 2: (8, 4), 3: (8, 4), 4: (8, 4), 5: (4,)}),
+    "averaged": (Averaged, "i2*9-a4 x16-b5 y9-o3", {1: (4, 4, 4), 2: (9,)}),
+    "encoder": (Encoder, "i2*16-a4 z4-o3 t4-q12 v4-w4 s4-h6 h6-r4 r4-p12 u4-x4 r4-g6 g6-r4", {2: (4, 4), 6: (4, 4)}),
+    "windows": (Windows, "i2*4-a4 s4-h5 h5-r4 x4-g1 y4-o3", {1: (2, 2, 2, 2, 4), 3: (16, 4), 4: (4,)}),
     "spaced": (Spaced, "i2*5-a6/2 j1*18-b3 x9-c4 c4-o3", {1: (2, 8, 8), 2: (9, 6), 3: (4,)}),
     "functional": (Functional, "x16-r6 i2*16-a4 y6-o3", {0: (16,), 1: (2, 8, 8), 2: (6,)}),
-    "squeezed": (Squeezed, "i2*9-a4 a4-s2 s2-b3 s2*9-c3 x6-o3",
-                 {1: (4, 3, 3), 2: (2, 3, 3), 3: (2, 3, 3), 4: (6, 3, 3)}),
-    "heads": (Heads, "i128-a6 a6-o3 a6-o3", {0: (128,), 1: (6,), 2: (6,)}),
     "tokens": (tokens, "i2*16-a4 x4-b5 b5-c4 y16-o3", {1: (4, 4), 2: (4, 5), 3: (16,)}),
 }  # fmt: skip
 ENDS = {name: ends for name, (_, ends, _) in NETWORKS.items()}
 COUNTS = {name: len(ends.split()) for name, ends in ENDS.items()}
-LAYERS = [(name, layers) for name, count in COUNTS.items() for layers in ([1], [2], [0, 2], range(count))]
-some_layers = pytest.mark.parametrize("name, layers", LAYERS)
-
-
+some_layers = pytest.mark.parametrize(
+    "name, layers", [(name, each) for name in NETWORKS for each in ([1], [0, 2], None)]
+)
 TRACES: dict[str, Trace] = {}
 
 
@@ -276,19 +223,20 @@ def labelled(per_class: int = 6) -> Split:
     return Split(images(NUM_CLASSES * per_class), torch.arange(NUM_CLASSES).repeat(per_class))
 
 
-def incidence(of_network: str, layers: list[int]) -> Tensor:
+def incidence(ends: str, layers: list[int] | None) -> Tensor:
     """(vertices, neurons): how many ends each weight has at each neuron."""
-    pairs: list[tuple[str, ...]] = []
-    for layer in layers:
-        ends = []
-        sides, _, groups = of_network.split()[layer].partition("/")
+    pairs: list[tuple[str, str]] = []
+    for index, layer in enumerate(ends.split()):
+        sides, _, groups = layer.partition("/")
+        neurons = []
         for side in sides.split("-"):
-            parts = [re.fullmatch(r"(.)(\d+)\*?(\d*)", part).groups() for part in side.split("+")]
-            ends.append([c + str(i) for c, m, times in parts for i in range(int(m)) for _ in range(int(times or 1))])
-        for columns, rows in zip(*(np.split(np.array(end), int(groups or 1)) for end in ends)):
-            pairs += [(c, r) for r, c in product(rows, columns)]
-    neurons = sorted({neuron for pair in pairs for neuron in pair})
-    return torch.tensor([[float(pair.count(neuron)) for neuron in neurons] for pair in pairs], dtype=torch.float64)
+            letter, count, times = re.fullmatch(r"(.)(\d+)\*?(\d*)", side).groups()
+            neurons.append(np.repeat([f"{letter}{number}" for number in range(int(count))], int(times or 1)))
+        if layers is None or index in layers:
+            for columns, rows in zip(*(np.split(each, int(groups or 1)) for each in neurons)):
+                pairs += [(column, row) for row, column in product(rows, columns)]
+    names = sorted({neuron for pair in pairs for neuron in pair})
+    return torch.tensor([[float(pair.count(name)) for name in names] for pair in pairs], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -308,9 +256,9 @@ def test_the_weight_graph_is_the_line_graph_of_the_network(sizes, mask_layer):
     assert list(map(tuple, graph.edge_index().T.tolist())) == expected and graph.num_edges == len(expected)
 
 
-@pytest.mark.parametrize("rounds", [1, 3])
 @some_layers
-def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(name, layers, rounds):
+def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(name, layers):
+    rounds = 1 if layers == [1] else 3
     graph = WeightGraph(classifier_of(name).trace.layers, layers)
     ends = incidence(ENDS[name], layers)
     neighbours = ends @ ends.T - 2 * torch.eye(len(ends), dtype=torch.float64)
@@ -393,8 +341,8 @@ def test_requests_take_a_snapshot_before_every_step_where_gradients_by_kernels_a
 
 
 MASKED = [
-    ("cnn", 0, None), ("cnn", [1, -2], 1), ("cnn", None, 2), ("cnn", [-2, -1], 0), ("cnn", [-2, -1], None),
-    ("grouped", 1, None), ("grouped", [1, 2], 1), ("grouped", None, 2), ("tokens", 1, 2), ("tokens", [1, 2, 3], None),
+    ("cnn", [1, -2], 1), ("cnn", None, 2), ("cnn", [-2, -1], 0), ("cnn", [-2, -1], None),
+    ("grouped", [1, 2], 1), ("tokens", [1, 2, 3], None),
 ]  # fmt: skip
 
 
@@ -427,8 +375,10 @@ def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_thes
     mask = graph.zeroing(torch.randperm(graph.num_vertices)[: graph.num_vertices // 3])
     keep = torch.cat([part.flatten() for part in mask.keep]).double().requires_grad_()
     weights = masked_weights(classifier, graph, keep)
-    features, logits = classifier.suffix_from(layers).outputs(classifier.prefix_activations(layers, x), weights)
-    assert list(weights) == [classifier.names[layer] for layer in layers] == graph.names
+    features, logits = classifier.suffix_from(graph.layers).outputs(
+        classifier.prefix_activations(graph.layers, x), weights
+    )
+    assert list(weights) == [classifier.names[layer] for layer in graph.layers] == graph.names
     weighting = torch.randn(logits.shape, dtype=torch.float64)
     by_hand = functional_call(classifier.network, weights, x)
     (gradient,) = torch.autograd.grad((logits * weighting).sum(), keep, retain_graph=True)
@@ -441,7 +391,7 @@ def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_thes
         assert torch.allclose(features, classifier.outputs(x)[0], atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["airbench", "encoder", "functional"])
 def test_a_trace_serves_every_network_of_its_architecture(name):
     classifier, split = classifier_of(name), labelled(2)
     other = copy.deepcopy(classifier)
@@ -465,25 +415,21 @@ def test_classifiers_of_one_config_share_a_trace_and_making_one_draws_its_own_we
     assert torch.equal(*states)
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, "resnet18"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_begins_midway_at_the_last_single_value_before_the_layers(name):
-    is_large = name == "resnet18"
-    x = torch.randn(2, 3, 32, 32) if is_large else images(4)
-    classifier = HookedClassifier(torchvision.models.resnet18(num_classes=10), x) if is_large else classifier_of(name)
-    count, expected = len(classifier.names), classifier.network(x)
-    assert count == (21 if is_large else COUNTS[name])
-    some = [[layer] for layer in range(count)] + [[2, 1], [count - 1, 2], list(range(count))]
-    for layers in some[:: 4 if is_large else 1]:
+    classifier, x = classifier_of(name), images(4)
+    count, expected = COUNTS[name], classifier.network(x)
+    assert len(classifier.names) == count
+    for layers in ([0], [1], [2], [2, 1], [count - 1, 2], list(range(count))):
         logits = classifier.suffix_from(layers)(classifier.prefix_activations(layers, x))
         assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
-    of_resnet18 = {1: (64, 8, 8), 2: (64, 8, 8), 19: (512, 1, 1), 20: (512,)}
-    begins = of_resnet18 if is_large else NETWORKS[name][2]
+    begins = NETWORKS[name][2]
     assert {layer: tuple(classifier.prefix_activations([layer], x).shape[1:]) for layer in begins} == begins
 
 
 @pytest.mark.parametrize("at_once", [1, 2**26])
-@pytest.mark.parametrize("name", ["mlp", "biased", "cnn", "resnet", "varied", "grouped", "windows", "mixer", "spaced"])
-def test_what_a_layer_is_given_makes_its_output(name, at_once, monkeypatch):
+@pytest.mark.parametrize("name", ["mlp", "resnet", "varied", "grouped", "windows", "spaced"])
+def test_what_a_layer_reads_makes_its_output(name, at_once, monkeypatch):
     monkeypatch.setattr("mimu.hooked.NUMBERS_AT_ONCE", at_once)
     classifier, x = classifier_of(name), images(3)
     outputs: dict[nn.Module, Tensor] = {}
@@ -495,9 +441,9 @@ def test_what_a_layer_is_given_makes_its_output(name, at_once, monkeypatch):
         rows = traced.read(classifier.value_of(traced.node.args[0], x))
         rows = rows[:, None] if traced.positions is None else rows.flatten(1, 2).mT
         groups = layer.weight.flatten(1).chunk(getattr(layer, "groups", 1))
-        found = rows @ torch.block_diag(*groups).T + (0 if layer.bias is None else layer.bias)
+        output = rows @ torch.block_diag(*groups).T + (0 if layer.bias is None else layer.bias)
         expected = outputs[layer] if isinstance(layer, nn.Linear) else outputs[layer].movedim(1, -1)
-        assert torch.allclose(found, expected.reshape(found.shape))
+        assert torch.allclose(output, expected.reshape(output.shape))
         assert torch.allclose(classifier.mean_inputs(index, x), rows.mean(1))
 
 
@@ -535,7 +481,7 @@ def tiny_request(architecture: str, mask_layer: tuple[int, ...] | None) -> Reque
     return Request(replace(config.eval, hyperparameters=own), classifier, trainer, split, graphs, gcn, 1, 20, 0, 9)
 
 
-@pytest.mark.parametrize("architecture, mask_layer", [("cnn", None), ("resnet", (2, 4)), ("vit", (1, 4))])
+@pytest.mark.parametrize("architecture, mask_layer", [("cnn", None), ("vit", (1, 4))])
 def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_original(architecture, mask_layer):
     request = tiny_request(architecture, mask_layer)
     before, x = copy.deepcopy(request.original.state_dict()), request.train.images
@@ -553,8 +499,8 @@ def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_ori
         assert name not in ("fine_tune", "scrub") or not any(same), "training follows the statistics"
 
 
-@pytest.mark.parametrize("rank, is_on", [(0, False), (0, True), (2, False), (2, True)])
-@pytest.mark.parametrize("name, layers", [("mlp", [1]), ("mlp", None), ("cnn", [1]), ("resnet", [0, 2, -1])])
+@pytest.mark.parametrize("rank, is_on", [(0, False), (2, True)])
+@pytest.mark.parametrize("name, layers", [("mlp", [1]), ("mlp", None), ("resnet", [0, 2, -1])])
 def test_a_mask_does_what_it_says_comes_off_bit_for_bit_and_can_be_permanent(name, layers, rank, is_on, tmp_path):
     classifier, x = classifier_of(name), images()
     graph = WeightGraph(classifier.trace.layers, layers)
@@ -619,13 +565,11 @@ def test_what_masks_cannot_be_put_on_is_not_among_the_layers():
     assert torch.allclose(classifier.outputs(images())[1], classifier.network(images()), atol=1e-12)
 
 
-@pytest.mark.parametrize("blocks, name, layers", [(1, "ResNet-8", 10), (2, "ResNet-14", 16)])
-def test_residual_networks_are_those_of_the_config(blocks, name, layers):
-    channels, blocks = "classifier.channels=[3, 4, 5]", f"classifier.blocks={blocks}"
-    config = configured("resnet", channels, blocks, "graphs.mask_layer=1")
+def test_residual_networks_are_those_of_the_config():
+    config = configured("resnet", "classifier.channels=[3, 4, 5]", "classifier.blocks=2", "graphs.mask_layer=1")
     network = config.classifier.network((28, 28), 10).eval()
-    assert config.architecture == name and config.num_vertices == 81
-    assert config.shapes == HookedClassifier(network, torch.zeros(2, 784)).shapes and len(config.shapes) == layers
+    assert config.architecture == "ResNet-14" and config.num_vertices == 81
+    assert config.shapes == HookedClassifier(network, torch.zeros(2, 784)).shapes and len(config.shapes) == 16
     assert network[:-3](torch.zeros(2, 784)).shape == (2, 5, 7, 7) and network(torch.zeros(2, 784)).shape == (2, 10)
 
 
