@@ -439,8 +439,7 @@ class Reporter:
             if outside:
                 note = textwrap.fill(f"outside the frame (mean): {', '.join(outside)}", 90)
                 axes.set_xlabel(f"{axes.get_xlabel()}\n{note}")
-        lines, labels = plt.gca().get_legend_handles_labels()
-        legend = dict(zip(labels, lines))  # one entry for all rings
+        legend = dict(zip(*plt.gca().get_legend_handles_labels()[::-1]))  # one entry for all rings
         figure.legend(legend.values(), legend, loc="outside right upper", handlelength=2.8, frameon=False, fontsize=9)
         save_figure(figure, self.folder / name, self.config)
 

@@ -70,8 +70,7 @@ def unlearn(
         RetainScoreError: if the retained classes lose more; it holds the last mask within the bounds
         InputError: a ValueError, if the model is something else, or samples do not fit it or are not finite
 
-    Warns if some of a class remains, or the samples are too few to show that none does; if an attacker still recognises
-    an erased class; if the model does not know the samples.
+    Warns if some of a class may remain, if attackers recognise an erased class, or the model does not know the samples.
     """
     if isinstance(inputs, DataLoader | Dataset) and forget_class is None:
         labels, forget_class = None, labels
@@ -88,8 +87,9 @@ def unlearn(
             scorer = "saliency"
             trained = trained.for_kernels(custom.classifier.shapes[layer] for layer in custom.masked)
         trained = replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured"))
-        bounds = max_fall, max_class_fall
-        request = UnlearningRequest(model, carried, custom, train, requested, trained, erase, seed, bounds, progress)
+        request = UnlearningRequest(
+            model, carried, custom, train, requested, trained, erase, seed, (max_fall, max_class_fall), progress
+        )
         request.mask_on_model(request.start, {})  # raises before any work
         request.check_accuracies()
         return erasing_mask(request) if erase else pruning_mask(request, scorer)
