@@ -2,8 +2,8 @@
 
 The representation is what the last layer reads. Attackers tell the class from others by it: each is a ridge regression
 on random features, and a new one is drawn at every training step, so that an edit cannot just fool one of them. The
-target is what they would find in a classifier that never saw the class: it tells the class apart, too, about as well
-as attackers do in the inputs themselves.
+target estimates what they would find in a classifier that never saw the class, which tells the class apart to some
+degree, too: it lies between what they find in the inputs and what they find in the original (`target_r_squared`).
 """
 
 from __future__ import annotations
@@ -107,9 +107,10 @@ def erase_class(
 ) -> tuple[Mask, RecoveredInformation]:
     """Edits the last layers of a classifier until attackers no longer tell the class, and returns that as a mask.
 
-    The edited layers (`Edit`) are the last one and, before it, the linear layers of features, two at most, or else one
-    other layer. If attackers find more than the target in held-out samples, one more layer is edited and training
-    starts anew, up to MAX_EDITED. The mask under which attackers find least is returned. An edit minimises
+    The first edit (`Edit`) is of the last layer and of those before it: one, or two if the network ends in three linear
+    layers in a row. If attackers still find more than the target in the samples that judge (`split_samples`), a new
+    edit of one more layer is trained from the start, up to MAX_EDITED. The mask under which attackers find least is
+    returned. An edit minimises
 
         cross entropy of the retained classes - forget_weight E[log(1 - p)] + erase_weight max(0, R^2 - target)
 
@@ -210,7 +211,8 @@ class Edit:
     def train(self, target: float, config: ErasingConfig, seed: int, progress: bool) -> float:
         """Trains the edit, and returns the R^2 that attackers then find on the samples that judge it.
 
-        Batch and attacker are new in every step; the factors and Adam's moments alone are kept from one to the next.
+        Batch and attacker are new in every step. The factors, Adam's moments, the learning rate's schedule and the
+        random generator are kept from one step to the next.
         """
         is_forget = self.labels == self.forget_class
         indices = torch.arange(len(self.labels), device=self.labels.device)

@@ -26,7 +26,7 @@ from mimu.samples import margins
 from mimu.seeds import seeded
 from mimu.settings import Amount, Bounds, Count, Positive, number_of_weights
 
-LEAST_SHARE = 1 / 16  # of the weights of one neuron: the fewest that a layer may zero in a step if layers compete
+LEAST_SHARE = 1 / 16  # if layers compete, each offers at least this share of one neuron's weights in a step
 COUNTED_AT_ONCE = 100  # samples of the forget class after which counting may stop
 UNNOTICED = 1e-3  # nats that the retained classes may lose at no cost where layers compete
 FEW = 100  # with fewer samples of a class, their variance is estimated with the help of all samples
@@ -91,7 +91,7 @@ def prune(
     ranking: Ranking | None = None,
     zeroed: Tensor | None = None,
 ) -> Iterator[PruningStep]:
-    """Zeroes weights step by step, until all are zeroed, and yields after every step.
+    """Chooses weights to zero, step by step, and yields after every step; it ends when no weight is left.
 
     Iterative pruning after Molchanov et al. 2017, arXiv:1611.06440. A step follows a running mean of the scores, since
     each snapshot is drawn from few samples: m = momentum m + (1 - momentum) s / std(s).
@@ -144,7 +144,7 @@ def is_updated(snapshot: Snapshot, step: int, snapshot_every: int | None) -> boo
 
 
 def is_stalled(loss: float, previous_loss: float, config: PruningConfig) -> bool:
-    """Tells whether the forget class's mean -log(1 - p) is large and has not fallen by `config.penalty_growth`.
+    """True if the class's mean -log(1 - p) exceeds target / 100 nats and did not fall by the factor penalty_growth.
 
     The damage penalty is then lowered. Penalty methods likewise raise the weight of a constraint that a constant weight
     only balances against the objective (Nocedal and Wright 2006, Numerical Optimization, chapter 17).
@@ -178,9 +178,9 @@ def best_of_one_layer(
 ) -> Tensor:
     """Chooses among the highest-scoring vertices of every layer, its share of a step, those that do best when zeroed.
 
-    Scores of different layers are not comparable; what their zeros do to the losses is. The best vertices raise the
-    forget class's loss most for every nat that the retained classes lose; where none raises it, those that cost the
-    retained classes least.
+    Scores of different layers are not comparable; the changes of the losses by their zeros are. The best vertices lower
+    the forgetting loss -log(1 - p) most for every nat by which they raise the loss of the retained classes. If none
+    lowers it, the best ones are those that raise the loss of the retained classes least.
     """
     graph, best_merit, best_vertices = graphs.graph, None, None
     samples = graphs.by_class()[:, :group_size]
