@@ -45,8 +45,10 @@ def write_data_set(root: Path, name="KMNIST", images=IMAGES, labels=LABELS, test
     return raw
 
 
-@pytest.mark.parametrize("held_out, is_packed", [(0, False), (10, True)])
-@pytest.mark.parametrize("name, folder", [("MNIST", "raw"), ("FashionMNIST", "raw"), ("KMNIST", "raw"), ("mine", ".")])
+@pytest.mark.parametrize(
+    "name, folder, held_out, is_packed",
+    [("MNIST", "raw", 0, True), ("FashionMNIST", "raw", 10, False), ("mine", "raw", 0, False), ("mine", ".", 10, True)],
+)
 def test_files_like_those_of_mnist_are_standardised_by_the_training_split(tmp_path, name, folder, held_out, is_packed):
     images, labels = (IMAGES[:, :5, :4], LABELS % 3) if name == "mine" else (IMAGES, LABELS)
     raw = write_data_set(tmp_path, name, images, labels, labels[:10])
@@ -309,10 +311,9 @@ GROUPS = [
 ]
 
 
-@pytest.mark.parametrize("size", [(), (7, 1, 1), (1, 7, 1)], ids=["linear", "grouped", "positions"])
 @pytest.mark.parametrize("zeroed, present, class_index, others_among, own_among, count", GROUPS)
-def test_features_are_those_of_autograd(zeroed, present, class_index, others_among, own_among, count, size):
-    graphs = graphs_of(present, size=size)
+def test_features_are_those_of_autograd(zeroed, present, class_index, others_among, own_among, count):
+    graphs = graphs_of(present)
     samples, mask = graphs.draw(count, seeded("test")), graphs.mask_of(torch.tensor(zeroed, dtype=torch.long))
     snapshot = graphs.snapshot(samples, tuple(FEATURES), mask, class_index)
     among = {class_index: own_among}
@@ -331,9 +332,9 @@ def test_log_odds_of_labels_that_are_left_out_or_all_but_certain():
     assert whole[:2].tolist() == [-900, 904] and torch.allclose(whole[2], (p / (1 - p)).log())
 
 
-@pytest.mark.parametrize("class_index, others_among", [(None, EVERY), (2, [0, 1, 3])])
 @pytest.mark.parametrize(
-    "mask_layer, last, size", [(-2, 25, ()), (None, 90, ()), (-2, 373, (7, 1, 1)), (None, 290, (1, 7, 1))]
+    "class_index, others_among, mask_layer, last, size",
+    [(None, EVERY, -2, 25, ()), (2, [0, 1, 3], -2, 373, (7, 1, 1)), (None, EVERY, None, 290, (1, 7, 1))],
 )
 def test_a_first_order_update_is_linear_in_the_weights_that_it_zeroes(
     class_index, others_among, mask_layer, last, size
