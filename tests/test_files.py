@@ -55,58 +55,39 @@ def power(monkeypatch, cut_before=math.inf, before=lambda: None) -> Iterator[lis
         yield operations
 
 
-def emptied(folder: Path) -> None:
-    for name in FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def results(folder: Path) -> dict[str, dict]:
-    """The JSON of every experiment without its seconds. Raises where any file is half written or damaged."""
-    if partial := list(folder.rglob(f"*{files.PARTIAL}")):
-        raise ValueError(f"half written: {partial}")
-    for path in (*folder.rglob("*.pt"), *folder.glob("eval/*/metrics/*.json")):
-        files.load(path)
-    return metrics(folder)
-
-
-def content(value: float) -> dict:
-    return {"state_dict": {"weight": torch.full((40, 3), value)}, "seed": 3, "name": "it", "none": None}
-
-
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    return type(a) is type(b) and a == b
-
-
 def test_what_is_saved_comes_back_and_others_read_it(tmp_path):
     checkpoint, metrics = tmp_path / "new" / "folder" / "file.pt", tmp_path / "file.json"
-    files.save(checkpoint, content(math.pi))
-    assert same(files.load(checkpoint), content(math.pi)) and list(checkpoint.parent.iterdir()) == [checkpoint]
-    assert same(torch.load(checkpoint, weights_only=True), content(math.pi))
+    about, tensors = {"seed": 3, "none": None}, {"weight": torch.randn(4, 3), "mask": torch.ones(2) > 0}
+    files.save(checkpoint, about | {"state_dict": tensors})
+    for loaded in (files.load(checkpoint), torch.load(checkpoint, weights_only=True)):
+        state_dict = loaded.pop("state_dict")
+        assert loaded == about and all(torch.equal(state_dict[name], tensors[name]) for name in tensors)
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
     assert "state_dict" in files.load(PROJECT / "mimu" / "gcn.pt")
     files.save(metrics, {"a": [1, 0.1, None], "b": {"c": 2}})
-    assert same(files.load(metrics), {"a": [1, 0.1, None], "b": {"c": 2}})
+    assert files.load(metrics) == {"a": [1, 0.1, None], "b": {"c": 2}}
     read = json.loads(metrics.read_text(), parse_constant=pytest.fail)
     assert read["a"] == [1, 0.1, None] and len(read["checksum"]) == 64
 
 
-def test_a_full_disk_and_a_kill_before_the_last_operation_leave_the_file_as_it_was(tmp_path, monkeypatch):
-    path, states = tmp_path / "file.pt", []
-    files.save(path, content(1.0))
+def test_a_full_disk_a_kill_before_the_last_operation_and_a_failure_leave_the_file_as_it_was(tmp_path, monkeypatch):
+    path, states = tmp_path / "file.json", []
+    files.save(path, {"a": 1})
     before = path.read_bytes()
     with power(monkeypatch, before=lambda: states.append((path.read_bytes(), len(list(tmp_path.iterdir()))))):
-        files.save(path, content(2.0))
+        files.save(path, {"a": 2})
     # Before the folder is made, the file opened, flushed to the disk and renamed.
     assert states == [(before, count) for count in (1, 1, 2, 2)]
-    assert same(files.load(path), content(2.0)) and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError):
+        files.save(path, {"a": math.nan})
+    with pytest.raises(ZeroDivisionError), written_whole(path) as file:
+        file.write(bytes([1 // 0]))
+    assert list(tmp_path.iterdir()) == [path]
     for cut in range(4):
         with power(monkeypatch, cut), pytest.raises(ArtifactError) as raised:
-            files.save(path, content(3.0))
+            files.save(path, {"a": 3})
         assert str(raised.value) == f"{path}: cannot be written (No space left on device)"
-        assert same(files.load(path), content(2.0))
+        assert files.load(path) == {"a": 2}
 
 
 def test_partial_files_of_killed_runs_are_removed_and_others_stay(tmp_path):
@@ -119,21 +100,10 @@ def test_partial_files_of_killed_runs_are_removed_and_others_stay(tmp_path):
         assert partial == ["mine"] and len([*tmp_path.glob("**/a.pt"), *tmp_path.glob("**/of_mine.partial")]) == 10
 
 
-def test_nothing_is_written_where_the_content_cannot_be_made(tmp_path):
-    path = tmp_path / "file"
-    write_text(path, "before")
-    with pytest.raises(ZeroDivisionError), written_whole(path) as file:
-        file.write(bytes([1 // 0]))
-    with pytest.raises(ValueError):
-        files.save(tmp_path / "other.json", {"a": math.nan})
-    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize("name, least", [("file.pt", 1), ("file.json", 0.8)])
 def test_a_file_with_a_wrong_byte_is_refused(tmp_path, name, least):
     """Of JSON, a few bytes may become others that mean the same."""
-    path, refused = tmp_path / name, 0
-    saved = content(math.pi) if name == "file.pt" else {"scores": [1 / 3, 96.9, None], "config": {"a": {"b": "c"}}}
+    path, saved, refused = tmp_path / name, {"scores": [1 / 3, 96.9, None], "config": {"a": {"b": "c"}}}, 0
     files.save(path, saved)
     whole = path.read_bytes()
     wrong = [b"", whole[::-1], whole + whole, bytes(len(whole)), *(whole[:end] for end in range(1, len(whole), 50))]
@@ -142,7 +112,7 @@ def test_a_file_with_a_wrong_byte_is_refused(tmp_path, name, least):
     for broken in wrong:
         path.write_bytes(broken)
         try:
-            assert same(files.load(path), saved)
+            assert files.load(path) == saved
         except ArtifactError as error:
             assert str(error).startswith(f"{path}: is damaged or something else (") and "\n" not in str(error)
             refused += 1
@@ -293,6 +263,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file() and path.stem != "run"}
 
 
+def emptied(folder: Path) -> None:
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
 @pytest.mark.faults
 def test_a_kill_between_any_two_operations_on_files_is_made_good(here, monkeypatch):
     """What a kill leaves is what is there before the next operation. A file that is not whole yet is never read."""
@@ -305,7 +280,7 @@ def test_a_kill_between_any_two_operations_on_files_is_made_good(here, monkeypat
 
     with power(monkeypatch, before=keep) as operations:
         run_here(here, *one)
-    expected, names = results(here), set(contents(here))
+    expected, names = metrics(here), set(contents(here))
     assert len(operations) > 80 and sum(PARTIAL in " ".join(each) for each in kept.values()) > 15
     for before in kept.values():
         emptied(here)
@@ -313,13 +288,13 @@ def test_a_kill_between_any_two_operations_on_files_is_made_good(here, monkeypat
             (here / name).parent.mkdir(parents=True, exist_ok=True)
             (here / name).write_bytes(content)
         run_here(here, *one)
-        assert results(here) == expected and set(contents(here)) == names, sorted(before)
+        assert metrics(here) == expected and set(contents(here)) == names, sorted(before)
 
 
 @pytest.mark.faults
 def test_a_disk_that_fills_up_at_any_operation_is_one_error(here, monkeypatch):
     run_here(here, *TINY)
-    expected, failed = results(here), 0
+    expected, failed = metrics(here), 0
     emptied(here)
     for cut in range(0, 1000, 3):
         with power(monkeypatch, cut) as operations:
@@ -330,4 +305,4 @@ def test_a_disk_that_fills_up_at_any_operation_is_one_error(here, monkeypatch):
                 failed += 1
         if len(operations) <= cut:
             break
-    assert failed > 10 and results(here) == expected
+    assert failed > 10 and metrics(here) == expected
