@@ -88,7 +88,7 @@ def test_a_run_writes_its_files_reports_are_drawn_again_from_json_and_clean_remo
     output, (result,) = capsys.readouterr().out, metrics(here).values()
     assert all(name in output for name in (*METHODS, "forget accuracy", "retain accuracy", "reports"))
     assert list(result["unlearning_metrics"]) == METHODS and result["forget_digit"] == 3
-    assert len(result["zeroed"]) == result["kappa"] == 20
+    assert len(result["zeroed"]) == result["kappa"] == 20 and not result["gcn_untrained"]
     assert result["num_graph_vertices"] == 16 * 32 and result["num_graph_edges"] == 16 * 32 * (16 + 32 - 2)
     assert all((here / path).exists() for path in result["files"].values()) and len(result["files"]) == 4
     patterns = ["checkpoints/classifier_seed_0_*", "checkpoints/gcn_seed_0_*", "datasets/Graphs/seed_0_*"]
@@ -153,42 +153,28 @@ def test_a_change_makes_the_files_that_depend_on_it_again_and_no_others(finished
     assert current(finished) == dict.fromkeys(stages, 0)
 
 
-def test_a_retrained_classifier_is_kept_with_the_seconds_that_it_took_until_a_run_begins_anew(
-    finished, monkeypatch, capsys
-):
-    without, trained = [], Trainer.trained
-
-    def noted(self, train, *arguments):
-        without.append(set(range(10)) - set(train.labels.tolist()))
-        return trained(self, train, *arguments)
-
-    monkeypatch.setattr(Trainer, "trained", noted)
-    for override, expected in (("eval.step=16", []), ("sweep.forget_digits=[5]", [{5}])):
-        without.clear()
-        run_here(finished, *TINY, override)
-        assert without == expected
-    results = [json.loads(path.read_text()) for path in finished.glob("eval/*/metrics/*digit_3*.json")]
-    assert len(results) == 2 and len({result["seconds"]["retrain"] for result in results}) == 1
-    without.clear()
-    run_here(finished, *TINY, is_fresh=True)
-    assert without == [set(), {3}] and "0 of 4 files are there" in capsys.readouterr().out
-
-
 def without_seconds(path: Path) -> bytes:
     content = io.BytesIO()
     torch.save(load(path) | {"seconds": 0}, content)
     return content.getvalue()
 
 
-def test_a_finished_run_computes_nothing_again_and_what_is_missing_or_damaged_is_made_again(finished, capsys):
-    expected, before = metrics(finished), files(finished)
+def test_a_finished_run_computes_nothing_again_and_what_is_missing_or_damaged_is_made_again(
+    finished, monkeypatch, capsys
+):
+    expected, before, without, trained = metrics(finished), files(finished), [], Trainer.trained
+
+    def noted(self, train, *arguments):
+        without.append(set(range(10)) - set(train.labels.tolist()))
+        return trained(self, train, *arguments)
+
+    monkeypatch.setattr(Trainer, "trained", noted)
     run_here(finished, *TINY, "eval.visualize=true")
-    output, after = capsys.readouterr().out, files(finished)
-    assert "4 of 4 files are there" in output and "classifier, " not in output
+    after, log = files(finished), (finished / "reports" / "run.log").read_text()
     written = {name for name in after if after[name] != before.get(name)}
     written -= {"reports/run.json", "reports/run.log", ".lock"}
     assert len(written) == 5 and all("/plots/" in name for name in written) and before.keys() == after.keys() - written
-    log = (finished / "reports" / "run.log").read_text()
+    assert "4 of 4 files are there" in capsys.readouterr().out and without == []
     assert all(line[:4].isdigit() for line in log.splitlines()) and "4 of 4 files are there" in log
 
     (path,) = finished.glob("eval/*/metrics/*.json")
@@ -196,7 +182,7 @@ def test_a_finished_run_computes_nothing_again_and_what_is_missing_or_damaged_is
     with pytest.raises(InputError, match="run it first, or .* missing: seed_0_digit_3_top_k_128_kappa_20_fixed$"):
         main.plot(smoke(*TINY), finished)
     run_here(finished, *TINY)
-    assert metrics(finished) == expected
+    assert metrics(finished) == expected and without == []
     paths, experiments = [*finished.glob("checkpoints/[cg]*")], files(finished / "eval")
     whole = [without_seconds(path) for path in paths]
     for is_evaluated in (True, False):
@@ -207,6 +193,20 @@ def test_a_finished_run_computes_nothing_again_and_what_is_missing_or_damaged_is
         run_here(finished, *TINY)
         assert [without_seconds(path) for path in paths] == whole and metrics(finished) == expected
         assert files(finished / "eval") == experiments or not is_evaluated
+
+    # Retrained classifiers are kept with the seconds that they took, until a run begins anew.
+    for override, is_fresh, trainings in (
+        ("eval.step=16", False, []),
+        ("sweep.forget_digits=[5]", False, [{5}]),
+        ("seed=0", True, [set(), {3}]),
+    ):
+        without.clear()
+        run_here(finished, *TINY, override, is_fresh=is_fresh)
+        assert without == trainings
+        if override == "eval.step=16":
+            results = [json.loads(path.read_text()) for path in finished.glob("eval/*/metrics/*.json")]
+            assert len(results) == 2 and len({result["seconds"]["retrain"] for result in results}) == 1
+    assert "0 of 4 files are there" in capsys.readouterr().out
 
 
 VARIANTS = """
@@ -386,34 +386,29 @@ def test_the_lines_of_the_readme_unlearn_a_model(tmp_path, monkeypatch):
 def test_trainings_that_are_interrupted_go_on_where_they_were_and_figures_stay(here, monkeypatch):
     longer = (*TINY, "classifier.epochs=3", "gcn.steps=12")
     run_here(here, *longer)
-    expected, check, seen = metrics(here), training.check_finite, {}
+    expected, check, steps = metrics(here), training.check_finite, {}
 
     def interrupted(losses, step, setting) -> None:
-        seen.setdefault(setting, []).append(step)
-        if len(seen[setting]) == 6:
+        steps.setdefault(setting, []).append(step)
+        if len(steps[setting]) == 6:
             raise KeyboardInterrupt
         check(losses, step, setting)
 
     monkeypatch.setattr(training, "check_finite", interrupted)
     monkeypatch.setattr(trainer, "SAVED_EVERY", 0.0)
-    for _ in range(2):
+    for is_fresh in (True, False):
         with pytest.raises(KeyboardInterrupt):
-            run_here(here, *longer, is_fresh=not seen)
+            run_here(here, *longer, is_fresh=is_fresh)
     run_here(here, *longer)
-    of_classifier, of_gcn = seen.values()
+    of_classifier, of_gcn = steps.values()
     assert of_classifier[:14] == [*range(6), *range(4, 12)] and of_gcn == [*range(6), *range(3, 12)]
     assert metrics(here) == expected
 
 
-def test_a_gcn_that_its_training_leaves_behind_the_formula_is_the_one_before_and_the_run_says_so(
-    here, capsys, monkeypatch
-):
-    few = ("eval.methods=[mimu, saliency]", "sweep.kappa=[auto]", "sweep.forget_digits=[3]")
-    for changes, is_behind in ((("gcn.learning_rate=1", "gcn.steps=20"), True), (("gcn.learning_rate=1e-6",), False)):
-        run_here(here, *few, *changes)
-        assert ("points behind the formula: the untrained is used" in capsys.readouterr().out) == is_behind
-        (result,) = metrics(here).values()
-        assert result["gcn_untrained"] == is_behind
-        kept = result["performance_degradation_metrics"]
-        assert kept["mimu"] == kept["saliency"]
-        shutil.rmtree(here / "eval")
+def test_a_gcn_that_its_training_leaves_behind_the_formula_is_the_one_before_and_the_run_says_so(here, capsys):
+    methods = "eval.methods=[mimu, saliency]"
+    run_here(here, methods, "sweep.kappa=[auto]", "sweep.forget_digits=[3]", "gcn.learning_rate=1", "gcn.steps=20")
+    assert "points behind the formula: the untrained is used" in capsys.readouterr().out
+    (result,) = metrics(here).values()
+    kept = result["performance_degradation_metrics"]
+    assert result["gcn_untrained"] and kept["mimu"] == kept["saliency"]
