@@ -20,9 +20,9 @@ import torch
 from running import PROJECT, TINY, metrics, run_here
 
 from experiment import files as run_files
-from experiment.files import Artifact, Log, code_of, locked, slug
+from experiment.files import Artifact, Log, code_of, locked
 from mimu import files
-from mimu.errors import ArtifactError, one_line
+from mimu.errors import ArtifactError
 from mimu.files import PARTIAL, write_text, written_whole
 
 FOLDERS = ("checkpoints", "datasets/Graphs", "eval", "reports")  # which a run makes where there is only data
@@ -249,12 +249,6 @@ def test_where_the_system_has_no_locks_files_are_still_written(tmp_path):
     done = in_another_process(f"{code}{LOCKING}save(Path(sys.argv[1]) / 'a.json', {{'a': 1}})", tmp_path)
     assert done.returncode == 0, done.stderr
     assert files.load(tmp_path / "a.json") == {"a": 1}
-
-
-def test_names_and_errors_are_one_short_line():
-    assert slug(" As it is: K = 3!") == "as_it_is_k_3" and slug("$.") == ""
-    assert one_line(ValueError("a\n  b")) == "a b" and one_line(KeyError()) == "KeyError"
-    assert len(one_line(ValueError("a" * 1000))) == 300
 
 
 def contents(folder: Path) -> dict[str, bytes]:

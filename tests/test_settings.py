@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import typing
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from running import write_image
 from experiment.config import CONFIG, Config, load_config, load_variants
 from experiment.settings import checked
 from mimu.errors import InputError
-from mimu.pretrained import TrainedGCN
 
 SFT = {"epochs": 1, "batch_size": 512, "learning_rate": 0.01}  # its hyperparameters in configs/config.yaml
 
@@ -125,6 +123,7 @@ def test_bad_overrides_are_one_line_that_says_what_is_valid(override, message):
     [
         ("gcn: [1, 2", "is not valid YAML (while parsing"),
         ("- 3", "the settings must be a mapping, not [3]"),
+        ("classifier: {hidden_sizes: [32, 16]}", "sweep.kappa must be from 1 to 511"),
         ("gcn:\n  steps:", "gcn.steps "),
         ("gcn: {steps: 3}\nseed: 1\ngcn: {hidden: 4}", "is not valid YAML (gcn stands twice in"),
         ("variants: 3", "variants must map names, without $ and line breaks, to what each changes, not 3"),
@@ -146,14 +145,6 @@ def test_a_file_that_cannot_be_read_is_named_also_where_it_is_extended(tmp_path,
     assert refusal(mine) == f"{mine}: cannot be read (No such file or directory)"
     assert refusal(tmp_path) == f"{tmp_path}: cannot be read (Is a directory)"
     assert "sub/none.yaml: cannot be read" in refusal(write(mine, "extends: sub/none.yaml"))
-
-
-def test_the_layer_that_makes_others_impossible_is_named(mine):
-    write(mine, "classifier: {hidden_sizes: [32, 16]}")
-    message = "sweep.kappa must be from 1 to 511"
-    assert refusal(mine, "device=cpu").startswith(f"{mine}: {message}")
-    assert refusal(mine, "sweep.kappa=[600]").startswith(f"override sweep.kappa=[600]: {message}")
-    assert load_variants(mine, ["sweep.kappa=[511]"])[""].kappas == [511]
 
 
 CONFIGS = sorted(path for path in CONFIG.parent.glob("*.yaml") if path.name != "methods.yaml")
@@ -188,13 +179,6 @@ def test_amounts_are_numbers_of_weights_and_auto_comes_last():
     config = load_config(overrides=["sweep.kappa=[auto, 900, 0.1]", "sweep.top_k=[0.25, 2048, 7, 1.0e-9]", "seed=4"])
     assert config.kappas == [819, 900, "auto"] and config.top_ks == [2048, 7, 1] and config.seeds == (4,)
     assert config.num_vertices == 8192 and config.torch_device().type in ("cpu", "cuda")
-
-
-def test_a_pretrained_gcn_reads_its_own_features():
-    changes = ["graphs.features=[weight]", "graphs.other_classes=false"]
-    own, pretrained = load_config(changes), load_config([*changes, "gcn.pretrained=true"])
-    assert own.graphs.features == ("weight",) and pretrained.graphs.num_features == TrainedGCN.load().gcn.num_features
-    assert replace(pretrained, graphs=own.graphs, gcn=own.gcn) == own
 
 
 def test_pixels_and_classes_are_those_of_the_data_set(tmp_path, monkeypatch):

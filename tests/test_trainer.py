@@ -171,16 +171,6 @@ def test_a_training_that_diverges_stops_with_the_step_and_what_to_look_at(split,
             gcn_trainer(**{term: torch.inf}).train()
 
 
-def test_training_is_the_same_with_the_same_seed_alone(split):
-    graphs, trained = graph_generator(), []
-    for seed in (0, 0, 1):
-        torch.manual_seed(len(trained))
-        classifier = Trainer(trainer_config((6, 5), 2), seed).train(split, NUM_CLASSES)
-        trained.append([*classifier.parameters(), *gcn_trainer(graphs, seed=seed).train().parameters()])
-    first, again, other = trained
-    assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, other))
-
-
 def test_augmented_images_are_cuts_of_the_padded_one_or_of_its_mirror_image_and_each_of_them_comes():
     images = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), "edge")
