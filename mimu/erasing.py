@@ -24,11 +24,10 @@ from mimu.errors import InputError
 from mimu.hooked import HookedClassifier
 from mimu.masks import LayerMask, Mask
 from mimu.probes import held_out_variance, standardised
-from mimu.pruning import forgetting_loss
 from mimu.samples import Split, drawn_of_every_class
 from mimu.seeds import seeded
 from mimu.settings import Count, NonNegative, Positive, Share, library_settings
-from mimu.training import descend
+from mimu.training import descend, forgetting_loss
 
 MAX_EDITED = 4  # layers before the last one that are edited, at most
 HELD_OUT = 5  # one sample of every so many of a class is not trained on

@@ -77,8 +77,8 @@ class CustomModel:
     @property
     def reads_features(self) -> bool:
         """True where all layers to mask are linear ones of features, as those on which the GCN was trained."""
-        shapes, positions = self.classifier.shapes, self.classifier.positions
-        return all(len(shapes[layer]) == 2 and positions(layer) is None for layer in self.masked)
+        layers = [self.classifier.layers[index] for index in self.masked]
+        return all(len(layer.shape) == 2 and layer.positions is None for layer in layers)
 
 
 def check_model(model: nn.Module) -> None:

@@ -81,8 +81,6 @@ class Layer:
 
     def by_position(self, x: Tensor) -> Tensor:
         """The operation's output as (samples, groups, m / groups, positions), or (samples, m) on features."""
-        if x.ndim == 2 and self.positions is None:
-            return x
         x = self.by_sample(x)
         x = x.flatten(3).movedim(2, -1) if self.is_convolution else x  # (samples, parts, ..., m)
         return self._laid_out(x.reshape(len(x), self.positions or 1, self.groups, -1).permute(0, 2, 3, 1))
@@ -93,8 +91,6 @@ class Layer:
         Returns: (samples, groups, n, positions), in memory position after position, as products over samples and
             positions are fastest then; or (samples, n) on features
         """
-        if x.ndim == 2 and self.positions is None:
-            return x
         if not self.is_convolution:
             return self._laid_out(self.by_sample(x).flatten(1, -2).mT[:, None])
         # To (batch, groups, *places, channels, *kernel).

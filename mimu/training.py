@@ -38,6 +38,11 @@ def descend(
     optimizer.step()
 
 
+def forgetting_loss(p: Tensor) -> Tensor:
+    """Computes the mean of -log(1 - p) in nats; p is the probability of the forget class on its samples."""
+    return -torch.log1p(-p.clamp(max=1 - 1e-6)).mean()
+
+
 def is_finite(model: nn.Module) -> bool:
     """Says whether all weights of a model are finite numbers."""
     return all(weight.isfinite().all() for weight in model.state_dict().values())
