@@ -6,8 +6,6 @@ target estimates what they would find in a classifier that never saw the class, 
 degree, too: it lies between what they find in the inputs and what they find in the original (`target_r_squared`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -53,7 +51,7 @@ class ErasingConfig:
     share: Share
 
     @staticmethod
-    def configured() -> ErasingConfig:
+    def configured() -> "ErasingConfig":
         """Reads the settings of `settings.yaml`."""
         return ErasingConfig(**library_settings()["erase"])
 

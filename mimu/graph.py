@@ -1,7 +1,5 @@
 """The weight graph of a classifier, GraphSAGE on it in closed form, and the masking GCN."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 from collections import defaultdict
@@ -129,7 +127,7 @@ class AffineFeatures:
     target: Tensor  # (batch, groups, m, features)
 
     @staticmethod
-    def of(x: Tensor) -> AffineFeatures:
+    def of(x: Tensor) -> "AffineFeatures":
         sums = x.sum(2), x.sum(3)
         return AffineFeatures(x, *sums, torch.eye(x.shape[-1]).to(x), *map(torch.zeros_like, sums))
 
@@ -140,7 +138,7 @@ class AffineFeatures:
         at_targets = self.target_sums @ self.matrix + n * self.target + self.source.sum(2, keepdim=True)
         return at_sources, at_targets
 
-    def transformed(self, matrix: Tensor, source: Tensor, target: Tensor) -> AffineFeatures:
+    def transformed(self, matrix: Tensor, source: Tensor, target: Tensor) -> "AffineFeatures":
         """y[r, c] M' + source'[c] + target'[r], with an M' (features, out)."""
         source, target = self.source @ matrix + source, self.target @ matrix + target
         return replace(self, matrix=self.matrix @ matrix, source=source, target=target)

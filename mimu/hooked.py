@@ -1,7 +1,5 @@
 """A classifier that runs operation by operation: under other weights, from midway, and recorded."""
 
-from __future__ import annotations
-
 import copy
 import operator
 import sys
@@ -74,15 +72,15 @@ class HookedClassifier(Wrapper):
         """The shape of every weight, in the order of the layers: (out, in), or that of kernels."""
         return [layer.shape for layer in self.layers]
 
-    def suffix_from(self, layers: Sequence[int]) -> HookedClassifier:
+    def suffix_from(self, layers: Sequence[int]) -> "HookedClassifier":
         """This network, which takes `prefix_activations` of the layers in place of images."""
         return self._suffix(self.trace.suffix_from([self.names[layer] for layer in layers]))
 
-    def suffix_after(self, layer: int) -> HookedClassifier:
+    def suffix_after(self, layer: int) -> "HookedClassifier":
         """This network, whose `outputs` take what `recorded` returns for a layer in place of images."""
         return self._suffix(self.trace.suffix_after(self.names[layer]))
 
-    def _suffix(self, trace: Trace) -> HookedClassifier:
+    def _suffix(self, trace: Trace) -> "HookedClassifier":
         suffix = copy.copy(self)
         suffix.trace, suffix._is_suffix = trace, True
         return suffix

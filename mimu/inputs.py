@@ -1,7 +1,5 @@
 """Models and samples of users, checked and made ready."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence

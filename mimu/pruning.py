@@ -5,8 +5,6 @@ scores all weights on the classifier masked so far, zeroes the highest-scoring o
 decides when to stop. `prune_until_forgotten` stops where the class is gone. `Pruning` serves several kappas in turn.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

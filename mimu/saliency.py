@@ -1,7 +1,5 @@
 """Snapshots of a classifier, class graphs, and the score of every weight by the formula or with the masking GCN."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -171,7 +169,7 @@ class Snapshot:
         x /= deviation.clamp_min(1e-12)
         return x.permute(1, 2, 0).contiguous()
 
-    def first_order_update(self, vertices: Tensor) -> Snapshot:
+    def first_order_update(self, vertices: Tensor) -> "Snapshot":
         """Estimates the snapshot without further weights, to first order, without a pass through the network.
 
         Zeroing a weight w from neuron c to r takes w a_c from the pre-activation of r. With the gradient g_r of the

@@ -1,7 +1,5 @@
 """A network exported as operations, which can run under other weights, start midway and be recorded."""
 
-from __future__ import annotations
-
 import copy
 import operator
 from collections import Counter, defaultdict
@@ -74,14 +72,14 @@ class Trace:
             raise ValueError(f"torch.export cannot take it for any number of samples ({one_line(error)})") from error
         self._schedule()
 
-    def __deepcopy__(self, memo: dict) -> Trace:
+    def __deepcopy__(self, memo: dict) -> "Trace":
         return self
 
-    def suffix_from(self, layers: Sequence[str]) -> Trace:
+    def suffix_from(self, layers: Sequence[str]) -> "Trace":
         """The operations from `start_of` the layers on; the input is that node's value."""
         return self._suffix([self.start_of(layers)])
 
-    def suffix_after(self, layer: str) -> Trace:
+    def suffix_after(self, layer: str) -> "Trace":
         """The operations after a layer; the input is the layer's output and all else that they need.
 
         Raises:
@@ -93,7 +91,7 @@ class Trace:
             raise ValueError(f"behind {layer} values have no dimension of samples in front")
         return self._suffix([node, *(needed - {node})])
 
-    def _suffix(self, nodes: Sequence[fx.Node]) -> Trace:
+    def _suffix(self, nodes: Sequence[fx.Node]) -> "Trace":
         suffix = copy.copy(self)
         suffix.input_nodes = tuple(nodes)
         suffix._schedule()

@@ -1,7 +1,5 @@
 """The steps that train a model, and the errors of a training that diverges."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """`unlearn`: makes a classifier of the user's own forget classes, within bounds on what the retained classes lose."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
