@@ -128,8 +128,9 @@ class AffineFeatures:
 
     @staticmethod
     def of(x: Tensor) -> "AffineFeatures":
-        sums = x.sum(2), x.sum(3)
-        return AffineFeatures(x, *sums, torch.eye(x.shape[-1]).to(x), *map(torch.zeros_like, sums))
+        at_sources, at_targets, identity = x.sum(2), x.sum(3), torch.eye(x.shape[-1]).to(x)
+        nothing = torch.zeros_like(at_sources), torch.zeros_like(at_targets)
+        return AffineFeatures(x, at_sources, at_targets, identity, nothing[0], nothing[1])
 
     def totals(self) -> tuple[Tensor, Tensor]:
         """The sums of y at source neurons (batch, groups, n, features) and target neurons (batch, groups, m, ...)."""

@@ -170,8 +170,8 @@ def layers_to_mask(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[s
     (docs/networks.md).
 
     Args:
-        mask_layer: "auto", None (all), or names or indices, one or several; a name may be that of a module, or a
-            pattern with * and ?
+        mask_layer: "auto", None (all), or one or several names, as in `named_parameters`, of modules, or with * and ?,
+            or indices among the layers that can be masked
         names: the layers that can be masked
         at_the_end: the linear layers in a row that the model ends in, or its last layer
 

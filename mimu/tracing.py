@@ -232,7 +232,7 @@ class Trace:
         is_as_exported = torch.allclose(logits[0], network(two), 1e-3, 1e-4, equal_nan=True)
         if not is_as_exported or not torch.allclose(logits[1][1:], logits[0], 1e-2, 1e-3, equal_nan=True):
             raise ValueError("its operations, one after the other, give other logits than itself")
-        self._compare(*observed)
+        self._compare(observed[0], observed[1])
         self.layers: dict[str, Layer] = {}
         nodes = {name: node for node, name in readers.items()}
         neurons = joined_neurons([node for node in self.nodes if node in self.sample_nodes], self.shapes)
@@ -298,9 +298,9 @@ class Trace:
         if positions == 1 and not (is_convolution and argument(node, "groups") > 1):
             positions = None
         activation, is_rectified = output_activation(node, {*self.nodes}, self.shapes)
-        sources, targets = neurons
-        layout = batch, parts, in_order, positions
-        return Layer(node, tuple(shape), activation, is_rectified, *layout, sources, targets)
+        return Layer(
+            node, tuple(shape), activation, is_rectified, batch, parts, in_order, positions, neurons[0], neurons[1]
+        )
 
 
 def before_dropout(node: fx.Node) -> fx.Node:
