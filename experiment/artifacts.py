@@ -17,6 +17,7 @@ from experiment.config import Config, RequestedKappa
 from experiment.files import ROOT, Artifact, code_of, slug
 from mimu.files import digest
 from mimu.pretrained import PRETRAINED
+from trainer import Trainer
 
 NO_NUMBERS = ("experiment", "reporter", "tables")  # packages and modules on which no number of a run depends
 
@@ -34,6 +35,11 @@ class Training:
     def name(self) -> str:
         """The name of the training in messages."""
         return f"{self.variant}, seed {self.seed}" if self.variant else f"seed {self.seed}"
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer of the classifier."""
+        return Trainer(self.config.classifier, self.seed, self.config.source.size)
 
     @cached_property
     def settings(self) -> dict[str, dict[str, Any]]:
