@@ -69,8 +69,6 @@ def write_alone(reporter: Reporter, with_curves: bool) -> None:
 
 def remove_reports(folder: Path) -> None:
     """Remove what the lists in a folder of reports name, and folders that are empty then, but no symbolic links."""
-    if folder.is_symlink():
-        return
     for listing in sorted(folder.rglob(WRITTEN), reverse=True):  # subfolders first, none through a symbolic link
         place = listing.parent
         if listing.is_symlink() or not SUBFOLDERS.fullmatch(place.relative_to(folder).as_posix()):

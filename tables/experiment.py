@@ -22,10 +22,6 @@ def draw_metrics(experiments: Experiments, heading: str, evaluation: str) -> Fig
     for panel, column in zip(panels, columns):
         if column.keys[1] == "loss":
             symmetric_log(panel, linear=10.0)
-        low, high = panel.get_xlim()
-        highest = {"score": 100.0, "probability": 1.0}.get(column.keys[1], high)
-        panel.set_xlim(max(low, 0.0), min(high, highest))
-        panel.axvline(experiments.mean(column, "retrain"), color="0.5", linewidth=0.8)
         for height, row in enumerate(rows):
             number = column.text([experiments.mean(column, row.method)])
             panel.text(1.03, height, number, transform=panel.get_yaxis_transform(), va="center", fontsize=7)

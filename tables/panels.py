@@ -24,7 +24,8 @@ class Row(NamedTuple):
 def draw_panels(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[Figure, Sequence[Axes]]:
     """Draw a panel for every column, at most four side by side.
 
-    Large marks are means, small ones the numbers of the seeds, or if there is only one seed, of the digits.
+    Large marks are means, small ones the numbers of the seeds, or if there is only one seed, of the digits. A grey line
+    stands at the retrained classifier.
     """
     styles = method_styles(row.method for row in rows)
     names = [row.name for row in rows]
@@ -43,6 +44,7 @@ def draw_panels(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[Figure,
             style = styles[row.method] | {"linestyle": "none", "clip_on": False}  # whole at the ends of the axis, too
             panel.plot(x, [height] * len(x), markersize=3, alpha=0.4, **style)
             panel.plot(fmean(x), height, markersize=7, **style)
+        panel.axvline(rows[0].experiments.mean(column, "retrain"), color="0.5", linewidth=0.8)
         panel.set_xlabel(column.name, fontsize=9)
         panel.tick_params(labelsize=8)
         panel.locator_params(axis="x", nbins=5)
@@ -56,7 +58,6 @@ def draw_accuracies(rows: Sequence[Row]) -> Figure:
     """Draw forget accuracy, and retain accuracy against retraining."""
     figure, panels = draw_panels(rows, (FORGET_SCORE, RETAIN_GAP))
     for panel in panels:
-        panel.axvline(0, color="0.5", linewidth=0.8)
         symmetric_log(panel, linear=1.0)
     return figure
 

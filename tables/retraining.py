@@ -24,16 +24,12 @@ RELEARN_STEPS = Column(("audit_metrics", "relearn_steps"), "relearn time, steps"
 CAME_BACK = Column(("audit_metrics", "came_back"))
 COST = (SECONDS, Column(("audit_metrics", "weights_changed"), "weights changed", ".0f"))
 PLACED = ("js_forget", "js_retain", "relearn_steps", "weights_changed")  # audits whose column stands above
-OLD_AUDITS = {  # for JSON that does not name its audits
-    "loss_attack": {"title": "loss attack, area under the curve", "spec": ".3f"},
-    "entropy_attack": {"title": "entropy attack, % members", "spec": ".1f"},
-}
 ABOUT = {"does": "what it does", "touches": "what it may change", "needs": "data it needs", "paper": "paper"}
 
 
 def audit_columns(experiments: Experiments) -> tuple[Column, ...]:
     """Return the columns of the audits, first all that the JSON names and that have no place of their own."""
-    audits = {name: audit for name, audit in experiments.first.get("audits", OLD_AUDITS).items() if name not in PLACED}
+    audits = {name: audit for name, audit in experiments.first["audits"].items() if name not in PLACED}
     further = [Column(("audit_metrics", name), audit["title"], audit["spec"]) for name, audit in audits.items()]
     return *further, INDEX, PROBE, RELEARN_STEPS
 
@@ -81,11 +77,9 @@ def audit_table(experiments: Experiments, columns: Sequence[Column]) -> str:
 
 
 def draw_audits(experiments: Experiments) -> Figure:
-    """Draw a panel for every audit, with a grey line at the retrained classifier."""
+    """Draw a panel for every audit."""
     columns = (*DIVERGENCES, *audit_columns(experiments), SECONDS)
     figure, panels = draw_panels([Row(name, experiments, name) for name in by_distance(experiments)], columns)
-    for panel, column in zip(panels, columns):
-        panel.axvline(experiments.mean(column, "retrain"), color="0.5", linewidth=0.8)
     symmetric_log(panels[1], linear=0.01)
     panels[-1].set(xscale="log", xlabel=f"{SECONDS.name} (log scale)")
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -48,12 +49,9 @@ def share_retrained(variants: Iterable[Experiments]) -> None:
 
 def audit_columns(variants: Iterable[Experiments]) -> list[Column]:
     """Return columns of what probes find in each layer of any variant, of prototypes, and of relearning from few."""
-    layers: dict[str, None] = {}
-    counts: dict[str, None] = {}
-    for experiments in variants:
-        for audits in experiments.first["audit_metrics"].values():
-            layers |= dict.fromkeys(audits.get("usable_bits") or ())
-            counts |= dict.fromkeys(audits.get("relearn_from") or ())
+    audits = [audit for each in variants for audit in each.first["audit_metrics"].values()]
+    layers = dict.fromkeys(chain.from_iterable(audit.get("usable_bits") or () for audit in audits))
+    counts = dict.fromkeys(chain.from_iterable(audit.get("relearn_from") or () for audit in audits))
 
     def column(base: Column, audit: str, key: str, name: str) -> Column:
         return replace(base, keys=("audit_metrics", audit, key), name=name.replace("hidden_", "hidden layer "))
