@@ -33,7 +33,7 @@ from eval import Eval, Request
 from experiment.artifacts import Files, Training, trainings_of
 from experiment.config import Config, load_variants
 from experiment.files import ROOT, Artifact, Log, locked
-from experiment.processes import Processes, peak_bytes, world_size
+from experiment.processes import Processes, by_torchrun, peak_bytes
 from mimu.errors import InputError
 from mimu.files import save
 from mimu.graph import MaskingGCN, keep_freed_memory
@@ -317,7 +317,7 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 
 def start(parsed: argparse.Namespace) -> None:
     """Does what the command line asks for."""
-    if world_size() > 1 and (parsed.dry_run or parsed.plot_only or parsed.pretrain):
+    if by_torchrun() and (parsed.dry_run or parsed.plot_only or parsed.pretrain):
         raise InputError("--dry-run, --plot-only and --pretrain run in one process: start it without torchrun")
     keep_freed_memory()
     configs = load_variants(parsed.config, parsed.overrides)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -149,35 +148,21 @@ def checked(kind: type[Kind], values: Any, section: str = "") -> Kind:
         return adapter(kind).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-    first, place, value = errors[0], [], values
+    first, place, siblings, value = errors[0], [], {}, values
     for name in first["loc"]:
         if isinstance(value, dict):  # behind the key stand the index of a list, and the member of a union
             place.append(name)
-            value = value.get(name)
+            siblings, value = value, value.get(name)
     key = section + ".".join(place)
     if first["type"] == "value_error":
         raise ValueError(f"{key}{'.' if place else ''}{first['ctx']['error']}")
     if first["type"] == "unexpected_keyword_argument":
-        raise ValueError(unexpected(key, [section + path for path in paths(values)]))
+        wrong = {each["loc"][-1] for each in errors if each["type"] == first["type"]}
+        valid = ", ".join(name for name in siblings if name not in wrong)
+        raise ValueError(f"{' '.join(key.split())} is not a setting: valid are {valid or 'none'}")
     union = first["loc"][: max(len(place), len(first["loc"]) - 1)]
     messages = [each["msg"] for each in errors if each["loc"][: len(union)] == union]
     raise ValueError(f"{key or 'the settings'}: {', or '.join(messages)}, not {shown(value)}")
-
-
-def unexpected(key: str, every: Sequence[str]) -> str:
-    """Says that a key is not a setting, and names those with the same last name, or a similar one."""
-    valid = [path for path in every if path != key]
-    alike = sorted((path for path in valid if path.endswith(f".{key.rpartition('.')[2]}")), key=len)
-    alike = alike[:5] or difflib.get_close_matches(key, valid, n=1)
-    hint = f"did you mean {' or '.join(alike)}?" if alike else "configs/config.yaml explains every setting"
-    return " ".join(f"{key} is not a setting; {hint}".split())
-
-
-def paths(values: Any) -> Iterator[str]:
-    """Yields every dotted key of nested mappings."""
-    for name, value in values.items() if isinstance(values, dict) else ():
-        yield name
-        yield from (f"{name}.{path}" for path in paths(value))
 
 
 def shown(value: Any) -> str:
