@@ -39,7 +39,7 @@ from mimu.files import save
 from mimu.graph import MaskingGCN, keep_freed_memory
 from mimu.pretrained import PRETRAINED, TrainedGCN
 from mimu.samples import is_correct, some_of_every_class
-from tables.experiment import draw
+from tables.figures import draw
 from trainer import TOLERATED, GCNTrainer, Trained
 
 

@@ -17,13 +17,12 @@ from matplotlib.figure import Figure
 from running import files
 
 import reporter as module
-import tables.experiment as plots
+import tables.figures as plots
 from mimu.files import write_text
 from reporter import FORGET, FORGET_SCORE, KEPT, RETAIN, RETAIN_GAP, WORST, Column, Experiments, Reporter, method_styles
-from tables import report
-from tables.panels import Row, draw_accuracies, draw_panels
-from tables.retraining import COST, DIVERGENCES, GAPS, INDEX, audit_columns, audit_table, by_distance, draw_audits
-from tables.variants import PROBE_GAP, compare
+from tables import comparison, report
+from tables.comparison import INDEX, PROBE_GAP, audit_columns, audit_table, by_distance, compare, draw_audits
+from tables.figures import Row, draw_accuracies, draw_panels
 
 CONFIG = module.ReporterConfig(dpi=25, format=("png",))
 KAPPAS = [10, 20, 40]
@@ -337,12 +336,13 @@ def test_the_methods_stand_in_the_order_of_their_distance_to_retraining(beside):
     for each in beside.every:
         each[FORGET]["by hand"] = {"loss": 1.0, "score": 1.0, "probability": 0.5}
     assert by_distance(beside) == SORTED, "no model that was evaluated by hand was audited"
-    for columns, means in zip((DIVERGENCES, GAPS, audit_columns(beside), COST), AUDIT_TABLES.values(), strict=True):
+    tables = (comparison.DIVERGENCES, comparison.GAPS, audit_columns(beside), comparison.COST)
+    for columns, means in zip(tables, AUDIT_TABLES.values(), strict=True):
         table = audit_table(beside, columns)
         assert [*rows_of(table)] == ["method", *SORTED]
         assert [means_of(table, index) for index in range(len(means))] == means
-    deviation = stdev([0.27, 0.33])
-    assert rows_of(audit_table(beside, DIVERGENCES))["far"][0] == f"0.300 ± {deviation:.3f}", "over digits of one seed"
+    far = rows_of(audit_table(beside, comparison.DIVERGENCES))["far"][0]
+    assert far == f"0.300 ± {stdev([0.27, 0.33]):.3f}", "over digits of one seed"
 
 
 def test_an_audit_that_the_json_names_has_a_column_and_a_panel(tmp_path):
