@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -174,18 +174,33 @@ class Config:
 def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[str, Config]:
     """Reads the configs of a file by the names of its variants; the only name is "" if it has none.
 
+    Later settings go over earlier ones: the library's, configs/config.yaml and configs/methods.yaml, the file that
+    `path` extends, `path`, its variant, the overrides.
+
+    Args:
+        overrides: `section.key=value`, with the value in YAML
+
     Raises:
         ConfigError: a setting cannot work.
         ArtifactError: a file cannot be read.
     """
-    erase = {"eval.hyperparameters.erase": library_settings()["erase"]}
-    layers = [settings.Layer("mimu/settings.yaml", erase)]
-    layers += [settings.read(each) for each in (CONFIG, CONFIG.with_name("methods.yaml"))]
-    layers += [] if path.resolve() == CONFIG else settings.file_layers(path)
+    layers = [settings.read(each) for each in dict.fromkeys((CONFIG, CONFIG.with_name("methods.yaml"), path))]
+    layers.insert(0, {"eval.hyperparameters.erase": library_settings()["erase"]})
+    variants = layers[-1].pop("variants", None)
+    if variants is not None:
+        settings.check_variants(path, variants)
+    if "extends" in layers[-1]:
+        below = settings.read(path.parent / str(layers[-1].pop("extends")))
+        below.pop("variants", None)
+        layers.insert(-1, below)
     over = [settings.parse_override(override) for override in overrides]
     configs = {}
-    for name, changes in settings.variant_layers(layers[-1]).items():
-        config = settings.build(Config, [*layers, *changes, *over])
+    for name, changes in (variants or {"": None}).items():
+        origin = [f"{path}, variant {name}" if name else str(path), *overrides]
+        try:
+            config = settings.checked(Config, reduce(settings.merge, [*layers, changes or {}, *over], {}))
+        except ValueError as error:
+            raise settings.ConfigError(" ".join(f"{' '.join(origin)}: {error}".split())) from None
         if config.gcn.pretrained:
             reads = TrainedGCN.load().graphs
             graphs = replace(config.graphs, features=reads.features, other_classes=reads.other_classes)

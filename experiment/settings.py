@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -25,28 +23,7 @@ adapter = cache(TypeAdapter)  # what it builds takes long
 
 
 class ConfigError(InputError):
-    """A setting that cannot work. The message names the file or override, the key and what would be valid."""
-
-
-class Layer(NamedTuple):
-    """Settings, and the file, variant or override that they come from."""
-
-    origin: str
-    values: Any
-
-
-def variant_layers(layer: Layer) -> dict[str, list[Layer]]:
-    """Takes the variants out of a file, and returns what each one changes, by its name: "" for no variants at all.
-
-    Raises ConfigError where the variants, or the names of their files, cannot be told apart.
-    """
-    variants = layer.values.pop("variants", {"": None})
-    names = list(variants) if isinstance(variants, dict) else []
-    is_valid = all(name.isprintable() and "$" not in name and len(name) <= LONGEST_NAME for name in names)
-    if not names or not is_valid or (names != [""] and len(set(map(slug, names)) - {""}) < len(names)):
-        must = f"map names of at most {LONGEST_NAME} characters, without $ and different in letters and digits"
-        raise ConfigError(f"{layer.origin}: variants must {must}, to what each changes, not {shown(variants)}")
-    return {name: [Layer(f"{layer.origin}, variant {name}", variants[name] or {})] for name in names}
+    """A setting that cannot work. The message names the file, the overrides, the key, and what would be valid."""
 
 
 class Loader(yaml.SafeLoader):
@@ -74,36 +51,31 @@ def parse(text: str | bytes, origin: str) -> Any:
         raise ConfigError(f"{origin}: is not valid YAML ({one_line(error)})") from None
 
 
-def parse_override(override: str) -> Layer:
+def parse_override(override: str) -> dict[str, Any]:
     """Parses `section.key=value`, with the value in YAML. Raises ConfigError."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: is not an override; write section.key=value")
-    origin = f"override {' '.join(override.split())}"
-    return Layer(origin, {key: parse(text, origin)})
+    return {key: parse(text, f"override {' '.join(override.split())}")}
 
 
-def read(path: Path) -> Layer:
+def read(path: Path) -> dict[str, Any]:
     """Reads a YAML file, which may be empty. Raises InputError."""
     with naming(path, "read"):
         content = path.read_bytes()
     values = parse(content, str(path))
     if not isinstance(values, dict | None):
         raise ConfigError(f"{path}: the settings must be a mapping, not {shown(values)}")
-    return Layer(str(path), values or {})
+    return values or {}
 
 
-def file_layers(path: Path) -> list[Layer]:
-    """Reads a file and, below it, the file that it extends, without that file's variants. Raises InputError."""
-    top = read(path)
-    if "extends" not in top.values:
-        return [top]
-    name = top.values.pop("extends")
-    below = read(path.parent / str(name))
-    below.values.pop("variants", None)
-    if "extends" in below.values:
-        raise ConfigError(f"{path}: extends must name a file that extends none itself, not {name}")
-    return [below, top]
+def check_variants(path: Path, variants: Any) -> None:
+    """Raises ConfigError unless names, which also name files and lines of tables, stand for changes of a config."""
+    names = list(variants) if isinstance(variants, dict) else [""]
+    is_valid = all(name.isprintable() and "$" not in name and len(name) <= LONGEST_NAME for name in names)
+    if not names or not is_valid or len(set(map(slug, names)) - {""}) < len(names):
+        must = f"map names of at most {LONGEST_NAME} characters, without $ and different in letters and digits"
+        raise ConfigError(f"{path}: variants must {must}, to what each changes, not {shown(variants)}")
 
 
 def merge(below: Any, above: Any) -> Any:
@@ -115,22 +87,6 @@ def merge(below: Any, above: Any) -> Any:
         name, dot, inner = dotted.partition(".")
         values[name] = merge(values.get(name), {inner: value} if dot else value)
     return values
-
-
-def build(kind: type[Kind], layers: Sequence[Layer]) -> Kind:
-    """Builds a dataclass of all layers. Raises ConfigError, which names the first layer with which the error occurs."""
-    *_, values = states = list(accumulate([layer.values for layer in layers], merge, initial={}))[1:]
-    try:
-        return checked(kind, values)
-    except ValueError as error:
-        message = str(error)
-    for layer, values in zip(layers, states):
-        try:
-            checked(kind, values)
-        except ValueError as error:
-            if str(error) == message:
-                raise ConfigError(f"{layer.origin}: {message}") from None
-    raise AssertionError("the last layer has this error")
 
 
 def checked(kind: type[Kind], values: Any, section: str = "") -> Kind:
