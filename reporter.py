@@ -36,8 +36,6 @@ MARKERS = "D*pov^<sPXdh>"
 DASHES = 14.0  # the period of dashed lines, in units of their width
 FORGOTTEN = 5.0  # percent: the summary enlarges marks whose forget accuracy is at most this
 WRITTEN = ".written"  # in a folder of reports, this file lists the reports there, one name a line
-# The number of zeroed weights; auto: it was chosen for each request; None: what `Experiments.kappa` says.
-Kappa = int | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
@@ -166,6 +164,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], text
 class Experiments:
     """The numbers of experiments that share classifier, mask layer and top_k, and differ in seed, digit and kappa.
 
+    Where a method takes a kappa, it is a number of weights, or "auto", or None for what the attribute `kappa` says.
+
     Attributes:
         by_kappa: The JSON of the experiments by kappa ("auto": chosen for each request), then by seed and digit.
         retrained: The JSON by seed and digit whose `retrain` is what gaps are measured against.
@@ -176,7 +176,7 @@ class Experiments:
 
     def __init__(self, metrics: Iterable[Path]) -> None:
         self.every = [json.loads(path.read_text()) for path in metrics]
-        self.by_kappa: dict[Kappa, dict[tuple[int, int], dict[str, Any]]] = {}
+        self.by_kappa: dict[int | str, dict[tuple[int, int], dict[str, Any]]] = {}
         self.retrained: dict[tuple[int, int], dict[str, Any]] = {}
         for each in self.every:
             kappa = "auto" if each["kappa_choice"] == "auto" else each["kappa"]
@@ -188,7 +188,7 @@ class Experiments:
         self.is_audited = bool(self.retrained) and all(each["audit_metrics"] for each in self.every)
         self.digits = sorted({each["forget_digit"] for each in self.every})
         self.seeds = sorted({each["seed"] for each in self.every})
-        self.kappa: Kappa = "auto" if "auto" in self.by_kappa else self.best_kappa()
+        self.kappa = "auto" if "auto" in self.by_kappa else self.best_kappa()
         self.first = first = next(iter(self.by_kappa[self.kappa].values()))
         self.choosing = list(first["gave_up"])
         self.methods = list(first[FORGET] | first[RETAIN])
@@ -198,7 +198,7 @@ class Experiments:
         classes = self.classes if len(titles) < 4 else f"mean over {len(titles)} classes"
         self.subject = (first["dataset"], classes, first["split"], first["classifier"])
 
-    def numbers(self, column: Column, method: str, kappa: Kappa = None) -> list[list[float]]:
+    def numbers(self, column: Column, method: str, kappa: int | str | None = None) -> list[list[float]]:
         """Return a method's numbers: a row for every seed, with a number for every digit."""
         return self._numbers(self.by_kappa.get(kappa or self.kappa, {}), column, method)
 
@@ -209,7 +209,7 @@ class Experiments:
             rows.append([column.read(method, experiments.get(at, {}), self.retrained.get(at, {})) for at in places])
         return rows
 
-    def by_seed(self, column: Column, method: str, kappa: Kappa = None) -> list[float]:
+    def by_seed(self, column: Column, method: str, kappa: int | str | None = None) -> list[float]:
         """Reduce a method's numbers to one for every seed, or if the column asks for the worst, to that alone."""
         numbers = self.numbers(column, method, kappa)
         if column.reduction == "worst":
@@ -235,7 +235,7 @@ class Experiments:
         is_over_digits = len(self.seeds) == 1 and column.reduction == "mean"
         return self.numbers(column, method)[0] if is_over_digits else self.by_seed(column, method)
 
-    def mean(self, column: Column, method: str, kappa: Kappa = None) -> float:
+    def mean(self, column: Column, method: str, kappa: int | str | None = None) -> float:
         """Return a method's mean over digits and seeds."""
         return fmean(self.by_seed(column, method, kappa))
 
@@ -248,7 +248,7 @@ class Experiments:
         retain, forget = (self.curve(column, "mimu") for column in TRAINING_SCORES)
         return self.kappas[np.nan_to_num(np.subtract(retain, forget), nan=-np.inf).argmax()]
 
-    def cells(self, columns: Iterable[Column], method: str, kappa: Kappa = None) -> list[str]:
+    def cells(self, columns: Iterable[Column], method: str, kappa: int | str | None = None) -> list[str]:
         """Return a method's row of a table."""
         return [column.text(self.by_seed(column, method, kappa)) for column in columns]
 
@@ -423,8 +423,7 @@ class Reporter:
         axes.set_title(title([self.experiments]), fontsize=9)
         if is_zoomed:
             low, high = axes.set_ylim(frame(np.concatenate([line.get_ydata() for line in axes.lines])))
-            curves = [line for line in axes.lines if line.get_label() != "kappa auto"]
-            heights = {line.get_label(): np.array(line.get_ydata()) for line in curves}
+            heights = {line.get_label(): np.array(line.get_ydata()) for line in axes.lines}
             outside = [f"{label} {y.mean():.4g}" for label, y in heights.items() if np.all((y < low) | (y > high))]
             if outside:
                 note = textwrap.fill(f"outside the frame (mean): {', '.join(outside)}", 90)
