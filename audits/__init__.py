@@ -61,8 +61,7 @@ def predictions_of(model: nn.Module, split: Split) -> Predictions:
     """Runs a classifier of one or several linear layers on a split."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     # The representation of a classifier of one layer are the images themselves.
-    features: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers[1:] or layers}
-    means: dict[nn.Module, list[Tensor]] = {layer: [] for layer in features}
+    features, means = ({layer: [] for layer in layers[1:] or layers} for _ in range(2))
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
@@ -100,8 +99,7 @@ def loss_attack(case: Case) -> float:
     members, ordered = case.train.loss[case.is_member], case.test.loss[case.is_forget].sort().values
     if not members.isfinite().any() and not ordered.isfinite().any():
         return math.nan
-    above = len(ordered) - torch.searchsorted(ordered, members, right=True)
-    not_below = len(ordered) - torch.searchsorted(ordered, members, right=False)
+    above, not_below = (len(ordered) - torch.searchsorted(ordered, members, side=side) for side in ("right", "left"))
     return ((above + not_below).double().mean() / (2 * len(ordered))).item()
 
 
@@ -113,7 +111,7 @@ def entropy_attack(case: Case) -> float:
     2023, arXiv:2308.07707, after arXiv:2205.08096.
     """
     train, test = (torch.special.entr(each.logits.double().softmax(1)).sum(1) for each in (case.train, case.test))
-    members, forget = train[~case.is_member], train[case.is_member]
+    members = train[~case.is_member]
     x = torch.cat([members, test])
     if x.max() == x.min():
         return math.nan
@@ -128,7 +126,7 @@ def entropy_attack(case: Case) -> float:
         hessian = inputs.T @ (inputs * (weight * p * (1 - p))[:, None]) + torch.diag(penalty)
         solution = solution - torch.linalg.solve(hessian + 1e-9 * torch.eye(2).to(hessian), gradient)
     slope, offset = solution
-    return 100 * (slope * forget + offset > 0).double().mean().item()
+    return 100 * (slope * train[case.is_member] + offset > 0).double().mean().item()
 
 
 def prototype_recall(case: Case, count: int) -> float:
@@ -148,7 +146,7 @@ def prototype_recall(case: Case, count: int) -> float:
 def steps_from_few(case: Case, count: int) -> int | None:
     """Relearn time where every step sees the same `count` training samples of every class."""
     few = some_of_every_class(case.audit.data.train, count, "relearn from", case.audit.seed)
-    return case.relearn(LEARNING_RATE_FROM_FEW, repeat(few))[0]
+    return relearn(case, LEARNING_RATE_FROM_FEW, repeat(few))[0]
 
 
 def probe_metrics(
@@ -166,30 +164,28 @@ def probe_metrics(
         names = [name for name in ("linear", *probes) if name in PROBES]
         probabilities = {name: PROBES[name](x, train.labels, x_test, seed) for name in names}
         by_probe = {name: usable_bits(each[:, forget_class], is_forget) for name, each in probabilities.items()}
-        two_class = linear(x, (train.labels == forget_class).long(), x_test, seed)[:, 1]
-        by_probe["two_class"] = usable_bits(two_class, is_forget)
+        two_class = linear(x, (train.labels == forget_class).long(), x_test, seed)
+        by_probe["two_class"] = usable_bits(two_class[:, 1], is_forget)
         bits["representation" if index == last else f"hidden_{index}"] = by_probe
     shares = {name: (each[is_forget].argmax(1) == forget_class).double() for name, each in probabilities.items()}
     return {"probe_recall": {name: 100 * share.mean().item() for name, share in shares.items()}, "usable_bits": bits}
 
 
-def relearn(
-    model: nn.Module, test: Split, goal: float, max_steps: int, rate: float, samples: Iterator[Split]
-) -> tuple[int | None, list[float]]:
-    """Trains a copy by SGD on batches of samples, all weights free, until the accuracy on `test` reaches the goal.
+def relearn(case: Case, rate: float, samples: Iterator[Split]) -> tuple[int | None, list[float]]:
+    """Trains a copy by SGD on batches, all weights free, until its test accuracy on the class reaches the audit's goal.
 
     Returns the relearn time (Golatkar et al. 2020, arXiv:1911.04933), steps, None where the loss is not finite, and the
     accuracy before every step and after the last, percent.
     """
-    model = copy.deepcopy(model)
+    audit, model, scores = case.audit, copy.deepcopy(case.model), []
     if mask := Mask.on(model):
         mask.apply(model, permanent=True)
     model.requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), rate)
-    scores: list[float] = []
+    test = audit.data.test.forget(audit.forget_class)
     for batch in samples:
         scores.append(100 * predictions_of(model, test).correct.mean().item())
-        if scores[-1] >= goal or len(scores) > max_steps:
+        if scores[-1] >= audit.goal or len(scores) > audit.config.relearn_steps:
             break
         loss = F.cross_entropy(model(batch.images), batch.labels)
         if not loss.isfinite():
@@ -224,21 +220,20 @@ class Audit:
     retrained: nn.Module | None
 
     def __post_init__(self) -> None:
-        self.train, count = self.data.train, self.config.samples
-        if count is not None:
-            self.train = some_of_every_class(self.train, count, "audit", self.seed)
+        self.train = self.data.train
+        if self.config.samples is not None:
+            self.train = some_of_every_class(self.train, self.config.samples, "audit", self.seed)
         original = predictions_of(self.original, self.data.test)
         # Relearning goes on until the class has half of the original's test accuracy again.
         self.goal = 50 * original.correct[original.labels == self.forget_class].mean().item()
         self.reference = None if self.retrained is None else predictions_of(self.retrained, self.data.test)
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
-        """Runs all audits on one classifier; those that need finite predictions are None where it has diverged."""
+        """Runs all audits on one classifier; where it has diverged, all but `weights_changed` are None."""
         train, test = predictions_of(model, self.train), predictions_of(model, self.data.test)
         case = Case(self, model, train, test, train.labels == self.forget_class, test.labels == self.forget_class)
-        has_diverged = train.has_diverged or test.has_diverged
-        able = {name: each for name, each in AUDITS.items() if not (has_diverged and each.needs_finite)}
-        return dict.fromkeys(AUDITS) | {name: each.measure(case) for name, each in able.items()}
+        names = ["weights_changed"] if train.has_diverged or test.has_diverged else AUDITS
+        return dict.fromkeys(AUDITS) | {name: AUDITS[name].measure(case) for name in names}
 
     @staticmethod
     def columns() -> dict[str, dict[str, str]]:
@@ -271,17 +266,12 @@ class Case:
     def relearned(self) -> tuple[int | None, list[float]]:
         """The results of `relearn` on random batches of the class's training samples."""
         forget = self.audit.data.train.forget(self.audit.forget_class)
-        return self.relearn(LEARNING_RATE, forget.batches(BATCH_SIZE, seeded("relearn", self.audit.seed)))
-
-    def relearn(self, rate: float, samples: Iterator[Split]) -> tuple[int | None, list[float]]:
-        test, config = self.audit.data.test.forget(self.audit.forget_class), self.audit.config
-        return relearn(self.model, test, self.audit.goal, config.relearn_steps, rate, samples)
+        return relearn(self, LEARNING_RATE, forget.batches(BATCH_SIZE, seeded("relearn", self.audit.seed)))
 
 
 def weights_changed(case: Case) -> int:
     """Counts the weights that differ from the original's."""
-    weights = zip(case.model.weights, case.audit.original.weights)
-    return sum(int((changed != original).sum()) for changed, original in weights)
+    return sum(int((one != other).sum()) for one, other in zip(case.model.weights, case.audit.original.weights))
 
 
 class Entry(NamedTuple):
@@ -290,7 +280,6 @@ class Entry(NamedTuple):
     measure: Callable[[Case], Any]
     title: str = ""
     spec: str = ""
-    needs_finite: bool = True  # it is None for a classifier that has diverged
 
 
 AUDITS: dict[str, Entry] = {
@@ -305,5 +294,5 @@ AUDITS: dict[str, Entry] = {
     "came_back": Entry(lambda case: case.relearned[1][-1] >= case.audit.goal),
     "relearn_scores": Entry(lambda case: case.relearned[1]),
     "relearn_from": Entry(lambda case: {str(n): steps_from_few(case, n) for n in case.audit.config.relearn_from}),
-    "weights_changed": Entry(weights_changed, "weights changed", ".0f", needs_finite=False),
+    "weights_changed": Entry(weights_changed, "weights changed", ".0f"),
 }
