@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from glob import glob
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -60,8 +59,6 @@ class DataSet(NamedTuple):
 def data_set(name: str, root: Path = DATASET_ROOT) -> DataSet:
     """Returns the data set of a name: one of DATASETS, or a folder under `root`. Raises DataError if it is neither."""
     folder = root / name
-    if name == "SVHN" and not find_spec("scipy"):
-        raise DataError(f"dataset SVHN in {folder}: its files are read by scipy, install it (uv pip install scipy)")
     if name in DATASETS:
         size = (3, 32, 32) if name in ("CIFAR10", "SVHN") else (28, 28)
         return DataSet(size, DATASETS[name], partial(read_torchvision, folder, name))
@@ -83,7 +80,7 @@ def reading(name: str, folder: Path) -> Iterator[None]:
     """Turns the errors that missing and damaged files raise into a DataError that names the data set."""
     try:
         yield
-    except (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError) as error:
+    except (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError, ImportError) as error:
         raise DataError(f"dataset {name} in {folder}: cannot be used ({one_line(error)})") from None
 
 
