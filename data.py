@@ -1,7 +1,5 @@
 """Data sets on disk and in memory, their splits, and the activation graphs of a classifier."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +21,6 @@ from mimu.files import digest, naming
 from mimu.saliency import ActivationGraphs
 from mimu.samples import Split
 from mimu.seeds import seeded
-
-if TYPE_CHECKING:
-    from torch_geometric.data import Data
 
 DATASET_ROOT = ROOT / "datasets"
 # The data sets that torchvision downloads, and the names of their classes.
@@ -239,8 +234,8 @@ def load_image_data(
 class GraphGenerator(ActivationGraphs):
     """Activation graphs of a classifier, with the export of single samples to PyG."""
 
-    def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
-        """Returns the graph of one sample for PyG: x (vertices, features), edge_index (2, edges), y (1).
+    def get_data(self, index: int, max_edges: int = 50_000_000) -> Any:
+        """Returns the graph of one sample as a `torch_geometric.data.Data`: x (vertices, features), edge_index (2, edges), y (1).
 
         Building the edge list takes about 100 bytes of memory per edge.
 

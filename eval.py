@@ -1,7 +1,5 @@
 """Requests to forget a class, five methods that unlearn it, and the metrics that score all methods."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """The classifiers that runs train, and the registry of their architectures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple

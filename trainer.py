@@ -1,7 +1,5 @@
 """The trainings of an experiment: the classifier, the masking GCN, and unlearning by random labels."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence

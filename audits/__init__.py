@@ -3,8 +3,6 @@
 All of them stand in the table AUDITS at the end: a new one is one entry there.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +76,79 @@ def predictions_of(model: nn.Module, split: Split) -> Predictions:
     if len(hidden) == 1:
         hidden = averaged[-1:] + hidden
     return Predictions(logits.cpu(), tuple(torch.cat(parts).cpu() for parts in hidden), split.labels.cpu())
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Settings of the audits."""
+
+    enabled: bool
+    # Those that run beside the linear ones; `hidden`: all of them on layers before the last, too.
+    probes: tuple[Literal["two_layer", "neighbours", "hidden"], ...]
+    samples: Count | None  # training samples of every class that attacks and probes have; None: all
+    relearn_steps: Count  # at most
+    relearn_from: tuple[Count, ...]  # sizes of training sets, in samples of every class
+
+
+@dataclass
+class Audit:
+    """Audits the classifiers of one request, beside the original and, where there is one, the retrained classifier."""
+
+    config: AuditConfig
+    data: ImageData
+    forget_class: int
+    seed: int
+    original: nn.Module
+    retrained: nn.Module | None
+
+    def __post_init__(self) -> None:
+        self.train = self.data.train
+        if self.config.samples is not None:
+            self.train = some_of_every_class(self.train, self.config.samples, "audit", self.seed)
+        original = predictions_of(self.original, self.data.test)
+        # Relearning goes on until the class has half of the original's test accuracy again.
+        self.goal = 50 * original.correct[original.labels == self.forget_class].mean().item()
+        self.reference = None if self.retrained is None else predictions_of(self.retrained, self.data.test)
+
+    def __call__(self, model: nn.Module) -> dict[str, Any]:
+        """Runs all audits on one classifier; where it has diverged, all but `weights_changed` are None."""
+        train, test = predictions_of(model, self.train), predictions_of(model, self.data.test)
+        case = Case(self, model, train, test, train.labels == self.forget_class, test.labels == self.forget_class)
+        names = ["weights_changed"] if train.has_diverged or test.has_diverged else AUDITS
+        return dict.fromkeys(AUDITS) | {name: AUDITS[name].measure(case) for name in names}
+
+    @staticmethod
+    def columns() -> dict[str, dict[str, str]]:
+        """The title and the number format of every audit that has a column in tables, by its name."""
+        return {name: {"title": each.title, "spec": each.spec} for name, each in AUDITS.items() if each.title}
+
+
+@dataclass
+class Case:
+    """A classifier to audit, and its predictions on an attacker's training samples and on the test split."""
+
+    audit: Audit
+    model: nn.Module
+    train: Predictions
+    test: Predictions
+    is_member: Tensor  # the training samples of the forget class
+    is_forget: Tensor  # the test samples of the forget class
+
+    def divergence(self, chosen: Tensor) -> float | None:
+        """The divergence from the retrained classifier on some test samples, bits; None without one."""
+        reference = self.audit.reference
+        return reference and jensen_shannon(self.test.logits[chosen], reference.logits[chosen])
+
+    @cached_property
+    def probes(self) -> dict[str, Any]:
+        audit = self.audit
+        return probe_metrics(self.train, self.test, audit.forget_class, audit.seed, audit.config.probes)
+
+    @cached_property
+    def relearned(self) -> tuple[int | None, list[float]]:
+        """The results of `relearn` on random batches of the class's training samples."""
+        forget = self.audit.data.train.forget(self.audit.forget_class)
+        return relearn(self, LEARNING_RATE, forget.batches(BATCH_SIZE, seeded("relearn", self.audit.seed)))
 
 
 def jensen_shannon(logits: Tensor, reference: Tensor) -> float:
@@ -194,79 +265,6 @@ def relearn(case: Case, rate: float, samples: Iterator[Split]) -> tuple[int | No
         loss.backward()
         optimizer.step()
     return len(scores) - 1, scores
-
-
-@dataclass(frozen=True)
-class AuditConfig:
-    """Settings of the audits."""
-
-    enabled: bool
-    # Those that run beside the linear ones; `hidden`: all of them on layers before the last, too.
-    probes: tuple[Literal["two_layer", "neighbours", "hidden"], ...]
-    samples: Count | None  # training samples of every class that attacks and probes have; None: all
-    relearn_steps: Count  # at most
-    relearn_from: tuple[Count, ...]  # sizes of training sets, in samples of every class
-
-
-@dataclass
-class Audit:
-    """Audits the classifiers of one request, beside the original and, where there is one, the retrained classifier."""
-
-    config: AuditConfig
-    data: ImageData
-    forget_class: int
-    seed: int
-    original: nn.Module
-    retrained: nn.Module | None
-
-    def __post_init__(self) -> None:
-        self.train = self.data.train
-        if self.config.samples is not None:
-            self.train = some_of_every_class(self.train, self.config.samples, "audit", self.seed)
-        original = predictions_of(self.original, self.data.test)
-        # Relearning goes on until the class has half of the original's test accuracy again.
-        self.goal = 50 * original.correct[original.labels == self.forget_class].mean().item()
-        self.reference = None if self.retrained is None else predictions_of(self.retrained, self.data.test)
-
-    def __call__(self, model: nn.Module) -> dict[str, Any]:
-        """Runs all audits on one classifier; where it has diverged, all but `weights_changed` are None."""
-        train, test = predictions_of(model, self.train), predictions_of(model, self.data.test)
-        case = Case(self, model, train, test, train.labels == self.forget_class, test.labels == self.forget_class)
-        names = ["weights_changed"] if train.has_diverged or test.has_diverged else AUDITS
-        return dict.fromkeys(AUDITS) | {name: AUDITS[name].measure(case) for name in names}
-
-    @staticmethod
-    def columns() -> dict[str, dict[str, str]]:
-        """The title and the number format of every audit that has a column in tables, by its name."""
-        return {name: {"title": each.title, "spec": each.spec} for name, each in AUDITS.items() if each.title}
-
-
-@dataclass
-class Case:
-    """A classifier to audit, and its predictions on an attacker's training samples and on the test split."""
-
-    audit: Audit
-    model: nn.Module
-    train: Predictions
-    test: Predictions
-    is_member: Tensor  # the training samples of the forget class
-    is_forget: Tensor  # the test samples of the forget class
-
-    def divergence(self, chosen: Tensor) -> float | None:
-        """The divergence from the retrained classifier on some test samples, bits; None without one."""
-        reference = self.audit.reference
-        return reference and jensen_shannon(self.test.logits[chosen], reference.logits[chosen])
-
-    @cached_property
-    def probes(self) -> dict[str, Any]:
-        audit = self.audit
-        return probe_metrics(self.train, self.test, audit.forget_class, audit.seed, audit.config.probes)
-
-    @cached_property
-    def relearned(self) -> tuple[int | None, list[float]]:
-        """The results of `relearn` on random batches of the class's training samples."""
-        forget = self.audit.data.train.forget(self.audit.forget_class)
-        return relearn(self, LEARNING_RATE, forget.batches(BATCH_SIZE, seeded("relearn", self.audit.seed)))
 
 
 def weights_changed(case: Case) -> int:

@@ -1,7 +1,5 @@
 """Controls: what the saliency does without a GCN, and what trivial edits and another retraining come to."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

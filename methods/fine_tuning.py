@@ -1,7 +1,5 @@
 """Published methods that train the classifier further, each in its published form."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Methods that remove directions of the class from the inputs of layers, and train no weights of the classifier."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """The published objective on the published graphs: sufficiency and a prior on single samples, then a set difference."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
