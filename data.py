@@ -235,7 +235,7 @@ class GraphGenerator(ActivationGraphs):
     """Activation graphs of a classifier, with the export of single samples to PyG."""
 
     def get_data(self, index: int, max_edges: int = 50_000_000) -> Any:
-        """Returns the graph of one sample as a `torch_geometric.data.Data`: x (vertices, features), edge_index (2, edges), y (1).
+        """Returns the graph of one sample as PyG's `Data`: x (vertices, features), edge_index (2, edges), y (1).
 
         Building the edge list takes about 100 bytes of memory per edge.
 
