@@ -228,7 +228,7 @@ def load_image_data(
         raise DataError(f"dataset {name} in {root / name}: all pixels of the training split are alike")
     for split in splits:
         split.images.sub_(mean).div_(deviation)  # in place, because a copy would double the memory
-    return ImageData(*splits, source.class_names)
+    return ImageData(splits[0], splits[1], source.class_names)
 
 
 class GraphGenerator(ActivationGraphs):

@@ -287,10 +287,8 @@ class Eval:
         """Scores a classifier: sums over samples in double precision, divided by the number of samples.
 
         Returns `loss` (cross entropy, nats), `score` (percent classified correctly) and on the forget set `probability`
-        (of the forget class, mean over the samples). Raises ValueError if there is no sample.
+        (of the forget class, mean over the samples).
         """
-        if not len(data_loader.dataset):
-            raise ValueError(f"{description}: there is no sample to score")
         model.eval()
         loss = correct = probability = 0.0
         for images, labels in tqdm(data_loader, description, delay=2, leave=False, disable=None):

@@ -186,8 +186,7 @@ class Trainer:
             for batch in itertools.islice(train.batches(config.batch_size, generator), num_batches):
                 images = batch.images
                 if config.shift or config.flip:
-                    images = images.unflatten(1, self.size)
-                    images = augmented(images, config.shift, config.flip, generator).flatten(1)
+                    images = augmented(images.unflatten(1, self.size), config.shift, config.flip, generator).flatten(1)
                 logits = classifier(images)
                 yield {"loss": F.cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)}
 
