@@ -247,7 +247,7 @@ class GraphGenerator(ActivationGraphs):
 
         if (edges := self.graph.num_edges) > max_edges:
             raise ValueError(f"max_edges must be at least {edges:,} ({16 * edges / 1e9:.1f} GB), not {max_edges:,}")
-        label, samples = self.labels[[index]], self.by_class().clone()
+        label, samples = self.labels[[index]], self.by_class.clone()
         class_index = self.classes.index(int(label))
         samples[class_index] = index  # the sample takes the place of its class
         x = self.snapshot(samples, self.config.features).class_graph(class_index)[0]

@@ -333,7 +333,7 @@ class GCNTrainer:
         config = self.config
         group = graphs.draw(config.group_size, generator)
         names = [*TERMS, *graphs.config.features]
-        snapshot = graphs.snapshot(group, names, graphs.mask_of(zeroed), class_index)
+        snapshot = graphs.snapshot(group, names, zeroed, class_index)
         scores = saliency(snapshot, class_index, self.retain_weight, gcn)
         kappa = log_uniform(config.kappa, graphs.graph.num_vertices, generator)
         removed = kappa_mask(scores, zeroed, kappa, config.temperature)

@@ -11,11 +11,10 @@ from torch import Generator, Tensor, nn
 from eval import Request, unlearning_method
 from mimu.hooked import HookedClassifier, samples_that_fit
 from mimu.masks import Mask
-from mimu.pruning import forgetting_loss
 from mimu.samples import Split
 from mimu.seeds import seeded
 from mimu.settings import Count, NonNegative, Positive, Share
-from mimu.training import descend, learn
+from mimu.training import descend, forgetting_loss, learn
 from trainer import UnlearningSFTConfig, masked_weights, other_labels
 
 MOMENTUM = partial(torch.optim.SGD, momentum=0.9)
@@ -70,7 +69,7 @@ def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tenso
     layers = range(len(classifier.names))
     means = [0.0 for _ in layers]
     # For a weight that is read at several positions, the gradient of every sample is formed.
-    sizes = [weight.numel() for layer, weight in enumerate(classifier.weights) if classifier.positions(layer)]
+    sizes = [weight.numel() for weight, layer in zip(classifier.weights, classifier.layers) if layer.positions]
     at_once = min(classifier.recorded_at_once(layers), samples_that_fit(max(sizes, default=0)))
     for images, labels in zip(split.images.split(at_once), split.labels.split(at_once)):
         record = classifier.record(images, labels, layers)
