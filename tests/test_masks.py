@@ -11,11 +11,11 @@ from types import FrameType
 
 import pytest
 import torch
-from conftest import mask_of, random_split, trained
+from conftest import mask_of, random_split
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from mimu import Mask, RetainScoreError, masks, unlearn
+from mimu import Mask, masks
 from mimu.errors import ArtifactError
 from mimu.files import save
 from mimu.hooked import HookedClassifier
@@ -124,20 +124,6 @@ def test_a_mask_goes_on_the_network_that_it_was_made_on_and_on_another_only_if_t
             assert all(torch.equal(one, carried.origins[layer]) for layer, one in mask.origins.items())
         raise ZeroDivisionError
     assert state_of(model) == before
-
-
-def test_the_mask_of_a_request_is_for_its_model():
-    torch.manual_seed(0)
-    model, another = (nn.Sequential(nn.Linear(7, 16), nn.ReLU(), nn.Linear(16, 3)) for _ in range(2))
-    trained(model, TRAIN)
-    original = copy.deepcopy(model)
-    mask_of({"2.weight": torch.ones(3, 16).index_fill(1, torch.arange(8), 0)}).apply(model)
-    with pytest.raises(RetainScoreError) as error:
-        unlearn(model, TRAIN.images, TRAIN.labels, 1, scorer="saliency", max_fall=1e-9)
-    for each in (model, original):
-        error.value.mask.apply(each)
-    with pytest.raises(ValueError, match="say other_weights=True$"):
-        error.value.mask.apply(another)
 
 
 def test_masks_combine_take_the_place_of_what_they_include_and_come_off():
