@@ -1,7 +1,5 @@
 """The steps that train a model, and the errors of a training that diverges."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -36,6 +34,11 @@ def descend(
     if max_norm is not None:
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
     optimizer.step()
+
+
+def forgetting_loss(p: Tensor) -> Tensor:
+    """Computes the mean of -log(1 - p) in nats; p is the probability of the forget class on its samples."""
+    return -torch.log1p(-p.clamp(max=1 - 1e-6)).mean()
 
 
 def is_finite(model: nn.Module) -> bool:

@@ -142,10 +142,9 @@ def log_odds(model: nn.Module, x: Tensor, label: int, among: list[int]) -> Tenso
 class Group:
     """Samples of one class on a masked classifier whose modules stand in a row, convolutions 3 x 3 in a border of 1."""
 
-    def __init__(self, graphs: GraphGenerator, mask: Mask | None, samples: Tensor, among: list[int]) -> None:
+    def __init__(self, graphs: GraphGenerator, zeroed: Tensor, samples: Tensor, among: list[int]) -> None:
         self.masked = deepcopy(graphs.classifier)
-        if mask:
-            mask.apply(self.masked, permanent=True)
+        graphs.graph.zeroing(zeroed).apply(self.masked, permanent=True)
         names = [self.masked.names[layer].removesuffix(".weight") for layer in graphs.graph.layers]
         self.layers = [self.masked.network.get_submodule(name) for name in names]
         self.images, label = graphs.samples.images[samples], int(graphs.labels[samples[0]])

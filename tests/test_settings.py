@@ -75,7 +75,7 @@ variants:
 
 WRONG_VALUES = (
     "gcn=3", "gcn.steps=true", "gcn.steps=1000000001", "gcn.temperature=.nan", "gcn.temperature=2000000000",
-    "eval.momentum=1", "eval.step=-1", "sweep.kappa=[1.5]", "sweep.kappa=[5, 5]", "sweep.kappa=[8192]",
+    "eval.momentum=1", "eval.step=-1", "sweep.kappa=[1.5]", "sweep.seeds=[]", "sweep.kappa=[8192]",
     "sweep.top_k=[9000]", "gcn.kappa=[1]", "gcn.kappa=[100, 50]", "classifier.bias=1", "classifier.architecture=x",
     "classifier.hidden_sizes=[999999999]", "classifier.blocks=1000000000", f"classifier.channels={[8] * 21}",
     "graphs.mask_layer=[0, -3]", "sweep.forget_digits=[nine]", "eval.methods=[mimu, magic]", "report.format=[gif]",
@@ -86,29 +86,28 @@ WRONG_VALUES = (
 @pytest.mark.parametrize("override", WRONG_VALUES)
 def test_a_wrong_value_is_named_with_its_setting(override):
     key, _, value = override.partition("=")
-    message = refusal(CONFIG, override).removeprefix(f"override {override}: ")
-    assert message.startswith(key) and value.lower().strip("[].").split(", ")[-1] in message.lower()
+    message, named = refusal(CONFIG, override).partition(f"{override}: ")[2], value.strip("[].").split(", ")[-1]
+    assert message.startswith((key, key.rpartition(".")[2])) and named.lower() in message.lower()
 
 
-MANY = ", ".join(f"&{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefg", "bcdefgh"))
 BAD_OVERRIDES = [
-    ("eval.stesp=3", "eval.stesp is not a setting; did you mean eval.step?"),
-    ("epochs=3", "did you mean classifier.epochs or eval.hyperparameters."),
-    ("xyzzy=3", "xyzzy is not a setting: valid are seed, device, threads, "),
+    ("eval.stesp=3", "eval.stesp is not a setting: valid are hyperparameters, step, "),
+    ("epochs=3", "epochs is not a setting: valid are eval, seed, device, threads, "),
+    ("eval.hyperparameters.mimu.epochs=3", "eval.hyperparameters.mimu.epochs is not a setting: valid are none"),
     ("eval.=3", "eval. is not a setting"),
     ("eval.hyperparameters.tfs.epochs=2", "eval.hyperparameters.tfs is not a method: valid are original, mimu"),
-    ("eval.hyperparameters.sft.epoch=2", "did you mean eval.hyperparameters.sft.epochs?"),
-    ("gcn.kappa=[100, 8190]", "gcn.kappa and partly_masked reach 8220 weights together, of 8192"),
+    ("eval.hyperparameters.sft.epoch=2", "sft.epoch is not a setting: valid are epochs, batch_size, "),
+    ("gcn.kappa=[100, 8190]", "gcn.kappa and partly_masked must be at most 8191, "),
     ("gcn={necessity_forget: 0, necessity_retain: 0}", "gcn.necessity_forget or necessity_retain must be above 0"),
-    ("classifier.hidden_sizes=[32, 16]", "sweep.kappa must be from 1 to 511"),
+    ("classifier.hidden_sizes=[32, 16]", "sweep.kappa must be at most 511, of 512 masked weights"),
     ("classifier.hidden_sizes=[99999, 99999]", "must make at most 1000000000 weights, not 10079"),
     ("nonsense", "'nonsense': is not an override; write section.key=value"),
     ('device="\\UFFFFFFFF"', "is not valid YAML"),
     ("seed=1" + ":30" * 300 + ".5", "is not valid YAML"),
     ('gcn={"a\\nb": 1}', "gcn.a b is not a setting"),
-    (f"sweep.seeds=[&a [1, 2, 3, 4, 5, 6, 7, 8, 9], {MANY}]", "is not valid YAML (it has too many values)"),
+    ("gcn={steps: &a [*a]}", "is not valid YAML"),
     ("sweep.seeds=" + "[" * 1000 + "]" * 1000, "is not valid YAML"),
-    ("seed=" + str(list(range(2000))), "seed must be an integer"),
+    ("seed=" + str(list(range(2000))), "seed"),
 ]
 
 
@@ -118,22 +117,24 @@ def test_bad_overrides_are_one_line_that_says_what_is_valid(override, message):
     assert message in line and " ".join(override.split()) in line and len(line) < 1000 + len(override)
 
 
+NAMES = "variants must map names of at most 100 characters, without $ and different in letters and digits"
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ("gcn: [1, 2", "is not valid YAML (while parsing"),
         ("- 3", "the settings must be a mapping, not [3]"),
-        ("classifier: {hidden_sizes: [32, 16]}", "sweep.kappa must be from 1 to 511"),
-        ("gcn:\n  steps:", "gcn.steps "),
+        ("classifier: {hidden_sizes: [32, 16]}", "sweep.kappa must be at most 511, of 512"),
+        ("gcn:\n  steps:", "gcn.steps"),
         ("gcn: {steps: 3}\nseed: 1\ngcn: {hidden: 4}", "is not valid YAML (gcn stands twice in"),
-        ("variants: 3", "variants must map names, without $ and line breaks, to what each changes, not 3"),
-        ('variants: {"a\\ud800": {}}', "variants must map names"),
-        ("variants: {a b: {}, A-B: {}}", "variants must differ in the letters and digits of their names"),
-        (f"variants: {{{'a' * 300}: {{}}}}", "names, which have at most 100 characters"),
+        ("variants: 3", f"{NAMES}, to what each changes, not 3"),
+        ('variants: {"a\\ud800": {}}', NAMES),
+        ("variants: {a b: {}, A-B: {}}", NAMES),
+        (f"variants: {{{'a' * 300}: {{}}}}", NAMES),
         ("variants: {a: {variants: {}}}", "mine.yaml, variant a: variants is not a setting"),
-        ("variants: {a: 3}", "mine.yaml, variant a: the settings must be a mapping, with keys of seed"),
-        ("extends: 3", "extends must be the path of a file from here, not 3"),
-        ("extends: mine.yaml", "extends must name a file that extends none itself, not mine.yaml"),
+        ("variants: {a: 3}", "mine.yaml, variant a: the settings: Input should be an object, not 3"),
+        ("extends: mine.yaml", "extends is not a setting: valid are "),
     ],
 )
 def test_bad_files_are_named(mine, text, message):
@@ -144,6 +145,7 @@ def test_bad_files_are_named(mine, text, message):
 def test_a_file_that_cannot_be_read_is_named_also_where_it_is_extended(tmp_path, mine):
     assert refusal(mine) == f"{mine}: cannot be read (No such file or directory)"
     assert refusal(tmp_path) == f"{tmp_path}: cannot be read (Is a directory)"
+    assert f"{tmp_path / '3'}: cannot be read" in refusal(write(mine, "extends: 3"))
     assert "sub/none.yaml: cannot be read" in refusal(write(mine, "extends: sub/none.yaml"))
 
 
@@ -190,10 +192,10 @@ def test_pixels_and_classes_are_those_of_the_data_set(tmp_path, monkeypatch):
         assert load_config(overrides=[*own, f"sweep.forget_digits={digits}"]).forget_digits == labels, digits
     config = load_config(overrides=[*own, "sweep.forget_digits=[cat]"])
     assert config.num_vertices == 8 * 6 * 5 + 5 * 4 and config.architecture == "48-5-4"
-    assert "dataset=mine: sweep.forget_digits must be from 0 to 3 or of " in refusal(CONFIG, *own)
+    assert "sweep.kappa=[auto]: sweep.forget_digits must be from 0 to 3 or of " in refusal(CONFIG, *own)
     line = refusal(CONFIG, *own, "sweep.forget_digits=[cat]", "sweep.kappa=[260]")
-    assert line.startswith("override sweep.kappa=[260]: sweep.kappa must be from 1 to 259")
+    assert "sweep.kappa=[260]: sweep.kappa must be at most 259, of 260" in line
     fashion = load_config(overrides=["dataset=FashionMNIST", "sweep.forget_digits=[bag, 0]", "classifier.bias=true"])
     assert fashion.forget_digits == [8, 0] and fashion.architecture == "784-128-64-10 with biases"
     (tmp_path / "mine" / "test" / "cat").rename(tmp_path / "mine" / "test" / "dog")
-    assert "override dataset=mine: dataset mine in " in refusal(CONFIG, "dataset=mine")
+    assert "dataset=mine: dataset mine in " in refusal(CONFIG, "dataset=mine")

@@ -80,7 +80,7 @@ def test_the_next_to_go_and_masks_are_the_top_k_of_what_is_free(seed, k, gone):
 def test_the_gcn_weighs_the_terms_of_the_formula_and_is_the_formula_before_its_training(mask_layer, zeroed):
     graphs, row = graph_generator(mask_layer), 2
     names = (*TERMS, *graphs.config.features)
-    snapshot = graphs.snapshot(graphs.by_class(), names, graphs.mask_of(vertices_of(zeroed)), row)
+    snapshot = graphs.snapshot(graphs.by_class, names, vertices_of(zeroed), row)
     formula, gcn = saliency(snapshot, row, RETAIN_WEIGHT), adapted_gcn(graphs)
     assert torch.equal(saliency(snapshot, row, RETAIN_WEIGHT, gcn_trainer(graphs).initial()), formula)
     forget_factors, retain_factors = gcn(snapshot.class_graph(row), graphs.graph)[0].T
@@ -114,7 +114,7 @@ def test_the_loss_is_that_of_the_classifier_under_the_mask_of_the_scores(mask_la
     trains = gcn_trainer(graphs, necessity_forget=2.0, necessity_retain=0.5)
     terms, scores = trains.necessity(gcn, graphs, gone, row, seeded("test"))
     names = (*TERMS, *graphs.config.features)
-    snapshot = graphs.snapshot(graphs.draw(8, generator), names, graphs.mask_of(gone), row)
+    snapshot = graphs.snapshot(graphs.draw(8, generator), names, gone, row)
     assert torch.equal(scores, saliency(snapshot, row, RETAIN_WEIGHT, gcn).detach())
     kappa = trainer.log_uniform((3, 10), graph.num_vertices, generator)
     removed = [*zeroed, *largest_free(scores.tolist(), range(graph.num_vertices), zeroed, kappa)]
