@@ -312,7 +312,6 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     """Draws the reports again from the JSON of the experiments. Raises InputError where one is missing."""
     with locked(root):
         write_reports(Files(root), configs)
-    print(f"Curves and tables: {root / 'reports'}")
 
 
 def start(parsed: argparse.Namespace) -> None:

@@ -162,13 +162,12 @@ class Config:
 
     def torch_device(self) -> torch.device:
         """The device of the run: `auto` takes CUDA, else the CPU. Raises ValueError if it is not there."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         try:
-            torch.zeros(1, device=self.device).item()  # which "meta" has not
+            torch.zeros(1, device=device).item()  # which "meta" has not
         except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-            raise ValueError(f"device must be auto, cpu, or cuda or mps that is there, not {self.device!r}") from None
-        return torch.device(self.device)
+            raise ValueError(f"device must be auto, cpu, or cuda or mps that is there, not {device!r}") from None
+        return torch.device(device)
 
 
 def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[str, Config]:
