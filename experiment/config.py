@@ -91,12 +91,8 @@ class Config:
         if odd := [name for name in self.eval.hyperparameters if name not in METHODS]:
             raise ValueError(f"eval.hyperparameters.{odd[0]} is not a method: valid are {', '.join(METHODS)}")
         for name in self.eval.method_names:
-            parts = []
-            for each in METHODS[name].hyperparameters.values():
-                default = () if each.default is each.empty else (each.default,)
-                parts.append((each.name, each.annotation, *default))
             strict = {"__pydantic_config__": settings.STRICT}
-            kind = make_dataclass("Hyperparameters", parts, namespace=strict, kw_only=True)
+            kind = make_dataclass("Hyperparameters", METHODS[name].hyperparameters.items(), namespace=strict)
             settings.checked(kind, self.eval.hyperparameters.get(name, {}), f"eval.hyperparameters.{name}.")
 
     @cached_property
@@ -166,7 +162,7 @@ class Config:
         try:
             torch.zeros(1, device=device).item()  # which "meta" has not
         except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-            raise ValueError(f"device must be auto, cpu, or cuda or mps that is there, not {device!r}") from None
+            raise ValueError(f"device must be auto, cpu, or cuda or mps that is there, not {self.device!r}") from None
         return torch.device(device)
 
 
