@@ -28,8 +28,8 @@ DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def slug(name: str) -> str:
-    """Returns the name in letters, digits and underscores, as the names of files contain it."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    """Returns the name in letters, digits and underscores, 60 at most, as the names of files contain it."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:60]
 
 
 @cache
