@@ -105,8 +105,7 @@ def test_fields_of_a_dataclass_and_keywords_are_hyperparameters(request_to_forge
         return request.classifier
 
     monkeypatch.setitem(METHODS, "fading", Method(fading))
-    hints = {name: each.annotation for name, each in METHODS["fading"].hyperparameters.items()}
-    assert hints == {"rate": Positive, "rounds": Count, "scale": NonNegative}
+    assert METHODS["fading"].hyperparameters == {"rate": Positive, "rounds": Count, "scale": NonNegative}
     setting = "eval.hyperparameters.fading"
     values = {"rate": 0.1, "scale": 2.0, "rounds": 7}
     config = load_config(overrides=["eval.methods=[mimu, fading]", f"{setting}={values}"]).eval
