@@ -112,7 +112,7 @@ def test_fields_of_a_dataclass_and_keywords_are_hyperparameters(request_to_forge
     config = load_config(overrides=["eval.methods=[mimu, fading]", f"{setting}={values}"]).eval
     run_method(replace(request_to_forget, config=config), "fading")
     assert received == [(Fading(0.1, 7), 2.0)]
-    for changes, message in (({"step": 1}, ".*step"), ({"rounds": 0}, ".rounds must be .* at least 1, not 0$")):
+    for changes, message in (({"step": 1}, ".*step"), ({"rounds": 0}, ".rounds: .* or equal to 1, not 0$")):
         with pytest.raises(InputError, match=f": {setting}{message}"):
             load_config(overrides=["eval.methods=[mimu, fading]", f"{setting}={values | changes}"])
 
