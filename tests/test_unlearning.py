@@ -278,7 +278,7 @@ def test_a_long_request_shows_how_long_it_takes_at_most_and_every_tenth_step_see
     model, progress, monkeypatch
 ):
     judged, is_ruined = [], Judgement.is_ruined
-    monkeypatch.setattr(Judgement, "is_ruined", lambda *given: judged.append(given) or is_ruined(*given))
+    monkeypatch.setattr(Judgement, "is_ruined", lambda *given: judged.append(is_ruined(*given)) or judged[-1])
     monkeypatch.setattr("mimu.unlearning.tqdm", lambda **given: tqdm(**given | {"delay": 0, "mininterval": 0}))
     monkeypatch.setattr("sys.stderr", terminal := io.StringIO())
     terminal.isatty = lambda: True
@@ -286,6 +286,10 @@ def test_a_long_request_shows_how_long_it_takes_at_most_and_every_tenth_step_see
     shown = re.findall(r"class 1, at most:[^\r]* (\d+)/173 \[[^\r]*<\d", terminal.getvalue())
     assert {*map(int, shown)} == ({*range(2, zeroed + 1, 2)} if progress else set()), "of 172.8 weights"
     assert len(judged) == 1 + zeroed // 20 > 2, "before the first, too"
+    judged.clear()
+    zeroed = request(model, gcn=patient_gcn(step=2), mask_layer=0, progress=progress, max_fall=1e-9).num_zeroed
+    by_formula = [False] * (1 + zeroed // 20)
+    assert judged == [False, True, *by_formula], "the GCN's ends at the tenth step, then the formula's begins"
 
 
 def test_any_scorer_gcn_and_step_are_taken(model):
