@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from conftest import NUM_CLASSES, Group, assert_by_hand, graph_config, log_odds, random_classifier
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch_geometric.nn import SAGEConv
 
 from data import GraphGenerator
 from eval import METHODS, Request, run_method
@@ -221,8 +220,28 @@ def incidence(ends: str, layers: list[int] | None) -> Tensor:
     return torch.tensor([[float(pair.count(name)) for name in names] for pair in pairs], dtype=torch.float64)
 
 
+@pytest.mark.parametrize("mask_layer", [-2, [2, 0], None])
+def test_the_weight_graph_is_the_line_graph_of_the_network(mask_layer):
+    from torch_geometric.data import Data
+    from torch_geometric.transforms import LineGraph
+
+    sizes, network = (7, 6, 5, 3), []
+    graph = WeightGraph(HookedMNISTClassifier(sizes[1:-1], sizes[0], sizes[-1]).trace.layers, mask_layer)
+    for layer in graph.layers:
+        network += [((layer, c), (layer + 1, r)) for r, c in product(range(sizes[layer + 1]), range(sizes[layer]))]
+    neurons = sorted({neuron for pair in network for neuron in pair})
+    numbered = [tuple(map(neurons.index, pair)) for pair in network]
+    both_ways = torch.tensor([*numbered, *((b, a) for a, b in numbered)]).T
+    line = LineGraph()(Data(edge_index=both_ways, num_nodes=len(neurons))).edge_index
+    names = [numbered.index(pair) for pair in sorted(numbered)]  # PyG numbers the weights in sorted order
+    expected = sorted({(names[u], names[v]) for u, v in line.T.tolist() if u != v})
+    assert list(map(tuple, graph.edge_index().T.tolist())) == expected and graph.num_edges == len(expected)
+
+
 @some_layers
 def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(name, layers):
+    from torch_geometric.nn import SAGEConv  # takes seconds, which other tests on these networks need not
+
     rounds = 1 if layers == [1] else 3
     graph = WeightGraph(classifier_of(name).trace.layers, layers)
     ends = incidence(ENDS[name], layers)
