@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from conftest import NUM_CLASSES, Group, assert_by_hand, graph_config, log_odds, random_classifier
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch_geometric.nn import SAGEConv
 
 from data import GraphGenerator
 from eval import METHODS, Request, run_method
@@ -73,20 +72,6 @@ class Varied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(torch.flatten(self.hidden(x)[2], 1))
-
-
-class Averaged(nn.Module):
-    """A mean over channels, of which there are as many as rows, and one over positions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 4, 3, 2, 1)
-        self.of_rows, self.last = nn.Linear(16, 5), nn.Linear(9, NUM_CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x).relu()
-        rows = self.of_rows(x.mean(1).flatten(1)).relu()
-        return self.last(torch.cat([rows, x.mean((-2, -1))], 1))
 
 
 class Windows(nn.Module):
@@ -179,7 +164,6 @@ NETWORKS = {
     "joined": (Joined, "i2*9-a3 a3-a3 i2-b2 d10*9-c4 x5*3-d10/5 c4*4-o3", {1: (2, 8, 8), 4: (5, 8, 8), 5: (16,)}),
     "varied": (Varied, "i2*9-a4 a4*6-a4 g4*6-b3 a4-g4/2 b3*6-o3", {1: (4, 4, 4), 4: (18,)}),
     "grouped": (grouped, "i2*9-a4 a4*9-b8/4 b8*9-c6/2 c6*4-o3", {1: (4, 8, 8), 2: (8, 4, 4), 3: (24,)}),
-    "averaged": (Averaged, "i2*9-a4 x16-b5 y9-o3", {1: (4, 4, 4), 2: (9,)}),
     "encoder": (encoder, "i2*16-a4 t4-q12 v4-w4 s4-h6 h6-r4 r4-p12 u4-x4 r4-g6 g6-r4 z4-o3", {1: (4, 4), 5: (4, 4)}),
     "windows": (Windows, "i2*4-a4 s4-h5 h5-r4 x4-g1 y4-o3", {1: (2, 2, 2, 2, 4), 3: (16, 4), 4: (4,)}),
     "spaced": (Spaced, "i2*5-a6/2 j1*18-b3 x9-c4 c4-o3", {1: (2, 8, 8), 2: (9, 6), 3: (4,)}),
@@ -236,8 +220,28 @@ def incidence(ends: str, layers: list[int] | None) -> Tensor:
     return torch.tensor([[float(pair.count(name)) for name in names] for pair in pairs], dtype=torch.float64)
 
 
+@pytest.mark.parametrize("mask_layer", [-2, [2, 0], None])
+def test_the_weight_graph_is_the_line_graph_of_the_network(mask_layer):
+    from torch_geometric.data import Data
+    from torch_geometric.transforms import LineGraph
+
+    sizes, network = (7, 6, 5, 3), []
+    graph = WeightGraph(HookedMNISTClassifier(sizes[1:-1], sizes[0], sizes[-1]).trace.layers, mask_layer)
+    for layer in graph.layers:
+        network += [((layer, c), (layer + 1, r)) for r, c in product(range(sizes[layer + 1]), range(sizes[layer]))]
+    neurons = sorted({neuron for pair in network for neuron in pair})
+    numbered = [tuple(map(neurons.index, pair)) for pair in network]
+    both_ways = torch.tensor([*numbered, *((b, a) for a, b in numbered)]).T
+    line = LineGraph()(Data(edge_index=both_ways, num_nodes=len(neurons))).edge_index
+    names = [numbered.index(pair) for pair in sorted(numbered)]  # PyG numbers the weights in sorted order
+    expected = sorted({(names[u], names[v]) for u, v in line.T.tolist() if u != v})
+    assert list(map(tuple, graph.edge_index().T.tolist())) == expected and graph.num_edges == len(expected)
+
+
 @some_layers
 def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(name, layers):
+    from torch_geometric.nn import SAGEConv  # takes seconds, which other tests on these networks need not
+
     rounds = 1 if layers == [1] else 3
     graph = WeightGraph(classifier_of(name).trace.layers, layers)
     ends = incidence(ENDS[name], layers)
@@ -341,12 +345,15 @@ def test_features_of_kernels_are_those_of_their_definitions(monkeypatch, name, m
 def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_these_alone(name, layers):
     classifier, x = classifier_of(name), images(3)
     graph = WeightGraph(classifier.trace.layers, layers)
-    mask = graph.zeroing(torch.randperm(graph.num_vertices)[: graph.num_vertices // 3])
-    keep = torch.cat([part.flatten() for part in mask.keep]).double().requires_grad_()
+    zeroed = torch.randperm(graph.num_vertices)[: graph.num_vertices // 3]
+    mask = graph.zeroing(zeroed)
+    vector = torch.cat([part.flatten() for part in mask.keep])
+    assert torch.equal(vector, torch.ones(graph.num_vertices).index_fill(0, zeroed, 0))
+    assert torch.equal(graph.keeping(zeroed).as_tensor().flatten(), 1 - vector) and mask.layers == tuple(graph.names)
+    keep = vector.double().requires_grad_()
     weights = masked_weights(classifier, graph, keep)
-    features, logits = classifier.suffix_from(graph.layers).outputs(
-        classifier.prefix_activations(graph.layers, x), weights
-    )
+    inputs = classifier.prefix_activations(graph.layers, x)
+    features, logits = classifier.suffix_from(graph.layers).outputs(inputs, weights)
     assert list(weights) == [classifier.names[layer] for layer in graph.layers] == graph.names
     weighting = torch.randn(logits.shape, dtype=torch.float64)
     by_hand = functional_call(classifier.network, weights, x)
@@ -408,8 +415,6 @@ CHANGES = (
     "classifier.batch_norm=true", "graphs.mask_layer=null",
 )  # fmt: skip
 TINY = {"epochs": 1, "batch_size": 8, "steps": 3, "samples": 12}
-
-
 TINY_VIT = "classifier.channels=[4]", "classifier.hidden_sizes=[5]", "classifier.heads=2", "classifier.patch=4"
 
 
@@ -451,19 +456,6 @@ def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_ori
         same = [torch.equal(value, after.get(key, value)) for key, value in before.items() if "running" in key]
         assert all(same) or METHODS[name].touches not in ("nothing", "a mask", "the output"), name
         assert name not in ("fine_tune", "scrub") or not any(same), "training follows the statistics"
-
-
-def test_a_mask_of_the_graph_zeroes_the_weights_at_its_vertices():
-    classifier = classifier_of("resnet")
-    graph = WeightGraph(classifier.trace.layers, [0, 2, -1])
-    zeroed, weights = torch.randperm(graph.num_vertices)[:25], [classifier.weights[layer] for layer in graph.layers]
-    expected = torch.cat([weight.detach().flatten() for weight in weights]).index_fill(0, zeroed, 0)
-    mask, kept = graph.zeroing(zeroed), graph.keeping(zeroed).as_tensor()
-    assert kept.sum() == 25 == mask.num_zeroed and torch.equal(kept + mask.as_tensor(), torch.ones_like(kept))
-    assert mask.layers == tuple(graph.names) and set(mask.vertices().tolist()) == set(zeroed.tolist())
-    with mask.applied_to(classifier):
-        weights = [classifier.weights[layer] for layer in graph.layers]
-        assert torch.equal(torch.cat([weight.detach().flatten() for weight in weights]), expected)
 
 
 class Unmaskable(nn.Module):
