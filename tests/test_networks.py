@@ -545,7 +545,7 @@ def test_airbench_is_that_of_the_config_and_starts_with_kernels_that_whiten_patc
     ],
 )
 def test_networks_that_cannot_be_are_named(architecture, setting, message):
-    with pytest.raises(ConfigError, match=rf"^[^\n]*classifier.{re.escape(message)}[^\n]*$"):
+    with pytest.raises(ConfigError, match=re.escape(f": {message}")):
         configured(architecture, *(VIT if architecture == "vit" else ()), f"classifier.{setting}")
 
 
