@@ -1,7 +1,5 @@
 """MIMU: machine unlearning by masks. `from mimu import unlearn, Mask` is what a classifier of one's own needs."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -6,8 +6,6 @@ target estimates what they would find in a classifier that never saw the class, 
 degree, too: it lies between what they find in the inputs and what they find in the original (`target_r_squared`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -24,11 +22,10 @@ from mimu.errors import InputError
 from mimu.hooked import HookedClassifier
 from mimu.masks import LayerMask, Mask
 from mimu.probes import held_out_variance, standardised
-from mimu.pruning import forgetting_loss
 from mimu.samples import Split, drawn_of_every_class
 from mimu.seeds import seeded
 from mimu.settings import Count, NonNegative, Positive, Share, library_settings
-from mimu.training import descend
+from mimu.training import descend, forgetting_loss
 
 MAX_EDITED = 4  # layers before the last one that are edited, at most
 HELD_OUT = 5  # one sample of every so many of a class is not trained on
@@ -54,7 +51,7 @@ class ErasingConfig:
     share: Share
 
     @staticmethod
-    def configured() -> ErasingConfig:
+    def configured() -> "ErasingConfig":
         """Reads the settings of `settings.yaml`."""
         return ErasingConfig(**library_settings()["erase"])
 

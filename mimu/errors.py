@@ -1,7 +1,5 @@
 """Errors that name the thing, its value and what would be valid, in one line."""
 
-from __future__ import annotations
-
 
 class InputError(ValueError):
     """The user can correct this: a setting, a file, a folder. The message says what and where, in one line."""

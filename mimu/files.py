@@ -1,7 +1,5 @@
 """Files that are written whole, with a checksum, and read again without running any code in them."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

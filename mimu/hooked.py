@@ -1,7 +1,5 @@
 """A classifier that runs operation by operation: under other weights, from midway, and recorded."""
 
-from __future__ import annotations
-
 import copy
 import operator
 import sys
@@ -39,7 +37,7 @@ class HookedClassifier(Wrapper):
     Shapes: images (batch, ...), as the network takes them, to logits (batch, classes).
 
     Attributes:
-        names: the weights that can be masked, as in `network.named_parameters`; layers are indices of this list
+        names: the weights of the layers that can be masked, as in `network.named_parameters`
     """
 
     def __init__(self, network: nn.Module, example: Tensor | Trace, bfloat16: bool = False) -> None:
@@ -60,6 +58,11 @@ class HookedClassifier(Wrapper):
         self._is_suffix = False
 
     @property
+    def layers(self) -> list[Layer]:
+        """The layers that can be masked. Elsewhere a layer is its index in this list."""
+        return [*self.trace.layers.values()]
+
+    @property
     def weights(self) -> list[Tensor]:
         """The layers' weights, as they are under a mask."""
         return [operator.attrgetter(name)(self.network) for name in self.names]
@@ -67,27 +70,20 @@ class HookedClassifier(Wrapper):
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shape of every weight, in the order of the layers: (out, in), or that of kernels."""
-        return [layer.shape for layer in self.trace.layers.values()]
+        return [layer.shape for layer in self.layers]
 
-    def positions(self, index: int) -> int | None:
-        """At how many positions of a sample a layer is applied; None for a linear layer of features."""
-        return self._layer(index).positions
-
-    def suffix_from(self, layers: Sequence[int]) -> HookedClassifier:
+    def suffix_from(self, layers: Sequence[int]) -> "HookedClassifier":
         """This network, which takes `prefix_activations` of the layers in place of images."""
         return self._suffix(self.trace.suffix_from([self.names[layer] for layer in layers]))
 
-    def suffix_after(self, layer: int) -> HookedClassifier:
+    def suffix_after(self, layer: int) -> "HookedClassifier":
         """This network, whose `outputs` take what `recorded` returns for a layer in place of images."""
         return self._suffix(self.trace.suffix_after(self.names[layer]))
 
-    def _suffix(self, trace: Trace) -> HookedClassifier:
+    def _suffix(self, trace: Trace) -> "HookedClassifier":
         suffix = copy.copy(self)
         suffix.trace, suffix._is_suffix = trace, True
         return suffix
-
-    def _layer(self, index: int) -> Layer:
-        return self.trace.layers[self.names[index]]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes)."""
@@ -138,7 +134,7 @@ class HookedClassifier(Wrapper):
     @torch.no_grad()
     def mean_inputs(self, index: int, images: Tensor) -> Tensor:
         """The input of a layer, averaged over positions, (samples, groups * n)."""
-        layer = self._layer(index)
+        layer = self.layers[index]
         return torch.cat([*map(layer.mean_read, self._values(layer.node.args[0], images))])
 
     @torch.no_grad()
@@ -152,7 +148,7 @@ class HookedClassifier(Wrapper):
         Raises:
             ValueError: as `Trace.suffix_after` does
         """
-        node = self._layer(layer).node
+        node = self.layers[layer].node
         inputs = self.trace.suffix_after(self.names[layer]).input_nodes
         parts = []
         for part in images.split(self.samples_at_once):
@@ -173,7 +169,7 @@ class HookedClassifier(Wrapper):
             excluded_classes: as for `log_odds`
         """
         trace = self.trace
-        recorded = [self._layer(index) for index in layers]
+        recorded = [self.layers[index] for index in layers]
         calls = {layer.node for layer in recorded}
         inputs: dict[fx.Node, Tensor] = {}
 
@@ -203,7 +199,7 @@ class HookedClassifier(Wrapper):
 
     def recorded_at_once(self, layers: Sequence[int]) -> int:
         """The number of samples in a pass that records layers."""
-        return samples_that_fit(self.trace.total + sum(self._layer(index).numbers for index in layers))
+        return samples_that_fit(self.trace.total + sum(self.layers[index].numbers for index in layers))
 
 
 def log_odds(logits: Tensor, labels: Tensor, excluded_classes: Sequence[int] = ()) -> Tensor:

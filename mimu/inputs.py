@@ -1,7 +1,5 @@
 """Models and samples of users, checked and made ready."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -77,8 +75,8 @@ class CustomModel:
     @property
     def reads_features(self) -> bool:
         """True where all layers to mask are linear ones of features, as those on which the GCN was trained."""
-        shapes, positions = self.classifier.shapes, self.classifier.positions
-        return all(len(shapes[layer]) == 2 and positions(layer) is None for layer in self.masked)
+        layers = [self.classifier.layers[index] for index in self.masked]
+        return all(len(layer.shape) == 2 and layer.positions is None for layer in layers)
 
 
 def check_model(model: nn.Module) -> None:
@@ -172,8 +170,8 @@ def layers_to_mask(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[s
     (docs/networks.md).
 
     Args:
-        mask_layer: "auto", None (all), or names or indices, one or several; a name may be that of a module, or a
-            pattern with * and ?
+        mask_layer: "auto", None (all), or one or several names, as in `named_parameters`, of modules, or with * and ?,
+            or indices among the layers that can be masked
         names: the layers that can be masked
         at_the_end: the linear layers in a row that the model ends in, or its last layer
 

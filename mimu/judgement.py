@@ -1,7 +1,5 @@
 """The judgement of a mask by samples: how much of the classes to forget remains, and what the retained ones lose."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

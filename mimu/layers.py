@@ -1,7 +1,5 @@
 """A layer whose weight can be masked: how its values are laid out, and records of what it does on samples."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -57,7 +55,7 @@ class Layer:
         """The size of a record, in numbers per sample."""
         return (self.groups * prod(self.shape[1:]) + 3 * self.shape[0]) * (self.positions or 1)
 
-    def record(self, x: Tensor, h: Tensor, gradient: Tensor) -> LayerRecord:
+    def record(self, x: Tensor, h: Tensor, gradient: Tensor) -> "LayerRecord":
         """A record of samples.
 
         Args:
@@ -81,8 +79,6 @@ class Layer:
 
     def by_position(self, x: Tensor) -> Tensor:
         """The operation's output as (samples, groups, m / groups, positions), or (samples, m) on features."""
-        if x.ndim == 2 and self.positions is None:
-            return x
         x = self.by_sample(x)
         x = x.flatten(3).movedim(2, -1) if self.is_convolution else x  # (samples, parts, ..., m)
         return self._laid_out(x.reshape(len(x), self.positions or 1, self.groups, -1).permute(0, 2, 3, 1))
@@ -93,8 +89,6 @@ class Layer:
         Returns: (samples, groups, n, positions), in memory position after position, as products over samples and
             positions are fastest then; or (samples, n) on features
         """
-        if x.ndim == 2 and self.positions is None:
-            return x
         if not self.is_convolution:
             return self._laid_out(self.by_sample(x).flatten(1, -2).mT[:, None])
         # To (batch, groups, *places, channels, *kernel).
@@ -149,7 +143,7 @@ class FeatureRecord(NamedTuple):
     active: Tensor  # (samples, m), 1 where the unit passes a signal on; a unit without ReLU always does
     log_odds_gradient: Tensor  # (samples, m), gradient of the label's log-odds at the pre-activation
 
-    def by_class(self, classes: int) -> FeatureRecord:
+    def by_class(self, classes: int) -> "FeatureRecord":
         """The record with a dimension of classes in front, (classes, samples, ...), of samples class after class."""
         return FeatureRecord(*(x.unflatten(0, (classes, -1)) for x in self))
 
@@ -189,7 +183,7 @@ class FeatureRecord(NamedTuple):
         a = self.inputs.flatten(0, 1).index_select(1, removed % n)
         return ((g * a) @ weight.take(removed)).view(classes, -1)
 
-    def for_updates(self) -> FeatureRecord:
+    def for_updates(self) -> "FeatureRecord":
         """The record with what first-order updates need."""
         return self
 
@@ -205,7 +199,7 @@ class PositionRecord(NamedTuple):
     active: Tensor  # (samples, groups, m, positions), 1 where the unit passes a signal on
     weight_gradient: Tensor  # (samples, groups, m, n), gradient of the label's log-odds by the weight
 
-    def by_class(self, classes: int) -> PositionRecord:
+    def by_class(self, classes: int) -> "PositionRecord":
         """The record as (classes * groups, samples, ...), of samples class after class."""
         return PositionRecord(*(x.unflatten(0, (classes, -1)).transpose(1, 2).flatten(0, 1) for x in self))
 
@@ -241,7 +235,7 @@ class PositionRecord(NamedTuple):
         by_weight = gradient[:, group, :, row, column]  # (removed, classes, samples)
         return (weight.take(removed) @ by_weight.flatten(1)).view(by_weight.shape[1:])
 
-    def for_updates(self) -> PositionRecord:
+    def for_updates(self) -> "PositionRecord":
         """The record with what first-order updates need, the gradient alone."""
         nothing = self.inputs.new_empty(0)
         return PositionRecord(nothing, nothing, nothing, self.weight_gradient)

@@ -1,7 +1,5 @@
 """Masks: the weights of a classifier that are zeroed and the directions that are removed, apart from any classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,7 +32,7 @@ class LayerMask(NamedTuple):
     v: Tensor
 
     @staticmethod
-    def of(keep: Tensor) -> LayerMask:
+    def of(keep: Tensor) -> "LayerMask":
         """Returns the mask that zeroes weights and removes no direction."""
         m, n = keep.flatten(1).shape
         return LayerMask(keep, keep.new_zeros(m, 0), keep.new_zeros(n, 0))
@@ -49,7 +47,7 @@ class LayerMask(NamedTuple):
         """The number of weights that the mask zeroes."""
         return int((self.keep == 0).sum())
 
-    def to(self, like: Tensor) -> LayerMask:
+    def to(self, like: Tensor) -> "LayerMask":
         """Returns the mask on the device and in the precision of a tensor."""
         return LayerMask(self.keep.to(like), self.u.to(like), self.v.to(like))
 
@@ -59,7 +57,7 @@ class LayerMask(NamedTuple):
             weight = weight - (self.u @ self.v.T).view_as(weight)
         return weight * self.keep
 
-    def __and__(self, other: LayerMask) -> LayerMask:
+    def __and__(self, other: "LayerMask") -> "LayerMask":
         """Combines two masks of a layer. A direction that both remove, in whatever precision, is removed once."""
         other = other.to(self.keep)
         ours, theirs = (torch.cat([mask.u, mask.v]).T.float() for mask in (self, other))
@@ -67,7 +65,7 @@ class LayerMask(NamedTuple):
         u, v = torch.cat([self.u, other.u[:, is_new]], 1), torch.cat([self.v, other.v[:, is_new]], 1)
         return LayerMask(self.keep * other.keep, u, v)
 
-    def includes(self, other: LayerMask) -> bool:
+    def includes(self, other: "LayerMask") -> bool:
         """Tells whether the other mask would add nothing to this one: no zero, and no direction."""
         both = self & other
         return (both.num_zeroed, both.rank) == (self.num_zeroed, self.rank)
@@ -179,11 +177,11 @@ class Mask:
             mask.check()
 
     @staticmethod
-    def on(model: nn.Module) -> Mask | None:
+    def on(model: nn.Module) -> "Mask | None":
         """Returns the mask that a model carries; None where it carries none."""
         return carried_by(weights_in(model))
 
-    def with_origins_of(self, model: nn.Module) -> Mask:
+    def with_origins_of(self, model: nn.Module) -> "Mask":
         """Returns the mask as one made on the weights of this model. Raises ValueError as `matched` does."""
         parts, weights = self.matched(model)
         return replace(self, by_layer=parts, origins={name: weights[name].sample() for name in parts})
@@ -209,7 +207,7 @@ class Mask:
         edits = f"; directions removed: {', '.join(ranks)}" if ranks else ""
         return f"Mask({', '.join(counts)} weights zeroed{edits}{self.about and '; '}{self.about})"
 
-    def __and__(self, other: Mask) -> Mask:
+    def __and__(self, other: "Mask") -> "Mask":
         """Returns the mask that does what either does: its zeros, its removed directions, its forgotten classes."""
         combined = dict(self.by_layer)
         for layer, theirs in other.by_layer.items():
@@ -233,7 +231,7 @@ class Mask:
         """Returns the indices of the zeroed weights in the weight graph of the layers."""
         return (self.as_tensor().flatten() == 0).nonzero()[:, 0]
 
-    def includes(self, other: Mask) -> bool:
+    def includes(self, other: "Mask") -> bool:
         """Tells whether the other mask would add nothing to this one: no layer, no zero, and no direction."""
         ours = self.by_layer
         return all(layer in ours and ours[layer].includes(theirs) for layer, theirs in other.by_layer.items())
@@ -352,7 +350,7 @@ class Mask:
         save(Path(path), self.saved())
 
     @staticmethod
-    def load(path: Path | str) -> Mask:
+    def load(path: Path | str) -> "Mask":
         """Reads a mask from a file. Raises ArtifactError where the file is not a mask."""
         try:
             saved = load(Path(path))

@@ -1,7 +1,5 @@
 """Operations of an exported network: the export, their names, and what they do to neurons and samples."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The masking GCN of a checkpoint, with the settings of its requests."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable, Mapping
@@ -32,7 +30,7 @@ class TrainedGCN:
     pruning: PruningConfig
 
     @staticmethod
-    def load(path: Path | str = PRETRAINED) -> TrainedGCN:
+    def load(path: Path | str = PRETRAINED) -> "TrainedGCN":
         """Reads a checkpoint: one that a run wrote to `checkpoints/`, or the pretrained one.
 
         A setting that is newer than the checkpoint has its default. Raises ArtifactError.
@@ -51,7 +49,7 @@ class TrainedGCN:
             raise ArtifactError(f"{path}: is not the checkpoint of a masking GCN ({one_line(error)})") from None
 
     @staticmethod
-    def of(gcn: MaskingGCN | TrainedGCN | None, device: torch.device) -> TrainedGCN:
+    def of(gcn: "MaskingGCN | TrainedGCN | None", device: torch.device) -> "TrainedGCN":
         """Copies a GCN in float32 to a device; None stands for the pretrained one.
 
         A bare MaskingGCN gets the settings of the pretrained one. Raises InputError if it is none, does not read the
@@ -68,7 +66,7 @@ class TrainedGCN:
             raise InputError(f"gcn must {must}, not {network.num_features}")
         return replace(trained, gcn=network)
 
-    def for_kernels(self, shapes: Iterable[tuple[int, ...]]) -> TrainedGCN:
+    def for_kernels(self, shapes: Iterable[tuple[int, ...]]) -> "TrainedGCN":
         """Takes the settings of `kernels`; if no kernel reads several places, their `snapshot_every` alone."""
         settings = library_settings()["kernels"]
         if all(math.prod(shape[2:]) == 1 for shape in shapes):

@@ -4,8 +4,6 @@ A probe learns from features (samples, n) and labels (samples), and returns the 
 features (test samples, n), (test samples, classes); its seed fixes what is random.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

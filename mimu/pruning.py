@@ -5,8 +5,6 @@ scores all weights on the classifier masked so far, zeroes the highest-scoring o
 decides when to stop. `prune_until_forgotten` stops where the class is gone. `Pruning` serves several kappas in turn.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import time
@@ -21,10 +19,11 @@ from torch import Tensor
 
 from mimu.errors import InputError
 from mimu.graph import MaskingGCN
-from mimu.saliency import TERMS, ActivationGraphs, Snapshot, ranked, saliency
+from mimu.saliency import TERMS, ActivationGraphs, ranked, saliency
 from mimu.samples import margins
 from mimu.seeds import seeded
 from mimu.settings import Amount, Bounds, Count, Positive, number_of_weights
+from mimu.training import forgetting_loss
 
 LEAST_SHARE = 1 / 16  # if layers compete, each offers at least this share of one neuron's weights in a step
 COUNTED_AT_ONCE = 100  # samples of the forget class after which counting may stop
@@ -118,12 +117,13 @@ def prune(
         elif ranking is not None:
             scores = ranking(step, zeroed)
         else:
-            if snapshot is not None and is_updated(snapshot, step, config.snapshot_every):
+            is_due = config.snapshot_every is not None and step % config.snapshot_every == 0
+            if snapshot is not None and snapshot.records and not is_due:
                 snapshot = snapshot.first_order_update(newest)
             else:
                 snapshot = None  # two snapshots at a time could take too much memory
                 samples = graphs.draw(config.group_size, seeded("request", seed, graphs.classes[class_index], step))
-                snapshot = graphs.snapshot(samples, features, graphs.mask_of(zeroed), class_index)
+                snapshot = graphs.snapshot(samples, features, zeroed, class_index)
             previous_loss, loss = loss, F.softplus(snapshot.log_odds[class_index]).mean().item()
             if is_stalled(loss, previous_loss, config):
                 penalty /= config.penalty_growth
@@ -136,11 +136,6 @@ def prune(
         yield PruningStep(zeroed, scores, seconds)
         if len(zeroed) == graphs.graph.num_vertices:
             return
-
-
-def is_updated(snapshot: Snapshot, step: int, snapshot_every: int | None) -> bool:
-    """Tells whether a step updates the last snapshot, whose records must be kept, instead of taking a new one."""
-    return bool(snapshot.records) and (snapshot_every is None or step % snapshot_every != 0)
 
 
 def is_stalled(loss: float, previous_loss: float, config: PruningConfig) -> bool:
@@ -183,7 +178,7 @@ def best_of_one_layer(
     lowers it, the best ones are those that raise the loss of the retained classes least.
     """
     graph, best_merit, best_vertices = graphs.graph, None, None
-    samples = graphs.by_class()[:, :group_size]
+    samples = graphs.by_class[:, :group_size]
     losses = losses_without(graphs, class_index, samples, zeroed)
     offset = 0
     for layer_scores in graph.split(scores.index_fill(0, zeroed, float("-inf"))):
@@ -210,11 +205,6 @@ def losses_without(graphs: ActivationGraphs, class_index: int, samples: Tensor, 
     p = logits.unflatten(0, samples.shape)[class_index].softmax(1)[:, graphs.classes[class_index]]
     losses = F.cross_entropy(logits, graphs.labels[indices], reduction="none").view(samples.shape).mean(1)
     return torch.stack([forgetting_loss(p), (losses.sum() - losses[class_index]) / (len(losses) - 1)])
-
-
-def forgetting_loss(p: Tensor) -> Tensor:
-    """Computes the mean of -log(1 - p) in nats; p is the probability of the forget class on its samples."""
-    return -torch.log1p(-p.clamp(max=1 - 1e-6)).mean()
 
 
 class RemainingCounter:

@@ -1,11 +1,7 @@
 """Snapshots of a classifier, class graphs, and the score of every weight by the formula or with the masking GCN."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -15,8 +11,7 @@ from torch import Tensor
 
 from mimu.graph import MaskingGCN, WeightGraph
 from mimu.hooked import HookedClassifier, log_odds, samples_that_fit
-from mimu.layers import FeatureRecord, LayerRecord, Record
-from mimu.masks import Mask
+from mimu.layers import LayerRecord, Record
 from mimu.samples import Split, some_of_every_class
 from mimu.settings import Count
 
@@ -174,7 +169,7 @@ class Snapshot:
         x /= deviation.clamp_min(1e-12)
         return x.permute(1, 2, 0).contiguous()
 
-    def first_order_update(self, vertices: Tensor) -> Snapshot:
+    def first_order_update(self, vertices: Tensor) -> "Snapshot":
         """Estimates the snapshot without further weights, to first order, without a pass through the network.
 
         Zeroing a weight w from neuron c to r takes w a_c from the pre-activation of r. With the gradient g_r of the
@@ -203,6 +198,7 @@ class ActivationGraphs:
     A few hundred floats are kept of each sample, class after class. Vertex features are formed when they are needed.
 
     classes: the labels that there are samples of; tensors that stand class after class have their order
+    by_class: the indices of all samples, (classes, samples_per_class); those of a smaller class are repeated
     nothing: no vertices, (0)
     predictions: the logits without a mask, (samples, num_classes)
     """
@@ -227,62 +223,39 @@ class ActivationGraphs:
         self.nothing = torch.empty(0, dtype=torch.long, device=self.labels.device)
         places = torch.arange(self.samples_per_class, device=self.labels.device)
         rows = [start + places % count for start, count in zip(accumulate(counts, initial=0), counts)]
-        self._by_class = torch.stack(rows)
+        self.by_class = torch.stack(rows)
         # No mask changes the inputs of the first masked layer.
         self.cached_inputs = classifier.prefix_activations(self.graph.layers, self.samples.images)
         self.suffix = classifier.suffix_from(self.graph.layers)
         with torch.no_grad():
             self.predictions = self.suffix(self.cached_inputs)
-        positions = [classifier.positions(index) for index in self.graph.layers]
         # The numbers of a sample in layers where its gradient by the weights is formed.
-        self._num_gradients = sum(size for size, count in zip(self.graph.sizes, positions) if count)
+        layers = zip(self.graph.layers, self.graph.sizes)
+        self._num_gradients = sum(size for layer, size in layers if classifier.layers[layer].positions)
         self.at_once = min(self.suffix.recorded_at_once(self.graph.layers), samples_that_fit(self._num_gradients))
-        # The records of layers that read at many positions would be too large to keep.
-        self.are_kept = not any(positions)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @cached_property
-    def record(self) -> Record:
-        """The record of every sample without a mask, if records are kept; made at the first access."""
-        indices = torch.arange(len(self), device=self.labels.device)
-        parts = [self._record(chosen) for chosen in indices.split(self.at_once)]
-        layers = []
-        for layer_parts in zip(*[part.layers for part in parts]):
-            layers.append(FeatureRecord(*map(torch.cat, zip(*layer_parts))))
-        log_odds = torch.cat([part.log_odds for part in parts])
-        return Record(layers, log_odds, log_odds)
-
-    def by_class(self) -> Tensor:
-        """Returns the indices of all samples, (classes, samples_per_class); those of a smaller class are repeated."""
-        return self._by_class
 
     def draw(self, group_size: int, generator: torch.Generator) -> Tensor:
         """Draws columns of `by_class` for every class, without replacement: indices, (classes, group_size)."""
-        keys = torch.rand(self.by_class().shape, generator=generator, dtype=torch.float32)
-        return self.by_class().gather(1, keys.argsort(1)[:, :group_size].to(self.labels.device))
+        keys = torch.rand(self.by_class.shape, generator=generator, dtype=torch.float32)
+        return self.by_class.gather(1, keys.argsort(1)[:, :group_size].to(self.labels.device))
 
     def weights(self) -> list[Tensor]:
         """Returns the weights of the masked layers as they are now, in their own shapes."""
         return [self.classifier.weights[index].detach() for index in self.graph.layers]
 
-    def mask_of(self, zeroed: Tensor) -> Mask | None:
-        """Returns the mask that switches off the vertices `zeroed`; None if there are none."""
-        return self.graph.zeroing(zeroed) if len(zeroed) else None
-
     def snapshot(
-        self, samples: Tensor, names: Sequence[str], mask: Mask | None = None, class_index: int | None = None
+        self, samples: Tensor, names: Sequence[str], zeroed: Tensor | None = None, class_index: int | None = None
     ) -> Snapshot:
         """Runs samples of every class through the classifier, and records what features are formed from.
 
         Args:
             samples: indices, (classes, group_size)
             names: of the FEATURES that the snapshot can form
-            mask: of the classifier
+            zeroed: the vertices that are masked; None: none
             class_index: of a class to forget. It is removed from the softmax of the retained classes' samples, which
                 are to keep the log-odds that the classifier has without a mask and without that class
         """
+        zeroed = self.nothing if zeroed is None else zeroed
         excluded_classes: list[int] = []
         if class_index is not None:  # classes without samples are always excluded; of two classes, none is
             absent = set(range(self.predictions.shape[1])) - set(self.classes)
@@ -291,42 +264,37 @@ class ActivationGraphs:
         kept: list[Record] = []
 
         def records() -> Iterator[Record]:
-            for record in self._records(samples, mask, excluded_classes):
+            for record in self._records(samples, zeroed, excluded_classes):
                 yield record
                 if is_kept:
                     kept.append(record._replace(layers=[layer.for_updates() for layer in record.layers]))
 
         means = dict.fromkeys(FEATURES[name].mean for name in names if FEATURES[name].mean)
         layer_means, log_odds = group_means(records(), means, samples.shape[1])
-        weights = self.weights() if mask is None else mask.weights(self.classifier).values()
+        weights = self.graph.zeroing(zeroed).weights(self.classifier).values()
         matrices = [weight.unflatten(0, (groups, -1)).flatten(2) for weight, groups in zip(weights, self.graph.groups)]
         return Snapshot(self.config, self.graph, matrices, layer_means, log_odds, kept)
 
-    def _records(self, samples: Tensor, mask: Mask | None, excluded_classes: Sequence[int]) -> Iterator[Record]:
-        """Yields the records of parts of the samples; it takes the record that is kept if no pass is needed."""
-        if mask is None and self.are_kept and not excluded_classes:
-            layers = [FeatureRecord(*(x[samples] for x in layer)) for layer in self.record.layers]
-            yield Record(layers, self.record.log_odds[samples], self.record.log_odds[samples])
-            return
-        with nullcontext() if mask is None else mask.applied_to(self.classifier):
+    def _records(self, samples: Tensor, zeroed: Tensor, excluded_classes: Sequence[int]) -> Iterator[Record]:
+        """Yields the records of parts of the samples."""
+        with self.graph.zeroing(zeroed).applied_to(self.classifier):
             for part in samples.split(max(1, self.at_once // len(samples)), 1):
                 rows = part.flatten()
-                record = self._record(rows, excluded_classes)
+                inputs, labels = self.cached_inputs[rows], self.labels[rows]
+                record = self.suffix.record(inputs, labels, self.graph.layers, excluded_classes)
                 kept = record.log_odds
-                if mask is not None:  # without a mask, the samples are to keep the log-odds that they have
-                    kept = log_odds(self.predictions[rows], self.labels[rows], excluded_classes)
+                if len(zeroed):  # without a mask, the samples are to keep the log-odds that they have
+                    kept = log_odds(self.predictions[rows], labels, excluded_classes)
                 layers = [layer.by_class(len(samples)) for layer in record.layers]
                 yield Record(layers, record.log_odds.view(part.shape), kept.view(part.shape))
 
-    def _record(self, rows: Tensor, excluded_classes: Sequence[int] = ()) -> Record:
-        return self.suffix.record(self.cached_inputs[rows], self.labels[rows], self.graph.layers, excluded_classes)
-
     def recorded(self) -> dict[str, Any]:
-        """Returns what is saved: `layers`, `labels`, and if records are kept `log_odds` and a dict for each layer."""
+        """Returns what is saved: `layers`, `labels`, and for layers of features `log_odds` and `records`, by layer."""
         content = {"layers": list(self.graph.layers), "labels": self.labels, "records": []}
-        if self.are_kept:
-            content["log_odds"] = self.record.log_odds
-            content["records"] = [layer._asdict() for layer in self.record.layers]
+        if not self._num_gradients:  # the records of layers that read at many positions would be too large
+            record = self.suffix.record(self.cached_inputs, self.labels, self.graph.layers)
+            content["log_odds"] = record.log_odds
+            content["records"] = [layer._asdict() for layer in record.layers]
         return content
 
 

@@ -1,7 +1,5 @@
 """Samples in memory, random choices among them, and which of them are classified correctly."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,18 +19,18 @@ class Split:
     images: Tensor
     labels: Tensor
 
-    def forget(self, forget_class: int) -> Split:
+    def forget(self, forget_class: int) -> "Split":
         """Returns the samples of the forget class."""
         return self[self.labels == forget_class]
 
-    def retain(self, forget_class: int) -> Split:
+    def retain(self, forget_class: int) -> "Split":
         """Returns the samples of the retained classes."""
         return self[self.labels != forget_class]
 
-    def __getitem__(self, chosen: Tensor | slice) -> Split:
+    def __getitem__(self, chosen: Tensor | slice) -> "Split":
         return Split(self.images[chosen], self.labels[chosen])
 
-    def select(self, indices: Tensor) -> Split:
+    def select(self, indices: Tensor) -> "Split":
         """Returns the samples of these indices; it copies whole rows, which is faster than indexing."""
         return Split(self.images.index_select(0, indices), self.labels[indices])
 
@@ -40,7 +38,7 @@ class Split:
         """The number of batches in an epoch, the last one of which may be smaller."""
         return -(-len(self.labels) // batch_size)
 
-    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Split]:
+    def batches(self, batch_size: int, generator: torch.Generator) -> "Iterator[Split]":
         """Yields random batches of the samples, epoch after epoch without end."""
         while True:
             order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)

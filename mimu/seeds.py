@@ -1,7 +1,5 @@
 """Random generators that depend on a key alone."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager

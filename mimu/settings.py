@@ -1,7 +1,5 @@
 """The settings that the library needs, and the ranges that settings may have."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache

@@ -1,7 +1,5 @@
 """A network exported as operations, which can run under other weights, start midway and be recorded."""
 
-from __future__ import annotations
-
 import copy
 import operator
 from collections import Counter, defaultdict
@@ -74,14 +72,14 @@ class Trace:
             raise ValueError(f"torch.export cannot take it for any number of samples ({one_line(error)})") from error
         self._schedule()
 
-    def __deepcopy__(self, memo: dict) -> Trace:
+    def __deepcopy__(self, memo: dict) -> "Trace":
         return self
 
-    def suffix_from(self, layers: Sequence[str]) -> Trace:
+    def suffix_from(self, layers: Sequence[str]) -> "Trace":
         """The operations from `start_of` the layers on; the input is that node's value."""
         return self._suffix([self.start_of(layers)])
 
-    def suffix_after(self, layer: str) -> Trace:
+    def suffix_after(self, layer: str) -> "Trace":
         """The operations after a layer; the input is the layer's output and all else that they need.
 
         Raises:
@@ -93,7 +91,7 @@ class Trace:
             raise ValueError(f"behind {layer} values have no dimension of samples in front")
         return self._suffix([node, *(needed - {node})])
 
-    def _suffix(self, nodes: Sequence[fx.Node]) -> Trace:
+    def _suffix(self, nodes: Sequence[fx.Node]) -> "Trace":
         suffix = copy.copy(self)
         suffix.input_nodes = tuple(nodes)
         suffix._schedule()
@@ -234,7 +232,7 @@ class Trace:
         is_as_exported = torch.allclose(logits[0], network(two), 1e-3, 1e-4, equal_nan=True)
         if not is_as_exported or not torch.allclose(logits[1][1:], logits[0], 1e-2, 1e-3, equal_nan=True):
             raise ValueError("its operations, one after the other, give other logits than itself")
-        self._compare(*observed)
+        self._compare(observed[0], observed[1])
         self.layers: dict[str, Layer] = {}
         nodes = {name: node for node, name in readers.items()}
         neurons = joined_neurons([node for node in self.nodes if node in self.sample_nodes], self.shapes)
@@ -300,9 +298,9 @@ class Trace:
         if positions == 1 and not (is_convolution and argument(node, "groups") > 1):
             positions = None
         activation, is_rectified = output_activation(node, {*self.nodes}, self.shapes)
-        sources, targets = neurons
-        layout = batch, parts, in_order, positions
-        return Layer(node, tuple(shape), activation, is_rectified, *layout, sources, targets)
+        return Layer(
+            node, tuple(shape), activation, is_rectified, batch, parts, in_order, positions, neurons[0], neurons[1]
+        )
 
 
 def before_dropout(node: fx.Node) -> fx.Node:

@@ -1,7 +1,5 @@
 """The steps that train a model, and the errors of a training that diverges."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -21,21 +19,19 @@ def check_finite(losses: dict[str, float], step: int, setting: str) -> None:
             raise TrainingError(f"{name} is {loss} at step {step}: training diverged, see {setting}")
 
 
-def descend(
-    optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], step: int, setting: str, max_norm: float | None = None
-) -> None:
-    """Takes one step down the sum of the losses, scalars by their names. Raises TrainingError as `check_finite` does.
-
-    max_norm: the gradient is scaled down to this norm if it is larger
-    """
+def descend(optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], step: int, setting: str) -> None:
+    """Takes a step down the sum of losses, scalars by their names. Raises TrainingError as `check_finite` does."""
     # One copy of all losses, so that a GPU is waited for once a step.
     values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
     check_finite(dict(zip(losses, values)), step, setting)
     optimizer.zero_grad()
     sum(losses.values()).backward()
-    if max_norm is not None:
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
     optimizer.step()
+
+
+def forgetting_loss(p: Tensor) -> Tensor:
+    """Computes the mean of -log(1 - p) in nats; p is the probability of the forget class on its samples."""
+    return -torch.log1p(-p.clamp(max=1 - 1e-6)).mean()
 
 
 def is_finite(model: nn.Module) -> bool:

@@ -1,11 +1,9 @@
 """`unlearn`: makes a classifier of the user's own forget classes, within bounds on what the retained classes lose."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
@@ -57,9 +55,8 @@ def unlearn(
             that a mask on the model forgets may be missing
         labels: the classes of the samples, (samples), from 0 on
         forget_class: one class or several. The classes of a mask that the model carries stay forgotten
-        gcn: rescales the scores; None: the pretrained one, but the formula alone for convolutions and layers on tokens
-        mask_layer: names as in named_parameters, of modules or with * and ?, or indices among the layers that can be
-            masked; one or several; None: all; auto: the last, of three linear layers at the end the last but one
+        gcn: rescales the scores; None: the pretrained one, but the formula alone for convolutions and on tokens
+        mask_layer: one or several layers, as `mimu.inputs.layers_to_mask` takes them
         seed: of the samples that are drawn
         scorer: the GCN, or the saliency formula alone
         erase: whether the classes are also removed from the last layer's input (`mimu.erasing`)
@@ -232,7 +229,7 @@ def pruning_mask(request: UnlearningRequest, scorer: str) -> Mask:
         formula = forget_by_mask(request, judgement, "saliency")
         if flaws(formula) < flaws(attempt):
             scorer, attempt = "saliency", formula
-    logits = held_out_logits(request, attempt, lambda *part: forget_by_mask(*part, scorer))
+    logits = held_out_logits(request, attempt, partial(forget_by_mask, scorer=scorer))
     layers = f"{len(request.custom.masked)} of {len(request.custom.classifier.names)} layers that can be masked"
     words = [f"ranked by the {'GCN' if scorer == 'gcn' else 'formula'} in {layers}"]
     return judged_mask(request, attempt, slice(None), logits, words, judgement.uncertainties(logits))

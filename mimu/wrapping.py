@@ -1,7 +1,5 @@
 """Modules around other modules: wrappers of a network, and collections of parameters."""
 
-from __future__ import annotations
-
 from torch import nn
 from torch.nn.utils import parametrize
 

@@ -149,8 +149,10 @@ def graphs_part(table: Table, pyg: Table) -> None:
     graphs, few = GraphGenerator(classifier, train, CONFIG.graphs, 0), train[:count]
     one_by_one = lambda: one_sample_at_a_time(classifier, few, graphs.graph.layers[0])  # noqa: E731
     slow = table.time("one sample at a time, ms a sample", one_by_one, 5, 1e3 / count)
-    in_one_batch = lambda: GraphGenerator(classifier, train, CONFIG.graphs, 0).record  # noqa: E731
-    fast = table.time(f"{len(graphs):,} samples in one batch, ms a sample", in_one_batch, 20, 1e3 / len(graphs))
+    in_one_batch = lambda: GraphGenerator(classifier, train, CONFIG.graphs, 0).recorded()  # noqa: E731
+    fast = table.time(
+        f"{len(graphs.labels):,} samples in one batch, ms a sample", in_one_batch, 20, 1e3 / len(graphs.labels)
+    )
     table["one sample at a time / in one batch"] = [slow / fast]
 
 

@@ -72,6 +72,12 @@ def masked(classifier, vertices=(0, 7, 29)):
     return model
 
 
+def relearned(audit: Audit, model, goal: float, most: int, rate: float, samples) -> tuple[int | None, list[float]]:
+    audit = replace(audit, config=replace(CONFIG, relearn_steps=most))
+    audit.goal = goal
+    return relearn(Case(audit, model, *[None] * 4), rate, samples)
+
+
 def case_of(audit: Audit | None, train: Predictions, test: Predictions) -> Case:
     return Case(audit, None, train, test, train.labels == FORGET, test.labels == FORGET)
 
@@ -214,11 +220,11 @@ def by_hand(model, samples, test: Split, goal: float, rate: float, zeroed: list[
 
 
 @pytest.mark.parametrize("zeroed", [[], [*range(0, 30, 2)]])
-def test_relearning_counts_the_steps_of_sgd_and_frees_the_weights_of_a_mask(retrained, data, zeroed):
+def test_relearning_counts_the_steps_of_sgd_and_frees_the_weights_of_a_mask(retrained, data, audit, zeroed):
     forget, test = data.train.forget(FORGET), data.test.forget(FORGET)
     model = masked(retrained, zeroed) if zeroed else retrained
     before = copy.deepcopy(model.state_dict())
-    steps, scores = relearn(model, test, 80.0, 40, 0.2, forget.batches(10, seeded(3)))
+    steps, scores = relearned(audit, model, 80.0, 40, 0.2, forget.batches(10, seeded(3)))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     generator = seeded(3)
     samples = [forget[batch] for _ in range(4) for batch in torch.randperm(100, generator=generator).split(10)]
@@ -226,12 +232,12 @@ def test_relearning_counts_the_steps_of_sgd_and_frees_the_weights_of_a_mask(retr
     assert scores[0] == 0.0 and steps == len(scores) - 1 > 1
 
 
-def test_relearning_ends_at_its_most_steps_at_once_or_where_the_loss_is_infinite(retrained, trained, data):
-    forget, test = data.train.forget(FORGET), data.test.forget(FORGET)
-    steps, scores = relearn(retrained, test, 101.0, 25, 0.2, forget.batches(10, seeded(0)))
+def test_relearning_ends_at_its_most_steps_at_once_or_where_the_loss_is_infinite(retrained, trained, data, audit):
+    forget = data.train.forget(FORGET)
+    steps, scores = relearned(audit, retrained, 101.0, 25, 0.2, forget.batches(10, seeded(0)))
     assert steps == 25 and len(scores) == 26  # more than one epoch
-    assert relearn(trained, test, 40.0, 25, 0.2, repeat(forget))[0] == 0
-    assert relearn(without_logit(trained), test, 60.0, 5, 0.1, repeat(forget)) == (None, [0.0])
+    assert relearned(audit, trained, 40.0, 25, 0.2, repeat(forget))[0] == 0
+    assert relearned(audit, without_logit(trained), 60.0, 5, 0.1, repeat(forget)) == (None, [0.0])
 
 
 def test_every_audit_is_that_of_its_samples_and_of_its_settings(trained, retrained, audit, data):
@@ -244,7 +250,7 @@ def test_every_audit_is_that_of_its_samples_and_of_its_settings(trained, retrain
     train, test = (predictions_of(model, split) for split in (some, data.test))
     case, logits, after = case_of(audit, train, test), test.logits, retrained(data.test.images)
     goal = 50 * (trained(data.test.images).argmax(1)[case.is_forget] == FORGET).double().mean().item()
-    again = partial(relearn, model, data.test.forget(FORGET), goal, 40, 0.1)
+    again = partial(relearned, audit, model, goal, 40, 0.1)
     steps, scores = again(data.train.forget(FORGET).batches(10, seeded("relearn", 4)))
     few = {str(count): some_of_every_class(data.train, count, "relearn from", 4) for count in (1, 2)}
     assert metrics == {

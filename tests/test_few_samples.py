@@ -88,7 +88,7 @@ def test_a_single_sample_that_others_classify_wrongly_is_no_class_to_forget(mode
 def test_a_class_with_few_samples_leaves_those_of_the_others(model):
     graphs = GraphGenerator(trained_problem()[2], of_each(50, 3, 20), patient_gcn().graphs, 0)
     expected = [[*range(50)], [50, 51, 52] * 16 + [50, 51], [*range(53, 73), *range(53, 73), *range(53, 63)]]
-    assert graphs.by_class().tolist() == expected and len(graphs) == 73
+    assert graphs.by_class.tolist() == expected and len(graphs.labels) == 73
     with request(model, of_each(200, 200, 1), **FREE)[0].applied_to(model):
         forget, retain = scores(model, TEST, 1)
     assert forget < 5 and retain > 80

@@ -332,12 +332,12 @@ def test_features_of_kernels_are_those_of_their_definitions(monkeypatch, name, m
     graphs = GraphGenerator(classifier_of(name), labelled(), graph_config(mask_layer), 0)
     assert bool(graphs.recorded()["records"]) == (mask_layer == [-2, -1])
     graphs.at_once = min(9, graphs.at_once)  # of 12
-    samples, zeroed = graphs.draw(4, seeded("test")), torch.arange(0, graphs.graph.num_vertices, 7)
-    for mask in (None, graphs.graph.zeroing(zeroed)):
-        snapshot = graphs.snapshot(samples, tuple(FEATURES), mask, forget)
+    samples = graphs.draw(4, seeded("test"))
+    for zeroed in (graphs.nothing, torch.arange(0, graphs.graph.num_vertices, 7)):
+        snapshot = graphs.snapshot(samples, tuple(FEATURES), zeroed, forget)
         among = {forget: [0, 1, 2]}
         others = [label for label in range(NUM_CLASSES) if label != forget]
-        by_hand = [Group(graphs, mask, rows, among.get(label, others)) for label, rows in enumerate(samples)]
+        by_hand = [Group(graphs, zeroed, rows, among.get(label, others)) for label, rows in enumerate(samples)]
         assert_by_hand(snapshot, by_hand)
 
 

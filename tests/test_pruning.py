@@ -64,7 +64,7 @@ def test_a_step_takes_the_highest_mean_scores_on_the_classifier_masked_so_far(ma
     names = (*TERMS, *graphs.config.features)
     for number, step in enumerate(islice(prune(graphs, 2, config, 0, gcn), 3)):
         samples = graphs.draw(8, seeded("request", 0, 2, number))
-        scores = saliency(graphs.snapshot(samples, names, graphs.mask_of(zeroed), 2), 2, RETAIN_WEIGHT, gcn).detach()
+        scores = saliency(graphs.snapshot(samples, names, zeroed, 2), 2, RETAIN_WEIGHT, gcn).detach()
         assert torch.equal(step.scores, scores)
         scores = scores / scores.std()
         mean = scores if mean is None else config.momentum * mean + (1 - config.momentum) * scores
@@ -91,14 +91,14 @@ def test_between_two_snapshots_no_sample_is_run_and_first_order_updates_say_what
     zeroed = [*islice(prune(graphs, 2, pruning_config(snapshot_every=every), 0), 5)][-1].zeroed
     assert passes == taken
     last = taken[-1]
-    samples, mask = graphs.draw(8, seeded("request", 0, 2, last // 4)), graphs.mask_of(zeroed[:last])
+    samples, mask = graphs.draw(8, seeded("request", 0, 2, last // 4)), zeroed[:last]
     snapshot = graphs.snapshot(samples, TERMS, mask, 2).first_order_update(zeroed[last:16])
     assert torch.equal(zeroed[16:], ranked(saliency(snapshot, 2, RETAIN_WEIGHT), zeroed[:16], 4))
 
 
 def test_the_damage_penalty_falls_only_if_the_class_stalls_and_is_not_forgotten(monkeypatch):
     graphs, penalty = graph_generator(), 1.0
-    snapshot = graphs.snapshot(graphs.by_class(), TERMS, None, 0)
+    snapshot = graphs.snapshot(graphs.by_class, TERMS, None, 0)
     # The class's mean -log(1 - p) from step to step; forgetting stalls if it has not halved.
     course = ((4, False), (1.9, False), (1.5, True), (1.6, True), (0.05, False), (0.09, False), (0.2, True))
     losses = iter(course)
@@ -120,7 +120,7 @@ def test_the_damage_penalty_falls_only_if_the_class_stalls_and_is_not_forgotten(
 
 def test_measured_steps_zero_what_the_class_loses_most_by_for_what_the_retained_classes_lose():
     graphs, zeroed = graph_generator([0, 1], scope="measured"), []
-    few = graphs.samples[graphs.by_class()[:, :10].flatten()]
+    few = graphs.samples[graphs.by_class[:, :10].flatten()]
     is_forget = few.labels == 2
 
     def losses(zeroed: list[int]) -> tuple[float, float]:
