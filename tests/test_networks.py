@@ -530,7 +530,7 @@ def test_airbench_starts_with_kernels_that_whiten_patches_of_its_training_images
     ],
 )
 def test_networks_that_cannot_be_are_named(architecture, setting, message):
-    with pytest.raises(ConfigError, match=rf"^[^\n]*classifier.{re.escape(message)}[^\n]*$"):
+    with pytest.raises(ConfigError, match=rf"^[^\n]*: {re.escape(message)}[^\n]*$"):
         configured(architecture, *(VIT if architecture == "vit" else ()), f"classifier.{setting}")
 
 
