@@ -192,10 +192,6 @@ def in_a_context(mask: Mask, model: nn.Module) -> None:
         pass
 
 
-def for_good(mask: Mask, model: nn.Module) -> None:
-    mask.apply(model, permanent=True)
-
-
 BOTH = ("0.weight", "2.weight")  # of the small one
 first_masked = partial(masked, layers=BOTH[:1])
 both_masked = partial(masked, layers=BOTH)
@@ -204,7 +200,7 @@ WAYS = {
     "put on": (Mask.apply, [], [both_masked]),
     "over another": (Mask.apply, [first_masked], [both_masked]),
     "beside another parametrization": (Mask.apply, [parametrized], [parametrized, both_masked]),
-    "for good": (for_good, [first_masked], [partial(both_masked, permanent=True)]),
+    "for good": (partial(Mask.apply, permanent=True), [first_masked], [partial(both_masked, permanent=True)]),
     "taken off": (Mask.remove, [both_masked], []),
     "in a context": (in_a_context, [], [both_masked]),
 }
