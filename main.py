@@ -1,7 +1,5 @@
 """The stages of a run in their order: data, classifier, activation graphs, masking GCN, requests, reports."""
 
-from __future__ import annotations
-
 import sys
 import time
 from importlib import import_module

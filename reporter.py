@@ -1,7 +1,5 @@
 """Curves over kappa and the summary of a sweep, from the JSON of its experiments alone."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

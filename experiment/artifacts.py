@@ -1,7 +1,5 @@
 """The files of a run: where each one stands, and the settings, code and data that decide its content."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """The arguments of main.py, and the exit status and the line with which a run ends."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

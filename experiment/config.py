@@ -1,7 +1,5 @@
 """The settings of a run, read from `configs/`, and the checks that need several of them, before any work starts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass, replace

@@ -1,7 +1,5 @@
 """Files that are written whole and know what made them, the lock on their folder, and the log of a run."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """The registry of methods of unlearning: what each one is, and its hyperparameters."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass

@@ -1,7 +1,5 @@
 """Reads YAML files and `section.key=value` overrides into a frozen dataclass, and checks every value."""
 
-from __future__ import annotations
-
 import json
 import re
 import reprlib

@@ -1,7 +1,5 @@
 """Tables of every method beside the classifier that was retrained without the class, and of variants side by side."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
