@@ -1,7 +1,5 @@
 """Runs of the smoke config in a folder of their own, and what they leave there."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

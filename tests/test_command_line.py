@@ -61,7 +61,7 @@ ERRORS = [
     (InputError("this"), 2, "error: this\n"),
     (OSError(28, "No space left on device", "file.png"), 2, "error: file.png: No space left on device\n"),
     (OSError("odd\nthing"), 2, "error: a file: odd thing\n"),
-    (RuntimeError("a\nb"), 1, "error: RuntimeError: a b (test_command_line.py, line "),
+    (RuntimeError("a\nb"), 1, "error: RuntimeError: a b; "),
 ]
 
 
