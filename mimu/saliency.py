@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mimu.graph import MaskingGCN, WeightGraph
 from mimu.hooked import HookedClassifier, log_odds, samples_that_fit
-from mimu.layers import LayerRecord, Record
+from mimu.layers import FeatureRecord, LayerRecord, Record
+from mimu.masks import Mask
 from mimu.samples import Split, some_of_every_class
 from mimu.settings import Count
 
@@ -255,7 +256,7 @@ class ActivationGraphs:
             class_index: of a class to forget. It is removed from the softmax of the retained classes' samples, which
                 are to keep the log-odds that the classifier has without a mask and without that class
         """
-        zeroed = self.nothing if zeroed is None else zeroed
+        mask = self.graph.zeroing(self.nothing if zeroed is None else zeroed)
         excluded_classes: list[int] = []
         if class_index is not None:  # classes without samples are always excluded; of two classes, none is
             absent = set(range(self.predictions.shape[1])) - set(self.classes)
@@ -264,26 +265,26 @@ class ActivationGraphs:
         kept: list[Record] = []
 
         def records() -> Iterator[Record]:
-            for record in self._records(samples, zeroed, excluded_classes):
+            for record in self._records(samples, mask, excluded_classes):
                 yield record
                 if is_kept:
                     kept.append(record._replace(layers=[layer.for_updates() for layer in record.layers]))
 
         means = dict.fromkeys(FEATURES[name].mean for name in names if FEATURES[name].mean)
         layer_means, log_odds = group_means(records(), means, samples.shape[1])
-        weights = self.graph.zeroing(zeroed).weights(self.classifier).values()
+        weights = mask.weights(self.classifier).values()
         matrices = [weight.unflatten(0, (groups, -1)).flatten(2) for weight, groups in zip(weights, self.graph.groups)]
         return Snapshot(self.config, self.graph, matrices, layer_means, log_odds, kept)
 
-    def _records(self, samples: Tensor, zeroed: Tensor, excluded_classes: Sequence[int]) -> Iterator[Record]:
+    def _records(self, samples: Tensor, mask: Mask, excluded_classes: Sequence[int] = ()) -> Iterator[Record]:
         """Yields the records of parts of the samples."""
-        with self.graph.zeroing(zeroed).applied_to(self.classifier):
+        with mask.applied_to(self.classifier):
             for part in samples.split(max(1, self.at_once // len(samples)), 1):
                 rows = part.flatten()
                 inputs, labels = self.cached_inputs[rows], self.labels[rows]
                 record = self.suffix.record(inputs, labels, self.graph.layers, excluded_classes)
                 kept = record.log_odds
-                if len(zeroed):  # without a mask, the samples are to keep the log-odds that they have
+                if mask.num_zeroed:  # without a mask, the samples are to keep the log-odds that they have
                     kept = log_odds(self.predictions[rows], labels, excluded_classes)
                 layers = [layer.by_class(len(samples)) for layer in record.layers]
                 yield Record(layers, record.log_odds.view(part.shape), kept.view(part.shape))
@@ -292,9 +293,12 @@ class ActivationGraphs:
         """Returns what is saved: `layers`, `labels`, and for layers of features `log_odds` and `records`, by layer."""
         content = {"layers": list(self.graph.layers), "labels": self.labels, "records": []}
         if not self._num_gradients:  # the records of layers that read at many positions would be too large
-            record = self.suffix.record(self.cached_inputs, self.labels, self.graph.layers)
-            content["log_odds"] = record.log_odds
-            content["records"] = [layer._asdict() for layer in record.layers]
+            every = torch.arange(len(self.labels), device=self.labels.device)
+            parts = [*self._records(every[None], self.graph.zeroing(self.nothing))]
+            content["log_odds"] = torch.cat([part.log_odds[0] for part in parts])
+            for layers in zip(*(part.layers for part in parts)):
+                values = zip(FeatureRecord._fields, zip(*layers))
+                content["records"].append({name: torch.cat(each, 1)[0] for name, each in values})
         return content
 
 
