@@ -156,7 +156,8 @@ class Config:
 
     def torch_device(self) -> torch.device:
         """The device of the run: `auto` takes CUDA, else the CPU. Raises ValueError if it is not there."""
-        device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        device = best if self.device == "auto" else self.device
         try:
             torch.zeros(1, device=device).item()  # which "meta" has not
         except (RuntimeError, AssertionError, NotImplementedError, ImportError):

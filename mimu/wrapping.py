@@ -3,11 +3,8 @@
 from torch import nn
 from torch.nn.utils import parametrize
 
-COLLECTIONS = (
-    nn.ParameterList,
-    nn.ParameterDict,
-    parametrize.ParametrizationList,
-)  # another module reads their entries
+# Another module reads the entries of these.
+COLLECTIONS = (nn.ParameterList, nn.ParameterDict, parametrize.ParametrizationList)
 
 
 class Wrapper(nn.Module):
