@@ -15,7 +15,7 @@ from mimu.files import load, save
 from mimu.wrapping import COLLECTIONS, unwrapped
 
 SAMPLE_SIZE = 256  # numbers of a weight that are kept to recognise it
-TOLERANCE = 0.01  # relative difference of weights that count as equal: bfloat16 rounds by at most 0.002
+TOLERANCE = 0.004  # relative difference of weights that count as equal: bfloat16 rounds by at most 0.002 each
 
 
 class LayerMask(NamedTuple):
@@ -154,7 +154,7 @@ class Mask:
         by_layer: A mask for every layer, by the name of its weight as `named_parameters` of a model without masks
             gives it ("3.weight", "blocks.0.attn.in_proj_weight"). Old files have indices instead (`indexed_in`).
         forgets: The classes that the mask was made to forget.
-        origins: Some numbers of the weights that the mask was made on (`Weight.sample`), by layer, where known.
+        origins: Some numbers of all weights of the model that the mask was made on (`Weight.sample`), by name.
         about: A description of how the mask was made.
         method: The method of `unlearn` that made the mask, "hide", "mask" or "erase"; "" where another one did.
 
@@ -186,7 +186,8 @@ class Mask:
     def with_origins_of(self, model: nn.Module) -> "Mask":
         """Returns the mask as one made on the weights of this model. Raises ValueError as `matched` does."""
         parts, weights = self.matched(model)
-        return replace(self, by_layer=parts, origins={name: weights[name].sample() for name in parts})
+        origins = {name: weight.sample() for name, weight in weights.items() if weight.original is not None}
+        return replace(self, by_layer=parts, origins=origins)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -266,10 +267,13 @@ class Mask:
             tied = [other for other, each in weights.items() if each.original is weight.original]
             if len(tied) > 1:
                 raise ValueError(f"layers {tied} share one weight, which can have no mask: give each its own")
-            if not other_weights and layer in self.origins and not are_equal(self.origins[layer], weight.sample()):
+            parts[name] = part
+        for layer, origin in {} if other_weights else self.origins.items():
+            name = names.get(layer, layer)
+            weight = weights.get(name)
+            if weight is None or weight.original is None or not are_equal(origin, weight.sample()):
                 remedy = "apply it to that network, make one for this, or say other_weights=True"
                 raise ValueError(f"layer {name!r} has other weights than the mask was made on: {remedy}")
-            parts[name] = part
         return {name: parts[name] for name in weights if name in parts}, weights
 
     def apply(self, model: nn.Module, permanent: bool = False, other_weights: bool = False) -> None:
@@ -373,8 +377,10 @@ class Mask:
 def are_equal(one: Tensor, other: Tensor) -> bool:
     """Tells whether weights are equal, in any precision. Zeros are ignored: a mask may have put them there."""
     are_both = (one != 0) & (other != 0)
+    if not are_both.any():
+        return torch.equal(one, other)
     one, other = one[are_both], other[are_both]
-    return not (one - other).norm() > TOLERANCE * other.norm()
+    return bool((one - other).norm() <= TOLERANCE * other.norm())
 
 
 def weights_in(model: nn.Module) -> dict[str, Weight]:

@@ -437,10 +437,14 @@ def retain_score_error(
             break
     mean, worst = judgement.lost_points(after)
     remaining = ", ".join(f"{accuracies[label]:.1f} % of class {label}" for label in judgement.forget)
+    max_fall, max_class_fall = request.bounds
+    together = f"the retained classes {'lose' if mean > 0 else 'gain'} {abs(mean):.1f} points (max_fall {max_fall})"
+    alone = f"one retained class loses {worst:.1f} points (max_class_fall {max_class_fall})"
+    is_broken_together = max_fall is not None and mean > max_fall
+    losses = f"{together}, {alone}" if is_broken_together else f"{alone}, {together}"  # the broken bound comes first
     message = (
-        f"the retained classes lose {mean:.1f} points (max_fall {request.bounds[0]}), one of them {worst:.1f} "
-        f"(max_class_fall {request.bounds[1]}); the mask of this error, of {mask.num_zeroed} zeroed "
-        f"weights, keeps to that on its samples and leaves {remaining} ({request.advice}more samples may do better)"
+        f"{losses}; the mask of this error, of {mask.num_zeroed} zeroed weights, keeps to that on its samples "
+        f"and leaves {remaining} ({request.advice}more samples may do better)"
     )
     return RetainScoreError(message, judgement.accuracies_before, after, request.mask_on_model(mask, accuracies))
 

@@ -101,7 +101,7 @@ OTHERS = {
 def test_a_mask_goes_on_the_network_that_it_was_made_on_and_on_another_only_if_told(name, is_saved, tmp_path):
     model = network()
     mask = lower_left(model)
-    assert mask.layers == tuple(mask.origins) == NAMES
+    assert mask.layers == NAMES and mask.origins.keys() == dict(model.named_parameters()).keys()
     if is_saved:
         said = dataclasses.replace(mask, about="ranked by the formula; 3 % are left")
         said.save(tmp_path / "mask.pt")
@@ -122,8 +122,7 @@ def test_a_mask_goes_on_the_network_that_it_was_made_on_and_on_another_only_if_t
         assert found.includes(mask) and mask.includes(found) and found.forgets == (1,)
     assert state_of(model) == before
     if name == "itself":
-        assert list(mask.origins) == list(found.origins)
-        assert all(torch.equal(one, found.origins[layer]) for layer, one in mask.origins.items())
+        assert all(torch.equal(mask.origins[layer], one) for layer, one in found.origins.items())
 
 
 def test_the_mask_of_a_request_is_for_its_model():
@@ -147,7 +146,7 @@ def test_masks_of_one_network_combine_and_are_still_known_to_be_of_it():
     one, other = lower_left(model, NAMES[:2]), lower_left(model, NAMES[1:])
     by_hand = mask_of({SECOND: torch.ones(36, 36).triu()})
     both = one & other & by_hand
-    assert tuple(sorted(both.origins)) == NAMES and tuple((by_hand & one).origins) == NAMES[:2]
+    assert both.origins.keys() >= {*NAMES}
     both.apply(model)
     with pytest.raises(ValueError, match="has other weights"):
         both.apply(network(1))
