@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimu.errors import InputError
+from mimu.errors import InputError, shortened
 from mimu.masks import LayerMask, Mask
+from mimu.wrapping import logits_of
 
 HIDDEN_BIAS = -1e4  # of a hidden class, whose output weights are zeroed; float16 holds it, too
 
@@ -39,13 +40,13 @@ def head_of(model: nn.Module, mask_layer: Any, images: Tensor | None) -> str:
             outputs[name] = output
 
         hooks = [module.register_forward_hook(partial(record, name)) for name, module in heads.items()]
-        logits = model(images)
+        logits = logits_of(model(images))
         for hook in hooks:
             hook.remove()
         heads = {name: heads[name] for name, output in outputs.items() if torch.equal(output.flatten(1), logits)}
     if len(heads) != 1:
         where = "the only linear layer, or named by mask_layer" if images is None else "one whose output is the logits"
-        names = ", ".join(candidates)[:300] or "none"
+        names = shortened(", ".join(candidates)) or "none"
         raise InputError(f"a class is hidden in the last layer, which must be {where}; linear layers are {names}")
     return next(iter(heads))
 

@@ -355,6 +355,8 @@ class Mask:
 
     def save(self, path: Path | str) -> None:
         """Writes the mask to a file. Raises ArtifactError where this is not possible."""
+        if Path(path).suffix == ".json":
+            raise ArtifactError(f"{path}: a mask is not JSON, name it otherwise, such as mask.pt")
         save(Path(path), self.saved())
 
     @staticmethod
