@@ -66,8 +66,6 @@ def run_command(
     0: done; 2: an error that the user can mend, such as a setting, a file or a full disk; 1: any other error, whose
     traceback goes to `reports/run.log`; 130: stopped by Ctrl-C; 143: stopped by SIGTERM.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # if the shell has closed them, Python has none
-    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for terminals that cannot show every character
     parsed = parse_arguments(arguments)

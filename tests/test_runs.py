@@ -132,7 +132,7 @@ def test_a_change_makes_the_files_that_depend_on_it_again_and_no_others(here, mo
     monkeypatch.setattr("experiment.artifacts.ROOT", sources)
     decisive = {0: ["main.py", "model.py", "data.py", "trainer.py", "mimu/graph.py"],
                 2: ["eval.py", "methods/controls.py"],
-                3: ["reporter.py", "tables/variants.py", "experiment/files.py", "my_own.py"]}  # fmt: skip
+                3: ["reporter.py", "tables/comparison.py", "experiment/files.py", "my_own.py"]}  # fmt: skip
     for first, paths in decisive.items():
         for path in [sources / name for name in paths]:
             source = path.read_text() if path.exists() else ""
