@@ -1,16 +1,13 @@
 """Data sets on disk and in memory, their splits, and the activation graphs of a classifier."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from glob import glob
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +21,6 @@ from mimu.files import digest, naming
 from mimu.saliency import ActivationGraphs
 from mimu.samples import Split
 from mimu.seeds import seeded
-
-if TYPE_CHECKING:
-    from torch_geometric.data import Data
 
 DATASET_ROOT = ROOT / "datasets"
 # The data sets that torchvision downloads, and the names of their classes.
@@ -60,8 +54,6 @@ class DataSet(NamedTuple):
 def data_set(name: str, root: Path = DATASET_ROOT) -> DataSet:
     """Returns the data set of a name: one of DATASETS, or a folder under `root`. Raises DataError if it is neither."""
     folder = root / name
-    if name == "SVHN" and not find_spec("scipy"):
-        raise DataError(f"dataset SVHN in {folder}: its files are read by scipy, install it (uv pip install scipy)")
     if name in DATASETS:
         size = (3, 32, 32) if name in ("CIFAR10", "SVHN") else (28, 28)
         return DataSet(size, DATASETS[name], partial(read_torchvision, folder, name))
@@ -83,7 +75,7 @@ def reading(name: str, folder: Path) -> Iterator[None]:
     """Turns the errors that missing and damaged files raise into a DataError that names the data set."""
     try:
         yield
-    except (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError) as error:
+    except (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError, ImportError) as error:
         raise DataError(f"dataset {name} in {folder}: cannot be used ({one_line(error)})") from None
 
 
@@ -236,14 +228,14 @@ def load_image_data(
         raise DataError(f"dataset {name} in {root / name}: all pixels of the training split are alike")
     for split in splits:
         split.images.sub_(mean).div_(deviation)  # in place, because a copy would double the memory
-    return ImageData(*splits, source.class_names)
+    return ImageData(splits[0], splits[1], source.class_names)
 
 
 class GraphGenerator(ActivationGraphs):
     """Activation graphs of a classifier, with the export of single samples to PyG."""
 
-    def get_data(self, index: int, max_edges: int = 50_000_000) -> Data:
-        """Returns the graph of one sample for PyG: x (vertices, features), edge_index (2, edges), y (1).
+    def get_data(self, index: int, max_edges: int = 50_000_000) -> Any:
+        """Returns the graph of one sample as PyG's `Data`: x (vertices, features), edge_index (2, edges), y (1).
 
         Building the edge list takes about 100 bytes of memory per edge.
 

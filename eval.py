@@ -1,7 +1,5 @@
 """Requests to forget a class, five methods that unlearn it, and the metrics that score all methods."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -57,8 +55,7 @@ class EvalConfig(PruningConfig):
         """The names of the methods to score."""
         if isinstance(self.methods, tuple):
             return self.methods
-        runs_with = ("default", "all") if self.methods == "all" else ("default",)
-        return tuple(name for name, method in METHODS.items() if method.runs_with in runs_with)
+        return tuple(name for name, method in METHODS.items() if method.runs_with in ("default", self.methods))
 
     def decisive(self) -> dict[str, Any]:
         """Returns the settings that the metrics depend on, without those of plots and of methods that do not run."""
@@ -126,15 +123,6 @@ class Request:
         if self.resolved_kappa is None:
             raise ValueError("this method reads request.kappa: register it with uses_kappa=True")
         return self.resolved_kappa
-
-    def with_kappa(self) -> Request:
-        """Returns the request with its number of weights to zero; for `auto`, mimu's search decides it."""
-        kappa = self.requested_kappa
-        return replace(self, resolved_kappa=len(self.zeroed_by_mimu()) if kappa == "auto" else kappa)
-
-    def zeroed_by_mimu(self) -> Tensor:
-        """The vertices that the masking GCN zeroes, in their order."""
-        return self.in_steps("mimu", gcn=self.gcn).vertices
 
     @property
     def class_index(self) -> int:
@@ -224,27 +212,27 @@ def run_method(request: Request, name: str) -> Unlearned:
     before, method = copy.deepcopy(request.original.state_dict()), METHODS[name]
     arguments = method.arguments(request.config.hyperparameters.get(name, {}))
     if method.uses_kappa:
-        request = request.with_kappa()  # before the clock starts: mimu's search is not this method's
+        kappa = request.requested_kappa  # mimu's search is not this method's: the clock starts later
+        request = replace(request, resolved_kappa=len(mimu(request).vertices) if kappa == "auto" else kappa)
     started = time.perf_counter()
     try:
         output = method.unlearn(request, **arguments)
-        seconds, message = time.perf_counter() - started, None
+        seconds, mask, message = time.perf_counter() - started, None, None
         if isinstance(output, PruningResult):
             # The clock does not know the steps that were made before for a smaller kappa.
             output, seconds, message = request.graphs.graph.zeroing(output.vertices), output.seconds, output.message
         if isinstance(output, Trained):
             output, seconds = output  # an earlier run may have trained it
-        model, mask = (request.classifier, output) if isinstance(output, Mask) else (output, None)
-        if mask is not None:
-            mask.apply(model)
-            mask = mask.with_origins_of(request.original)  # by the names of its weights
-        check_weights(model, "classifier", f"eval.hyperparameters.{name}")
+        if isinstance(output, Mask):
+            output, mask = request.classifier, output.with_origins_of(request.original)  # by the names of its weights
+            mask.apply(output)
+        check_weights(output, "classifier", f"eval.hyperparameters.{name}")
     except TrainingError as error:
         raise TrainingError(f"method {name}, class {request.forget_class}: {error}") from None
     after = request.original.state_dict()
     if changed := [key for key in before if key not in after or not torch.equal(before[key], after[key])]:
         raise ValueError(f"method {name!r} changed the original's {changed[0]}: change request.classifier, a copy")
-    return Unlearned(model, mask, seconds, message)
+    return Unlearned(output, mask, seconds, message)
 
 
 @dataclass
@@ -298,10 +286,8 @@ class Eval:
         """Scores a classifier: sums over samples in double precision, divided by the number of samples.
 
         Returns `loss` (cross entropy, nats), `score` (percent classified correctly) and on the forget set `probability`
-        (of the forget class, mean over the samples). Raises ValueError if there is no sample.
+        (of the forget class, mean over the samples).
         """
-        if not len(data_loader.dataset):
-            raise ValueError(f"{description}: there is no sample to score")
         model.eval()
         loss = correct = probability = 0.0
         for images, labels in tqdm(data_loader, description, delay=2, leave=False, disable=None):
@@ -333,11 +319,10 @@ class Eval:
     def eval_training_split(self) -> dict[str, dict[str, dict[str, float]]]:
         """Scores every method on training samples, for choices that the test split must not make."""
         samples, forget_class = self.request.graphs.samples, self.request.forget_class
-        forget_set, retain_set = samples.forget(forget_class).loader(), samples.retain(forget_class).loader()
+        loaders = {"forget": samples.forget(forget_class).loader(), "retain": samples.retain(forget_class).loader()}
 
         def scores(model: nn.Module) -> dict[str, dict[str, float]]:
-            forget_scores = self.inference(model, forget_set, True, "forget set")
-            return {"forget": forget_scores, "retain": self.inference(model, retain_set, False, "retain set")}
+            return {part: self.inference(model, each, part == "forget", part) for part, each in loaders.items()}
 
         return self._every_method("training split", scores)
 
@@ -350,7 +335,7 @@ class Eval:
         started = time.perf_counter()
         request, graph = self.request, self.request.graphs.graph
         unlearned = {name: self.unlearned(name) for name in self.names}
-        zeroed = request.zeroed_by_mimu().tolist()
+        zeroed = mimu(request).vertices.tolist()
         results = {
             **self.about,
             "seed": request.seed,

@@ -1,7 +1,5 @@
 """The stages of a run in their order: data, classifier, activation graphs, masking GCN, requests, reports."""
 
-from __future__ import annotations
-
 import sys
 import time
 from importlib import import_module
@@ -18,11 +16,10 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from functools import partial
-from itertools import chain
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -34,32 +31,14 @@ from eval import Eval, Request
 from experiment.artifacts import Files, Training, trainings_of
 from experiment.config import Config, load_variants
 from experiment.files import ROOT, Artifact, Log, locked
-from experiment.processes import Processes, peak_bytes, world_size
+from experiment.processes import Processes, by_torchrun, peak_bytes
 from mimu.errors import InputError
 from mimu.files import save
 from mimu.graph import MaskingGCN, keep_freed_memory
 from mimu.pretrained import PRETRAINED, TrainedGCN
-from mimu.samples import Split, is_correct, some_of_every_class
-from tables.experiment import draw
-from trainer import TOLERATED, GCNTrainer, Trained, Trainer
-
-
-class Prepared(NamedTuple):
-    """Everything that the requests of a training share.
-
-    Args:
-        training: The training.
-        graphs: The activation graphs of the trained classifier.
-        gcn: The masking GCN.
-        about_gcn: The part of an experiment's JSON that tells how the GCN was trained.
-        kept: The results that methods keep from one request to the next, by names of their own.
-    """
-
-    training: Training
-    graphs: GraphGenerator
-    gcn: MaskingGCN
-    about_gcn: dict[str, Any]
-    kept: dict[str, Any]
+from mimu.samples import is_correct, some_of_every_class
+from tables.figures import draw
+from trainer import TOLERATED, GCNTrainer, Trained
 
 
 class Stages:
@@ -72,8 +51,10 @@ class Stages:
         prefix = f"process {self.processes.rank}: " if self.processes.count > 1 else ""
         self.log = Log(root / "reports" / "run.log", prefix)
         self.seconds: Counter[str] = Counter()  # of every stage so far, by its name
-        self._data: dict[tuple[str, str, int], ImageData] = {}
-        self._prepared: Prepared | None = None  # the last one
+        self._load_data = cache(load_image_data)
+        self._training: Training | None = None  # the last one, of which these are
+        self._request: Callable[..., Request] = Request
+        self._about_gcn: dict[str, Any] = {}
         self._threads = torch.get_num_threads()
 
     @contextmanager
@@ -98,26 +79,21 @@ class Stages:
 
     def data(self, config: Config) -> ImageData:
         """Returns images and labels in memory, which are read once."""
-        key = (config.dataset, config.device, config.held_out)
-        if key not in self._data:
-            with self.stage(f"data, {config.dataset}"):
-                root, device = self.root / "datasets", config.torch_device()
-                self._data[key] = load_image_data(config.dataset, root, device, config.held_out)
-        return self._data[key]
+        return self._load_data(config.dataset, self.root / "datasets", config.torch_device(), config.held_out)
 
-    def classifier(
-        self, training: Training, trainer: Trainer, samples: Split, forget_class: int | None = None
-    ) -> Trained:
-        """Returns the classifier of a training or, with a forget class, one that was trained without it.
+    def classifier(self, training: Training, forget_class: int | None = None, seed: int | None = None) -> Trained:
+        """Returns the classifier of a training, or one that was trained without a class from the weights of a seed.
 
         The seconds are those that its training took, in whichever run.
         """
-        config, num_classes = training.config, len(training.config.source.class_names)
+        config, samples = training.config, self.data(training.config).train
+        trainer, num_classes = training.trainer, len(config.source.class_names)
         if forget_class is None:
             name, artifact = f"classifier, {training.name}", self.files.shared(training)["classifier"]
         else:
-            name = f"retrained without class {forget_class}, {training.name}, from the weights of seed {trainer.seed}"
-            artifact = self.files.retrained(training, forget_class, trainer.seed)
+            name = f"retrained without class {forget_class}, {training.name}, from the weights of seed {seed}"
+            artifact = self.files.retrained(training, forget_class, seed)
+            trainer, samples = replace(trainer, seed=seed), samples.retain(forget_class)
 
         def train() -> dict[str, Any]:
             model, seconds = trainer.trained(samples, num_classes, artifact)
@@ -132,17 +108,10 @@ class Stages:
         model.load_state_dict(checkpoint["state_dict"])
         return Trained(model, checkpoint["seconds"])
 
-    def retrained(self, training: Training, forget_class: int, seed: int) -> Trained:
-        """Returns a classifier that was trained without a class, from the initial weights of a seed."""
-        trainer = Trainer(training.config.classifier, seed, training.config.source.size)
-        samples = self.data(training.config).train.retain(forget_class)
-        return self.classifier(training, trainer, samples, forget_class)
-
     def graphs(self, training: Training) -> GraphGenerator:
         """Returns the activation graphs. They are recorded in every run, which is faster than reading a file."""
         config, train = training.config, self.data(training.config).train
-        trainer = Trainer(config.classifier, training.seed, config.source.size)
-        classifier = self.classifier(training, trainer, train).model
+        classifier = self.classifier(training).model
         if config.samples is not None:
             train = some_of_every_class(train, config.samples, "samples", training.seed)
         graphs = GraphGenerator(classifier, train, config.graphs, training.seed)
@@ -178,44 +147,33 @@ class Stages:
         config = training.config
         torch.set_num_threads(config.threads or self._threads)
         is_done = all(artifact.is_current for artifact in self.files.every(training, forget_class))
-        if not is_done and (self._prepared is None or self._prepared.training != training):
+        if not is_done and self._training != training:
             graphs = self.graphs(training)
-            gcn, about_gcn = self.gcn(training, graphs)
-            self._prepared = Prepared(training, graphs, gcn, about_gcn, kept={})
+            gcn, self._about_gcn = self.gcn(training, graphs)
+            shared = {"graphs": graphs, "gcn": gcn, "top_k": training.top_k, "seed": training.seed, "kept": {}}
+            self._request = partial(Request, config.eval, graphs.classifier, training.trainer, graphs.train, **shared)
+            self._training = training
         if forget_class is not None:
             with self.stage(f"class {forget_class}, {training.name}"):
                 self.experiments(training, forget_class)
 
     def experiments(self, training: Training, forget_class: int) -> None:
         """Runs the experiments on one forget class whose files are not current, and draws the missing plots."""
-        config, shared, prunings = training.config, {}, {}
+        config, shared = training.config, {}
+        request = partial(self._request, forget_class=forget_class, prunings={})
         for requested_kappa in config.kappas:
             metrics, mask = self.files.metrics_and_mask(training, forget_class, requested_kappa)
             plots = metrics.path.parents[1] / "plots" / metrics.path.stem
             draw_plots = partial(draw, metrics.path, plots, config.report) if config.eval.visualize else None
-            if metrics.is_current and mask.is_current:
-                if draw_plots is not None:
-                    draw_plots()
-                continue
-            data, graphs = self.data(config), self._prepared.graphs
-            audit = partial(Audit, config.audit, data, forget_class, training.seed) if config.audit.enabled else None
-            request = Request(
-                config=config.eval,
-                original=graphs.classifier,
-                trainer=Trainer(config.classifier, training.seed, config.source.size),
-                train=graphs.train,
-                graphs=graphs,
-                gcn=self._prepared.gcn,
-                forget_class=forget_class,
-                top_k=training.top_k,
-                seed=training.seed,
-                requested_kappa=requested_kappa,
-                prunings=prunings,
-                kept=self._prepared.kept,
-                retrain=partial(self.retrained, training, forget_class),
-            )
-            about = self.about(training, metrics, mask) | self._prepared.about_gcn
-            Eval(request, data, metrics, mask, about, shared, audit, draw_plots).eval()
+            if not (metrics.is_current and mask.is_current):
+                data, retrain = self.data(config), partial(self.classifier, training, forget_class)
+                about = self.about(training, metrics, mask) | self._about_gcn
+                audit = partial(Audit, config.audit, data, forget_class, training.seed)
+                audit = audit if config.audit.enabled else None
+                one = request(requested_kappa=requested_kappa, retrain=retrain)
+                Eval(one, data, metrics, mask, about, shared, audit, draw_plots).eval()
+            elif draw_plots is not None:
+                draw_plots()
 
     def about(self, training: Training, metrics: Artifact, mask: Artifact) -> dict[str, Any]:
         """Returns the part of an experiment's JSON that describes the run."""
@@ -267,18 +225,16 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
 def begin(stages: Stages, configs: Mapping[str, Config], is_fresh: bool) -> None:
     """Logs how many files are current, and reads the data sets where work is to be done; in the first process."""
     stages.log.note(shlex.join(sys.argv))
-    artifacts = list(chain.from_iterable(map(stages.files.every, trainings_of(configs))))
+    files, trainings = stages.files, list(trainings_of(configs))
+    artifacts = sum(map(files.every, trainings), [])
     if is_fresh or not all(artifact.is_current for artifact in artifacts):
         for config in configs.values():
             stages.data(config)  # a missing or damaged data set is an error before any work
     if is_fresh:
-        for artifact in artifacts:
-            artifact.path.unlink(missing_ok=True)
-        for training in trainings_of(configs):
-            for forget_class in training.config.forget_digits:
-                pattern = stages.files.retrained(training, forget_class, "*").path
-                for path in pattern.parent.glob(pattern.name):
-                    path.unlink()
+        retrained = [files.retrained(each, label, "*") for each in trainings for label in each.config.forget_digits]
+        for artifact in artifacts + retrained:
+            for path in artifact.path.parent.glob(artifact.path.name):
+                path.unlink()
     stages.log(count_current(artifacts))
 
 
@@ -316,10 +272,7 @@ def write_reports(files: Files, configs: Mapping[str, Config]) -> None:
         _, paths = results.setdefault((training.variant, training.top_k), (training.config.report, []))
         paths += [artifact.path for artifact in metrics]
     if missing:
-        names = ", ".join(missing)
-        raise InputError(
-            f"{files.root / 'eval'}: not all is there: run it first, or leave out what is missing: {names}"
-        )
+        raise InputError(f"{files.root}: run it first, or leave out what is missing: {', '.join(missing)}")
     print("\n".join(f"\n{table}" for table in tables.report(results, files.root / "reports")), end="\n\n")
 
 
@@ -352,12 +305,11 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     """Draws the reports again from the JSON of the experiments. Raises InputError where one is missing."""
     with locked(root):
         write_reports(Files(root), configs)
-    print(f"Curves and tables: {root / 'reports'}")
 
 
 def start(parsed: argparse.Namespace) -> None:
     """Does what the command line asks for."""
-    if world_size() > 1 and (parsed.dry_run or parsed.plot_only or parsed.pretrain):
+    if by_torchrun() and (parsed.dry_run or parsed.plot_only or parsed.pretrain):
         raise InputError("--dry-run, --plot-only and --pretrain run in one process: start it without torchrun")
     keep_freed_memory()
     configs = load_variants(parsed.config, parsed.overrides)

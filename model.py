@@ -1,11 +1,8 @@
 """The classifiers that runs train, and the registry of their architectures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -163,22 +160,6 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(tokens).mean(1)))
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """An architecture that a `TrainerConfig` can name.
-
-    Args:
-        build: makes the network from the config, the size of images ([channels,] height, width; for an mlp also the
-            number of pixels alone) and the number of classes; raises ValueError naming a setting that does not fit
-        describe: puts the config and the shapes of the weights into words
-        initialise: sets weights of a new network by training images (samples, pixels)
-    """
-
-    build: Callable[[Any, Sequence[int], int], nn.Module]
-    describe: Callable[[Any, Sequence[Sequence[int]]], str]
-    initialise: Callable[[nn.Module, Tensor], None] | None = None
-
-
 def image_size(config: Any, size: Sequence[int]) -> Size:
     """Channels, height and width of images. Raises ValueError if the config names no channels for them."""
     if not config.channels:
@@ -186,12 +167,13 @@ def image_size(config: Any, size: Sequence[int]) -> Size:
     return (1, *size) if len(size) == 2 else tuple(size)
 
 
-def vit(config: Any, size: Sequence[int], num_classes: int) -> VisionTransformer:
+def vit(config: Any, size: Sequence[int], sizes: Sequence[int]) -> VisionTransformer:
     """The transformer of a config, which must name one number of channels and one of hidden units."""
-    image, widths = image_size(config, size), [*config.channels, *config.hidden_sizes]
+    image, widths = image_size(config, size), [*config.channels, *sizes]
     if len(config.channels) != 1 or len(config.hidden_sizes) != 1:
-        raise ValueError(f"channels and hidden_sizes must each be one number for vit, not {widths}")
-    return VisionTransformer(image, config.patch, widths[0], widths[1], config.heads, config.blocks, num_classes)
+        raise ValueError(f"channels and hidden_sizes must each be one number for vit, not {widths[:-1]}")
+    width, hidden, num_classes = widths
+    return VisionTransformer(image, config.patch, width, hidden, config.heads, config.blocks, num_classes)
 
 
 def layer_sizes(config: Any, shapes: Sequence[Sequence[int]]) -> str:
@@ -200,21 +182,29 @@ def layer_sizes(config: Any, shapes: Sequence[Sequence[int]]) -> str:
     return ("" if config.architecture == "mlp" else config.architecture + " ") + sizes + " with biases" * config.bias
 
 
+class Architecture(NamedTuple):
+    """An architecture that a `TrainerConfig` can name.
+
+    build: makes the network from the config, the size of images ([channels,] height, width; for an mlp also the number
+        of pixels alone) and the sizes of the last layers (`hidden_sizes` and the number of classes); raises ValueError
+        naming a setting that does not fit
+    describe: puts the config and the shapes of the weights into words
+    initialise: sets weights of a new network by training images (samples, pixels)
+    """
+
+    build: Callable[[Any, Sequence[int], Sequence[int]], nn.Module]
+    describe: Callable[[Any, Sequence[Sequence[int]]], str] = layer_sizes
+    initialise: Callable[[nn.Module, Tensor], None] = lambda network, images: None
+
+
 ARCHITECTURES = {
-    "mlp": Architecture(lambda c, size, classes: mlp([prod(size), *c.hidden_sizes, classes], c.bias), layer_sizes),
-    "cnn": Architecture(
-        lambda c, size, classes: cnn(image_size(c, size), c.channels, [*c.hidden_sizes, classes], c.bias, c.batch_norm),
-        layer_sizes,
-    ),
+    "mlp": Architecture(lambda c, size, sizes: mlp([prod(size), *sizes], c.bias)),
+    "cnn": Architecture(lambda c, size, sizes: cnn(image_size(c, size), c.channels, sizes, c.bias, c.batch_norm)),
     "airbench": Architecture(
-        lambda c, size, classes: airbench(
-            image_size(c, size), c.channels, [*c.hidden_sizes, classes], c.bias, c.blocks
-        ),
-        layer_sizes,
-        initialise=whiten,
+        lambda c, size, sizes: airbench(image_size(c, size), c.channels, sizes, c.bias, c.blocks), initialise=whiten
     ),
     "resnet": Architecture(
-        lambda c, size, classes: resnet(image_size(c, size), c.channels, c.blocks, classes),
+        lambda c, size, sizes: resnet(image_size(c, size), c.channels, c.blocks, sizes[-1]),
         lambda c, _: f"ResNet-{2 + 2 * len(c.channels) * c.blocks}",
     ),
     "vit": Architecture(vit, lambda c, _: f"ViT/{c.patch} {c.channels[0]}-{c.hidden_sizes[0]}, blocks: {c.blocks}"),

@@ -1,7 +1,5 @@
 """Curves over kappa and the summary of a sweep, from the JSON of its experiments alone."""
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -17,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib import cycler
 from matplotlib.cbook import boxplot_stats
 from matplotlib.figure import Figure
 
@@ -32,14 +29,11 @@ COLORS = {
     "neg_grad_plus": "#5A2E26", "delete": "#B8860B", "ssd": "#7E4FA8", "scrub": "#BC8FDB", "damp": "#2E8B57",
     "erase": "#DC267F", "cola": "#17BECF", "eu_k": "#A6761D",
 }  # fmt: skip
-FORMATS = ("png", "pdf", "svg")
-FREE_COLORS = ("#DDCC77", "#999933", "#56B4E9", "#44AA99", "#117733", "#882255")  # lines by hand: from the last on
+FREE_COLORS = ("#DDCC77", "#999933", "#56B4E9", "#44AA99", "#117733", "#882255")
 MARKERS = "D*pov^<sPXdh>"
 DASHES = 14.0  # the period of dashed lines, in units of their width
 FORGOTTEN = 5.0  # percent: the summary enlarges marks whose forget accuracy is at most this
 WRITTEN = ".written"  # in a folder of reports, this file lists the reports there, one name a line
-# The number of zeroed weights; auto: it was chosen for each request; None: what `Experiments.kappa` says.
-Kappa = int | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ class ReporterConfig:
     """Resolution of the figures, dots per inch, and the formats that each is written in."""
 
     dpi: Annotated[int, Bounds(ge=20, le=1200)]
-    format: tuple[Literal[FORMATS], ...]
+    format: tuple[Literal["png", "pdf", "svg"], ...]
 
 
 @contextmanager
@@ -168,6 +162,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], text
 class Experiments:
     """The numbers of experiments that share classifier, mask layer and top_k, and differ in seed, digit and kappa.
 
+    Where a method takes a kappa, it is a number of weights, or "auto", or None for what the attribute `kappa` says.
+
     Attributes:
         by_kappa: The JSON of the experiments by kappa ("auto": chosen for each request), then by seed and digit.
         retrained: The JSON by seed and digit whose `retrain` is what gaps are measured against.
@@ -178,7 +174,7 @@ class Experiments:
 
     def __init__(self, metrics: Iterable[Path]) -> None:
         self.every = [json.loads(path.read_text()) for path in metrics]
-        self.by_kappa: dict[Kappa, dict[tuple[int, int], dict[str, Any]]] = {}
+        self.by_kappa: dict[int | str, dict[tuple[int, int], dict[str, Any]]] = {}
         self.retrained: dict[tuple[int, int], dict[str, Any]] = {}
         for each in self.every:
             kappa = "auto" if each["kappa_choice"] == "auto" else each["kappa"]
@@ -186,31 +182,32 @@ class Experiments:
             self.by_kappa.setdefault(kappa, {})[place] = each
             if "retrain" in each[RETAIN]:
                 self.retrained[place] = each
-        self.first = first = self.every[0]
-        self.has_auto = "auto" in self.by_kappa
-        self.choosing = list(next(iter(self.by_kappa["auto"].values()))["gave_up"]) if self.has_auto else []
         self.kappas = sorted(kappa for kappa in self.by_kappa if kappa != "auto")
         self.is_audited = bool(self.retrained) and all(each["audit_metrics"] for each in self.every)
         self.digits = sorted({each["forget_digit"] for each in self.every})
         self.seeds = sorted({each["seed"] for each in self.every})
+        self.kappa = "auto" if "auto" in self.by_kappa else self.best_kappa()
+        self.first = first = next(iter(self.by_kappa[self.kappa].values()))
+        self.choosing = list(first["gave_up"])
         self.methods = list(first[FORGET] | first[RETAIN])
         names = {digit: first["class_names"][digit] for digit in self.digits}
         titles = [name if name == str(digit) else f"{digit} ({name})" for digit, name in names.items()]
         self.classes = f"class{'es' if len(titles) > 1 else ''} {', '.join(titles)}"
         classes = self.classes if len(titles) < 4 else f"mean over {len(titles)} classes"
         self.subject = (first["dataset"], classes, first["split"], first["classifier"])
-        self.kappa: Kappa = "auto" if self.has_auto else self.best_kappa()
 
-    def numbers(self, column: Column, method: str, kappa: Kappa = None) -> list[list[float]]:
+    def numbers(self, column: Column, method: str, kappa: int | str | None = None) -> list[list[float]]:
         """Return a method's numbers: a row for every seed, with a number for every digit."""
-        experiments = self.by_kappa.get(kappa or self.kappa, {})
+        return self._numbers(self.by_kappa.get(kappa or self.kappa, {}), column, method)
+
+    def _numbers(self, experiments: Mapping[tuple[int, int], Any], column: Column, method: str) -> list[list[float]]:
         rows = []
         for seed in self.seeds:
             places = [(seed, digit) for digit in self.digits]
             rows.append([column.read(method, experiments.get(at, {}), self.retrained.get(at, {})) for at in places])
         return rows
 
-    def by_seed(self, column: Column, method: str, kappa: Kappa = None) -> list[float]:
+    def by_seed(self, column: Column, method: str, kappa: int | str | None = None) -> list[float]:
         """Reduce a method's numbers to one for every seed, or if the column asks for the worst, to that alone."""
         numbers = self.numbers(column, method, kappa)
         if column.reduction == "worst":
@@ -227,20 +224,16 @@ class Experiments:
         1: as in the original, 0: as after retraining. The divisor is nan where the gap of another retrained classifier
         is as large. After Jeon et al. 2024, arXiv:2405.17878, who estimate b by InfoNCE and sum over layers, too.
         """
-        gaps = []
-        for seed in self.seeds:
-            retrained = [self.retrained.get((seed, digit), {}) for digit in self.digits]
-            original = fmean(column.read("original", each, each) for each in retrained)
-            again = fmean(column.read("retrain_again", each, each) for each in retrained)
-            gaps.append(original if original > np.nan_to_num(abs(again)) else math.nan)
-        return gaps
+        original = map(fmean, self._numbers(self.retrained, column, "original"))
+        again = map(fmean, self._numbers(self.retrained, column, "retrain_again"))
+        return [gap if gap > np.nan_to_num(abs(other)) else math.nan for gap, other in zip(original, again)]
 
     def spread(self, column: Column, method: str) -> list[float]:
         """Return a number for every seed, or if there is only one seed, for every digit (which has no index)."""
         is_over_digits = len(self.seeds) == 1 and column.reduction == "mean"
         return self.numbers(column, method)[0] if is_over_digits else self.by_seed(column, method)
 
-    def mean(self, column: Column, method: str, kappa: Kappa = None) -> float:
+    def mean(self, column: Column, method: str, kappa: int | str | None = None) -> float:
         """Return a method's mean over digits and seeds."""
         return fmean(self.by_seed(column, method, kappa))
 
@@ -253,7 +246,7 @@ class Experiments:
         retain, forget = (self.curve(column, "mimu") for column in TRAINING_SCORES)
         return self.kappas[np.nan_to_num(np.subtract(retain, forget), nan=-np.inf).argmax()]
 
-    def cells(self, columns: Iterable[Column], method: str, kappa: Kappa = None) -> list[str]:
+    def cells(self, columns: Iterable[Column], method: str, kappa: int | str | None = None) -> list[str]:
         """Return a method's row of a table."""
         return [column.text(self.by_seed(column, method, kappa)) for column in columns]
 
@@ -265,16 +258,15 @@ class Experiments:
     def kappas_table(self) -> str:
         """Return a table of the five metrics of every method at every kappa."""
         columns = [replace(column, spec=".3f") for column in METRICS]
-        rows = []
-        for name, kappa in product(self.methods, self.kappas + ["auto"] * self.has_auto):
-            rows.append([name, kappa, *self.cells(columns, name, kappa)])
+        places = product(self.methods, [*self.kappas, *(["auto"] if "auto" in self.by_kappa else [])])
+        rows = [[name, kappa, *self.cells(columns, name, kappa)] for name, kappa in places]
         return markdown_table(["method", "kappa", *(column.name for column in columns)], rows)
 
 
 class Reporter:
     """Draws the curves of experiments over the fixed kappas, with a ring at auto, and writes their summary.
 
-    A new plot is a `draw_*` method that `plot` calls: what `plt` draws within `self._figure` is in it, and what it
+    A new plot is a `draw_*` method, which `plot` calls: what `plt` draws within `self._figure` is in it, and what it
     saves is listed for removal. Every method and metric has a getter with one value per fixed kappa, for instance
     `get_sft_unlearning_forget_set_score()`.
 
@@ -292,37 +284,29 @@ class Reporter:
     def plot(self, sections: Sequence[str] = ()) -> None:
         """Draw the curves over the fixed kappas, if there are any, and write the summary with further sections."""
         if self.experiments.kappas:
-            self.draw_loss_curves_on_forget_set()
-            self.draw_score_curves_on_forget_set()
-            self.draw_loss_curves_on_retain_set()
-            self.draw_score_curves_on_retain_set()
-            self.draw_classifier_probability_on_forget_class()
-            self.draw_summary()
+            for name in dir(self):
+                if name.startswith("draw_"):
+                    getattr(self, name)()
         self.write_summary(sections)
 
     def draw_loss_curves_on_forget_set(self) -> None:
-        x = self.experiments.kappas
-        with self._figure("loss_forget_set.png", "cross entropy on the forget set (nats)", is_zoomed=True):
+        with self._figure("loss_forget_set.png", "cross entropy on the forget set (nats)", is_zoomed=True) as x:
             self._plot_methods(x, FORGET, "loss")
 
     def draw_score_curves_on_forget_set(self) -> None:
-        x = self.experiments.kappas
-        with self._figure("score_forget_set.png", "forget accuracy (%)"):
+        with self._figure("score_forget_set.png", "forget accuracy (%)") as x:
             self._plot_methods(x, FORGET, "score")
 
     def draw_loss_curves_on_retain_set(self) -> None:
-        x = self.experiments.kappas
-        with self._figure("loss_retain_set.png", "cross entropy on the retain set (nats)", is_zoomed=True):
+        with self._figure("loss_retain_set.png", "cross entropy on the retain set (nats)", is_zoomed=True) as x:
             self._plot_methods(x, RETAIN, "loss")
 
     def draw_score_curves_on_retain_set(self) -> None:
-        x = self.experiments.kappas
-        with self._figure("score_retain_set.png", "retain accuracy (%)", is_zoomed=True):
+        with self._figure("score_retain_set.png", "retain accuracy (%)", is_zoomed=True) as x:
             self._plot_methods(x, RETAIN, "score")
 
     def draw_classifier_probability_on_forget_class(self) -> None:
-        x = self.experiments.kappas
-        with self._figure("probability_on_forget_class.png", "probability of the forget class"):
+        with self._figure("probability_on_forget_class.png", "probability of the forget class") as x:
             self._plot_methods(x, FORGET, "probability")
 
     def draw_summary(self) -> None:
@@ -382,7 +366,7 @@ class Reporter:
         kappa = fmean(each["kappa"] for each in requests)
         masked, total = (100 * kappa / experiments.first[key] for key in ("num_graph_vertices", "num_weights"))
         share = f"{kappa:.0f} weights, {masked:.2g} % of the masked ones and {total:.2g} % of all"
-        if not experiments.has_auto:
+        if experiments.kappa != "auto":
             return f"Of the fixed kappas, {experiments.kappa} is the best on training samples: {share}."
         text = "kappa is chosen automatically on the training split, for each request and method; "
         text += f"mimu's is {share} on average."
@@ -421,20 +405,21 @@ class Reporter:
             plt.plot(across, up, "o", color=self.styles[name]["color"], **ring)
 
     @contextmanager
-    def _figure(self, name: str, y_label: str, is_zoomed: bool = False, panels: int = 1) -> Iterator[None]:
-        """Save a figure of what is plotted in the context. If zoomed, its y axis leaves outliers out, with a note."""
+    def _figure(self, name: str, y_label: str, is_zoomed: bool = False, panels: int = 1) -> Iterator[list[int]]:
+        """Yield the fixed kappas, and save a figure of what is plotted in the context.
+
+        If it is zoomed, its y axis leaves outliers out, with a note.
+        """
         high = max(4, 0.8 + 0.2 * len(self.styles))
         figure = plt.figure(figsize=(3 + 5 * panels, high), layout="constrained")
-        by_hand = cycler(color=FREE_COLORS[::-1], marker=list(MARKERS[: len(FREE_COLORS)]))
-        with plt.rc_context({"axes.prop_cycle": by_hand, "axes.grid": True, "grid.alpha": 0.3}):
-            yield
+        with plt.rc_context({"axes.grid": True, "grid.alpha": 0.3}):
+            yield self.experiments.kappas
         axes = figure.axes[0]
         axes.set_ylabel(y_label)
         axes.set_title(title([self.experiments]), fontsize=9)
         if is_zoomed:
             low, high = axes.set_ylim(frame(np.concatenate([line.get_ydata() for line in axes.lines])))
-            curves = [line for line in axes.lines if line.get_label() != "kappa auto"]
-            heights = {line.get_label(): np.array(line.get_ydata()) for line in curves}
+            heights = {line.get_label(): np.array(line.get_ydata()) for line in axes.lines}
             outside = [f"{label} {y.mean():.4g}" for label, y in heights.items() if np.all((y < low) | (y > high))]
             if outside:
                 note = textwrap.fill(f"outside the frame (mean): {', '.join(outside)}", 90)

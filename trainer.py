@@ -1,17 +1,16 @@
 """The trainings of an experiment: the classifier, the masking GCN, and unlearning by random labels."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
 
@@ -36,35 +35,31 @@ TOLERATED = 1.0  # points that a GCN may be behind the formula
 TRACES: dict[Hashable, Trace] = {}  # exported networks, by everything that they depend on but their weights
 
 
+Parts = tuple[nn.Module, torch.optim.Optimizer, LRScheduler]
+Rounds = Callable[[int], Iterator[dict[str, Tensor]]]
+
+
 def train_in_rounds(
-    section: Literal["classifier", "gcn"],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler,
-    generator: torch.Generator,
-    next_round: Callable[[int], Iterator[dict[str, Tensor]]],
-    steps: int,
-    checkpoint: Artifact | None,
-    max_norm: float | None = None,
+    section: str, parts: Parts, generator: Generator, next_round: Rounds, steps: int, checkpoint: Artifact | None
 ) -> float:
     """Trains a model in place. If the same training was interrupted before, it is resumed from its saved state.
 
     Args:
         section: of the settings, for messages
+        parts: the model, its optimizer, and the schedule of the learning rate
         generator: of all random draws
         next_round: a function from the number of a step to the losses of this step and the next ones, by their names;
             each step descends their sum. The state is saved between rounds alone
         steps: of the whole training, which may end within a round
         checkpoint: where the trained model will be saved, and until then the state; None: nowhere
-        max_norm: of a step's gradient
     Returns:
         The seconds that the training took, those before an interrupt included.
     Raises:
         TrainingError: a loss or a weight is not a finite number.
     """
+    model, optimizer, schedule = parts
     optimizer.register_step_post_hook(lambda *_: schedule.step())
-    setting, parts = f"{section}.learning_rate", (model, optimizer, schedule)
-    step, started = 0, time.monotonic()
+    setting, step, started = f"{section}.learning_rate", 0, time.monotonic()
     saved = started
     unfinished = checkpoint and replace(checkpoint, provenance=f"unfinished: {checkpoint.provenance}")
     if unfinished and unfinished.is_current:
@@ -81,7 +76,7 @@ def train_in_rounds(
                 state = {"step": step, "seconds": saved - started, "generator": generator.get_state()}
                 unfinished.save(state | {"parts": [part.state_dict() for part in parts]})
             for losses in itertools.islice(next_round(step), steps - step):
-                descend(optimizer, losses, step, setting, max_norm)
+                descend(optimizer, losses, step, setting)
                 step += 1
                 bar.update()
     check_weights(model.eval(), section, setting)
@@ -117,15 +112,14 @@ class TrainerConfig:
 
     def network(self, size: Sequence[int], num_classes: int) -> nn.Module:
         """The classifier as a module, with weights as PyTorch draws them; `Architecture.build` says what it takes."""
-        return ARCHITECTURES[self.architecture].build(self, size, num_classes)
+        return ARCHITECTURES[self.architecture].build(self, size, [*self.hidden_sizes, num_classes])
 
     def optimizer(self, model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
         """Returns Adam, or SGD with Nesterov's momentum, and its rate, which rises in the warm-up and falls to zero."""
-        if self.momentum is None:
-            optimizer = torch.optim.Adam(model.parameters(), self.learning_rate, weight_decay=self.weight_decay)
-        else:
-            momentum = {"momentum": self.momentum, "nesterov": self.momentum > 0, "weight_decay": self.weight_decay}
-            optimizer = torch.optim.SGD(model.parameters(), self.learning_rate, **momentum)
+        kind = torch.optim.Adam
+        if self.momentum is not None:
+            kind = partial(torch.optim.SGD, momentum=self.momentum, nesterov=self.momentum > 0)
+        optimizer = kind(model.parameters(), self.learning_rate, weight_decay=self.weight_decay)
         if not self.warm_up:
             return optimizer, LinearLR(optimizer, 1.0, 0.0, steps)
         if self.warm_up * steps <= 1:
@@ -134,20 +128,18 @@ class TrainerConfig:
         return optimizer, OneCycleLR(optimizer, self.learning_rate, steps, **triangle)
 
 
-def augmented(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+def augmented(images: Tensor, shift: int, flip: bool, generator: Generator) -> Tensor:
     """Moves each image by up to `shift` pixels, and with `flip` mirrors half of them.
 
     Pixels at an edge are repeated where an image moves away from it. Shapes: (samples, [channels,] height, width).
     """
     count, (height, width), device = len(images), images.shape[-2:], images.device
-    moves = torch.randint(2 * shift + 1, (2, count, 1), generator=generator).to(device)
-    is_mirrored = (torch.rand(count, 1, generator=generator) < 0.5 * flip).to(device)
-    rows = torch.arange(height, device=device) + moves[0]
-    columns = torch.arange(width, device=device) + moves[1]
-    columns = torch.where(is_mirrored, columns.flip(1), columns)
-    by_pixel = F.pad(images.view(count, -1, height, width), (shift,) * 4, mode="replicate").permute(0, 2, 3, 1)
-    sample = torch.arange(count, device=device)[:, None, None]
-    return by_pixel[sample, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2).reshape(images.shape)
+    down, right = torch.randint(2 * shift + 1, (2, count), generator=generator).to(device)
+    is_mirrored = (torch.rand(count, 1, 1, 1, generator=generator) < 0.5 * flip).to(device)
+    padded = F.pad(images.view(count, -1, height, width), (shift,) * 4, mode="replicate")
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (samples, channels, rows, columns, height, width)
+    moved = windows[torch.arange(count, device=device), :, down, right]
+    return torch.where(is_mirrored, moved.flip(-1), moved).view_as(images)
 
 
 class Trained(NamedTuple):
@@ -172,8 +164,7 @@ class Trainer:
         """Returns the untrained classifier of images (samples, pixels), on their device."""
         with seeded_initialisation(self.seed):
             network = self.config.network(self.size or images.shape[1:], num_classes)
-        if initialise := ARCHITECTURES[self.config.architecture].initialise:
-            initialise(network, images)
+        ARCHITECTURES[self.config.architecture].initialise(network, images)
         key = (self.config, self.size, images.shape[1:], images.device, num_classes)
         classifier = HookedClassifier(network.to(images.device), TRACES.get(key, images[:2]), self.config.bfloat16)
         TRACES[key] = classifier.trace
@@ -188,19 +179,17 @@ class Trainer:
         config, classifier = self.config, self.initial(train.images, num_classes)
         num_batches = train.num_batches(config.batch_size)
         steps, generator = config.epochs * num_batches, seeded("classifier", self.seed)
-        optimizer, schedule = config.optimizer(classifier, steps)
 
         def epoch(step: int) -> Iterator[dict[str, Tensor]]:
             for batch in itertools.islice(train.batches(config.batch_size, generator), num_batches):
                 images = batch.images
                 if config.shift or config.flip:
-                    images = images.unflatten(1, self.size)
-                    images = augmented(images, config.shift, config.flip, generator).flatten(1)
+                    images = augmented(images.unflatten(1, self.size), config.shift, config.flip, generator).flatten(1)
                 logits = classifier(images)
                 yield {"loss": F.cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)}
 
-        seconds = train_in_rounds("classifier", classifier, optimizer, schedule, generator, epoch, steps, checkpoint)
-        return Trained(classifier, seconds)
+        parts = (classifier, *config.optimizer(classifier, steps))
+        return Trained(classifier, train_in_rounds("classifier", parts, generator, epoch, steps, checkpoint))
 
 
 def top_k_mask(logits: Tensor, k: int, temperature: float) -> Tensor:
@@ -236,7 +225,7 @@ def masked_weights(classifier: HookedClassifier, graph: WeightGraph, keep: Tenso
     return {name: weights[name].detach() * part for name, part in zip(graph.names, graph.split(keep))}
 
 
-def log_uniform(span: tuple[Amount, Amount], num_vertices: int, generator: torch.Generator) -> int:
+def log_uniform(span: tuple[Amount, Amount], num_vertices: int, generator: Generator) -> int:
     """Draws a number of weights from [low, high], uniformly on a logarithmic scale."""
     low, high = (number_of_weights(amount, num_vertices) for amount in span)
     return round(low * (high / low) ** torch.rand((), generator=generator).item())
@@ -301,7 +290,10 @@ class GCNTrainer:
         """Returns the trained GCN; with a checkpoint, an interrupted training is resumed."""
         config, gcn, generator = self.config, self.initial(), seeded("gcn", self.seed)
         optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
-        schedule = CosineAnnealingLR(optimizer, config.steps)
+        parts = gcn, optimizer, CosineAnnealingLR(optimizer, config.steps)
+
+        def clip(*_: object) -> None:
+            nn.utils.clip_grad_norm_(gcn.parameters(), GRADIENT_NORM)
 
         def request(step: int) -> Iterator[dict[str, Tensor]]:
             graphs = self.graphs[int(torch.randint(len(self.graphs), (), generator=generator))]
@@ -315,11 +307,12 @@ class GCNTrainer:
                 step += 1
                 is_complete = step % (1 + config.snapshots) == 0 or 2 * len(zeroed) > len(scores)
 
-        train_in_rounds("gcn", gcn, optimizer, schedule, generator, request, config.steps, checkpoint, GRADIENT_NORM)
+        optimizer.register_step_pre_hook(clip)
+        train_in_rounds("gcn", parts, generator, request, config.steps, checkpoint)
         return gcn
 
     def necessity(
-        self, gcn: MaskingGCN, graphs: ActivationGraphs, zeroed: Tensor, class_index: int, generator: torch.Generator
+        self, gcn: MaskingGCN, graphs: ActivationGraphs, zeroed: Tensor, class_index: int, generator: Generator
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Computes the loss of the mask that the GCN makes to forget a class, on a classifier that may be masked.
 
@@ -349,13 +342,10 @@ class GCNTrainer:
         is_forget = labels == forget_class
         forget_log_odds = log_odds(logits[is_forget], labels[is_forget]) / FORGETTING_TEMPERATURE
         forget = FORGETTING_TEMPERATURE * F.softplus(forget_log_odds).mean()
+        terms = {"necessity_forget": config.necessity_forget * forget / self.retain_weight}
         removed_class = torch.tensor([forget_class], device=labels.device)
         target = graphs.predictions[samples][~is_forget].index_fill(1, removed_class, float("-inf")).softmax(-1)
-        retain = F.cross_entropy(logits[~is_forget], target)
-        terms = {
-            "necessity_forget": config.necessity_forget * forget / self.retain_weight,
-            "necessity_retain": config.necessity_retain * retain,
-        }
+        terms["necessity_retain"] = config.necessity_retain * F.cross_entropy(logits[~is_forget], target)
         return terms, scores.detach()
 
     @torch.no_grad()
@@ -366,7 +356,8 @@ class GCNTrainer:
         """
         graphs = self.graphs[0]
 
-        def points(class_index: int, label: int, gcn: MaskingGCN | None) -> float:
+        def points(class_index: int, gcn: MaskingGCN | None) -> float:
+            label = graphs.classes[class_index]
             counter = RemainingCounter(graphs, class_index, graphs.train.forget(label).images, masking.target)
             steps = prune(graphs, class_index, masking, self.seed, gcn)
             *_, (zeroed, _, _) = prune_until_forgotten(steps, counter, masking)
@@ -375,11 +366,10 @@ class GCNTrainer:
             correct, is_forget = is_correct(logits, graphs.labels).double(), graphs.labels == label
             return 100 * (correct[~is_forget].mean() - correct[is_forget].mean()).item()
 
-        compared = [*enumerate(graphs.classes[:COMPARED])]
-        return max(points(row, label, None) - points(row, label, gcn) for row, label in compared)
+        return max(points(row, None) - points(row, gcn) for row in range(min(COMPARED, graphs.num_classes)))
 
 
-def other_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
+def other_labels(labels: Tensor, num_classes: int, generator: Generator) -> Tensor:
     """Draws a label for each sample, which is never its own."""
     shift = torch.randint(1, num_classes, labels.shape, generator=generator).to(labels.device)
     return (labels + shift) % num_classes

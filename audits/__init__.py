@@ -3,8 +3,6 @@
 All of them stand in the table AUDITS at the end: a new one is one entry there.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -61,8 +59,7 @@ def predictions_of(model: nn.Module, split: Split) -> Predictions:
     """Runs a classifier of one or several linear layers on a split."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     # The representation of a classifier of one layer are the images themselves.
-    features: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers[1:] or layers}
-    means: dict[nn.Module, list[Tensor]] = {layer: [] for layer in features}
+    features, means = ({layer: [] for layer in layers[1:] or layers} for _ in range(2))
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
@@ -79,125 +76,6 @@ def predictions_of(model: nn.Module, split: Split) -> Predictions:
     if len(hidden) == 1:
         hidden = averaged[-1:] + hidden
     return Predictions(logits.cpu(), tuple(torch.cat(parts).cpu() for parts in hidden), split.labels.cpu())
-
-
-def jensen_shannon(logits: Tensor, reference: Tensor) -> float:
-    """Jensen-Shannon divergence of two classifiers' predictions, mean over samples, bits: 0 to 1, 0 where they agree.
-
-    Lin 1991, Divergence measures based on the Shannon entropy. Both are logits (samples, classes).
-    """
-    p, q = logits.double().softmax(1), reference.double().softmax(1)
-    middle = (p + q) / 2
-    terms = [torch.xlogy(x, x) - torch.xlogy(x, middle) for x in (p, q)]
-    return (sum(term.sum(1) for term in terms).mean() / (2 * math.log(2))).item()
-
-
-def loss_attack(case: Case) -> float:
-    """Membership inference by losses (Yeom et al. 2018, arXiv:1709.01604): area under the ROC curve, 0.5 is chance.
-
-    It is the probability that a training sample of the class has a smaller loss than a test sample, ties counted half.
-    """
-    members, ordered = case.train.loss[case.is_member], case.test.loss[case.is_forget].sort().values
-    if not members.isfinite().any() and not ordered.isfinite().any():
-        return math.nan
-    above = len(ordered) - torch.searchsorted(ordered, members, right=True)
-    not_below = len(ordered) - torch.searchsorted(ordered, members, right=False)
-    return ((above + not_below).double().mean() / (2 * len(ordered))).item()
-
-
-def entropy_attack(case: Case) -> float:
-    """Membership inference by the entropy of predictions: percent of the class's training samples taken for members.
-
-    A logistic regression, both kinds with the same weight in all, learns from the training samples of the retained
-    classes (members) and the test split (non-members). Not a number where all entropies are the same. Foster et al.
-    2023, arXiv:2308.07707, after arXiv:2205.08096.
-    """
-    train, test = (torch.special.entr(each.logits.double().softmax(1)).sum(1) for each in (case.train, case.test))
-    members, forget = train[~case.is_member], train[case.is_member]
-    x = torch.cat([members, test])
-    if x.max() == x.min():
-        return math.nan
-    is_member = torch.cat([torch.ones_like(members), torch.zeros_like(test)])
-    weight = is_member * len(x) / (2 * len(members)) + (1 - is_member) * len(x) / (2 * len(test))
-    inputs = torch.stack([x, torch.ones_like(x)], 1)
-    solution = x.new_zeros(2)
-    penalty = x.new_tensor([1.0, 0.0])  # of the slope, as in scikit-learn
-    for _ in range(30):  # Newton's method, which converges in far fewer steps
-        p = (inputs @ solution).sigmoid()
-        gradient = inputs.T @ (weight * (p - is_member)) + penalty * solution
-        hessian = inputs.T @ (inputs * (weight * p * (1 - p))[:, None]) + torch.diag(penalty)
-        solution = solution - torch.linalg.solve(hessian + 1e-9 * torch.eye(2).to(hessian), gradient)
-    slope, offset = solution
-    return 100 * (slope * forget + offset > 0).double().mean().item()
-
-
-def prototype_recall(case: Case, count: int) -> float:
-    """Percent of the class's test samples that are nearest to its mean: a thief recovers them from few samples.
-
-    Means are those of the representations of `count` random training samples of each class (Mensink et al. 2013, IEEE
-    TPAMI 35(11)). Prototypical relearning (Ha et al. 2025, arXiv:2506.01318) would set the class's output weights
-    alone, which gives it every sample where features are all positive.
-    """
-    order = torch.randperm(len(case.train.labels), generator=seeded("prototypes", case.audit.seed))
-    features, labels = case.train.hidden[-1][order], case.train.labels[order]
-    means = [features[labels == label][:count].mean(0) for label in range(int(labels.max()) + 1)]
-    nearest = torch.cdist(case.test.hidden[-1][case.is_forget], torch.stack(means)).argmin(1)
-    return 100 * (nearest == case.audit.forget_class).double().mean().item()
-
-
-def steps_from_few(case: Case, count: int) -> int | None:
-    """Relearn time where every step sees the same `count` training samples of every class."""
-    few = some_of_every_class(case.audit.data.train, count, "relearn from", case.audit.seed)
-    return case.relearn(LEARNING_RATE_FROM_FEW, repeat(few))[0]
-
-
-def probe_metrics(
-    train: Predictions, test: Predictions, forget_class: int, seed: int, probes: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Trains the linear probe (Alain and Bengio 2016, arXiv:1610.01644) and further ones, by name, and scores them.
-
-    Returns `probe_recall`, percent of the class's test samples that a probe of the representation labels correctly, and
-    `usable_bits` about "is it of the class", by layer and probe, one of them `two_class`, the logistic regression to
-    just that. Layers are `representation` and, with `hidden` among the probes, `hidden_0` and on.
-    """
-    is_forget, last, bits = test.labels == forget_class, len(train.hidden) - 1, {}
-    for index in range(last + 1) if "hidden" in probes else [last]:
-        x, x_test = train.hidden[index], test.hidden[index]
-        names = [name for name in ("linear", *probes) if name in PROBES]
-        probabilities = {name: PROBES[name](x, train.labels, x_test, seed) for name in names}
-        by_probe = {name: usable_bits(each[:, forget_class], is_forget) for name, each in probabilities.items()}
-        two_class = linear(x, (train.labels == forget_class).long(), x_test, seed)[:, 1]
-        by_probe["two_class"] = usable_bits(two_class, is_forget)
-        bits["representation" if index == last else f"hidden_{index}"] = by_probe
-    shares = {name: (each[is_forget].argmax(1) == forget_class).double() for name, each in probabilities.items()}
-    return {"probe_recall": {name: 100 * share.mean().item() for name, share in shares.items()}, "usable_bits": bits}
-
-
-def relearn(
-    model: nn.Module, test: Split, goal: float, max_steps: int, rate: float, samples: Iterator[Split]
-) -> tuple[int | None, list[float]]:
-    """Trains a copy by SGD on batches of samples, all weights free, until the accuracy on `test` reaches the goal.
-
-    Returns the relearn time (Golatkar et al. 2020, arXiv:1911.04933), steps, None where the loss is not finite, and the
-    accuracy before every step and after the last, percent.
-    """
-    model = copy.deepcopy(model)
-    if mask := Mask.on(model):
-        mask.apply(model, permanent=True)
-    model.requires_grad_(True)
-    optimizer = torch.optim.SGD(model.parameters(), rate)
-    scores: list[float] = []
-    for batch in samples:
-        scores.append(100 * predictions_of(model, test).correct.mean().item())
-        if scores[-1] >= goal or len(scores) > max_steps:
-            break
-        loss = F.cross_entropy(model(batch.images), batch.labels)
-        if not loss.isfinite():
-            return None, scores
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return len(scores) - 1, scores
 
 
 @dataclass(frozen=True)
@@ -224,21 +102,20 @@ class Audit:
     retrained: nn.Module | None
 
     def __post_init__(self) -> None:
-        self.train, count = self.data.train, self.config.samples
-        if count is not None:
-            self.train = some_of_every_class(self.train, count, "audit", self.seed)
+        self.train = self.data.train
+        if self.config.samples is not None:
+            self.train = some_of_every_class(self.train, self.config.samples, "audit", self.seed)
         original = predictions_of(self.original, self.data.test)
         # Relearning goes on until the class has half of the original's test accuracy again.
         self.goal = 50 * original.correct[original.labels == self.forget_class].mean().item()
         self.reference = None if self.retrained is None else predictions_of(self.retrained, self.data.test)
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
-        """Runs all audits on one classifier; those that need finite predictions are None where it has diverged."""
+        """Runs all audits on one classifier; where it has diverged, all but `weights_changed` are None."""
         train, test = predictions_of(model, self.train), predictions_of(model, self.data.test)
         case = Case(self, model, train, test, train.labels == self.forget_class, test.labels == self.forget_class)
-        has_diverged = train.has_diverged or test.has_diverged
-        able = {name: each for name, each in AUDITS.items() if not (has_diverged and each.needs_finite)}
-        return dict.fromkeys(AUDITS) | {name: each.measure(case) for name, each in able.items()}
+        names = ["weights_changed"] if train.has_diverged or test.has_diverged else AUDITS
+        return dict.fromkeys(AUDITS) | {name: AUDITS[name].measure(case) for name in names}
 
     @staticmethod
     def columns() -> dict[str, dict[str, str]]:
@@ -271,17 +148,127 @@ class Case:
     def relearned(self) -> tuple[int | None, list[float]]:
         """The results of `relearn` on random batches of the class's training samples."""
         forget = self.audit.data.train.forget(self.audit.forget_class)
-        return self.relearn(LEARNING_RATE, forget.batches(BATCH_SIZE, seeded("relearn", self.audit.seed)))
+        return relearn(self, LEARNING_RATE, forget.batches(BATCH_SIZE, seeded("relearn", self.audit.seed)))
 
-    def relearn(self, rate: float, samples: Iterator[Split]) -> tuple[int | None, list[float]]:
-        test, config = self.audit.data.test.forget(self.audit.forget_class), self.audit.config
-        return relearn(self.model, test, self.audit.goal, config.relearn_steps, rate, samples)
+
+def jensen_shannon(logits: Tensor, reference: Tensor) -> float:
+    """Jensen-Shannon divergence of two classifiers' predictions, mean over samples, bits: 0 to 1, 0 where they agree.
+
+    Lin 1991, Divergence measures based on the Shannon entropy. Both are logits (samples, classes).
+    """
+    p, q = logits.double().softmax(1), reference.double().softmax(1)
+    middle = (p + q) / 2
+    terms = [torch.xlogy(x, x) - torch.xlogy(x, middle) for x in (p, q)]
+    return (sum(term.sum(1) for term in terms).mean() / (2 * math.log(2))).item()
+
+
+def loss_attack(case: Case) -> float:
+    """Membership inference by losses (Yeom et al. 2018, arXiv:1709.01604): area under the ROC curve, 0.5 is chance.
+
+    It is the probability that a training sample of the class has a smaller loss than a test sample, ties counted half.
+    """
+    members, ordered = case.train.loss[case.is_member], case.test.loss[case.is_forget].sort().values
+    if not members.isfinite().any() and not ordered.isfinite().any():
+        return math.nan
+    above, not_below = (len(ordered) - torch.searchsorted(ordered, members, side=side) for side in ("right", "left"))
+    return ((above + not_below).double().mean() / (2 * len(ordered))).item()
+
+
+def entropy_attack(case: Case) -> float:
+    """Membership inference by the entropy of predictions: percent of the class's training samples taken for members.
+
+    A logistic regression, both kinds with the same weight in all, learns from the training samples of the retained
+    classes (members) and the test split (non-members). Not a number where all entropies are the same. Foster et al.
+    2023, arXiv:2308.07707, after arXiv:2205.08096.
+    """
+    train, test = (torch.special.entr(each.logits.double().softmax(1)).sum(1) for each in (case.train, case.test))
+    members = train[~case.is_member]
+    x = torch.cat([members, test])
+    if x.max() == x.min():
+        return math.nan
+    is_member = torch.cat([torch.ones_like(members), torch.zeros_like(test)])
+    weight = is_member * len(x) / (2 * len(members)) + (1 - is_member) * len(x) / (2 * len(test))
+    inputs = torch.stack([x, torch.ones_like(x)], 1)
+    solution, penalty = x.new_zeros(2), x.new_tensor([1.0, 0.0])  # of the slope alone, as in scikit-learn
+    for _ in range(30):  # Newton's method, which converges in far fewer steps
+        p = (inputs @ solution).sigmoid()
+        gradient = inputs.T @ (weight * (p - is_member)) + penalty * solution
+        hessian = inputs.T @ (inputs * (weight * p * (1 - p))[:, None]) + torch.diag(penalty)
+        solution = solution - torch.linalg.solve(hessian + 1e-9 * torch.eye(2).to(hessian), gradient)
+    slope, offset = solution
+    return 100 * (slope * train[case.is_member] + offset > 0).double().mean().item()
+
+
+def prototype_recall(case: Case, count: int) -> float:
+    """Percent of the class's test samples that are nearest to its mean: a thief recovers them from few samples.
+
+    Means are those of the representations of `count` random training samples of each class (Mensink et al. 2013, IEEE
+    TPAMI 35(11)). Prototypical relearning (Ha et al. 2025, arXiv:2506.01318) would set the class's output weights
+    alone, which gives it every sample where features are all positive.
+    """
+    order = torch.randperm(len(case.train.labels), generator=seeded("prototypes", case.audit.seed))
+    features, labels = case.train.hidden[-1][order], case.train.labels[order]
+    means = [features[labels == label][:count].mean(0) for label in range(int(labels.max()) + 1)]
+    nearest = torch.cdist(case.test.hidden[-1][case.is_forget], torch.stack(means)).argmin(1)
+    return 100 * (nearest == case.audit.forget_class).double().mean().item()
+
+
+def steps_from_few(case: Case, count: int) -> int | None:
+    """Relearn time where every step sees the same `count` training samples of every class."""
+    few = some_of_every_class(case.audit.data.train, count, "relearn from", case.audit.seed)
+    return relearn(case, LEARNING_RATE_FROM_FEW, repeat(few))[0]
+
+
+def probe_metrics(
+    train: Predictions, test: Predictions, forget_class: int, seed: int, probes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Trains the linear probe (Alain and Bengio 2016, arXiv:1610.01644) and further ones, by name, and scores them.
+
+    Returns `probe_recall`, percent of the class's test samples that a probe of the representation labels correctly, and
+    `usable_bits` about "is it of the class", by layer and probe, one of them `two_class`, the logistic regression to
+    just that. Layers are `representation` and, with `hidden` among the probes, `hidden_0` and on.
+    """
+    is_forget, last, bits = test.labels == forget_class, len(train.hidden) - 1, {}
+    for index in range(last + 1) if "hidden" in probes else [last]:
+        x, x_test = train.hidden[index], test.hidden[index]
+        names = [name for name in ("linear", *probes) if name in PROBES]
+        probabilities = {name: PROBES[name](x, train.labels, x_test, seed) for name in names}
+        by_probe = {name: usable_bits(each[:, forget_class], is_forget) for name, each in probabilities.items()}
+        two_class = linear(x, (train.labels == forget_class).long(), x_test, seed)
+        by_probe["two_class"] = usable_bits(two_class[:, 1], is_forget)
+        bits["representation" if index == last else f"hidden_{index}"] = by_probe
+    shares = {name: (each[is_forget].argmax(1) == forget_class).double() for name, each in probabilities.items()}
+    return {"probe_recall": {name: 100 * share.mean().item() for name, share in shares.items()}, "usable_bits": bits}
+
+
+def relearn(case: Case, rate: float, samples: Iterator[Split]) -> tuple[int | None, list[float]]:
+    """Trains a copy by SGD on batches, all weights free, until its test accuracy on the class reaches the audit's goal.
+
+    Returns the relearn time (Golatkar et al. 2020, arXiv:1911.04933), steps, None where the loss is not finite, and the
+    accuracy before every step and after the last, percent.
+    """
+    audit, model, scores = case.audit, copy.deepcopy(case.model), []
+    if mask := Mask.on(model):
+        mask.apply(model, permanent=True)
+    model.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    test = audit.data.test.forget(audit.forget_class)
+    for batch in samples:
+        scores.append(100 * predictions_of(model, test).correct.mean().item())
+        if scores[-1] >= audit.goal or len(scores) > audit.config.relearn_steps:
+            break
+        loss = F.cross_entropy(model(batch.images), batch.labels)
+        if not loss.isfinite():
+            return None, scores
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return len(scores) - 1, scores
 
 
 def weights_changed(case: Case) -> int:
     """Counts the weights that differ from the original's."""
-    weights = zip(case.model.weights, case.audit.original.weights)
-    return sum(int((changed != original).sum()) for changed, original in weights)
+    return sum(int((one != other).sum()) for one, other in zip(case.model.weights, case.audit.original.weights))
 
 
 class Entry(NamedTuple):
@@ -290,7 +277,6 @@ class Entry(NamedTuple):
     measure: Callable[[Case], Any]
     title: str = ""
     spec: str = ""
-    needs_finite: bool = True  # it is None for a classifier that has diverged
 
 
 AUDITS: dict[str, Entry] = {
@@ -305,5 +291,5 @@ AUDITS: dict[str, Entry] = {
     "came_back": Entry(lambda case: case.relearned[1][-1] >= case.audit.goal),
     "relearn_scores": Entry(lambda case: case.relearned[1]),
     "relearn_from": Entry(lambda case: {str(n): steps_from_few(case, n) for n in case.audit.config.relearn_from}),
-    "weights_changed": Entry(weights_changed, "weights changed", ".0f", needs_finite=False),
+    "weights_changed": Entry(weights_changed, "weights changed", ".0f"),
 }

@@ -1,7 +1,5 @@
 """The files of a run: where each one stands, and the settings, code and data that decide its content."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +15,7 @@ from experiment.config import Config, RequestedKappa
 from experiment.files import ROOT, Artifact, code_of, slug
 from mimu.files import digest
 from mimu.pretrained import PRETRAINED
+from trainer import Trainer
 
 NO_NUMBERS = ("experiment", "reporter", "tables")  # packages and modules on which no number of a run depends
 
@@ -35,19 +34,22 @@ class Training:
         """The name of the training in messages."""
         return f"{self.variant}, seed {self.seed}" if self.variant else f"seed {self.seed}"
 
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer of the classifier."""
+        return Trainer(self.config.classifier, self.seed, self.config.source.size)
+
     @cached_property
     def settings(self) -> dict[str, dict[str, Any]]:
         """The settings that decide the content of files, by the stage that makes these, as JSON holds them."""
-        config = self.config
-        classifier = {name: getattr(config, name) for name in ("threads", "dataset", "held_out")}
+        config, every = self.config, asdict(self.config)
+        classifier = {name: every[name] for name in ("threads", "dataset", "held_out", "classifier")}
         classifier |= {"seed": self.seed, "device": config.torch_device().type}
-        classifier |= {"classifier": asdict(config.classifier)}
-        graphs = classifier | {"graphs": asdict(config.graphs), "samples": config.samples}
-        gcn = graphs | {"gcn": asdict(config.gcn), "retain_weight": config.eval.retain_weight}
+        graphs = classifier | {"graphs": every["graphs"], "samples": every["samples"]}
+        gcn = graphs | {"gcn": every["gcn"], "retain_weight": config.eval.retain_weight}
         if config.gcn.pretrained:
             gcn["pretrained"] = hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()
-        audit = asdict(config.audit) if config.audit.enabled else None
-        experiments = gcn | {"eval": config.eval.decisive(), "audit": audit}
+        experiments = gcn | {"eval": config.eval.decisive(), "audit": every["audit"] if config.audit.enabled else None}
         experiments |= {"variant": self.variant, "top_k": self.top_k}
         return {"classifier": classifier, "graphs": graphs, "gcn": gcn, "experiments": experiments}
 
@@ -68,38 +70,32 @@ class Files:
 
     def shared(self, training: Training) -> dict[str, Artifact]:
         """Returns the files that all requests of a training share, by the stage that makes them."""
-        folders = {"classifier": "checkpoints/classifier_"}
-        if training.config.save_graphs:
-            folders["graphs"] = "datasets/Graphs/"
-        if not training.config.gcn.pretrained:
-            folders["gcn"] = "checkpoints/gcn_"
-        return {
-            stage: self._artifact(f"{folder}seed_{training.seed}.pt", training, stage)
-            for stage, folder in folders.items()
-        }
+        config, end = training.config, f"seed_{training.seed}.pt"
+        paths = {"classifier": f"checkpoints/classifier_{end}"}
+        paths |= {"graphs": f"datasets/Graphs/{end}"} if config.save_graphs else {}
+        paths |= {} if config.gcn.pretrained else {"gcn": f"checkpoints/gcn_{end}"}
+        return {stage: self._artifact(path, training, stage) for stage, path in paths.items()}
 
     def retrained(self, training: Training, forget_class: int, seed: int | str) -> Artifact:
         """Returns the file of a classifier that was trained without a class. With seed "*" its name is a pattern."""
         path = f"checkpoints/retrained_seed_{seed}_digit_{forget_class}.pt"
         return self._artifact(path, training, "classifier", forget_digit=forget_class)
 
-    def metrics_and_mask(
-        self, training: Training, forget_class: int, requested_kappa: RequestedKappa
-    ) -> tuple[Artifact, Artifact]:
+    def metrics_and_mask(self, training: Training, label: int, kappa: RequestedKappa) -> tuple[Artifact, Artifact]:
         """Returns the files of an experiment: its JSON, whose name is the experiment's id, and its mask."""
-        name = f"seed_{training.seed}_digit_{forget_class}_top_k_{training.top_k}"
-        name += "_kappa_auto" if requested_kappa == "auto" else f"_kappa_{requested_kappa}_fixed"
-        name += f"_{slug(training.variant)[:60]}" if training.variant else ""
-        request = {"forget_digit": forget_class, "kappa": requested_kappa}
+        name = f"seed_{training.seed}_digit_{label}_top_k_{training.top_k}"
+        name += "_kappa_auto" if kappa == "auto" else f"_kappa_{kappa}_fixed"
+        name += f"_{slug(training.variant)}" if training.variant else ""
+        request = {"forget_digit": label, "kappa": kappa}
         metrics = self._artifact(f"eval/Metrics and Plots/metrics/{name}.json", training, "experiments", **request)
         return metrics, self._artifact(f"eval/masks/{name}.pt", training, "experiments", **request)
 
     def every(self, training: Training, forget_class: int | None = None) -> list[Artifact]:
         """Returns the shared files, and the files of the experiments on one forget class or, without one, on all."""
         artifacts = list(self.shared(training).values())
-        forget_classes = training.config.forget_digits if forget_class is None else [forget_class]
-        for label, requested_kappa in product(forget_classes, training.config.kappas):
-            artifacts += self.metrics_and_mask(training, label, requested_kappa)
+        labels = training.config.forget_digits if forget_class is None else [forget_class]
+        for label, kappa in product(labels, training.config.kappas):
+            artifacts += self.metrics_and_mask(training, label, kappa)
         return artifacts
 
     def _artifact(self, path: str, training: Training, stage: str, **request: Any) -> Artifact:

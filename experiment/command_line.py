@@ -1,7 +1,5 @@
 """The arguments of main.py, and the exit status and the line with which a run ends."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal
@@ -51,10 +49,8 @@ def describe(error: BaseException, parsed: argparse.Namespace) -> tuple[int, str
         return 2, f"error: {error}"[:2000], ""
     if isinstance(error, OSError):
         return 2, f"error: {error.filename or 'a file'}: {error.strerror or one_line(error)}", ""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(where.filename).name}, line {where.lineno}"
     more = "--debug shows where" if parsed.dry_run else "the traceback is in reports/run.log"
-    line = f"error: {type(error).__name__}: {one_line(error)} ({place}); {more}"
+    line = f"error: {type(error).__name__}: {one_line(error)}; {more}"
     return 1, line, "".join(traceback.format_exception(error))
 
 
@@ -66,8 +62,6 @@ def run_command(
     0: done; 2: an error that the user can mend, such as a setting, a file or a full disk; 1: any other error, whose
     traceback goes to `reports/run.log`; 130: stopped by Ctrl-C; 143: stopped by SIGTERM.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # if the shell has closed them, Python has none
-    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for terminals that cannot show every character
     parsed = parse_arguments(arguments)

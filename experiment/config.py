@@ -1,15 +1,14 @@
 """The settings of a run, read from `configs/`, and the checks that need several of them, before any work starts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, make_dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, make_dataclass, replace
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 import methods  # noqa: F401  # registers what is not in eval.py
 from audits import AuditConfig
@@ -27,6 +26,7 @@ from trainer import GCNTrainerConfig, TrainerConfig
 
 CONFIG = ROOT / "configs" / "config.yaml"
 Seed = Annotated[int, Bounds(ge=0, le=2**63 - 1)]
+NOT_EMPTY = Field(min_length=1)
 RequestedKappa = int | Literal["auto"]  # the number of weights to zero; auto: the smallest that forgets
 
 
@@ -41,16 +41,10 @@ class SweepConfig:
         seeds: None for the one seed of the config
     """
 
-    forget_digits: tuple[Annotated[int, Bounds(ge=0)] | str, ...]
-    top_k: tuple[Amount, ...]
-    kappa: tuple[Amount | Literal["auto"], ...]
-    seeds: tuple[Seed, ...] | None
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            values = getattr(self, each.name)
-            if values is not None and (not values or len(set(values)) < len(values)):
-                raise ValueError(f"{each.name} must name at least one value, and each once, not {list(values)}")
+    forget_digits: Annotated[tuple[Annotated[int, Bounds(ge=0)] | str, ...], NOT_EMPTY]
+    top_k: Annotated[tuple[Amount, ...], NOT_EMPTY]
+    kappa: Annotated[tuple[Amount | Literal["auto"], ...], NOT_EMPTY]
+    seeds: Annotated[tuple[Seed, ...], NOT_EMPTY] | None
 
 
 @dataclass(frozen=True)
@@ -83,35 +77,21 @@ class Config:
     def __post_init__(self) -> None:
         self.torch_device()
         self.forget_digits  # noqa: B018  # raises
-        for section, needed in (("classifier", "shapes"), ("graphs", "num_vertices")):
-            try:
-                vertices = getattr(self, needed)
-            except ValueError as error:
-                raise ValueError(f"{section}.{error}") from None
-        for name, kappas in (("sweep.kappa", self.sweep.kappa), ("eval.max_kappa", [self.eval.max_kappa])):
-            for kappa in kappas:
-                if kappa != "auto" and number_of_weights(kappa, vertices) >= vertices:
-                    raise ValueError(f"{name} must be from 1 to {vertices - 1} (masked weights less one), not {kappa}")
-        if max(self.top_ks) > vertices:
-            raise ValueError(f"sweep.top_k must be from 1 to {vertices} (masked weights), not {max(self.top_ks)}")
-        largest = sum(number_of_weights(high, vertices) for _, high in (self.gcn.kappa, self.gcn.partly_masked))
-        if largest >= vertices:
-            raise ValueError(f"gcn.kappa and partly_masked reach {largest} weights together, of {vertices} masked ones")
-        self._check_hyperparameters()
-
-    def _check_hyperparameters(self) -> None:
-        """Raises ValueError where a method lacks a hyperparameter, has one that is not its own or out of range."""
-        hyperparameters = self.eval.hyperparameters
-        if odd := [name for name in hyperparameters if name not in METHODS]:
+        vertices, ranges = self.num_vertices, (self.gcn.kappa, self.gcn.partly_masked)
+        for name, number, limit in (
+            ("sweep.top_k", max(self.top_ks), vertices),
+            ("sweep.kappa", max((kappa for kappa in self.kappas if kappa != "auto"), default=1), vertices - 1),
+            ("eval.max_kappa", number_of_weights(self.eval.max_kappa, vertices), vertices - 1),
+            ("gcn.kappa and partly_masked", sum(number_of_weights(high, vertices) for _, high in ranges), vertices - 1),
+        ):
+            if number > limit:
+                raise ValueError(f"{name} must be at most {limit}, of {vertices} masked weights, not {number}")
+        if odd := [name for name in self.eval.hyperparameters if name not in METHODS]:
             raise ValueError(f"eval.hyperparameters.{odd[0]} is not a method: valid are {', '.join(METHODS)}")
         for name in self.eval.method_names:
-            parts = []
-            for each in METHODS[name].hyperparameters.values():
-                default = () if each.default is each.empty else (each.default,)
-                parts.append((each.name, each.annotation, *default))
-            options = {"namespace": {"__pydantic_config__": settings.STRICT}, "kw_only": True}
-            kind = make_dataclass("Hyperparameters", parts, **options)
-            settings.checked(kind, hyperparameters.get(name, {}), f"eval.hyperparameters.{name}.")
+            strict = {"__pydantic_config__": settings.STRICT}
+            kind = make_dataclass("Hyperparameters", METHODS[name].hyperparameters.items(), namespace=strict)
+            settings.checked(kind, self.eval.hyperparameters.get(name, {}), f"eval.hyperparameters.{name}.")
 
     @cached_property
     def source(self) -> DataSet:
@@ -124,11 +104,11 @@ class Config:
         names = self.source.class_names
         labels = {str(label): label for label in range(len(names))}
         labels |= {name: label for label, name in enumerate(names)}
-        digits = [str(each) for each in self.sweep.forget_digits]
-        if odd := [each for each in digits if each not in labels]:
+        try:
+            return list(dict.fromkeys(labels[str(each)] for each in self.sweep.forget_digits))
+        except KeyError as error:
             valid = f"from 0 to {len(names) - 1} or of {settings.shown(names)}"
-            raise ValueError(f"sweep.forget_digits must be {valid}, not {odd[0]}")
-        return list(dict.fromkeys(labels[each] for each in digits))
+            raise ValueError(f"sweep.forget_digits must be {valid}, not {error}") from None
 
     @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -161,7 +141,7 @@ class Config:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        return (self.seed,) if self.sweep.seeds is None else self.sweep.seeds
+        return tuple(dict.fromkeys(self.sweep.seeds or (self.seed,)))
 
     @property
     def top_ks(self) -> list[int]:
@@ -176,32 +156,49 @@ class Config:
 
     def torch_device(self) -> torch.device:
         """The device of the run: `auto` takes CUDA, else the CPU. Raises ValueError if it is not there."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         try:
-            torch.zeros(1, device=self.device).item()  # which "meta" has not
+            torch.zeros(1, device=device).item()  # which "meta" has not
         except (RuntimeError, AssertionError, NotImplementedError, ImportError):
             raise ValueError(f"device must be auto, cpu, or cuda or mps that is there, not {self.device!r}") from None
-        return torch.device(self.device)
+        return torch.device(device)
 
 
 def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[str, Config]:
     """Reads the configs of a file by the names of its variants; the only name is "" if it has none.
 
+    Later settings go over earlier ones: the library's, configs/config.yaml and configs/methods.yaml, the file that
+    `path` extends, `path`, its variant, the overrides.
+
+    Args:
+        overrides: `section.key=value`, with the value in YAML
+
     Raises:
         ConfigError: a setting cannot work.
         ArtifactError: a file cannot be read.
     """
-    erase = {"eval.hyperparameters.erase": library_settings()["erase"]}
-    library = settings.Layer("mimu/settings.yaml", erase)
-    files = [settings.read(each) for each in (CONFIG, CONFIG.with_name("methods.yaml"))]
-    over_defaults = None if path.resolve() == CONFIG else path
-    configs = settings.load_variants(Config, [library, *files], over_defaults, overrides)
-    for name, config in configs.items():
+    layers = [settings.read(each) for each in dict.fromkeys((CONFIG, CONFIG.with_name("methods.yaml"), path))]
+    layers.insert(0, {"eval.hyperparameters.erase": library_settings()["erase"]})
+    variants = layers[-1].pop("variants", None)
+    if variants is not None:
+        settings.check_variants(path, variants)
+    if "extends" in layers[-1]:
+        below = settings.read(path.parent / str(layers[-1].pop("extends")))
+        below.pop("variants", None)
+        layers.insert(-1, below)
+    over = [settings.parse_override(override) for override in overrides]
+    configs = {}
+    for name, changes in (variants or {"": None}).items():
+        origin = [f"{path}, variant {name}" if name else str(path), *overrides]
+        try:
+            config = settings.checked(Config, reduce(settings.merge, [*layers, changes or {}, *over], {}))
+        except ValueError as error:
+            raise settings.ConfigError(" ".join(f"{' '.join(origin)}: {error}".split())) from None
         if config.gcn.pretrained:
             reads = TrainedGCN.load().graphs
             graphs = replace(config.graphs, features=reads.features, other_classes=reads.other_classes)
-            configs[name] = replace(config, graphs=graphs)
+            config = replace(config, graphs=graphs)
+        configs[name] = config
     return configs
 
 

@@ -1,7 +1,5 @@
 """The processes of a run, one alone or several that torchrun has started, and what they tell one another."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import os
@@ -19,12 +17,9 @@ from mimu.errors import InputError, one_line
 TIMEOUT = datetime.timedelta(minutes=5)  # torchrun may have been killed in the meantime
 
 
-def world_size() -> int:
-    """Returns how many processes torchrun has started, 1 without it. Raises InputError if that is no number."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if not size.isdecimal():
-        raise InputError(f"WORLD_SIZE must be a number, as torchrun sets it, or unset, not {size!r}")
-    return int(size)
+def by_torchrun() -> bool:
+    """Returns true where torchrun has started several processes, of which this is one."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 class Processes:
@@ -40,7 +35,7 @@ class Processes:
         self.rank = 0
         self.count = 1
         self._store: dist.Store = dist.HashStore()
-        if world_size() > 1:
+        if by_torchrun():
             try:
                 self._store, self.rank, self.count = next(dist.rendezvous("env://", timeout=TIMEOUT))
                 if torch.cuda.is_available():

@@ -1,4 +1,4 @@
 """Every unlearning method beyond those of eval.py, one file per family. Importing the package registers them."""
 
 # Tables list the methods in this order.
-from methods import controls, fine_tuning, projections, published, erasing  # noqa: F401, I001
+from methods import controls, fine_tuning, projections, published  # noqa: F401

@@ -1,7 +1,5 @@
 """Controls: what the saliency does without a GCN, and what trivial edits and another retraining come to."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -18,17 +16,13 @@ def saliency(request: Request) -> PruningResult:
     return request.in_steps("saliency")
 
 
-def largest(request: Request, count: int) -> Tensor:
-    """Returns the vertices of the masked weights that are largest in magnitude, (count)."""
+def largest(request: Request, count: int | None = None) -> Tensor:
+    """Returns the vertices of the masked weights that are largest in magnitude: `count` of them, or `top_k`."""
     magnitudes = torch.cat([weight.flatten() for weight in request.graphs.weights()]).abs()
-    return magnitudes.topk(count).indices
+    return magnitudes.topk(count or request.top_k).indices
 
 
-def largest_top_k(request: Request) -> Tensor:
-    return largest(request, request.top_k)
-
-
-@unlearning_method("magnitude", uses_kappa=True, most_needed=largest_top_k, touches="a mask", needs="nothing")
+@unlearning_method("magnitude", uses_kappa=True, most_needed=largest, touches="a mask", needs="nothing")
 def magnitude(request: Request) -> Mask:
     """The second control: the kappa weights of the same layers that are largest in magnitude are zeroed."""
     return request.graphs.graph.zeroing(largest(request, request.kappa))

@@ -1,7 +1,5 @@
 """Published methods that train the classifier further, each in its published form."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +17,8 @@ from mimu.settings import Count, NonNegative, Positive, Share
 from mimu.training import descend, forgetting_loss, learn
 from trainer import UnlearningSFTConfig, masked_weights, other_labels
 
-Loss = Callable[[Tensor, Tensor], Tensor] | None  # of images and labels; None: the cross entropy
 MOMENTUM = partial(torch.optim.SGD, momentum=0.9)
+baseline = partial(unlearning_method, runs_with="all")
 
 
 @dataclass(frozen=True)
@@ -28,9 +26,9 @@ class FineTuning(UnlearningSFTConfig):
     """The length and the learning rate of a training that starts from the original."""
 
     def train(
-        self, model: nn.Module, samples: Split, generator: Generator, loss: Loss = None, optimizer: Callable = MOMENTUM
+        self, model: nn.Module, samples: Split, generator: Generator, loss: Callable | None = None, optimizer=MOMENTUM
     ) -> nn.Module:
-        """Trains a model in place on random batches of the samples, and returns it."""
+        """Trains a model in place on random batches of the samples, as `learn` does, and returns it."""
         steps = optimizer(model.parameters(), self.learning_rate)
         return learn(model, samples, self.epochs, self.batch_size, optimizer=steps, generator=generator, loss=loss)
 
@@ -45,13 +43,13 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True)
 
 
-@unlearning_method("fine_tune", runs_with="all", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="retain set")
+@baseline("fine_tune", paper="Golatkar et al. 2020, arXiv:1911.04933", needs="retain set")
 def fine_tune(request: Request, *, config: FineTuning) -> nn.Module:
     """Fine-tuning on the retain set alone (SGD with momentum): the class fades because it is no longer seen."""
     return config.train(request.classifier, request.retain, draws(request, "fine_tune"))
 
 
-@unlearning_method("neg_grad_plus", runs_with="all", paper="Kurmanji et al. 2023, arXiv:2302.09880")
+@baseline("neg_grad_plus", paper="Kurmanji et al. 2023, arXiv:2302.09880")
 def neg_grad_plus(request: Request, *, config: FineTuning, retain_weight: Share) -> nn.Module:
     """NegGrad+: descent on the retain set and ascent on the forget set in one loss, a L_retain - (1 - a) L_forget."""
     classifier, generator = request.classifier, draws(request, "neg_grad_plus")
@@ -77,13 +75,12 @@ def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tenso
         record = classifier.record(images, labels, layers)
         share = len(labels) / len(split.labels)
         factor = (-record.log_odds).sigmoid().square()[None]  # (dL / d log-odds)^2 = (1 - p)^2
-        for index, layer in enumerate(record.layers):
-            mean = layer.by_class(1).mean_squared_gradient(factor)
-            means[index] += share * mean.flatten(0, 1)
+        squares = [layer.by_class(1).mean_squared_gradient(factor).flatten(0, 1) for layer in record.layers]
+        means = [mean + share * square for mean, square in zip(means, squares)]
     return means
 
 
-@unlearning_method("ssd", runs_with="all", paper="Foster et al. 2023, arXiv:2308.07707")
+@baseline("ssd", paper="Foster et al. 2023, arXiv:2308.07707")
 @torch.no_grad()
 def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> nn.Module:
     """Selective synaptic dampening: weights with F_forget > selection F_all shrink by dampening F_all / F_forget.
@@ -100,7 +97,7 @@ def ssd(request: Request, *, selection: NonNegative, dampening: NonNegative) -> 
     return classifier
 
 
-@unlearning_method("salun", runs_with="all", paper="Fan et al. 2023, arXiv:2310.12508")
+@baseline("salun", paper="Fan et al. 2023, arXiv:2310.12508")
 def salun(request: Request, *, config: FineTuning, share: Share) -> nn.Module:
     """SalUn: fine-tuning with random labels for the class, only of the weights whose loss gradient on the forget set is
     largest (SGD with momentum).
@@ -121,15 +118,17 @@ def salun(request: Request, *, config: FineTuning, share: Share) -> nn.Module:
     return config.train(classifier, samples, draws(request, "salun"))
 
 
-@unlearning_method("scrub", runs_with="all", paper="Kurmanji et al. 2023, arXiv:2302.09880")
-def scrub(
-    request: Request,
-    *,
-    config: FineTuning,
-    max_epochs: Count,
-    divergence_weight: NonNegative,
-    label_weight: NonNegative,
-) -> nn.Module:
+@dataclass(frozen=True)
+class Scrub(FineTuning):
+    """The epochs on the forget set, and the weights of the two terms on the retain set."""
+
+    max_epochs: Count
+    divergence_weight: NonNegative
+    label_weight: NonNegative
+
+
+@baseline("scrub", paper="Kurmanji et al. 2023, arXiv:2302.09880")
+def scrub(request: Request, *, config: Scrub) -> nn.Module:
     """SCRUB: epochs that move away from the original on the forget set alternate with epochs towards it on the retain
     set (Adam).
 
@@ -139,18 +138,17 @@ def scrub(
     classifier, generator = request.classifier, draws(request, "scrub")
     optimizer = torch.optim.Adam(classifier.parameters(), config.learning_rate)
 
-    def away(images: Tensor, labels: Tensor) -> Tensor:
-        return -divergence(classifier(images), request.original(images).detach())
-
-    def towards(images: Tensor, labels: Tensor) -> Tensor:
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
         logits = classifier(images)
         from_original = divergence(logits, request.original(images).detach())
-        return divergence_weight * from_original + label_weight * F.cross_entropy(logits, labels)
+        if labels[0] == request.forget_class:
+            return -from_original
+        return config.divergence_weight * from_original + config.label_weight * F.cross_entropy(logits, labels)
 
     for epoch in range(config.epochs):
-        if epoch < max_epochs:
-            learn(classifier, request.forget, 1, config.batch_size, optimizer, generator, away)
-        learn(classifier, request.retain, 1, config.batch_size, optimizer, generator, towards)
+        if epoch < config.max_epochs:
+            learn(classifier, request.forget, 1, config.batch_size, optimizer, generator, loss)
+        learn(classifier, request.retain, 1, config.batch_size, optimizer, generator, loss)
     return classifier
 
 
@@ -164,7 +162,7 @@ def contrastive_loss(features: Tensor, labels: Tensor, temperature: float) -> Te
     return -(log_p.where(is_alike, 0.0).sum(1) / is_alike.sum(1).clamp_min(1)).mean()
 
 
-@unlearning_method("cola", runs_with="all", paper="Jeon et al. 2024, arXiv:2405.17878", needs="retain set")
+@baseline("cola", paper="Jeon et al. 2024, arXiv:2405.17878", needs="retain set")
 def cola(request: Request, *, config: FineTuning, temperature: Positive, align_epochs: Count) -> nn.Module:
     """COLA: on the retain set, first the supervised contrastive loss of the representation, then cross entropy (Adam).
 
@@ -181,9 +179,7 @@ def cola(request: Request, *, config: FineTuning, temperature: Positive, align_e
     return align.train(classifier, request.retain, generator, optimizer=torch.optim.Adam)
 
 
-@unlearning_method(
-    "eu_k", runs_with="all", paper="Goel et al. 2022, arXiv:2201.06640", touches="the last layers", needs="retain set"
-)
+@baseline("eu_k", paper="Goel et al. 2022, arXiv:2201.06640", touches="the last layers", needs="retain set")
 def eu_k(request: Request, *, config: FineTuning, layers: Count) -> nn.Module:
     """EU-k: the last k layers are trained on the retain set from their initial weights; all else stays (Adam)."""
     classifier = request.trainer.initial(request.train.images, request.graphs.num_classes)
@@ -200,7 +196,7 @@ def eu_k(request: Request, *, config: FineTuning, layers: Count) -> nn.Module:
     return classifier.requires_grad_(True)
 
 
-@unlearning_method("delete", runs_with="all", paper="Zhou et al. 2025, arXiv:2503.23751", needs="forget set")
+@baseline("delete", paper="Zhou et al. 2025, arXiv:2503.23751", needs="forget set")
 def delete(request: Request, *, config: FineTuning) -> nn.Module:
     """DELETE: on the forget set, towards the original's predictions without the class (SGD with momentum).
 
@@ -215,9 +211,7 @@ def delete(request: Request, *, config: FineTuning) -> nn.Module:
     return config.train(classifier, request.forget, draws(request, "delete"), loss)
 
 
-@unlearning_method(
-    "optimised_mask", runs_with="all", paper="after Mallya et al. 2018, arXiv:1801.06519", touches="a mask"
-)
+@baseline("optimised_mask", paper="after Mallya et al. 2018, arXiv:1801.06519", touches="a mask")
 def optimised_mask(
     request: Request,
     *,
@@ -233,8 +227,7 @@ def optimised_mask(
     The gradient passes the threshold as if it were a sigmoid. The loss has the terms of the masking GCN, and the
     fraction of zeroed weights, weighted by `sparsity`.
     """
-    graphs, forget_class = request.graphs, request.forget_class
-    generator = draws(request, "optimised_mask")
+    graphs, forget_class, generator = request.graphs, request.forget_class, draws(request, "optimised_mask")
     removed = torch.tensor([forget_class]).to(graphs.labels)
     without_class = graphs.predictions.index_fill(1, removed, float("-inf")).softmax(1)
     numbers = torch.ones(graphs.graph.num_vertices, device=graphs.labels.device, requires_grad=True)

@@ -1,12 +1,11 @@
-"""Published methods that remove a direction from the inputs of layers, without training."""
-
-from __future__ import annotations
+"""Methods that remove directions of the class from the inputs of layers, and train no weights of the classifier."""
 
 import torch
 from torch import Tensor, nn
 
 from eval import Request, unlearning_method
-from mimu.erasing import class_direction
+from mimu.erasing import ErasingConfig, class_direction, erase_class
+from mimu.masks import Mask
 from mimu.probes import ridge_regression, standardised
 from mimu.samples import some_of_every_class
 from mimu.settings import Count, NonNegative, Positive
@@ -51,3 +50,10 @@ def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative)
         weight.copy_((matrix - matrix @ (alpha * torch.outer(q, q))).view_as(weight))
     classifier.weights[-1][request.forget_class] *= row
     return classifier
+
+
+@unlearning_method("erase", runs_with="all", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")
+def erase(request: Request, *, config: ErasingConfig) -> Mask:
+    """Late layers lose the direction of the class, and the last its output weights, trained against attackers."""
+    mask, _ = erase_class(request.classifier, request.train, request.forget_class, config, request.seed)
+    return mask

@@ -1,7 +1,5 @@
 """The published objective on the published graphs: sufficiency and a prior on single samples, then a set difference."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,19 +49,15 @@ def prior_divergence(logits: Tensor, weights: Tensor) -> Tensor:
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-def insufficiency(
-    logits: Tensor, graphs: ActivationGraphs, config: Published, top_k: int, generator: Generator
-) -> Tensor:
+def insufficiency(logits: Tensor, request: Request, config: Published, generator: Generator) -> Tensor:
     """Returns the cross entropy, in nats, of every class's samples with only the top-K weights of that class."""
-    scores = logits / logits.std(1, keepdim=True).clamp_min(LEAST_SPREAD)
+    graphs, scores = request.graphs, logits / logits.std(1, keepdim=True).clamp_min(LEAST_SPREAD)
     # The k largest of logits + Gumbel noise are a sample without replacement (Kool et al. 2019, arXiv:1903.06059).
     noise = -torch.empty(scores.shape).exponential_(generator=generator).log()
-    keep = top_k_mask(scores + config.gumbel * noise.to(scores.device), top_k, config.temperature)
+    keep = top_k_mask(scores + config.gumbel * noise.to(scores.device), request.top_k, config.temperature)
     samples = graphs.draw(max(1, config.samples // graphs.num_classes), generator)
-    outputs = []
-    for chosen, class_keep in zip(samples, keep):
-        weights = masked_weights(graphs.classifier, graphs.graph, class_keep)
-        outputs.append(graphs.suffix.outputs(graphs.cached_inputs[chosen], weights)[1])
+    weights = [masked_weights(graphs.classifier, graphs.graph, class_keep) for class_keep in keep]
+    outputs = [graphs.suffix.outputs(graphs.cached_inputs[row], each)[1] for row, each in zip(samples, weights)]
     return F.cross_entropy(torch.cat(outputs), graphs.labels[samples.flatten()])
 
 
@@ -72,7 +66,7 @@ def trained(request: Request, config: Published) -> MaskingGCN:
     """Returns the GCN, which gives one logit per weight; it is trained once for all requests on a classifier."""
     if "published" in request.kept:
         return request.kept["published"]
-    graphs, top_k = request.graphs, request.top_k
+    graphs = request.graphs
     with seeded_initialisation(request.seed):
         gcn = MaskingGCN(len(FEATURES), config.hidden, config.rounds)
         gcn.readout = nn.Linear(config.hidden, 1, bias=False)
@@ -80,12 +74,12 @@ def trained(request: Request, config: Published) -> MaskingGCN:
     weights = torch.cat([weight.flatten() for weight in graphs.weights()])
     optimizer = torch.optim.Adam(gcn.parameters(), config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    generator = seeded("published", request.seed, top_k)
+    generator = seeded("published", request.seed, request.top_k)
     for step in range(config.steps):
         logits = importance(gcn, graphs, graphs.draw(1, generator))
-        loss = config.sufficiency * insufficiency(logits, graphs, config, top_k, generator)
-        loss = loss + config.prior * prior_divergence(logits, weights).mean()
-        descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.published")
+        sufficiency = config.sufficiency * insufficiency(logits, request, config, generator)
+        losses = {"sufficiency": sufficiency, "prior": config.prior * prior_divergence(logits, weights).mean()}
+        descend(optimizer, losses, step, "eval.hyperparameters.published")
         schedule.step()
     request.kept["published"] = gcn
     return gcn

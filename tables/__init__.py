@@ -1,7 +1,5 @@
 """The reports of a run, drawn from the JSON of its experiments alone."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,10 +10,8 @@ import matplotlib.pyplot as plt
 
 from experiment.files import slug
 from reporter import KEPT, WRITTEN, Reporter, ReporterConfig, save_figure, save_text, title
-from tables.experiment import draw_metrics
-from tables.panels import Row, draw_accuracies
-from tables.retraining import audit_sections, draw_audits
-from tables.variants import compare
+from tables.comparison import audit_sections, compare, draw_audits
+from tables.figures import Row, draw_accuracies, draw_metrics
 
 # By variant ("" if there are none) and top_k: the settings of figures, and the JSON of the experiments.
 Results = Mapping[tuple[str, int], tuple[ReporterConfig, Sequence[Path]]]
@@ -69,8 +65,6 @@ def write_alone(reporter: Reporter, with_curves: bool) -> None:
 
 def remove_reports(folder: Path) -> None:
     """Remove what the lists in a folder of reports name, and folders that are empty then, but no symbolic links."""
-    if folder.is_symlink():
-        return
     for listing in sorted(folder.rglob(WRITTEN), reverse=True):  # subfolders first, none through a symbolic link
         place = listing.parent
         if listing.is_symlink() or not SUBFOLDERS.fullmatch(place.relative_to(folder).as_posix()):
