@@ -55,8 +55,7 @@ class EvalConfig(PruningConfig):
         """The names of the methods to score."""
         if isinstance(self.methods, tuple):
             return self.methods
-        runs_with = ("default", "all") if self.methods == "all" else ("default",)
-        return tuple(name for name, method in METHODS.items() if method.runs_with in runs_with)
+        return tuple(name for name, method in METHODS.items() if method.runs_with in ("default", self.methods))
 
     def decisive(self) -> dict[str, Any]:
         """Returns the settings that the metrics depend on, without those of plots and of methods that do not run."""

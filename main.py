@@ -1,7 +1,5 @@
 """The stages of a run in their order: data, classifier, activation graphs, masking GCN, requests, reports."""
 
-from __future__ import annotations
-
 import sys
 import time
 from importlib import import_module
@@ -19,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +51,7 @@ class Stages:
         prefix = f"process {self.processes.rank}: " if self.processes.count > 1 else ""
         self.log = Log(root / "reports" / "run.log", prefix)
         self.seconds: Counter[str] = Counter()  # of every stage so far, by its name
-        self._data: dict[tuple[str, str, int], ImageData] = {}
+        self._load_data = cache(load_image_data)
         self._training: Training | None = None  # the last one, of which these are
         self._request: Callable[..., Request] = Request
         self._about_gcn: dict[str, Any] = {}
@@ -81,12 +79,7 @@ class Stages:
 
     def data(self, config: Config) -> ImageData:
         """Returns images and labels in memory, which are read once."""
-        key = (config.dataset, config.device, config.held_out)
-        if key not in self._data:
-            with self.stage(f"data, {config.dataset}"):
-                root, device = self.root / "datasets", config.torch_device()
-                self._data[key] = load_image_data(config.dataset, root, device, config.held_out)
-        return self._data[key]
+        return self._load_data(config.dataset, self.root / "datasets", config.torch_device(), config.held_out)
 
     def classifier(self, training: Training, forget_class: int | None = None, seed: int | None = None) -> Trained:
         """Returns the classifier of a training, or one that was trained without a class from the weights of a seed.
@@ -312,7 +305,6 @@ def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     """Draws the reports again from the JSON of the experiments. Raises InputError where one is missing."""
     with locked(root):
         write_reports(Files(root), configs)
-    print(f"Curves and tables: {root / 'reports'}")
 
 
 def start(parsed: argparse.Namespace) -> None:

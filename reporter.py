@@ -1,7 +1,5 @@
 """Curves over kappa and the summary of a sweep, from the JSON of its experiments alone."""
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -292,28 +290,23 @@ class Reporter:
         self.write_summary(sections)
 
     def draw_loss_curves_on_forget_set(self) -> None:
-        x = self.experiments.kappas
-        with self._figure("loss_forget_set.png", "cross entropy on the forget set (nats)", is_zoomed=True):
+        with self._figure("loss_forget_set.png", "cross entropy on the forget set (nats)", is_zoomed=True) as x:
             self._plot_methods(x, FORGET, "loss")
 
     def draw_score_curves_on_forget_set(self) -> None:
-        x = self.experiments.kappas
-        with self._figure("score_forget_set.png", "forget accuracy (%)"):
+        with self._figure("score_forget_set.png", "forget accuracy (%)") as x:
             self._plot_methods(x, FORGET, "score")
 
     def draw_loss_curves_on_retain_set(self) -> None:
-        x = self.experiments.kappas
-        with self._figure("loss_retain_set.png", "cross entropy on the retain set (nats)", is_zoomed=True):
+        with self._figure("loss_retain_set.png", "cross entropy on the retain set (nats)", is_zoomed=True) as x:
             self._plot_methods(x, RETAIN, "loss")
 
     def draw_score_curves_on_retain_set(self) -> None:
-        x = self.experiments.kappas
-        with self._figure("score_retain_set.png", "retain accuracy (%)", is_zoomed=True):
+        with self._figure("score_retain_set.png", "retain accuracy (%)", is_zoomed=True) as x:
             self._plot_methods(x, RETAIN, "score")
 
     def draw_classifier_probability_on_forget_class(self) -> None:
-        x = self.experiments.kappas
-        with self._figure("probability_on_forget_class.png", "probability of the forget class"):
+        with self._figure("probability_on_forget_class.png", "probability of the forget class") as x:
             self._plot_methods(x, FORGET, "probability")
 
     def draw_summary(self) -> None:
@@ -412,12 +405,15 @@ class Reporter:
             plt.plot(across, up, "o", color=self.styles[name]["color"], **ring)
 
     @contextmanager
-    def _figure(self, name: str, y_label: str, is_zoomed: bool = False, panels: int = 1) -> Iterator[None]:
-        """Save a figure of what is plotted in the context. If zoomed, its y axis leaves outliers out, with a note."""
+    def _figure(self, name: str, y_label: str, is_zoomed: bool = False, panels: int = 1) -> Iterator[list[int]]:
+        """Yield the fixed kappas, and save a figure of what is plotted in the context.
+
+        If it is zoomed, its y axis leaves outliers out, with a note.
+        """
         high = max(4, 0.8 + 0.2 * len(self.styles))
         figure = plt.figure(figsize=(3 + 5 * panels, high), layout="constrained")
         with plt.rc_context({"axes.grid": True, "grid.alpha": 0.3}):
-            yield
+            yield self.experiments.kappas
         axes = figure.axes[0]
         axes.set_ylabel(y_label)
         axes.set_title(title([self.experiments]), fontsize=9)

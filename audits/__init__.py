@@ -189,8 +189,7 @@ def entropy_attack(case: Case) -> float:
     is_member = torch.cat([torch.ones_like(members), torch.zeros_like(test)])
     weight = is_member * len(x) / (2 * len(members)) + (1 - is_member) * len(x) / (2 * len(test))
     inputs = torch.stack([x, torch.ones_like(x)], 1)
-    solution = x.new_zeros(2)
-    penalty = x.new_tensor([1.0, 0.0])  # of the slope, as in scikit-learn
+    solution, penalty = x.new_zeros(2), x.new_tensor([1.0, 0.0])  # of the slope alone, as in scikit-learn
     for _ in range(30):  # Newton's method, which converges in far fewer steps
         p = (inputs @ solution).sigmoid()
         gradient = inputs.T @ (weight * (p - is_member)) + penalty * solution

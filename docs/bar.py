@@ -4,8 +4,6 @@
 prints the table and writes nothing.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import replace

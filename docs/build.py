@@ -5,8 +5,6 @@ measured it. `--list` measures nothing; it prints every block with its page and 
 Fashion-MNIST or CIFAR-10. The block `pretrain` trains the tracked GCN anew.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -4,8 +4,6 @@
 With names of networks, as in `docs/coverage.py timm/levit_128s`, it prints its findings and writes nothing.
 """
 
-from __future__ import annotations
-
 import resource
 import sys
 import time

@@ -4,8 +4,6 @@
 these. Fashion-MNIST must be in datasets/FashionMNIST/raw/.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math
@@ -373,7 +371,7 @@ class Chosen:
         metrics = probe_metrics(*splits, digit, SEED, ("two_layer", "neighbours"))
         return max(metrics["usable_bits"]["representation"].values())
 
-    def cells(self, forget: Forget, requests: Sequence[list[int]]) -> Row:
+    def cells(self, forget: "Forget", requests: Sequence[list[int]]) -> Row:
         """Makes the requests: worst forget accuracy, means of all else, how many `unlearn` refused."""
         labels, rows, refused = self.test.labels, [], 0
         before = predictions(self.original, self.test).logits == labels

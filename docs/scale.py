@@ -4,8 +4,6 @@ With a network, its image size, the number of classes, the samples of each and a
 `uv run docs/scale.py resnet18 32 10 25 mask`, it measures that request in this process.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import resource

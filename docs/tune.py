@@ -4,8 +4,6 @@
 salun` those of some of its methods. All other rows of the table stay. The configs hold what was chosen.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import sys

@@ -1,7 +1,5 @@
 """The files of a run: where each one stands, and the settings, code and data that decide its content."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -87,7 +85,7 @@ class Files:
         """Returns the files of an experiment: its JSON, whose name is the experiment's id, and its mask."""
         name = f"seed_{training.seed}_digit_{label}_top_k_{training.top_k}"
         name += "_kappa_auto" if kappa == "auto" else f"_kappa_{kappa}_fixed"
-        name += f"_{slug(training.variant)[:60]}" if training.variant else ""
+        name += f"_{slug(training.variant)}" if training.variant else ""
         request = {"forget_digit": label, "kappa": kappa}
         metrics = self._artifact(f"eval/Metrics and Plots/metrics/{name}.json", training, "experiments", **request)
         return metrics, self._artifact(f"eval/masks/{name}.pt", training, "experiments", **request)

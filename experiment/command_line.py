@@ -1,7 +1,5 @@
 """The arguments of main.py, and the exit status and the line with which a run ends."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal
@@ -51,10 +49,8 @@ def describe(error: BaseException, parsed: argparse.Namespace) -> tuple[int, str
         return 2, f"error: {error}"[:2000], ""
     if isinstance(error, OSError):
         return 2, f"error: {error.filename or 'a file'}: {error.strerror or one_line(error)}", ""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(where.filename).name}, line {where.lineno}"
     more = "--debug shows where" if parsed.dry_run else "the traceback is in reports/run.log"
-    line = f"error: {type(error).__name__}: {one_line(error)} ({place}); {more}"
+    line = f"error: {type(error).__name__}: {one_line(error)}; {more}"
     return 1, line, "".join(traceback.format_exception(error))
 
 

@@ -1,7 +1,5 @@
 """The settings of a run, read from `configs/`, and the checks that need several of them, before any work starts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass, replace
@@ -91,12 +89,8 @@ class Config:
         if odd := [name for name in self.eval.hyperparameters if name not in METHODS]:
             raise ValueError(f"eval.hyperparameters.{odd[0]} is not a method: valid are {', '.join(METHODS)}")
         for name in self.eval.method_names:
-            parts = []
-            for each in METHODS[name].hyperparameters.values():
-                default = () if each.default is each.empty else (each.default,)
-                parts.append((each.name, each.annotation, *default))
             strict = {"__pydantic_config__": settings.STRICT}
-            kind = make_dataclass("Hyperparameters", parts, namespace=strict, kw_only=True)
+            kind = make_dataclass("Hyperparameters", METHODS[name].hyperparameters.items(), namespace=strict)
             settings.checked(kind, self.eval.hyperparameters.get(name, {}), f"eval.hyperparameters.{name}.")
 
     @cached_property
@@ -162,13 +156,12 @@ class Config:
 
     def torch_device(self) -> torch.device:
         """The device of the run: `auto` takes CUDA, else the CPU. Raises ValueError if it is not there."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         try:
-            torch.zeros(1, device=self.device).item()  # which "meta" has not
+            torch.zeros(1, device=device).item()  # which "meta" has not
         except (RuntimeError, AssertionError, NotImplementedError, ImportError):
             raise ValueError(f"device must be auto, cpu, or cuda or mps that is there, not {self.device!r}") from None
-        return torch.device(self.device)
+        return torch.device(device)
 
 
 def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[str, Config]:

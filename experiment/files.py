@@ -1,7 +1,5 @@
 """Files that are written whole and know what made them, the lock on their folder, and the log of a run."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import os
@@ -28,8 +26,8 @@ DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def slug(name: str) -> str:
-    """Returns the name in letters, digits and underscores, as the names of files contain it."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    """Returns the name in letters, digits and underscores, 60 at most, as the names of files contain it."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:60]
 
 
 @cache
@@ -128,9 +126,7 @@ def locked(root: Path) -> Iterator[None]:
                 file.seek(0)
                 raise ArtifactError(f"{root}: is held by another run ({file.read().strip()}): wait or end it") from None
             file.truncate(0)
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}: {shlex.join(sys.argv)}\n")
-            file.flush()
+            print(f"process {os.getpid()} on {socket.gethostname()}: {shlex.join(sys.argv)}", file=file, flush=True)
         for folder in ("checkpoints", "datasets", "eval", "reports"):
             for path in (root / folder).rglob(f"*{PARTIAL}"):  # half written by a run that was killed
                 path.unlink(missing_ok=True)

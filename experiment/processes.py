@@ -1,7 +1,5 @@
 """The processes of a run, one alone or several that torchrun has started, and what they tell one another."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

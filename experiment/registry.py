@@ -1,11 +1,9 @@
 """The registry of methods of unlearning: what each one is, and its hyperparameters."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal, get_type_hints
 
 from torch import Tensor
 
@@ -36,27 +34,25 @@ class Method:
     runs_with: Literal["default", "all", "name"] = "default"
 
     @property
-    def keywords(self) -> dict[str, inspect.Parameter]:
-        """The keyword-only parameters, by name."""
+    def keywords(self) -> dict[str, Any]:
+        """The types of the keyword-only parameters, by name."""
         parameters = inspect.signature(self.unlearn, eval_str=True).parameters
-        return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+        return {name: each.annotation for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
 
     @property
-    def hyperparameters(self) -> dict[str, inspect.Parameter]:
-        """The hyperparameters, by name: the keyword-only parameters, and the fields of those that are dataclasses."""
-        hyperparameters: dict[str, inspect.Parameter] = {}
-        for name, each in self.keywords.items():
-            kind = each.annotation
-            hyperparameters |= inspect.signature(kind, eval_str=True).parameters if is_dataclass(kind) else {name: each}
-        return hyperparameters
+    def hyperparameters(self) -> dict[str, Any]:
+        """The types of the hyperparameters, by name: the keyword-only parameters, dataclasses as their fields."""
+        types: dict[str, Any] = {}
+        for name, kind in self.keywords.items():
+            types |= get_type_hints(kind, include_extras=True) if is_dataclass(kind) else {name: kind}
+        return types
 
     def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
         """Returns the keyword arguments of `unlearn` for values of hyperparameters by name."""
-        arguments = dict(values)
-        for name, each in self.keywords.items():
-            if is_dataclass(kind := each.annotation):
-                fields = inspect.signature(kind).parameters
-                arguments[name] = kind(**{field: arguments.pop(field) for field in fields if field in arguments})
+        arguments = {name: values[name] for name, kind in self.keywords.items() if not is_dataclass(kind)}
+        for name, kind in self.keywords.items():
+            if is_dataclass(kind):
+                arguments[name] = kind(**{each.name: values[each.name] for each in fields(kind)})
         return arguments
 
     def about(self) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Reads YAML files and `section.key=value` overrides into a frozen dataclass, and checks every value."""
 
-from __future__ import annotations
-
 import json
 import re
 import reprlib
@@ -18,7 +16,6 @@ from mimu.files import naming
 
 Kind = TypeVar("Kind")
 STRICT = {"extra": "forbid", "allow_inf_nan": False}  # the `__pydantic_config__` of dataclasses that `checked` builds
-LONGEST_NAME = 100  # characters of a variant's name, which is part of file names
 adapter = cache(TypeAdapter)  # what it builds takes long
 
 
@@ -72,10 +69,10 @@ def read(path: Path) -> dict[str, Any]:
 def check_variants(path: Path, variants: Any) -> None:
     """Raises ConfigError unless names, which also name files and lines of tables, stand for changes of a config."""
     names = list(variants) if isinstance(variants, dict) else [""]
-    is_valid = all(name.isprintable() and "$" not in name and len(name) <= LONGEST_NAME for name in names)
+    is_valid = all(name.isprintable() and "$" not in name for name in names)
     if not names or not is_valid or len(set(map(slug, names)) - {""}) < len(names):
-        must = f"map names of at most {LONGEST_NAME} characters, without $ and different in letters and digits"
-        raise ConfigError(f"{path}: variants must {must}, to what each changes, not {shown(variants)}")
+        must = "map names, without $ and different in their first 60 letters and digits, to what each changes"
+        raise ConfigError(f"{path}: variants must {must}, not {shown(variants)}")
 
 
 def merge(below: Any, above: Any) -> Any:

@@ -19,20 +19,13 @@ def check_finite(losses: dict[str, float], step: int, setting: str) -> None:
             raise TrainingError(f"{name} is {loss} at step {step}: training diverged, see {setting}")
 
 
-def descend(
-    optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], step: int, setting: str, max_norm: float | None = None
-) -> None:
-    """Takes one step down the sum of the losses, scalars by their names. Raises TrainingError as `check_finite` does.
-
-    max_norm: the gradient is scaled down to this norm if it is larger
-    """
+def descend(optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], step: int, setting: str) -> None:
+    """Takes a step down the sum of losses, scalars by their names. Raises TrainingError as `check_finite` does."""
     # One copy of all losses, so that a GPU is waited for once a step.
     values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
     check_finite(dict(zip(losses, values)), step, setting)
     optimizer.zero_grad()
     sum(losses.values()).backward()
-    if max_norm is not None:
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
     optimizer.step()
 
 

@@ -53,10 +53,10 @@ def unlearn(
 
     Args:
         model: returns logits (samples, classes)
-        inputs: training samples (samples, ...), or a DataLoader or data set of pairs (input, label). Only the classes
-            that a mask on the model forgets may be missing; to hide classes, none are needed
+        inputs: training samples (samples, ...), or a DataLoader or data set of pairs (input, label); to hide classes,
+            none are needed
         labels: the classes of the samples, (samples), from 0 on
-        forget_class: one class or several. The classes of a mask that the model carries stay forgotten
+        forget_class: one class or several. The classes of a mask on the model stay forgotten, and need no samples
         gcn: rescales the scores; None: the pretrained one, but the formula alone for convolutions and on tokens
         mask_layer: one or several layers, as `mimu.inputs.layers_to_mask` takes them
         seed: of the samples that are drawn

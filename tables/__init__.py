@@ -1,7 +1,5 @@
 """The reports of a run, drawn from the JSON of its experiments alone."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Tables of every method beside the classifier that was retrained without the class, and of variants side by side."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,9 +16,7 @@ DIVERGENCES = (
     Column(("audit_metrics", "js_forget"), "divergence on the forget set, bits", ".3f"),
     Column(("audit_metrics", "js_retain"), "divergence on the retain set, bits", ".4f"),
 )
-GAPS = tuple(
-    replace(each, name=each.name.replace("%", "points"), spec=f"+{each.spec}", is_gap=True) for each in METRICS
-)
+GAPS = [replace(each, name=each.name.replace("%", "points"), spec=f"+{each.spec}", is_gap=True) for each in METRICS]
 INDEX = Column(("audit_metrics", "usable_bits", "representation"), "IDI", "+.2f", is_gap=True, reduction="index")
 PROBE = Column(("audit_metrics", "probe_recall", "linear"), "probe, recall of the forget class, %", ".1f")
 RELEARN_STEPS = Column(("audit_metrics", "relearn_steps"), "relearn time, steps", ".1f")
@@ -52,14 +48,13 @@ def by_distance(experiments: Experiments) -> list[str]:
 def audit_sections(experiments: Experiments) -> list[str]:
     """Return the sections of the summary that compare every method with the retrained classifier."""
     gcn = replace(SECONDS, spec=".0f").text(experiments.by_seed(SECONDS, "gcn"))
-    methods = experiments.first["methods"]
-    about = [[name, *map(methods[name].get, ABOUT)] for name in by_distance(experiments)]
+    about = [[name, *map(experiments.first["methods"][name].get, ABOUT)] for name in by_distance(experiments)]
     return [
         "## Distance to retraining",
         "The Jensen-Shannon divergence of a method's predictions from the retrained classifier's (0: the same, 1: the "
         "largest), and the five metrics minus those of the retrained classifier. Methods are sorted by the mean of the "
         f"two divergences; ± is the standard deviation over {'seeds' if len(experiments.seeds) > 1 else 'classes'}.",
-        audit_table(experiments, DIVERGENCES + GAPS),
+        audit_table(experiments, [*DIVERGENCES, *GAPS]),
         "## Audits",
         "A loss attack of 0.5 learns nothing. IDI is what the best probe finds: 0 as after retraining, 1 as in the "
         "original, – if the original has no more to forget than the difference between two retrained classifiers. "

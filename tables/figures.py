@@ -1,7 +1,5 @@
 """Panels side by side with a mark for every number, and the plots of one experiment, from JSON alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from itertools import product

@@ -4,8 +4,6 @@ Run it with `uv run tests/benchmark.py`; `--only gcn growth` runs some parts.
 It runs in one process, warms up before each measurement, and prints medians of several runs. Compare ratios.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy

@@ -23,7 +23,7 @@ from mimu.samples import Split
 from mimu.seeds import seeded
 from mimu.training import learn
 from model import HookedMNISTClassifier
-from trainer import COMPARED, Trainer, TrainerConfig
+from trainer import Trainer, TrainerConfig
 
 HIDDEN, IN_FEATURES, NUM_CLASSES = (6, 5), 7, 3
 torch.set_num_threads(1)  # the tensors of tests are small: threads only wait for one another
@@ -198,12 +198,6 @@ TRACKED = ("*.py", "*.sh", *(f"{name}/*.py" for name in PACKAGES), "configs/*.ya
 
 
 @pytest.fixture
-def clone(tmp_path) -> Path:
-    """The tracked files of the project, as a clone has them."""
-    return copy_to(tmp_path / "mimu", *TRACKED, "datasets/MNIST/raw/*.gz")
-
-
-@pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """A folder with a few samples of MNIST, for quick runs in this process that draw nothing."""
     folder = tmp_path / "mimu"
@@ -211,9 +205,3 @@ def here(tmp_path, monkeypatch) -> Path:
     draw_nothing(monkeypatch)
     monkeypatch.setattr("trainer.COMPARED", 1)  # class: ten take longer than all the rest
     return folder
-
-
-@pytest.fixture
-def copy(here, monkeypatch) -> Path:
-    monkeypatch.setattr("trainer.COMPARED", COMPARED)  # as in the processes that run it
-    return copy_to(here, *TRACKED)

@@ -1,13 +1,8 @@
 """Runs of the smoke config in a folder of their own, and what they leave there."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +13,8 @@ from PIL import Image
 from data import FILES
 
 PROJECT = Path(__file__).resolve().parents[1]
-SMOKE = ("--config", "configs/smoke.yaml")
-
-
-def of_copy(folder: Path) -> dict[str, str]:
-    """An environment in which Python imports from a copy of the project."""
-    return os.environ | {"PYTHONPATH": str(folder)}
-
-
-def run(folder: Path, *arguments: str, processes: int = 1) -> str:
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *torchrun, "main.py", *arguments]
-    done = subprocess.run(command, cwd=folder, env=of_copy(folder), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+SMOKE = PROJECT / "configs" / "smoke.yaml"
+TINY = ("sweep.forget_digits=[3]", "sweep.kappa=[20]", "gcn.steps=2", "eval.methods=[original, mimu, retrain]")
 
 
 def run_here(folder: Path, *overrides: str, configs: dict | None = None, is_fresh: bool = False) -> None:
@@ -48,7 +31,7 @@ def run_here(folder: Path, *overrides: str, configs: dict | None = None, is_fres
 def smoke(*overrides: str) -> dict:
     from experiment.config import load_variants
 
-    return load_variants(PROJECT / SMOKE[1], ["eval.visualize=false", *overrides])
+    return load_variants(SMOKE, ["eval.visualize=false", *overrides])
 
 
 def write_few(folder: Path, count: int = 2000) -> Path:

@@ -206,10 +206,10 @@ def test_the_nearest_neighbours_are_of_some_random_samples(monkeypatch, count, a
     assert len(set(expected.argmax(1))) == (4 if count < among else 1)
 
 
-def by_hand(model, samples, test: Split, goal: float, rate: float, zeroed=(), frozen=False) -> list[float]:
-    """The score before every step of SGD, until the goal; zeroed weights of the middle layer start at 0, or stay so."""
-    model, scores, middle = copy.deepcopy(model), [], list(zeroed)
-    model.weights[1].data.view(-1)[middle] = 0
+def by_hand(model, samples, test: Split, goal: float, rate: float, zeroed: list[int]) -> list[float]:
+    """The score before every step of SGD, until the goal; zeroed weights of the middle layer only start at 0."""
+    model, scores = copy.deepcopy(model), []
+    model.weights[1].data.view(-1)[zeroed] = 0
     for batch in samples:
         scores.append(100 * (model(test.images).argmax(1) == FORGET).double().mean().item())
         if scores[-1] >= goal:
@@ -217,10 +217,9 @@ def by_hand(model, samples, test: Split, goal: float, rate: float, zeroed=(), fr
         loss = F.cross_entropy(model(batch.images), batch.labels)
         for parameter, gradient in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()))):
             parameter.data -= rate * gradient
-        model.weights[1].data.view(-1)[middle if frozen else []] = 0
 
 
-@pytest.mark.parametrize("zeroed", [(), range(0, 30, 2)])
+@pytest.mark.parametrize("zeroed", [[], [*range(0, 30, 2)]])
 def test_relearning_counts_the_steps_of_sgd_and_frees_the_weights_of_a_mask(retrained, data, audit, zeroed):
     forget, test = data.train.forget(FORGET), data.test.forget(FORGET)
     model = masked(retrained, zeroed) if zeroed else retrained
@@ -230,7 +229,6 @@ def test_relearning_counts_the_steps_of_sgd_and_frees_the_weights_of_a_mask(retr
     generator = seeded(3)
     samples = [forget[batch] for _ in range(4) for batch in torch.randperm(100, generator=generator).split(10)]
     assert scores == pytest.approx(by_hand(retrained, samples, test, 80.0, 0.2, zeroed))
-    assert not zeroed or scores != pytest.approx(by_hand(retrained, samples, test, 80.0, 0.2, zeroed, frozen=True))
     assert scores[0] == 0.0 and steps == len(scores) - 1 > 1
 
 

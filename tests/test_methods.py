@@ -105,8 +105,7 @@ def test_fields_of_a_dataclass_and_keywords_are_hyperparameters(request_to_forge
         return request.classifier
 
     monkeypatch.setitem(METHODS, "fading", Method(fading))
-    hints = {name: each.annotation for name, each in METHODS["fading"].hyperparameters.items()}
-    assert hints == {"rate": Positive, "rounds": Count, "scale": NonNegative}
+    assert METHODS["fading"].hyperparameters == {"rate": Positive, "rounds": Count, "scale": NonNegative}
     setting = "eval.hyperparameters.fading"
     values = {"rate": 0.1, "scale": 2.0, "rounds": 7}
     config = load_config(overrides=["eval.methods=[mimu, fading]", f"{setting}={values}"]).eval
@@ -169,12 +168,11 @@ def test_losses_are_those_of_their_definitions():
     assert fine_tuning.contrastive_loss(z, torch.tensor(labels), 0.2).item() == pytest.approx(contrastive)
 
 
-LAST = [("mlp", (4,), 1, "3."), ("resnet", (4, 6), 1, "9."), ("vit", (8,), 2, "blocks.0.linear2. norm. head.")]
-
-
-@pytest.mark.parametrize("architecture, channels, layers, trained", LAST)
-def test_eu_k_trains_the_last_layers_from_fresh_weights(request_to_forget, architecture, channels, layers, trained):
-    trainer = Trainer(trainer_config((6,), 1, architecture=architecture, channels=channels, patch=4), 0, (8, 8))
+@pytest.mark.parametrize(
+    "architecture, layers, trained", [("mlp", 1, "3."), ("vit", 2, "blocks.0.linear2. norm. head.")]
+)
+def test_eu_k_trains_the_last_layers_from_fresh_weights(request_to_forget, architecture, layers, trained):
+    trainer = Trainer(trainer_config((6,), 1, architecture=architecture, channels=(8,), patch=4), 0, (8, 8))
     labels = request_to_forget.train.labels
     train = Split(torch.randn(len(labels), 64, generator=seeded("test")), labels)
     request = replace(request_to_forget, trainer=trainer, train=train, original=trainer.train(train, NUM_CLASSES))
@@ -251,13 +249,10 @@ def test_controls_do_what_they_say(request_to_forget):
     assert not torch.equal(*(unlearned(name, request).weights[0] for name in ("retrain", "retrain_again")))
 
 
-DIVERGING = [("fine_tune", "learning_rate"), ("scrub", "learning_rate"), ("optimised_mask", "sparsity")]
-
-
-@pytest.mark.parametrize("name, setting", DIVERGING)
+@pytest.mark.parametrize("name, setting", [("scrub", {"learning_rate": 1e30}), ("optimised_mask", {"sparsity": 1e39})])
 def test_a_method_that_diverges_stops_with_its_loss_and_step(request_to_forget, name, setting):
     with pytest.raises(TrainingError, match=r"loss.* is -?(nan|inf) at step \d+: training diverged, see eval.hyperp"):
-        unlearned(name, request_to_forget, **{setting: 1e39 if setting == "sparsity" else 1e30})
+        unlearned(name, request_to_forget, **setting)
 
 
 def test_the_set_difference_ranks_by_brute_force():
@@ -300,11 +295,10 @@ def test_both_published_terms_reach_the_gcn_and_sufficiency_keeps_the_top_weight
     assert torch.allclose(sufficiency, torch.stack(losses).mean(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("requested_kappa", [9, "auto"])
-def test_the_published_gcn_is_trained_once_for_a_classifier(request_to_forget, requested_kappa, monkeypatch):
+def test_the_published_gcn_is_trained_once_for_a_classifier(request_to_forget, monkeypatch):
     steps = []
     monkeypatch.setattr(published, "descend", lambda *arguments: steps.append(arguments) or descend(*arguments))
-    request = replace(request_to_forget, requested_kappa=requested_kappa, kept={}, prunings={})
+    request = replace(request_to_forget, requested_kappa="auto", kept={}, prunings={})
     mask = run_method(request, "published").mask
     logits = mean_importance(request, CONFIG)
     order = set_difference(logits, TOP_K)[FORGET].argsort(descending=True)[: mask.num_zeroed]

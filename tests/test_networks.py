@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from conftest import NUM_CLASSES, Group, assert_by_hand, graph_config, log_odds, random_classifier
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch_geometric.nn import SAGEConv
 
 from data import GraphGenerator
 from eval import METHODS, Request, run_method
@@ -73,20 +72,6 @@ class Varied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(torch.flatten(self.hidden(x)[2], 1))
-
-
-class Averaged(nn.Module):
-    """A mean over channels, of which there are as many as rows, and one over positions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 4, 3, 2, 1)
-        self.of_rows, self.last = nn.Linear(16, 5), nn.Linear(9, NUM_CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x).relu()
-        rows = self.of_rows(x.mean(1).flatten(1)).relu()
-        return self.last(torch.cat([rows, x.mean((-2, -1))], 1))
 
 
 class Windows(nn.Module):
@@ -179,7 +164,6 @@ NETWORKS = {
     "joined": (Joined, "i2*9-a3 a3-a3 i2-b2 d10*9-c4 x5*3-d10/5 c4*4-o3", {1: (2, 8, 8), 4: (5, 8, 8), 5: (16,)}),
     "varied": (Varied, "i2*9-a4 a4*6-a4 g4*6-b3 a4-g4/2 b3*6-o3", {1: (4, 4, 4), 4: (18,)}),
     "grouped": (grouped, "i2*9-a4 a4*9-b8/4 b8*9-c6/2 c6*4-o3", {1: (4, 8, 8), 2: (8, 4, 4), 3: (24,)}),
-    "averaged": (Averaged, "i2*9-a4 x16-b5 y9-o3", {1: (4, 4, 4), 2: (9,)}),
     "encoder": (encoder, "i2*16-a4 t4-q12 v4-w4 s4-h6 h6-r4 r4-p12 u4-x4 r4-g6 g6-r4 z4-o3", {1: (4, 4), 5: (4, 4)}),
     "windows": (Windows, "i2*4-a4 s4-h5 h5-r4 x4-g1 y4-o3", {1: (2, 2, 2, 2, 4), 3: (16, 4), 4: (4,)}),
     "spaced": (Spaced, "i2*5-a6/2 j1*18-b3 x9-c4 c4-o3", {1: (2, 8, 8), 2: (9, 6), 3: (4,)}),
@@ -236,8 +220,28 @@ def incidence(ends: str, layers: list[int] | None) -> Tensor:
     return torch.tensor([[float(pair.count(name)) for name in names] for pair in pairs], dtype=torch.float64)
 
 
+@pytest.mark.parametrize("mask_layer", [-2, [2, 0], None])
+def test_the_weight_graph_is_the_line_graph_of_the_network(mask_layer):
+    from torch_geometric.data import Data
+    from torch_geometric.transforms import LineGraph
+
+    sizes, network = (7, 6, 5, 3), []
+    graph = WeightGraph(HookedMNISTClassifier(sizes[1:-1], sizes[0], sizes[-1]).trace.layers, mask_layer)
+    for layer in graph.layers:
+        network += [((layer, c), (layer + 1, r)) for r, c in product(range(sizes[layer + 1]), range(sizes[layer]))]
+    neurons = sorted({neuron for pair in network for neuron in pair})
+    numbered = [tuple(map(neurons.index, pair)) for pair in network]
+    both_ways = torch.tensor([*numbered, *((b, a) for a, b in numbered)]).T
+    line = LineGraph()(Data(edge_index=both_ways, num_nodes=len(neurons))).edge_index
+    names = [numbered.index(pair) for pair in sorted(numbered)]  # PyG numbers the weights in sorted order
+    expected = sorted({(names[u], names[v]) for u, v in line.T.tolist() if u != v})
+    assert list(map(tuple, graph.edge_index().T.tolist())) == expected and graph.num_edges == len(expected)
+
+
 @some_layers
 def test_the_weight_graph_and_the_gcn_are_those_of_the_network_by_brute_force(name, layers):
+    from torch_geometric.nn import SAGEConv  # takes seconds, which other tests on these networks need not
+
     rounds = 1 if layers == [1] else 3
     graph = WeightGraph(classifier_of(name).trace.layers, layers)
     ends = incidence(ENDS[name], layers)
@@ -341,12 +345,15 @@ def test_features_of_kernels_are_those_of_their_definitions(monkeypatch, name, m
 def test_a_network_with_other_weights_is_the_masked_one_and_gradients_reach_these_alone(name, layers):
     classifier, x = classifier_of(name), images(3)
     graph = WeightGraph(classifier.trace.layers, layers)
-    mask = graph.zeroing(torch.randperm(graph.num_vertices)[: graph.num_vertices // 3])
-    keep = torch.cat([part.flatten() for part in mask.keep]).double().requires_grad_()
+    zeroed = torch.randperm(graph.num_vertices)[: graph.num_vertices // 3]
+    mask = graph.zeroing(zeroed)
+    vector = torch.cat([part.flatten() for part in mask.keep])
+    assert torch.equal(vector, torch.ones(graph.num_vertices).index_fill(0, zeroed, 0))
+    assert torch.equal(graph.keeping(zeroed).as_tensor().flatten(), 1 - vector) and mask.layers == tuple(graph.names)
+    keep = vector.double().requires_grad_()
     weights = masked_weights(classifier, graph, keep)
-    features, logits = classifier.suffix_from(graph.layers).outputs(
-        classifier.prefix_activations(graph.layers, x), weights
-    )
+    inputs = classifier.prefix_activations(graph.layers, x)
+    features, logits = classifier.suffix_from(graph.layers).outputs(inputs, weights)
     assert list(weights) == [classifier.names[layer] for layer in graph.layers] == graph.names
     weighting = torch.randn(logits.shape, dtype=torch.float64)
     by_hand = functional_call(classifier.network, weights, x)
@@ -408,8 +415,6 @@ CHANGES = (
     "classifier.batch_norm=true", "graphs.mask_layer=null",
 )  # fmt: skip
 TINY = {"epochs": 1, "batch_size": 8, "steps": 3, "samples": 12}
-
-
 TINY_VIT = "classifier.channels=[4]", "classifier.hidden_sizes=[5]", "classifier.heads=2", "classifier.patch=4"
 
 
@@ -417,7 +422,8 @@ def configured(architecture: str, *changes: str) -> Config:
     return load_config(overrides=[*CHANGES, f"classifier.architecture={architecture}", *changes])
 
 
-def tiny_request(architecture: str, mask_layer: tuple[int, ...] | None) -> Request:
+@pytest.mark.parametrize("architecture, mask_layer", [("cnn", None), ("vit", (1, 4))])
+def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_original(architecture, mask_layer):
     config = configured(architecture, *(TINY_VIT if architecture == "vit" else ()))
     split = Split(torch.randn(36, 3 * 8 * 8, generator=seeded("pixels")), torch.arange(NUM_CLASSES).repeat(12))
     trainer = Trainer(config.classifier, 0, (3, 8, 8))
@@ -432,38 +438,22 @@ def tiny_request(architecture: str, mask_layer: tuple[int, ...] | None) -> Reque
     own = {}
     for name, values in config.eval.hyperparameters.items():
         own[name] = {key: min(value, TINY.get(key, value)) for key, value in values.items()}
-    return Request(replace(config.eval, hyperparameters=own), classifier, trainer, split, graphs, gcn, 1, 20, 0, 9)
-
-
-@pytest.mark.parametrize("architecture, mask_layer", [("cnn", None), ("vit", (1, 4))])
-def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_original(architecture, mask_layer):
-    request = tiny_request(architecture, mask_layer)
-    before, x = copy.deepcopy(request.original.state_dict()), request.train.images
-    for asked, name in [*((9, name) for name in METHODS), ("auto", "mimu"), ("auto", "saliency")]:
-        found = run_method(replace(request, requested_kappa=asked), name)
-        logits = found.model(x)
+    tiny = replace(config.eval, hyperparameters=own)
+    request = Request(
+        tiny, classifier, trainer, split, graphs, gcn, forget_class=1, top_k=20, seed=0, requested_kappa=9
+    )
+    for requested_kappa, name in [*((9, name) for name in METHODS), ("auto", "mimu"), ("auto", "saliency")]:
+        unlearned = run_method(replace(request, requested_kappa=requested_kappa), name)
+        logits = unlearned.model(split.images)
         assert logits.shape == (36, NUM_CLASSES) and (logits.isfinite() | (logits == -torch.inf)).all(), name
-        assert asked == "auto" or not METHODS[name].uses_kappa or found.mask.num_zeroed == 9
-        for key, module in (*found.model.named_modules(), *request.original.named_modules()):
+        assert requested_kappa == "auto" or not METHODS[name].uses_kappa or unlearned.mask.num_zeroed == 9
+        for key, module in (*unlearned.model.named_modules(), *request.original.named_modules()):
             assert "parametrizations" in key or not module.training, name
         assert all(torch.equal(value, before[key]) for key, value in request.original.state_dict().items()), name
-        after = found.model.state_dict()
+        after = unlearned.model.state_dict()
         same = [torch.equal(value, after.get(key, value)) for key, value in before.items() if "running" in key]
         assert all(same) or METHODS[name].touches not in ("nothing", "a mask", "the output"), name
         assert name not in ("fine_tune", "scrub") or not any(same), "training follows the statistics"
-
-
-def test_a_mask_of_the_graph_zeroes_the_weights_at_its_vertices():
-    classifier = classifier_of("resnet")
-    graph = WeightGraph(classifier.trace.layers, [0, 2, -1])
-    zeroed, weights = torch.randperm(graph.num_vertices)[:25], [classifier.weights[layer] for layer in graph.layers]
-    expected = torch.cat([weight.detach().flatten() for weight in weights]).index_fill(0, zeroed, 0)
-    mask, kept = graph.zeroing(zeroed), graph.keeping(zeroed).as_tensor()
-    assert kept.sum() == 25 == mask.num_zeroed and torch.equal(kept + mask.as_tensor(), torch.ones_like(kept))
-    assert mask.layers == tuple(graph.names) and set(mask.vertices().tolist()) == set(zeroed.tolist())
-    with mask.applied_to(classifier):
-        weights = [classifier.weights[layer] for layer in graph.layers]
-        assert torch.equal(torch.cat([weight.detach().flatten() for weight in weights]), expected)
 
 
 class Unmaskable(nn.Module):
@@ -494,48 +484,35 @@ def test_what_masks_cannot_be_put_on_is_not_among_the_layers():
     assert torch.allclose(classifier.outputs(images())[1], classifier.network(images()), atol=1e-12)
 
 
-def test_residual_networks_are_those_of_the_config():
-    config = configured("resnet", "classifier.channels=[3, 4]", "classifier.blocks=2", "graphs.mask_layer=1")
-    network = config.classifier.network((28, 28), 10).eval()
-    assert config.architecture == "ResNet-10" and config.num_vertices == 81
-    assert config.shapes == HookedClassifier(network, torch.zeros(2, 784)).shapes and len(config.shapes) == 11
-    assert network[:-3](torch.zeros(2, 784)).shape == (2, 4, 14, 14) and network(torch.zeros(2, 784)).shape == (2, 10)
-
-
 VIT = "classifier.channels=[12]", "classifier.hidden_sizes=[20]", "classifier.heads=3", "classifier.patch=9"
+SMALL = "classifier.channels=[4, 6]", "classifier.hidden_sizes=[9]", "classifier.blocks=2"
+# What is configured, its name, the layers that can be masked and the weights in those that are.
+CONFIGURED = [
+    ("resnet", ("graphs.mask_layer=1", *SMALL), "ResNet-10", 11, 4 * 4 * 9),
+    ("vit", ("graphs.mask_layer=[7, 8]", *VIT, "classifier.blocks=2"), "ViT/9 12-20, blocks: 2", 10, 2 * 12 * 20),
+    ("cnn", (*SMALL, "classifier.bias=true"), "cnn 1-4-6-9-10 with biases", 4, 36 + 216 + 9 * 294 + 90),
+    ("airbench", SMALL, "airbench 1-8-4-4-6-6-9-10", 7, 32 + 288 + 144 + 216 + 324 + 54 + 90),
+]
 
 
-def test_transformers_are_those_of_the_config_and_their_weights_those_that_linear_operations_read():
-    config = configured("vit", *VIT, "classifier.blocks=2", "graphs.mask_layer=[7, 8]")
-    network, x = config.classifier.network((28, 28), 10).eval(), torch.rand(2, 784)
-    graph = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
-    parameters, read = dict(network.named_parameters()), []
-    for operation in (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default):
-        for node in graph.graph.find_nodes(op="call_function", target=operation):
-            read.append(graph.graph_signature.inputs_to_parameters[node.args[1].name])
-    assert read == [name for name in parameters if name in read], "in the order of the parameters"
-    assert read[7:9] == ["blocks.1.linear1.weight", "blocks.1.linear2.weight"] and len(read) == 10
-    assert config.shapes == [tuple(parameters[name].shape) for name in read]
-    assert config.num_vertices == 2 * 12 * 20 and config.architecture == "ViT/9 12-20, blocks: 2"
-    image = x.view(2, 28, 28)
-    assert torch.allclose(network(image), network(x)), "pixels as one row"
-    moved = torch.cat([image[:, 9:18], image[:, :9], image[:, 18:]], 1)
-    assert not torch.allclose(network(moved), network(x), atol=1e-4), "positions count"
+@pytest.mark.parametrize("architecture, changes, name, layers, vertices", CONFIGURED)
+def test_networks_are_those_of_the_config(architecture, changes, name, layers, vertices):
+    config, x = configured(architecture, *changes), torch.rand(2, 784)
+    network = config.classifier.network((28, 28), 10).eval()
+    classifier = HookedClassifier(network, x)
+    assert network(x).shape == (2, 10) and torch.allclose(network(x.view(2, 28, 28)), network(x)), "pixels as one row"
+    assert config.architecture == name and config.num_vertices == vertices
+    assert config.shapes == classifier.shapes and len(config.shapes) == layers
+    if architecture == "vit":
+        assert classifier.names[7:9] == ["blocks.1.linear1.weight", "blocks.1.linear2.weight"]
+        moved = torch.cat([x.view(2, 28, 28)[:, each] for each in (slice(9, 18), slice(9), slice(18, 28))], 1)
+        assert not torch.allclose(network(moved), network(x), atol=1e-4), "positions count"
 
 
-def test_convolutional_networks_are_those_of_the_config():
-    config = configured("cnn", "classifier.channels=[4, 6]", "classifier.hidden_sizes=[9]", "classifier.bias=true")
-    assert config.shapes == [(4, 1, 3, 3), (6, 4, 3, 3), (9, 294), (10, 9)] and config.num_vertices == 36 + 216 + 2736
-    assert config.architecture == "cnn 1-4-6-9-10 with biases"
-
-
-def test_airbench_is_that_of_the_config_and_starts_with_kernels_that_whiten_patches_of_its_training_images():
-    config = configured("airbench", "classifier.channels=[4, 6]", "classifier.hidden_sizes=[9]", "classifier.blocks=2")
-    kernels = [(8, 1, 2, 2), (4, 8, 3, 3), (4, 4, 3, 3), (6, 4, 3, 3), (6, 6, 3, 3)]
-    assert config.shapes == [*kernels, (9, 6), (10, 9)] and config.architecture == "airbench 1-8-4-4-6-6-9-10"
+def test_airbench_starts_with_kernels_that_whiten_patches_of_its_training_images():
     torch.manual_seed(0)
     images = 9 * torch.randn(1000, 28, 28).cumsum(1) + torch.randn(1000, 28, 28)  # rows that are alike
-    first = Trainer(config.classifier, 0, (28, 28)).initial(images.flatten(1), 10).network[2]
+    first = Trainer(configured("airbench").classifier, 0, (28, 28)).initial(images.flatten(1), 10).network[2]
     read = F.conv2d(images[:, None], first.weight).movedim(1, 3).flatten(0, 2).double()
     assert torch.allclose(read[:, :4].T @ read[:, :4] / len(read), torch.eye(4).double(), atol=0.01)
     assert torch.equal(first.weight[4:], -first.weight[:4])
@@ -553,7 +530,7 @@ def test_airbench_is_that_of_the_config_and_starts_with_kernels_that_whiten_patc
     ],
 )
 def test_networks_that_cannot_be_are_named(architecture, setting, message):
-    with pytest.raises(ConfigError, match=rf"^[^\n]*classifier.{re.escape(message)}[^\n]*$"):
+    with pytest.raises(ConfigError, match=rf"^[^\n]*: {re.escape(message)}[^\n]*$"):
         configured(architecture, *(VIT if architecture == "vit" else ()), f"classifier.{setting}")
 
 

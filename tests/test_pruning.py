@@ -183,11 +183,8 @@ def test_a_trained_gcn_comes_back_with_its_features_and_settings_and_another_fil
     smaller = config | {"gcn": config["gcn"] | {"hidden": 7}}
     with pytest.raises(ArtifactError, match="gcn.pt: cannot be read"):
         TrainedGCN.load(path)
-    for state, settings, why in (
-        (weights, smaller, "size mismatch"),
-        (broken, config, "not a finite"),
-        (weights, {}, ""),
-    ):
+    refused = (weights, smaller, "size mismatch"), (broken, config, "not a finite"), (weights, {}, "")
+    for state, settings, why in refused:
         save(path, {"state_dict": state, "config": settings, "seed": 0})
         with pytest.raises(ArtifactError, match=f"gcn.pt: is not the checkpoint of a masking GCN .*{why}"):
             TrainedGCN.load(path)

@@ -1,41 +1,47 @@
 """Whole runs of the smoke config: the files that they write, what the next run reuses, the examples of the pages."""
 
+import inspect
 import io
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
 import textwrap
-from collections import Counter
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import TRACKED, copy_to
-from running import PROJECT, SMOKE, checkpoint, draw_nothing, files, metrics, run, run_here, smoke, write_few
+from matplotlib.figure import Figure
+from running import PROJECT, SMOKE, TINY, checkpoint, draw_nothing, files, metrics, run_here, smoke, write_few
 
+import eval
 import main
 import trainer
 from data import GraphGenerator, load_image_data
-from experiment import files as run_files
 from experiment.config import CONFIG, load_variants
 from mimu import training
 from mimu.errors import InputError
-from mimu.files import load, save, write_text
+from mimu.files import load, write_text
 from mimu.pretrained import TrainedGCN
 from mimu.pruning import Pruning, prune
+from reporter import Reporter
 from trainer import GCNTrainer, Trainer
 
 METHODS = ["original", "mimu", "random", "sft", "retrain", "saliency", "magnitude"]
-TINY = ("sweep.forget_digits=[3]", "sweep.kappa=[20]", "gcn.steps=2", "eval.methods=[original, mimu, retrain]")
-README = (PROJECT / "README.md").read_text()
+README, OWN, DATA, HOW = (
+    (PROJECT / name).read_text() for name in ("README.md", "docs/own.md", "docs/data.md", "docs/methods.md")
+)
 FINISHED = {"classifier": 1, "gcn": 1, "experiments": 2}
 
 
 def with_smoke(folder: Path, changes: str) -> Path:
-    settings = yaml.safe_load((PROJECT / SMOKE[1]).read_text())
+    settings = yaml.safe_load(SMOKE.read_text())
     settings["eval"]["visualize"] = False
     for section, values in yaml.safe_load(changes).items():
         settings[section] = settings.get(section, {}) | values
@@ -58,33 +64,44 @@ def clean(folder: Path) -> None:
     (folder / "clean.sh").unlink()
 
 
-def test_a_run_writes_its_files_reports_are_drawn_again_from_json_and_clean_removes_these_alone(
-    here, monkeypatch, capsys
-):
-    monkeypatch.undo()  # with real pictures
-    monkeypatch.setattr(trainer, "COMPARED", 1)
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    write_few(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        patch.setattr(trainer, "COMPARED", 1)
+        run_here(folder, *TINY)
+    return folder
+
+
+@pytest.fixture
+def finished(finished_run, here) -> Path:
+    """A folder with a run of TINY."""
+    return shutil.copytree(finished_run, here, dirs_exist_ok=True)
+
+
+def test_a_run_writes_its_files_reports_are_drawn_again_from_json_and_clean_removes_these_alone(here, capsys):
     before, reports, outside = files(here), here / "reports", here.parent / "outside"
-    settings = ["sweep.kappa=[auto, 20]", "sweep.forget_digits=[3]", "eval.visualize=true", "save_graphs=true"]
-    settings += ["report.dpi=20"]
+    settings = ["sweep.kappa=[20]", "sweep.forget_digits=[3]", "eval.visualize=true", "save_graphs=true"]
     run_here(here, *settings)
-    output, results = capsys.readouterr().out, metrics(here)
+    output, (result,) = capsys.readouterr().out, metrics(here).values()
     assert all(name in output for name in (*METHODS, "forget accuracy", "retain accuracy", "reports"))
-    for result in results.values():
-        assert list(result["unlearning_metrics"]) == METHODS and result["forget_digit"] == 3
-        assert len(result["zeroed"]) == result["kappa"] and set(result["gave_up"]) <= {"mimu", "saliency"}
-        assert result["num_graph_vertices"] == 16 * 32 and result["num_graph_edges"] == 16 * 32 * (16 + 32 - 2)
-        assert all((here / path).exists() for path in result["files"].values()) and len(result["files"]) == 4
+    assert list(result["unlearning_metrics"]) == METHODS and result["forget_digit"] == 3
+    assert len(result["zeroed"]) == result["kappa"] == 20 and not result["gcn_untrained"]
+    assert result["num_graph_vertices"] == 16 * 32 and result["num_graph_edges"] == 16 * 32 * (16 + 32 - 2)
+    assert all((here / path).exists() for path in result["files"].values()) and len(result["files"]) == 4
     patterns = ["checkpoints/classifier_seed_0_*", "checkpoints/gcn_seed_0_*", "datasets/Graphs/seed_0_*"]
     patterns += ["eval/masks/seed_0*", "eval/Metrics and Plots/plots/*/*.png"]
-    assert [len(list(here.glob(pattern))) for pattern in patterns] == [1, 1, 1, 2, 2 * 4]
-    drawn = {path.name: path.read_bytes() for path in reports.iterdir() if path.stem != "run"}
+    assert [len(list(here.glob(pattern))) for pattern in patterns] == [1, 1, 1, 1, 4]
+    drawn, summary = {*files(reports)} - {"run.json", "run.log"}, (reports / "summary.md").read_text()
     names = ["loss_forget_set", "score_forget_set", "loss_retain_set", "score_retain_set", "summary"]
-    assert {*(f"{name}.png" for name in names), "probability_on_forget_class.png", "summary.md"} <= drawn.keys()
+    assert {*(f"{name}.png" for name in names), "probability_on_forget_class.png", "summary.md"} <= drawn
     shutil.rmtree(reports)
     (here / "checkpoints").rename(outside)
     main.plot(smoke(*settings), here)
     outside.rename(here / "checkpoints")
-    assert {path.name: path.read_bytes() for path in reports.iterdir()} == drawn
+    assert {*files(reports)} == drawn and (reports / "summary.md").read_text() == summary
     names = [f"seed_0_digit_{digit}_top_k_128_kappa_{kappa}" for digit, kappa in ((3, 30), (4, 20), (4, 30))]
     with pytest.raises(InputError, match=f"run it first, or leave out .* missing: {'_fixed, '.join(names)}_fixed$"):
         main.plot(smoke("sweep.forget_digits=[3, 4]", "sweep.kappa=[20, 30]"), here)
@@ -101,67 +118,39 @@ def test_a_run_writes_its_files_reports_are_drawn_again_from_json_and_clean_remo
     assert len(files(outside)) == 2 and (reports / "top_k_128").is_symlink() and not (here / "checkpoints").exists()
 
 
-def dry_run(folder: Path, capsys, *overrides: str) -> str:
-    """The line that `--dry-run` prints."""
-    capsys.readouterr()
-    main.dry_run(smoke(*TINY, *overrides), folder)
-    return capsys.readouterr().out
-
-
-def test_a_change_makes_the_files_that_depend_on_it_again_and_no_others(here, monkeypatch, capsys):
-    stages = list(FINISHED)
-    assert current(here) == dict.fromkeys(stages, 0)
-    run_here(here, *TINY)
-    assert current(here) == FINISHED
+def test_a_change_makes_the_files_that_depend_on_it_again_and_no_others(finished, monkeypatch, capsys):
+    stages, before = list(FINISHED), files(finished)
+    assert current(finished) == FINISHED
     decisive = {
         # Settings of figures, of a method that does not run, and of audits that are off decide nothing.
         3: ["report.dpi=51", "eval.visualize=true", "audit.relearn_steps=2", "eval.hyperparameters.scrub.epochs=2"],
-        2: ["eval.step=16", "eval.target=0.2", "audit.enabled=true", "sweep.top_k=[64]"],
+        2: ["eval.step=16", "audit.enabled=true", "sweep.top_k=[64]"],
         1: ["gcn.steps=13", "eval.retain_weight=51", "graphs.samples_per_class=99", "samples=50"],
         0: ["classifier.epochs=2", "threads=2", "seed=1", "held_out=10"],
     }
     for first, settings in decisive.items():
         for setting in settings:
-            assert current(here, setting) == FINISHED | dict.fromkeys(stages[first:], 0), setting
-    assert current(here, "sweep.kappa=[20, 30]")["experiments"] == 2
+            assert current(finished, setting) == FINISHED | dict.fromkeys(stages[first:], 0), setting
     for setting, counts in (("threads=2", (0, 4)), ("gcn.steps=13", (1, 3)), ("sweep.kappa=[20, 30]", (4, 2))):
+        main.dry_run(smoke(*TINY, setting), finished)
         line = "seed 0, top-K 128: {} of {} files are there, {} would be made\n"
-        assert dry_run(here, capsys, setting) == line.format(counts[0], sum(counts), counts[1])
+        assert capsys.readouterr().out == line.format(counts[0], sum(counts), counts[1])
+    assert files(finished) == before
 
-    sources = copy_to(here / "sources", *TRACKED)
+    sources = copy_to(finished / "sources", *TRACKED)
     monkeypatch.setattr("experiment.artifacts.ROOT", sources)
-    decisive = {0: ["main.py", "model.py", "data.py", "trainer.py", "mimu/graph.py"],
-                2: ["eval.py", "methods/controls.py"],
+    decisive = {0: ["main.py", "mimu/graph.py"], 2: ["eval.py", "methods/controls.py"],
                 3: ["reporter.py", "tables/comparison.py", "experiment/files.py", "my_own.py"]}  # fmt: skip
     for first, paths in decisive.items():
         for path in [sources / name for name in paths]:
             source = path.read_text() if path.exists() else ""
             path.write_text(f"{source}\n\n# a remark\n")
-            assert current(here) == FINISHED
+            assert current(finished) == FINISHED
             path.write_text(f"{source}\nNUMBER = 1\n")
-            assert current(here) == FINISHED | dict.fromkeys(stages[first:], 0), path
+            assert current(finished) == FINISHED | dict.fromkeys(stages[first:], 0), path
             path.write_text(source)
     monkeypatch.setattr("experiment.artifacts.checksum", lambda *arguments: "other data")
-    assert current(here) == dict.fromkeys(stages, 0)
-
-
-def test_a_retrained_classifier_is_kept_with_the_seconds_that_it_took_until_a_run_begins_anew(here, monkeypatch):
-    without, trained = [], Trainer.trained
-
-    def noted(self, train, *arguments):
-        without.append(set(range(10)) - set(train.labels.tolist()))
-        return trained(self, train, *arguments)
-
-    monkeypatch.setattr(Trainer, "trained", noted)
-    for override, expected in (("seed=0", [set(), {3}]), ("eval.step=16", []), ("sweep.forget_digits=[5]", [{5}])):
-        without.clear()
-        run_here(here, *TINY, override)
-        assert without == expected
-    results = [json.loads(path.read_text()) for path in here.glob("eval/*/metrics/*digit_3*.json")]
-    assert len(results) == 2 and len({result["seconds"]["retrain"] for result in results}) == 1
-    without.clear()
-    run_here(here, *TINY, is_fresh=True)
-    assert without == [set(), {3}]
+    assert current(finished) == dict.fromkeys(stages, 0)
 
 
 def without_seconds(path: Path) -> bytes:
@@ -170,60 +159,54 @@ def without_seconds(path: Path) -> bytes:
     return content.getvalue()
 
 
-def test_a_finished_run_computes_nothing_again_and_what_is_missing_or_damaged_is_made_again(here, capsys, monkeypatch):
-    assert dry_run(here, capsys) == "seed 0, top-K 128: 0 of 4 files are there, 4 would be made\n"
-    assert [path.name for path in here.iterdir()] == ["datasets"]
-    run_here(here, *TINY)
-    expected, before = metrics(here), files(here)
-    capsys.readouterr()
-    run_here(here, *TINY, "eval.visualize=true")
-    output, after = capsys.readouterr().out, files(here)
-    assert "4 of 4 files are there" in output and "classifier, " not in output
+def test_a_finished_run_computes_nothing_again_and_what_is_missing_or_damaged_is_made_again(
+    finished, monkeypatch, capsys
+):
+    expected, before, without, trained = metrics(finished), files(finished), [], Trainer.trained
+
+    def noted(self, train, *arguments):
+        without.append(set(range(10)) - set(train.labels.tolist()))
+        return trained(self, train, *arguments)
+
+    monkeypatch.setattr(Trainer, "trained", noted)
+    run_here(finished, *TINY, "eval.visualize=true")
+    after, log = files(finished), (finished / "reports" / "run.log").read_text()
     written = {name for name in after if after[name] != before.get(name)}
     written -= {"reports/run.json", "reports/run.log", ".lock"}
     assert len(written) == 5 and all("/plots/" in name for name in written) and before.keys() == after.keys() - written
-    log = (here / "reports" / "run.log").read_text()
+    assert "4 of 4 files are there" in capsys.readouterr().out and without == []
     assert all(line[:4].isdigit() for line in log.splitlines()) and "4 of 4 files are there" in log
 
-    (path,) = (here / "eval").glob("*/metrics/*.json")
-    changed = path.read_text().replace('"kappa": 20', '"kappa": 21')
-    for damage in (partial(path.write_text, changed), path.unlink, partial(save, path, {"made_by": "another"})):
-        damage()
-        with pytest.raises(InputError, match="run it first, or .* missing: seed_0_digit_3_top_k_128_kappa_20_fixed$"):
-            main.plot(smoke(*TINY), here)
-        run_here(here, *TINY)
-        assert metrics(here) == expected
-    paths, experiments = [*here.glob("checkpoints/classifier_*"), *here.glob("checkpoints/gcn_*")], files(here / "eval")
+    (path,) = finished.glob("eval/*/metrics/*.json")
+    path.write_text(path.read_text().replace('"kappa": 20', '"kappa": 21'))
+    with pytest.raises(InputError, match="run it first, or .* missing: seed_0_digit_3_top_k_128_kappa_20_fixed$"):
+        main.plot(smoke(*TINY), finished)
+    run_here(finished, *TINY)
+    assert metrics(finished) == expected and without == []
+    paths, experiments = [*finished.glob("checkpoints/[cg]*")], files(finished / "eval")
     whole = [without_seconds(path) for path in paths]
     for is_evaluated in (True, False):
         for path in paths:
             path.write_bytes(path.read_bytes()[:-1] + b"x")
         if not is_evaluated:
-            shutil.rmtree(here / "eval")
-        run_here(here, *TINY)
-        assert [without_seconds(path) for path in paths] == whole and metrics(here) == expected
-        assert files(here / "eval") == experiments or not is_evaluated
-    reads = Counter()
-    monkeypatch.setattr(run_files, "load", lambda path: reads.update([path]) or load(path))
-    run_files.stored_provenance.cache_clear()
-    run_here(here, *TINY)
-    assert len(reads) == 4 and set(reads.values()) == {1}, "a rerun reads a file once"
-    capsys.readouterr()
-    run_here(here, *TINY, is_fresh=True)
+            shutil.rmtree(finished / "eval")
+        run_here(finished, *TINY)
+        assert [without_seconds(path) for path in paths] == whole and metrics(finished) == expected
+        assert files(finished / "eval") == experiments or not is_evaluated
+
+    # Retrained classifiers are kept with the seconds that they took, until a run begins anew.
+    for override, is_fresh, trainings in (
+        ("eval.step=16", False, []),
+        ("sweep.forget_digits=[5]", False, [{5}]),
+        ("seed=0", True, [set(), {3}]),
+    ):
+        without.clear()
+        run_here(finished, *TINY, override, is_fresh=is_fresh)
+        assert without == trainings
+        if override == "eval.step=16":
+            results = [json.loads(path.read_text()) for path in finished.glob("eval/*/metrics/*.json")]
+            assert len(results) == 2 and len({result["seconds"]["retrain"] for result in results}) == 1
     assert "0 of 4 files are there" in capsys.readouterr().out
-
-
-def test_all_layers_can_be_masked_and_several_top_k_and_seeds_are_reported(here):
-    settings = "graphs.mask_layer=null", "sweep.top_k=[64, 128]", "sweep.seeds=[0, 1]", "held_out=500"
-    run_here(here, *TINY, *settings)
-    results = metrics(here).values()
-    assert len(results) == 4 and {result["split"] for result in results} == {"500 held-out training samples"}
-    assert {result["num_graph_vertices"] for result in results} == {784 * 32 + 32 * 16 + 16 * 10}
-    for top_k in (64, 128):
-        summary = (here / "reports" / f"top_k_{top_k}" / "summary.md").read_text()
-        assert f"K = {top_k}" in summary and "over seeds: 2" in summary
-    first, second = (checkpoint(here, f"classifier_seed_{seed}")["state_dict"]["network.1.weight"] for seed in (0, 1))
-    assert not torch.equal(first, second) and len(list(here.glob("checkpoints/gcn_*.pt"))) == 2
 
 
 VARIANTS = """
@@ -279,74 +262,91 @@ def test_the_pretrained_gcn_is_taken_as_it_is(here):
     assert result["zeroed"] == Pruning(steps, None, config.eval).at(20).vertices.tolist()
 
 
-def insert(path: Path, text: str, before: str, below: str = "") -> None:
-    """Writes lines above the first one that begins with `before` (below another), at the same depth."""
-    content = path.read_text()
-    place = re.compile(f"^ *{re.escape(before)}", re.MULTILINE).search(content, content.index(below))
-    depth = " " * (len(place[0]) - len(before))
-    lines = textwrap.indent(textwrap.dedent(text).strip("\n"), depth) + "\n" * (1 if depth else 3)
-    path.write_text(content[: place.start()] + lines + content[place.start() :])
-
-
-def in_readme(pattern: str, text: str = README) -> str:
+def in_page(pattern: str, page: str = README) -> str:
     """The one group of a pattern in the README, or another page."""
-    return re.search(pattern, text, re.DOTALL)[1]
+    return re.search(pattern, page, re.DOTALL)[1]
 
 
-def by_method(result: dict) -> dict:
-    """The figures of the methods that every run has."""
-    figures = {key: values for key, values in result.items() if key.endswith("_metrics") and values}
-    figures = {(key, name): figures[key].get(name) for key in figures for name in METHODS}
-    return figures | {key: result[key] for key in ("id", "kappa", "zeroed")} | {"id": result["id"][:-8]}
+def with_lines(method: Callable, lines: str, depth: int, before: str | None = None) -> Callable:
+    """A method with more lines, at a depth of its source: before the one that begins so, or at the end."""
+    source = textwrap.dedent(inspect.getsource(method))
+    place = source.index(f"    {before}") if before else len(source)
+    lines, namespace = textwrap.indent(textwrap.dedent(lines), " " * depth), {}
+    exec(source[:place] + lines + source[place:], method.__globals__, namespace)
+    return namespace[method.__name__]
 
 
-def test_what_the_pages_add_by_hand_shows_up_everywhere_and_neither_it_nor_two_processes_change_a_figure(
-    copy, tmp_path_factory, monkeypatch
-):
-    example = in_readme(r"```python\n(@unlearning_method.*?)```")
+def test_what_the_pages_add_by_hand_shows_up_everywhere(here, monkeypatch, capsys):
+    example = in_page(r"```python\n(@unlearning_method.*?)```")
     (name,) = re.findall(r'@unlearning_method\("([^"]+)"', example)
-    insert(copy / "eval.py", example, "@dataclass\nclass Eval:")
-    insert(copy / "configs" / "config.yaml", in_readme(r"```yaml\n( +coactivation: .*?)\n```"), "sft: {epochs")
-    methods = (PROJECT / "docs" / "methods.md").read_text()
-    scored = in_readme(r"\n((?: {4}[^\n]*\n)+)\nand in `eval_performance", methods)
-    insert(copy / "eval.py", scored, "return metrics", below="def eval_unlearning(self)")
-    reporter = copy / "reporter.py"
-    drawn = in_readme(r"metric:\n\n((?: {4}[^\n]*\n)+)", methods)
-    insert(reporter, drawn, 'self._plot_methods(x, FORGET, "score")', below="def draw_score_curves_on_forget_set(self)")
-    insert(reporter, 'print("FIGURE", name, plt.gca().get_legend_handles_labels()[1])', "save_figure(figure, self.fo")
-    settings = ("sweep.seeds=[0, 1]", "sweep.forget_digits=[3]", "sweep.kappa=[auto, 20]", "gcn.steps=2")
-    output = run(copy, *SMOKE, "eval.visualize=false", "report.dpi=20", *settings, processes=2)
-    together = metrics(copy)
-    for result in together.values():
+    monkeypatch.setitem(eval.METHODS, name, None)  # so that it is removed in the end
+    del eval.METHODS[name]
+    exec(example, vars(eval))
+    scored = in_page(r"\n((?: {4}[^\n]*\n)+)\nand in `eval_performance", HOW)
+    drawn = in_page(r"metric:\n\n((?: {4}[^\n]*\n)+)", HOW)
+    method = with_lines(eval.Eval.eval_unlearning, scored, 4, "return metrics")
+    monkeypatch.setattr(eval.Eval, "eval_unlearning", method)
+    method = with_lines(Reporter.draw_score_curves_on_forget_set, drawn, 8)
+    monkeypatch.setattr(Reporter, "draw_score_curves_on_forget_set", method)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: figures.append(figure))
+    hyperparameters = in_page(r"```yaml\n( +coactivation: .*?)\n```")
+    changes = f"eval: {{hyperparameters: {{{hyperparameters}}}}}"
+    settings = "sweep.forget_digits=[3]", "sweep.kappa=[auto, 20]", "gcn.steps=2"
+    run_here(here, configs=load_variants(with_smoke(here, changes), settings))
+    for result in metrics(here).values():
         assert {"loss", "score", "probability"} == set(result["unlearning_metrics"][name])
         assert {"loss", "score"} == set(result["performance_degradation_metrics"][name])
         assert result["methods"][name]["touches"] == "a mask" and result["num_zeroed"][name] > 0
         assert len({result["unlearning_metrics"][each]["loss"] for each in (name, "original", "random", "mimu")}) == 4
         assert result["unlearning_metrics"]["mine"] == result["unlearning_metrics"]["original"]
-    figures = re.findall(r"FIGURE (\S+) (\[.*\])", output)
-    assert len(figures) == 6 and all(f"'{name}'" in labels and "'mine'" in labels for _, labels in figures)
-    assert [figure for figure, labels in figures if "'sft, by hand'" in labels] == ["score_forget_set.png"]
-    assert name in (copy / "reports" / "summary.md").read_text() and name in output.split("forgetting class")[-1]
+    labels = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in figures if figure.legends]
+    assert len(labels) == 6 and all(name in each and "mine" in each for each in labels)
+    assert ["sft, by hand" in each for each in labels].count(True) == 1
+    assert name in (here / "reports" / "summary.md").read_text() and name in capsys.readouterr().out
 
-    assert "process 0: " in output and "process 1: " in output
-    alone = tmp_path_factory.mktemp("alone")
-    write_few(alone)
-    run_here(alone, *settings, "sweep.kappa=[20]")  # which the next one reuses
-    run_here(alone, *settings)
-    apart = sorted(map(by_method, metrics(alone).values()), key=lambda figures: figures["id"])
-    assert len(apart) == 4 and apart == sorted(map(by_method, together.values()), key=lambda figures: figures["id"])
-    ours, theirs = (json.loads((folder / "reports" / "run.json").read_text()) for folder in (copy, alone))
-    assert (ours["processes"], theirs["processes"]) == (2, 1) and set(ours["seconds"]) >= set(theirs["seconds"])
 
-    example = in_readme(r"```python\n(import json.*?)```", (PROJECT / "docs" / "own.md").read_text())
+def test_two_processes_mask_all_layers_for_two_seeds_with_the_figures_of_one(here, monkeypatch):
+    """This process is the first of two, as torchrun starts them; the second is one of its own."""
+    changes = [*TINY, "eval.visualize=false", "threads=1", "held_out=500"]
+    changes += ["graphs.mask_layer=null", "sweep.seeds=[0, 1]"]
+    sources = copy_to(here, *TRACKED)
+    (sources / "trainer.py").write_text(f"{(sources / 'trainer.py').read_text()}\nCOMPARED = 1\n")
+    monkeypatch.setattr("experiment.artifacts.ROOT", sources)
+    run_here(here, *changes)
+    alone = metrics(here)
+    for folder in ("checkpoints", "eval", "reports"):
+        shutil.rmtree(here / folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    environment = os.environ | variables | {"RANK": "1", "LOCAL_RANK": "1", "PYTHONPATH": str(sources)}
+    command = [sys.executable, "main.py", "--config", "configs/smoke.yaml", *changes]
+    second = subprocess.Popen(command, cwd=here, env=environment, stdout=subprocess.PIPE, text=True)
+    for name, value in (variables | {"RANK": "0", "LOCAL_RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    run_here(here, *changes)
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 0 and "process 1: masking GCN" in output
+    assert "process 0: masking GCN" in (here / "reports" / "run.log").read_text()
+    assert len(alone) == 2 and metrics(here) == alone
+    assert {result["split"] for result in alone.values()} == {"500 held-out training samples"}
+    assert {result["num_graph_vertices"] for result in alone.values()} == {784 * 32 + 32 * 16 + 16 * 10}
+    assert "over seeds: 2" in (here / "reports" / "summary.md").read_text()
+    first, other = (checkpoint(here, f"classifier_seed_{seed}")["state_dict"]["network.1.weight"] for seed in (0, 1))
+    assert not torch.equal(first, other) and len(list(here.glob("checkpoints/gcn_*.pt"))) == 2
+
+
+def test_the_lines_of_the_page_load_a_mask_and_its_classifier(finished, monkeypatch):
+    example = in_page(r"```python\n(import json.*?)```", OWN)
     for theirs, ours in (("digit_9", "digit_3"), ("kappa_200", "kappa_20"), ("(128, 64)", "(32, 16)")):
         example = example.replace(theirs, ours)
-    monkeypatch.chdir(copy)
+    monkeypatch.chdir(finished)
     exec(example, values := {})
-    mask, classifier, test = values["mask"], values["classifier"], load_image_data("MNIST", copy / "datasets").test
+    mask, classifier, test = values["mask"], values["classifier"], load_image_data("MNIST", finished / "datasets").test
     assert list(mask.origins) == list(mask.layers), "it is known to be of this classifier"
     score = 100 * (classifier(test.forget(3).images).argmax(1) == 3).double().mean().item()
-    (result,) = [result for id, result in together.items() if id.startswith("seed_0_digit_3") and "kappa_20_" in id]
+    (result,) = metrics(finished).values()
     assert score == pytest.approx(result["unlearning_metrics"]["mimu"]["score"])
 
 
@@ -354,7 +354,7 @@ def test_the_lines_of_the_pages_make_a_data_set_of_ones_own_whose_classes_are_fo
     draw_nothing(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("experiment.config.DATASET_ROOT", tmp_path / "datasets")
-    exec(in_readme(r"```python\n([^`]*load_digits[^`]*)```", (PROJECT / "docs" / "data.md").read_text()), {})
+    exec(in_page(r"```python\n([^`]*load_digits[^`]*)```", DATA), {})
     assert len(list(tmp_path.glob("datasets/digits/*/*/*"))) == 1797
     changes = ["sweep.kappa=[auto]", "eval.methods=[original, mimu]", "eval.visualize=false", "gcn.pretrained=true"]
     run_here(tmp_path, configs=load_variants(CONFIG, ["dataset=digits", *changes]))
@@ -369,53 +369,46 @@ def test_the_lines_of_the_pages_make_a_data_set_of_ones_own_whose_classes_are_fo
 
 def test_the_lines_of_the_readme_unlearn_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    example = in_readme(r"```python\n([^`]*unlearn\(model[^`]*)```")
-    train = load_image_data("MNIST", PROJECT / "datasets").train[:20000]
-    classifier = smoke("classifier.bias=true", "classifier.hidden_sizes=[64, 32]", "classifier.epochs=2")[""].classifier
+    example = in_page(r"```python\n([^`]*unlearn\(model[^`]*)```")
+    train = load_image_data("MNIST", PROJECT / "datasets").train[:5000]
+    classifier = smoke("classifier.bias=true", "classifier.hidden_sizes=[64, 32]", "classifier.epochs=5")[""].classifier
     model = Trainer(classifier, 0).train(train, 10).network
     keys, given = list(model.state_dict()), {"model": model, "inputs": train.images, "labels": train.labels}
-    given["data_set"] = torch.utils.data.TensorDataset(train.images[:10000], train.labels[:10000])
-    before = train.labels[5000:] == model(train.images[5000:]).argmax(1)
+    given["data_set"] = torch.utils.data.TensorDataset(train.images[:2500], train.labels[:2500])
+    before, is_gone = model(train.images).argmax(1) == train.labels, torch.isin(train.labels, torch.tensor([3, 7]))
     exec(example, given)
     assert list(model.state_dict()) == keys and given["both"].forgets == given["same"].forgets == (3, 7)
     assert sum(int((model[index].weight == 0).sum()) for index in (1, 3, 5)) == given["both"].num_zeroed
-    labels = train.labels[5000:]
-    now, is_gone = model(train.images[5000:]).argmax(1) == labels, (labels == 3) | (labels == 7)
+    now = model(train.images).argmax(1) == train.labels
     assert now[is_gone].float().mean() < 0.01 and now[~is_gone].float().mean() > before[~is_gone].float().mean() - 0.01
 
 
 def test_trainings_that_are_interrupted_go_on_where_they_were_and_figures_stay(here, monkeypatch):
     longer = (*TINY, "classifier.epochs=3", "gcn.steps=12")
     run_here(here, *longer)
-    expected, check, seen = metrics(here), training.check_finite, {}
+    expected, check, steps = metrics(here), training.check_finite, {}
 
     def interrupted(losses, step, setting) -> None:
-        seen.setdefault(setting, []).append(step)
-        if len(seen[setting]) == 6:
+        steps.setdefault(setting, []).append(step)
+        if len(steps[setting]) == 6:
             raise KeyboardInterrupt
         check(losses, step, setting)
 
     monkeypatch.setattr(training, "check_finite", interrupted)
     monkeypatch.setattr(trainer, "SAVED_EVERY", 0.0)
-    for _ in range(2):
+    for is_fresh in (True, False):
         with pytest.raises(KeyboardInterrupt):
-            run_here(here, *longer, is_fresh=not seen)
+            run_here(here, *longer, is_fresh=is_fresh)
     run_here(here, *longer)
-    of_classifier, of_gcn = seen.values()
+    of_classifier, of_gcn = steps.values()
     assert of_classifier[:14] == [*range(6), *range(4, 12)] and of_gcn == [*range(6), *range(3, 12)]
     assert metrics(here) == expected
 
 
-def test_a_gcn_that_its_training_leaves_behind_the_formula_is_the_one_before_and_the_run_says_so(
-    here, capsys, monkeypatch
-):
-    monkeypatch.setattr(trainer, "COMPARED", 10)
-    few = ("eval.methods=[mimu, saliency]", "sweep.kappa=[auto]", "sweep.forget_digits=[3]")
-    for changes, is_behind in ((("gcn.learning_rate=1", "gcn.steps=20"), True), (("gcn.learning_rate=1e-6",), False)):
-        run_here(here, *few, *changes)
-        assert ("points behind the formula: the untrained is used" in capsys.readouterr().out) == is_behind
-        (result,) = metrics(here).values()
-        assert result["gcn_untrained"] == is_behind
-        kept = result["performance_degradation_metrics"]
-        assert kept["mimu"] == kept["saliency"]
-        shutil.rmtree(here / "eval")
+def test_a_gcn_that_its_training_leaves_behind_the_formula_is_the_one_before_and_the_run_says_so(here, capsys):
+    methods = "eval.methods=[mimu, saliency]"
+    run_here(here, methods, "sweep.kappa=[auto]", "sweep.forget_digits=[3]", "gcn.learning_rate=1", "gcn.steps=20")
+    assert "points behind the formula: the untrained is used" in capsys.readouterr().out
+    (result,) = metrics(here).values()
+    kept = result["performance_degradation_metrics"]
+    assert result["gcn_untrained"] and kept["mimu"] == kept["saliency"]

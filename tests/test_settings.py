@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import typing
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from running import write_image
 from experiment.config import CONFIG, Config, load_config, load_variants
 from experiment.settings import checked
 from mimu.errors import InputError
-from mimu.pretrained import TrainedGCN
 
 SFT = {"epochs": 1, "batch_size": 512, "learning_rate": 0.01}  # its hyperparameters in configs/config.yaml
 
@@ -75,65 +73,51 @@ variants:
     assert load_variants(write(mine, "extends: sub/b.yaml\ngcn.steps: 5"), [rate]) == {"": shorter}
 
 
-WEIGHTS = "masked weights, not"
-WHOLE, MOST = "Input should be a valid integer", "Input should be less than or equal to"
-LEAST = "Input should be greater than or equal to 1"
-SHARE = "Input should be less than 1, or Input should be 'auto'"
+WRONG_VALUES = (
+    "gcn=3", "gcn.steps=true", "gcn.steps=1000000001", "gcn.temperature=.nan", "gcn.temperature=2000000000",
+    "eval.momentum=1", "eval.step=-1", "sweep.kappa=[1.5]", "sweep.seeds=[]", "sweep.kappa=[8192]",
+    "sweep.top_k=[9000]", "gcn.kappa=[1]", "gcn.kappa=[100, 50]", "classifier.bias=1", "classifier.architecture=x",
+    "classifier.hidden_sizes=[999999999]", "classifier.blocks=1000000000", f"classifier.channels={[8] * 21}",
+    "graphs.mask_layer=[0, -3]", "sweep.forget_digits=[nine]", "eval.methods=[mimu, magic]", "report.format=[gif]",
+    "eval.hyperparameters.sft.epochs=0", "dataset=CIFAR100", "device=meta", "threads=x", "seed=9223372036854775808",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("override", WRONG_VALUES)
+def test_a_wrong_value_is_named_with_its_setting(override):
+    key, _, value = override.partition("=")
+    message, named = refusal(CONFIG, override).partition(f"{override}: ")[2], value.strip("[].").split(", ")[-1]
+    assert message.startswith((key, key.rpartition(".")[2])) and named.lower() in message.lower()
+
+
 BAD_OVERRIDES = [
-    ("eval.stesp=3", "eval.stesp is not a setting: valid are hyperparameters, step, snapshot_every, "),
+    ("eval.stesp=3", "eval.stesp is not a setting: valid are hyperparameters, step, "),
     ("epochs=3", "epochs is not a setting: valid are eval, seed, device, threads, "),
     ("eval.hyperparameters.mimu.epochs=3", "eval.hyperparameters.mimu.epochs is not a setting: valid are none"),
     ("eval.=3", "eval. is not a setting"),
-    ("gcn=3", "gcn: Input should be an object, not 3"),
-    ("gcn.steps=true", f"gcn.steps: {WHOLE}, not True"),
-    ("gcn.steps=1000000001", f"gcn.steps: {MOST} 1000000000, not 1000000001"),
-    ("gcn.temperature=.nan", "gcn.temperature: Input should be a finite number, not nan"),
-    ("gcn.temperature=1e30", f"gcn.temperature: {MOST} 1000000000, not 1e+30"),
-    ("eval.momentum=1", "eval.momentum: Input should be less than 1, not 1"),
-    ("eval.step=-1", f"eval.step: {LEAST}, or Input should be greater than 0, not -1"),
-    ("sweep.kappa=[1.5]", f"sweep.kappa: {WHOLE}, or {SHARE}, not [1.5]"),
-    ("sweep.seeds=[]", "sweep.seeds: Tuple should have at least 1 item after validation, not 0"),
-    ("sweep.kappa=[8192]", f"sweep.kappa must be at most 8191, of 8192 {WEIGHTS} 8192"),
-    ("sweep.top_k=[9000]", f"sweep.top_k must be at most 8192, of 8192 {WEIGHTS} 9000"),
-    ("gcn.kappa=[1]", "gcn.kappa: Field required, not [1]"),
-    ("gcn.kappa=[100, 50]", "gcn.kappa must be [low, high], both numbers or both shares, not [100, 50]"),
-    ("gcn.kappa=[100, 8190]", f"gcn.kappa and partly_masked must be at most 8191, of 8192 {WEIGHTS} 8220"),
-    ("gcn={necessity_forget: 0, necessity_retain: 0}", "gcn.necessity_forget or necessity_retain must be above 0"),
-    ("classifier.bias=1", "classifier.bias: Input should be a valid boolean, not 1"),
-    ("classifier.architecture=x", "classifier.architecture: Input should be 'mlp', 'cnn', 'airbench', "),
-    ("classifier.hidden_sizes=[32, 16]", f"sweep.kappa must be at most 511, of 512 {WEIGHTS} 2000"),
-    ("classifier.hidden_sizes=[999999999]", f"classifier.hidden_sizes: {MOST} 1000000, not [999999999]"),
-    ("classifier.hidden_sizes=[99999, 99999]", "must make at most 1000000000 weights, not 10079"),
-    ("classifier.blocks=1000000000", f"classifier.blocks: {MOST} 50, not 1000000000"),
-    (f"classifier.channels={[8] * 21}", "classifier.channels: Tuple should have at most 20 items"),
-    ("graphs.mask_layer=[0, -3]", "mask_layer must be null, or one or several of -3 to 2, each once, not (0, "),
-    ("sweep.forget_digits=[nine]", "sweep.forget_digits must be from 0 to 9 or of ('0', '1', '2', '3', "),
-    ("eval.methods=[mimu, magic]", "eval.methods must name mimu and others of original, mimu, random"),
     ("eval.hyperparameters.tfs.epochs=2", "eval.hyperparameters.tfs is not a method: valid are original, mimu"),
-    ("eval.hyperparameters.sft.epoch=2", "sft.epoch is not a setting: valid are epochs, batch_size, learning_rate"),
-    ("eval.hyperparameters.sft.epochs=0", f"eval.hyperparameters.sft.epochs: {LEAST}, not 0"),
-    ("report.format=[gif]", "report.format: Input should be 'png', 'pdf' or 'svg', not ['gif']"),
-    ("dataset=CIFAR100", "dataset must be MNIST, FashionMNIST, KMNIST, "),
-    ("device=meta", "device must be auto, cpu, or cuda or mps that is there, not 'meta'"),
-    ("threads=x", f"threads: {WHOLE}, not 'x'"),
-    ("seed=9223372036854775808", f"seed: {MOST} {2**63 - 1}, not 9223372036854775808"),
+    ("eval.hyperparameters.sft.epoch=2", "sft.epoch is not a setting: valid are epochs, batch_size, "),
+    ("gcn.kappa=[100, 8190]", "gcn.kappa and partly_masked must be at most 8191, "),
+    ("gcn={necessity_forget: 0, necessity_retain: 0}", "gcn.necessity_forget or necessity_retain must be above 0"),
+    ("classifier.hidden_sizes=[32, 16]", "sweep.kappa must be at most 511, of 512 masked weights"),
+    ("classifier.hidden_sizes=[99999, 99999]", "must make at most 1000000000 weights, not 10079"),
     ("nonsense", "'nonsense': is not an override; write section.key=value"),
     ('device="\\UFFFFFFFF"', "is not valid YAML"),
     ("seed=1" + ":30" * 300 + ".5", "is not valid YAML"),
     ('gcn={"a\\nb": 1}', "gcn.a b is not a setting"),
     ("gcn={steps: &a [*a]}", "is not valid YAML"),
     ("sweep.seeds=" + "[" * 1000 + "]" * 1000, "is not valid YAML"),
-    ("seed=" + str(list(range(20_000))), f"seed: {WHOLE}, not [0, 1, 2, 3, 4, 5, ...]"),
+    ("seed=" + str(list(range(2000))), "seed"),
 ]
 
 
 @pytest.mark.parametrize("override, message", BAD_OVERRIDES, ids=[override[:30] for override, _ in BAD_OVERRIDES])
-def test_bad_settings_name_the_override_the_key_and_what_is_valid(override, message):
+def test_bad_overrides_are_one_line_that_says_what_is_valid(override, message):
     line = refusal(CONFIG, override)
     assert message in line and " ".join(override.split()) in line and len(line) < 1000 + len(override)
 
 
-NAMES = "variants must map names of at most 100 characters, without $ and different in letters and digits"
+NAMES = "variants must map names, without $ and different in their first 60 letters and digits, to what each changes"
 
 
 @pytest.mark.parametrize(
@@ -141,12 +125,13 @@ NAMES = "variants must map names of at most 100 characters, without $ and differ
     [
         ("gcn: [1, 2", "is not valid YAML (while parsing"),
         ("- 3", "the settings must be a mapping, not [3]"),
-        ("gcn:\n  steps:", f"gcn.steps: {WHOLE}, not None"),
+        ("classifier: {hidden_sizes: [32, 16]}", "sweep.kappa must be at most 511, of 512"),
+        ("gcn:\n  steps:", "gcn.steps"),
         ("gcn: {steps: 3}\nseed: 1\ngcn: {hidden: 4}", "is not valid YAML (gcn stands twice in"),
-        ("variants: 3", f"{NAMES}, to what each changes, not 3"),
+        ("variants: 3", f"{NAMES}, not 3"),
         ('variants: {"a\\ud800": {}}', NAMES),
         ("variants: {a b: {}, A-B: {}}", NAMES),
-        (f"variants: {{{'a' * 300}: {{}}}}", NAMES),
+        (f"variants: {{{'a' * 300}: {{}}, {'a' * 301}: {{}}}}", NAMES),
         ("variants: {a: {variants: {}}}", "mine.yaml, variant a: variants is not a setting"),
         ("variants: {a: 3}", "mine.yaml, variant a: the settings: Input should be an object, not 3"),
         ("extends: mine.yaml", "extends is not a setting: valid are "),
@@ -164,35 +149,15 @@ def test_a_file_that_cannot_be_read_is_named_also_where_it_is_extended(tmp_path,
     assert "sub/none.yaml: cannot be read" in refusal(write(mine, "extends: sub/none.yaml"))
 
 
-def test_the_file_and_the_overrides_are_named_that_are_impossible_together(mine):
-    write(mine, "classifier: {hidden_sizes: [32, 16]}")
-    message = f"sweep.kappa must be at most 511, of 512 {WEIGHTS}"
-    assert refusal(mine, "device=cpu") == f"{mine} device=cpu: {message} 2000"
-    assert refusal(mine, "sweep.kappa=[600]", "seed=1") == f"{mine} sweep.kappa=[600] seed=1: {message} 600"
-    assert load_variants(mine, ["sweep.kappa=[511]"])[""].kappas == [511]
-
-
 CONFIGS = sorted(path for path in CONFIG.parent.glob("*.yaml") if path.name != "methods.yaml")
-
-
-def assert_holds(values: dict, changes: dict) -> None:
-    for key, value in changes.items():
-        if isinstance(value, dict):
-            assert_holds(values[key], value)
-        else:
-            assert (list(values[key]) if isinstance(values[key], tuple) else values[key]) == value
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_of_the_project_can_run_and_is_built_again_from_its_json(path):
-    changes = yaml.safe_load(path.read_text())
-    variants = changes.pop("variants", {"": {}})
-    changes.pop("extends", None)
     loaded = load_variants(path)
-    assert list(loaded) == list(variants)
-    for name, config in loaded.items():
-        assert_holds(dataclasses.asdict(config), variants[name] or changes)
-    assert checked(Config, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert list(loaded) == list(yaml.safe_load(path.read_text()).get("variants", {"": {}}))
+    for config in loaded.values():
+        assert checked(Config, json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 KEYS = []
@@ -202,7 +167,7 @@ for name, section in typing.get_type_hints(Config).items():
 ANY = st.none() | st.integers() | st.floats() | st.sampled_from(["auto", "all", ""])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(st.sampled_from(KEYS), st.recursive(ANY, st.lists, max_leaves=3))
 def test_any_setting_makes_a_config_or_is_one_line(key, value):
     override = f"{key}={yaml.safe_dump(value, default_flow_style=True)}"
@@ -216,13 +181,6 @@ def test_amounts_are_numbers_of_weights_and_auto_comes_last():
     config = load_config(overrides=["sweep.kappa=[auto, 900, 0.1]", "sweep.top_k=[0.25, 2048, 7, 1.0e-9]", "seed=4"])
     assert config.kappas == [819, 900, "auto"] and config.top_ks == [2048, 7, 1] and config.seeds == (4,)
     assert config.num_vertices == 8192 and config.torch_device().type in ("cpu", "cuda")
-
-
-def test_a_pretrained_gcn_reads_its_own_features():
-    changes = ["graphs.features=[weight]", "graphs.other_classes=false"]
-    own, pretrained = load_config(changes), load_config([*changes, "gcn.pretrained=true"])
-    assert own.graphs.features == ("weight",) and pretrained.graphs.num_features == TrainedGCN.load().gcn.num_features
-    assert replace(pretrained, graphs=own.graphs, gcn=own.gcn) == own
 
 
 def test_pixels_and_classes_are_those_of_the_data_set(tmp_path, monkeypatch):

@@ -19,7 +19,6 @@ from data import GraphGenerator
 from experiment.files import Artifact
 from mimu import training
 from mimu.errors import TrainingError
-from mimu.graph import MaskingGCN
 from mimu.pruning import Pruning, RemainingCounter, prune
 from mimu.saliency import FORGETTING_TEMPERATURE as T
 from mimu.saliency import TERMS, ranked, saliency
@@ -38,12 +37,6 @@ def gcn_trainer(*graphs: GraphGenerator, seed: int = 0, retain_weight: float = R
     return GCNTrainer(GCNTrainerConfig(**SMALL | changes), graphs or [graph_generator()], retain_weight, seed)
 
 
-def adapted_gcn(graphs: GraphGenerator) -> MaskingGCN:
-    gcn = untrained_gcn(graphs.config.num_features)
-    gcn.readout.weight.data.normal_(generator=seeded("readout"))
-    return gcn
-
-
 def vertices_of(numbers) -> Tensor:
     return torch.tensor(list(numbers), dtype=torch.long)
 
@@ -58,7 +51,7 @@ def largest_free(scores, vertices, gone, count) -> list[int]:
     return sorted(set(vertices) - set(gone), key=lambda v: -scores[v])[:count]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(0, 40))
 def test_the_next_to_go_and_masks_are_the_top_k_of_what_is_free(seed, k, gone):
     size, generator = 42 + 30 + 15, torch.Generator().manual_seed(seed)
@@ -74,20 +67,6 @@ def test_the_next_to_go_and_masks_are_the_top_k_of_what_is_free(seed, k, gone):
     (expected,) = grad(around[: size - gone].sum(), scores, retain_graph=True)
     assert torch.allclose(*grad((mask * weighting).sum(), scores, retain_graph=True), expected, atol=1e-12)
     assert (trainer.top_k_mask(torch.zeros(2, size), k, 0.5).sum(-1) == k).all(), "of ties, too"
-
-
-@pytest.mark.parametrize("mask_layer", [-2, None])
-@pytest.mark.parametrize("zeroed", [[], [1, 4, 9]])
-def test_the_gcn_weighs_the_terms_of_the_formula_and_is_the_formula_before_its_training(mask_layer, zeroed):
-    graphs, row = graph_generator(mask_layer), 2
-    names = (*TERMS, *graphs.config.features)
-    snapshot = graphs.snapshot(graphs.by_class, names, vertices_of(zeroed), row)
-    formula, gcn = saliency(snapshot, row, RETAIN_WEIGHT), adapted_gcn(graphs)
-    assert torch.equal(saliency(snapshot, row, RETAIN_WEIGHT, gcn_trainer(graphs).initial()), formula)
-    forget_factors, retain_factors = gcn(snapshot.class_graph(row), graphs.graph)[0].T
-    forgetting = snapshot.feature("forgetting")[row]
-    expected = forget_factors * forgetting + retain_factors * (formula - forgetting)
-    assert torch.allclose(saliency(snapshot, row, RETAIN_WEIGHT, gcn), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mask_layer", [-2, None])
@@ -108,15 +87,22 @@ def test_every_term_reaches_every_parameter_of_the_gcn_also_alone(term, mask_lay
     assert all(parameter.grad is None for parameter in graphs.classifier.parameters())
 
 
-@pytest.mark.parametrize("mask_layer, zeroed", [(-2, []), (-1, [1, 4, 9]), ([0, 2], [1, 4, 9]), (None, [])])
-def test_the_loss_is_that_of_the_classifier_under_the_mask_of_the_scores(mask_layer, zeroed):
+@pytest.mark.parametrize("mask_layer, zeroed", [(-1, []), ([0, 2], [1, 4, 9])])
+def test_the_loss_is_of_the_classifier_under_the_mask_of_the_scores_which_weigh_the_terms_of_the_formula(
+    mask_layer, zeroed
+):
     graphs, row, gone = graph_generator(mask_layer), 1, vertices_of(zeroed)
-    graph, gcn, generator = graphs.graph, adapted_gcn(graphs), seeded("test")
+    graph, gcn, generator = graphs.graph, untrained_gcn(graphs.config.num_features), seeded("test")
+    gcn.readout.weight.data.normal_(generator=seeded("readout"))
     trains = gcn_trainer(graphs, necessity_forget=2.0, necessity_retain=0.5)
     terms, scores = trains.necessity(gcn, graphs, gone, row, seeded("test"))
     names = (*TERMS, *graphs.config.features)
     snapshot = graphs.snapshot(graphs.draw(8, generator), names, gone, row)
-    assert torch.equal(scores, saliency(snapshot, row, RETAIN_WEIGHT, gcn).detach())
+    formula, forgetting = saliency(snapshot, row, RETAIN_WEIGHT), snapshot.feature("forgetting")[row]
+    forget_factors, retain_factors = gcn(snapshot.class_graph(row), graph)[0].T
+    expected = forget_factors * forgetting + retain_factors * (formula - forgetting)
+    assert torch.allclose(scores, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(saliency(snapshot, row, RETAIN_WEIGHT, trains.initial()), formula), "before the training"
     kappa = trainer.log_uniform((3, 10), graph.num_vertices, generator)
     removed = [*zeroed, *largest_free(scores.tolist(), range(graph.num_vertices), zeroed, kappa)]
     samples, original = graphs.draw(10, generator), graphs.classifier(graphs.samples.images)
@@ -144,8 +130,8 @@ def test_one_gcn_learns_along_requests_on_several_classifiers(monkeypatch):
 
     monkeypatch.setattr(GCNTrainer, "necessity", spy)
     amounts = {"kappa": (0.1, 0.3), "partly_masked": (0.1, 0.3), "snapshots": 2}
-    gcn_trainer(*graphs, steps=60, necessity_retain=1000.0, **amounts).train()
-    assert len(calls) == 60 and {call[0] for call in calls} == {0, 1} and {call[1] for call in calls} == {0, 1, 2}
+    gcn_trainer(*graphs, steps=24, necessity_retain=1000.0, **amounts).train()
+    assert len(calls) == 24 and {call[0] for call in calls} == {0, 1} and {call[1] for call in calls} == {0, 1, 2}
     for step, (before, (place, row, zeroed, _)) in enumerate(pairwise(calls), 1):
         size, count = graphs[before[0]].graph.num_vertices, len(zeroed) - len(before[2])
         if len(zeroed) == 0:
@@ -159,22 +145,8 @@ def test_one_gcn_learns_along_requests_on_several_classifiers(monkeypatch):
             gcn_trainer(graphs[0], other)
 
 
-def test_learning_is_descent_on_batches(classifier, split):
-    by_hand = copy.deepcopy(classifier)
-    order = torch.randperm(60, generator=seeded("test"))
-    for batch in order.split(40):
-        gradients = grad(3 * by_hand(split.images[batch]).square().sum(), list(by_hand.parameters()))
-        for weight, gradient in zip(by_hand.parameters(), gradients):
-            weight.data -= 0.1 * gradient
-    loss = lambda images, labels: 3 * classifier(images).square().sum()  # noqa: E731
-    training.learn(classifier, split, 1, 40, torch.optim.SGD(classifier.parameters(), 0.1), seeded("test"), loss)
-    for weight, expected in zip(classifier.parameters(), by_hand.parameters()):
-        assert torch.allclose(weight, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_training_that_diverges_stops_with_the_step_and_what_to_look_at(split, classifier, value):
-    broken, size = Split(split.images.index_fill(0, torch.tensor(0), value), split.labels), len(split.labels)
+def test_a_training_that_diverges_stops_with_the_step_and_what_to_look_at(split, classifier):
+    broken, size = Split(split.images.index_fill(0, torch.tensor(0), torch.nan), split.labels), len(split.labels)
     sft = UnlearningSFT(trainer.UnlearningSFTConfig(1, size, 0.1), 0)
     with pytest.raises(TrainingError, match="loss is (nan|inf) at step 0: .*diverged, see classifier.learning_rate"):
         Trainer(trainer_config((6, 5), 1, size), 0).train(broken, NUM_CLASSES)
@@ -183,16 +155,6 @@ def test_a_training_that_diverges_stops_with_the_step_and_what_to_look_at(split,
     for term in NECESSITY:
         with pytest.raises(TrainingError, match=f"{term} is inf at step 0: .*diverged, see gcn.learning_rate"):
             gcn_trainer(**{term: torch.inf}).train()
-
-
-def test_training_is_the_same_with_the_same_seed_alone(split):
-    graphs, trained = graph_generator(), []
-    for seed in (0, 0, 1):
-        torch.manual_seed(len(trained))
-        classifier = Trainer(trainer_config((6, 5), 2), seed).train(split, NUM_CLASSES)
-        trained.append([*classifier.parameters(), *gcn_trainer(graphs, seed=seed).train().parameters()])
-    first, again, other = trained
-    assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, other))
 
 
 def test_augmented_images_are_cuts_of_the_padded_one_or_of_its_mirror_image_and_each_of_them_comes():
@@ -262,16 +224,16 @@ def test_mixed_precision_is_of_trainings_alone_and_changes_little(split, monkeyp
 
 def train_again(kind: str, split: Split, file: Artifact | None) -> list[Tensor]:
     """The weights of a model after a training, which is resumed from a file."""
-    if "classifier" in kind:
-        recipe = {"momentum": 0.9, "warm_up": 0.2, "shift": 1, "flip": True} if "recipe" in kind else {}
+    if kind == "classifier":
+        recipe = {"momentum": 0.9, "warm_up": 0.2, "shift": 1, "flip": True}
         model = Trainer(trainer_config((6, 5), 4, **recipe), 0, (1, 7)).trained(split, NUM_CLASSES, file).model
     else:
-        changes = {"snapshots": 5, "partly_masked": (0.4, 0.45)} if "half" in kind else {}
-        model = gcn_trainer(graph_generator(), graph_generator(None), steps=16, **changes).train(file)
+        soon_half = {"snapshots": 5, "partly_masked": (0.4, 0.45)}
+        model = gcn_trainer(graph_generator(), graph_generator(None), steps=16, **soon_half).train(file)
     return list(model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["classifier", "classifier by a recipe", "gcn", "gcn that soon zeroes half"])
+@pytest.mark.parametrize("kind", ["classifier", "gcn"])
 def test_an_interrupted_training_is_resumed_to_the_same_weights_but_not_from_another_ones_file(
     kind, split, tmp_path, monkeypatch
 ):
@@ -284,44 +246,41 @@ def test_an_interrupted_training_is_resumed_to_the_same_weights_but_not_from_ano
             raise KeyboardInterrupt
         check(losses, step, setting)
 
-    expected, file = train_again(kind, split, None), Artifact(tmp_path / "made.pt", {"seed": "these"})
+    expected, file = train_again(kind, split, None), Artifact(tmp_path / "made.pt", "these")
     monkeypatch.setattr(training, "check_finite", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_again(kind, split, file)
     assert file.path.exists() and not file.is_current
-    for provenance, remaining in (({"seed": "others"}, range(16)), (file.provenance, range(8, 16))):
+    for provenance, remaining in (("others", range(16)), ("these", range(8, 16))):
         steps[:] = [-1] * 10
-        copied = Artifact(tmp_path / f"{provenance['seed']}.pt", provenance)
+        copied = Artifact(tmp_path / f"{provenance}.pt", provenance)
         copied.path.write_bytes(file.path.read_bytes())
         assert all(map(torch.equal, train_again(kind, split, copied), expected))
         assert steps[10:] == list(remaining)
 
 
 def test_how_far_a_gcn_is_behind_the_formula_is_what_their_masks_keep_and_leave():
-    train, config = random_split(40, num_classes=4), pruning_config(step=2)
-    classifier = Trainer(trainer_config((6, 5), 10), 0).train(train, 4)
-    graphs = GraphGenerator(classifier, train, graph_generator().config, 0)
-
-    def kept_less_remaining(row: int, gcn: MaskingGCN | None) -> float:
-        counter = RemainingCounter(graphs, row, train.forget(row).images, config.target)
-        vertices = Pruning(prune(graphs, row, config, 0, gcn), counter, config).until_forgotten().vertices
-        correct = (masked_logits(graphs, graphs.samples, vertices).argmax(1) == graphs.labels).double()
-        return 100 * (correct[graphs.labels != row].mean() - correct[graphs.labels == row].mean()).item()
-
-    for scale in (0.0, 30.0):
-        gcn = gcn_trainer(graphs).initial()
-        gcn.readout.weight.data.normal_(std=scale, generator=seeded("far"))
-        behind = gcn_trainer(graphs).points_behind(gcn, config)
-        points = [kept_less_remaining(row, None) - kept_less_remaining(row, gcn) for row in range(4)]
-        assert behind == pytest.approx(max(points)) or max(behind, *points) <= 1
-        assert behind > 1 if scale else behind == 0
+    train, config, points = random_split(40, num_classes=4), pruning_config(step=2), []
+    graphs = GraphGenerator(Trainer(trainer_config((6, 5), 10), 0).train(train, 4), train, graph_generator().config, 0)
+    gcn = gcn_trainer(graphs).initial()
+    assert gcn_trainer(graphs).points_behind(gcn, config) == 0
+    gcn.readout.weight.data.normal_(std=30, generator=seeded("far"))
+    for row in range(4):
+        kept_less_remaining = []
+        for scorer in (None, gcn):
+            counter = RemainingCounter(graphs, row, graphs.samples.forget(row).images, config.target)
+            vertices = Pruning(prune(graphs, row, config, 0, scorer), counter, config).until_forgotten().vertices
+            correct = (masked_logits(graphs, graphs.samples, vertices).argmax(1) == graphs.labels).double()
+            kept_less_remaining.append(correct[graphs.labels != row].mean() - correct[graphs.labels == row].mean())
+        points.append(100 * (kept_less_remaining[0] - kept_less_remaining[1]).item())
+    assert gcn_trainer(graphs).points_behind(gcn, config) == pytest.approx(max(points)) and max(points) > 1
 
 
 def test_training_lowers_both_terms_of_the_loss():
     graphs, means = graph_generator(None), []
     trains = gcn_trainer(graphs, steps=60, learning_rate=0.03, samples=180, kappa=(5, 10), retain_weight=1.0)
     for gcn in (trains.initial(), trains.train()):
-        draws = product(range(NUM_CLASSES), range(10))
+        draws = product(range(NUM_CLASSES), range(5))
         terms = [trains.necessity(gcn, graphs, vertices_of([]), row, seeded(draw))[0] for row, draw in draws]
         means.append({name: np.mean([drawn[name].item() for drawn in terms]) for name in NECESSITY})
     before, after = means

@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 
@@ -68,12 +69,6 @@ def forgets(model: nn.Module, mask: Mask, retain_before: float = 0.0, label: int
     with mask.applied_to(model):
         forget, retain = scores(model.float().eval(), TEST, label)
     return forget < 5 and retain > retain_before - 10
-
-
-@cache
-def plain() -> torch.Tensor:
-    """The zeros of a request to forget class 1."""
-    return request(learned(stack)).as_tensor()
 
 
 def test_a_custom_model_forgets_a_class_and_is_given_back(model):
@@ -182,27 +177,31 @@ def test_models_are_taken_as_they_are(make, change, mask_layer, layers):
     assert (carried is None or mask.includes(carried)) and forgets(model, mask, retain_before)
 
 
-# What is given for the samples of class 1 in tensors (images, labels).
+# What is given for the samples of class 1 in tensors (images, labels), and the mode of PyTorch.
 SAMPLES = {
-    "lists of tensors": lambda x, y: (list(x), y.tolist(), 1),
-    "arrays": lambda x, y: (x.view(-1, 1, 7).double().numpy(), y.numpy().astype(">i2"), torch.tensor(1)),
-    "pairs": lambda x, y: ([(image.numpy(), int(label)) for image, label in zip(x, y)], None, np.int64(1)),
-    "loader": lambda x, y: (DataLoader(TensorDataset(x, y.short()), 32), 1),
-    "shuffled": lambda x, y: (DataLoader(TensorDataset(x, y.short()), 32, shuffle=True), 1),
-}
+    "lists of tensors": (lambda x, y: (list(x), y.tolist(), 1), torch.inference_mode),
+    "arrays": (lambda x, y: (x[:, None].double().numpy(), y.numpy().astype(">i2"), torch.tensor(1)), torch.no_grad),
+    "pairs": (lambda x, y: ([(a.numpy(), int(b)) for a, b in zip(x, y)], None, np.int64(1)), nullcontext),
+    "loader": (lambda x, y: (DataLoader(TensorDataset(x, y.short()), 32), 1), lambda: torch.autocast("cpu")),
+    "shuffled": (lambda x, y: (DataLoader(TensorDataset(x, y.short()), 32, shuffle=True), 1), nullcontext),
+}  # fmt: skip
 
 
 @cache
-def by_few() -> tuple[TrainedGCN, torch.Tensor]:
-    """A GCN whose requests draw few samples, so that their order matters, and the zeros of such a request."""
-    gcn = patient_gcn(group_size=3)
-    return gcn, request(learned(stack), gcn=gcn).as_tensor()
+def by_few() -> torch.Tensor:
+    """The zeros of a request that draws few samples, so that their order matters."""
+    return request(learned(stack), gcn=patient_gcn(group_size=3)).as_tensor()
 
 
 @pytest.mark.parametrize("case", SAMPLES)
-def test_samples_are_taken_as_people_have_them(model, case):
-    given, state, (gcn, expected) = SAMPLES[case](TRAIN.images, TRAIN.labels), torch.get_rng_state(), by_few()
-    mask = unlearn(model, *given, gcn=gcn, **FREE)
+def test_samples_and_types_and_modes_are_taken_as_people_have_them(model, case):
+    expected, state, gcn = by_few(), torch.get_rng_state(), patient_gcn(group_size=3)
+    make, mode = SAMPLES[case]
+    if case == "pairs":
+        model.double()
+        gcn.gcn.double()
+    with mode():
+        mask = unlearn(model, *make(TRAIN.images.clone(), TRAIN.labels.clone()), gcn=gcn, **FREE)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(mask.as_tensor(), expected) == (case != "shuffled") and forgets(model, mask)
 
@@ -224,34 +223,14 @@ def then(change: Callable) -> Callable:
     return lambda model: Wrapped(model, None, change)
 
 
-def as_bytes(images: torch.Tensor) -> torch.Tensor:
-    return (images * 20 + 128).clamp(0, 255).byte()
-
-
 def test_inputs_are_given_as_they_are_and_the_model_is_not_run_itself(model):
+    as_bytes = replace(TRAIN, images=(TRAIN.images * 20 + 128).clamp(0, 255).byte())
     of_bytes = Wrapped(model, lambda x: x.float() if x.is_floating_point() else (x.float() - 128) / 20).train()
     before = state_of(of_bytes)
-    mask = unlearn(of_bytes, as_bytes(TRAIN.images).numpy(), TRAIN.labels, 1, patient_gcn(), **FREE)
+    mask = request(of_bytes, samples=as_bytes)
     assert state_of(of_bytes) == before and of_bytes.calls == 0 and forgets(of_bytes, mask)
-
-
-def test_integers_that_a_model_takes_as_floats_are_told_of(model):
     with pytest.warns(UserWarning, match="inputs are torch.uint8, from 0 to 255, but the model takes torch.float32"):
-        request(model, samples=replace(TRAIN, images=as_bytes(TRAIN.images)))
-
-
-MODES = {"inference": torch.inference_mode, "autocast": lambda: torch.autocast("cpu"), "float64": torch.enable_grad}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_types_and_modes_of_pytorch_are_taken_as_they_are(model, mode):
-    expected, gcn = plain(), patient_gcn()
-    if mode == "float64":
-        model.double()
-        gcn.gcn.double()
-    with MODES[mode]():
-        mask = request(model, samples=Split(TRAIN.images.clone(), TRAIN.labels.clone()), gcn=gcn)
-    assert torch.equal(mask.as_tensor(), expected) and forgets(model, mask)
+        request(model, samples=as_bytes)
 
 
 # What requests ask for other than class 1 of all samples, ranked by the GCN in large steps.
@@ -294,23 +273,23 @@ def test_requests_leave_other_threads_alone_and_one_another_and_the_default_type
         assert mask.includes(alone) and alone.includes(mask) and repr(mask) == repr(alone)
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.mark.parametrize("progress", [True, False])
 def test_a_long_request_shows_how_long_it_takes_at_most_and_every_tenth_step_sees_what_the_kept_classes_lose(
     model, progress, monkeypatch
 ):
     judged, is_ruined = [], Judgement.is_ruined
-    monkeypatch.setattr(Judgement, "is_ruined", lambda *given: judged.append(given) or is_ruined(*given))
+    monkeypatch.setattr(Judgement, "is_ruined", lambda *given: judged.append(is_ruined(*given)) or judged[-1])
     monkeypatch.setattr("mimu.unlearning.tqdm", lambda **given: tqdm(**given | {"delay": 0, "mininterval": 0}))
-    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    monkeypatch.setattr("sys.stderr", terminal := io.StringIO())
+    terminal.isatty = lambda: True
     zeroed = request(model, gcn=patient_gcn(step=2), scorer="saliency", progress=progress).num_zeroed
     shown = re.findall(r"class 1, at most:[^\r]* (\d+)/173 \[[^\r]*<\d", terminal.getvalue())
     assert {*map(int, shown)} == ({*range(2, zeroed + 1, 2)} if progress else set()), "of 172.8 weights"
     assert len(judged) == 1 + zeroed // 20 > 2, "before the first, too"
+    judged.clear()
+    zeroed = request(model, gcn=patient_gcn(step=2), mask_layer=0, progress=progress, max_fall=1e-9).num_zeroed
+    by_formula = [False] * (1 + zeroed // 20)
+    assert judged == [False, True, *by_formula], "the GCN's ends at the tenth step, then the formula's begins"
 
 
 def test_any_scorer_gcn_and_step_are_taken(model):
