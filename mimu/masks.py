@@ -271,9 +271,9 @@ class Mask:
         for layer, origin in {} if other_weights else self.origins.items():
             name = names.get(layer, layer)
             weight = weights.get(name)
-            if weight is not None and weight.original is None:
-                continue  # something else computes it
-            if weight is None or not are_equal(origin, weight.sample()):
+            if weight is None or weight.original is None:
+                continue  # something else computes it, as torch.nn.utils.prune does
+            if not are_equal(origin, weight.sample()):
                 remedy = "apply it to that network, make one for this, or say other_weights=True"
                 raise ValueError(f"layer {name!r} has other weights than the mask was made on: {remedy}")
         return {name: parts[name] for name in weights if name in parts}, weights
