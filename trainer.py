@@ -134,12 +134,14 @@ def augmented(images: Tensor, shift: int, flip: bool, generator: Generator) -> T
     Pixels at an edge are repeated where an image moves away from it. Shapes: (samples, [channels,] height, width).
     """
     count, (height, width), device = len(images), images.shape[-2:], images.device
-    down, right = torch.randint(2 * shift + 1, (2, count), generator=generator).to(device)
-    is_mirrored = (torch.rand(count, 1, 1, 1, generator=generator) < 0.5 * flip).to(device)
-    padded = F.pad(images.view(count, -1, height, width), (shift,) * 4, mode="replicate")
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (samples, channels, rows, columns, height, width)
-    moved = windows[torch.arange(count, device=device), :, down, right]
-    return torch.where(is_mirrored, moved.flip(-1), moved).view_as(images)
+    moves = torch.randint(2 * shift + 1, (2, count, 1), generator=generator).to(device)
+    is_mirrored = (torch.rand(count, 1, generator=generator) < 0.5 * flip).to(device)
+    rows = torch.arange(height, device=device) + moves[0]
+    columns = torch.arange(width, device=device) + moves[1]
+    columns = torch.where(is_mirrored, columns.flip(1), columns)
+    by_pixel = F.pad(images.view(count, -1, height, width), (shift,) * 4, mode="replicate").permute(0, 2, 3, 1)
+    sample = torch.arange(count, device=device)[:, None, None]
+    return by_pixel[sample, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2).reshape(images.shape)
 
 
 class Trained(NamedTuple):

@@ -1,9 +1,9 @@
 """Erasing a class: late layers are edited so that the representation says little about it, and not only the output.
 
 The representation is what the last layer reads. Attackers tell the class from others by it: each is a ridge regression
-on random features, and a new one is drawn at every training step, so that an edit cannot just fool one of them. The
-target estimates what they would find in a classifier that never saw the class, which tells the class apart to some
-degree, too: it lies between what they find in the inputs and what they find in the original (`target_r_squared`).
+on random features, and a new one is drawn at every training step, so that an edit cannot just fool one of them. A
+classifier that never saw the class still tells it apart a little. The target estimates what attackers would find there:
+it lies between what they find in the inputs and what they find in the original (`target_r_squared`).
 """
 
 import math
@@ -28,7 +28,7 @@ from mimu.settings import Count, NonNegative, Positive, Share, library_settings
 from mimu.training import descend, forgetting_loss
 
 MAX_EDITED = 4  # layers before the last one that are edited, at most
-HELD_OUT = 5  # one sample of every so many of a class is not trained on
+HELD_OUT = 5  # every fifth sample of a class is held out from training
 MIN_TO_TRAIN = 20  # training samples of the class below which only its output weights are trained: more would overfit
 MIN_TO_JUDGE = 50  # held-out samples, of the class and of the others, below which they say too little
 ATTACKERS = 5  # whose mean R^2 counts
@@ -88,7 +88,7 @@ class RecoveredInformation(NamedTuple):
 
     @property
     def is_at_target(self) -> bool:
-        """True where attackers find no more than in a classifier that never saw the class."""
+        """True if attackers find at most TOLERANCE more than the target."""
         return self.after <= self.target + TOLERANCE
 
 
@@ -102,12 +102,12 @@ def erase_class(
     progress: bool = False,
     model_inputs: Tensor | None = None,
 ) -> tuple[Mask, RecoveredInformation]:
-    """Edits the last layers of a classifier until attackers no longer tell the class, and returns that as a mask.
+    """Edits the last layers of a classifier so that attackers hardly tell the class, and returns the edit as a mask.
 
-    The first edit (`Edit`) is of the last layer and of those before it: one, or two if the network ends in three linear
-    layers in a row. If attackers still find more than the target in the samples that judge (`split_samples`), a new
-    edit of one more layer is trained from the start, up to MAX_EDITED. The mask under which attackers find least is
-    returned. An edit minimises
+    The first edit (`Edit`) changes the weights of the last layer and of one layer before it. It changes two before it
+    if the network ends in three linear layers with a ReLU between each two. If attackers still find more than the
+    target in the samples that judge (`split_samples`), a new edit of one more layer is trained from the start, up to
+    MAX_EDITED. The mask under which attackers find least is returned. An edit minimises
 
         cross entropy of the retained classes - forget_weight E[log(1 - p)] + erase_weight max(0, R^2 - target)
 
@@ -149,11 +149,11 @@ def erase_class(
 
 
 class Edit:
-    """A trainable change W - U V^T of the last layers of a classifier, of rank 1 in each.
+    """A trainable change of the weights W of the last layers of a classifier to W - U V^T, of rank 1 in each.
 
     In a hidden layer V is the direction of the class (after Hatami et al. 2026, arXiv:2604.15166). U, trained, says how
-    much less of it each neuron reads; at first none reads any. In the last layer U selects the class, and V, trained,
-    is what its output weights lose: at first all that they hold.
+    much less of it each neuron reads. At first no neuron reads that direction. In the last layer U selects the class,
+    and V, trained, is subtracted from its output weights. At first V equals them, so that they are zero.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ def split_samples(labels: Tensor, forget_class: int, config: ErasingConfig, seed
 
 
 def draw_batch(candidates: Tensor, is_forget: Tensor, count: int, ratio: int, generator: torch.Generator) -> Tensor:
-    """Draws `count` of the candidates that are of the class, and `ratio` times as many others, if there are so many."""
+    """Draws `count` candidates of the class, and `ratio` times as many others, or fewer, as among all candidates."""
     # The rarer the class, the smaller the R^2 of an attacker: it must be as rare wherever two are compared.
     candidates = candidates[torch.randperm(len(candidates), generator=generator).to(candidates.device)]
     forget, retain = candidates[is_forget[candidates]], candidates[~is_forget[candidates]]

@@ -113,7 +113,7 @@ class WeightGraph:
 
 @dataclass(frozen=True)
 class AffineFeatures:
-    """Vertex features of one masked layer in the form y[r, c] = x[r, c] M + source[c] + target[r]; at first y is x.
+    """Vertex features of one masked layer in the form y[r, c] = x[r, c] M + source[c] + target[r].
 
     A linear round on them changes M, source and target alone, all of them small: the features of the vertices are
     formed when a non-linearity needs them.
@@ -122,18 +122,18 @@ class AffineFeatures:
     x: Tensor  # (batch, groups, m, n, in), m rows of each group
     source_sums: Tensor  # of x over the weights of each source neuron, (batch, groups, n, in)
     target_sums: Tensor  # of x over the weights of each target neuron, (batch, groups, m, in)
-    matrix: Tensor  # M, (in, features)
-    source: Tensor  # (batch, groups, n, features)
-    target: Tensor  # (batch, groups, m, features)
+    matrix: Tensor | None = None  # M, (in, features); without it y is x
+    source: Tensor | None = None  # (batch, groups, n, features)
+    target: Tensor | None = None  # (batch, groups, m, features)
 
     @staticmethod
     def of(x: Tensor) -> "AffineFeatures":
-        at_sources, at_targets, identity = x.sum(2), x.sum(3), torch.eye(x.shape[-1]).to(x)
-        nothing = torch.zeros_like(at_sources), torch.zeros_like(at_targets)
-        return AffineFeatures(x, at_sources, at_targets, identity, nothing[0], nothing[1])
+        return AffineFeatures(x, x.sum(2), x.sum(3))
 
     def totals(self) -> tuple[Tensor, Tensor]:
         """The sums of y at source neurons (batch, groups, n, features) and target neurons (batch, groups, m, ...)."""
+        if self.matrix is None:
+            return self.source_sums, self.target_sums
         m, n = self.x.shape[2:4]
         at_sources = self.source_sums @ self.matrix + m * self.source + self.target.sum(2, keepdim=True)
         at_targets = self.target_sums @ self.matrix + n * self.target + self.source.sum(2, keepdim=True)
@@ -141,11 +141,14 @@ class AffineFeatures:
 
     def transformed(self, matrix: Tensor, source: Tensor, target: Tensor) -> "AffineFeatures":
         """y[r, c] M' + source'[c] + target'[r], with an M' (features, out)."""
-        source, target = self.source @ matrix + source, self.target @ matrix + target
-        return replace(self, matrix=self.matrix @ matrix, source=source, target=target)
+        if self.matrix is not None:
+            source = self.source @ matrix + source
+            target = self.target @ matrix + target
+            matrix = self.matrix @ matrix
+        return replace(self, matrix=matrix, source=source, target=target)
 
     def relu(self) -> Tensor:
-        """relu(y), (batch, groups, m, n, features)."""
+        """relu(y) after at least one round, (batch, groups, m, n, features)."""
         return AffineReLU.apply(self.x, self.matrix, self.source, self.target)
 
 

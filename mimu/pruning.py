@@ -1,7 +1,7 @@
 """A request to forget a class: weights are zeroed step by step until the class is no longer classified.
 
-Weights of a layer stand in for one another, which scores given all at once cannot see. So pruning iterates: `prune`
-scores all weights on the classifier masked so far, zeroes the highest-scoring ones, and yields; whoever drives it
+One weight of a layer can take over another's work. Scores that are computed once do not show this. So pruning iterates:
+`prune` scores all weights on the classifier masked so far, zeroes the highest-scoring ones, and yields. The caller
 decides when to stop. `prune_until_forgotten` stops where the class is gone. `Pruning` serves several kappas in turn.
 """
 
@@ -39,8 +39,10 @@ Ranking = Callable[[int, Tensor], Tensor]
 class PruningConfig:
     """The settings of a request.
 
-    step: weights zeroed in a step, a number or a share of the masked ones; None: they are scored only once
-    snapshot_every: steps from one snapshot to the next, first-order updates between; None: a single snapshot
+    step: weights zeroed in a step, a number or a share of the masked ones; if layers compete, one layer's share of it.
+        None: they are scored only once
+    snapshot_every: steps from one snapshot to the next, first-order updates between; None: a single snapshot.
+        Snapshots whose records are too large to keep are taken in every step
     momentum: of the running mean of the scores over the steps
     group_size: samples of every class in a snapshot
     retain_weight: weight of the damage to the retained classes in the score
@@ -60,7 +62,12 @@ class PruningConfig:
 
 
 class PruningStep(NamedTuple):
-    """One step: the vertices zeroed so far, in order; the scores (vertices); the seconds of all steps so far."""
+    """One step of pruning.
+
+    zeroed: the vertices zeroed so far, in order
+    scores: those of this step (vertices), before the running mean, of the classifier before its zeros
+    seconds: of all steps so far
+    """
 
     zeroed: Tensor
     scores: Tensor
@@ -72,7 +79,8 @@ class PruningResult(NamedTuple):
 
     vertices: in the order in which they are zeroed, (kappa)
     seconds: what finding them took, steps for a smaller kappa included
-    message: "" if the class is forgotten, how much of it remains if max_kappa is reached, else None
+    message: "" if the class is forgotten; a text on how much of it remains if max_kappa is reached; None if the caller
+        may go on
     """
 
     vertices: Tensor
@@ -139,7 +147,7 @@ def prune(
 
 
 def is_stalled(loss: float, previous_loss: float, config: PruningConfig) -> bool:
-    """True if the class's mean -log(1 - p) exceeds target / 100 nats and did not fall by the factor penalty_growth.
+    """True if the class's mean -log(1 - p) is above target / 100 nats, and fell by less than the factor penalty_growth.
 
     The damage penalty is then lowered. Penalty methods likewise raise the weight of a constraint that a constant weight
     only balances against the objective (Nocedal and Wright 2006, Numerical Optimization, chapter 17).
@@ -171,11 +179,12 @@ def next_vertices(
 def best_of_one_layer(
     graphs: ActivationGraphs, class_index: int, group_size: int, count: int, scores: Tensor, zeroed: Tensor
 ) -> Tensor:
-    """Chooses among the highest-scoring vertices of every layer, its share of a step, those that do best when zeroed.
+    """Chooses the vertices of one step in the layer where they do best.
 
-    Scores of different layers are not comparable; the changes of the losses by their zeros are. The best vertices lower
-    the forgetting loss -log(1 - p) most for every nat by which they raise the loss of the retained classes. If none
-    lowers it, the best ones are those that raise the loss of the retained classes least.
+    Each layer offers its highest-scoring vertices, as many as its share of a step. Scores of different layers are not
+    comparable; the changes of the losses by their zeros are. The best vertices lower the forgetting loss -log(1 - p)
+    most for every nat by which they raise the cross entropy of the retained classes. If none lowers it, the best ones
+    are those that raise that cross entropy least.
     """
     graph, best_merit, best_vertices = graphs.graph, None, None
     samples = graphs.by_class[:, :group_size]
@@ -222,8 +231,8 @@ class RemainingCounter:
     def percent_remaining(self, zeroed: Tensor, enough: float = math.inf) -> float:
         """Counts the percentage of samples classified correctly; it stops early once that reaches `enough`.
 
-        If the samples are too few to show a percentage below the target, what further samples of the class would show
-        is estimated (`percent_above_zero`).
+        With fewer than 100 / target samples, a single one is more than the target. The percentage of new samples is
+        then estimated (`percent_above_zero`).
         """
         graphs, logits = self.graphs, []
         is_correct = torch.zeros(len(self.inputs), dtype=torch.bool, device=self.inputs.device)
