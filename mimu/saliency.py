@@ -297,12 +297,11 @@ class ActivationGraphs:
         kept: tuple[list[Record], list[Record]] = ([], [])
 
         def records(group: Tensor, keep: list[Record]) -> Iterator[Record]:
-            for rows in group.flatten().split(self.at_once):
-                record = self.suffix.record(
-                    self.cached_inputs[rows], self.labels[rows], self.graph.layers, excluded_classes
-                )
+            for rows in group.flatten().split(self.at_once) if len(group) else ():
+                inputs, labels = self.cached_inputs[rows], self.labels[rows]
+                record = self.suffix.record(inputs, labels, self.graph.layers, excluded_classes)
                 if len(zeroed):  # without a mask, the samples are to keep the log-odds that they have
-                    kept_log_odds = log_odds(self.predictions[rows], self.labels[rows], excluded_classes)
+                    kept_log_odds = log_odds(self.predictions[rows], labels, excluded_classes)
                     record = record._replace(kept_log_odds=kept_log_odds)
                 yield record
                 if is_kept:
