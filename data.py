@@ -250,5 +250,5 @@ class GraphGenerator(ActivationGraphs):
         label, samples = self.labels[[index]], self.by_class.clone()
         class_index = self.classes.index(int(label))
         samples[class_index] = index  # the sample takes the place of its class
-        x = self.snapshot(samples, self.config.features).class_graph(class_index)[0]
+        x = self.snapshot(samples, class_index, features=self.config.features, forgets=False).class_graph()[0]
         return Data(x=x, edge_index=self.graph.edge_index().to(label.device), y=label)

@@ -19,7 +19,7 @@ from mimu.errors import TrainingError
 from mimu.graph import MaskingGCN, WeightGraph
 from mimu.hooked import HookedClassifier, log_odds
 from mimu.pruning import PruningConfig, RemainingCounter, prune, prune_until_forgotten
-from mimu.saliency import FORGETTING_TEMPERATURE, TERMS, ActivationGraphs, ranked, saliency
+from mimu.saliency import FORGETTING_TEMPERATURE, ActivationGraphs, ranked, saliency
 from mimu.samples import Split, is_correct
 from mimu.seeds import seeded, seeded_initialisation
 from mimu.settings import Amount, Bounds, Count, NonNegative, Positive, number_of_weights
@@ -332,9 +332,8 @@ class GCNTrainer:
         """
         config = self.config
         group = graphs.draw(config.group_size, generator)
-        names = [*TERMS, *graphs.config.features]
-        snapshot = graphs.snapshot(group, names, zeroed, class_index)
-        scores = saliency(snapshot, class_index, self.retain_weight, gcn)
+        snapshot = graphs.snapshot(group, class_index, zeroed, graphs.config.features)
+        scores = saliency(snapshot, self.retain_weight, gcn)
         kappa = log_uniform(config.kappa, graphs.graph.num_vertices, generator)
         removed = kappa_mask(scores, zeroed, kappa, config.temperature)
         weights = masked_weights(graphs.classifier, graphs.graph, 1 - removed)

@@ -79,12 +79,14 @@ def accuracy(correct: Tensor, chosen: Tensor) -> float:
     return 100 * correct[chosen].float().mean().item()
 
 
-def request(model: nn.Module, train: Split, forget_class: int | Sequence[int], **arguments: Any) -> tuple[Mask, str]:
+def request(
+    model: nn.Module, train: Split, forget_class: int | Sequence[int], method: str = "mask", **arguments: Any
+) -> tuple[Mask, str]:
     """Returns the mask, or that of a RetainScoreError; and "error", "warning", or "" if there was neither."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            mask = unlearn(model, train.images, train.labels, forget_class, **arguments)
+            mask = unlearn(model, train.images, train.labels, forget_class, method=method, **arguments)
         except RetainScoreError as error:
             return error.mask, "error"
     return mask, "warning" if caught else ""
@@ -408,39 +410,39 @@ def by_retraining(chosen: Chosen, classes: list[int]) -> nn.Module:
     return chosen.trainer.train(chosen.train.retain(*classes), 10).network
 
 
-def by_hand(chosen: Chosen, classes: list[int]) -> nn.Module:
-    """Zeros the class's output weights, and sets its bias, if there is one, so that it is never predicted."""
+def by_hiding(chosen: Chosen, classes: list[int]) -> nn.Module:
+    """Hides classes without samples, in the last layer by name."""
     model = copy.deepcopy(chosen.original)
-    last = last_layer(model)
-    last.weight.data[classes] = 0
-    if last.bias is not None:
-        last.bias.data[classes] = -1e4
+    name = next(name for name, module in model.named_modules() if module is last_layer(model))
+    unlearn(model, forget_class=classes, method="hide", mask_layer=name).apply(model)
     return model
 
 
-def by_unlearn(samples: int, **arguments: Any) -> Forget:
+def by_unlearn(samples: int, method: str) -> Forget:
     """Calls `unlearn` with this many samples of every class."""
 
     def forget(chosen: Chosen, classes: list[int]) -> nn.Module:
         model = copy.deepcopy(chosen.original)
         train = some_of_every_class(chosen.few, samples, "choice")
-        unlearn(model, train.images, train.labels, classes, **arguments).apply(model)
+        unlearn(model, train.images, train.labels, classes, method=method).apply(model)
         return model
 
     return forget
 
 
 SINGLE, TWO = [[digit] for digit in DIGITS], [list(TOGETHER[0])]
-MASK, ERASE = "`unlearn(model, inputs, labels, 3)`", "`unlearn(model, inputs, labels, 3, erase=True)`"
-PUBLISH = "`unlearn(model, inputs, labels, [3, 7], erase=True).apply(model, permanent=True)`"
+ERASE, MASK = "`unlearn(model, inputs, labels, 3)`", '`unlearn(model, inputs, labels, 3, method="mask")`'
+SEVERAL = '`unlearn(model, inputs, labels, [3, 7], method="mask")`'
+HIDE = '`unlearn(model, forget_class=3, method="hide", mask_layer="fc")`'
+PUBLISH = "`unlearn(model, inputs, labels, [3, 7]).apply(model, permanent=True)`"
 COMPARE = "`uv run main.py`, [your data](#configuration-runs-and-artifacts)"
 CHOICES: tuple[tuple[str, str, Forget | None, Sequence[list[int]]], ...] = (  # retraining first: IDI needs its bits
     ("retraining is cheap", "train without the class", by_retraining, SINGLE),
-    ("about 1,000 samples per class, and only the predictions must change", MASK, by_unlearn(1000), SINGLE),
-    ("the same for several classes", "`unlearn(model, inputs, labels, [3, 7])`", by_unlearn(1000), TWO),
-    ("ten samples per class", MASK, by_unlearn(10), SINGLE),
-    ("no samples: two lines by hand", "`last.weight.data[3] = 0; last.bias.data[3] = -1e4`", by_hand, SINGLE),
-    ("the class must also leave the representation", ERASE, by_unlearn(1000, erase=True), SINGLE),
+    ("about 1,000 samples per class, and only the predictions must change", MASK, by_unlearn(1000, "mask"), SINGLE),
+    ("the same for several classes", SEVERAL, by_unlearn(1000, "mask"), TWO),
+    ("ten samples per class", MASK, by_unlearn(10, "mask"), SINGLE),
+    ("no samples", HIDE, by_hiding, SINGLE),
+    ("the class must also leave the representation", ERASE, by_unlearn(1000, "erase"), SINGLE),
     ("to restore the class next week", "`mask.apply(model)`, then `mask.remove(model)`", None, ()),
     ("to publish the file without the class", PUBLISH, None, ()),
     (
@@ -497,7 +499,7 @@ def own_few() -> Iterator[Row]:
             outcomes = []
             for place, (model, digit) in enumerate(itertools.product(models, (3, 5, 8))):
                 few = some_of_every_class(train, samples, "few", place)
-                outcomes.append(measure(model, few, test, digit, erase=erase))
+                outcomes.append(measure(model, few, test, digit, method="erase" if erase else "mask"))
             harmful = [each for each in outcomes if each.is_harm]
             needless = [each for each in outcomes if each.message == "error" and each.change > -1]
             yield {

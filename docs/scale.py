@@ -79,7 +79,9 @@ def measure(network: str, size: int, classes: int, count: int, request: str) -> 
     erasing.TOLERANCE = math.inf if request == "erase" else -math.inf
     before, masks = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
     bounds = {"max_fall": None, "max_class_fall": None}
-    total = cpu_seconds(lambda: masks.append(unlearn(model, inputs, labels, 0, erase=request != "mask", **bounds)))
+    total = cpu_seconds(
+        lambda: masks.append(unlearn(model, inputs, labels, 0, method=request.removesuffix("_all"), **bounds))
+    )
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.no_grad():
         one_pass = cpu_seconds(lambda: [model(part) for part in inputs.split(10)])

@@ -73,10 +73,9 @@ def fisher_information(classifier: HookedClassifier, split: Split) -> list[Tenso
     at_once = min(classifier.recorded_at_once(layers), samples_that_fit(max(sizes, default=0)))
     for images, labels in zip(split.images.split(at_once), split.labels.split(at_once)):
         record = classifier.record(images, labels, layers)
-        share = len(labels) / len(split.labels)
-        factor = (-record.log_odds).sigmoid().square()[None]  # (dL / d log-odds)^2 = (1 - p)^2
-        squares = [layer.by_class(1).mean_squared_gradient(factor).flatten(0, 1) for layer in record.layers]
-        means = [mean + share * square for mean, square in zip(means, squares)]
+        factor = (-record.log_odds).sigmoid().square() / len(split.labels)  # (dL / d log-odds)^2 = (1 - p)^2
+        squares = [layer.squared_gradient(factor).flatten(0, 1) for layer in record.layers]
+        means = [mean + square for mean, square in zip(means, squares)]
     return means
 
 

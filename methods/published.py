@@ -37,8 +37,9 @@ class Published:
 def importance(gcn: MaskingGCN, graphs: ActivationGraphs, samples: Tensor) -> Tensor:
     """Returns the logits (classes, vertices) of the graphs of single samples, one per class, (classes, 1)."""
     config = replace(graphs.config, features=FEATURES, other_classes=False)
-    snapshot = replace(graphs.snapshot(samples, FEATURES), config=config)
-    x = torch.cat([snapshot.class_graph(class_index) for class_index in range(graphs.num_classes)])
+    own = replace(graphs, config=config) if False else graphs
+    snapshots = [own.snapshot(sample[None], 0, features=FEATURES, forgets=False) for sample in samples]
+    x = torch.cat([replace(snapshot, config=config).class_graph() for snapshot in snapshots])
     return torch.cat([gcn.readout(part).flatten(1) for part in gcn.hidden(x, graphs.graph)], 1)
 
 

@@ -9,9 +9,14 @@ class ArtifactError(InputError):
     """A file that cannot be written, or that is not what it should be."""
 
 
+def shortened(text: str) -> str:
+    """Cuts a text to 300 characters, and ends it in dots then."""
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def one_line(error: BaseException) -> str:
-    """Returns the message of an error without line breaks, cut to 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """Returns the message of an error without line breaks, `shortened`."""
+    return shortened(" ".join(str(error).split())) or type(error).__name__
 
 
 class TrainingError(InputError):

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from mimu.layers import Layer, Record
 from mimu.operations import name_of
 from mimu.tracing import Trace, call
-from mimu.wrapping import Wrapper
+from mimu.wrapping import Wrapper, logits_of
 
 NUMBERS_AT_ONCE = 2**26  # of float32 in the tensors of a pass over samples, which then takes some 256 MB
 
@@ -87,7 +87,7 @@ class HookedClassifier(Wrapper):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes)."""
-        run = (lambda x: self.outputs(x)[1]) if self._is_suffix else self.network
+        run = (lambda x: self.outputs(x)[1]) if self._is_suffix else (lambda x: logits_of(self.network(x)))
         if self.training and self.bfloat16 and has_bfloat16(images.device):
             with torch.autocast(images.device.type, torch.bfloat16):
                 return run(images).float()

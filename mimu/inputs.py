@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mimu.erasing import late_layers
-from mimu.errors import InputError, one_line
+from mimu.errors import InputError, one_line, shortened
 from mimu.hooked import HookedClassifier
 from mimu.masks import Mask
 from mimu.seeds import seeded
-from mimu.wrapping import unwrapped
+from mimu.wrapping import logits_of, unwrapped
 
 READ_AT_ONCE = 1000  # samples that a data set is read by, and a model is run on
 TRIED = 16  # samples on which a model is tried
@@ -83,6 +83,8 @@ def check_model(model: nn.Module) -> None:
     """Raises InputError where this is no model, it has no layer to mask, or its parameters are not finite."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("model must be the module that TorchScript was made of, not a ScriptModule")
     if not any(weight.ndim > 1 for weight in model.parameters()):
         must = "model must have weights to mask, of linear layers or convolutions"
         raise InputError(f"{must}: {type(model).__name__} has none")
@@ -124,7 +126,7 @@ def run_on_few(model: nn.Module, inputs: Tensor, few: Tensor) -> tuple[Tensor, T
     first_error = None
     for dtype in types:
         try:
-            logits = model(inputs[few].to(dtype))
+            logits = logits_of(model(inputs[few].to(dtype)))
             break
         except Exception as error:  # a user's model may raise anything
             first_error = first_error or error
@@ -134,6 +136,9 @@ def run_on_few(model: nn.Module, inputs: Tensor, few: Tensor) -> tuple[Tensor, T
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(few):
         has = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"model must return logits, a tensor ({len(few)}, classes) for such inputs, not {has}")
+    if logits.shape[1] == 1:
+        must = "model must return a logit for each class, not one: z stands for the two torch.cat([-z / 2, z / 2], 1)"
+        raise InputError(must)
     if dtype != inputs.dtype and not inputs.is_floating_point():
         span = f"from {inputs.min().item()} to {inputs.max().item()}"
         warnings.warn(f"inputs are {inputs.dtype}, {span}, but the model takes {dtype}: are they scaled?", stacklevel=5)
@@ -191,8 +196,8 @@ def layers_to_mask(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[s
             is_index = type(each) is int and -len(names) <= each < len(names)  # type: a bool is no index
             matching = {each % len(names)} - indices if is_index else set()
         if not matching:
-            must = f"auto, None, or some of {', '.join(names)[:300]}, by name, pattern or index, each once"
-            raise InputError(f"mask_layer must be {must}; not {mask_layer!r}")
+            must = f"auto, None, or some of {shortened(', '.join(names))}, by name, pattern or index, each once"
+            raise InputError(f"mask_layer must be {must}; not {shortened(repr(mask_layer))}")
         indices |= matching
     return tuple(sorted(indices))
 

@@ -16,6 +16,7 @@ from mimu.samples import is_correct, margins
 Accuracies = dict[int, float]  # percent of the samples classified correctly, by class
 Bounds = tuple[float | None, float | None]  # points that retained classes may lose, together and each; None: any
 CONFIDENCE = 0.95  # one-sided, of what few samples show
+WORTH_SAYING = 0.3  # points that the retained classes keep less than if the classes were only hidden
 SHOWN = 1.0  # percent of a class that may remain by few samples without a warning
 
 
@@ -115,6 +116,17 @@ class Judgement:
         A class that is not forgotten yet takes over some of their samples.
         """
         return not self.is_within(self.accuracies(logits, among=self.retained), times=2)
+
+    def behind_hiding(self, logits: Tensor, forget: Sequence[int]) -> str:
+        """Says what the retained classes keep if hiding the classes keeps more, by more than the samples' error."""
+        is_retained = torch.isin(self.labels, self.labels.new_tensor(self.retained))
+        hidden = self.before.index_fill(1, self.labels.new_tensor(forget), float("-inf"))
+        kept, kept_hidden = (100 * is_correct(each, self.labels)[is_retained].double() for each in (logits, hidden))
+        behind = kept_hidden - kept
+        error = NormalDist().inv_cdf(CONFIDENCE) * float(behind.std(correction=0)) / math.sqrt(len(behind))
+        if behind.mean() <= max(WORTH_SAYING, error):
+            return ""
+        return f"the retained classes keep {kept.mean():.1f} %, and {kept_hidden.mean():.1f} % by method='hide'"
 
     def uncertainties(self, logits: Tensor) -> list[str]:
         """Messages on the classes to forget whose samples are too few to show that none of the class remains."""

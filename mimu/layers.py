@@ -134,8 +134,8 @@ class Layer:
 class FeatureRecord(NamedTuple):
     """The record of a layer that is applied once to each sample.
 
-    The gradient of sample s's log-odds by the weight is the outer product `log_odds_gradient[s] inputs[s]^T`.
-    `by_class` puts a dimension of classes in front, as all methods below it want.
+    The gradient of sample s's log-odds by the weight is the outer product `log_odds_gradient[s] inputs[s]^T`. Sums
+    over samples take a factor of each sample, (samples), and have the shape (1, m, n) or one that broadcasts to it.
     """
 
     inputs: Tensor  # (samples, n), the input activation a
@@ -143,33 +143,28 @@ class FeatureRecord(NamedTuple):
     active: Tensor  # (samples, m), 1 where the unit passes a signal on; a unit without ReLU always does
     log_odds_gradient: Tensor  # (samples, m), gradient of the label's log-odds at the pre-activation
 
-    def by_class(self, classes: int) -> "FeatureRecord":
-        """The record with a dimension of classes in front, (classes, samples, ...), of samples class after class."""
-        return FeatureRecord(*(x.unflatten(0, (classes, -1)) for x in self))
+    def gradient(self, factor: Tensor) -> Tensor:
+        """The sum of the log-odds' gradient times a factor."""
+        return ((self.log_odds_gradient * factor[:, None]).T @ self.inputs)[None]
 
-    def mean_gradient(self, factor: Tensor) -> Tensor:
-        """The mean of the log-odds' gradient times a factor (classes, samples), (classes, m, n)."""
-        return (self.log_odds_gradient * factor[..., None]).mT @ self.inputs / factor.shape[1]
+    def squared_gradient(self, factor: Tensor) -> Tensor:
+        """The sum of the squared gradient times a factor."""
+        return ((self.log_odds_gradient**2 * factor[:, None]).T @ self.inputs**2)[None]
 
-    def mean_squared_gradient(self, factor: Tensor) -> Tensor:
-        """The mean of the squared gradient times a factor (classes, samples) of at least 0, (classes, m, n)."""
-        scaled = self.log_odds_gradient * factor.sqrt()[..., None]
-        return (scaled**2).mT @ self.inputs**2 / factor.shape[1]
+    def signal(self, factor: Tensor) -> Tensor:
+        """The sum of the input, where the target neuron is active, times a factor."""
+        return ((self.active * factor[:, None]).T @ self.inputs)[None]
 
-    def mean_signal(self) -> Tensor:
-        """The mean over samples of the input where the target neuron is active, (classes, m, n)."""
-        return self.active.mT @ self.inputs / self.inputs.shape[1]
+    def input(self, factor: Tensor) -> Tensor:
+        """The sum of the input activation times a factor, (1, 1, n)."""
+        return (factor @ self.inputs)[None, None]
 
-    def mean_input(self) -> Tensor:
-        """The mean input activation over samples, (classes, n)."""
-        return self.inputs.mean(1)
-
-    def mean_output(self) -> Tensor:
-        """The mean output activation over samples, (classes, m)."""
-        return self.outputs.mean(1)
+    def output(self, factor: Tensor) -> Tensor:
+        """The sum of the output activation times a factor, (1, m, 1)."""
+        return (factor @ self.outputs)[None, :, None]
 
     def log_odds_drop(self, weight: Tensor, removed: Tensor) -> Tensor:
-        """The first-order fall of the log-odds when some weights become 0, (classes, samples).
+        """The first-order fall of the log-odds when some weights become 0, (samples).
 
         A weight w from neuron c to r that is zeroed takes w a_c from the pre-activation of r.
 
@@ -177,11 +172,9 @@ class FeatureRecord(NamedTuple):
             weight: (1, m, n)
             removed: indices in the flat weight
         """
-        n, classes = weight.shape[2], len(self.inputs)
-        # Columns of a matrix are selected three times as fast as those of a batch of matrices.
-        g = self.log_odds_gradient.flatten(0, 1).index_select(1, removed // n)
-        a = self.inputs.flatten(0, 1).index_select(1, removed % n)
-        return ((g * a) @ weight.take(removed)).view(classes, -1)
+        n = weight.shape[2]
+        g, a = self.log_odds_gradient.index_select(1, removed // n), self.inputs.index_select(1, removed % n)
+        return (g * a) @ weight.take(removed)
 
     def for_updates(self) -> "FeatureRecord":
         """The record with what first-order updates need."""
@@ -191,7 +184,8 @@ class FeatureRecord(NamedTuple):
 class PositionRecord(NamedTuple):
     """The record of a layer that is applied at many positions of each sample, such as pixels or tokens.
 
-    `by_class` merges classes and groups into the first dimension, as all methods below it want.
+    Sums over samples take a factor of each sample, (samples), and have the shape (groups, m, n) or one that broadcasts
+    to it. Activations are means over the positions.
     """
 
     inputs: Tensor  # (samples, groups, n, positions), the numbers that the kernels read
@@ -199,50 +193,44 @@ class PositionRecord(NamedTuple):
     active: Tensor  # (samples, groups, m, positions), 1 where the unit passes a signal on
     weight_gradient: Tensor  # (samples, groups, m, n), gradient of the label's log-odds by the weight
 
-    def by_class(self, classes: int) -> "PositionRecord":
-        """The record as (classes * groups, samples, ...), of samples class after class."""
-        return PositionRecord(*(x.unflatten(0, (classes, -1)).transpose(1, 2).flatten(0, 1) for x in self))
+    def gradient(self, factor: Tensor) -> Tensor:
+        """The sum of the log-odds' gradient times a factor."""
+        return weighted_sum(self.weight_gradient, factor)
 
-    def mean_gradient(self, factor: Tensor) -> Tensor:
-        """The mean of the log-odds' gradient times a factor (classes, samples), (classes * groups, m, n)."""
-        return self._weighted_mean(self.weight_gradient, factor)
+    def squared_gradient(self, factor: Tensor) -> Tensor:
+        """The sum of the squared gradient times a factor."""
+        return weighted_sum(self.weight_gradient.square(), factor)
 
-    def mean_squared_gradient(self, factor: Tensor) -> Tensor:
-        """The mean of the squared gradient times a factor (classes, samples), (classes * groups, m, n)."""
-        return self._weighted_mean(self.weight_gradient.square(), factor)
+    def signal(self, factor: Tensor) -> Tensor:
+        """The sum of the input, where the target neuron is active, times a factor."""
+        return weighted_sum(self.active @ self.inputs.mT, factor) / self.inputs.shape[3]
 
-    def mean_signal(self) -> Tensor:
-        """The mean over samples and positions of the input where the target neuron is active."""
-        return (self.active @ self.inputs.mT).mean(1) / self.inputs.shape[3]
+    def input(self, factor: Tensor) -> Tensor:
+        """The sum of the input activation times a factor, (groups, 1, n)."""
+        return weighted_sum(self.inputs.mean(3), factor)[:, None]
 
-    def mean_input(self) -> Tensor:
-        """The mean input activation over samples and positions, (classes * groups, n)."""
-        return self.inputs.mean(3).mean(1)
-
-    def mean_output(self) -> Tensor:
-        """The mean output activation over samples and positions, (classes * groups, m)."""
-        return self.outputs.mean(3).mean(1)
+    def output(self, factor: Tensor) -> Tensor:
+        """The sum of the output activation times a factor, (groups, m, 1)."""
+        return weighted_sum(self.outputs.mean(3), factor)[..., None]
 
     def log_odds_drop(self, weight: Tensor, removed: Tensor) -> Tensor:
-        """The first-order fall of the log-odds when some weights become 0, (classes, samples).
+        """The first-order fall of the log-odds when some weights become 0, (samples).
 
         Args:
             weight: (groups, m, n)
             removed: indices in the flat weight
         """
-        gradient = self.weight_gradient.unflatten(0, (-1, len(weight)))
-        group, row, column = torch.unravel_index(removed, weight.shape)
-        by_weight = gradient[:, group, :, row, column]  # (removed, classes, samples)
-        return (weight.take(removed) @ by_weight.flatten(1)).view(by_weight.shape[1:])
+        return self.weight_gradient.flatten(1).index_select(1, removed) @ weight.take(removed)
 
     def for_updates(self) -> "PositionRecord":
         """The record with what first-order updates need, the gradient alone."""
         nothing = self.inputs.new_empty(0)
         return PositionRecord(nothing, nothing, nothing, self.weight_gradient)
 
-    def _weighted_mean(self, x: Tensor, factor: Tensor) -> Tensor:
-        factor = factor.repeat_interleave(len(x) // len(factor), 0)
-        return (factor[:, None] @ x.flatten(2)).view(x[:, 0].shape).div_(x.shape[1])
+
+def weighted_sum(x: Tensor, factor: Tensor) -> Tensor:
+    """The sum of x (samples, ...) times a factor (samples), (...)."""
+    return (factor @ x.flatten(1)).view(x.shape[1:])
 
 
 LayerRecord = FeatureRecord | PositionRecord

@@ -15,7 +15,7 @@ from mimu.files import load, save
 from mimu.wrapping import COLLECTIONS, unwrapped
 
 SAMPLE_SIZE = 256  # numbers of a weight that are kept to recognise it
-TOLERANCE = 0.01  # relative difference of weights that count as equal: bfloat16 rounds by at most 0.002
+TOLERANCE = 0.004  # relative difference of weights that count as equal: bfloat16 rounds by at most 0.002 each
 
 
 class LayerMask(NamedTuple):
@@ -23,7 +23,7 @@ class LayerMask(NamedTuple):
 
     Args:
         keep: 1 for every weight that is kept and 0 for every one that is zeroed, in the shape of W.
-        u: (m, rank), where W is flattened to a matrix (m, n).
+        u: (m, rank), where W is flattened to a matrix (m, n), and a vector of biases to (m, 1).
         v: (n, rank). Each column of U and V removes one direction; with rank 0 none is removed.
     """
 
@@ -34,7 +34,7 @@ class LayerMask(NamedTuple):
     @staticmethod
     def of(keep: Tensor) -> "LayerMask":
         """Returns the mask that zeroes weights and removes no direction."""
-        m, n = keep.flatten(1).shape
+        m, n = keep.reshape(len(keep), -1).shape
         return LayerMask(keep, keep.new_zeros(m, 0), keep.new_zeros(n, 0))
 
     @property
@@ -74,9 +74,9 @@ class LayerMask(NamedTuple):
         """Raises ValueError where a part has the wrong type, shape or values."""
         if not all(isinstance(part, Tensor) and part.is_floating_point() for part in self):
             raise ValueError("a mask must have tensors of floating-point numbers alone")
-        if not 2 <= self.keep.ndim <= 5 or not self.keep.numel() or not ((self.keep == 0) | (self.keep == 1)).all():
-            raise ValueError("a mask must have matrices of 0 and 1 alone")
-        m, n = self.keep.flatten(1).shape
+        if not 1 <= self.keep.ndim <= 5 or not self.keep.numel() or not ((self.keep == 0) | (self.keep == 1)).all():
+            raise ValueError("a mask must have vectors and matrices of 0 and 1 alone")
+        m, n = self.keep.reshape(len(self.keep), -1).shape
         shapes, ranks = [tuple(self.u.shape), tuple(self.v.shape)], self.u.shape[1:]
         is_finite = self.u.isfinite().all() and self.v.isfinite().all()
         if shapes != [(m, *ranks), (n, *ranks)] or len(ranks) != 1 or not is_finite:
@@ -154,8 +154,9 @@ class Mask:
         by_layer: A mask for every layer, by the name of its weight as `named_parameters` of a model without masks
             gives it ("3.weight", "blocks.0.attn.in_proj_weight"). Old files have indices instead (`indexed_in`).
         forgets: The classes that the mask was made to forget.
-        origins: Some numbers of the weights that the mask was made on (`Weight.sample`), by layer, where known.
+        origins: Some numbers of all weights of the model that the mask was made on (`Weight.sample`), by name.
         about: A description of how the mask was made.
+        method: The method of `unlearn` that made the mask, "hide", "mask" or "erase"; "" where another one did.
 
     Raises:
         ValueError: A layer, a class or the mask of a layer is not valid.
@@ -165,6 +166,7 @@ class Mask:
     forgets: tuple[int, ...] = ()
     origins: Mapping[str, Tensor] = field(default_factory=dict)
     about: str = ""
+    method: str = ""
 
     def __post_init__(self) -> None:
         layers, classes = list(self.by_layer), list(self.forgets)
@@ -184,7 +186,8 @@ class Mask:
     def with_origins_of(self, model: nn.Module) -> "Mask":
         """Returns the mask as one made on the weights of this model. Raises ValueError as `matched` does."""
         parts, weights = self.matched(model)
-        return replace(self, by_layer=parts, origins={name: weights[name].sample() for name in parts})
+        origins = {name: weight.sample() for name, weight in weights.items() if weight.original is not None}
+        return replace(self, by_layer=parts, origins=origins)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -202,8 +205,9 @@ class Mask:
         return sum(mask.num_zeroed for mask in self.by_layer.values())
 
     def __repr__(self) -> str:
-        counts = [f"layer {layer}: {mask.num_zeroed} of {mask.keep.numel()}" for layer, mask in self.by_layer.items()]
-        ranks = [f"layer {layer}: {mask.rank}" for layer, mask in self.by_layer.items() if mask.rank]
+        masks = {layer: mask for layer, mask in self.by_layer.items() if mask.keep.ndim > 1}  # without biases
+        counts = [f"layer {layer}: {mask.num_zeroed} of {mask.keep.numel()}" for layer, mask in masks.items()]
+        ranks = [f"layer {layer}: {mask.rank}" for layer, mask in masks.items() if mask.rank]
         edits = f"; directions removed: {', '.join(ranks)}" if ranks else ""
         return f"Mask({', '.join(counts)} weights zeroed{edits}{self.about and '; '}{self.about})"
 
@@ -221,7 +225,7 @@ class Mask:
                 raise ValueError(f"masks of one classifier combine: these were made on other weights of {layer!r}")
             combined[layer] = ours & theirs if layer in combined else theirs
         forgets = tuple(sorted({*self.forgets, *other.forgets}))
-        return Mask(combined, forgets, {**other.origins, **self.origins}, self.about)
+        return Mask(combined, forgets, {**other.origins, **self.origins}, self.about, self.method)
 
     def as_tensor(self) -> Tensor:
         """Returns `keep`: of one masked layer in its shape (m, n), of several flat in vertex order (vertices)."""
@@ -263,10 +267,15 @@ class Mask:
             tied = [other for other, each in weights.items() if each.original is weight.original]
             if len(tied) > 1:
                 raise ValueError(f"layers {tied} share one weight, which can have no mask: give each its own")
-            if not other_weights and layer in self.origins and not are_equal(self.origins[layer], weight.sample()):
+            parts[name] = part
+        for layer, origin in {} if other_weights else self.origins.items():
+            name = names.get(layer, layer)
+            weight = weights.get(name)
+            if weight is None or weight.original is None:
+                continue  # something else computes it, as torch.nn.utils.prune does
+            if not are_equal(origin, weight.sample()):
                 remedy = "apply it to that network, make one for this, or say other_weights=True"
                 raise ValueError(f"layer {name!r} has other weights than the mask was made on: {remedy}")
-            parts[name] = part
         return {name: parts[name] for name in weights if name in parts}, weights
 
     def apply(self, model: nn.Module, permanent: bool = False, other_weights: bool = False) -> None:
@@ -343,10 +352,13 @@ class Mask:
             "edits": [[mask.u.cpu(), mask.v.cpu()] for mask in masks],
             "made_on": {layer: [layer, weights] for layer, weights in self.origins.items()},
             "about": self.about,
+            "method": self.method,
         }
 
     def save(self, path: Path | str) -> None:
         """Writes the mask to a file. Raises ArtifactError where this is not possible."""
+        if Path(path).suffix == ".json":
+            raise ArtifactError(f"{path}: a mask is not JSON, name it otherwise, such as mask.pt")
         save(Path(path), self.saved())
 
     @staticmethod
@@ -359,7 +371,7 @@ class Mask:
             made_on = saved.get("made_on", {}).items()  # which old files lack
             origins = {layer: weights.float().view(SAMPLE_SIZE) for layer, (_, weights) in made_on}
             by_layer = dict(zip(saved["layers"], masks, strict=True))
-            return Mask(by_layer, tuple(saved["forgets"]), origins, saved.get("about", ""))
+            return Mask(by_layer, tuple(saved["forgets"]), origins, saved.get("about", ""), saved.get("method", ""))
         except ArtifactError:
             raise
         except Exception as error:  # anything may stand in the file
@@ -369,8 +381,10 @@ class Mask:
 def are_equal(one: Tensor, other: Tensor) -> bool:
     """Tells whether weights are equal, in any precision. Zeros are ignored: a mask may have put them there."""
     are_both = (one != 0) & (other != 0)
+    if not are_both.any():
+        return torch.equal(one, other)
     one, other = one[are_both], other[are_both]
-    return not (one - other).norm() > TOLERANCE * other.norm()
+    return bool((one - other).norm() <= TOLERANCE * other.norm())
 
 
 def weights_in(model: nn.Module) -> dict[str, Weight]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mimu.errors import InputError
 from mimu.graph import MaskingGCN
-from mimu.saliency import TERMS, ActivationGraphs, ranked, saliency
+from mimu.saliency import ActivationGraphs, ranked, saliency
 from mimu.samples import margins
 from mimu.seeds import seeded
 from mimu.settings import Amount, Bounds, Count, Positive, number_of_weights
@@ -115,7 +115,7 @@ def prune(
         InputError: if a score is not finite
     """
     zeroed = graphs.nothing if zeroed is None else zeroed
-    features = TERMS if gcn is None else (*TERMS, *graphs.config.features)
+    features = () if gcn is None else graphs.config.features
     newest, snapshot, scores, running_mean = graphs.nothing, None, None, None
     penalty, loss, seconds = 1.0, math.inf, 0.0
     for step in itertools.count():
@@ -126,16 +126,16 @@ def prune(
             scores = ranking(step, zeroed)
         else:
             is_due = config.snapshot_every is not None and step % config.snapshot_every == 0
-            if snapshot is not None and snapshot.records and not is_due:
+            if snapshot is not None and snapshot.records[0] and not is_due:
                 snapshot = snapshot.first_order_update(newest)
             else:
                 snapshot = None  # two snapshots at a time could take too much memory
                 samples = graphs.draw(config.group_size, seeded("request", seed, graphs.classes[class_index], step))
-                snapshot = graphs.snapshot(samples, features, zeroed, class_index)
-            previous_loss, loss = loss, F.softplus(snapshot.log_odds[class_index]).mean().item()
+                snapshot = graphs.snapshot(samples, class_index, zeroed, features)
+            previous_loss, loss = loss, F.softplus(snapshot.log_odds[0]).mean().item()
             if is_stalled(loss, previous_loss, config):
                 penalty /= config.penalty_growth
-            scores = saliency(snapshot, class_index, penalty * config.retain_weight, gcn)
+            scores = saliency(snapshot, penalty * config.retain_weight, gcn)
         standardised = in_standard_deviations(scores)
         running_mean = standardised if step == 0 else torch.lerp(standardised, running_mean, config.momentum)
         newest = next_vertices(graphs, class_index, config, running_mean, zeroed)

@@ -1,7 +1,7 @@
 """Snapshots of a classifier, class graphs, and the score of every weight by the formula or with the masking GCN."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -20,29 +20,30 @@ from mimu.settings import Count
 FORGETTING_TEMPERATURE = 2.0
 
 
-def loss_gradient(layer: LayerRecord, record: Record) -> Tensor:
+def loss_gradient(layer: LayerRecord, record: Record, factor: Tensor) -> Tensor:
     """Returns the mean gradient of the cross entropy -log p."""
-    return layer.mean_gradient(-(-record.log_odds).sigmoid())  # p - 1
+    return layer.gradient(factor * -(-record.log_odds).sigmoid())  # p - 1
 
 
-def forgetting_gradient(layer: LayerRecord, record: Record) -> Tensor:
+def forgetting_gradient(layer: LayerRecord, record: Record, factor: Tensor) -> Tensor:
     """Returns the mean gradient of -log(1 - p), at a temperature."""
-    return layer.mean_gradient((record.log_odds / FORGETTING_TEMPERATURE).sigmoid())
+    return layer.gradient(factor * (record.log_odds / FORGETTING_TEMPERATURE).sigmoid())
 
 
 # K = -t log p - (1 - t) log(1 - p), with the odds t / (1 - t) that a sample is to keep, has the derivatives p - t and
 # p (1 - p) by the log-odds.
-def retention_gradient(layer: LayerRecord, record: Record) -> Tensor:
+def retention_gradient(layer: LayerRecord, record: Record, factor: Tensor) -> Tensor:
     """Returns the mean gradient of K."""
-    return layer.mean_gradient(record.log_odds.sigmoid() - record.kept_log_odds.sigmoid())
+    return layer.gradient(factor * (record.log_odds.sigmoid() - record.kept_log_odds.sigmoid()))
 
 
-def retention_curvature(layer: LayerRecord, record: Record) -> Tensor:
+def retention_curvature(layer: LayerRecord, record: Record, factor: Tensor) -> Tensor:
     """Returns the mean second derivative of K by each weight, for log-odds that are linear in it."""
-    return layer.mean_squared_gradient(record.log_odds.sigmoid() * (-record.log_odds).sigmoid())
+    return layer.squared_gradient(factor * record.log_odds.sigmoid() * (-record.log_odds).sigmoid())
 
 
-Mean = Callable[[LayerRecord, Record], Tensor]
+# From the record of a layer, that of all layers, and the share of every sample (samples) to a mean over the samples.
+Mean = Callable[[LayerRecord, Record, Tensor], Tensor]
 # These means depend on the log-odds; a first-order update leaves all other ones as they are.
 MEANS_OF_LOG_ODDS: tuple[Mean, ...] = (loss_gradient, forgetting_gradient, retention_gradient, retention_curvature)
 
@@ -50,22 +51,21 @@ MEANS_OF_LOG_ODDS: tuple[Mean, ...] = (loss_gradient, forgetting_gradient, reten
 class Feature(NamedTuple):
     """A feature of weights.
 
-    mean: a function from a layer's record to its mean over the samples of each class, (classes * groups, m, n) or what
-        broadcasts to it; None: the feature depends on the weight alone
-    of: a function from that mean and the weights, (groups, m, n), from neuron c to r, to the feature, (classes, groups,
-        m, n) or what broadcasts to it
+    mean: a function from a layer's record to a mean over samples, (groups, m, n) or what broadcasts to it; None: the
+        feature depends on the weight alone
+    of: a function from that mean and the weights, (groups, m, n), from neuron c to r, to the feature
     """
 
     mean: Mean | None
     of: Callable[[Tensor, Tensor], Tensor]
 
 
-# E is the mean over a group. A sample's gradient of a kernel is the sum over positions, its activations are means.
+# E is the mean over samples. A sample's gradient of a kernel is the sum over positions, its activations are means.
 FEATURES: dict[str, Feature] = {
     # E[a_c], E[h_r]
-    "input_activation": Feature(lambda layer, _: layer.mean_input()[:, None], lambda mean, weight: mean),
-    "output_activation": Feature(lambda layer, _: layer.mean_output()[..., None], lambda mean, weight: mean),
-    "weight": Feature(None, lambda _, weight: weight[None]),
+    "input_activation": Feature(lambda layer, _, factor: layer.input(factor), lambda mean, weight: mean),
+    "output_activation": Feature(lambda layer, _, factor: layer.output(factor), lambda mean, weight: mean),
+    "weight": Feature(None, lambda _, weight: weight),
     "gradient": Feature(loss_gradient, lambda mean, weight: mean),  # E[dL/dw]
     # w E[dL/dw]: the first-order decrease of the loss when the weight is removed (Molchanov et al. 2017)
     "taylor": Feature(loss_gradient, lambda mean, weight: weight * mean),
@@ -76,7 +76,7 @@ FEATURES: dict[str, Feature] = {
     # |w| sqrt(E[p (1 - p) (d log(p / (1 - p))/dw)^2]): the root of K's second-order increase
     "curvature": Feature(retention_curvature, lambda mean, weight: weight.abs() * mean.sqrt()),
     # |w| E[unit r is active * a_c]: the signal that the weight passes on
-    "coactivation": Feature(lambda layer, _: layer.mean_signal(), lambda mean, weight: weight.abs() * mean),
+    "coactivation": Feature(lambda layer, _, factor: layer.signal(factor), lambda mean, weight: weight.abs() * mean),
 }
 
 
@@ -107,68 +107,92 @@ class GraphConfig:
         return len(self.features) + self.other_classes * sum(name != "weight" for name in self.features)
 
 
-def group_means(
-    records: Iterable[Record], means: Iterable[Mean], group_size: int
-) -> tuple[list[dict[Mean, Tensor]], Tensor]:
-    """Averages over groups of samples, whose records come part by part.
+Sums = list[dict[Mean, Tensor]]  # of every masked layer: weighted sums over samples, which are means
 
-    Returns:
-        The means of every masked layer, (classes, groups, m, n) or what broadcasts to it, and the log-odds of all
-        samples, (classes, group_size).
-    """
-    layer_means: list[dict[Mean, Tensor]] = []
-    log_odds = []
+
+def sums_over(records: Iterable[Record], *shares: Mapping[Mean, Tensor]) -> list[Sums]:
+    """Sums over samples, whose records come part by part; `shares` are those of every sample (samples), by the mean."""
+    all_sums: list[Sums] = [[] for _ in shares]
+    start = 0
     for record in records:
-        share = record.log_odds.shape[1] / group_size
-        layer_means = layer_means or [{} for _ in record.layers]
-        for sums, layer in zip(layer_means, record.layers):
-            for mean in means:
-                part = mean(layer, record).mul_(share)  # in place, since the means of large kernels take much memory
-                part = part.unflatten(0, (len(record.log_odds), -1))
-                sums[mean] = sums[mean].add_(part) if mean in sums else part
-        log_odds.append(record.log_odds)
-    return layer_means, torch.cat(log_odds, 1)
+        part = slice(start, start := start + len(record.log_odds))
+        for sums, share_by_mean in zip(all_sums, shares):
+            sums.extend({} for _ in record.layers[len(sums) :])
+            for by_mean, layer in zip(sums, record.layers):
+                for mean, share in share_by_mean.items():
+                    value = mean(layer, record, share[part])
+                    by_mean[mean] = by_mean[mean].add_(value) if mean in by_mean else value
+    return all_sums
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A pass of samples through a classifier, which may be masked, and what it recorded in the masked layers.
+    """A pass of samples through a classifier, which may be masked: what it tells of a class and of the other classes.
 
+    features: names of the FEATURES of its class graph
     weights: the weights of each masked layer under the mask, (groups, m, n)
-    means: the means of each masked layer over the samples of a class, (classes, groups, m, n) or what broadcasts to it
-    log_odds: the log-odds of the label of every sample, (classes, samples)
-    records: the records that the means were taken of, for parts of the samples; empty if they were too large to keep
+    log_odds: the log-odds of the label of the class's samples, (samples), and of the others', (classes, samples)
+    records: those of parts of the class's samples, and of the others'; empty if they were too large to keep
+    own, others: means over the samples of the class, and of the other classes
+    retained: means over those of the other classes, in which each class is weighted by (its cross entropy + 0.02)^0.5:
+        the more the mask so far has damaged a class, the more it counts
     """
 
     config: GraphConfig
     graph: WeightGraph
+    features: tuple[str, ...]
     weights: list[Tensor]
-    means: list[dict[Mean, Tensor]]
-    log_odds: Tensor
-    records: list[Record]
+    log_odds: tuple[Tensor, Tensor]
+    records: tuple[list[Record], list[Record]]
+    own: Sums = field(default_factory=list)
+    others: Sums = field(default_factory=list)
+    retained: Sums = field(default_factory=list)
 
-    def feature(self, name: str) -> Tensor:
-        """Returns one of the FEATURES for every class, (classes, vertices), not standardised."""
+    def averaged(self, records: Iterable[Iterable[Record]], are_updated: bool = False) -> "Snapshot":
+        """Returns the snapshot with means over the samples of these records, of the class and of the others.
+
+        are_updated: only the means that depend on the log-odds are computed; all others stay
+        """
+        own, others = self.log_odds
+        own_share = torch.full_like(own, 1 / len(own))
+        other_share = torch.full_like(others, 1 / max(1, others.numel())).flatten()
+        damage = (F.softplus(-others).mean(1, keepdim=True) + 0.02).sqrt()
+        retained_share = (damage / damage.sum() / others.shape[1]).expand_as(others).flatten()
+        means = {FEATURES[name].mean for name in self.features} - {None}
+        shares = [
+            dict.fromkeys([forgetting_gradient, *means], own_share),
+            dict.fromkeys(means if self.config.other_classes else [], other_share),
+            dict.fromkeys([retention_gradient, retention_curvature] if len(others) else [], retained_share),
+        ]
+        if are_updated:
+            shares = [{mean: share for mean, share in each.items() if mean in MEANS_OF_LOG_ODDS} for each in shares]
+        of_own, of_others = records
+        sums = sums_over(of_own, shares[0]) + sums_over(of_others, shares[1], shares[2])
+        if are_updated:
+            sums = [
+                [old | new for old, new in zip(*each)] for each in zip((self.own, self.others, self.retained), sums)
+            ]
+        return replace(self, own=sums[0], others=sums[1], retained=sums[2])
+
+    def feature(self, name: str, sums: Sums) -> Tensor:
+        """Returns one of the FEATURES, (vertices), not standardised, for means over some of the samples."""
         feature, parts = FEATURES[name], []
-        for means, weight in zip(self.means, self.weights):
-            part = feature.of(means.get(feature.mean), weight)
-            parts.append(part.expand(len(self.log_odds), *weight.shape).flatten(1))
-        return torch.cat(parts, 1)
+        for by_mean, weight in zip(sums, self.weights):
+            parts.append(feature.of(by_mean.get(feature.mean), weight).expand(weight.shape).flatten())
+        return torch.cat(parts)
 
-    def class_graph(self, class_index: int) -> Tensor:
-        """Returns the vertex features of one class, (1, vertices, features), standardised over the vertices."""
-        features = [self.feature(name)[[class_index]] for name in self.config.features]
-        for name in self.config.features:
-            if self.config.other_classes and name != "weight":
-                values = self.feature(name)
-                features.append((values.sum(0) - values[[class_index]]) / (len(values) - 1))
+    def class_graph(self) -> Tensor:
+        """Returns the vertex features of the class, (1, vertices, features), standardised over the vertices."""
+        features = [self.feature(name, self.own) for name in self.features]
+        if self.config.other_classes:
+            features += [self.feature(name, self.others) for name in self.features if name != "weight"]
         x = torch.stack(features)
         features.clear()  # large ones would stay in memory with the copy
         # torch.std_mean takes ten times as long.
         x -= x.mean(-1, keepdim=True)
         deviation = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / max(1, x.shape[-1] - 1) ** 0.5
         x /= deviation.clamp_min(1e-12)
-        return x.permute(1, 2, 0).contiguous()
+        return x.T[None].contiguous()
 
     def first_order_update(self, vertices: Tensor) -> "Snapshot":
         """Estimates the snapshot without further weights, to first order, without a pass through the network.
@@ -179,17 +203,19 @@ class Snapshot:
         """
         is_removed = vertices.new_zeros(self.graph.num_vertices).index_fill(0, vertices, 1)
         removed = [part.nonzero()[:, 0] for part in is_removed.split(self.graph.sizes)]
-        records = []
-        for record in self.records:
-            log_odds = record.log_odds
-            for layer, weight, at in zip(record.layers, self.weights, removed):
-                log_odds = log_odds - layer.log_odds_drop(weight, at)
-            records.append(record._replace(log_odds=log_odds))
-        changed = [mean for mean in self.means[0] if mean in MEANS_OF_LOG_ODDS]
-        means, log_odds = group_means(records, changed, self.log_odds.shape[1])
-        means = [before | now for before, now in zip(self.means, means)]
+        records: tuple[list[Record], list[Record]] = ([], [])
+        for updated, kept in zip(records, self.records):
+            for record in kept:
+                log_odds = record.log_odds
+                for layer, weight, at in zip(record.layers, self.weights, removed):
+                    log_odds = log_odds - layer.log_odds_drop(weight, at)
+                updated.append(record._replace(log_odds=log_odds))
+        odds = [
+            torch.cat([record.log_odds for record in each]).view_as(now) for each, now in zip(records, self.log_odds)
+        ]
         weights = [weight.flatten().index_fill(0, at, 0).view_as(weight) for weight, at in zip(self.weights, removed)]
-        return replace(self, weights=weights, means=means, log_odds=log_odds, records=records)
+        updated = replace(self, weights=weights, log_odds=(odds[0], odds[1]), records=records)
+        return updated.averaged(records, are_updated=True)
 
 
 @dataclass(eq=False)
@@ -245,80 +271,84 @@ class ActivationGraphs:
         return [self.classifier.weights[index].detach() for index in self.graph.layers]
 
     def snapshot(
-        self, samples: Tensor, names: Sequence[str], zeroed: Tensor | None = None, class_index: int | None = None
+        self,
+        samples: Tensor,
+        class_index: int,
+        zeroed: Tensor | None = None,
+        features: Sequence[str] = (),
+        forgets: bool = True,
     ) -> Snapshot:
         """Runs samples of every class through the classifier, and records what features are formed from.
 
         Args:
             samples: indices, (classes, group_size)
-            names: of the FEATURES that the snapshot can form
+            class_index: of the class that the snapshot is taken for
             zeroed: the vertices that are masked; None: none
-            class_index: of a class to forget. It is removed from the softmax of the retained classes' samples, which
-                are to keep the log-odds that the classifier has without a mask and without that class
+            features: names of the FEATURES of its class graph
+            forgets: whether the class is to be forgotten. It is then removed from the softmax of the other classes'
+                samples, which are to keep the log-odds that the classifier has without a mask and without that class
         """
         mask = self.graph.zeroing(self.nothing if zeroed is None else zeroed)
         excluded_classes: list[int] = []
-        if class_index is not None:  # classes without samples are always excluded; of two classes, none is
+        if forgets:  # classes without samples are always excluded; of two classes, none is
             absent = set(range(self.predictions.shape[1])) - set(self.classes)
             excluded_classes = sorted(absent | {self.classes[class_index]} if self.num_classes > 2 else absent)
+        groups = samples[class_index], torch.cat([samples[:class_index], samples[class_index + 1 :]])
         is_kept = samples.numel() <= samples_that_fit(self._num_gradients)
-        kept: list[Record] = []
+        kept: tuple[list[Record], list[Record]] = ([], [])
 
-        def records() -> Iterator[Record]:
-            for record in self._records(samples, mask, excluded_classes):
+        def records(group: Tensor, keep: list[Record]) -> Iterator[Record]:
+            for record in self._records(group.flatten(), mask, excluded_classes):
                 yield record
                 if is_kept:
-                    kept.append(record._replace(layers=[layer.for_updates() for layer in record.layers]))
+                    keep.append(record._replace(layers=[layer.for_updates() for layer in record.layers]))
 
-        means = dict.fromkeys(FEATURES[name].mean for name in names if FEATURES[name].mean)
-        layer_means, log_odds = group_means(records(), means, samples.shape[1])
-        weights = mask.weights(self.classifier).values()
-        matrices = [weight.unflatten(0, (groups, -1)).flatten(2) for weight, groups in zip(weights, self.graph.groups)]
-        return Snapshot(self.config, self.graph, matrices, layer_means, log_odds, kept)
+        with mask.applied_to(self.classifier):
+            odds = []
+            for group in groups:
+                rows = group.flatten()
+                with torch.no_grad():
+                    logits = self.suffix(self.cached_inputs[rows])
+                odds.append(log_odds(logits, self.labels[rows], excluded_classes).view(group.shape))
+            matrices = zip(self.weights(), self.graph.groups)
+            weights = [weight.unflatten(0, (groups, -1)).flatten(2) for weight, groups in matrices]
+        snapshot = Snapshot(self.config, self.graph, tuple(features), weights, (odds[0], odds[1]), kept)
+        return snapshot.averaged([records(group, keep) for group, keep in zip(groups, kept)])
 
     def _records(self, samples: Tensor, mask: Mask, excluded_classes: Sequence[int] = ()) -> Iterator[Record]:
-        """Yields the records of parts of the samples."""
+        """Yields the records of parts of the samples, which are indices, (samples)."""
         with mask.applied_to(self.classifier):
-            for part in samples.split(max(1, self.at_once // len(samples)), 1):
-                rows = part.flatten()
+            for rows in samples.split(self.at_once) if len(samples) else ():
                 inputs, labels = self.cached_inputs[rows], self.labels[rows]
                 record = self.suffix.record(inputs, labels, self.graph.layers, excluded_classes)
-                kept = record.log_odds
                 if mask.num_zeroed:  # without a mask, the samples are to keep the log-odds that they have
-                    kept = log_odds(self.predictions[rows], labels, excluded_classes)
-                layers = [layer.by_class(len(samples)) for layer in record.layers]
-                yield Record(layers, record.log_odds.view(part.shape), kept.view(part.shape))
+                    kept_log_odds = log_odds(self.predictions[rows], labels, excluded_classes)
+                    record = record._replace(kept_log_odds=kept_log_odds)
+                yield record
 
     def recorded(self) -> dict[str, Any]:
         """Returns what is saved: `layers`, `labels`, and for layers of features `log_odds` and `records`, by layer."""
         content = {"layers": list(self.graph.layers), "labels": self.labels, "records": []}
         if not self._num_gradients:  # the records of layers that read at many positions would be too large
             every = torch.arange(len(self.labels), device=self.labels.device)
-            parts = [*self._records(every[None], self.graph.zeroing(self.nothing))]
-            content["log_odds"] = torch.cat([part.log_odds[0] for part in parts])
+            parts = [*self._records(every, self.graph.zeroing(self.nothing))]
+            content["log_odds"] = torch.cat([part.log_odds for part in parts])
             for layers in zip(*(part.layers for part in parts)):
                 values = zip(FeatureRecord._fields, zip(*layers))
-                content["records"].append({name: torch.cat(each, 1)[0] for name, each in values})
+                content["records"].append({name: torch.cat(each) for name, each in values})
         return content
 
 
-TERMS = ("forgetting", "retention", "curvature")  # the features that the saliency is made of
-
-
-def retain_saliency(snapshot: Snapshot, class_index: int) -> Tensor:
+def retain_saliency(snapshot: Snapshot) -> Tensor:
     """Estimates how much removing each weight lowers the retained classes' loss K, to second order, (vertices).
 
     K is smallest where their samples keep the odds of the original without the forget class (`retention` and
-    `curvature` of FEATURES). In the mean over the retained classes, each one is weighted by (its cross entropy +
-    0.02)^0.5: the more the mask so far has damaged a class, the more it counts.
+    `curvature` of FEATURES).
     """
-    class_weights = (F.softplus(-snapshot.log_odds).mean(1) + 0.02).sqrt()
-    class_weights[class_index] = 0
-    lowered_losses = snapshot.feature("retention") - snapshot.feature("curvature") ** 2 / 2
-    return class_weights @ lowered_losses / class_weights.sum()
+    return snapshot.feature("retention", snapshot.retained) - snapshot.feature("curvature", snapshot.retained) ** 2 / 2
 
 
-def saliency(snapshot: Snapshot, class_index: int, retain_weight: float, gcn: MaskingGCN | None = None) -> Tensor:
+def saliency(snapshot: Snapshot, retain_weight: float, gcn: MaskingGCN | None = None) -> Tensor:
     """Scores every weight, (vertices); the weights of the highest scores are zeroed first to forget a class.
 
         a_v w E_d[dF/dw] + retain_weight b_v retain_saliency
@@ -327,12 +357,12 @@ def saliency(snapshot: Snapshot, class_index: int, retain_weight: float, gcn: Ma
     saliency as in SNIP (Lee et al. 2019, arXiv:1810.02340), of the loss that forgetting lowers.
 
     Args:
-        snapshot: taken for that class (`ActivationGraphs.snapshot`), with the TERMS and the features that the GCN reads
+        snapshot: taken for that class (`ActivationGraphs.snapshot`), with the features that the GCN reads
         gcn: gives the factors a_v and b_v; without it, or before its training, they are 1
     """
-    forget, retain = snapshot.feature("forgetting")[class_index], retain_saliency(snapshot, class_index)
+    forget, retain = snapshot.feature("forgetting", snapshot.own), retain_saliency(snapshot)
     if gcn is not None:
-        forget_factors, retain_factors = gcn(snapshot.class_graph(class_index), snapshot.graph)[0].unbind(-1)
+        forget_factors, retain_factors = gcn(snapshot.class_graph(), snapshot.graph)[0].unbind(-1)
         forget, retain = forget_factors * forget, retain_factors * retain
     return forget + retain_weight * retain
 

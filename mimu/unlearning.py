@@ -15,7 +15,8 @@ from tqdm import tqdm
 from mimu.erasing import ErasingConfig, RecoveredInformation, erase_class, held_out
 from mimu.errors import InputError
 from mimu.graph import MaskingGCN
-from mimu.inputs import CustomModel, plain_torch, samples_of, tensor_of
+from mimu.hiding import head_of, hiding_mask
+from mimu.inputs import TRIED, CustomModel, check_model, copy_of, plain_torch, run_on_few, samples_of, tensor_of
 from mimu.judgement import FEW, Accuracies, Bounds, Judgement
 from mimu.masks import LayerMask, Mask
 from mimu.pretrained import TrainedGCN
@@ -31,15 +32,16 @@ TRUSTED = 50.0  # percent: with a lower mean accuracy, samples and model hardly 
 
 def unlearn(
     model: nn.Module,
-    inputs: Any,
+    inputs: Any = None,
     labels: Any = None,
     forget_class: int | Sequence[int] | None = None,
     gcn: MaskingGCN | TrainedGCN | None = None,
     mask_layer: int | str | Sequence[int | str] | None = "auto",
     seed: int = 0,
     *,
+    method: Literal["erase", "mask", "hide"] | None = None,
     scorer: Literal["gcn", "saliency"] = "gcn",
-    erase: bool = False,
+    erase: bool | None = None,
     max_fall: float | None = 1.0,
     max_class_fall: float | None = 5.0,
     progress: bool = True,
@@ -51,14 +53,18 @@ def unlearn(
 
     Args:
         model: returns logits (samples, classes)
-        inputs: training samples (samples, ...), or a DataLoader or data set of pairs (input, label)
+        inputs: training samples (samples, ...), or a DataLoader or data set of pairs (input, label); to hide classes,
+            none are needed
         labels: the classes of the samples, (samples), from 0 on
         forget_class: one class or several. The classes of a mask on the model stay forgotten, and need no samples
         gcn: rescales the scores; None: the pretrained one, but the formula alone for convolutions and on tokens
         mask_layer: one or several layers, as `mimu.inputs.layers_to_mask` takes them
         seed: of the samples that are drawn
+        method: "erase" takes the classes from the last layer's input, too (`mimu.erasing`); "mask" zeroes the few
+            weights that they need; "hide" changes their output weights alone (`mimu.hiding`). None: erase; where `gcn`,
+            `mask_layer` or `scorer` is set, mask
         scorer: the GCN, or the saliency formula alone
-        erase: whether the classes are also removed from the last layer's input (`mimu.erasing`)
+        erase: the name that method="erase" had before
         max_fall, max_class_fall: points of accuracy that the retained classes may lose, together and each; None: any
         progress: whether bars are shown on a terminal
 
@@ -70,8 +76,12 @@ def unlearn(
     """
     if isinstance(inputs, DataLoader | Dataset) and forget_class is None:
         labels, forget_class = None, labels
-    check_arguments(scorer, erase, mask_layer, {"max_fall": max_fall, "max_class_fall": max_class_fall})
+    method = chosen_method(method, erase, is_for_mask=gcn is not None or mask_layer != "auto" or scorer != "gcn")
+    check_arguments(scorer, method, mask_layer, {"max_fall": max_fall, "max_class_fall": max_class_fall})
     with plain_torch():
+        if method == "hide":
+            return mask_that_hides(model, inputs, labels, forget_class, mask_layer, progress)
+        erase = method == "erase"
         inputs, labels = samples_of(inputs, labels, progress)
         custom = CustomModel.of(model, inputs, mask_layer, progress, erase)
         carried = Mask.on(model)
@@ -91,15 +101,51 @@ def unlearn(
         return erasing_mask(request) if erase else pruning_mask(request, scorer)
 
 
-def check_arguments(scorer: str, erase: bool, mask_layer: Any, bounds: dict[str, Any]) -> None:
+def chosen_method(method: str | None, erase: bool | None, is_for_mask: bool) -> str:
+    """The method of a call. Warns if it names the method by `erase`.
+
+    is_for_mask: whether an argument is set that only masks have
+    """
+    if erase is not None:
+        method = "erase" if erase else "mask"
+        warnings.warn(f"erase={erase} is the old name of method={method!r}", FutureWarning, stacklevel=3)
+    return method or ("mask" if is_for_mask else "erase")
+
+
+def check_arguments(scorer: str, method: str, mask_layer: Any, bounds: dict[str, Any]) -> None:
     """Raises InputError if an argument of `unlearn` has a value that it cannot have."""
+    if method not in ("erase", "mask", "hide"):
+        raise InputError(f"method must be erase, mask or hide, not {method!r}")
     if scorer not in ("gcn", "saliency"):
         raise InputError(f"scorer must be gcn or saliency, not {scorer!r}")
-    if erase and mask_layer not in ("auto", None):
+    if method == "erase" and mask_layer not in ("auto", None):
         raise InputError(f"mask_layer must be auto or None where classes are erased, not {mask_layer!r}")
     for name, bound in bounds.items():
         if bound is not None and not (isinstance(bound, int | float) and bound > 0):
             raise InputError(f"{name} must be a number of points above 0, or None, not {bound!r}")
+
+
+def mask_that_hides(
+    model: nn.Module, inputs: Any, labels: Any, forget_class: Any, mask_layer: Any, progress: bool
+) -> Mask:
+    """The mask on the model that hides classes; see `unlearn`. Inputs, if there are some, show which layer is last.
+
+    Raises:
+        InputError: if the model has no such layer, or forget_class is none of its classes
+    """
+    check_model(model)
+    network, carried, images = copy_of(model), Mask.on(model), None
+    with torch.no_grad():
+        if inputs is not None:
+            inputs = samples_of(inputs, labels, progress)[0][:TRIED].to(next(network.parameters()).device)
+            _, images = run_on_few(network, inputs, torch.arange(len(inputs)))
+        name = head_of(network, mask_layer, images)
+    head = network.get_submodule(name)
+    num_classes, forgotten = len(head.weight), carried.forgets if carried else ()
+    requested = requested_classes(forget_class, torch.arange(num_classes), num_classes, forgotten)
+    mask = hiding_mask(head, name, sorted(requested | set(forgotten)))
+    mask = replace(mask, about="hidden: the representation still holds the class", method="hide")
+    return (mask & carried if carried else mask).with_origins_of(model)
 
 
 class RetainScoreError(InputError):
@@ -176,7 +222,7 @@ class UnlearningRequest:
     def mask_on_model(self, mask: Mask, accuracies: Accuracies, about: str = "") -> Mask:
         """Turns a mask on the classifier into one on the model, together with what that carries."""
         forgotten = sorted(label for label in self.forget if accuracies.get(label, 0.0) < self.trained.pruning.target)
-        mask = replace(mask, forgets=tuple(forgotten), about=about)
+        mask = replace(mask, forgets=tuple(forgotten), about=about, method="erase" if self.erase else "mask")
         if self.erase and (edited := {name: part for name, part in mask.by_layer.items() if part.rank}):
             mask = replace(mask, by_layer=edited)
         return (mask & self.carried if self.carried else mask).with_origins_of(self.model)
@@ -371,6 +417,8 @@ def judged_mask(
         mean, worst = judge.lost_points(after)
         lost = f"by samples held out the retained classes lose {mean:.0f} points, one of them {worst:.0f}"
         messages = [lost, *messages]
+    if behind := judge.behind_hiding(logits, sorted(request.forget)):
+        messages = [behind, *messages]
     if remains := shortfall(judgement, attempt):
         messages = [remains, *messages]
     if messages:
@@ -389,10 +437,14 @@ def retain_score_error(
             break
     mean, worst = judgement.lost_points(after)
     remaining = ", ".join(f"{accuracies[label]:.1f} % of class {label}" for label in judgement.forget)
+    max_fall, max_class_fall = request.bounds
+    together = f"the retained classes {'lose' if mean > 0 else 'gain'} {abs(mean):.1f} points (max_fall {max_fall})"
+    alone = f"one retained class loses {worst:.1f} points (max_class_fall {max_class_fall})"
+    is_broken_together = max_fall is not None and mean > max_fall
+    losses = f"{together}, {alone}" if is_broken_together else f"{alone}, {together}"  # the broken bound comes first
     message = (
-        f"the retained classes lose {mean:.1f} points (max_fall {request.bounds[0]}), one of them {worst:.1f} "
-        f"(max_class_fall {request.bounds[1]}); the mask of this error, of {mask.num_zeroed} zeroed "
-        f"weights, keeps to that on its samples and leaves {remaining} ({request.advice}more samples may do better)"
+        f"{losses}; the mask of this error, of {mask.num_zeroed} zeroed weights, keeps to that on its samples "
+        f"and leaves {remaining} ({request.advice}more samples may do better)"
     )
     return RetainScoreError(message, judgement.accuracies_before, after, request.mask_on_model(mask, accuracies))
 

@@ -1,5 +1,7 @@
 """Modules around other modules: wrappers of a network, and collections of parameters."""
 
+from typing import Any
+
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -14,7 +16,18 @@ class Wrapper(nn.Module):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the network inside a Wrapper, torch.compile, DataParallel or DistributedDataParallel."""
+    """Returns the network inside a Wrapper, torch.compile, DataParallel or DistributedDataParallel.
+
+    Raises:
+        ValueError: if it is no module
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     is_parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
     name = "network" if isinstance(model, Wrapper) else "module" if is_parallel else "_orig_mod"
     return unwrapped(getattr(model, name)) if hasattr(model, name) else model
+
+
+def logits_of(output: Any) -> Any:
+    """Returns the attribute `logits` of a model's output, as models of Hugging Face have it; or else the output."""
+    return getattr(output, "logits", output)

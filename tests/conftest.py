@@ -184,12 +184,29 @@ class Group:
         return dict(zip(FEATURES, of_weights, strict=True))
 
 
-def assert_by_hand(snapshot: Snapshot, groups: list[Group]) -> None:
-    """Asserts that a snapshot has the log-odds and the features of one group of each class."""
-    for row, group in enumerate(groups):
-        assert torch.allclose(snapshot.log_odds[row], group.log_odds, atol=1e-9)
-        for name, expected in group.features().items():
-            assert torch.allclose(snapshot.feature(name)[row], expected, rtol=1e-9, atol=1e-12), name
+def averaged(groups: list[Group], shares: Tensor) -> dict[str, Tensor]:
+    """The features for means over all samples of several groups, each with its share."""
+    features = [group.features() for group in groups]
+    means = {name: torch.stack([each[name] for each in features]) for name in FEATURES}
+    return {name: (shares @ each**2).sqrt() if name == "curvature" else shares @ each for name, each in means.items()}
+
+
+def assert_by_hand(snapshot: Snapshot, own: Group, others: list[Group]) -> None:
+    """Asserts that a snapshot has the log-odds and the features of a class and of groups of the other classes."""
+    damage = torch.stack([(F.softplus(-group.log_odds.detach()).mean() + 0.02).sqrt() for group in others])
+    expected = [
+        (snapshot.own, own.features()),
+        (snapshot.others, averaged(others, torch.full_like(damage, 1 / len(damage)))),
+        (
+            snapshot.retained,
+            {name: averaged(others, damage / damage.sum())[name] for name in ("retention", "curvature")},
+        ),
+    ]
+    for log_odds, group in zip([snapshot.log_odds[0], *snapshot.log_odds[1]], [own, *others], strict=True):
+        assert torch.allclose(log_odds, group.log_odds, atol=1e-9)
+    for sums, features in expected:
+        for name, values in features.items():
+            assert torch.allclose(snapshot.feature(name, sums), values, rtol=1e-9, atol=1e-12), name
 
 
 PACKAGES = ("mimu", "experiment", "audits", "methods", "tables")

@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import IN_FEATURES, NUM_CLASSES, Group, assert_by_hand, graph_config, graph_generator, random_split
+from conftest import (
+    IN_FEATURES,
+    NUM_CLASSES,
+    Group,
+    assert_by_hand,
+    averaged,
+    graph_config,
+    graph_generator,
+    random_split,
+)
 from PIL import Image
 from running import write_image
 from scipy.io import savemat
@@ -293,7 +302,6 @@ def graphs_of(present: list[int], mask_layer: int | None = -2, size: tuple[int, 
 GROUPS = [
     ([], EVERY, 1, [0, 2, 3], EVERY, 5),
     ([0, 3, 17], [0, 1, 3], 0, [1, 3], EVERY, 5),
-    ([0, 3, 17], [0, 3], None, EVERY, None, 1),
     ([0, 3, 17], [0, 3], 1, [0, 3], [0, 3], 5),  # a single other class is seen among both
 ]
 
@@ -302,12 +310,12 @@ GROUPS = [
 def test_features_are_those_of_autograd(zeroed, present, class_index, others_among, own_among, count):
     graphs = graphs_of(present)
     samples, zeroed = graphs.draw(count, seeded("test")), torch.tensor(zeroed, dtype=torch.long)
-    snapshot = graphs.snapshot(samples, tuple(FEATURES), zeroed, class_index)
+    snapshot = graphs.snapshot(samples, class_index, zeroed, tuple(FEATURES))
     among = {class_index: own_among}
     groups = [Group(graphs, zeroed, chosen, among.get(row, others_among)) for row, chosen in enumerate(samples)]
-    assert_by_hand(snapshot, groups)
     assert graphs.classes == present and groups[0].features().keys() == FEATURES.keys()
-    assert len(zeroed) or snapshot.feature("retention").abs().max() == 0, "nothing is lost yet"
+    assert_by_hand(snapshot, groups.pop(class_index), groups)
+    assert len(zeroed) or snapshot.feature("retention", snapshot.retained).abs().max() == 0, "nothing is lost yet"
 
 
 def test_log_odds_of_labels_that_are_left_out_or_all_but_certain():
@@ -319,35 +327,38 @@ def test_log_odds_of_labels_that_are_left_out_or_all_but_certain():
     assert whole[:2].tolist() == [-900, 904] and torch.allclose(whole[2], (p / (1 - p)).log())
 
 
-@pytest.mark.parametrize(
-    "class_index, others_among, mask_layer, last, size",
-    [(None, EVERY, -2, 25, ()), (2, [0, 1, 3], -2, 373, (7, 1, 1)), (None, EVERY, None, 290, (1, 7, 1))],
-)
-def test_a_first_order_update_is_linear_in_what_it_zeroes(class_index, others_among, mask_layer, last, size):
-    graphs, zeroed, further = graphs_of(EVERY, mask_layer, size), [3, 8], [0, 11, last]
-    samples, zeroed = graphs.draw(4, seeded("test")), torch.tensor(zeroed)
-    before = graphs.snapshot(samples, tuple(FEATURES), zeroed, class_index)
+@pytest.mark.parametrize("mask_layer, last, size", [(-2, 25, ()), (-2, 373, (7, 1, 1)), (None, 290, (1, 7, 1))])
+def test_a_first_order_update_is_linear_in_what_it_zeroes(mask_layer, last, size):
+    graphs, zeroed, further = graphs_of(EVERY, mask_layer, size), torch.tensor([3, 8]), [0, 11, last]
+    samples = graphs.draw(4, seeded("test"))
+    before = graphs.snapshot(samples, 2, zeroed, tuple(FEATURES))
     update = before.first_order_update(torch.tensor([0, 11])).first_order_update(torch.tensor([last]))
-    for row, chosen in enumerate(samples):
-        group = Group(graphs, zeroed, chosen, EVERY if row == class_index else others_among)
-        g, weight = group.gradients(group.log_odds), before.feature("weight")[row]
-        w = weight.index_fill(0, torch.tensor(further), 0.0)
-        assert torch.equal(update.feature("weight")[row], w)
-        odds = group.log_odds.detach() - g[:, further] @ weight[further]
-        assert torch.allclose(update.log_odds[row], odds, atol=1e-9)
-        p, t = odds.sigmoid()[:, None], group.t[:, None]
+    weight = before.feature("weight", before.own)
+    w = weight.index_fill(0, torch.tensor(further), 0.0)
+    assert torch.equal(update.feature("weight", update.own), w)
+    own, others = Group(graphs, zeroed, samples[2], EVERY), []
+    for row in (0, 1, 3):
+        others.append(Group(graphs, zeroed, samples[row], [0, 1, 3]))
+    for sums, before_sums, groups, each_odds in (
+        (update.own, before.own, [own], update.log_odds[:1]),
+        (update.others, before.others, others, update.log_odds[1]),
+    ):
+        g = torch.cat([group.gradients(group.log_odds) for group in groups])
+        odds = torch.cat([group.log_odds.detach() for group in groups]) - g[:, further] @ weight[further]
+        assert torch.allclose(torch.cat([*each_odds]), odds, atol=1e-9)
+        p, t = odds.sigmoid()[:, None], torch.cat([group.t for group in groups])[:, None]
         factors = {"taylor": p - 1, "forgetting": (odds / T).sigmoid()[:, None], "retention": p - t}
         for name, factor in factors.items():
-            assert torch.allclose(update.feature(name)[row], w * (factor * g).mean(0), atol=1e-9), name
+            assert torch.allclose(update.feature(name, sums), w * (factor * g).mean(0), atol=1e-9), name
         curvature = w.abs() * (p * (1 - p) * g**2).mean(0).sqrt()
-        assert torch.allclose(update.feature("curvature")[row], curvature, atol=1e-9)
-        assert torch.equal(update.feature("input_activation"), before.feature("input_activation"))
+        assert torch.allclose(update.feature("curvature", sums), curvature, atol=1e-9)
+        unchanged = (each.feature("input_activation", means) for each, means in ((update, sums), (before, before_sums)))
+        assert torch.equal(*unchanged)
 
 
-def class_graph_by_hand(own: dict[str, Tensor], retained: list[dict[str, Tensor]]) -> Tensor:
+def class_graph_by_hand(own: dict[str, Tensor], retained: dict[str, Tensor]) -> Tensor:
     """A class's features, then their means over the other classes (but the weight), standardised per feature."""
-    means = [torch.stack([features[name] for features in retained]).mean(0) for name in own if name != "weight"]
-    x = torch.stack([*own.values(), *means], 1)
+    x = torch.stack([*own.values(), *(retained[name] for name in own if name != "weight")], 1)
     return (x - x.mean(0)) / x.std(0).clamp_min(1e-12)
 
 
@@ -355,24 +366,26 @@ def class_graph_by_hand(own: dict[str, Tensor], retained: list[dict[str, Tensor]
 def test_class_graphs_are_the_features_and_their_means_over_the_other_classes_standardised(zeroed):
     graphs, some = (graph_generator(-2, torch.float64, **each) for each in ({}, {"features": ("weight", "taylor")}))
     samples, zeroed = graphs.draw(5, seeded("test")), torch.tensor(zeroed, dtype=torch.long)
-    by_class = [Group(graphs, zeroed, chosen, [0, 1, 2]).features() for chosen in samples]
+    by_class = [Group(graphs, zeroed, chosen, [0, 1, 2]) for chosen in samples]
     for row, own in enumerate(by_class):
-        expected = class_graph_by_hand(own, by_class[:row] + by_class[row + 1 :])
+        others = averaged(by_class[:row] + by_class[row + 1 :], torch.full((2,), 0.5, dtype=torch.float64))
+        expected = class_graph_by_hand(own.features(), others)
         assert expected.shape == (30, 17) == (30, graphs.config.num_features)
         for each, columns in ((graphs, range(17)), (some, [2, 4, 12])):
-            x = each.snapshot(samples, each.config.features, zeroed).class_graph(row)
+            x = each.snapshot(samples, row, zeroed, each.config.features, forgets=False).class_graph()
             assert torch.allclose(x, expected[None, :, columns], atol=1e-9)
     alone = graph_generator(-2, torch.float64, features=("weight", "taylor"), other_classes=False)
-    x = alone.snapshot(samples, alone.config.features, zeroed).class_graph(2)
+    x = alone.snapshot(samples, 2, zeroed, alone.config.features, forgets=False).class_graph()
     assert alone.config.num_features == 2 and torch.allclose(x[0], expected[:, [2, 4]], atol=1e-9)
 
 
 def test_get_data_is_the_graph_of_one_sample_beside_the_other_classes():
     graphs = graph_generator(-2, torch.float64)
     groups = torch.tensor([20]), *graphs.by_class[[0, 2]]
-    own, *retained = (Group(graphs, graphs.nothing, samples, [0, 1, 2]).features() for samples in groups)
+    own, *others = (Group(graphs, graphs.nothing, samples, [0, 1, 2]) for samples in groups)
     data, edges = graphs.get_data(20, graphs.graph.num_edges), graphs.graph.num_edges
-    expected = class_graph_by_hand(own, retained)
+    retained = averaged(others, torch.full((2,), 0.5, dtype=torch.float64))
+    expected = class_graph_by_hand(own.features(), retained)
     assert torch.allclose(data.x, expected, atol=1e-9) and data.y.tolist() == [1] and data.validate()
     assert torch.equal(data.edge_index, graphs.graph.edge_index()) and data.edge_index.shape == (2, edges)
     with pytest.raises(IndexError, match="^index 45 is out of bounds"):

@@ -163,7 +163,8 @@ def test_with_kappa_auto_each_order_stops_where_it_forgets(tmp_path):
     names = ("random", "mimu", "in order", "at once", "sft")
     scored = make_eval(tmp_path, requested_kappa="auto", target=50.0, methods=names)
     request = scored.request
-    curvature = request.graphs.snapshot(request.graphs.by_class, ["curvature"]).feature("curvature")[FORGET]
+    snapshot = request.graphs.snapshot(request.graphs.by_class, FORGET, features=["curvature"], forgets=False)
+    curvature = snapshot.feature("curvature", snapshot.own)
     results, ranked, kappas = scored.eval(), curvature.argsort(descending=True), []
     for order, step in ((torch.tensor(results["zeroed"]), 4), (ranked, 4), (ranked, 1)):
         for kappa in range(step, 30, step):

@@ -104,7 +104,7 @@ def test_a_mask_goes_on_the_network_that_it_was_made_on_and_on_another_only_if_t
     made = dataclasses.replace(lower_left(model), about="ranked by the formula; 3 % are left")
     made.save(tmp_path / "mask.pt")
     mask = Mask.load(tmp_path / "mask.pt")
-    assert mask.layers == tuple(mask.origins) == NAMES
+    assert mask.layers == NAMES and mask.origins.keys() == dict(model.named_parameters()).keys()
     assert repr(mask) == repr(made) and repr(mask).endswith("3 % are left)")
     model = (SAME | OTHERS)[name](model)
     before = state_of(model)
@@ -120,8 +120,7 @@ def test_a_mask_goes_on_the_network_that_it_was_made_on_and_on_another_only_if_t
         carried = Mask.on(model)
         assert carried.includes(mask) and mask.includes(carried) and carried.forgets == (1,)
         if name == "itself":
-            assert list(mask.origins) == list(carried.origins)
-            assert all(torch.equal(one, carried.origins[layer]) for layer, one in mask.origins.items())
+            assert all(torch.equal(mask.origins[layer], one) for layer, one in carried.origins.items())
         raise ZeroDivisionError
     assert state_of(model) == before
 
@@ -131,7 +130,7 @@ def test_masks_combine_take_the_place_of_what_they_include_and_come_off():
     before, one, other = state_of(model), lower_left(model, NAMES[:2]), lower_left(model, NAMES[1:])
     by_hand = mask_of({SECOND: torch.ones(36, 36).triu()}, (2,))
     both = one & other & by_hand & one
-    assert both.layers == tuple(sorted(both.origins)) == NAMES and tuple((by_hand & one).origins) == NAMES[:2]
+    assert both.layers == NAMES and both.origins.keys() == dict(model.named_parameters()).keys()
     assert both.forgets == (1, 2) and both.num_zeroed == one.num_zeroed + 36 * 35
     one.apply(model)
     carries = r"the model carries Mask\(layer 0.weight: .*\): take it off first, or apply mask &"

@@ -273,8 +273,8 @@ def test_both_published_terms_reach_the_gcn_and_sufficiency_keeps_the_top_weight
     single = graphs.draw(1, seeded("test"))
     logits = importance(gcn, graphs, single)
     for row, sample in enumerate(single.flatten().tolist()):
-        snapshot = graphs.snapshot(torch.tensor([[sample]]), FEATURES)
-        x = replace(snapshot, config=graph_config(features=FEATURES, other_classes=False)).class_graph(0)
+        snapshot = graphs.snapshot(torch.tensor([[sample]]), 0, features=FEATURES, forgets=False)
+        x = replace(snapshot, config=graph_config(features=FEATURES, other_classes=False)).class_graph()
         by_itself = torch.cat([gcn.readout(part)[0].flatten() for part in gcn.hidden(x, graphs.graph)])
         assert torch.allclose(logits[row], by_itself, atol=1e-5)
     w = graphs.weights()[0].flatten()

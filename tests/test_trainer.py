@@ -21,7 +21,7 @@ from mimu import training
 from mimu.errors import TrainingError
 from mimu.pruning import Pruning, RemainingCounter, prune
 from mimu.saliency import FORGETTING_TEMPERATURE as T
-from mimu.saliency import TERMS, ranked, saliency
+from mimu.saliency import ranked, saliency
 from mimu.samples import Split, is_correct
 from mimu.seeds import seeded
 from trainer import GCNTrainer, GCNTrainerConfig, Trainer, UnlearningSFT
@@ -96,13 +96,12 @@ def test_the_loss_is_of_the_classifier_under_the_mask_of_the_scores_which_weigh_
     gcn.readout.weight.data.normal_(generator=seeded("readout"))
     trains = gcn_trainer(graphs, necessity_forget=2.0, necessity_retain=0.5)
     terms, scores = trains.necessity(gcn, graphs, gone, row, seeded("test"))
-    names = (*TERMS, *graphs.config.features)
-    snapshot = graphs.snapshot(graphs.draw(8, generator), names, gone, row)
-    formula, forgetting = saliency(snapshot, row, RETAIN_WEIGHT), snapshot.feature("forgetting")[row]
-    forget_factors, retain_factors = gcn(snapshot.class_graph(row), graph)[0].T
+    snapshot = graphs.snapshot(graphs.draw(8, generator), row, gone, graphs.config.features)
+    formula, forgetting = saliency(snapshot, RETAIN_WEIGHT), snapshot.feature("forgetting", snapshot.own)
+    forget_factors, retain_factors = gcn(snapshot.class_graph(), graph)[0].T
     expected = forget_factors * forgetting + retain_factors * (formula - forgetting)
     assert torch.allclose(scores, expected, rtol=1e-4, atol=1e-6)
-    assert torch.equal(saliency(snapshot, row, RETAIN_WEIGHT, trains.initial()), formula), "before the training"
+    assert torch.equal(saliency(snapshot, RETAIN_WEIGHT, trains.initial()), formula), "before the training"
     kappa = trainer.log_uniform((3, 10), graph.num_vertices, generator)
     removed = [*zeroed, *largest_free(scores.tolist(), range(graph.num_vertices), zeroed, kappa)]
     samples, original = graphs.draw(10, generator), graphs.classifier(graphs.samples.images)

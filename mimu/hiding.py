@@ -1,0 +1,75 @@
+"""Hiding classes: their output weights are set so that their logits are never the largest, and nothing else changes.
+
+It takes no data and no time, and costs the retained classes nothing. The representation still holds the class.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimu.errors import InputError, shortened
+from mimu.masks import LayerMask, Mask
+from mimu.wrapping import logits_of
+
+HIDDEN_BIAS = -1e4  # of a hidden class, whose output weights are zeroed; float16 holds it, too
+
+
+def head_of(model: nn.Module, mask_layer: Any, images: Tensor | None) -> str:
+    """Finds the layer whose output is the logits, by its name in the model.
+
+    Args:
+        mask_layer: the name of the layer or of its weight, or "auto"
+        images: some samples, on which the model is run to find it; None: it must be the only linear layer, or named
+
+    Raises:
+        InputError: if there is no such layer, or several
+    """
+    kinds = nn.Linear if images is None else nn.Linear | nn.Conv2d
+    heads = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    candidates = [*heads]
+    if mask_layer != "auto":
+        heads = {name: module for name, module in heads.items() if mask_layer in (name, f"{name}.weight")}
+    if images is not None:
+        outputs: dict[str, Tensor] = {}
+
+        def record(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            outputs[name] = output
+
+        hooks = [module.register_forward_hook(partial(record, name)) for name, module in heads.items()]
+        logits = logits_of(model(images))
+        for hook in hooks:
+            hook.remove()
+        heads = {name: heads[name] for name, output in outputs.items() if torch.equal(output.flatten(1), logits)}
+    if len(heads) != 1:
+        where = "the only linear layer, or named by mask_layer" if images is None else "one whose output is the logits"
+        names = shortened(", ".join(candidates)) or "none"
+        raise InputError(f"a class is hidden in the last layer, which must be {where}; linear layers are {names}")
+    return next(iter(heads))
+
+
+def hiding_mask(head: nn.Module, name: str, forget: Sequence[int]) -> Mask:
+    """Makes the mask that hides classes in a layer whose outputs are the logits.
+
+    With a bias, the output weights of a class become 0 and its bias `HIDDEN_BIAS`. Without one, its output weights
+    become the mean of those of the retained classes: its logit is then the mean of theirs.
+
+    Raises:
+        InputError: if there is no class to retain
+    """
+    weight, bias = head.weight.detach(), head.bias
+    retained = sorted(set(range(len(weight))) - set(forget))
+    if not retained:
+        raise InputError(f"there must be classes to retain beside {list(forget)}")
+    rows = F.one_hot(torch.tensor(forget), len(weight)).T.to(weight)  # (classes, forget)
+    keep = torch.ones_like(weight)
+    if bias is None:
+        v = weight[list(forget)].flatten(1) - weight[retained].flatten(1).mean(0)
+        return Mask({f"{name}.weight": LayerMask(keep, rows, v.T)}, tuple(forget))
+    keep[list(forget)] = 0
+    shift = rows.sum(1) * (bias.detach() - HIDDEN_BIAS)
+    on_bias = LayerMask(torch.ones_like(bias.detach()), shift[:, None], shift.new_ones(1, 1))
+    return Mask({f"{name}.weight": LayerMask.of(keep), f"{name}.bias": on_bias}, tuple(forget))
