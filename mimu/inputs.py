@@ -2,28 +2,26 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain
+from math import prod
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from mimu.batches import Batch, batches_of, check_finite_rows, joined, sketch, take_packed
 from mimu.erasing import late_layers
 from mimu.errors import InputError, one_line, shortened
 from mimu.hooked import HookedClassifier
 from mimu.masks import Mask
-from mimu.seeds import seeded
 from mimu.wrapping import logits_of, unwrapped
 
-READ_AT_ONCE = 1000  # samples that a data set is read by, and a model is run on
 TRIED = 16  # samples on which a model is tried
+HELD = 2**27  # numbers that the late layers of an erasure may be given in all; above that, fewer layers are edited
 
 
 @dataclass(frozen=True)
@@ -33,25 +31,36 @@ class CustomModel:
     classifier: a copy in float32, under the mask that the model carries, from the layers to mask on
     masked: the indices of these layers
     cached_inputs: what the classifier reads for all samples, (samples, ...)
-    model_inputs: what the model itself reads for them
+    labels: (samples) int64
+    model_inputs: what the model itself reads for them, reduced (`sketch`); where it reads words, or nothing is to be
+        erased, integers (samples, 0)
     num_classes: the number of its logits
     """
 
     classifier: HookedClassifier
     masked: tuple[int, ...]
     cached_inputs: Tensor
+    labels: Tensor
     model_inputs: Tensor
     num_classes: int
 
     @classmethod
     @torch.no_grad()
     def of(
-        cls, model: nn.Module, inputs: Tensor, mask_layer: Any = "auto", progress: bool = True, erase: bool = False
+        cls,
+        model: nn.Module,
+        inputs: Any,
+        labels: Any,
+        mask_layer: Any = "auto",
+        progress: bool = True,
+        erase: bool = False,
     ) -> Self:
         """Copies a model, tries it on a few samples, exports it, and runs what precedes the layers to mask once.
 
+        The inputs are read once, batch by batch: no more of them is kept than the layers to mask are given.
+
         Args:
-            inputs: (samples, ...), as the model takes them; their device and type become those of the model
+            inputs, labels: as `batches_of` takes them; the device and type of inputs become those of the model
             mask_layer: the layers to mask, as `layers_to_mask` takes them
             progress: whether to show a progress bar
             erase: whether the layers to mask are the late ones, from which classes are erased
@@ -61,16 +70,30 @@ class CustomModel:
         """
         check_model(model)
         model = copy_of(model)
-        inputs = inputs.to(next(model.parameters()).device)
-        few = torch.linspace(0, len(inputs) - 1, min(TRIED, len(inputs)), dtype=torch.float32).long()
-        logits, inputs = run_on_few(model, inputs, few)
+        num_batches, batches = batches_of(inputs, labels, progress)
+        first = next(batches)
+        logits, few = run_on_few(model, first)
         check_finite_rows(logits, "logits", ", though inputs and weights are")
-        float_inputs = inputs.float() if inputs.is_floating_point() else inputs
-        classifier = exported(model, float_inputs[few], logits)
-        layers = late_layers(classifier) if erase else mask_layer
+        few = few.float() if few.is_floating_point() else few
+        reads_words = first.has_integers if first.is_packed else not few.is_floating_point()
+        classifier = exported(model, few, logits)
+        num_samples = num_batches * len(first.labels)
+        layers = late_layers_that_fit(classifier, num_samples) if erase else mask_layer
         masked = layers_to_mask(layers, classifier.names, classifier.trace.names_at_the_end)
-        cached_inputs = prefix_outputs(classifier, masked, float_inputs, progress)
-        return cls(classifier.suffix_from(masked), masked, cached_inputs, inputs, logits.shape[1])
+
+        def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            count, name = 0, f"what layer {classifier.names[masked[0]]!r} is given for inputs"
+            for images, labels, _ in chain([first], batches):
+                images = images.to(few)
+                values = classifier.prefix_activations(masked, images)
+                check_finite_rows(values, name, start=count)
+                count += len(values)
+                is_attacked = erase and not reads_words
+                reduced = sketch(images) if is_attacked else labels.new_empty(len(labels), 0)
+                yield values, labels.to(few.device), reduced.to(few.device)
+
+        cached_inputs, labels, model_inputs = joined(rows(), num_samples)
+        return cls(classifier.suffix_from(masked), masked, cached_inputs, labels, model_inputs, logits.shape[1])
 
     @property
     def reads_features(self) -> bool:
@@ -117,22 +140,28 @@ def copy_of(model: nn.Module) -> nn.Module:
     return copied
 
 
-def run_on_few(model: nn.Module, inputs: Tensor, few: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs a model on a few inputs, by their indices; returns their logits, and all inputs in the type that it takes.
+def run_on_few(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Runs a model on a few inputs of a batch; returns their logits, and these inputs in the type that it takes.
 
-    Where it fails on their own type, that of its parameters is tried. Raises InputError where that fails, too.
+    From then on the model takes tensors as `Batch.images` has them. Where it fails on their own type, that of its
+    parameters is tried. Raises InputError where that fails, too.
     """
+    if batch.is_packed:
+        take_packed(model, batch.form)
+    count = len(batch.labels)
+    few = torch.linspace(0, count - 1, min(TRIED, count), dtype=torch.float32).long()
+    inputs = batch.images[few.to(batch.images.device)].to(next(model.parameters()).device)
     types = dict.fromkeys([inputs.dtype, *(each.dtype for each in model.parameters() if each.is_floating_point())])
     first_error = None
     for dtype in types:
         try:
-            logits = logits_of(model(inputs[few].to(dtype)))
+            logits = logits_of(model(inputs.to(dtype)))
             break
         except Exception as error:  # a user's model may raise anything
             first_error = first_error or error
     else:
-        about = f"inputs of shape {tuple(inputs[few].shape)} and {inputs.dtype}"
-        raise InputError(f"model: fails on {about} ({one_line(first_error)})") from first_error
+        form = batch.form if batch.is_packed else f"of shape {tuple(inputs.shape)} and {inputs.dtype}"
+        raise InputError(f"model: fails on inputs {form} ({one_line(first_error)})") from first_error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(few):
         has = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"model must return logits, a tensor ({len(few)}, classes) for such inputs, not {has}")
@@ -140,7 +169,7 @@ def run_on_few(model: nn.Module, inputs: Tensor, few: Tensor) -> tuple[Tensor, T
         must = "model must return a logit for each class, not one: z stands for the two torch.cat([-z / 2, z / 2], 1)"
         raise InputError(must)
     if dtype != inputs.dtype and not inputs.is_floating_point():
-        span = f"from {inputs.min().item()} to {inputs.max().item()}"
+        span = f"from {batch.images.min().item()} to {batch.images.max().item()}"
         warnings.warn(f"inputs are {inputs.dtype}, {span}, but the model takes {dtype}: are they scaled?", stacklevel=5)
     return logits, inputs.to(dtype)
 
@@ -202,81 +231,15 @@ def layers_to_mask(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[s
     return tuple(sorted(indices))
 
 
-def prefix_outputs(classifier: HookedClassifier, layers: Sequence[int], inputs: Tensor, progress: bool) -> Tensor:
-    """Runs all that precedes some layers on all samples, (samples, ...). Raises InputError where it is not finite."""
-    parts = with_progress(inputs.split(min(READ_AT_ONCE, classifier.samples_at_once)), progress)
-    values = torch.cat([classifier.prefix_activations(layers, part) for part in parts])
-    check_finite_rows(values, f"what layer {classifier.names[layers[0]]!r} is given for inputs")
-    return values
-
-
-def samples_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[Tensor, Tensor]:
-    """Inputs (samples, ...) and labels (samples) int64 as tensors, all finite.
-
-    Without labels, inputs is a DataLoader, or a data set, of pairs (input, label). Raises InputError.
-    """
-    if labels is None:
-        try:
-            loader = inputs if isinstance(inputs, DataLoader) else DataLoader(inputs, READ_AT_ONCE)
-            batches = with_progress(with_own_generator(loader), progress)
-            inputs, labels = (torch.cat(list(map(torch.atleast_1d, each))) for each in zip(*batches, strict=True))
-        except Exception as error:  # a user's data set may raise anything
-            must = "where labels are not given, inputs must be a DataLoader or a data set of pairs (input, label)"
-            raise InputError(f"{must}, not {type(inputs).__name__} ({one_line(error)})") from error
-    labels = tensor_of(labels, "labels")
-    if isinstance(inputs, tuple) and len(inputs) != labels.numel():
-        must = "inputs must be one tensor, (samples, ...): wrap a model of several in one that takes them as one"
-        raise InputError(f"{must}; not a tuple of {len(inputs)} for {labels.numel()} labels")
-    inputs = tensor_of(inputs, "inputs")
-    if inputs.ndim < 2 or not inputs.numel():
-        raise InputError(f"inputs must be samples, (samples, ...), not of shape {tuple(inputs.shape)}")
-    if labels.shape != inputs.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
-        has = f"{labels.dtype} of {tuple(labels.shape)}"
-        raise InputError(f"labels must be integers of shape ({len(inputs)},), one for every sample, not {has}")
-    check_finite_rows(inputs, "inputs")
-    return inputs, labels.to(inputs.device, torch.int64)
-
-
-def with_progress(batches: Iterable, progress: bool) -> tqdm:
-    """Shows a bar over batches of samples, on a terminal, if they take more than a second."""
-    return tqdm(batches, "samples", delay=1, leave=False, disable=None if progress else True)
-
-
-def with_own_generator(loader: DataLoader) -> DataLoader:
-    """Copies a loader; the copy draws from generators of its own, where it would draw from the global one."""
-    loader = copy.copy(loader)
-    loader.generator = loader.generator or seeded("samples")
-    if getattr(loader.sampler, "generator", True) is None:
-        sampler, batches = copy.copy(loader.sampler), copy.copy(loader.batch_sampler)
-        sampler.generator = seeded("order")
-        if batches is not None:
-            batches.sampler = sampler
-        vars(loader).update(sampler=sampler, batch_sampler=batches)  # PyTorch forbids setting these
-    return loader
-
-
-def tensor_of(value: Any, name: str) -> Tensor:
-    """Turns a value into a tensor. Raises InputError, with the name of the value, where that is impossible."""
-    try:
-        if isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value):
-            value = torch.stack(list(value))
-        if not isinstance(value, Tensor):
-            array = np.array(value)  # by NumPy, so that numbers do not take the default type of PyTorch
-            value = torch.as_tensor(array.astype(array.dtype.newbyteorder("=")))
-    except Exception as error:  # any value may come here
-        has = f"{type(value).__name__} ({one_line(error)})"
-        raise InputError(f"{name} must be a tensor, an array or a list, not {has}") from None
-    is_special = value.is_nested or value.is_complex() or value.is_meta or value.is_quantized
-    if is_special or value.layout != torch.strided:
-        raise InputError(f"{name} must be real numbers in a dense tensor, not {value.dtype}, {value.layout}")
-    return value.detach().clone() if value.is_inference() else value.detach()
-
-
-def check_finite_rows(values: Tensor, name: str, why: str = "") -> None:
-    """Raises InputError where a row of values (samples, ...) is not finite, or not once squared; names the first."""
-    is_finite = torch.linalg.vector_norm(values.flatten(1).float(), dim=1).isfinite()
-    if not is_finite.all():
-        raise InputError(f"{name}[{int((~is_finite).nonzero()[0])}] is not finite, or too large to be squared{why}")
+def late_layers_that_fit(classifier: HookedClassifier, num_samples: int) -> list[int]:
+    """The late layers from which classes are erased, fewer where what they are given would take too much memory."""
+    layers, trace = late_layers(classifier), classifier.trace
+    while len(layers) > 2:
+        numbers = prod(trace.shapes[trace.start_of([classifier.names[layer] for layer in layers])]) // 2
+        if num_samples * numbers <= HELD:
+            break
+        layers = layers[1:]
+    return layers
 
 
 @contextmanager

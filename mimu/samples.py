@@ -28,6 +28,8 @@ class Split:
         return self[self.labels != forget_class]
 
     def __getitem__(self, chosen: Tensor | slice) -> "Split":
+        if isinstance(chosen, Tensor) and chosen.dtype == torch.bool and chosen.all():
+            return self  # a copy of all samples would take their memory once more
         return Split(self.images[chosen], self.labels[chosen])
 
     def select(self, indices: Tensor) -> "Split":

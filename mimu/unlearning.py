@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from mimu.batches import batches_of, tensor_of
 from mimu.erasing import ErasingConfig, RecoveredInformation, erase_class, held_out
 from mimu.errors import InputError
 from mimu.graph import MaskingGCN
 from mimu.hiding import head_of, hiding_mask
-from mimu.inputs import TRIED, CustomModel, check_model, copy_of, plain_torch, run_on_few, samples_of, tensor_of
+from mimu.inputs import CustomModel, check_model, copy_of, plain_torch, run_on_few
 from mimu.judgement import FEW, Accuracies, Bounds, Judgement
 from mimu.masks import LayerMask, Mask
 from mimu.pretrained import TrainedGCN
@@ -82,10 +83,9 @@ def unlearn(
         if method == "hide":
             return mask_that_hides(model, inputs, labels, forget_class, mask_layer, progress)
         erase = method == "erase"
-        inputs, labels = samples_of(inputs, labels, progress)
-        custom = CustomModel.of(model, inputs, mask_layer, progress, erase)
+        custom = CustomModel.of(model, inputs, labels, mask_layer, progress, erase)
         carried = Mask.on(model)
-        train = Split(custom.cached_inputs, labels.to(custom.cached_inputs.device))
+        train = Split(custom.cached_inputs, custom.labels)
         forgotten = carried.forgets if carried else ()
         requested = requested_classes(forget_class, train.labels, custom.num_classes, forgotten)
         trained = TrainedGCN.of(gcn, custom.cached_inputs.device)
@@ -137,8 +137,7 @@ def mask_that_hides(
     network, carried, images = copy_of(model), Mask.on(model), None
     with torch.no_grad():
         if inputs is not None:
-            inputs = samples_of(inputs, labels, progress)[0][:TRIED].to(next(network.parameters()).device)
-            _, images = run_on_few(network, inputs, torch.arange(len(inputs)))
+            _, images = run_on_few(network, next(batches_of(inputs, labels, progress)[1]))
         name = head_of(network, mask_layer, images)
     head = network.get_submodule(name)
     num_classes, forgotten = len(head.weight), carried.forgets if carried else ()
