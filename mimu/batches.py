@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mimu.errors import InputError, one_line
 from mimu.seeds import seeded
+from mimu.wrapping import logits_of
 
 READ_AT_ONCE = 250  # samples of a batch, where the user gives no DataLoader
 SKETCHED = 1024  # numbers of a sample to which those of larger inputs are reduced
@@ -131,18 +132,20 @@ def packed(tensors: Mapping[str | int, Tensor]) -> Tensor:
     return torch.cat(columns, 1)
 
 
-def take_packed(model: nn.Module, form: Form) -> None:
-    """Makes a model take one tensor, as `packed` makes it, in place of several or of those given by name."""
+def take_images(model: nn.Module, form: Form) -> None:
+    """Makes a model take one tensor, `Batch.images`, whatever it takes by itself, and return the logits alone."""
     forward, sizes = model.forward, [prod(shape) for shape, _ in form.values()]
 
-    def forward_of_one(images: Tensor) -> Any:
+    def logits(images: Tensor) -> Any:
+        if [*form] == [0]:
+            return logits_of(forward(images))
         floats = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
         arguments = {}
         for (name, (shape, dtype)), part in zip(form.items(), images.split(sizes, 1)):
             arguments[name] = part.reshape(-1, *shape).to(floats if dtype.is_floating_point else dtype)
-        return forward(*arguments.values()) if 0 in form else forward(**arguments)
+        return logits_of(forward(*arguments.values()) if 0 in form else forward(**arguments))
 
-    model.forward = forward_of_one  # a module around it would change the names of its weights
+    model.forward = logits  # a module around it would change the names of its weights
 
 
 def with_progress(batches: Iterable, progress: bool) -> tqdm:

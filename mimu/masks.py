@@ -252,7 +252,8 @@ class Mask:
             ValueError: A weight does not exist, has another shape, belongs to several modules, or cannot be masked;
                 or, without `other_weights`, it differs from the one that the mask was made on by more than rounding.
         """
-        weights, names, parts = weights_in(model), indexed_in(model), {}
+        weights, parts = weights_in(model), {}
+        names = self.names_in(model, weights)
         for layer, part in self.by_layer.items():
             name, shape = names.get(layer, layer), tuple(part.keep.shape)
             weight = weights.get(name)
@@ -277,6 +278,19 @@ class Mask:
                 remedy = "apply it to that network, make one for this, or say other_weights=True"
                 raise ValueError(f"layer {name!r} has other weights than the mask was made on: {remedy}")
         return {name: parts[name] for name in weights if name in parts}, weights
+
+    def names_in(self, model: nn.Module, weights: Collection[str]) -> dict[int | str, str]:
+        """Returns names of a model's weights by other names that the mask may have for them.
+
+        Old files have indices. A mask of a module around the model has one prefix before all names, such as "model.".
+        """
+        layers = self.by_layer.keys()
+        path = str(next(iter(layers))).split(".")
+        for depth in range(1, len(path)) if layers.isdisjoint(weights) else ():
+            inner = {".".join([*path[:depth], name]): name for name in weights}
+            if layers <= inner.keys():
+                return inner
+        return indexed_in(model)
 
     def apply(self, model: nn.Module, permanent: bool = False, other_weights: bool = False) -> None:
         """Masks all layers or, where anything is raised, none. A mask that the model carries is replaced.
