@@ -20,6 +20,7 @@ from mimu.wrapping import logits_of
 READ_AT_ONCE = 250  # samples of a batch, where the user gives no DataLoader
 SKETCHED = 1024  # numbers of a sample to which those of larger inputs are reduced
 SKETCHED_AT_ONCE = 16  # samples: those of a whole batch would take its memory twice more
+WITHOUT_LABELS = "where labels are not given, inputs must be a DataLoader or a data set of pairs (input, label) or of dicts with labels"
 
 Form = dict[str | int, tuple[tuple[int, ...], torch.dtype]]
 
@@ -90,8 +91,7 @@ def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, It
         except InputError:
             raise
         except Exception as error:  # a user's data set may raise anything
-            must = "where labels are not given, inputs must be a DataLoader or a data set of pairs (input, label)"
-            raise InputError(f"{must}, not {type(inputs).__name__} ({one_line(error)})") from error
+            raise InputError(f"{WITHOUT_LABELS}, not {type(inputs).__name__} ({one_line(error)})") from error
 
     return length_hint(source), batches()
 
@@ -108,7 +108,8 @@ def arguments_of(batch: Any) -> tuple[dict[str | int, Tensor], Tensor]:
         case [_, *_, _, labels]:
             inputs = batch[:-1]
         case _:
-            raise ValueError("a batch is neither a tuple (input, ..., label) nor a dict with labels")
+            has = [*batch] if isinstance(batch, Mapping) else f"batches of {type(batch).__name__}"
+            raise InputError(f"{WITHOUT_LABELS}, not {has}")
     if not isinstance(inputs, Mapping):
         inputs = dict(enumerate(inputs if isinstance(inputs, list | tuple) else [inputs]))
     labels = tensor_of(labels, "labels")

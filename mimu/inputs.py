@@ -186,7 +186,7 @@ def exported(model: nn.Module, example: Tensor, logits: Tensor) -> HookedClassif
         if why_no_logits := classifier.trace.why_no_logits:
             raise ValueError(f"must end in a layer that gives the logits, but {why_no_logits}")
         last = classifier.names.index(classifier.trace.names_at_the_end[-1])
-        classifier.record(example[:2], torch.zeros(2, dtype=torch.int64, device=example.device), [last])
+        classifier.record(example[[0, -1]], torch.zeros(2, dtype=torch.int64, device=example.device), [last])
         rtol, atol = (1e-3, 1e-4) if logits.dtype in (torch.float32, torch.float64) else (5e-2, 5e-2)
         if not torch.allclose(classifier.outputs(example)[1], logits.float(), rtol, atol):
             raise ValueError("gives other logits in float32")

@@ -320,8 +320,9 @@ def forget_by_erasing(request: UnlearningRequest, judgement: Judgement) -> Attem
         percent, label = judgement.most_remaining(logits, due)
         if (percent < judgement.target and not due) or judgement.is_ruined(logits):
             break
-        labels, images = request.train.labels, request.custom.model_inputs
+        labels = request.train.labels
         chosen = torch.isin(labels, labels.new_tensor([label, *judgement.retained]))
+        images = Split(request.custom.model_inputs, labels)[chosen].images
         mask, recovered[label] = erase_class(
             request.custom.classifier,
             request.train[chosen],
@@ -330,7 +331,7 @@ def forget_by_erasing(request: UnlearningRequest, judgement: Judgement) -> Attem
             request.seed,
             start=masks[-1],
             progress=request.progress,
-            model_inputs=images[chosen] if images.is_floating_point() else None,  # integers are words, not features
+            model_inputs=images if images.is_floating_point() else None,  # integers are words, not features
         )
         masks.append(mask)
         logits = request.logits(mask)
