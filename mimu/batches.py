@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from math import prod
 from operator import length_hint
 from typing import Any, NamedTuple
@@ -20,7 +21,11 @@ from mimu.wrapping import logits_of
 READ_AT_ONCE = 250  # samples of a batch, where the user gives no DataLoader
 SKETCHED = 1024  # numbers of a sample to which those of larger inputs are reduced
 SKETCHED_AT_ONCE = 16  # samples: those of a whole batch would take its memory twice more
-WITHOUT_LABELS = "where labels are not given, inputs must be a DataLoader or a data set of pairs (input, label) or of dicts with labels"
+FEW = 64  # samples that smaller batches are merged to, as a pass over each of them would take long
+WITHOUT_LABELS = (
+    "where labels are not given, inputs must be a DataLoader or a data set of pairs (input, label) "
+    "or of dicts with labels"
+)
 
 Form = dict[str | int, tuple[tuple[int, ...], torch.dtype]]
 
@@ -50,7 +55,7 @@ class Batch(NamedTuple):
 
 
 def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, Iterator[Batch]]:
-    """Reads samples batch by batch; returns the number of batches (0: unknown), too.
+    """Reads samples batch by batch; returns about the number of all samples (0: unknown), too.
 
     Args:
         inputs: (samples, ...), or several such tensors in a dict or a tuple; or, without labels, a DataLoader or a data
@@ -64,12 +69,14 @@ def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, It
         inputs, labels = arguments_of(inputs)
     if labels is None:
         source = with_own_generator(inputs if isinstance(inputs, DataLoader) else DataLoader(inputs, READ_AT_ONCE))
+        num_samples = length_hint(source.sampler)
     else:
         labels = tensor_of(labels, "labels")
         if not isinstance(inputs, Mapping):
             are_several = isinstance(inputs, tuple) and len(inputs) != labels.numel()
             inputs = dict(enumerate(inputs if are_several else [inputs]))
         tensors, labels = arguments_of((inputs, labels))
+        num_samples = len(labels)
         parts = zip(*(each.split(READ_AT_ONCE) for each in (labels, *tensors.values())))
         source = [(dict(zip(tensors, each)), label) for label, *each in parts]
 
@@ -93,7 +100,19 @@ def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, It
         except Exception as error:  # a user's data set may raise anything
             raise InputError(f"{WITHOUT_LABELS}, not {type(inputs).__name__} ({one_line(error)})") from error
 
-    return length_hint(source), batches()
+    return num_samples, merged(batches())
+
+
+def merged(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Merges neighbouring batches of one form until they have FEW samples."""
+    small: list[Batch] = []
+    for batch in chain(batches, [None]):
+        small.extend([batch] if batch else [])
+        if small and (batch is None or sum(len(each.labels) for each in small) >= FEW):
+            images, labels, forms = zip(*small)
+            large = Batch(torch.cat(images), torch.cat(labels), forms[0]) if len(small) > 1 else small[0]
+            small.clear()
+            yield large
 
 
 def arguments_of(batch: Any) -> tuple[dict[str | int, Tensor], Tensor]:

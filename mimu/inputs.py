@@ -70,14 +70,13 @@ class CustomModel:
         """
         check_model(model)
         model = copy_of(model)
-        num_batches, batches = batches_of(inputs, labels, progress)
+        num_samples, batches = batches_of(inputs, labels, progress)
         first = next(batches)
         logits, few = run_on_few(model, first)
         check_finite_rows(logits, "logits", ", though inputs and weights are")
         few = few.float() if few.is_floating_point() else few
         reads_words = first.has_integers if first.is_packed else not few.is_floating_point()
         classifier = exported(model, few, logits)
-        num_samples = num_batches * len(first.labels)
         layers = late_layers_that_fit(classifier, num_samples) if erase else mask_layer
         masked = layers_to_mask(layers, classifier.names, classifier.trace.names_at_the_end)
 
