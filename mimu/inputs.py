@@ -76,13 +76,15 @@ class CustomModel:
         check_finite_rows(logits, "logits", ", though inputs and weights are")
         few = few.float() if few.is_floating_point() else few
         reads_words = first.has_integers if first.is_packed else not few.is_floating_point()
+        batches = chain([first], batches)
+        del first  # so that its memory is free once it is read
         classifier = exported(model, few, logits)
         layers = late_layers_that_fit(classifier, num_samples) if erase else mask_layer
         masked = layers_to_mask(layers, classifier.names, classifier.trace.names_at_the_end)
 
         def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             count, name = 0, f"what layer {classifier.names[masked[0]]!r} is given for inputs"
-            for images, labels, _ in chain([first], batches):
+            for images, labels, _ in batches:
                 images = images.to(few)
                 values = classifier.prefix_activations(masked, images)
                 check_finite_rows(values, name, start=count)

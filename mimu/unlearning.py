@@ -53,9 +53,9 @@ def unlearn(
     linear operation or convolution reads them. Other threads may predict meanwhile, but not export or compile.
 
     Args:
-        model: returns logits (samples, classes)
-        inputs: training samples (samples, ...), or a DataLoader or data set of pairs (input, label); to hide classes,
-            none are needed
+        model: returns logits (samples, classes), or an object that has them as `logits`
+        inputs: training samples (samples, ...), or a DataLoader or data set of pairs (input, label); or of several
+            tensors, as `mimu.batches.batches_of` takes them. To hide classes, none are needed
         labels: the classes of the samples, (samples), from 0 on
         forget_class: one class or several. The classes of a mask on the model stay forgotten, and need no samples
         gcn: rescales the scores; None: the pretrained one, but the formula alone for convolutions and on tokens
