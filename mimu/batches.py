@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 from math import prod
 from operator import length_hint
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ from mimu.wrapping import logits_of
 READ_AT_ONCE = 250  # samples of a batch, where the user gives no DataLoader
 SKETCHED = 1024  # numbers of a sample to which those of larger inputs are reduced
 SKETCHED_AT_ONCE = 16  # samples: those of a whole batch would take its memory twice more
-FEW = 64  # samples that smaller batches are merged to, as a pass over each of them would take long
 WITHOUT_LABELS = (
     "where labels are not given, inputs must be a DataLoader or a data set of pairs (input, label) "
     "or of dicts with labels"
@@ -47,11 +45,6 @@ class Batch(NamedTuple):
     def is_packed(self) -> bool:
         """True if the model takes more than one tensor, or takes it by name."""
         return [*self.form] != [0]
-
-    @property
-    def has_integers(self) -> bool:
-        """True if one of the tensors holds integers."""
-        return not all(dtype.is_floating_point for _, dtype in self.form.values())
 
 
 def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, Iterator[Batch]]:
@@ -100,19 +93,7 @@ def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, It
         except Exception as error:  # a user's data set may raise anything
             raise InputError(f"{WITHOUT_LABELS}, not {type(inputs).__name__} ({one_line(error)})") from error
 
-    return num_samples, merged(batches())
-
-
-def merged(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Merges neighbouring batches of one form until they have FEW samples."""
-    small: list[Batch] = []
-    for batch in chain(batches, [None]):
-        small.extend([batch] if batch else [])
-        if small and (batch is None or sum(len(each.labels) for each in small) >= FEW):
-            images, labels, forms = zip(*small)
-            large = Batch(torch.cat(images), torch.cat(labels), forms[0]) if len(small) > 1 else small[0]
-            small.clear()
-            yield large
+    return num_samples, batches()
 
 
 def arguments_of(batch: Any) -> tuple[dict[str | int, Tensor], Tensor]:

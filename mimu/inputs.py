@@ -47,13 +47,7 @@ class CustomModel:
     @classmethod
     @torch.no_grad()
     def of(
-        cls,
-        model: nn.Module,
-        inputs: Any,
-        labels: Any,
-        mask_layer: Any = "auto",
-        progress: bool = True,
-        erase: bool = False,
+        cls, model: nn.Module, inputs: Any, labels: Any, mask_layer: Any, progress: bool = True, erase: bool = False
     ) -> Self:
         """Copies a model, tries it on a few samples, exports it, and runs what precedes the layers to mask once.
 
@@ -75,7 +69,8 @@ class CustomModel:
         logits, few = run_on_few(model, first)
         check_finite_rows(logits, "logits", ", though inputs and weights are")
         few = few.float() if few.is_floating_point() else few
-        reads_words = first.has_integers if first.is_packed else not few.is_floating_point()
+        types = [dtype for _, dtype in first.form.values()] if first.is_packed else [few.dtype]
+        is_attacked = erase and all(dtype.is_floating_point for dtype in types)
         batches = chain([first], batches)
         del first  # so that its memory is free once it is read
         classifier = exported(model, few, logits)
@@ -89,7 +84,6 @@ class CustomModel:
                 values = classifier.prefix_activations(masked, images)
                 check_finite_rows(values, name, start=count)
                 count += len(values)
-                is_attacked = erase and not reads_words
                 reduced = sketch(images) if is_attacked else labels.new_empty(len(labels), 0)
                 yield values, labels.to(few.device), reduced.to(few.device)
 
