@@ -374,7 +374,8 @@ def test_the_lines_of_the_readme_unlearn_a_model(tmp_path, monkeypatch):
     train = load_image_data("MNIST", PROJECT / "datasets").train[:5000]
     classifier = smoke("classifier.bias=true", "classifier.hidden_sizes=[64, 32]", "classifier.epochs=5")[""].classifier
     model = Trainer(classifier, 0).train(train, 10).network
-    original, keys, given = copy.deepcopy(model), list(model.state_dict()), {"model": model, "inputs": train.images, "labels": train.labels}
+    original, keys = copy.deepcopy(model), list(model.state_dict())
+    given = {"model": model, "inputs": train.images, "labels": train.labels}
     given["data_set"] = torch.utils.data.TensorDataset(train.images[:2500], train.labels[:2500])
     before, is_gone = model(train.images).argmax(1) == train.labels, torch.isin(train.labels, torch.tensor([3, 7]))
     exec(example, given)

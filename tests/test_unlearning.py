@@ -330,7 +330,8 @@ def test_what_the_others_lose_is_measured_and_too_much_of_it_is_an_error_with_th
     ask = partial(request, model, gcn=patient_gcn(step=60), mask_layer=0)
     with pytest.warns(UserWarning, match="% of class 1 remains"):
         free = ask()
-    with pytest.raises(RetainScoreError, match=r"the retained classes lose .*max_fall 1.0\), one retained class loses") as error:
+    line = r"the retained classes lose .*max_fall 1.0\), one retained class loses"
+    with pytest.raises(RetainScoreError, match=line) as error:
         ask(max_fall=1.0)
     assert state_of(model) == before
 
