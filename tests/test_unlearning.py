@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from mimu import Mask, RetainScoreError, unlearn
+from mimu import Mask, RetainScoreError, pruning, unlearn
 from mimu.graph import MaskingGCN
 from mimu.hooked import HookedClassifier
 from mimu.judgement import Judgement
@@ -346,14 +346,21 @@ def test_what_the_others_lose_is_measured_and_too_much_of_it_is_an_error_with_th
 
 
 @pytest.mark.parametrize("steps, permanent", [([3, 0], False), ([[0, 3]], False), ([0, 3], True)])
-def test_several_classes_are_forgotten_together_or_in_a_row(steps, permanent):
+def test_several_classes_are_forgotten_together_or_in_a_row(steps, permanent, monkeypatch):
     torch.manual_seed(1)
     split, test = random_split(200, num_classes=5), random_split(100, seed=1, num_classes=5)
     model = nn.Sequential(nn.Linear(7, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 5))
-    model = trained(model, split)
+    model, searches = trained(model, split), []
+
+    def searched(graphs, *each, **named):
+        searches.append(graphs.classifier.merged)
+        return pruning.prune(graphs, *each, **named)
+
+    monkeypatch.setattr("mimu.unlearning.prune", searched)
     for classes in steps:
         mask = request(model, classes, split, gcn=patient_gcn(step=4))
         mask.apply(model, permanent)
+    assert searches[0] == np.atleast_1d(steps[0]).tolist(), "one search for all classes that are asked for together"
     after = [scores(model, test, label)[0] for label in range(5)]
     assert max(after[0], after[3]) < 3 and np.mean([after[1], after[2], after[4]]) > 95
     if not permanent:
