@@ -20,7 +20,7 @@ from mimu.inputs import TRIED, CustomModel, check_model, copy_of, plain_torch, r
 from mimu.judgement import FEW, Accuracies, Bounds, Judgement
 from mimu.masks import LayerMask, Mask
 from mimu.pretrained import TrainedGCN
-from mimu.pruning import RemainingCounter, prune, prune_until_forgotten
+from mimu.pruning import LEAST_SHARE, RemainingCounter, prune, prune_until_forgotten
 from mimu.saliency import ActivationGraphs
 from mimu.samples import Split
 from mimu.settings import number_of_weights
@@ -352,8 +352,12 @@ def prune_classes(
     samples = replace(samples, labels=samples.labels.masked_fill(is_forget, label))
     graphs = ActivationGraphs(request.custom.classifier.merging(forget), samples, trained.graphs, request.seed)
     config, class_index, zeroed = trained.pruning, graphs.classes.index(label), masks[-1].vertices()
-    if config.step is not None:  # several classes need more weights
-        config = replace(config, step=type(config.step)(config.step * len(forget) ** 0.5))
+    if config.step is not None:
+        step = number_of_weights(config.step, graphs.graph.num_vertices)
+        if graphs.graph.names == graphs.suffix.trace.names_at_the_end[-1:]:
+            # With many classes a step would be more than the few weights that one of them needs.
+            step = min(step, max(1, int(LEAST_SHARE * graphs.weights()[0][0].numel())))
+        config = replace(config, step=int(step * len(forget) ** 0.5))
     gcn = trained.gcn if scorer == "gcn" else None
     steps = prune(graphs, class_index, config, request.seed, gcn, zeroed=zeroed)
     own = request.train[torch.isin(labels, labels.new_tensor(forget))]

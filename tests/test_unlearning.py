@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mimu import Mask, RetainScoreError, pruning, unlearn
 from mimu.graph import MaskingGCN
 from mimu.hooked import HookedClassifier
+from mimu.inputs import layers_to_mask
 from mimu.judgement import Judgement
 from mimu.pretrained import TrainedGCN
 from mimu.samples import Split
@@ -300,6 +301,16 @@ def test_any_scorer_gcn_and_step_are_taken(model):
     choices = [{"method": "mask"} | each for each in choices]
     same, ranked, other, formula = (request(model, 0, **each).as_tensor() for each in choices)
     assert torch.equal(same, ranked) and torch.equal(other, formula) and not torch.equal(ranked, formula)
+
+
+@pytest.mark.parametrize("num_classes, layer", [(29, 1), (30, 2)])
+def test_with_many_classes_the_last_layer_is_masked(num_classes, layer):
+    names = ["1.weight", "3.weight", "5.weight"]
+    assert layers_to_mask("auto", names, names, num_classes) == (layer,)
+
+
+def test_a_step_in_the_last_layer_is_a_small_part_of_the_weights_of_a_class(model):
+    assert 0 < request(model, gcn=patient_gcn(step=30), mask_layer=-1).num_zeroed < 30
 
 
 def test_what_is_left_of_a_class_is_said_and_the_mask_names_those_alone_that_are_forgotten(model, recwarn):
