@@ -38,7 +38,10 @@ class HookedClassifier(Wrapper):
 
     Attributes:
         names: the weights of the layers that can be masked, as in `network.named_parameters`
+        merged: classes that `outputs` and `record` take for one: the first has the logsumexp of their logits
     """
+
+    merged: Sequence[int] = ()
 
     def __init__(self, network: nn.Module, example: Tensor | Trace, bfloat16: bool = False) -> None:
         """Traces a network.
@@ -80,6 +83,19 @@ class HookedClassifier(Wrapper):
         """This network, whose `outputs` take what `recorded` returns for a layer in place of images."""
         return self._suffix(self.trace.suffix_after(self.names[layer]))
 
+    def merging(self, classes: Sequence[int]) -> "HookedClassifier":
+        """This network, with some classes `merged`."""
+        other = copy.copy(self)
+        other.merged = classes
+        return other
+
+    def _merged(self, logits: Tensor) -> Tensor:
+        if len(self.merged) < 2:
+            return logits
+        merged = torch.tensor(self.merged, device=logits.device)
+        together = logits[:, merged].logsumexp(1, keepdim=True)
+        return logits.index_fill(1, merged, float("-inf")).index_copy(1, merged[:1], together)
+
     def _suffix(self, trace: Trace) -> "HookedClassifier":
         suffix = copy.copy(self)
         suffix.trace, suffix._is_suffix = trace, True
@@ -115,7 +131,7 @@ class HookedClassifier(Wrapper):
             return node.target(x, replaced[node], *parameters)
 
         values = trace.run(self.network, images, compute, [trace.representation], is_constant=bool(replaced))
-        return values[trace.representation], values[trace.output]
+        return values[trace.representation], self._merged(values[trace.output])
 
     def _values(self, node: fx.Node, images: Tensor) -> Iterator[Tensor]:
         """The values of a node, some samples at a time."""
@@ -183,7 +199,7 @@ class HookedClassifier(Wrapper):
 
         watched = [*calls, *(layer.activation for layer in recorded)]
         values = trace.run(self.network, images.detach(), compute, watched, is_constant=True)
-        odds = log_odds(values[trace.output], labels, excluded_classes)
+        odds = log_odds(self._merged(values[trace.output]), labels, excluded_classes)
         gradients = torch.autograd.grad(odds.sum(), [values[layer.node] for layer in recorded], materialize_grads=True)
         records = []
         with torch.no_grad():

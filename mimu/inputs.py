@@ -75,7 +75,7 @@ class CustomModel:
         del first  # so that its memory is free once it is read
         classifier = exported(model, few, logits)
         layers = late_layers_that_fit(classifier, num_samples) if erase else mask_layer
-        masked = layers_to_mask(layers, classifier.names, classifier.trace.names_at_the_end)
+        masked = layers_to_mask(layers, classifier.names, classifier.trace.names_at_the_end, logits.shape[1])
 
         def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             count, name = 0, f"what layer {classifier.names[masked[0]]!r} is given for inputs"
@@ -190,12 +190,14 @@ def exported(model: nn.Module, example: Tensor, logits: Tensor) -> HookedClassif
     return classifier
 
 
-def layers_to_mask(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str]) -> tuple[int, ...]:
+def layers_to_mask(
+    mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str], num_classes: int
+) -> tuple[int, ...]:
     """The indices of the layers to mask, in their order.
 
     By default it is the last but one of three or more linear layers at the end, which stands between two others as
-    those on which the GCN was trained; else the last layer, as those before it cost the retained classes more
-    (docs/networks.md).
+    those on which the GCN was trained; else, or with many classes, the last layer, as those before it cost the retained
+    classes more (docs/networks.md).
 
     Args:
         mask_layer: "auto", None (all), or one or several names, as in `named_parameters`, of modules, or with * and ?,
@@ -209,7 +211,8 @@ def layers_to_mask(mask_layer: Any, names: Sequence[str], at_the_end: Sequence[s
     if mask_layer is None:
         return tuple(range(len(names)))
     if isinstance(mask_layer, str) and mask_layer == "auto":
-        return (names.index(at_the_end[-2 if len(at_the_end) > 2 else -1]),)
+        is_hidden = len(at_the_end) > 2 and num_classes < MANY_CLASSES
+        return (names.index(at_the_end[-2 if is_hidden else -1]),)
     several = mask_layer if isinstance(mask_layer, tuple | list) else [mask_layer]
     indices: set[int] = set()
     for each in several or [mask_layer]:

@@ -110,12 +110,12 @@ class Judgement:
         lost = self.lost_points(after, are_certain=self.has_few)
         return all(bound is None or points <= times * bound for points, bound in zip(lost, self.bounds))
 
-    def is_ruined(self, logits: Tensor) -> bool:
-        """Tells whether retained classes, classified among themselves, lose more than twice what the bounds allow.
+    def is_ruined(self, logits: Tensor, times: float = 2) -> bool:
+        """Tells whether retained classes, classified among themselves, lose more than `times` what the bounds allow.
 
         A class that is not forgotten yet takes over some of their samples.
         """
-        return not self.is_within(self.accuracies(logits, among=self.retained), times=2)
+        return not self.is_within(self.accuracies(logits, among=self.retained), times)
 
     def behind_hiding(self, logits: Tensor, forget: Sequence[int]) -> str:
         """Says what the retained classes keep if hiding the classes keeps more, by more than the samples' error."""

@@ -220,10 +220,15 @@ class RemainingCounter:
     """Counts how much of a class is still classified correctly while its weights are zeroed.
 
     images: samples of the class (samples, ...), as the classifier takes them
+    labels: of these samples, (samples), if they are of several classes that the classifier takes for one
     """
 
-    def __init__(self, graphs: ActivationGraphs, class_index: int, images: Tensor, target: float) -> None:
+    def __init__(
+        self, graphs: ActivationGraphs, class_index: int, images: Tensor, target: float, labels: Tensor | None = None
+    ) -> None:
         self.graphs, self.label, self.target = graphs, graphs.classes[class_index], target
+        self.labels = graphs.labels.new_full([len(images)], self.label) if labels is None else labels
+        self.suffix = graphs.suffix.merging(())
         self.inputs = graphs.classifier.prefix_activations(graphs.graph.layers, images)
         self.order = torch.arange(len(images), device=images.device)
 
@@ -234,12 +239,12 @@ class RemainingCounter:
         With fewer than 100 / target samples, a single one is more than the target. The percentage of new samples is
         then estimated (`percent_above_zero`).
         """
-        graphs, logits = self.graphs, []
+        graphs, order, logits = self.graphs, self.order, []
         is_correct = torch.zeros(len(self.inputs), dtype=torch.bool, device=self.inputs.device)
         weights = graphs.graph.zeroing(zeroed).weights(graphs.classifier)
-        for part in self.order.split(min(COUNTED_AT_ONCE, graphs.suffix.samples_at_once)):
-            logits.append(graphs.suffix.outputs(self.inputs[part], weights)[1])
-            is_correct[part] = logits[-1].argmax(1) == self.label
+        for part in order.split(min(COUNTED_AT_ONCE, graphs.suffix.samples_at_once)):
+            logits.append(self.suffix.outputs(self.inputs[part], weights)[1])
+            is_correct[part] = logits[-1].argmax(1) == self.labels[part]
             percent = 100 * int(is_correct.sum()) / len(self.inputs)
             if percent >= enough:
                 break
@@ -247,8 +252,7 @@ class RemainingCounter:
         self.order = is_correct.int().argsort(descending=True, stable=True)
         if percent < enough and len(self.inputs) < 100 / self.target:
             spread = float(margins(graphs.predictions, graphs.labels).std())
-            labels = graphs.labels.new_full([len(self.inputs)], self.label)
-            percent = max(percent, percent_above_zero(margins(torch.cat(logits), labels), spread))
+            percent = max(percent, percent_above_zero(margins(torch.cat(logits), self.labels[order]), spread))
         return percent
 
     def message(self, zeroed: Tensor) -> str:

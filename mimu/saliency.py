@@ -132,6 +132,7 @@ class Snapshot:
     features: names of the FEATURES of its class graph
     weights: the weights of each masked layer under the mask, (groups, m, n)
     log_odds: the log-odds of the label of the class's samples, (samples), and of the others', (classes, samples)
+    places: where the class's samples, and the others', stand in the records, which hold a repeated sample once
     records: those of parts of the class's samples, and of the others'; empty if they were too large to keep
     own, others: means over the samples of the class, and of the other classes
     retained: means over those of the other classes, in which each class is weighted by (its cross entropy + 0.02)^0.5:
@@ -143,6 +144,7 @@ class Snapshot:
     features: tuple[str, ...]
     weights: list[Tensor]
     log_odds: tuple[Tensor, Tensor]
+    places: tuple[Tensor, Tensor]
     records: tuple[list[Record], list[Record]]
     own: Sums = field(default_factory=list)
     others: Sums = field(default_factory=list)
@@ -154,10 +156,15 @@ class Snapshot:
         are_updated: only the means that depend on the log-odds are computed; all others stay
         """
         own, others = self.log_odds
-        own_share = torch.full_like(own, 1 / len(own))
-        other_share = torch.full_like(others, 1 / max(1, others.numel())).flatten()
         damage = (F.softplus(-others).mean(1, keepdim=True) + 0.02).sqrt()
-        retained_share = (damage / damage.sum() / others.shape[1]).expand_as(others).flatten()
+        own_share, other_share, retained_share = (
+            torch.zeros_like(places, dtype=own.dtype).index_add(0, places, share.flatten())
+            for places, share in (
+                (self.places[0], torch.full_like(own, 1 / len(own))),
+                (self.places[1], torch.full_like(others, 1 / max(1, others.numel()))),
+                (self.places[1], (damage / damage.sum() / others.shape[1]).expand_as(others)),
+            )
+        )
         means = {FEATURES[name].mean for name in self.features} - {None}
         shares = [
             dict.fromkeys([forgetting_gradient, *means], own_share),
@@ -211,7 +218,8 @@ class Snapshot:
                     log_odds = log_odds - layer.log_odds_drop(weight, at)
                 updated.append(record._replace(log_odds=log_odds))
         odds = [
-            torch.cat([record.log_odds for record in each]).view_as(now) for each, now in zip(records, self.log_odds)
+            torch.cat([record.log_odds for record in each])[places].view_as(now)
+            for each, places, now in zip(records, self.places, self.log_odds)
         ]
         weights = [weight.flatten().index_fill(0, at, 0).view_as(weight) for weight, at in zip(self.weights, removed)]
         updated = replace(self, weights=weights, log_odds=(odds[0], odds[1]), records=records)
@@ -297,23 +305,27 @@ class ActivationGraphs:
         is_kept = samples.numel() <= samples_that_fit(self._num_gradients)
         kept: tuple[list[Record], list[Record]] = ([], [])
 
-        def records(group: Tensor, keep: list[Record]) -> Iterator[Record]:
-            for record in self._records(group.flatten(), mask, excluded_classes):
+        def records(rows: Tensor, keep: list[Record]) -> Iterator[Record]:
+            for record in self._records(rows, mask, excluded_classes):
                 yield record
                 if is_kept:
                     keep.append(record._replace(layers=[layer.for_updates() for layer in record.layers]))
 
-        with mask.applied_to(self.classifier):
-            odds = []
-            for group in groups:
-                rows = group.flatten()
-                with torch.no_grad():
-                    logits = self.suffix(self.cached_inputs[rows])
-                odds.append(log_odds(logits, self.labels[rows], excluded_classes).view(group.shape))
+        rows, places = zip(*(group.flatten().unique(return_inverse=True) for group in groups))
+        parts: list[Iterable[Record]] = [records(each, keep) for each, keep in zip(rows, kept)]
+        if not self._num_gradients:
+            parts = [[*each] for each in parts]
+            nothing = self.predictions.new_empty(0)
+            odds = [torch.cat([nothing, *(record.log_odds for record in each)]) for each in parts]
+        with mask.applied_to(self.classifier), torch.no_grad():
+            if self._num_gradients:  # records may be too large to wait for the log-odds of all samples
+                logits = [self.suffix(self.cached_inputs[each]) for each in rows]
+                odds = [log_odds(z, self.labels[each], excluded_classes) for z, each in zip(logits, rows)]
             matrices = zip(self.weights(), self.graph.groups)
             weights = [weight.unflatten(0, (groups, -1)).flatten(2) for weight, groups in matrices]
-        snapshot = Snapshot(self.config, self.graph, tuple(features), weights, (odds[0], odds[1]), kept)
-        return snapshot.averaged([records(group, keep) for group, keep in zip(groups, kept)])
+        own, others = (each[at].view(group.shape) for each, at, group in zip(odds, places, groups))
+        snapshot = Snapshot(self.config, self.graph, tuple(features), weights, (own, others), places, kept)
+        return snapshot.averaged(parts)
 
     def _records(self, samples: Tensor, mask: Mask, excluded_classes: Sequence[int] = ()) -> Iterator[Record]:
         """Yields the records of parts of the samples, which are indices, (samples)."""

@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from mimu.batches import batches_of, tensor_of
 from mimu.erasing import ErasingConfig, RecoveredInformation, erase_class, held_out
-from mimu.errors import InputError
+from mimu.errors import InputError, shortened
 from mimu.graph import MaskingGCN
 from mimu.hiding import head_of, hiding_mask
 from mimu.inputs import CustomModel, check_model, copy_of, plain_torch, run_on_few
 from mimu.judgement import FEW, Accuracies, Bounds, Judgement
 from mimu.masks import LayerMask, Mask
 from mimu.pretrained import TrainedGCN
-from mimu.pruning import RemainingCounter, prune, prune_until_forgotten
+from mimu.pruning import LEAST_SHARE, RemainingCounter, prune, prune_until_forgotten
 from mimu.saliency import ActivationGraphs
 from mimu.samples import Split
 from mimu.settings import number_of_weights
@@ -298,17 +298,21 @@ def erasing_mask(request: UnlearningRequest) -> Mask:
 
 
 def forget_by_mask(request: UnlearningRequest, judgement: Judgement, scorer: str) -> Attempt:
-    """Prunes until no class to forget remains: always the one of which most remains, since one may bring back another.
+    """Prunes until no class to forget remains: all of them as one, then alone the one of which most remains, if any.
 
-    It ends early if a class cannot be forgotten, or if the retained classes have lost twice what they may.
+    It ends early if a class cannot be forgotten, or if the retained classes have lost more than they may after a
+    search, or twice that within one.
     """
     masks, logits, message = [request.start], judgement.before, ""
+    due = [label for label in judgement.forget if judgement.percent_remaining(label, logits) >= judgement.target]
     for _ in range(2 * len(judgement.forget)):
-        percent, label = judgement.most_remaining(logits)
-        if message or percent < judgement.target or judgement.is_ruined(logits):
+        if message or not due or judgement.is_ruined(logits, 1):
             break
-        message = prune_class(request, judgement, label, scorer, masks)
+        message = prune_classes(request, judgement, due, scorer, masks)
         logits = request.logits(masks[-1])
+        accuracies = judgement.accuracies(logits)
+        most = max(judgement.forget, key=accuracies.__getitem__)
+        due = [most] if accuracies[most] >= judgement.target else []
     return Attempt(masks, logits, message, {})
 
 
@@ -338,25 +342,37 @@ def forget_by_erasing(request: UnlearningRequest, judgement: Judgement) -> Attem
     return Attempt(masks, logits, "", recovered)
 
 
-def prune_class(request: UnlearningRequest, judgement: Judgement, label: int, scorer: str, masks: list[Mask]) -> str:
-    """Adds masks to `masks` until a class is forgotten; returns a message on how much of it remains, or ""."""
-    labels, trained = request.train.labels, request.trained
-    samples = request.train[torch.isin(labels, labels.new_tensor([label, *judgement.retained]))]
-    graphs = ActivationGraphs(request.custom.classifier, samples, trained.graphs, request.seed)
+def prune_classes(
+    request: UnlearningRequest, judgement: Judgement, forget: Sequence[int], scorer: str, masks: list[Mask]
+) -> str:
+    """Adds masks to `masks` until classes, taken for one, are forgotten; says how much of them remains, or ""."""
+    labels, trained, label = request.train.labels, request.trained, forget[0]
+    samples = request.train[torch.isin(labels, labels.new_tensor([*forget, *judgement.retained]))]
+    is_forget = torch.isin(samples.labels, labels.new_tensor(forget))
+    samples = replace(samples, labels=samples.labels.masked_fill(is_forget, label))
+    graphs = ActivationGraphs(request.custom.classifier.merging(forget), samples, trained.graphs, request.seed)
     config, class_index, zeroed = trained.pruning, graphs.classes.index(label), masks[-1].vertices()
+    if config.step is not None:
+        step = number_of_weights(config.step, graphs.graph.num_vertices)
+        if graphs.graph.names == graphs.suffix.trace.names_at_the_end[-1:]:
+            # With many classes a step would be more than the few weights that one of them needs.
+            step = min(step, max(1, int(LEAST_SHARE * graphs.weights()[0][0].numel())))
+        config = replace(config, step=int(step * len(forget) ** 0.5))
     gcn = trained.gcn if scorer == "gcn" else None
     steps = prune(graphs, class_index, config, request.seed, gcn, zeroed=zeroed)
-    counter = RemainingCounter(graphs, class_index, request.train.forget(label).images, config.target)
+    own = request.train[torch.isin(labels, labels.new_tensor(forget))]
+    counter = RemainingCounter(graphs, class_index, own.images, config.target, own.labels)
     limit = number_of_weights(config.max_kappa, graphs.graph.num_vertices)
     shown = {"delay": 1, "leave": False, "disable": None if request.progress else True}
-    with tqdm(desc=f"class {label}, at most", total=limit, unit=" weights", **shown) as bar:
+    name = f"class {label}" if len(forget) == 1 else f"classes {shortened(str(forget))}"
+    with tqdm(desc=f"{name}, at most", total=limit, unit=" weights", **shown) as bar:
         results = prune_until_forgotten(steps, counter, config, len(zeroed))
         for number, result in enumerate(results, 1):
             masks.append(graphs.graph.zeroing(result.vertices))
             bar.update(len(result.vertices) - len(zeroed) - bar.n)
             if result.message is None and number % 10 == 0 and judgement.is_ruined(request.logits(masks[-1])):
                 break
-    return counter.message(result.vertices) if result.message is None else result.message
+    return "" if result.message == "" else f"{counter.percent_remaining(result.vertices):.1f} % of {name} remains"
 
 
 def shortfall(judgement: Judgement, attempt: Attempt) -> str:

@@ -298,23 +298,25 @@ def graphs_of(present: list[int], mask_layer: int | None = -2, size: tuple[int, 
     return GraphGenerator(classifier.double(), split, graph_config(mask_layer), 0)
 
 
-# What is zeroed, the classes of which there are samples, what the softmax is restricted to, and how many samples.
+# What is zeroed, the classes of which there are samples, what the softmax is restricted to, and the samples.
 GROUPS = [
-    ([], EVERY, 1, [0, 2, 3], EVERY, 5),
-    ([0, 3, 17], [0, 1, 3], 0, [1, 3], EVERY, 5),
-    ([0, 3, 17], [0, 3], 1, [0, 3], [0, 3], 5),  # a single other class is seen among both
+    ([], EVERY, 1, [0, 2, 3], EVERY, [0, 1, 2, 3, 4]),
+    ([0, 3, 17], [0, 1, 3], 0, [1, 3], EVERY, [0, 1, 0, 2, 0]),
+    ([0, 3, 17], [0, 3], 1, [0, 3], [0, 3], [0, 1, 2, 3, 4]),  # a single other class is seen among both
 ]
 
 
-@pytest.mark.parametrize("zeroed, present, class_index, others_among, own_among, count", GROUPS)
-def test_features_are_those_of_autograd(zeroed, present, class_index, others_among, own_among, count):
+@pytest.mark.parametrize("zeroed, present, class_index, others_among, own_among, columns", GROUPS)
+def test_features_are_those_of_autograd(zeroed, present, class_index, others_among, own_among, columns):
     graphs = graphs_of(present)
-    samples, zeroed = graphs.draw(count, seeded("test")), torch.tensor(zeroed, dtype=torch.long)
+    samples, zeroed = graphs.draw(5, seeded("test"))[:, columns], torch.tensor(zeroed, dtype=torch.long)
     snapshot = graphs.snapshot(samples, class_index, zeroed, tuple(FEATURES))
     among = {class_index: own_among}
     groups = [Group(graphs, zeroed, chosen, among.get(row, others_among)) for row, chosen in enumerate(samples)]
     assert graphs.classes == present and groups[0].features().keys() == FEATURES.keys()
     assert_by_hand(snapshot, groups.pop(class_index), groups)
+    numbers_run = [sum(len(record.log_odds) for record in records) for records in snapshot.records]
+    assert numbers_run == [len({*columns}), len({*columns}) * len(groups)], "a sample that repeats is run once"
     assert len(zeroed) or snapshot.feature("retention", snapshot.retained).abs().max() == 0, "nothing is lost yet"
 
 
@@ -330,7 +332,7 @@ def test_log_odds_of_labels_that_are_left_out_or_all_but_certain():
 @pytest.mark.parametrize("mask_layer, last, size", [(-2, 25, ()), (-2, 373, (7, 1, 1)), (None, 290, (1, 7, 1))])
 def test_a_first_order_update_is_linear_in_what_it_zeroes(mask_layer, last, size):
     graphs, zeroed, further = graphs_of(EVERY, mask_layer, size), torch.tensor([3, 8]), [0, 11, last]
-    samples = graphs.draw(4, seeded("test"))
+    samples = graphs.draw(3, seeded("test"))[:, [0, 1, 2, 1]]
     before = graphs.snapshot(samples, 2, zeroed, tuple(FEATURES))
     update = before.first_order_update(torch.tensor([0, 11])).first_order_update(torch.tensor([last]))
     weight = before.feature("weight", before.own)

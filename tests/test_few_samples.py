@@ -122,7 +122,7 @@ def test_one_lost_sample_of_few_is_no_error_and_harm_that_is_shown_is_one(model,
     judging(1)
     assert request(model, samples)[1] == ""
     judging(4)
-    with pytest.raises(RetainScoreError, match=r"lose 20.0 points .*, one of them 40.0"):
+    with pytest.raises(RetainScoreError, match=r"lose 20.0 points .*, one retained class loses 40.0"):
         request(model, samples)
 
 

@@ -160,6 +160,21 @@ def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(problem, step, t
     assert not any(map(parametrize.is_parametrized, graphs.classifier.modules()))
 
 
+def test_classes_taken_for_one_have_one_probability_and_each_sample_is_counted_by_its_own_label(problem):
+    split, graphs = problem
+    together = replace(split, labels=split.labels.masked_fill(split.labels == 2, 0))
+    merged = ActivationGraphs(graphs.classifier.merging([0, 2]), together, graphs.config, 0)
+    p = masked_logits(graphs, merged.samples, graphs.nothing).softmax(1)
+    p = torch.stack([p[:, 0] + p[:, 2], p[:, 1], torch.zeros(len(p))], 1)
+    assert torch.allclose(merged.predictions.softmax(1).double(), p, atol=1e-6)
+    odds = merged.snapshot(merged.by_class, 0).log_odds[0].double()
+    assert torch.allclose(odds, (p[:, 0] / p[:, 1]).log()[merged.by_class[0]], atol=1e-4)
+    own, few = split.retain(1), torch.arange(100)
+    remaining = masked_logits(graphs, own, few).argmax(1) == own.labels
+    percent = RemainingCounter(merged, 0, own.images, 1.0, own.labels).percent_remaining(few)
+    assert percent == pytest.approx(100 * remaining.double().mean().item()) and 0 < percent < 100
+
+
 @pytest.mark.parametrize("num_zeroed, target, kappa", [(0, 101, 4), (0, 1e-9, 20), (5, 1e-9, 25), (28, 1e-9, 30)])
 def test_auto_ends_where_the_class_is_forgotten_or_at_the_largest_kappa(num_zeroed, target, kappa):
     graphs, config = graph_generator(), pruning_config(target=target)

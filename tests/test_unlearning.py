@@ -19,9 +19,10 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from mimu import Mask, RetainScoreError, unlearn
+from mimu import Mask, RetainScoreError, pruning, unlearn
 from mimu.graph import MaskingGCN
 from mimu.hooked import HookedClassifier
+from mimu.inputs import layers_to_mask
 from mimu.judgement import Judgement
 from mimu.pretrained import TrainedGCN
 from mimu.samples import Split
@@ -297,8 +298,19 @@ def test_any_scorer_gcn_and_step_are_taken(model):
     tracked = TrainedGCN.load()
     untrained = MaskingGCN(tracked.gcn.num_features, 8, 1)
     choices = {"gcn": None}, {"gcn": tracked.gcn}, {"gcn": untrained}, {"gcn": None, "scorer": "saliency"}
+    choices = [{"method": "mask"} | each for each in choices]
     same, ranked, other, formula = (request(model, 0, **each).as_tensor() for each in choices)
     assert torch.equal(same, ranked) and torch.equal(other, formula) and not torch.equal(ranked, formula)
+
+
+@pytest.mark.parametrize("num_classes, layer", [(29, 1), (30, 2)])
+def test_with_many_classes_the_last_layer_is_masked(num_classes, layer):
+    names = ["1.weight", "3.weight", "5.weight"]
+    assert layers_to_mask("auto", names, names, num_classes) == (layer,)
+
+
+def test_a_step_in_the_last_layer_is_a_small_part_of_the_weights_of_a_class(model):
+    assert 0 < request(model, gcn=patient_gcn(step=30), mask_layer=-1).num_zeroed < 30
 
 
 def test_what_is_left_of_a_class_is_said_and_the_mask_names_those_alone_that_are_forgotten(model, recwarn):
@@ -329,7 +341,8 @@ def test_what_the_others_lose_is_measured_and_too_much_of_it_is_an_error_with_th
     ask = partial(request, model, gcn=patient_gcn(step=60), mask_layer=0)
     with pytest.warns(UserWarning, match="% of class 1 remains"):
         free = ask()
-    with pytest.raises(RetainScoreError, match=r"the retained classes lose .*max_fall 1.0\), one of them") as error:
+    line = r"the retained classes lose .*max_fall 1.0\), one retained class loses"
+    with pytest.raises(RetainScoreError, match=line) as error:
         ask(max_fall=1.0)
     assert state_of(model) == before
 
@@ -344,14 +357,21 @@ def test_what_the_others_lose_is_measured_and_too_much_of_it_is_an_error_with_th
 
 
 @pytest.mark.parametrize("steps, permanent", [([3, 0], False), ([[0, 3]], False), ([0, 3], True)])
-def test_several_classes_are_forgotten_together_or_in_a_row(steps, permanent):
+def test_several_classes_are_forgotten_together_or_in_a_row(steps, permanent, monkeypatch):
     torch.manual_seed(1)
     split, test = random_split(200, num_classes=5), random_split(100, seed=1, num_classes=5)
     model = nn.Sequential(nn.Linear(7, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 5))
-    model = trained(model, split)
+    model, searches = trained(model, split), []
+
+    def searched(graphs, *each, **named):
+        searches.append(graphs.classifier.merged)
+        return pruning.prune(graphs, *each, **named)
+
+    monkeypatch.setattr("mimu.unlearning.prune", searched)
     for classes in steps:
         mask = request(model, classes, split, gcn=patient_gcn(step=4))
         mask.apply(model, permanent)
+    assert searches[0] == np.atleast_1d(steps[0]).tolist(), "one search for all classes that are asked for together"
     after = [scores(model, test, label)[0] for label in range(5)]
     assert max(after[0], after[3]) < 3 and np.mean([after[1], after[2], after[4]]) > 95
     if not permanent:
