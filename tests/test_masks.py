@@ -149,6 +149,9 @@ def test_a_mask_that_comes_off_trained_weights_says_so_and_brings_back_beside_th
     for name, keep in zip(mask.layers, mask.keep):
         weight = model.state_dict()[name]
         assert torch.equal(weight[keep == 0], before[name][keep == 0]) and not torch.equal(weight, before[name])
+    mask.apply(model, permanent=True, other_weights=True)
+    learn(model, samples, 2, 4, torch.optim.SGD(model.parameters(), 0.1), seeded("permanent"))
+    assert all(model.state_dict()[name][keep == 0].any() for name, keep in zip(mask.layers, mask.keep))
 
 
 @pytest.mark.parametrize("is_exported", [True, False], ids=["export", "state dict"])
