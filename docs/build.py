@@ -307,8 +307,14 @@ def draw_few(table: str) -> None:
 
 
 VARIANTS = ("full_model", "ablation", "transfer", "transfer_fashion", "erasure_networks", "cnn", "vit")  # configs
-OWN = ("own_layers", "own_several", "choice", "own_networks", "own_kinds", "own_few")  # tables of docs/own.py
-SCRIPTS = {"bar": "docs/bar.py", "shadow": "docs/shadow.py", "scale": "docs/scale.py", "tuning": "docs/tune.py"}
+OWN = ("own_layers", "own_several", "choice", "own_networks", "own_kinds", "own_few", "own_training")
+SCRIPTS = {
+    "bar": "docs/bar.py",
+    "shadow": "docs/shadow.py",
+    "scale": "docs/scale.py",
+    "imagenet": "docs/scale.py imagenet",
+    "tuning": "docs/tune.py",
+}
 MEASUREMENTS: dict[str, Callable[[], str | None]] = {  # in their order: all later blocks use the GCN of `pretrain`
     "pretrain": pretrained,
     "default": default,

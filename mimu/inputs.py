@@ -20,6 +20,7 @@ from mimu.hooked import HookedClassifier
 from mimu.masks import Mask
 from mimu.wrapping import logits_of, unwrapped
 
+MANY_CLASSES = 30  # from so many on, a hidden layer is shared by too many of them
 TRIED = 16  # samples on which a model is tried
 HELD = 220_000_000  # numbers that late layers may be given for all samples, which take 0.9 GB; above, fewer are edited
 

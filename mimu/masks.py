@@ -1,5 +1,6 @@
 """Masks: the weights of a classifier that are zeroed and the directions that are removed, apart from any classifier."""
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -269,15 +270,25 @@ class Mask:
             if len(tied) > 1:
                 raise ValueError(f"layers {tied} share one weight, which can have no mask: give each its own")
             parts[name] = part
-        for layer, origin in {} if other_weights else self.origins.items():
+        if not other_weights and (name := self.other_weight(weights, names)):
+            remedy = "apply it to that network, make one for this, or say other_weights=True"
+            raise ValueError(f"layer {name!r} has other weights than the mask was made on: {remedy}")
+        return {name: parts[name] for name in weights if name in parts}, weights
+
+    def other_weight(self, weights: Mapping[str, Weight], names: Mapping[int, str]) -> str | None:
+        """Returns the first weight that differs from the one that the mask was made on by more than rounding.
+
+        Args:
+            weights: All weights of a model, by their names.
+            names: Their names by the indices of old files.
+        """
+        for layer, origin in self.origins.items():
             name = names.get(layer, layer)
             weight = weights.get(name)
-            if weight is None or weight.original is None:
-                continue  # something else computes it, as torch.nn.utils.prune does
-            if not are_equal(origin, weight.sample()):
-                remedy = "apply it to that network, make one for this, or say other_weights=True"
-                raise ValueError(f"layer {name!r} has other weights than the mask was made on: {remedy}")
-        return {name: parts[name] for name in weights if name in parts}, weights
+            # Without an original something else computes the weight, as torch.nn.utils.prune does.
+            if weight is not None and weight.original is not None and not are_equal(origin, weight.sample()):
+                return name
+        return None
 
     def names_in(self, model: nn.Module, weights: Collection[str]) -> dict[int | str, str]:
         """Returns names of a model's weights by other names that the mask may have for them.
@@ -330,6 +341,9 @@ class Mask:
     def remove(self, model: nn.Module) -> None:
         """Takes the mask off: the weights are those from before, bit for bit in their order, or as trained since.
 
+        Warns if weights differ from those that the mask was made on, as after training under the mask: what it zeroed
+        then comes back beside trained weights.
+
         Raises:
             ValueError: The model does not carry this mask.
         """
@@ -343,16 +357,20 @@ class Mask:
             for name in parts:
                 weights[name].remove_mask()
             undo.pop_all()
+        if name := self.other_weight(weights, self.names_in(model, weights)):
+            result = "what it removed comes back beside weights that were trained without it"
+            warnings.warn(f"layer {name!r} has other weights than the mask was made on: {result}", stacklevel=2)
 
     @contextmanager
     def applied_to(self, model: nn.Module, other_weights: bool = False) -> Iterator[nn.Module]:
         """Masks the model within the context, which then restores the mask from before, if any."""
         carried = carried_by(weights_in(model))
-        self.apply(model, other_weights=other_weights)
+        mask = replace(self, origins={}) if other_weights else self
+        mask.apply(model)
         try:
             yield model
         finally:
-            self.remove(model)
+            mask.remove(model)
             if carried is not None:
                 carried.apply(model, other_weights=True)
 

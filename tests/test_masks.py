@@ -5,6 +5,7 @@ import dataclasses
 import io
 import operator
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
@@ -20,6 +21,9 @@ from mimu.errors import ArtifactError
 from mimu.files import save
 from mimu.hooked import HookedClassifier
 from mimu.masks import LayerMask
+from mimu.samples import Split
+from mimu.seeds import seeded
+from mimu.training import learn
 
 TRAIN = random_split(200)
 KERNELS, FIRST, SECOND = NAMES = ("0.weight", "1.1.weight", "1.3.weight")
@@ -123,6 +127,47 @@ def test_a_mask_goes_on_the_network_that_it_was_made_on_and_on_another_only_if_t
             assert all(torch.equal(mask.origins[layer], one) for layer, one in carried.origins.items())
         raise ZeroDivisionError
     assert state_of(model) == before
+
+
+def test_a_mask_that_comes_off_trained_weights_says_so_and_brings_back_beside_them_what_it_zeroed():
+    model = network()
+    mask, before = lower_left(model), copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mask.apply(model)
+        mask.remove(model)
+        with mask.applied_to(network(1), other_weights=True):
+            pass
+    mask.apply(model)
+    samples, optimizer = Split(torch.randn(8, 2, 5, 5), torch.arange(8) % 3), torch.optim.SGD(model.parameters(), 0.1)
+    learn(model, samples, 2, 4, optimizer, seeded("masked"))
+    for name, keep in zip(mask.layers, mask.keep):
+        assert not operator.attrgetter(name)(model)[keep == 0].any(), "zeros of a mask stay through training"
+    line = "^layer '0.weight' has other weights than the mask was made on: what it removed comes back beside weights"
+    with pytest.warns(UserWarning, match=line):
+        mask.remove(model)
+    for name, keep in zip(mask.layers, mask.keep):
+        weight = model.state_dict()[name]
+        assert torch.equal(weight[keep == 0], before[name][keep == 0]) and not torch.equal(weight, before[name])
+    mask.apply(model, permanent=True, other_weights=True)
+    learn(model, samples, 2, 4, torch.optim.SGD(model.parameters(), 0.1), seeded("permanent"))
+    assert all(model.state_dict()[name][keep == 0].any() for name, keep in zip(mask.layers, mask.keep))
+
+
+@pytest.mark.parametrize("is_exported", [True, False], ids=["export", "state dict"])
+def test_an_exported_model_carries_what_its_mask_removed_until_the_mask_is_permanent(is_exported):
+    model, x = network().eval(), torch.randn(2, 2, 5, 5)
+    mask, original = lower_left(model), model.state_dict()[SECOND].clone()
+
+    def is_carried() -> bool:
+        saved = torch.export.export(model, (x,)).state_dict if is_exported else model.state_dict()
+        return any(torch.equal(value, original) for value in saved.values())
+
+    mask.apply(model)
+    masked = model(x)
+    assert is_carried()
+    mask.apply(model, permanent=True)
+    assert not is_carried() and torch.equal(model(x), masked)
 
 
 def test_masks_combine_take_the_place_of_what_they_include_and_come_off():
