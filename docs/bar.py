@@ -42,9 +42,11 @@ def measure(overrides: Sequence[str]) -> dict[str, list[float]]:
             with torch.no_grad():
                 features = [each.outputs(samples.images)[0] for each in (*retrained, untrained, original)]
             features.insert(2, samples.images)
-            values = [erasing.mean_r_squared(each, samples.labels == label, seed) for each in features]
+            is_own = (samples.labels == label)[:, None]
+            values = [erasing.mean_r_squared(each, is_own, seed) for each in features]
             _, _, in_inputs, _, in_original = values
-            rows[f"{seed}, {data.class_names[label]}"] = [*values, erasing.target_r_squared(in_inputs, in_original)]
+            target = erasing.target_r_squared(in_inputs, in_original, classes)
+            rows[f"{seed}, {data.class_names[label]}"] = [*map(float, values), float(target)]
     return rows
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from eval import Request, unlearning_method
-from mimu.erasing import ErasingConfig, class_direction, erase_class
+from mimu.erasing import ErasingConfig, class_direction, erase_classes
 from mimu.masks import Mask
 from mimu.probes import ridge_regression, standardised
 from mimu.samples import some_of_every_class
@@ -55,5 +55,5 @@ def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative)
 @unlearning_method("erase", runs_with="all", paper="after Hatami et al. 2026, arXiv:2604.15166", touches="a mask")
 def erase(request: Request, *, config: ErasingConfig) -> Mask:
     """Late layers lose the direction of the class, and the last its output weights, trained against attackers."""
-    mask, _ = erase_class(request.classifier, request.train, request.forget_class, config, request.seed)
+    mask, _ = erase_classes(request.classifier, request.train, [request.forget_class], config, request.seed)
     return mask

@@ -1,16 +1,16 @@
-"""Erasing a class: late layers are edited so that the representation says little about it, and not only the output.
+"""Erasing classes: late layers are edited so that the representation says little about them, and not only the output.
 
 The representation is what the last layer reads. Attackers tell the class from others by it: each is a ridge regression
 on random features, and a new one is drawn at every training step, so that an edit cannot just fool one of them. A
-classifier that never saw the class still tells it apart a little. The target estimates what attackers would find there:
-it lies between what they find in the inputs and what they find in the original (`target_r_squared`).
+classifier that never saw the class still tells it apart. The target estimates what attackers would find there: it lies
+between what they find in the inputs and what they find in the original (`target_r_squared`). Where they find no more
+than the target in the first place, the class's output weights alone are edited.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mimu.errors import InputError
+from mimu.errors import InputError, shortened
 from mimu.hooked import HookedClassifier
 from mimu.masks import LayerMask, Mask
 from mimu.probes import held_out_variance, standardised
@@ -29,15 +29,20 @@ from mimu.training import descend, forgetting_loss
 
 MAX_EDITED = 4  # layers before the last one that are edited, at most
 HELD_OUT = 5  # every fifth sample of a class is held out from training
-MIN_TO_TRAIN = 20  # training samples of the class below which only its output weights are trained: more would overfit
 MIN_TO_JUDGE = 50  # held-out samples, of the class and of the others, below which they say too little
 ATTACKERS = 5  # whose mean R^2 counts
+LINEAR_SHARE = 0.25  # of an attacker's random features that are not rectified
+SHARE_OF = 10  # classes, for which `share` in settings.yaml is given
+START = 0.5  # of the class's direction is removed before training; from 0 on, some edits do not come to remove any
+SHARES = (0.75, 0.5, 0.25)  # to which an edit is weakened while it takes more than the target asks for
 TOLERANCE = 0.02  # of R^2 above the target that still counts as reaching it
+SEEN = 0.1  # R^2 in the original below which attackers see too little of a class to judge its erasure
+FEWEST = 10  # samples of a class below which its erasure cannot be judged
 
 
 @dataclass(frozen=True)
 class ErasingConfig:
-    """Settings of `erase_class` (explained in settings.yaml), and the attackers that they describe."""
+    """Settings of `erase_classes` (explained in settings.yaml), and the attackers that they describe."""
 
     samples: Count
     group_size: Count
@@ -56,35 +61,57 @@ class ErasingConfig:
         return ErasingConfig(**library_settings()["erase"])
 
     def attacker_r_squared(self, features: Tensor, is_forget: Tensor, generator: torch.Generator) -> Tensor:
-        """Draws one attacker, and returns its R^2 on whether a sample is of the class (`held_out_variance`).
+        """Draws one attacker, and returns its R^2 on whether a sample is of each class to forget, (classes).
 
-        It reads V z + b, one half rectified: z are the standardised features (samples, ...), V and b are random.
+        It reads V z + b, a part of it rectified: z are the standardised features, V and b are random. However many
+        samples there are, all those of a class to forget weigh as much as 1 / others_ratio of the others together.
+
+        Args:
+            features: (samples, ...)
+            is_forget: (samples, classes) bool
         """
         (z,) = standardised(features.flatten(1).float())
         random = torch.randn(z.shape[1] + 1, self.units, generator=generator, dtype=torch.float32).to(z)
         directions, offsets = random[1:] * math.sqrt(2 / z.shape[1]), random[0]
-        linear, rectified = (z @ directions + offsets).tensor_split(2, 1)
-        return held_out_variance(torch.cat([linear, rectified.relu()], 1), is_forget.to(z), self.ridge)
+        linear, rectified = (z @ directions + offsets).tensor_split([int(LINEAR_SHARE * self.units)], 1)
+        targets, is_other = is_forget.to(z), ~is_forget.any(1)
+        weight = (targets / targets.sum(0)).sum(1) + is_other.to(z) * self.others_ratio / is_other.sum()
+        return held_out_variance(torch.cat([linear, rectified.relu()], 1), targets, self.ridge, weight)
 
-    def mean_r_squared(self, features: Tensor, is_forget: Tensor, seed: int) -> float:
-        """The mean R^2 of several attackers, at least 0."""
+    def mean_r_squared(self, features: Tensor, is_forget: Tensor, seed: int) -> Tensor:
+        """The mean R^2 of several attackers on each class to forget, at least 0, (classes)."""
         generator = seeded("attackers", seed)
-        return max(fmean(self.attacker_r_squared(features, is_forget, generator).item() for _ in range(ATTACKERS)), 0.0)
+        drawn = [self.attacker_r_squared(features, is_forget, generator) for _ in range(ATTACKERS)]
+        return torch.stack(drawn).mean(0).clamp_min(0)
 
-    def target_r_squared(self, in_inputs: float, in_original: float) -> float:
-        """The R^2 that attackers may reach in the edited representation, from what they find before any edit."""
-        return in_inputs + self.share * max(0.0, in_original - in_inputs)
+    def target_r_squared(self, in_inputs: Tensor, in_original: Tensor, num_classes: int) -> Tensor:
+        """The R^2 that attackers may reach in the edited representation, at most what they find before any edit.
+
+        The more other classes a network learned, the more its features tell of one that it never saw: the share of the
+        way from the inputs to the original that is missing there falls with the root of their number (docs/bar.md).
+        """
+        share = max(0.0, 1 - (1 - self.share) * math.sqrt(SHARE_OF / num_classes))
+        return torch.minimum(in_inputs + share * (in_original - in_inputs), in_original)
 
 
 class RecoveredInformation(NamedTuple):
-    """The mean R^2 of attackers on a class: before an edit, after it, and the target."""
+    """The mean R^2 of attackers on a class: before an edit, after it, and the target; and how many samples judge it."""
 
     before: float
     after: float
     target: float
+    num_samples: int
 
     def __str__(self) -> str:
-        return f"attackers find R^2 {self.after:.2f}, before {self.before:.2f}, target {self.target:.2f}"
+        found = f"attackers find R^2 {self.after:.2f}, before {self.before:.2f}, target {self.target:.2f}"
+        if not self.can_be_judged:
+            return f"cannot be judged by {self.num_samples} samples ({found})"
+        return f"{'erased' if self.is_at_target else 'not erased'}: {found}"
+
+    @property
+    def can_be_judged(self) -> bool:
+        """True if there are samples enough, and attackers see the class in the original."""
+        return self.num_samples >= FEWEST and self.before >= SEEN
 
     @property
     def is_at_target(self) -> bool:
@@ -92,29 +119,31 @@ class RecoveredInformation(NamedTuple):
         return self.after <= self.target + TOLERANCE
 
 
-def erase_class(
+def erase_classes(
     classifier: HookedClassifier,
     split: Split,
-    forget_class: int,
+    forget: Sequence[int],
     config: ErasingConfig,
     seed: int,
     start: Mask | None = None,
     progress: bool = False,
     model_inputs: Tensor | None = None,
-) -> tuple[Mask, RecoveredInformation]:
-    """Edits the last layers of a classifier so that attackers hardly tell the class, and returns the edit as a mask.
+) -> tuple[Mask, dict[int, RecoveredInformation]]:
+    """Edits the last layers of a classifier so that attackers hardly tell classes, and returns the edit as a mask.
 
-    The first edit (`Edit`) changes the weights of the last layer and of one layer before it. It changes two before it
-    if the network ends in three linear layers with a ReLU between each two. If attackers still find more than the
-    target in the samples that judge (`split_samples`), a new edit of one more layer is trained from the start, up to
-    MAX_EDITED. The mask under which attackers find least is returned. An edit minimises
+    Where attackers find no more than the target, the output weights alone are edited. Else the first edit (`Edit`)
+    changes the weights of the last layer and of one layer before it. It changes two before it if the network ends in
+    three linear layers with a ReLU between each two. If attackers still find more than the target in the samples that
+    judge (`split_samples`), a new edit of one more layer is trained from the start, up to MAX_EDITED. The mask under
+    which attackers find least is returned. An edit minimises
 
         cross entropy of the retained classes - forget_weight E[log(1 - p)] + erase_weight max(0, R^2 - target)
 
-    where p is the probability of the class on its own samples, and R^2 what a new attacker finds in the step.
+    where p is the probability of the class on its own samples, and R^2 what a new attacker finds in the step. The last
+    two terms are sums over the classes to forget.
 
     Args:
-        split: samples of the class and of the retained classes, as the classifier reads them
+        split: samples of these classes and of the retained classes, as the classifier reads them
         start: a mask to begin with; the mask returned includes it
         model_inputs: what the whole network reads for the samples, if the classifier is only its suffix
 
@@ -122,38 +151,47 @@ def erase_class(
         InputError: there is no layer before the last one. TrainingError: the training diverges.
     """
     layers, num_linear = late_layers(classifier), len(classifier.trace.names_at_the_end) - 1
-    train, judging = split_samples(split.labels, forget_class, config, seed)
+    train, judging = split_samples(split.labels, forget, config, seed)
     chosen, num_train = torch.cat([train, judging]), len(train)
     labels, model_inputs = split.labels[chosen], split.images if model_inputs is None else model_inputs
-    is_forget, directions, rounds = labels[num_train:] == forget_class, {}, []
+    is_forget = one_hot(labels[num_train:], forget)
+    num_classes, counts = len(split.labels.unique()), is_forget.sum(0).tolist()
+    directions: dict[int, Tensor] = {}
     with start.applied_to(classifier) if start else nullcontext():
         suffix = classifier.suffix_from(layers)
         inputs = classifier.prefix_activations(layers, split.images.index_select(0, chosen))
         representation = suffix.value_of(suffix.trace.representation, inputs[num_train:])
         before = config.mean_r_squared(representation, is_forget, seed)
-        target = config.target_r_squared(config.mean_r_squared(model_inputs[judging], is_forget, seed), before)
-        for num_hidden in range(min(2, num_linear) or 1, len(layers)):
+        in_inputs = config.mean_r_squared(model_inputs[judging], is_forget, seed)
+        target = config.target_r_squared(in_inputs, before, num_classes)
+        is_at_target = bool((before <= target + TOLERANCE).all())
+        rounds = [0] if is_at_target else range(min(2, num_linear) or 1, len(layers))
+        best_mask, least = start, before
+        for number, num_hidden in enumerate(rounds):
             edited = layers[-1 - num_hidden :]
             edited_suffix, cached_inputs = suffix.suffix_from(edited), suffix.prefix_activations(edited, inputs)
             for layer in edited[:-1]:
                 if layer not in directions:
                     x = edited_suffix.mean_inputs(layer, cached_inputs[:num_train])
-                    directions[layer] = direction_to_erase(x, labels[:num_train], forget_class)
+                    directions[layer] = directions_to_erase(x, labels[:num_train], forget)
             samples = Split(cached_inputs, labels)
-            edit = Edit(edited_suffix, start, edited, samples, num_train, forget_class, directions)
-            recovered = RecoveredInformation(before, edit.train(target, config, seed, progress), target)
-            rounds.append((edit.mask(start), recovered))
-            if recovered.is_at_target:
+            edit = Edit(edited_suffix, start, edited, samples, num_train, forget, directions)
+            after = edit.train(target, config, seed, progress)
+            if number == 0 or after.sum() < least.sum():
+                best_mask, least = edit.mask(start), after
+            if (after <= target + TOLERANCE).all():
                 break
-    return min(rounds, key=lambda each: each[1].after)
+    values = zip(before.tolist(), least.tolist(), target.tolist(), counts)
+    return best_mask, {label: RecoveredInformation(*each) for label, each in zip(forget, values)}
 
 
 class Edit:
-    """A trainable change of the weights W of the last layers of a classifier to W - U V^T, of rank 1 in each.
+    """A trainable change of the weights W of the last layers to W - U V^T, of as many columns as classes to forget.
 
-    In a hidden layer V is the direction of the class (after Hatami et al. 2026, arXiv:2604.15166). U, trained, says how
-    much less of it each neuron reads. At first no neuron reads that direction. In the last layer U selects the class,
-    and V, trained, is subtracted from its output weights. At first V equals them, so that they are zero.
+    In a hidden layer V holds the directions of the classes (after Hatami et al. 2026, arXiv:2604.15166). U, trained,
+    says how much less of them each neuron reads. At first every neuron reads START less of them. In the last layer U
+    selects the classes, and V, trained, is subtracted from their output weights. At first V equals them, so that they
+    are zero.
     """
 
     def __init__(
@@ -163,32 +201,31 @@ class Edit:
         layers: Sequence[int],
         samples: Split,
         num_train: int,
-        forget_class: int,
+        forget: Sequence[int],
         directions: Mapping[int, Tensor],
     ) -> None:
         """Prepares the edit of a classifier, which is under the mask `start`, and runs what no training step changes.
 
         samples: as the classifier reads them; the first num_train are trained on, the others judge
-        directions: `direction_to_erase` in the inputs of each hidden layer
+        directions: `directions_to_erase` in the inputs of each hidden layer
         """
-        self.labels, self.num_train, self.forget_class = samples.labels, num_train, forget_class
+        self.labels, self.num_train, self.forget = samples.labels, num_train, forget
         self.weights = {classifier.names[layer]: classifier.weights[layer].detach() for layer in layers}
         self.masks: dict[str, LayerMask] = {}
-        is_few = (self.labels[:num_train] == forget_class).sum() < MIN_TO_TRAIN
         for layer, (name, weight) in zip(layers, self.weights.items()):
             keep = start.by_layer[name].keep if start and name in start.by_layer else torch.ones_like(weight)
             if layer == layers[-1]:
-                u = F.one_hot(torch.tensor([forget_class]), len(weight)).T.to(weight)
-                v = weight[forget_class][:, None].clone().requires_grad_()
+                u = F.one_hot(torch.tensor(forget), len(weight)).T.to(weight)
+                v = weight[list(forget)].T.clone().requires_grad_()
             else:
-                v = directions[layer].to(weight)[:, None]
-                u = (weight.flatten(1) @ v).requires_grad_(not is_few)
+                v = directions[layer].to(weight)
+                u = (START * weight.flatten(1) @ torch.linalg.pinv(v).T).requires_grad_()
             self.masks[name] = LayerMask(keep, u, v)
         self.trained = [*(mask.u for mask in self.masks.values() if mask.u.requires_grad), v]
         self.classifier, self.cached_inputs, self.read = classifier, [samples.images], None
         first = next(iter(self.masks.values()))
-        if first.keep.all():  # then W x and V^T x of the first layer need to be computed only once
-            direction = first.v.T.reshape(1, *first.keep.shape[1:])
+        if len(layers) > 1 and first.keep.all():  # then W x and V^T x of the first layer need to be computed only once
+            direction = first.v.T.reshape(-1, *first.keep.shape[1:])
             with suppress(ValueError):  # of a network that cannot be run from behind this layer on
                 self.cached_inputs, self.read = classifier.recorded(layers[0], samples.images, direction)
                 self.classifier = classifier.suffix_after(layers[0])
@@ -205,32 +242,57 @@ class Edit:
         # Indexing a batch of one makes the gradient of each weight contiguous by rows.
         return self.classifier.outputs(inputs, weights={name: weight[None][0] for name, weight in weights.items()})
 
-    def train(self, target: float, config: ErasingConfig, seed: int, progress: bool) -> float:
-        """Trains the edit, and returns the R^2 that attackers then find on the samples that judge it.
+    def train(self, target: Tensor, config: ErasingConfig, seed: int, progress: bool) -> Tensor:
+        """Trains the edit, and returns the R^2 that attackers then find on the samples that judge it, (classes).
 
         Batch and attacker are new in every step. The factors, Adam's moments, the learning rate's schedule and the
         random generator are kept from one step to the next.
+
+        target: R^2 on each class, (classes)
         """
-        is_forget = self.labels == self.forget_class
+        is_forget = one_hot(self.labels, self.forget)
         indices = torch.arange(len(self.labels), device=self.labels.device)
         train, judging = indices[: self.num_train], indices[self.num_train :]
-        generator = seeded("erase", seed, self.forget_class)
+        generator = seeded("erase", seed, *self.forget)
         optimizer = torch.optim.Adam(self.trained, config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-        bar = {"desc": f"class {self.forget_class}", "unit": "step", "delay": 1, "leave": False}
+        name = f"class{'es' * (len(self.forget) > 1)} {', '.join(map(str, self.forget))}"
+        bar = {"desc": shortened(name), "unit": "step", "delay": 1, "leave": False}
         for step in tqdm(range(config.steps), **bar, disable=None if progress else True):
             batch = draw_batch(train, is_forget, config.group_size, config.others_ratio, generator)
-            is_own = is_forget[batch]
+            labels, is_own = self.labels[batch], is_forget[batch].any(1)
             features, logits = self.outputs(batch)
-            forget = forgetting_loss(logits[is_own].softmax(1)[:, self.forget_class])
-            retain = F.cross_entropy(logits[~is_own], self.labels[batch[~is_own]])
-            excess = (config.attacker_r_squared(features, is_own, generator) - target).clamp_min(0)
-            loss = retain + config.forget_weight * forget + config.erase_weight * excess
+            p = logits[is_own].softmax(1).gather(1, labels[is_own, None])
+            retain = F.cross_entropy(logits[~is_own], labels[~is_own])
+            excess = (config.attacker_r_squared(features, is_forget[batch], generator) - target).clamp_min(0)
+            forget = len(self.forget) * forgetting_loss(p)
+            loss = retain + config.forget_weight * forget + config.erase_weight * excess.sum()
             descend(optimizer, {"loss": loss}, step, "eval.hyperparameters.erase")
             schedule.step()
-        with torch.no_grad():
-            features, _ = self.outputs(judging)
-        return config.mean_r_squared(features, is_forget[judging], seed)
+        return self.weaken(target, judging, is_forget[judging], config, seed)
+
+    @torch.no_grad()
+    def weaken(self, target: Tensor, judging: Tensor, is_forget: Tensor, config: ErasingConfig, seed: int) -> Tensor:
+        """Weakens the edit of hidden layers to the least of SHARES that reaches the target; returns the R^2, (classes).
+
+        Attackers err from step to step, and the edit would take away far more than the target asks for.
+
+        Args:
+            judging: the indices of the samples that judge, (samples)
+            is_forget: whether each is of each class, (samples, classes)
+        """
+        hidden = [(u, u.clone()) for u in self.trained[:-1]]
+        chosen, after = 1.0, config.mean_r_squared(self.outputs(judging)[0], is_forget, seed)
+        for share in SHARES if hidden and (after < target - TOLERANCE).all() else ():
+            for u, whole in hidden:
+                u.copy_(share * whole)
+            r_squared = config.mean_r_squared(self.outputs(judging)[0], is_forget, seed)
+            if (r_squared > target).any():
+                break
+            chosen, after = share, r_squared
+        for u, whole in hidden:
+            u.copy_(chosen * whole)
+        return after
 
     def mask(self, start: Mask | None) -> Mask:
         """The edit as a mask, together with the mask that it started from."""
@@ -257,33 +319,50 @@ def held_out(labels: Tensor) -> Tensor:
     return is_held_out
 
 
-def split_samples(labels: Tensor, forget_class: int, config: ErasingConfig, seed: int) -> tuple[Tensor, Tensor]:
+def one_hot(labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """Says whether each sample is of each of some classes, (samples, classes) bool."""
+    return labels[:, None] == labels.new_tensor(classes)
+
+
+def split_samples(labels: Tensor, forget: Sequence[int], config: ErasingConfig, seed: int) -> tuple[Tensor, Tensor]:
     """Draws the indices of samples to train on, and of held-out samples on which attackers judge the edit.
 
-    Where too few are held out, of the class or of the others, training samples judge.
+    Where too few are held out, of a class to forget or of the others, training samples judge.
     """
-    is_forget, is_held_out = labels == forget_class, held_out(labels)
+    is_forget, is_held_out = one_hot(labels, forget), held_out(labels)
     train, judging = (~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0]
-    num_forget = int(is_forget[judging].sum())
-    is_enough = min(num_forget, len(judging) - num_forget) >= MIN_TO_JUDGE
-    train = train[drawn_of_every_class(labels[train], config.samples, "erase", seed, forget_class)]
-    count, generator = config.samples // (HELD_OUT - 1), seeded("held out", seed, forget_class)
-    return train, draw_batch(judging if is_enough else train, is_forget, count, config.others_ratio, generator)
+    counts = [*is_forget[judging].sum(0).tolist(), int((~is_forget[judging].any(1)).sum())]
+    candidates = judging if min(counts) >= MIN_TO_JUDGE else train
+    train = train[drawn_of_every_class(labels[train], config.samples, "erase", seed, *forget)]
+    count, generator = config.samples // (HELD_OUT - 1), seeded("held out", seed, *forget)
+    return train, draw_batch(candidates, is_forget, count, config.others_ratio, generator)
 
 
 def draw_batch(candidates: Tensor, is_forget: Tensor, count: int, ratio: int, generator: torch.Generator) -> Tensor:
-    """Draws `count` candidates of the class, and `ratio` times as many others, or fewer, as among all candidates."""
-    # The rarer the class, the smaller the R^2 of an attacker: it must be as rare wherever two are compared.
+    """Draws `count` candidates of each class to forget, or fewer, and others up to (1 + ratio) * count samples in all.
+
+    With many classes to forget, half of the samples are of others.
+    """
     candidates = candidates[torch.randperm(len(candidates), generator=generator).to(candidates.device)]
-    forget, retain = candidates[is_forget[candidates]], candidates[~is_forget[candidates]]
-    ratio, forget = min(ratio, len(retain) / len(forget)), forget[:count]
-    return torch.cat([forget, retain[: math.ceil(ratio * len(forget))]])
+    size, is_own = (1 + ratio) * count, is_forget[candidates]
+    count = min(count, max(1, size // (2 * is_own.shape[1])))
+    own = torch.cat([candidates[column][:count] for column in is_own.T])
+    return torch.cat([own, candidates[~is_own.any(1)][: max(size - len(own), count)]])
 
 
-def direction_to_erase(x: Tensor, labels: Tensor, forget_class: int) -> Tensor:
-    """`class_direction`; where that is 0, the class's mean less the mean of all others, normalised."""
-    direction, is_forget = class_direction(x, labels, forget_class), labels == forget_class
-    return direction if direction.any() else F.normalize((x[is_forget].mean(0) - x[~is_forget].mean(0)).double(), dim=0)
+def directions_to_erase(x: Tensor, labels: Tensor, forget: Sequence[int]) -> Tensor:
+    """The `class_direction` of each class to forget, beside the retained ones, (n, classes).
+
+    Where that is 0, it is the class's mean less the mean of the retained samples, normalised.
+    """
+    is_retained, columns = ~one_hot(labels, forget).any(1), []
+    for label in forget:
+        chosen = is_retained | (labels == label)
+        direction = class_direction(x[chosen], labels[chosen], label)
+        if not direction.any():
+            direction = F.normalize((x[labels == label].mean(0) - x[is_retained].mean(0)).double(), dim=0)
+        columns.append(direction)
+    return torch.stack(columns, 1)
 
 
 def class_direction(x: Tensor, labels: Tensor, forget_class: int) -> Tensor:

@@ -41,21 +41,29 @@ def ridge_regression(features: Tensor, targets: Tensor, ridge: float) -> Tensor:
     return torch.linalg.solve(correlation, transposed @ targets)
 
 
-def held_out_variance(features: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """R^2 of a ridge regression that predicts each sample from all others, differentiable; at most 1, 0 for noise.
+def held_out_variance(features: Tensor, targets: Tensor, ridge: float, weight: Tensor | None = None) -> Tensor:
+    """R^2 of ridge regressions that predict each sample from all others, differentiable; at most 1, 0 for noise.
 
-        1 - sum_i (e_i / (1 - h_i))^2 / sum_i t_i^2,  h_i = 1 / N + H_i (H^T H + ridge N I)^-1 H_i^T
+        1 - sum_i w_i (e_i / (1 - h_i))^2 / sum_i w_i t_i^2,  h_i = w_i (1 + H_i (H^T W H + ridge I)^-1 H_i^T)
 
-    where H are the standardised features (samples, n), t the centred target (samples), and e the residuals (PRESS;
-    Allen 1974, Technometrics 16).
+    where H are the standardised features, t a centred target, e the residuals, and w the weights of the samples, whose
+    sum is 1 (PRESS; Allen 1974, Technometrics 16).
+
+    Args:
+        features: (samples, n)
+        targets: (samples, targets)
+        weight: of each sample, (samples), of any sum; None: all are alike
+
+    Returns: (targets)
     """
-    (h,) = standardised(features)
-    t = target - target.mean()
-    samples, n = h.shape
-    inverse = torch.linalg.inv(h.T @ h + samples * ridge * torch.eye(n).to(h))
-    hat = h @ inverse
-    residuals = (t - hat @ (h.T @ t)) / (1 - 1 / samples - (hat * h).sum(1))
-    return 1 - residuals.square().sum() / t.square().sum().clamp_min(1e-12)
+    w = (torch.ones_like(targets[:, 0]) if weight is None else weight)[:, None]
+    w = w / w.sum()
+    centred, t = features - (w * features).sum(0), targets - (w * targets).sum(0)
+    # The square root has no derivative at 0, where a feature never changes.
+    h = centred / ((w * centred.square()).sum(0).clamp_min(1e-20).sqrt() + 1e-3)
+    hat = h @ torch.linalg.inv(h.T @ (w * h) + ridge * torch.eye(h.shape[1]).to(h))
+    residuals = (t - hat @ (h.T @ (w * t))) / (1 - w * (1 + (hat * h).sum(1, keepdim=True)))
+    return 1 - (w * residuals.square()).sum(0) / (w * t.square()).sum(0).clamp_min(1e-12)
 
 
 def linear(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mimu.batches import batches_of, tensor_of
-from mimu.erasing import ErasingConfig, RecoveredInformation, erase_class, held_out
+from mimu.erasing import ErasingConfig, RecoveredInformation, erase_classes, held_out
 from mimu.errors import InputError, shortened
 from mimu.graph import MaskingGCN
 from mimu.hiding import head_of, hiding_mask
@@ -284,16 +284,15 @@ def erasing_mask(request: UnlearningRequest) -> Mask:
     judgement = request.judgement
     attempt = forget_by_erasing(request, judgement)
     chosen = held_out(judgement.labels)  # nothing was learned from these
-    counts = judgement[chosen].counts
-    if all(counts.get(label, 0) >= FOLDS for label in judgement.retained):
+    if sum(judgement[chosen].counts.get(label, 0) for label in judgement.retained) >= FEW:
         logits = attempt.logits[chosen]
     else:
         chosen, logits = slice(None), held_out_logits(request, attempt, forget_by_erasing)
-    words = [f"class {label} erased: {recovered}" for label, recovered in attempt.recovered.items()]
+    words = [f"class {label} {recovered}" for label, recovered in attempt.recovered.items()]
     messages = judgement.uncertainties(attempt.logits)
     for label, recovered in attempt.recovered.items():
-        if not recovered.is_at_target:
-            messages.append(f"of class {label} {recovered}")
+        if not (recovered.is_at_target and recovered.can_be_judged):
+            messages.append(f"class {label} {recovered}")
     return judged_mask(request, attempt, chosen, logits, words, messages)
 
 
@@ -317,28 +316,26 @@ def forget_by_mask(request: UnlearningRequest, judgement: Judgement, scorer: str
 
 
 def forget_by_erasing(request: UnlearningRequest, judgement: Judgement) -> Attempt:
-    """Erases every requested class, those first of which most remains, and again what another one brings back."""
+    """Erases the requested classes together, and again those which another one brings back."""
     masks, logits, recovered = [request.start], judgement.before, {}
-    for _ in range(2 * len(judgement.forget)):
-        due = [label for label in judgement.forget if label in request.requested and label not in recovered]
-        percent, label = judgement.most_remaining(logits, due)
-        if (percent < judgement.target and not due) or judgement.is_ruined(logits):
-            break
-        labels = request.train.labels
-        chosen = torch.isin(labels, labels.new_tensor([label, *judgement.retained]))
+    labels, due = request.train.labels, [label for label in judgement.forget if label in request.requested]
+    while due and len(masks) < 4 and not judgement.is_ruined(logits):
+        chosen = torch.isin(labels, labels.new_tensor([*due, *judgement.retained]))
         images = Split(request.custom.model_inputs, labels)[chosen].images
-        mask, recovered[label] = erase_class(
+        mask, found = erase_classes(
             request.custom.classifier,
             request.train[chosen],
-            label,
+            due,
             ErasingConfig.configured(),
             request.seed,
             start=masks[-1],
             progress=request.progress,
             model_inputs=images if images.is_floating_point() else None,  # integers are words, not features
         )
+        recovered |= found
         masks.append(mask)
         logits = request.logits(mask)
+        due = [label for label in judgement.forget if judgement.percent_remaining(label, logits) >= judgement.target]
     return Attempt(masks, logits, "", recovered)
 
 
@@ -422,11 +419,12 @@ def judged_mask(
         RetainScoreError: if the chosen samples, or all samples under the last mask, show a larger loss
     """
     judgement, judge = request.judgement, request.judgement[chosen]
+    judge = replace(judge, retained=[label for label in judge.retained if label in judge.counts])
     after = judge.accuracies(logits)
     for part, accuracies in ((chosen, after), (slice(None), judgement.accuracies(attempt.logits))):
         # With fewer samples, a mask that is made without one is not like the mask made of all.
         each = judgement[part]
-        enough = replace(each, retained=[label for label in each.retained if each.counts[label] >= FOLDS])
+        enough = replace(each, retained=[label for label in each.retained if each.counts.get(label, 0) >= FOLDS])
         if enough.retained and not enough.is_within(accuracies):
             raise retain_score_error(request, attempt.masks, enough, accuracies, part)
     if not judge.is_within(after):

@@ -118,7 +118,7 @@ def test_a_sketch_keeps_inner_products_and_what_attackers_find():
     error = (reduced @ reduced.T - x @ x.T)[200:300, 300:400] / (5000 / SKETCHED**0.5)
     assert 0.8 < error.std() < 1.2 and abs(error.mean()) < 0.1
     config = ErasingConfig.configured()
-    in_inputs, in_sketch = (config.mean_r_squared(each, is_class, seed=0) for each in (x, reduced))
+    in_inputs, in_sketch = (config.mean_r_squared(each, is_class[:, None], seed=0).item() for each in (x, reduced))
     assert in_sketch == pytest.approx(in_inputs, abs=0.1) and 0.3 < in_inputs < 0.9
     small = torch.randn(3, 4, 5)
     assert torch.equal(sketch(small), small.flatten(1))
