@@ -332,8 +332,8 @@ def split_samples(labels: Tensor, forget: Sequence[int], config: ErasingConfig, 
     is_forget, is_held_out = one_hot(labels, forget), held_out(labels)
     train, judging = (~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0]
     counts = [*is_forget[judging].sum(0).tolist(), int((~is_forget[judging].any(1)).sum())]
-    candidates = judging if min(counts) >= MIN_TO_JUDGE else train
     train = train[drawn_of_every_class(labels[train], config.samples, "erase", seed, *forget)]
+    candidates = judging if min(counts) >= MIN_TO_JUDGE else train
     count, generator = config.samples // (HELD_OUT - 1), seeded("held out", seed, *forget)
     return train, draw_batch(candidates, is_forget, count, config.others_ratio, generator)
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mimu.batches import batches_of, tensor_of
-from mimu.erasing import ErasingConfig, RecoveredInformation, erase_classes, held_out
+from mimu.erasing import FEWEST, ErasingConfig, RecoveredInformation, erase_classes, held_out
 from mimu.errors import InputError, shortened
 from mimu.graph import MaskingGCN
 from mimu.hiding import head_of, hiding_mask
@@ -28,6 +28,10 @@ from mimu.settings import number_of_weights
 
 FOLDS = 5  # parts of few samples that are held out in turn
 WORTH_A_TRY = 1.0  # points: if the retained classes lose more by the GCN, the formula is tried
+HIDDEN_FOR_WANT_OF_SAMPLES = (
+    f"classes are hidden, and stay in the representation: to erase and to judge takes {FEWEST} samples of each, and "
+    "these have fewer"
+)
 TRUSTED = 50.0  # percent: with a lower mean accuracy, samples and model hardly belong together
 
 
@@ -63,7 +67,7 @@ def unlearn(
         seed: of the samples that are drawn
         method: "erase" takes the classes from the last layer's input, too (`mimu.erasing`); "mask" zeroes the few
             weights that they need; "hide" changes their output weights alone (`mimu.hiding`). None: erase; where `gcn`,
-            `mask_layer` or `scorer` is set, mask
+            `mask_layer` or `scorer` is set, mask; with fewer than FEWEST samples of a class, hide
         scorer: the GCN, or the saliency formula alone
         erase: the name that method="erase" had before
         max_fall, max_class_fall: points of accuracy that the retained classes may lose, together and each; None: any
@@ -77,6 +81,7 @@ def unlearn(
     """
     if isinstance(inputs, DataLoader | Dataset) and forget_class is None:
         labels, forget_class = None, labels
+    is_free = method is None and erase is None
     method = chosen_method(method, erase, is_for_mask=gcn is not None or mask_layer != "auto" or scorer != "gcn")
     check_arguments(scorer, method, mask_layer, {"max_fall": max_fall, "max_class_fall": max_class_fall})
     with plain_torch():
@@ -88,6 +93,11 @@ def unlearn(
         train = Split(custom.cached_inputs, custom.labels)
         forgotten = carried.forgets if carried else ()
         requested = requested_classes(forget_class, train.labels, custom.num_classes, forgotten)
+        counts = train.labels.bincount(minlength=custom.num_classes)
+        few = [label for label in sorted(requested - set(forgotten)) if counts[label] < FEWEST]
+        if is_free and erase and few:
+            warnings.warn(f"{HIDDEN_FOR_WANT_OF_SAMPLES}: {shortened(str(few))}", stacklevel=2)
+            return mask_that_hides(model, inputs, labels, forget_class, mask_layer, progress)
         trained = TrainedGCN.of(gcn, custom.cached_inputs.device)
         if gcn is None and not custom.reads_features and not erase:
             scorer = "saliency"
@@ -178,6 +188,11 @@ class UnlearningRequest:
     seed: int
     bounds: Bounds
     progress: bool
+
+    def on(self, chosen: Tensor) -> "UnlearningRequest":
+        """The request on some of the samples."""
+        custom = replace(self.custom, model_inputs=self.custom.model_inputs[chosen])
+        return replace(self, custom=custom, train=self.train[chosen], progress=False)
 
     @property
     def forget(self) -> set[int]:
@@ -273,10 +288,11 @@ def pruning_mask(request: UnlearningRequest, scorer: str) -> Mask:
         formula = forget_by_mask(request, judgement, "saliency")
         if flaws(formula) < flaws(attempt):
             scorer, attempt = "saliency", formula
-    logits = held_out_logits(request, attempt, partial(forget_by_mask, scorer=scorer))
+    forget = partial(forget_by_mask, scorer=scorer)
+    logits = held_out_logits(request, attempt, forget)
     layers = f"{len(request.custom.masked)} of {len(request.custom.classifier.names)} layers that can be masked"
     words = [f"ranked by the {'GCN' if scorer == 'gcn' else 'formula'} in {layers}"]
-    return judged_mask(request, attempt, slice(None), logits, words, judgement.uncertainties(logits))
+    return judged_mask(request, attempt, slice(None), logits, words, judgement.uncertainties(logits), forget)
 
 
 def erasing_mask(request: UnlearningRequest) -> Mask:
@@ -392,9 +408,7 @@ def held_out_logits(
             folds[judgement.labels == label] = torch.arange(count, device=folds.device) % FOLDS
     for fold in folds[folds < FOLDS].unique():
         is_held_out = folds == fold
-        custom = replace(request.custom, model_inputs=request.custom.model_inputs[~is_held_out])
-        part = replace(request, custom=custom, train=request.train[~is_held_out], progress=False)
-        mask = forget(part, judgement[~is_held_out]).masks[-1]
+        mask = forget(request.on(~is_held_out), judgement[~is_held_out]).masks[-1]
         logits[is_held_out] = request.logits(mask, is_held_out)
     return logits
 
@@ -406,6 +420,7 @@ def judged_mask(
     logits: Tensor,
     words: list[str],
     messages: list[str],
+    forget: Callable[[UnlearningRequest, Judgement], Attempt] | None = None,
 ) -> Mask:
     """The mask on the model, if the retained classes lose no more than the bounds allow.
 
@@ -414,6 +429,7 @@ def judged_mask(
         logits: theirs
         words: on how the mask was made, for its repr
         messages: further reasons to warn
+        forget: makes an attempt from part of the samples; if some are few, the mask of an error is made so
 
     Raises:
         RetainScoreError: if the chosen samples, or all samples under the last mask, show a larger loss
@@ -426,7 +442,7 @@ def judged_mask(
         each = judgement[part]
         enough = replace(each, retained=[label for label in each.retained if each.counts.get(label, 0) >= FOLDS])
         if enough.retained and not enough.is_within(accuracies):
-            raise retain_score_error(request, attempt.masks, enough, accuracies, part)
+            raise retain_score_error(request, attempt.masks, enough, accuracies, part, forget)
     if not judge.is_within(after):
         mean, worst = judge.lost_points(after)
         lost = f"by samples held out the retained classes lose {mean:.0f} points, one of them {worst:.0f}"
@@ -442,22 +458,41 @@ def judged_mask(
 
 
 def retain_score_error(
-    request: UnlearningRequest, masks: list[Mask], judgement: Judgement, after: Accuracies, chosen: Tensor | slice
+    request: UnlearningRequest,
+    masks: list[Mask],
+    judgement: Judgement,
+    after: Accuracies,
+    chosen: Tensor | slice,
+    forget: Callable[[UnlearningRequest, Judgement], Attempt] | None,
 ) -> RetainScoreError:
-    """The error of a request whose last mask costs the chosen samples' retained classes too much."""
+    """The error of a request whose last mask costs the chosen samples' retained classes too much.
+
+    If some classes have few samples, its mask is made from four fifths of each class, and chosen by the last fifth.
+    """
+    judge, max_fall = judgement, request.bounds[0]
+    if forget and judgement.has_few:
+        chosen = torch.zeros_like(judgement.labels, dtype=torch.bool)
+        for label in judgement.counts:
+            chosen[(judgement.labels == label).nonzero()[FOLDS - 1 :: FOLDS, 0]] = True
+        masks = [*forget(request.on(~chosen), request.judgement[~chosen]).masks, request.start]
+        judge = judgement[chosen]
+        judge = replace(judge, retained=[label for label in judge.retained if label in judge.counts])
     for mask in reversed(masks[:-1] or masks):
-        accuracies = judgement.accuracies(request.logits(mask, chosen))
-        if judgement.is_within(accuracies):
+        accuracies = judge.accuracies(request.logits(mask, chosen))
+        is_within_mean = max_fall is None or judge.lost_points(accuracies)[0] <= max_fall
+        if is_within_mean and judge.is_within(accuracies):
             break
+    accuracies = request.judgement.accuracies(request.logits(mask))
     mean, worst = judgement.lost_points(after)
     remaining = ", ".join(f"{accuracies[label]:.1f} % of class {label}" for label in judgement.forget)
-    max_fall, max_class_fall = request.bounds
+    max_class_fall = request.bounds[1]
     together = f"the retained classes {'lose' if mean > 0 else 'gain'} {abs(mean):.1f} points (max_fall {max_fall})"
     alone = f"one retained class loses {worst:.1f} points (max_class_fall {max_class_fall})"
     is_broken_together = max_fall is not None and mean > max_fall
     losses = f"{together}, {alone}" if is_broken_together else f"{alone}, {together}"  # the broken bound comes first
+    on = "its samples" if judge is judgement else "samples that it was not made from"
     message = (
-        f"{losses}; the mask of this error, of {mask.num_zeroed} zeroed weights, keeps to that on its samples "
+        f"{losses}; the mask of this error, of {mask.num_zeroed} zeroed weights, keeps to that on {on} "
         f"and leaves {remaining} ({request.advice}more samples may do better)"
     )
     return RetainScoreError(message, judgement.accuracies_before, after, request.mask_on_model(mask, accuracies))

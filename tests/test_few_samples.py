@@ -134,10 +134,8 @@ def test_of_few_samples_a_class_is_erased_all_the_same(model, counts, monkeypatc
     with mask.applied_to(model):
         forget, retain = scores(model, TEST, 1)
     assert forget < 5 and retain > 90 and ("one sample of class 1" in said) == (counts[1] == 1)
-    assert "class 1 erased: attackers find R^2" in repr(mask)
-    edit = mask.by_layer["3.weight"]
-    is_whole = torch.allclose(edit.u, model[3].weight @ edit.v, atol=1e-5)
-    assert is_whole == (counts[1] < 24), "of 24 samples one learns from 20, the fewest that say by how much"
+    assert ("cannot be judged by 1 samples" in repr(mask)) == (counts[1] == 1)
+    assert ("3.weight" in mask.by_layer) == (counts[1] > 1), "by one sample attackers find nothing to take away"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +143,7 @@ def test_of_few_samples_a_class_is_erased_all_the_same(model, counts, monkeypatc
 )
 def test_what_was_not_learned_from_says_what_is_left_where_it_can(own, others, is_held_out):
     labels = torch.cat([torch.ones(own), torch.zeros(others)]).long()
-    known, unseen = split_samples(labels, 1, replace(ErasingConfig.configured(), samples=30), 0)
+    known, unseen = split_samples(labels, [1], replace(ErasingConfig.configured(), samples=30), 0)
     assert set(known.tolist()).isdisjoint(unseen.tolist()) == is_held_out
     assert set(known.tolist()).issuperset(unseen.tolist()) != is_held_out
     assert held_out(labels)[unseen].all() == is_held_out and not held_out(labels)[known].any()

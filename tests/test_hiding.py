@@ -107,6 +107,17 @@ def test_the_method_follows_from_what_is_asked():
         assert method_of(erase=True) == "erase"
 
 
+def test_without_a_method_classes_of_too_few_samples_are_hidden_and_by_name_a_method_is_never_replaced():
+    samples = random_split(200, num_classes=CLASSES)
+    model = trained(perceptron(), samples)
+    few = samples[(samples.labels != 1) | ((samples.labels == 1).cumsum(0) <= 9)]
+    with pytest.warns(UserWarning, match=r"classes are hidden, and stay in the representation: .* fewer: \[1\]"):
+        mask = unlearn(model, few.images, few.labels, 1)
+    assert mask.method == "hide" and mask.forgets == (1,) and "the representation still holds the class" in repr(mask)
+    with pytest.warns(UserWarning, match=r"class 1 cannot be judged by \d samples"):
+        assert unlearn(model, few.images, few.labels, 1, method="erase", max_fall=None).method == "erase"
+
+
 @pytest.mark.parametrize("errors, is_behind", [(0, False), (3, False), (6, True)])
 def test_a_mask_that_keeps_less_than_hiding_says_so_where_the_samples_show_it(errors, is_behind):
     labels = torch.arange(3).repeat_interleave(500)
