@@ -15,9 +15,10 @@ from data import GraphGenerator
 from mimu import Mask, RetainScoreError, unlearn
 from mimu.erasing import ErasingConfig, held_out, split_samples
 from mimu.judgement import lower_end
+from mimu.masks import LayerMask
 from mimu.pruning import FEW
 from mimu.samples import Split, margins
-from mimu.unlearning import FOLDS, forget_by_mask, held_out_logits
+from mimu.unlearning import FOLDS, Attempt, forget_by_mask, held_out_logits
 
 HELD_OUT_LOGITS = "mimu.unlearning.held_out_logits"
 
@@ -148,6 +149,21 @@ def test_what_was_not_learned_from_says_what_is_left_where_it_can(own, others, i
     assert set(known.tolist()).issuperset(unseen.tolist()) != is_held_out
     assert held_out(labels)[unseen].all() == is_held_out and not held_out(labels)[known].any()
     assert labels[known].bincount().tolist() == [30, 30]
+
+
+def test_the_mask_of_an_error_is_made_from_some_samples_and_chosen_by_others(model, monkeypatch):
+    samples, made_from = of_each(20, 20, 20), []
+
+    def forget(request, judgement, scorer):
+        made_from.append(request.train.images)
+        keep = [torch.ones(3, 12).index_fill(0, torch.tensor(rows), 0) for rows in ([1], [0, 1, 2])]
+        masks = [request.start, *(Mask({"5.weight": LayerMask.of(each)}) for each in keep)]
+        return Attempt(masks, request.logits(masks[-1]), "", {})
+
+    monkeypatch.setattr("mimu.unlearning.forget_by_mask", forget)
+    with pytest.raises(RetainScoreError, match="keeps to that on samples that it was not made from") as error:
+        unlearn(model, samples.images, samples.labels, 1, mask_layer=-1, max_class_fall=None)
+    assert len(made_from[-1]) == 48 < len(made_from[0]) == 60 and error.value.mask.num_zeroed == 12
 
 
 @pytest.mark.parametrize("lost, ranks", [((3, 0), "GCN"), ((5, 0), "formula"), ((5, 6), "GCN")])
