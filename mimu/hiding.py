@@ -4,6 +4,7 @@ It takes no data and no time, and costs the retained classes nothing. The repres
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimu.batches import batches_of
 from mimu.errors import InputError, shortened
+from mimu.inputs import check_model, copy_of, requested_classes, run_on_few
 from mimu.masks import LayerMask, Mask
 from mimu.wrapping import logits_of
 
@@ -73,3 +76,25 @@ def hiding_mask(head: nn.Module, name: str, forget: Sequence[int]) -> Mask:
     shift = rows.sum(1) * (bias.detach() - HIDDEN_BIAS)
     on_bias = LayerMask(torch.ones_like(bias.detach()), shift[:, None], shift.new_ones(1, 1))
     return Mask({f"{name}.weight": LayerMask.of(keep), f"{name}.bias": on_bias}, tuple(forget))
+
+
+def mask_that_hides(
+    model: nn.Module, inputs: Any, labels: Any, forget_class: Any, mask_layer: Any, progress: bool
+) -> Mask:
+    """The mask on the model that hides classes; see `unlearn`. Inputs, if there are some, show which layer is last.
+
+    Raises:
+        InputError: if the model has no such layer, or forget_class is none of its classes
+    """
+    check_model(model)
+    network, carried, images = copy_of(model), Mask.on(model), None
+    with torch.no_grad():
+        if inputs is not None:
+            _, images = run_on_few(network, next(batches_of(inputs, labels, progress)[1]))
+        name = head_of(network, mask_layer, images)
+    head = network.get_submodule(name)
+    num_classes, forgotten = len(head.weight), carried.forgets if carried else ()
+    requested = requested_classes(forget_class, torch.arange(num_classes), num_classes, forgotten)
+    mask = hiding_mask(head, name, sorted(requested | set(forgotten)))
+    mask = replace(mask, about="hidden: the representation still holds the class", method="hide")
+    return (mask & carried if carried else mask).with_origins_of(model)

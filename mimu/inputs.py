@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mimu.batches import Batch, batches_of, check_finite_rows, joined, sketch, take_images
+from mimu.batches import Batch, batches_of, check_finite_rows, joined, sketch, take_images, tensor_of
 from mimu.erasing import late_layers
 from mimu.errors import InputError, one_line, shortened
 from mimu.hooked import HookedClassifier
@@ -238,6 +238,22 @@ def late_layers_that_fit(classifier: HookedClassifier, num_samples: int) -> list
             break
         layers = layers[1:]
     return layers
+
+
+def requested_classes(forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]) -> set[int]:
+    """The classes asked for. Raises InputError if they, the labels or the classes `forgotten` already do not fit."""
+    classes = torch.empty(0) if forget_class is None else tensor_of(forget_class, "forget_class")
+    if classes.ndim > 1 or classes.is_floating_point() or classes.dtype == torch.bool:
+        must = f"a class, from 0 to {num_classes - 1}, or several"
+        raise InputError(f"forget_class must be {must}, not {forget_class!r}")
+    requested, present = set(classes.flatten().tolist()), set(labels.unique().tolist())
+    if not requested or not present | requested <= set(range(num_classes)):
+        values = f"{min(present)} to {max(present)} and {sorted(requested)}"
+        raise InputError(f"labels and forget_class must be from 0 to {num_classes - 1}, not {values}")
+    if missing := set(range(num_classes)) - present - set(forgotten):
+        but = f", but for those that the mask on the model forgets: {sorted(forgotten)}" if forgotten else ""
+        raise InputError(f"there must be samples of every class, not none of {str(sorted(missing))[:100]}{but}")
+    return requested
 
 
 @contextmanager

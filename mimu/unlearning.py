@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mimu.batches import batches_of, tensor_of
 from mimu.erasing import FEWEST, ErasingConfig, RecoveredInformation, erase_classes, held_out
 from mimu.errors import InputError, shortened
 from mimu.graph import MaskingGCN
-from mimu.hiding import head_of, hiding_mask
-from mimu.inputs import CustomModel, check_model, copy_of, plain_torch, run_on_few
+from mimu.hiding import mask_that_hides
+from mimu.inputs import CustomModel, plain_torch, requested_classes
 from mimu.judgement import FEW, Accuracies, Bounds, Judgement
 from mimu.masks import LayerMask, Mask
 from mimu.pretrained import TrainedGCN
@@ -99,17 +98,24 @@ def unlearn(
         if is_free and erase and few:
             warnings.warn(f"{HIDDEN_FOR_WANT_OF_SAMPLES}: {shortened(str(few))}", stacklevel=2)
             return mask_that_hides(model, inputs, labels, forget_class, mask_layer, progress)
-        trained = TrainedGCN.of(gcn, custom.cached_inputs.device)
-        if gcn is None and not custom.reads_features and not erase:
-            scorer = "saliency"
-            trained = trained.for_kernels(custom.classifier.shapes[layer] for layer in custom.masked)
-        trained = replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured"))
-        request = UnlearningRequest(
-            model, carried, custom, train, requested, trained, erase, seed, (max_fall, max_class_fall), progress
-        )
+        trained, scorer = what_ranks(custom, gcn, scorer, erase)
+        bounds = max_fall, max_class_fall
+        request = UnlearningRequest(model, carried, custom, train, requested, trained, erase, seed, bounds, progress)
         request.mask_on_model(request.start, {})  # raises before any work
         request.check_accuracies()
         return erasing_mask(request) if erase else pruning_mask(request, scorer)
+
+
+def what_ranks(custom: CustomModel, gcn: Any, scorer: str, erase: bool) -> tuple[TrainedGCN, str]:
+    """The GCN and its settings for the layers to mask, and the scorer.
+
+    Without a GCN of the user's, the formula ranks kernels and what reads tokens. To erase, nothing is ranked.
+    """
+    trained = TrainedGCN.of(gcn, custom.cached_inputs.device)
+    if gcn is None and not (custom.reads_features or erase):
+        scorer = "saliency"
+        trained = trained.for_kernels(custom.classifier.shapes[layer] for layer in custom.masked)
+    return replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured")), scorer
 
 
 def chosen_method(method: str | None, erase: bool | None, is_for_mask: bool) -> str:
@@ -134,28 +140,6 @@ def check_arguments(scorer: str, method: str, mask_layer: Any, bounds: dict[str,
     for name, bound in bounds.items():
         if bound is not None and not (isinstance(bound, int | float) and bound > 0):
             raise InputError(f"{name} must be a number of points above 0, or None, not {bound!r}")
-
-
-def mask_that_hides(
-    model: nn.Module, inputs: Any, labels: Any, forget_class: Any, mask_layer: Any, progress: bool
-) -> Mask:
-    """The mask on the model that hides classes; see `unlearn`. Inputs, if there are some, show which layer is last.
-
-    Raises:
-        InputError: if the model has no such layer, or forget_class is none of its classes
-    """
-    check_model(model)
-    network, carried, images = copy_of(model), Mask.on(model), None
-    with torch.no_grad():
-        if inputs is not None:
-            _, images = run_on_few(network, next(batches_of(inputs, labels, progress)[1]))
-        name = head_of(network, mask_layer, images)
-    head = network.get_submodule(name)
-    num_classes, forgotten = len(head.weight), carried.forgets if carried else ()
-    requested = requested_classes(forget_class, torch.arange(num_classes), num_classes, forgotten)
-    mask = hiding_mask(head, name, sorted(requested | set(forgotten)))
-    mask = replace(mask, about="hidden: the representation still holds the class", method="hide")
-    return (mask & carried if carried else mask).with_origins_of(model)
 
 
 class RetainScoreError(InputError):
@@ -497,19 +481,3 @@ def retain_score_error(
         f"and leaves {remaining} ({request.advice}more samples may do better)"
     )
     return RetainScoreError(message, judgement.accuracies_before, after, request.mask_on_model(mask, accuracies))
-
-
-def requested_classes(forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]) -> set[int]:
-    """The classes asked for. Raises InputError if they, the labels or the classes `forgotten` already do not fit."""
-    classes = torch.empty(0) if forget_class is None else tensor_of(forget_class, "forget_class")
-    if classes.ndim > 1 or classes.is_floating_point() or classes.dtype == torch.bool:
-        must = f"a class, from 0 to {num_classes - 1}, or several"
-        raise InputError(f"forget_class must be {must}, not {forget_class!r}")
-    requested, present = set(classes.flatten().tolist()), set(labels.unique().tolist())
-    if not requested or not present | requested <= set(range(num_classes)):
-        values = f"{min(present)} to {max(present)} and {sorted(requested)}"
-        raise InputError(f"labels and forget_class must be from 0 to {num_classes - 1}, not {values}")
-    if missing := set(range(num_classes)) - present - set(forgotten):
-        but = f", but for those that the mask on the model forgets: {sorted(forgotten)}" if forgotten else ""
-        raise InputError(f"there must be samples of every class, not none of {str(sorted(missing))[:100]}{but}")
-    return requested
