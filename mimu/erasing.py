@@ -103,10 +103,10 @@ class RecoveredInformation(NamedTuple):
     num_samples: int
 
     def __str__(self) -> str:
-        found = f"attackers find R^2 {self.after:.2f}, before {self.before:.2f}, target {self.target:.2f}"
+        r_squared = f"attackers find R^2 {self.after:.2f}, before {self.before:.2f}, target {self.target:.2f}"
         if not self.can_be_judged:
-            return f"cannot be judged by {self.num_samples} samples ({found})"
-        return f"{'erased' if self.is_at_target else 'not erased'}: {found}"
+            return f"cannot be judged by {self.num_samples} samples ({r_squared})"
+        return f"{'erased' if self.is_at_target else 'not erased'}: {r_squared}"
 
     @property
     def can_be_judged(self) -> bool:

@@ -323,7 +323,7 @@ def forget_by_erasing(request: UnlearningRequest, judgement: Judgement) -> Attem
     while due and len(masks) < 4 and not judgement.is_ruined(logits):
         chosen = torch.isin(labels, labels.new_tensor([*due, *judgement.retained]))
         images = Split(request.custom.model_inputs, labels)[chosen].images
-        mask, found = erase_classes(
+        mask, by_class = erase_classes(
             request.custom.classifier,
             request.train[chosen],
             due,
@@ -333,7 +333,7 @@ def forget_by_erasing(request: UnlearningRequest, judgement: Judgement) -> Attem
             progress=request.progress,
             model_inputs=images if images.is_floating_point() else None,  # integers are words, not features
         )
-        recovered |= found
+        recovered |= by_class
         masks.append(mask)
         logits = request.logits(mask)
         due = [label for label in judgement.forget if judgement.percent_remaining(label, logits) >= judgement.target]
