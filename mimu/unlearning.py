@@ -26,7 +26,7 @@ from mimu.samples import Split
 from mimu.settings import number_of_weights
 
 FOLDS = 5  # parts of few samples that are held out in turn
-LARGEST_STEP = 1 / 8  # of one class's output weights, in a step in the last layer
+LARGEST_STEP = 1 / 800  # of the weights of the last layer, in a step there
 WORTH_A_TRY = 1.0  # points: if the retained classes lose more by the GCN, the formula is tried
 HIDDEN_FOR_WANT_OF_SAMPLES = (
     f"classes are hidden, and stay in the representation: to erase and to judge takes {FEWEST} samples of each, and "
@@ -353,8 +353,8 @@ def prune_classes(
     if config.step is not None:
         step = number_of_weights(config.step, graphs.graph.num_vertices)
         if graphs.graph.names == graphs.suffix.trace.names_at_the_end[-1:]:
-            # With many classes a step would be more than the few weights that one of them needs.
-            step = min(step, max(1, int(LARGEST_STEP * graphs.weights()[0][0].numel())))
+            # With many classes a step would otherwise be more than the few weights that one of them needs.
+            step = min(step, max(1, int(LARGEST_STEP * graphs.graph.num_vertices)))
         config = replace(config, step=int(step * len(forget) ** 0.5))
     gcn = trained.gcn if scorer == "gcn" else None
     steps = prune(graphs, class_index, config, request.seed, gcn, zeroed=zeroed)
