@@ -105,7 +105,7 @@ class RecoveredInformation(NamedTuple):
     def __str__(self) -> str:
         r_squared = f"attackers find R^2 {self.after:.2f}, before {self.before:.2f}, target {self.target:.2f}"
         if not self.can_be_judged:
-            return f"cannot be judged by {self.num_samples} samples ({r_squared})"
+            return f"cannot be judged by {self.num_samples} sample{'s' * (self.num_samples > 1)} ({r_squared})"
         return f"{'erased' if self.is_at_target else 'not erased'}: {r_squared}"
 
     @property
