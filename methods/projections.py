@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from eval import Request, unlearning_method
-from mimu.erasing import ErasingConfig, class_direction, erase_classes
+from mimu.erasing import ErasingConfig, class_directions, erase_classes
 from mimu.masks import Mask
 from mimu.probes import ridge_regression, standardised
 from mimu.samples import some_of_every_class
@@ -31,7 +31,7 @@ def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative)
     """DAMP: every layer reads less of the class's direction, deeper layers more so, and with `row` 0 the class's output
     weights are zeroed.
 
-    W' = W (I - a q q^T), q the `class_direction` of the layer's mean inputs, a = max(0, 2 accuracy - 1) l / L: the
+    W' = W (I - a q q^T), q of the `class_directions` of the layer's mean inputs, a = max(0, 2 accuracy - 1) l / L: the
     held-out accuracy of a linear probe (here a ridge regression) of the class against as many retained samples, and a
     depth l / L from 0 for the first layer, which reads pixels, to 1 for the last. The class's output weights are then
     multiplied by `row`. A stage of the paper is a layer here. Written from summaries of the paper, not from its text.
@@ -43,7 +43,7 @@ def damp(request: Request, *, samples: Count, ridge: Positive, row: NonNegative)
     last = len(classifier.names) - 1
     for index, weight in enumerate(classifier.weights):
         x = request.original.mean_inputs(index, chosen.images).double()
-        q = class_direction(x, chosen.labels, request.forget_class)
+        q = class_directions(x, chosen.labels, [request.forget_class])[:, 0]
         depth = index / last if last else 1.0
         alpha = separability(x[is_forget], x[~is_forget][::num_retained], ridge) * depth
         matrix = weight.flatten(1).double()

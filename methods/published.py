@@ -37,8 +37,7 @@ class Published:
 def importance(gcn: MaskingGCN, graphs: ActivationGraphs, samples: Tensor) -> Tensor:
     """Returns the logits (classes, vertices) of the graphs of single samples, one per class, (classes, 1)."""
     config = replace(graphs.config, features=FEATURES, other_classes=False)
-    own = replace(graphs, config=config) if False else graphs
-    snapshots = [own.snapshot(sample[None], 0, features=FEATURES, forgets=False) for sample in samples]
+    snapshots = [graphs.snapshot(sample[None], 0, features=FEATURES, forgets=False) for sample in samples]
     x = torch.cat([replace(snapshot, config=config).class_graph() for snapshot in snapshots])
     return torch.cat([gcn.readout(part).flatten(1) for part in gcn.hidden(x, graphs.graph)], 1)
 

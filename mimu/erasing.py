@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mimu.errors import InputError, shortened
+from mimu.errors import InputError, named
 from mimu.hooked import HookedClassifier
 from mimu.masks import LayerMask, Mask
 from mimu.probes import held_out_variance, standardised
@@ -88,7 +88,7 @@ class ErasingConfig:
         """The R^2 that attackers may reach in the edited representation, at most what they find before any edit.
 
         The more other classes a network learned, the more its features tell of one that it never saw: the share of the
-        way from the inputs to the original that is missing there falls with the root of their number (docs/bar.md).
+        way from the inputs to the original that is missing there falls with the root of their number (docs/erasure.md).
         """
         share = max(0.0, 1 - (1 - self.share) * math.sqrt(SHARE_OF / num_classes))
         return torch.minimum(in_inputs + share * (in_original - in_inputs), in_original)
@@ -154,9 +154,10 @@ def erase_classes(
     train, judging = split_samples(split.labels, forget, config, seed)
     chosen, num_train = torch.cat([train, judging]), len(train)
     labels, model_inputs = split.labels[chosen], split.images if model_inputs is None else model_inputs
-    is_forget = one_hot(labels[num_train:], forget)
+    is_forget = membership(labels[num_train:], forget)
     num_classes, counts = len(split.labels.unique()), is_forget.sum(0).tolist()
     directions: dict[int, Tensor] = {}
+    edits: list[tuple[Mask, Tensor]] = []  # and what attackers find under each
     with start.applied_to(classifier) if start else nullcontext():
         suffix = classifier.suffix_from(layers)
         inputs = classifier.prefix_activations(layers, split.images.index_select(0, chosen))
@@ -165,9 +166,7 @@ def erase_classes(
         in_inputs = config.mean_r_squared(model_inputs[judging], is_forget, seed)
         target = config.target_r_squared(in_inputs, before, num_classes)
         is_at_target = bool((before <= target + TOLERANCE).all())
-        rounds = [0] if is_at_target else range(min(2, num_linear) or 1, len(layers))
-        best_mask, least = start, before
-        for number, num_hidden in enumerate(rounds):
+        for num_hidden in [0] if is_at_target else range(min(2, num_linear) or 1, len(layers)):
             edited = layers[-1 - num_hidden :]
             edited_suffix, cached_inputs = suffix.suffix_from(edited), suffix.prefix_activations(edited, inputs)
             for layer in edited[:-1]:
@@ -177,12 +176,12 @@ def erase_classes(
             samples = Split(cached_inputs, labels)
             edit = Edit(edited_suffix, start, edited, samples, num_train, forget, directions)
             after = edit.train(target, config, seed, progress)
-            if number == 0 or after.sum() < least.sum():
-                best_mask, least = edit.mask(start), after
+            edits.append((edit.mask(start), after))
             if (after <= target + TOLERANCE).all():
                 break
+    mask, least = min(edits, key=lambda each: each[1].sum().item())
     values = zip(before.tolist(), least.tolist(), target.tolist(), counts)
-    return best_mask, {label: RecoveredInformation(*each) for label, each in zip(forget, values)}
+    return mask, {label: RecoveredInformation(*each) for label, each in zip(forget, values)}
 
 
 class Edit:
@@ -250,14 +249,13 @@ class Edit:
 
         target: R^2 on each class, (classes)
         """
-        is_forget = one_hot(self.labels, self.forget)
+        is_forget = membership(self.labels, self.forget)
         indices = torch.arange(len(self.labels), device=self.labels.device)
         train, judging = indices[: self.num_train], indices[self.num_train :]
         generator = seeded("erase", seed, *self.forget)
         optimizer = torch.optim.Adam(self.trained, config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-        name = f"class{'es' * (len(self.forget) > 1)} {', '.join(map(str, self.forget))}"
-        bar = {"desc": shortened(name), "unit": "step", "delay": 1, "leave": False}
+        bar = {"desc": named(self.forget), "unit": "step", "delay": 1, "leave": False}
         for step in tqdm(range(config.steps), **bar, disable=None if progress else True):
             batch = draw_batch(train, is_forget, config.group_size, config.others_ratio, generator)
             labels, is_own = self.labels[batch], is_forget[batch].any(1)
@@ -319,7 +317,7 @@ def held_out(labels: Tensor) -> Tensor:
     return is_held_out
 
 
-def one_hot(labels: Tensor, classes: Sequence[int]) -> Tensor:
+def membership(labels: Tensor, classes: Sequence[int]) -> Tensor:
     """Says whether each sample is of each of some classes, (samples, classes) bool."""
     return labels[:, None] == labels.new_tensor(classes)
 
@@ -329,7 +327,7 @@ def split_samples(labels: Tensor, forget: Sequence[int], config: ErasingConfig, 
 
     Where too few are held out, of a class to forget or of the others, training samples judge.
     """
-    is_forget, is_held_out = one_hot(labels, forget), held_out(labels)
+    is_forget, is_held_out = membership(labels, forget), held_out(labels)
     train, judging = (~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0]
     counts = [*is_forget[judging].sum(0).tolist(), int((~is_forget[judging].any(1)).sum())]
     train = train[drawn_of_every_class(labels[train], config.samples, "erase", seed, *forget)]
@@ -351,24 +349,25 @@ def draw_batch(candidates: Tensor, is_forget: Tensor, count: int, ratio: int, ge
 
 
 def directions_to_erase(x: Tensor, labels: Tensor, forget: Sequence[int]) -> Tensor:
-    """The `class_direction` of each class to forget, beside the retained ones, (n, classes).
-
-    Where that is 0, it is the class's mean less the mean of the retained samples, normalised.
-    """
-    is_retained, columns = ~one_hot(labels, forget).any(1), []
-    for label in forget:
-        chosen = is_retained | (labels == label)
-        direction = class_direction(x[chosen], labels[chosen], label)
+    """The `class_directions`, (n, classes); where one is 0, the class's mean less that of the retained samples."""
+    is_retained, directions = ~membership(labels, forget).any(1), class_directions(x, labels, forget)
+    for label, direction in zip(forget, directions.T):
         if not direction.any():
-            direction = F.normalize((x[labels == label].mean(0) - x[is_retained].mean(0)).double(), dim=0)
-        columns.append(direction)
-    return torch.stack(columns, 1)
+            direction.copy_(F.normalize((x[labels == label].mean(0) - x[is_retained].mean(0)).double(), dim=0))
+    return directions
 
 
-def class_direction(x: Tensor, labels: Tensor, forget_class: int) -> Tensor:
-    """The part (n) of a class's mean of x (samples, n) that the other classes' means do not span, normalised, or 0."""
-    classes = [forget_class, *(label for label in labels.unique().tolist() if label != forget_class)]
-    mean, *means = (x[labels == label].mean(0, dtype=torch.double) for label in classes)
-    spanned = torch.stack(means)
-    residual = mean - mean @ torch.linalg.pinv(spanned) @ spanned
-    return F.normalize(residual, dim=0) if residual.norm() > 1e-6 * mean.norm() else torch.zeros_like(residual)
+def class_directions(x: Tensor, labels: Tensor, forget: Sequence[int]) -> Tensor:
+    """The part of each class's mean of x that the retained classes' means do not span, normalised, or 0, (n, classes).
+
+    Args:
+        x: (samples, n)
+        labels: (samples)
+        forget: the classes; all others are retained
+    """
+    classes = [*forget, *(label for label in labels.unique().tolist() if label not in forget)]
+    means = torch.stack([x[labels == label].mean(0, dtype=torch.double) for label in classes])
+    own, spanned = means[: len(forget)], means[len(forget) :]
+    residuals = own - own @ torch.linalg.pinv(spanned) @ spanned
+    is_spanned = residuals.norm(dim=1) <= 1e-6 * own.norm(dim=1)
+    return F.normalize(residuals, dim=1).masked_fill(is_spanned[:, None], 0).T

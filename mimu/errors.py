@@ -1,5 +1,7 @@
 """Errors that name the thing, its value and what would be valid, in one line."""
 
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """The user can correct this: a setting, a file, a folder. The message says what and where, in one line."""
@@ -12,6 +14,11 @@ class ArtifactError(InputError):
 def shortened(text: str) -> str:
     """Cuts a text to 300 characters, and ends it in dots then."""
     return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def named(classes: Sequence[int]) -> str:
+    """Names classes, as in "class 3" or "classes 3, 7", `shortened`."""
+    return shortened(f"class{'es' * (len(classes) > 1)} {', '.join(map(str, classes))}")
 
 
 def one_line(error: BaseException) -> str:

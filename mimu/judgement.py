@@ -40,8 +40,11 @@ class Judgement:
     erase: bool
 
     def __getitem__(self, chosen: Tensor | slice) -> Self:
-        """Restricts the judgement to some of the samples."""
-        return replace(self, labels=self.labels[chosen], before=self.before[chosen])
+        """Restricts the judgement to some of the samples, and to the retained classes that they are of."""
+        labels = self.labels[chosen]
+        present = set(labels.unique().tolist())
+        retained = [label for label in self.retained if label in present]
+        return replace(self, labels=labels, before=self.before[chosen], retained=retained)
 
     @cached_property
     def counts(self) -> dict[int, int]:
@@ -79,12 +82,6 @@ class Judgement:
             return percent
         class_margins = margins(logits, self.labels)[self.labels == label]
         return max(percent, percent_above_zero(class_margins, float(margins(self.before, self.labels).std())))
-
-    def most_remaining(self, logits: Tensor, candidates: Sequence[int] = ()) -> tuple[float, int]:
-        """The class to forget of which most remains, and its percentage; of some candidates, if there are any."""
-        percents = {label: self.percent_remaining(label, logits) for label in self.forget}
-        label = max(candidates or percents, key=percents.__getitem__)
-        return percents[label], label
 
     def remaining(self, logits: Tensor) -> str:
         """Says how much remains of every class that is not forgotten."""

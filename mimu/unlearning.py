@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mimu.erasing import FEWEST, ErasingConfig, RecoveredInformation, erase_classes, held_out
-from mimu.errors import InputError, shortened
+from mimu.errors import InputError, named, shortened
 from mimu.graph import MaskingGCN
 from mimu.hiding import mask_that_hides
 from mimu.inputs import CustomModel, plain_torch, requested_classes
@@ -25,6 +25,7 @@ from mimu.saliency import ActivationGraphs
 from mimu.samples import Split
 from mimu.settings import number_of_weights
 
+ERASURES = 3  # of the same classes, at most, where one brings back another
 FOLDS = 5  # parts of few samples that are held out in turn
 LARGEST_STEP = 1 / 800  # of the weights of the last layer, in a step there
 WORTH_A_TRY = 1.0  # points: if the retained classes lose more by the GCN, the formula is tried
@@ -180,9 +181,14 @@ class UnlearningRequest:
         return replace(self, custom=custom, train=self.train[chosen], progress=False)
 
     @property
+    def forgotten(self) -> set[int]:
+        """The classes that the mask on the model forgets."""
+        return set(self.carried.forgets if self.carried else ())
+
+    @property
     def forget(self) -> set[int]:
-        """The requested classes, and those that the mask on the model forgets."""
-        return self.requested | set(self.carried.forgets if self.carried else ())
+        """The requested classes, and those that are forgotten already."""
+        return self.requested | self.forgotten
 
     @property
     def advice(self) -> str:
@@ -232,11 +238,11 @@ class UnlearningRequest:
         if not judgement.retained:
             must = f"there must be classes to retain beside {sorted(self.forget)} that the model classifies"
             raise InputError(f"{must}: {question}")
-        forgotten = self.carried.forgets if self.carried else ()
-        accuracy = fmean(percent for label, percent in judgement.accuracies_before.items() if label not in forgotten)
+        classified = judgement.accuracies_before.items()
+        accuracy = fmean(percent for label, percent in classified if label not in self.forgotten)
         if accuracy < TRUSTED:
             warnings.warn(f"the model classifies {accuracy:.1f} % of the samples correctly: {question}", stacklevel=3)
-        for label in () if self.erase else sorted(self.forget - set(forgotten)):
+        for label in () if self.erase else sorted(self.forget - self.forgotten):
             if judgement.percent_remaining(label, judgement.before) < judgement.target:
                 warnings.warn(f"class {label} is not classified in the first place: there is no mask", stacklevel=3)
 
@@ -285,7 +291,8 @@ def erasing_mask(request: UnlearningRequest) -> Mask:
     judgement = request.judgement
     attempt = forget_by_erasing(request, judgement)
     chosen = held_out(judgement.labels)  # nothing was learned from these
-    if sum(judgement[chosen].counts.get(label, 0) for label in judgement.retained) >= FEW:
+    judge = judgement[chosen]
+    if sum(judge.counts[label] for label in judge.retained) >= FEW:
         logits = attempt.logits[chosen]
     else:
         chosen, logits = slice(None), held_out_logits(request, attempt, forget_by_erasing)
@@ -320,7 +327,7 @@ def forget_by_erasing(request: UnlearningRequest, judgement: Judgement) -> Attem
     """Erases the requested classes together, and again those which another one brings back."""
     masks, logits, recovered = [request.start], judgement.before, {}
     labels, due = request.train.labels, [label for label in judgement.forget if label in request.requested]
-    while due and len(masks) < 4 and not judgement.is_ruined(logits):
+    while due and len(masks) <= ERASURES and not judgement.is_ruined(logits):
         chosen = torch.isin(labels, labels.new_tensor([*due, *judgement.retained]))
         images = Split(request.custom.model_inputs, labels)[chosen].images
         mask, by_class = erase_classes(
@@ -347,7 +354,7 @@ def prune_classes(
     labels, trained, label = request.train.labels, request.trained, forget[0]
     samples = request.train[torch.isin(labels, labels.new_tensor([*forget, *judgement.retained]))]
     is_forget = torch.isin(samples.labels, labels.new_tensor(forget))
-    samples = replace(samples, labels=samples.labels.masked_fill(is_forget, label))
+    own, samples = samples[is_forget], replace(samples, labels=samples.labels.masked_fill(is_forget, label))
     graphs = ActivationGraphs(request.custom.classifier.merging(forget), samples, trained.graphs, request.seed)
     config, class_index, zeroed = trained.pruning, graphs.classes.index(label), masks[-1].vertices()
     if config.step is not None:
@@ -358,11 +365,10 @@ def prune_classes(
         config = replace(config, step=int(step * len(forget) ** 0.5))
     gcn = trained.gcn if scorer == "gcn" else None
     steps = prune(graphs, class_index, config, request.seed, gcn, zeroed=zeroed)
-    own = request.train[torch.isin(labels, labels.new_tensor(forget))]
     counter = RemainingCounter(graphs, class_index, own.images, config.target, own.labels)
     limit = number_of_weights(config.max_kappa, graphs.graph.num_vertices)
     shown = {"delay": 1, "leave": False, "disable": None if request.progress else True}
-    name = f"class {label}" if len(forget) == 1 else f"classes {shortened(str(forget))}"
+    name = named(forget)
     with tqdm(desc=f"{name}, at most", total=limit, unit=" weights", **shown) as bar:
         results = prune_until_forgotten(steps, counter, config, len(zeroed))
         for number, result in enumerate(results, 1):
@@ -420,12 +426,11 @@ def judged_mask(
         RetainScoreError: if the chosen samples, or all samples under the last mask, show a larger loss
     """
     judgement, judge = request.judgement, request.judgement[chosen]
-    judge = replace(judge, retained=[label for label in judge.retained if label in judge.counts])
     after = judge.accuracies(logits)
     for part, accuracies in ((chosen, after), (slice(None), judgement.accuracies(attempt.logits))):
         # With fewer samples, a mask that is made without one is not like the mask made of all.
         each = judgement[part]
-        enough = replace(each, retained=[label for label in each.retained if each.counts.get(label, 0) >= FOLDS])
+        enough = replace(each, retained=[label for label in each.retained if each.counts[label] >= FOLDS])
         if enough.retained and not enough.is_within(accuracies):
             raise retain_score_error(request, attempt.masks, enough, accuracies, part, forget)
     if not judge.is_within(after):
@@ -454,23 +459,19 @@ def retain_score_error(
 
     If some classes have few samples, its mask is made from four fifths of each class, and chosen by the last fifth.
     """
-    judge, max_fall = judgement, request.bounds[0]
+    judge, candidates, (max_fall, max_class_fall) = judgement, masks[:-1] or masks, request.bounds
     if forget and judgement.has_few:
-        chosen = torch.zeros_like(judgement.labels, dtype=torch.bool)
-        for label in judgement.counts:
-            chosen[(judgement.labels == label).nonzero()[FOLDS - 1 :: FOLDS, 0]] = True
-        masks = [*forget(request.on(~chosen), request.judgement[~chosen]).masks, request.start]
-        judge = judgement[chosen]
-        judge = replace(judge, retained=[label for label in judge.retained if label in judge.counts])
-    for mask in reversed(masks[:-1] or masks):
+        chosen = held_out(judgement.labels)
+        candidates, judge = forget(request.on(~chosen), request.judgement[~chosen]).masks, judgement[chosen]
+    for mask in reversed(candidates):
         accuracies = judge.accuracies(request.logits(mask, chosen))
+        # Of the mean, few samples show enough, and need not show a larger loss for certain.
         is_within_mean = max_fall is None or judge.lost_points(accuracies)[0] <= max_fall
         if is_within_mean and judge.is_within(accuracies):
             break
     accuracies = request.judgement.accuracies(request.logits(mask))
     mean, worst = judgement.lost_points(after)
     remaining = ", ".join(f"{accuracies[label]:.1f} % of class {label}" for label in judgement.forget)
-    max_class_fall = request.bounds[1]
     together = f"the retained classes {'lose' if mean > 0 else 'gain'} {abs(mean):.1f} points (max_fall {max_fall})"
     alone = f"one retained class loses {worst:.1f} points (max_class_fall {max_class_fall})"
     is_broken_together = max_fall is not None and mean > max_fall

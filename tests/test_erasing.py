@@ -20,7 +20,7 @@ from mimu.erasing import (
     Edit,
     ErasingConfig,
     RecoveredInformation,
-    class_direction,
+    class_directions,
     directions_to_erase,
     erase_classes,
     late_layers,
@@ -215,10 +215,10 @@ def test_where_the_retained_classes_span_everything_the_direction_is_the_differe
     x, labels = torch.randn(60, 3, generator=seeded("spanned")), torch.arange(6).repeat(10)
     means = torch.stack([x[labels == label].mean(0) for label in (0, 1)])
     expected = F.normalize(means - x[labels > 1].mean(0), dim=1).T
-    assert not class_direction(x, labels, 0).any()
+    assert not class_directions(x, labels, [0]).any()
     assert torch.allclose(directions_to_erase(x, labels, [0, 1]).float(), expected, atol=1e-5)
-    expected = class_direction(x[:, :2], labels % 2, 0)
-    assert torch.equal(directions_to_erase(x[:, :2], labels % 2, [0])[:, 0], expected)
+    expected = class_directions(x[:, :2], labels % 2, [0])
+    assert torch.equal(directions_to_erase(x[:, :2], labels % 2, [0]), expected)
 
 
 def test_the_target_is_between_inputs_and_original_and_nearer_to_it_the_more_classes_are_known():
