@@ -76,7 +76,9 @@ def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, It
     def batches() -> Iterator[Batch]:
         first, count = None, 0
         try:
-            for batch in with_progress(source, progress):
+            # On a terminal, a bar shows the batches if they take more than a second.
+            bar = {"unit": " batches", "delay": 1, "leave": False, "disable": None if progress else True}
+            for batch in tqdm(source, "samples", **bar):
                 tensors, labels = arguments_of(batch)
                 form = {name: (tuple(each.shape[1:]), each.dtype) for name, each in tensors.items()}
                 if form != (first := first or form):
@@ -149,11 +151,6 @@ def take_images(model: nn.Module, form: Form) -> None:
     model.forward = logits  # a module around it would change the names of its weights
 
 
-def with_progress(batches: Iterable, progress: bool) -> tqdm:
-    """Shows a bar over batches of samples, on a terminal, if they take more than a second."""
-    return tqdm(batches, "samples", unit=" batches", delay=1, leave=False, disable=None if progress else True)
-
-
 def with_own_generator(loader: DataLoader) -> DataLoader:
     """Copies a loader; the copy draws from generators of its own, where it would draw from the global one."""
     loader = copy.copy(loader)
@@ -214,15 +211,12 @@ def joined(batches: Iterable[tuple[Tensor, ...]], num_samples: int) -> list[Tens
 
     num_samples: about the number of all samples. Memory for more is reserved, but not used.
     """
-    all_rows: list[Tensor] = []
-    count = 0
+    all_rows, count = [], 0
     for parts in batches:
         start, count = count, count + len(parts[0])
-        if not all_rows or count > len(all_rows[0]):
-            larger = [part.new_empty(max(num_samples, 2 * count), *part.shape[1:]) for part in parts]
-            for rows, old in zip(larger, all_rows):
-                rows[:start] = old[:start]
-            all_rows = larger
+        all_rows = all_rows or [part.new_empty(0) for part in parts]
         for rows, part in zip(all_rows, parts):
+            if count > len(rows):
+                rows.resize_(max(num_samples, 2 * count), *part.shape[1:])
             rows[start:count] = part
     return [rows[:count] for rows in all_rows]

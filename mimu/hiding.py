@@ -5,7 +5,6 @@ It takes no data and no time, and costs the retained classes nothing. The repres
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ def head_of(model: nn.Module, mask_layer: Any, images: Tensor | None) -> str:
     """Finds the layer whose output is the logits, by its name in the model.
 
     Args:
+        model: a copy, which hooks are left on
         mask_layer: the name of the layer or of its weight, or "auto"
         images: some samples, on which the model is run to find it; None: it must be the only linear layer, or named
 
@@ -37,16 +37,12 @@ def head_of(model: nn.Module, mask_layer: Any, images: Tensor | None) -> str:
     if mask_layer != "auto":
         heads = {name: module for name, module in heads.items() if mask_layer in (name, f"{name}.weight")}
     if images is not None:
-        outputs: dict[str, Tensor] = {}
-
-        def record(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            outputs[name] = output
-
-        hooks = [module.register_forward_hook(partial(record, name)) for name, module in heads.items()]
+        outputs: dict[nn.Module, Tensor] = {}
+        for module in heads.values():
+            module.register_forward_hook(lambda module, inputs, output: outputs.update({module: output}))
         logits = logits_of(model(images))
-        for hook in hooks:
-            hook.remove()
-        heads = {name: heads[name] for name, output in outputs.items() if torch.equal(output.flatten(1), logits)}
+        is_head = {module: torch.equal(output.flatten(1), logits) for module, output in outputs.items()}
+        heads = {name: module for name, module in heads.items() if is_head.get(module)}
     if len(heads) != 1:
         where = "the only linear layer, or named by mask_layer" if images is None else "one whose output is the logits"
         names = shortened(", ".join(candidates)) or "none"
