@@ -20,10 +20,7 @@ from mimu.wrapping import logits_of
 READ_AT_ONCE = 250  # samples of a batch, where the user gives no DataLoader
 SKETCHED = 1024  # numbers of a sample to which those of larger inputs are reduced
 SKETCHED_AT_ONCE = 16  # samples: those of a whole batch would take its memory twice more
-WITHOUT_LABELS = (
-    "where labels are not given, inputs must be a DataLoader or a data set of pairs (input, label) "
-    "or of dicts with labels"
-)
+EXPECTED = "without labels, inputs must be a DataLoader or a data set of pairs (input, label) or of dicts with labels"
 
 Form = dict[str | int, tuple[tuple[int, ...], torch.dtype]]
 
@@ -93,7 +90,7 @@ def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, It
         except InputError:
             raise
         except Exception as error:  # a user's data set may raise anything
-            raise InputError(f"{WITHOUT_LABELS}, not {type(inputs).__name__} ({one_line(error)})") from error
+            raise InputError(f"{EXPECTED}, not {type(inputs).__name__} ({one_line(error)})") from error
 
     return num_samples, batches()
 
@@ -111,7 +108,7 @@ def arguments_of(batch: Any) -> tuple[dict[str | int, Tensor], Tensor]:
             inputs = batch[:-1]
         case _:
             has = [*batch] if isinstance(batch, Mapping) else f"batches of {type(batch).__name__}"
-            raise InputError(f"{WITHOUT_LABELS}, not {has}")
+            raise InputError(f"{EXPECTED}, not {has}")
     if not isinstance(inputs, Mapping):
         inputs = dict(enumerate(inputs if isinstance(inputs, list | tuple) else [inputs]))
     labels = tensor_of(labels, "labels")
@@ -175,8 +172,7 @@ def tensor_of(value: Any, name: str) -> Tensor:
     except Exception as error:  # any value may come here
         has = f"{type(value).__name__} ({one_line(error)})"
         raise InputError(f"{name} must be a tensor, an array or a list, not {has}") from None
-    is_special = value.is_nested or value.is_complex() or value.is_meta or value.is_quantized
-    if is_special or value.layout != torch.strided:
+    if value.is_nested or value.is_complex() or value.layout != torch.strided:
         raise InputError(f"{name} must be real numbers in a dense tensor, not {value.dtype}, {value.layout}")
     return value.detach().clone() if value.is_inference() else value.detach()
 

@@ -79,16 +79,13 @@ class CustomModel:
         masked = layers_to_mask(layers, classifier.names, classifier.trace.names_at_the_end, logits.shape[1])
 
         def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            count, name = 0, f"what layer {classifier.names[masked[0]]!r} is given for inputs"
             for images, labels, _ in batches:
                 images = images.to(few)
-                values = classifier.prefix_activations(masked, images)
-                check_finite_rows(values, name, start=count)
-                count += len(values)
                 reduced = sketch(images) if is_attacked else labels.new_empty(len(labels), 0)
-                yield values, labels.to(few.device), reduced.to(few.device)
+                yield classifier.prefix_activations(masked, images), labels.to(few.device), reduced.to(few.device)
 
         cached_inputs, labels, model_inputs = joined(rows(), num_samples)
+        check_finite_rows(cached_inputs, f"what layer {classifier.names[masked[0]]!r} is given for inputs")
         return cls(classifier.suffix_from(masked), masked, cached_inputs, labels, model_inputs, logits.shape[1])
 
     @property
@@ -100,11 +97,7 @@ class CustomModel:
 
 def check_model(model: nn.Module) -> None:
     """Raises InputError where this is no model, it has no layer to mask, or its parameters are not finite."""
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InputError("model must be the module that TorchScript was made of, not a ScriptModule")
-    if not any(weight.ndim > 1 for weight in model.parameters()):
+    if not any(weight.ndim > 1 for weight in unwrapped(model).parameters()):
         must = "model must have weights to mask, of linear layers or convolutions"
         raise InputError(f"{must}: {type(model).__name__} has none")
     for name, value in model.named_parameters():
@@ -126,7 +119,6 @@ def copy_of(model: nn.Module) -> nn.Module:
     except Exception as error:  # a user's model may raise anything
         raise InputError(f"model: cannot be copied ({one_line(error)})") from error
     for module in copied.modules():
-        module._compiled_call_impl = None
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)  # on CPUs convolutions and pooling take half of the time
     for weight in copied.parameters():
@@ -179,8 +171,7 @@ def exported(model: nn.Module, example: Tensor, logits: Tensor) -> HookedClassif
         classifier = HookedClassifier(model.float(), example)
         if not classifier.names:
             raise ValueError("no linear operation or convolution reads a parameter of its own once")
-        if why_no_logits := classifier.trace.why_no_logits:
-            raise ValueError(f"must end in a layer that gives the logits, but {why_no_logits}")
+        classifier.trace.check_logits()
         last = classifier.names.index(classifier.trace.names_at_the_end[-1])
         classifier.record(example[[0, -1]], torch.zeros(2, dtype=torch.int64, device=example.device), [last])
         rtol, atol = (1e-3, 1e-4) if logits.dtype in (torch.float32, torch.float64) else (5e-2, 5e-2)
@@ -191,9 +182,7 @@ def exported(model: nn.Module, example: Tensor, logits: Tensor) -> HookedClassif
     return classifier
 
 
-def layers_to_mask(
-    mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str], num_classes: int
-) -> tuple[int, ...]:
+def layers_to_mask(mask_layer: Any, names: list[str], at_the_end: list[str], num_classes: int) -> tuple[int, ...]:
     """The indices of the layers to mask, in their order.
 
     By default it is the last but one of three or more linear layers at the end, which stands between two others as
@@ -232,10 +221,11 @@ def layers_to_mask(
 def late_layers_that_fit(classifier: HookedClassifier, num_samples: int) -> list[int]:
     """The late layers from which classes are erased, fewer where what they are given would take too much memory."""
     layers, trace = late_layers(classifier), classifier.trace
-    while len(layers) > 2:
-        numbers = prod(trace.shapes[trace.start_of([classifier.names[layer] for layer in layers])]) // 2
-        if num_samples * numbers <= HELD:
-            break
+
+    def held(layers: list[int]) -> int:
+        return num_samples * prod(trace.shapes[trace.start_of([classifier.names[layer] for layer in layers])]) // 2
+
+    while len(layers) > 2 and held(layers) > HELD:
         layers = layers[1:]
     return layers
 

@@ -292,12 +292,10 @@ class Mask:
             inner = {".".join([*path[:depth], name]): name for name in weights}
             if layers <= inner.keys():
                 return inner
-        indexed = [
-            f"{path}.weight".lstrip(".")
-            for path, module in unwrapped(model).named_modules()
-            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-        ]
-        return dict(enumerate(indexed))
+        modules = dict(unwrapped(model).named_modules())
+        layers = [path for path, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)]
+        indexed = [f"{path}.weight" for path in layers if getattr(modules[path], "groups", 1) == 1]
+        return {index: name.lstrip(".") for index, name in enumerate(indexed)}
 
     def apply(self, model: nn.Module, permanent: bool = False, other_weights: bool = False) -> None:
         """Masks all layers or, where an error is raised, none. A mask that the model carries is replaced.

@@ -21,6 +21,7 @@ RECTIFIERS = {"relu", "leaky_relu", "hardtanh"}  # relu6 is a hardtanh
 SMOOTH = {"gelu", "silu", "elu", "celu", "softplus", "tanh", "sigmoid", "hardswish", "mish", "prelu"}
 # These may stand between a layer and its activation function.
 CARRYING = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "add", "sub", "mul", "dropout", "clone", "to"}
+Shapes = Mapping[fx.Node, torch.Size]  # of the tensors in a graph
 EXPORTING = threading.Lock()  # torch.export is not made for several threads at once
 
 
@@ -38,9 +39,7 @@ def argument(node: fx.Node, name: str) -> Any:
     return None
 
 
-def joined_neurons(
-    nodes: Sequence[fx.Node], shapes: Mapping[fx.Node, torch.Size]
-) -> dict[fx.Node, tuple[range, range]]:
+def joined_neurons(nodes: Sequence[fx.Node], shapes: Shapes) -> dict[fx.Node, tuple[range, range]]:
     """Numbers the neurons of a network: for each linear operation and convolution those that it reads and gives.
 
     A layer reads the neurons of another one if its input comes from that layer's output through operations that leave
@@ -50,7 +49,6 @@ def joined_neurons(
 
     Args:
         nodes: the operations whose values depend on the samples, in the order in which they run
-        shapes: the shapes of tensors
     """
     numbers: dict[tuple[fx.Node, int], range] = {}  # of the neurons in a dimension of a value
     count = 0
@@ -105,14 +103,10 @@ def keeps_neurons(node: fx.Node, dim: int, before: torch.Size, shape: torch.Size
     return before == shape and (is_pointwise or name in NORMALISATIONS | ELEMENTWISE)
 
 
-def output_activation(
-    layer: fx.Node, nodes: Collection[fx.Node], shapes: Mapping[fx.Node, torch.Size]
-) -> tuple[fx.Node, bool]:
+def output_activation(layer: fx.Node, nodes: Collection[fx.Node], shapes: Shapes) -> tuple[fx.Node, bool]:
     """The node of a layer's output activation, after normalisation and addition, and whether it is rectified.
 
-    Args:
-        nodes: those that the network's output needs
-        shapes: the shapes of tensors
+    nodes: those that the network's output needs
     """
     node = layer
     while len(users := [each for each in node.users if each in nodes]) == 1:
@@ -123,23 +117,6 @@ def output_activation(
         if name not in CARRYING:
             return node, name in RECTIFIERS
     return layer, False
-
-
-def is_in_order(two: Tensor, three: Tensor, batch: int, parts: int) -> bool | None:
-    """Tells if a dimension holds one sample after the other (True) or one part of all samples after the other (False).
-
-    Args:
-        two: values of two samples
-        three: values of three, the last two of which are the same
-        batch: the dimension
-        parts: how many of its entries belong to each sample
-    Returns: None if it is neither
-    """
-    two, three = two.movedim(batch, 0), three.movedim(batch, 0)
-    if torch.allclose(three.unflatten(0, (3, parts))[1:], two.unflatten(0, (2, parts)), 1e-3, 1e-4):
-        return True
-    is_in_parts = torch.allclose(three.unflatten(0, (parts, 3))[:, 1:], two.unflatten(0, (parts, 2)), 1e-3, 1e-4)
-    return False if is_in_parts else None
 
 
 def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
