@@ -73,9 +73,8 @@ def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, It
     def batches() -> Iterator[Batch]:
         first, count = None, 0
         try:
-            # On a terminal, a bar shows the batches if they take more than a second.
-            bar = {"unit": " batches", "delay": 1, "leave": False, "disable": None if progress else True}
-            for batch in tqdm(source, "samples", **bar):
+            # A bar is shown on a terminal, if the batches take more than a second.
+            for batch in tqdm(source, "samples", unit=" batches", delay=1, leave=False, disable=not progress or None):
                 tensors, labels = arguments_of(batch)
                 form = {name: (tuple(each.shape[1:]), each.dtype) for name, each in tensors.items()}
                 if form != (first := first or form):

@@ -75,16 +75,19 @@ class HookedClassifier(Wrapper):
 
     def suffix_from(self, layers: Sequence[int]) -> "HookedClassifier":
         """This network, which takes `prefix_activations` of the layers in place of images."""
-        return self._suffix(self.trace.suffix_from([self.names[layer] for layer in layers]))
+        return self._with(trace=self.trace.suffix_from([self.names[layer] for layer in layers]), _is_suffix=True)
 
     def suffix_after(self, layer: int) -> "HookedClassifier":
         """This network, whose `outputs` take what `recorded` returns for a layer in place of images."""
-        return self._suffix(self.trace.suffix_after(self.names[layer]))
+        return self._with(trace=self.trace.suffix_after(self.names[layer]), _is_suffix=True)
 
     def merging(self, classes: Sequence[int]) -> "HookedClassifier":
         """This network, with some classes `merged`."""
+        return self._with(merged=classes)
+
+    def _with(self, **attributes: Any) -> "HookedClassifier":
         other = copy.copy(self)
-        other.merged = classes
+        vars(other).update(attributes)
         return other
 
     def _merged(self, logits: Tensor) -> Tensor:
@@ -93,11 +96,6 @@ class HookedClassifier(Wrapper):
         merged = torch.tensor(self.merged, device=logits.device)
         together = logits[:, merged].logsumexp(1, keepdim=True)
         return logits.index_fill(1, merged, float("-inf")).index_copy(1, merged[:1], together)
-
-    def _suffix(self, trace: Trace) -> "HookedClassifier":
-        suffix = copy.copy(self)
-        suffix.trace, suffix._is_suffix = trace, True
-        return suffix
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes)."""

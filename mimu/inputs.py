@@ -98,8 +98,7 @@ class CustomModel:
 def check_model(model: nn.Module) -> None:
     """Raises InputError where this is no model, it has no layer to mask, or its parameters are not finite."""
     if not any(weight.ndim > 1 for weight in unwrapped(model).parameters()):
-        must = "model must have weights to mask, of linear layers or convolutions"
-        raise InputError(f"{must}: {type(model).__name__} has none")
+        raise InputError(f"model must have weights to mask, as linear layers do: {type(model).__name__} has none")
     for name, value in model.named_parameters():
         if nn.parameter.is_lazy(value) or value.is_meta:
             raise InputError(f"model: {name} has no numbers yet (lazy, or on the device meta)")
@@ -153,8 +152,7 @@ def run_on_few(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         has = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"model must return logits, a tensor ({len(few)}, classes) for such inputs, not {has}")
     if logits.shape[1] == 1:
-        must = "model must return a logit for each class, not one: z stands for the two torch.cat([-z / 2, z / 2], 1)"
-        raise InputError(must)
+        raise InputError("model must return a logit for each class, not one z: torch.cat([-z / 2, z / 2], 1) are two")
     if dtype != inputs.dtype and not inputs.is_floating_point():
         span = f"from {batch.images.min().item()} to {batch.images.max().item()}"
         warnings.warn(f"inputs are {inputs.dtype}, {span}, but the model takes {dtype}: are they scaled?", stacklevel=5)
@@ -221,13 +219,11 @@ def layers_to_mask(mask_layer: Any, names: list[str], at_the_end: list[str], num
 def late_layers_that_fit(classifier: HookedClassifier, num_samples: int) -> list[int]:
     """The late layers from which classes are erased, fewer where what they are given would take too much memory."""
     layers, trace = late_layers(classifier), classifier.trace
-
-    def held(layers: list[int]) -> int:
-        return num_samples * prod(trace.shapes[trace.start_of([classifier.names[layer] for layer in layers])]) // 2
-
-    while len(layers) > 2 and held(layers) > HELD:
-        layers = layers[1:]
-    return layers
+    for first in range(len(layers) - 2):
+        start = trace.start_of([classifier.names[layer] for layer in layers[first:]])
+        if num_samples * (prod(trace.shapes[start]) // 2) <= HELD:
+            return layers[first:]
+    return layers[-2:]
 
 
 def requested_classes(forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]) -> set[int]:

@@ -243,7 +243,6 @@ class Trace:
         self.sample_nodes = {*self.input_nodes}
         self.shapes: dict[fx.Node, torch.Size] = {}
         self.batches: dict[fx.Node, tuple[int, int]] = {}
-        counts = []
         for node, value in observed.items():
             more = observed_more[node]
             if isinstance(value, float) and value != more:
@@ -257,10 +256,10 @@ class Trace:
                 continue
             self.shapes[node] = value
             if node in self.sample_nodes:
-                counts.append(prod(value) // 2)
                 changed = [dim for dim, (size, larger) in enumerate(zip(value, more)) if 3 * size == 2 * larger > 0]
                 if len(changed) == 1:
                     self.batches[node] = (changed[0], value[changed[0]] // 2)
+        counts = [prod(shape) // 2 for node, shape in self.shapes.items() if node in self.sample_nodes]
         self.largest, self.total = max(counts), sum(counts)  # numbers of one sample in a value, and in all values
 
     def _readers(self, network: nn.Module) -> dict[fx.Node, str]:
