@@ -40,8 +40,7 @@ class TrainedGCN:
             config = checkpoint["config"]
             graphs, pruning = section(GraphConfig, config["graphs"]), section(PruningConfig, config["eval"])
             sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
-            with torch.device("meta"):  # without drawing weights
-                gcn = MaskingGCN(graphs.num_features, **sizes)
+            gcn = MaskingGCN(graphs.num_features, **sizes, device="meta")  # without drawing weights
             gcn.load_state_dict(checkpoint["state_dict"], assign=True)
             if not is_finite(gcn):
                 raise ValueError("a weight is not a finite number")
