@@ -20,10 +20,7 @@ from mimu.wrapping import logits_of
 READ_AT_ONCE = 250  # samples of a batch, where the user gives no DataLoader
 SKETCHED = 1024  # numbers of a sample to which those of larger inputs are reduced
 SKETCHED_AT_ONCE = 16  # samples: those of a whole batch would take its memory twice more
-WITHOUT_LABELS = (
-    "where labels are not given, inputs must be a DataLoader or a data set of pairs (input, label) "
-    "or of dicts with labels"
-)
+EXPECTED = "without labels, inputs must be a DataLoader or a data set of pairs (input, label) or of dicts with labels"
 
 Form = dict[str | int, tuple[tuple[int, ...], torch.dtype]]
 
@@ -76,7 +73,8 @@ def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, It
     def batches() -> Iterator[Batch]:
         first, count = None, 0
         try:
-            for batch in with_progress(source, progress):
+            # A bar is shown on a terminal, if the batches take more than a second.
+            for batch in tqdm(source, "samples", unit=" batches", delay=1, leave=False, disable=not progress or None):
                 tensors, labels = arguments_of(batch)
                 form = {name: (tuple(each.shape[1:]), each.dtype) for name, each in tensors.items()}
                 if form != (first := first or form):
@@ -91,7 +89,7 @@ def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, It
         except InputError:
             raise
         except Exception as error:  # a user's data set may raise anything
-            raise InputError(f"{WITHOUT_LABELS}, not {type(inputs).__name__} ({one_line(error)})") from error
+            raise InputError(f"{EXPECTED}, not {type(inputs).__name__} ({one_line(error)})") from error
 
     return num_samples, batches()
 
@@ -109,7 +107,7 @@ def arguments_of(batch: Any) -> tuple[dict[str | int, Tensor], Tensor]:
             inputs = batch[:-1]
         case _:
             has = [*batch] if isinstance(batch, Mapping) else f"batches of {type(batch).__name__}"
-            raise InputError(f"{WITHOUT_LABELS}, not {has}")
+            raise InputError(f"{EXPECTED}, not {has}")
     if not isinstance(inputs, Mapping):
         inputs = dict(enumerate(inputs if isinstance(inputs, list | tuple) else [inputs]))
     labels = tensor_of(labels, "labels")
@@ -149,11 +147,6 @@ def take_images(model: nn.Module, form: Form) -> None:
     model.forward = logits  # a module around it would change the names of its weights
 
 
-def with_progress(batches: Iterable, progress: bool) -> tqdm:
-    """Shows a bar over batches of samples, on a terminal, if they take more than a second."""
-    return tqdm(batches, "samples", unit=" batches", delay=1, leave=False, disable=None if progress else True)
-
-
 def with_own_generator(loader: DataLoader) -> DataLoader:
     """Copies a loader; the copy draws from generators of its own, where it would draw from the global one."""
     loader = copy.copy(loader)
@@ -178,8 +171,7 @@ def tensor_of(value: Any, name: str) -> Tensor:
     except Exception as error:  # any value may come here
         has = f"{type(value).__name__} ({one_line(error)})"
         raise InputError(f"{name} must be a tensor, an array or a list, not {has}") from None
-    is_special = value.is_nested or value.is_complex() or value.is_meta or value.is_quantized
-    if is_special or value.layout != torch.strided:
+    if value.is_nested or value.is_complex() or value.layout != torch.strided:
         raise InputError(f"{name} must be real numbers in a dense tensor, not {value.dtype}, {value.layout}")
     return value.detach().clone() if value.is_inference() else value.detach()
 
@@ -214,15 +206,12 @@ def joined(batches: Iterable[tuple[Tensor, ...]], num_samples: int) -> list[Tens
 
     num_samples: about the number of all samples. Memory for more is reserved, but not used.
     """
-    all_rows: list[Tensor] = []
-    count = 0
+    all_rows, count = [], 0
     for parts in batches:
         start, count = count, count + len(parts[0])
-        if not all_rows or count > len(all_rows[0]):
-            larger = [part.new_empty(max(num_samples, 2 * count), *part.shape[1:]) for part in parts]
-            for rows, old in zip(larger, all_rows):
-                rows[:start] = old[:start]
-            all_rows = larger
+        all_rows = all_rows or [part.new_empty(0) for part in parts]
         for rows, part in zip(all_rows, parts):
+            if count > len(rows):
+                rows.resize_(max(num_samples, 2 * count), *part.shape[1:])
             rows[start:count] = part
     return [rows[:count] for rows in all_rows]

@@ -5,7 +5,6 @@ It takes no data and no time, and costs the retained classes nothing. The repres
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ def head_of(model: nn.Module, mask_layer: Any, images: Tensor | None) -> str:
     """Finds the layer whose output is the logits, by its name in the model.
 
     Args:
+        model: a copy, which hooks are left on
         mask_layer: the name of the layer or of its weight, or "auto"
         images: some samples, on which the model is run to find it; None: it must be the only linear layer, or named
 
@@ -33,23 +33,18 @@ def head_of(model: nn.Module, mask_layer: Any, images: Tensor | None) -> str:
     """
     kinds = nn.Linear if images is None else nn.Linear | nn.Conv2d
     heads = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    candidates = [*heads]
+    names = shortened(", ".join(heads)) or "none"
     if mask_layer != "auto":
         heads = {name: module for name, module in heads.items() if mask_layer in (name, f"{name}.weight")}
     if images is not None:
-        outputs: dict[str, Tensor] = {}
-
-        def record(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            outputs[name] = output
-
-        hooks = [module.register_forward_hook(partial(record, name)) for name, module in heads.items()]
+        outputs: dict[nn.Module, Tensor] = {}
+        for module in heads.values():
+            module.register_forward_hook(lambda module, inputs, output: outputs.update({module: output}))
         logits = logits_of(model(images))
-        for hook in hooks:
-            hook.remove()
-        heads = {name: heads[name] for name, output in outputs.items() if torch.equal(output.flatten(1), logits)}
+        is_head = {module: torch.equal(output.flatten(1), logits) for module, output in outputs.items()}
+        heads = {name: module for name, module in heads.items() if is_head.get(module)}
     if len(heads) != 1:
         where = "the only linear layer, or named by mask_layer" if images is None else "one whose output is the logits"
-        names = shortened(", ".join(candidates)) or "none"
         raise InputError(f"a class is hidden in the last layer, which must be {where}; linear layers are {names}")
     return next(iter(heads))
 
@@ -78,13 +73,11 @@ def hiding_mask(head: nn.Module, name: str, forget: Sequence[int]) -> Mask:
     return Mask({f"{name}.weight": LayerMask.of(keep), f"{name}.bias": on_bias}, tuple(forget))
 
 
-def mask_that_hides(
-    model: nn.Module, inputs: Any, labels: Any, forget_class: Any, mask_layer: Any, progress: bool
-) -> Mask:
+def mask_that_hides(model: nn.Module, inputs: Any, labels: Any, forget: Any, mask_layer: Any, progress: bool) -> Mask:
     """The mask on the model that hides classes; see `unlearn`. Inputs, if there are some, show which layer is last.
 
     Raises:
-        InputError: if the model has no such layer, or forget_class is none of its classes
+        InputError: if the model has no such layer, or `forget` is none of its classes
     """
     check_model(model)
     network, carried, images = copy_of(model), Mask.on(model), None
@@ -94,7 +87,7 @@ def mask_that_hides(
         name = head_of(network, mask_layer, images)
     head = network.get_submodule(name)
     num_classes, forgotten = len(head.weight), carried.forgets if carried else ()
-    requested = requested_classes(forget_class, torch.arange(num_classes), num_classes, forgotten)
+    requested = requested_classes(forget, torch.arange(num_classes), num_classes, forgotten)
     mask = hiding_mask(head, name, sorted(requested | set(forgotten)))
     mask = replace(mask, about="hidden: the representation still holds the class", method="hide")
     return (mask & carried if carried else mask).with_origins_of(model)

@@ -24,11 +24,9 @@ def samples_that_fit(numbers: int) -> int:
 
 def has_bfloat16(device: torch.device) -> bool:
     """True if a device computes in bfloat16 by itself."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type != "cpu" or (
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class HookedClassifier(Wrapper):
@@ -77,16 +75,19 @@ class HookedClassifier(Wrapper):
 
     def suffix_from(self, layers: Sequence[int]) -> "HookedClassifier":
         """This network, which takes `prefix_activations` of the layers in place of images."""
-        return self._suffix(self.trace.suffix_from([self.names[layer] for layer in layers]))
+        return self._with(trace=self.trace.suffix_from([self.names[layer] for layer in layers]), _is_suffix=True)
 
     def suffix_after(self, layer: int) -> "HookedClassifier":
         """This network, whose `outputs` take what `recorded` returns for a layer in place of images."""
-        return self._suffix(self.trace.suffix_after(self.names[layer]))
+        return self._with(trace=self.trace.suffix_after(self.names[layer]), _is_suffix=True)
 
     def merging(self, classes: Sequence[int]) -> "HookedClassifier":
         """This network, with some classes `merged`."""
+        return self._with(merged=classes)
+
+    def _with(self, **attributes: Any) -> "HookedClassifier":
         other = copy.copy(self)
-        other.merged = classes
+        vars(other).update(attributes)
         return other
 
     def _merged(self, logits: Tensor) -> Tensor:
@@ -96,11 +97,6 @@ class HookedClassifier(Wrapper):
         together = logits[:, merged].logsumexp(1, keepdim=True)
         return logits.index_fill(1, merged, float("-inf")).index_copy(1, merged[:1], together)
 
-    def _suffix(self, trace: Trace) -> "HookedClassifier":
-        suffix = copy.copy(self)
-        suffix.trace, suffix._is_suffix = trace, True
-        return suffix
-
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes)."""
         run = (lambda x: self.outputs(x)[1]) if self._is_suffix else (lambda x: logits_of(self.network(x)))
@@ -109,9 +105,7 @@ class HookedClassifier(Wrapper):
                 return run(images).float()
         return run(images) if torch.is_grad_enabled() else torch.cat([*map(run, images.split(self.samples_at_once))])
 
-    def outputs(
-        self, images: Tensor | Sequence[Tensor], weights: Mapping[str, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def outputs(self, images: Tensor | Sequence[Tensor], weights: Mapping[str, Tensor] = {}) -> tuple[Tensor, Tensor]:
         """The representation (batch, n), which is the last layer's input, and the logits, in evaluation mode.
 
         Args:
@@ -119,7 +113,7 @@ class HookedClassifier(Wrapper):
             weights: replace the network's own, by name; gradients then reach these and no parameter
         """
         trace = self.trace
-        replaced = {trace.layers[name].node: weight for name, weight in (weights or {}).items()}
+        replaced = {trace.layers[name].node: weight for name, weight in weights.items()}
 
         def compute(node: fx.Node, arguments: tuple, keywords: dict) -> Any:
             if node not in replaced:
@@ -175,14 +169,12 @@ class HookedClassifier(Wrapper):
         return cached_inputs, projections
 
     @torch.enable_grad()
-    def record(
-        self, images: Tensor, labels: Tensor, layers: Sequence[int], excluded_classes: Sequence[int] = ()
-    ) -> Record:
+    def record(self, images: Tensor, labels: Tensor, layers: Sequence[int], excluded: Sequence[int] = ()) -> Record:
         """Records what layers do on a batch, by a forward pass and a backward one as far as the layers.
 
         Args:
             labels: (samples)
-            excluded_classes: as for `log_odds`
+            excluded: as for `log_odds`
         """
         trace = self.trace
         recorded = [self.layers[index] for index in layers]
@@ -199,7 +191,7 @@ class HookedClassifier(Wrapper):
 
         watched = [*calls, *(layer.activation for layer in recorded)]
         values = trace.run(self.network, images.detach(), compute, watched, is_constant=True)
-        odds = log_odds(self._merged(values[trace.output]), labels, excluded_classes)
+        odds = log_odds(self._merged(values[trace.output]), labels, excluded)
         gradients = torch.autograd.grad(odds.sum(), [values[layer.node] for layer in recorded], materialize_grads=True)
         records = []
         with torch.no_grad():
@@ -218,15 +210,15 @@ class HookedClassifier(Wrapper):
         return samples_that_fit(self.trace.total + sum(self.layers[index].numbers for index in layers))
 
 
-def log_odds(logits: Tensor, labels: Tensor, excluded_classes: Sequence[int] = ()) -> Tensor:
+def log_odds(logits: Tensor, labels: Tensor, excluded: Sequence[int] = ()) -> Tensor:
     """The log-odds log(p / (1 - p)) of every label, (samples), p the softmax of the logits (samples, classes).
 
     Args:
-        excluded_classes: left out of the softmax of samples of the remaining classes
+        excluded: classes that are left out of the softmax of samples of the remaining classes
     """
     remaining = logits.scatter(1, labels[:, None], float("-inf"))
-    if len(excluded_classes):
+    if len(excluded):
         is_excluded = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-        is_excluded[list(excluded_classes)] = True
+        is_excluded[list(excluded)] = True
         remaining = remaining.masked_fill(is_excluded & ~is_excluded[labels][:, None], float("-inf"))
     return logits.gather(1, labels[:, None])[:, 0] - remaining.logsumexp(1)

@@ -79,16 +79,13 @@ class CustomModel:
         masked = layers_to_mask(layers, classifier.names, classifier.trace.names_at_the_end, logits.shape[1])
 
         def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            count, name = 0, f"what layer {classifier.names[masked[0]]!r} is given for inputs"
             for images, labels, _ in batches:
                 images = images.to(few)
-                values = classifier.prefix_activations(masked, images)
-                check_finite_rows(values, name, start=count)
-                count += len(values)
                 reduced = sketch(images) if is_attacked else labels.new_empty(len(labels), 0)
-                yield values, labels.to(few.device), reduced.to(few.device)
+                yield classifier.prefix_activations(masked, images), labels.to(few.device), reduced.to(few.device)
 
         cached_inputs, labels, model_inputs = joined(rows(), num_samples)
+        check_finite_rows(cached_inputs, f"what layer {classifier.names[masked[0]]!r} is given for inputs")
         return cls(classifier.suffix_from(masked), masked, cached_inputs, labels, model_inputs, logits.shape[1])
 
     @property
@@ -100,13 +97,8 @@ class CustomModel:
 
 def check_model(model: nn.Module) -> None:
     """Raises InputError where this is no model, it has no layer to mask, or its parameters are not finite."""
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InputError("model must be the module that TorchScript was made of, not a ScriptModule")
-    if not any(weight.ndim > 1 for weight in model.parameters()):
-        must = "model must have weights to mask, of linear layers or convolutions"
-        raise InputError(f"{must}: {type(model).__name__} has none")
+    if not any(weight.ndim > 1 for weight in unwrapped(model).parameters()):
+        raise InputError(f"model must have weights to mask, as linear layers do: {type(model).__name__} has none")
     for name, value in model.named_parameters():
         if nn.parameter.is_lazy(value) or value.is_meta:
             raise InputError(f"model: {name} has no numbers yet (lazy, or on the device meta)")
@@ -126,7 +118,6 @@ def copy_of(model: nn.Module) -> nn.Module:
     except Exception as error:  # a user's model may raise anything
         raise InputError(f"model: cannot be copied ({one_line(error)})") from error
     for module in copied.modules():
-        module._compiled_call_impl = None
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)  # on CPUs convolutions and pooling take half of the time
     for weight in copied.parameters():
@@ -161,8 +152,7 @@ def run_on_few(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         has = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"model must return logits, a tensor ({len(few)}, classes) for such inputs, not {has}")
     if logits.shape[1] == 1:
-        must = "model must return a logit for each class, not one: z stands for the two torch.cat([-z / 2, z / 2], 1)"
-        raise InputError(must)
+        raise InputError("model must return a logit for each class, not one z: torch.cat([-z / 2, z / 2], 1) are two")
     if dtype != inputs.dtype and not inputs.is_floating_point():
         span = f"from {batch.images.min().item()} to {batch.images.max().item()}"
         warnings.warn(f"inputs are {inputs.dtype}, {span}, but the model takes {dtype}: are they scaled?", stacklevel=5)
@@ -179,8 +169,7 @@ def exported(model: nn.Module, example: Tensor, logits: Tensor) -> HookedClassif
         classifier = HookedClassifier(model.float(), example)
         if not classifier.names:
             raise ValueError("no linear operation or convolution reads a parameter of its own once")
-        if why_no_logits := classifier.trace.why_no_logits:
-            raise ValueError(f"must end in a layer that gives the logits, but {why_no_logits}")
+        classifier.trace.check_logits()
         last = classifier.names.index(classifier.trace.names_at_the_end[-1])
         classifier.record(example[[0, -1]], torch.zeros(2, dtype=torch.int64, device=example.device), [last])
         rtol, atol = (1e-3, 1e-4) if logits.dtype in (torch.float32, torch.float64) else (5e-2, 5e-2)
@@ -191,9 +180,7 @@ def exported(model: nn.Module, example: Tensor, logits: Tensor) -> HookedClassif
     return classifier
 
 
-def layers_to_mask(
-    mask_layer: Any, names: Sequence[str], at_the_end: Sequence[str], num_classes: int
-) -> tuple[int, ...]:
+def layers_to_mask(mask_layer: Any, names: list[str], at_the_end: list[str], num_classes: int) -> tuple[int, ...]:
     """The indices of the layers to mask, in their order.
 
     By default it is the last but one of three or more linear layers at the end, which stands between two others as
@@ -232,12 +219,11 @@ def layers_to_mask(
 def late_layers_that_fit(classifier: HookedClassifier, num_samples: int) -> list[int]:
     """The late layers from which classes are erased, fewer where what they are given would take too much memory."""
     layers, trace = late_layers(classifier), classifier.trace
-    while len(layers) > 2:
-        numbers = prod(trace.shapes[trace.start_of([classifier.names[layer] for layer in layers])]) // 2
-        if num_samples * numbers <= HELD:
-            break
-        layers = layers[1:]
-    return layers
+    for first in range(len(layers) - 2):
+        start = trace.start_of([classifier.names[layer] for layer in layers[first:]])
+        if num_samples * (prod(trace.shapes[start]) // 2) <= HELD:
+            return layers[first:]
+    return layers[-2:]
 
 
 def requested_classes(forget_class: Any, labels: Tensor, num_classes: int, forgotten: Sequence[int]) -> set[int]:

@@ -108,15 +108,12 @@ class Layer:
         """The patches that a convolution reads, as a view of the padded input, (batch, channels, *places, *kernel)."""
         kernel, padding = self.shape[2:], argument(self.node, "padding")
         strides, dilations = self._by_dimension("stride"), self._by_dimension("dilation")
-        sides: list[int] = []
-        for dim, (size, dilation) in enumerate(zip(kernel, dilations)):
-            if isinstance(padding, str):
-                total = dilation * (size - 1) if padding == "same" else 0
-                before, after = total // 2, total - total // 2
-            else:
-                before = after = self._by_dimension("padding")[dim]
-            sides = [before, after, *sides]  # F.pad takes the last dimension first
-        x = F.pad(x, sides)
+        if isinstance(padding, str):
+            totals = [dilation * (size - 1) * (padding == "same") for size, dilation in zip(kernel, dilations)]
+        else:
+            totals = [2 * each for each in self._by_dimension("padding")]
+        # F.pad takes the last dimension first.
+        x = F.pad(x, [side for total in reversed(totals) for side in (total // 2, total - total // 2)])
         for dim, (size, stride, dilation) in enumerate(zip(kernel, strides, dilations), 2):
             x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
         return x

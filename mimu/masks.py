@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,13 +116,13 @@ class Weight(NamedTuple):
     Args:
         owner: The module that has the parameter.
         name: The name of the parameter in that module.
-        original: The parameter without a mask; None where something else computes the weight.
+        original: The parameter without a mask.
         carried: The mask on the parameter; None where there is none.
     """
 
     owner: nn.Module
     name: str
-    original: nn.Parameter | None
+    original: nn.Parameter
     carried: WeightMask | None
 
     def sample(self) -> Tensor:
@@ -142,9 +142,8 @@ class Weight(NamedTuple):
             return
         parametrize.remove_parametrizations(owner, self.name, leave_parametrized=False)
         # PyTorch appends the parameter at the end, and the state of an optimizer depends on the order of parameters.
-        before = self.carried.order[: self.carried.order.index(self.name)]
-        for name in [name for name in owner._parameters if name not in (self.name, *before)]:
-            owner._parameters[name] = owner._parameters.pop(name)
+        known = [name for name in self.carried.order if name in owner._parameters]
+        owner._parameters.update({name: owner._parameters.pop(name) for name in known})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -153,7 +152,7 @@ class Mask:
 
     Args:
         by_layer: A mask for every layer, by the name of its weight as `named_parameters` of a model without masks
-            gives it ("3.weight", "blocks.0.attn.in_proj_weight"). Old files have indices instead (`indexed_in`).
+            gives it ("3.weight", "blocks.0.attn.in_proj_weight"). Old files have indices instead (`names_in`).
         forgets: The classes that the mask was made to forget.
         origins: Some numbers of all weights of the model that the mask was made on (`Weight.sample`), by name.
         about: A description of how the mask was made.
@@ -182,13 +181,18 @@ class Mask:
     @staticmethod
     def on(model: nn.Module) -> "Mask | None":
         """Returns the mask that a model carries; None where it carries none."""
-        return carried_by(weights_in(model))
+        masked = {name: weight for name, weight in weights_in(model).items() if weight.carried is not None}
+        if not masked:
+            return None
+        forgets = set().union(*(weight.carried.forgets for weight in masked.values()))
+        by_layer = {name: weight.carried.mask for name, weight in masked.items()}
+        origins = {name: weight.sample() for name, weight in masked.items()}
+        return Mask(by_layer, tuple(sorted(forgets)), origins)
 
     def with_origins_of(self, model: nn.Module) -> "Mask":
         """Returns the mask as one made on the weights of this model. Raises ValueError as `matched` does."""
-        parts, weights = self.matched(model)
-        origins = {name: weight.sample() for name, weight in weights.items() if weight.original is not None}
-        return replace(self, by_layer=parts, origins=origins)
+        mask, weights = self.matched(model)
+        return replace(mask, origins={name: weight.sample() for name, weight in weights.items()})
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -220,9 +224,8 @@ class Mask:
             if ours.keep.shape != theirs.keep.shape:
                 shapes = f"{tuple(ours.keep.shape)} and {tuple(theirs.keep.shape)}"
                 raise ValueError(f"masks of one classifier combine: of layer {layer!r} these have {shapes}")
-            if layer in self.origins.keys() & other.origins and not are_equal(
-                self.origins[layer], other.origins[layer]
-            ):
+            one, two = self.origins.get(layer), other.origins.get(layer)
+            if one is not None and two is not None and not are_equal(one, two):
                 raise ValueError(f"masks of one classifier combine: these were made on other weights of {layer!r}")
             combined[layer] = ours & theirs if layer in combined else theirs
         forgets = tuple(sorted({*self.forgets, *other.forgets}))
@@ -243,57 +246,45 @@ class Mask:
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the weights that the masked layers of an unmasked model would have under this mask, by name."""
-        parts, weights = self.matched(model)
-        return {name: part.applied(weights[name].original.detach()) for name, part in parts.items()}
+        mask, weights = self.matched(model)
+        return {name: part.applied(weights[name].original.detach()) for name, part in mask.by_layer.items()}
 
-    def matched(self, model: nn.Module, other_weights: bool = True) -> tuple[dict[str, LayerMask], dict[str, Weight]]:
-        """Returns the masks by the names of a model's weights and in their order, and all weights of the model.
+    def matched(self, model: nn.Module) -> tuple["Mask", dict[str, Weight]]:
+        """Returns the mask by the names of a model's weights and in their order, and all weights of the model.
 
         Raises:
-            ValueError: A weight does not exist, has another shape, belongs to several modules, or cannot be masked;
-                or, without `other_weights`, it differs from the one that the mask was made on by more than rounding.
+            ValueError: A weight does not exist, has another shape, belongs to several modules, or cannot be masked.
         """
-        weights, parts = weights_in(model), {}
+        weights = weights_in(model)
         names = self.names_in(model, weights)
-        for layer, part in self.by_layer.items():
-            name, shape = names.get(layer, layer), tuple(part.keep.shape)
-            weight = weights.get(name)
-            if weight is None or weight.original is None or isinstance(weight.owner, COLLECTIONS):
-                remedy = (
-                    "what torch.nn.utils computes becomes one by prune.remove, remove_parametrizations or their like"
-                )
+        parts = {names.get(layer, layer): part for layer, part in self.by_layer.items()}
+        origins = {names.get(layer, layer): origin for layer, origin in self.origins.items()}
+        for name, part in parts.items():
+            weight, shape = weights.get(name), tuple(part.keep.shape)
+            if weight is None or isinstance(weight.owner, COLLECTIONS):
                 must = f"must be a parameter {shape} of a module, and no entry of a list of them"
-                raise ValueError(f"layer {layer!r} {must}: {remedy}")
+                remedy = "prune.remove, remove_parametrizations or their like make one of what torch.nn.utils computes"
+                raise ValueError(f"layer {name!r} {must}: {remedy}")
             if weight.original.shape != shape:
                 raise ValueError(f"layer {name!r} is {tuple(weight.original.shape)}, its mask {shape}")
             tied = [other for other, each in weights.items() if each.original is weight.original]
             if len(tied) > 1:
                 raise ValueError(f"layers {tied} share one weight, which can have no mask: give each its own")
-            parts[name] = part
-        if not other_weights and (name := self.other_weight(weights, names)):
-            remedy = "apply it to that network, make one for this, or say other_weights=True"
-            raise ValueError(f"layer {name!r} has other weights than the mask was made on: {remedy}")
-        return {name: parts[name] for name in weights if name in parts}, weights
+        by_layer = {name: parts[name] for name in weights if name in parts}
+        return replace(self, by_layer=by_layer, origins=origins), weights
 
-    def other_weight(self, weights: Mapping[str, Weight], names: Mapping[int, str]) -> str | None:
-        """Returns the first weight that differs from the one that the mask was made on by more than rounding.
-
-        Args:
-            weights: All weights of a model, by their names.
-            names: Their names by the indices of old files.
-        """
-        for layer, origin in self.origins.items():
-            name = names.get(layer, layer)
-            weight = weights.get(name)
-            # Without an original something else computes the weight, as torch.nn.utils.prune does.
-            if weight is not None and weight.original is not None and not are_equal(origin, weight.sample()):
+    def other_weight(self, weights: Mapping[str, Weight]) -> str | None:
+        """Returns the first of a model's weights that differs from the one before the mask by more than rounding."""
+        for name, origin in self.origins.items():
+            if name in weights and not are_equal(origin, weights[name].sample()):
                 return name
         return None
 
     def names_in(self, model: nn.Module, weights: Collection[str]) -> dict[int | str, str]:
         """Returns names of a model's weights by other names that the mask may have for them.
 
-        Old files have indices. A mask of a module around the model has one prefix before all names, such as "model.".
+        Old files have indices, which count linear layers and 2-D convolutions. A mask of a module around the model has
+        one prefix before all names, such as "model.".
         """
         layers = self.by_layer.keys()
         path = str(next(iter(layers))).split(".")
@@ -301,10 +292,13 @@ class Mask:
             inner = {".".join([*path[:depth], name]): name for name in weights}
             if layers <= inner.keys():
                 return inner
-        return indexed_in(model)
+        modules = dict(unwrapped(model).named_modules())
+        layers = [path for path, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)]
+        indexed = [f"{path}.weight" for path in layers if getattr(modules[path], "groups", 1) == 1]
+        return {index: name.lstrip(".") for index, name in enumerate(indexed)}
 
     def apply(self, model: nn.Module, permanent: bool = False, other_weights: bool = False) -> None:
-        """Masks all layers or, where anything is raised, none. A mask that the model carries is replaced.
+        """Masks all layers or, where an error is raised, none. A mask that the model carries is replaced.
 
         The mask is kept beside the weights, so that `remove` can take it off: the state dict still holds the weights
         from before, as `parametrizations.weight.original`, and with them the class.
@@ -317,26 +311,28 @@ class Mask:
             other_weights: Allows weights that differ from those that the mask was made on by more than rounding.
 
         Raises:
-            ValueError: The model carries a mask that this one does not include, or `matched` raises.
+            ValueError: The model carries a mask that this one does not include, it has other weights than the mask was
+                made on, or `matched` raises.
         """
-        parts, weights = self.matched(model, other_weights)
-        masked, carried = [weights[name] for name in parts], carried_by(weights)
-        if carried is not None and not replace(self, by_layer=parts).includes(carried):
+        mask, weights = self.matched(model)
+        if not other_weights and (name := mask.other_weight(weights)):
+            remedy = "apply it to that network, make one for this, or say other_weights=True"
+            raise ValueError(f"layer {name!r} has other weights than the mask was made on: {remedy}")
+        if (carried := Mask.on(model)) is not None and not mask.includes(carried):
             raise ValueError(f"the model carries {carried}: take it off first, or apply mask & Mask.on(model)")
-        in_inference = any(weight.original.is_inference() for weight in masked)
-        with torch.inference_mode(in_inference), restoring(masked, permanent) as undo:
+        masked = [weights[name] for name in mask.by_layer]
+        with torch.inference_mode(any(weight.original.is_inference() for weight in masked)):
+            parts = [part.to(weight.original) for weight, part in zip(masked, mask.by_layer.values())]
             for weight in masked:
                 weight.remove_mask()
             orders = [list(weight.owner._parameters) for weight in masked]
-            for weight, part, order in zip(masked, parts.values(), orders):
-                part = part.to(weight.original)
+            for weight, part, order in zip(masked, parts, orders):
                 if permanent:
                     numbers = weight.original.data
                     numbers.copy_(part.applied(numbers)).masked_fill_(part.keep == 0, 0)
                 else:
                     on_weight = WeightMask(part, self.forgets, order)
                     parametrize.register_parametrization(weight.owner, weight.name, on_weight)
-            undo.pop_all()
 
     def remove(self, model: nn.Module) -> None:
         """Takes the mask off: the weights are those from before, bit for bit in their order, or as trained since.
@@ -347,24 +343,22 @@ class Mask:
         Raises:
             ValueError: The model does not carry this mask.
         """
-        parts, weights = self.matched(model)
-        for name, part in parts.items():
+        mask, weights = self.matched(model)
+        for name, part in mask.by_layer.items():
             carried = weights[name].carried
             if carried is None or not (carried.mask.includes(part) and part.includes(carried.mask)):
                 has = "no" if carried is None else "another"
                 raise ValueError(f"layer {name!r} carries {has} mask: {self} is not on")
-        with restoring([weights[name] for name in parts]) as undo:
-            for name in parts:
-                weights[name].remove_mask()
-            undo.pop_all()
-        if name := self.other_weight(weights, self.names_in(model, weights)):
+        for name in mask.by_layer:
+            weights[name].remove_mask()
+        if name := mask.other_weight(weights):
             result = "what it removed comes back beside weights that were trained without it"
             warnings.warn(f"layer {name!r} has other weights than the mask was made on: {result}", stacklevel=2)
 
     @contextmanager
     def applied_to(self, model: nn.Module, other_weights: bool = False) -> Iterator[nn.Module]:
         """Masks the model within the context, which then restores the mask from before, if any."""
-        carried = carried_by(weights_in(model))
+        carried = Mask.on(model)
         mask = replace(self, origins={}) if other_weights else self
         mask.apply(model)
         try:
@@ -388,24 +382,20 @@ class Mask:
         }
 
     def save(self, path: Path | str) -> None:
-        """Writes the mask to a file. Raises ArtifactError where this is not possible."""
-        if Path(path).suffix == ".json":
-            raise ArtifactError(f"{path}: a mask is not JSON, name it otherwise, such as mask.pt")
+        """Writes the mask to a file such as mask.pt. Raises ArtifactError where this is not possible."""
         save(Path(path), self.saved())
 
     @staticmethod
     def load(path: Path | str) -> "Mask":
         """Reads a mask from a file. Raises ArtifactError where the file is not a mask."""
+        saved = load(Path(path))
         try:
-            saved = load(Path(path))
             parts = zip(saved["keep"], saved["edits"], strict=True)
             masks = [LayerMask(keep.float(), u, v) for keep, (u, v) in parts]
             made_on = saved.get("made_on", {}).items()  # which old files lack
             origins = {layer: weights.float().view(SAMPLE_SIZE) for layer, (_, weights) in made_on}
             by_layer = dict(zip(saved["layers"], masks, strict=True))
             return Mask(by_layer, tuple(saved["forgets"]), origins, saved.get("about", ""), saved.get("method", ""))
-        except ArtifactError:
-            raise
         except Exception as error:  # anything may stand in the file
             raise ArtifactError(f"{path}: is not a mask ({one_line(error)})") from None
 
@@ -420,54 +410,17 @@ def are_equal(one: Tensor, other: Tensor) -> bool:
 
 
 def weights_in(model: nn.Module) -> dict[str, Weight]:
-    """Returns the parameters of a model, by the names that they have in it without masks."""
+    """Returns the parameters of a model, by the names that they have in it without masks.
+
+    What something else computes, as `torch.nn.utils.prune` does, is not among them.
+    """
     weights = {}
     for path, owner in unwrapped(model).named_modules():
         if isinstance(owner, parametrize.ParametrizationList) and isinstance(owner[0], WeightMask):
             continue  # its parameter is listed under the masked module
-        for name, parameter in owner._parameters.items():
+        for name, parameter in owner.named_parameters(recurse=False):
             weights[f"{path}.{name}".lstrip(".")] = Weight(owner, name, parameter, None)
         for name, on_weight in owner._modules.get("parametrizations", {}).items():
-            is_mask = len(on_weight) == 1 and isinstance(on_weight[0], WeightMask)
-            original, carried = (on_weight.original, on_weight[0]) if is_mask else (None, None)
-            weights[f"{path}.{name}".lstrip(".")] = Weight(owner, name, original, carried)
+            if len(on_weight) == 1 and isinstance(on_weight[0], WeightMask):
+                weights[f"{path}.{name}".lstrip(".")] = Weight(owner, name, on_weight.original, on_weight[0])
     return weights
-
-
-def carried_by(weights: Mapping[str, Weight]) -> Mask | None:
-    """Returns the mask that weights carry, by their names; None where they carry none."""
-    masked = {name: weight for name, weight in weights.items() if weight.carried is not None}
-    if not masked:
-        return None
-    forgets = set().union(*(weight.carried.forgets for weight in masked.values()))
-    by_layer = {name: weight.carried.mask for name, weight in masked.items()}
-    origins = {name: weight.sample() for name, weight in masked.items()}
-    return Mask(by_layer, tuple(sorted(forgets)), origins)
-
-
-def indexed_in(model: nn.Module) -> dict[int, str]:
-    """Returns the names of weights by the indices of old files, which count linear layers and 2-D convolutions."""
-    layers = {}
-    for path, module in unwrapped(model).named_modules():
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
-            layers[len(layers)] = f"{path}.weight".lstrip(".")
-    return layers
-
-
-def restoring(weights: Collection[Weight], permanent: bool = False) -> ExitStack:
-    """Returns a context that restores weights and their owners on exit, unless `pop_all()` was called.
-
-    Args:
-        weights: The weights to restore.
-        permanent: Restores the numbers of the weights, too.
-    """
-    undo = ExitStack()
-    for weight in weights:
-        undo.callback(setattr, weight.owner, "__class__", type(weight.owner))
-        for module in weight.owner.modules():  # among them the parametrizations of its parameters
-            for place in (module._parameters, module._modules):
-                undo.callback(place.update, dict(place))
-                undo.callback(place.clear)
-        if permanent:
-            undo.callback(weight.original.data.copy_, weight.original.data.clone())
-    return undo

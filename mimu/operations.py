@@ -21,6 +21,7 @@ RECTIFIERS = {"relu", "leaky_relu", "hardtanh"}  # relu6 is a hardtanh
 SMOOTH = {"gelu", "silu", "elu", "celu", "softplus", "tanh", "sigmoid", "hardswish", "mish", "prelu"}
 # These may stand between a layer and its activation function.
 CARRYING = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "add", "sub", "mul", "dropout", "clone", "to"}
+Shapes = Mapping[fx.Node, torch.Size]  # of the tensors in a graph
 EXPORTING = threading.Lock()  # torch.export is not made for several threads at once
 
 
@@ -38,9 +39,7 @@ def argument(node: fx.Node, name: str) -> Any:
     return None
 
 
-def joined_neurons(
-    nodes: Sequence[fx.Node], shapes: Mapping[fx.Node, torch.Size]
-) -> dict[fx.Node, tuple[range, range]]:
+def joined_neurons(nodes: Sequence[fx.Node], shapes: Shapes) -> dict[fx.Node, tuple[range, range]]:
     """Numbers the neurons of a network: for each linear operation and convolution those that it reads and gives.
 
     A layer reads the neurons of another one if its input comes from that layer's output through operations that leave
@@ -50,7 +49,6 @@ def joined_neurons(
 
     Args:
         nodes: the operations whose values depend on the samples, in the order in which they run
-        shapes: the shapes of tensors
     """
     numbers: dict[tuple[fx.Node, int], range] = {}  # of the neurons in a dimension of a value
     count = 0
@@ -105,14 +103,10 @@ def keeps_neurons(node: fx.Node, dim: int, before: torch.Size, shape: torch.Size
     return before == shape and (is_pointwise or name in NORMALISATIONS | ELEMENTWISE)
 
 
-def output_activation(
-    layer: fx.Node, nodes: Collection[fx.Node], shapes: Mapping[fx.Node, torch.Size]
-) -> tuple[fx.Node, bool]:
+def output_activation(layer: fx.Node, nodes: Collection[fx.Node], shapes: Shapes) -> tuple[fx.Node, bool]:
     """The node of a layer's output activation, after normalisation and addition, and whether it is rectified.
 
-    Args:
-        nodes: those that the network's output needs
-        shapes: the shapes of tensors
+    nodes: those that the network's output needs
     """
     node = layer
     while len(users := [each for each in node.users if each in nodes]) == 1:
@@ -125,34 +119,13 @@ def output_activation(
     return layer, False
 
 
-def is_in_order(two: Tensor, three: Tensor, batch: int, parts: int) -> bool | None:
-    """Tells if a dimension holds one sample after the other (True) or one part of all samples after the other (False).
-
-    Args:
-        two: values of two samples
-        three: values of three, the last two of which are the same
-        batch: the dimension
-        parts: how many of its entries belong to each sample
-    Returns: None if it is neither
-    """
-    two, three = two.movedim(batch, 0), three.movedim(batch, 0)
-    if torch.allclose(three.unflatten(0, (3, parts))[1:], two.unflatten(0, (2, parts)), 1e-3, 1e-4):
-        return True
-    is_in_parts = torch.allclose(three.unflatten(0, (parts, 3))[:, 1:], two.unflatten(0, (parts, 2)), 1e-3, 1e-4)
-    return False if is_in_parts else None
-
-
 def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
     """Exports the operations of a network for any number of samples, none of them in place."""
     with EXPORTING, torch.enable_grad():  # without gradients nn.TransformerEncoderLayer is one operation
         program = export(network, (example,), dynamic_shapes=({0: Dim.AUTO},), strict=False)
-        in_place = [node for node in program.graph.nodes if is_in_place(node)]
-        if any(has_views(node.args[0]) for node in in_place):
+        schemas = [getattr(node.target, "_schema", None) for node in program.graph.nodes]
+        if any(schema is not None and schema.is_mutable for schema in schemas):
             program = program.run_decompositions({})  # takes as long as the export
-        else:
-            for node in in_place:
-                plain = getattr(torch.ops.aten, name_of(node).removesuffix("_"))
-                node.target = getattr(plain, node.target._overloadname)
     for node in program.graph.nodes:
         if name_of(node) == "_native_batch_norm_legit_no_training":  # back to the operation with a single value
             (first,) = [user for user in node.users if user.args[1] == 0]
@@ -161,22 +134,3 @@ def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
         elif name_of(node) == "copy":  # which has no derivative
             node.target, node.args, node.kwargs = torch.ops.aten.expand_as.default, node.args[1::-1], {}
     return program
-
-
-def is_in_place(node: fx.Node) -> bool:
-    """True if an operation changes its input."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
-def has_views(node: fx.Node) -> bool:
-    """True if a value may share its memory with another one."""
-    return any(is_view(each) and not is_in_place(each) for each in (node, *node.users))
-
-
-def is_view(node: fx.Node) -> bool:
-    """True if an operation's output may share its memory with the input."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return name_of(node) == "getitem"  # of several tensors, which may be views of one
-    return name_of(node) != "to" and any(each.alias_info is not None for each in schema.returns)

@@ -13,16 +13,7 @@ from torch import Tensor, fx, nn
 
 from mimu.errors import one_line
 from mimu.layers import Layer
-from mimu.operations import (
-    CONVOLUTIONS,
-    LAYERS,
-    argument,
-    exported,
-    is_in_order,
-    joined_neurons,
-    name_of,
-    output_activation,
-)
+from mimu.operations import CONVOLUTIONS, LAYERS, argument, exported, joined_neurons, name_of, output_activation
 from mimu.wrapping import COLLECTIONS, logits_of
 
 PROBABILITIES = {"softmax", "sigmoid"}  # their outputs are no logits
@@ -58,9 +49,7 @@ class Trace:
             by_name = {node.name: node for node in program.graph.nodes}
             names = signature.inputs_to_parameters | signature.inputs_to_buffers
             constants = signature.inputs_to_lifted_tensor_constants
-            first = {id(weight): name for name, weight in network.named_parameters()}
-            first_names = {name: first.get(id(operator.attrgetter(name)(network)), name) for name in names.values()}
-            self.parameters = {by_name[node]: first_names[name] for node, name in names.items()}
+            self.parameters = {by_name[node]: name for node, name in names.items()}
             self.constants = {by_name[node]: program.constants[name] for node, name in constants.items()}
             self.input_nodes = (by_name[signature.user_inputs[0]],)
             self.output = by_name[signature.user_outputs[0]]
@@ -182,16 +171,15 @@ class Trace:
             node = before_dropout(node.args[0])
         return row or [*names.values()][-1:]
 
-    @property
-    def why_no_logits(self) -> str:
-        """The reason why the output cannot be logits, or ""."""
+    def check_logits(self) -> None:
+        """Raises ValueError where the output cannot be logits."""
         layers, after_layers = {*self.called}, {self.output}
         for node in reversed(self.nodes):
             if node in after_layers - layers:
                 if name_of(node) in PROBABILITIES:
-                    return f"ends in a {name_of(node)}: give it without"
+                    must = "must end in a layer that gives the logits"
+                    raise ValueError(f"{must}, but ends in a {name_of(node)}: give it without")
                 after_layers |= self.sample_nodes.intersection(node.all_input_nodes)
-        return "" if after_layers & layers else "ends in no layer that can be masked"
 
     def _schedule(self) -> None:
         """Finds the nodes that the output needs beyond the input, and the values that are spent after each."""
@@ -255,7 +243,6 @@ class Trace:
         self.sample_nodes = {*self.input_nodes}
         self.shapes: dict[fx.Node, torch.Size] = {}
         self.batches: dict[fx.Node, tuple[int, int]] = {}
-        counts = []
         for node, value in observed.items():
             more = observed_more[node]
             if isinstance(value, float) and value != more:
@@ -269,24 +256,24 @@ class Trace:
                 continue
             self.shapes[node] = value
             if node in self.sample_nodes:
-                counts.append(prod(value) // 2)
                 changed = [dim for dim, (size, larger) in enumerate(zip(value, more)) if 3 * size == 2 * larger > 0]
                 if len(changed) == 1:
                     self.batches[node] = (changed[0], value[changed[0]] // 2)
+        counts = [prod(shape) // 2 for node, shape in self.shapes.items() if node in self.sample_nodes]
         self.largest, self.total = max(counts), sum(counts)  # numbers of one sample in a value, and in all values
 
     def _readers(self, network: nn.Module) -> dict[fx.Node, str]:
         """The operations that read a weight which nothing else reads, and the weight's name."""
         weights = chain.from_iterable(module._parameters.values() for module in network.modules())
         owners = Counter(map(id, weights))  # a module under two names counts once
-        unshared = {name for name, weight in network.named_parameters() if owners[id(weight)] == 1}
+        unshared = {id(weight): name for name, weight in network.named_parameters() if owners[id(weight)] == 1}
         readers, live = {}, set(self.nodes)
-        for weight, name in self.parameters.items():
-            users = [node for node in weight.users if node in live]
-            is_read_once = name in unshared and len(users) == 1 and name_of(users[0]) in LAYERS
-            owner = network.get_submodule(name.rpartition(".")[0])
+        for node, path in self.parameters.items():
+            name = unshared.get(id(operator.attrgetter(path)(network)))
+            users = [user for user in node.users if user in live]
+            is_read_once = name and len(users) == 1 and name_of(users[0]) in LAYERS and users[0].args[1] is node
             # A mask cannot replace an entry of a list, or a value computed from parameters.
-            if is_read_once and users[0].args[1] is weight and not isinstance(owner, COLLECTIONS):
+            if is_read_once and not isinstance(network.get_submodule(name.rpartition(".")[0]), COLLECTIONS):
                 readers[users[0]] = name
         return readers
 
@@ -298,9 +285,25 @@ class Trace:
         if positions == 1 and not (is_convolution and argument(node, "groups") > 1):
             positions = None
         activation, is_rectified = output_activation(node, {*self.nodes}, self.shapes)
-        return Layer(
-            node, tuple(shape), activation, is_rectified, batch, parts, in_order, positions, neurons[0], neurons[1]
-        )
+        sources, targets = neurons
+        return Layer(node, tuple(shape), activation, is_rectified, batch, parts, in_order, positions, sources, targets)
+
+
+def is_in_order(two: Tensor, three: Tensor, batch: int, parts: int) -> bool | None:
+    """Tells if a dimension holds one sample after the other (True) or one part of all samples after the other (False).
+
+    Args:
+        two: values of two samples
+        three: values of three, the last two of which are the same
+        batch: the dimension
+        parts: how many of its entries belong to each sample
+    Returns: None if it is neither
+    """
+    two, three = two.movedim(batch, 0), three.movedim(batch, 0)
+    if torch.allclose(three.unflatten(0, (3, parts))[1:], two.unflatten(0, (2, parts)), 1e-3, 1e-4):
+        return True
+    is_in_parts = torch.allclose(three.unflatten(0, (parts, 3))[:, 1:], two.unflatten(0, (parts, 2)), 1e-3, 1e-4)
+    return False if is_in_parts else None
 
 
 def before_dropout(node: fx.Node) -> fx.Node:

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+from mimu.errors import InputError
 
 # Another module reads the entries of these.
 COLLECTIONS = (nn.ParameterList, nn.ParameterDict, parametrize.ParametrizationList)
@@ -19,10 +22,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Returns the network inside a Wrapper, torch.compile, DataParallel or DistributedDataParallel.
 
     Raises:
-        ValueError: if it is no module
+        InputError: if it is no module, or one of TorchScript
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     is_parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
     name = "network" if isinstance(model, Wrapper) else "module" if is_parallel else "_orig_mod"
     return unwrapped(getattr(model, name)) if hasattr(model, name) else model
