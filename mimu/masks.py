@@ -382,7 +382,9 @@ class Mask:
         }
 
     def save(self, path: Path | str) -> None:
-        """Writes the mask to a file such as mask.pt. Raises ArtifactError where this is not possible."""
+        """Writes the mask to a file. Raises ArtifactError where this is not possible."""
+        if Path(path).suffix == ".json":
+            raise ArtifactError(f"{path}: a mask is not JSON, name it otherwise, such as mask.pt")
         save(Path(path), self.saved())
 
     @staticmethod

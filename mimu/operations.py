@@ -123,9 +123,12 @@ def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
     """Exports the operations of a network for any number of samples, none of them in place."""
     with EXPORTING, torch.enable_grad():  # without gradients nn.TransformerEncoderLayer is one operation
         program = export(network, (example,), dynamic_shapes=({0: Dim.AUTO},), strict=False)
-        schemas = [getattr(node.target, "_schema", None) for node in program.graph.nodes]
-        if any(schema is not None and schema.is_mutable for schema in schemas):
+        in_place = [node for node in program.graph.nodes if is_in_place(node)]
+        if any(has_views(node.args[0]) for node in in_place):
             program = program.run_decompositions({})  # takes as long as the export
+        for node in filter(is_in_place, program.graph.nodes):
+            plain = getattr(torch.ops.aten, name_of(node).removesuffix("_"))
+            node.target = getattr(plain, node.target._overloadname)
     for node in program.graph.nodes:
         if name_of(node) == "_native_batch_norm_legit_no_training":  # back to the operation with a single value
             (first,) = [user for user in node.users if user.args[1] == 0]
@@ -134,3 +137,22 @@ def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
         elif name_of(node) == "copy":  # which has no derivative
             node.target, node.args, node.kwargs = torch.ops.aten.expand_as.default, node.args[1::-1], {}
     return program
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """True if an operation changes its input."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def has_views(node: fx.Node) -> bool:
+    """True if a value may share its memory with another one."""
+    return any(is_view(each) and not is_in_place(each) for each in (node, *node.users))
+
+
+def is_view(node: fx.Node) -> bool:
+    """True if an operation's output may share its memory with the input."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return name_of(node) == "getitem"  # of several tensors, which may be views of one
+    return name_of(node) != "to" and any(each.alias_info is not None for each in schema.returns)
