@@ -249,9 +249,8 @@ def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str
     reports = stages.root / "reports"
     with stages.stage("reports"):
         write_reports(stages.files, configs)
-    seconds = sum((Counter(share["seconds"]) for share in shares), Counter())
+    seconds = sum((Counter(share["seconds"]) for share in shares), Counter())  # of the reports, too
     total, peak = time.perf_counter() - STARTED, max(share["peak"] for share in shares)
-    seconds["reports"] = stages.seconds["reports"]
     summary = {"seconds": seconds, "total_seconds": total, "peak_bytes": peak, "processes": len(shares)}
     save(reports / "run.json", summary)
     each = " a process" if len(shares) > 1 else ""

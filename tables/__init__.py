@@ -9,9 +9,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from experiment.files import slug
-from reporter import KEPT, WRITTEN, Reporter, ReporterConfig, save_figure, save_text, title
+from mimu.files import write_text
+from reporter import WRITTEN, Reporter, ReporterConfig, listed, save_figure
 from tables.comparison import audit_sections, compare, draw_audits
-from tables.figures import Row, draw_accuracies, draw_metrics
+from tables.figures import Row, draw_accuracies
 
 # By variant ("" if there are none) and top_k: the settings of figures, and the JSON of the experiments.
 Results = Mapping[tuple[str, int], tuple[ReporterConfig, Sequence[Path]]]
@@ -41,7 +42,7 @@ def report(results: Results, folder: Path) -> list[str]:
     if not has_variants:
         return [reporter.closing_table() for reporter in reporters.values()]
     tables, figure = compare({name: reporter.experiments for name, reporter in reporters.items()})
-    save_text("\n\n".join(["# Variants", *tables]) + "\n", folder / "variants.md")
+    write_text(listed(folder / "variants.md"), "\n\n".join(["# Variants", *tables]) + "\n")
     save_figure(figure, folder / "variants.png", next(iter(results.values()))[0])
     return tables
 
@@ -56,8 +57,6 @@ def write_alone(reporter: Reporter, with_curves: bool) -> None:
     if not with_curves:
         return reporter.write_summary(sections)
     reporter.plot(sections)
-    heading = f"{title([experiments])}, K = {experiments.first['top_k']} weights kept (original: all)"
-    save_figure(draw_metrics(experiments, heading, KEPT), folder / "mask_efficacy.png", config)
     if experiments.retrained:
         rows = [Row(name, experiments, name) for name in experiments.methods]
         save_figure(draw_accuracies(rows), folder / "trade_off.png", config)
