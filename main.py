@@ -28,8 +28,7 @@ import tables
 from audits import Audit
 from data import GraphGenerator, ImageData, load_image_data
 from eval import Eval, Request
-from experiment.artifacts import Files, Training, trainings_of
-from experiment.config import Config, load_variants
+from experiment.config import Config, Files, Training, load_variants, trainings_of
 from experiment.files import ROOT, Artifact, Log, locked
 from experiment.processes import Processes, by_torchrun, peak_bytes
 from mimu.errors import InputError

@@ -139,7 +139,7 @@ def test_a_change_makes_the_files_that_depend_on_it_again_and_no_others(finished
     assert files(finished) == before
 
     sources = copy_to(finished / "sources", *TRACKED)
-    monkeypatch.setattr("experiment.artifacts.ROOT", sources)
+    monkeypatch.setattr("experiment.config.ROOT", sources)
     decisive = {0: ["main.py", "mimu/graph.py"], 2: ["eval.py", "methods/controls.py"],
                 3: ["reporter.py", "tables/comparison.py", "experiment/files.py", "my_own.py"]}  # fmt: skip
     for first, paths in decisive.items():
@@ -150,7 +150,7 @@ def test_a_change_makes_the_files_that_depend_on_it_again_and_no_others(finished
             path.write_text(f"{source}\nNUMBER = 1\n")
             assert current(finished) == FINISHED | dict.fromkeys(stages[first:], 0), path
             path.write_text(source)
-    monkeypatch.setattr("experiment.artifacts.checksum", lambda *arguments: "other data")
+    monkeypatch.setattr("experiment.config.checksum", lambda *arguments: "other data")
     assert current(finished) == dict.fromkeys(stages, 0)
 
 
@@ -313,7 +313,7 @@ def test_two_processes_mask_all_layers_for_two_seeds_with_the_figures_of_one(her
     changes += ["graphs.mask_layer=null", "sweep.seeds=[0, 1]"]
     sources = copy_to(here, *TRACKED)
     (sources / "trainer.py").write_text(f"{(sources / 'trainer.py').read_text()}\nCOMPARED = 1\n")
-    monkeypatch.setattr("experiment.artifacts.ROOT", sources)
+    monkeypatch.setattr("experiment.config.ROOT", sources)
     run_here(here, *changes)
     alone = metrics(here)
     for folder in ("checkpoints", "eval", "reports"):
