@@ -29,7 +29,6 @@ DATASETS = {
     "FashionMNIST": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
     "KMNIST": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
     "CIFAR10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-    "SVHN": tuple("0123456789"),
 }
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -55,7 +54,7 @@ def data_set(name: str, root: Path = DATASET_ROOT) -> DataSet:
     """Returns the data set of a name: one of DATASETS, or a folder under `root`. Raises DataError if it is neither."""
     folder = root / name
     if name in DATASETS:
-        size = (3, 32, 32) if name in ("CIFAR10", "SVHN") else (28, 28)
+        size = (3, 32, 32) if name == "CIFAR10" else (28, 28)
         return DataSet(size, DATASETS[name], partial(read_torchvision, folder, name))
     own_names = {path.name for path in root.glob("*") if path.is_dir()}.difference(DATASETS, ["Graphs"])
     if name not in own_names:
@@ -80,7 +79,7 @@ def reading(name: str, folder: Path) -> Iterator[None]:
 
 
 def read_torchvision(folder: Path, name: str, is_train: bool) -> tuple[Tensor, Tensor]:
-    """Reads a split of one of DATASETS. Downloads the data set if files are missing, or damaged in CIFAR10 and SVHN."""
+    """Reads a split of one of DATASETS. Downloads the data set if files are missing, or damaged in CIFAR10."""
     if all(as_read(folder / "raw" / file).exists() for file in FILES):
         return read_idx(folder / "raw", is_train)
     from torchvision import datasets  # takes seconds, which a bad setting need not wait for
@@ -88,9 +87,6 @@ def read_torchvision(folder: Path, name: str, is_train: bool) -> tuple[Tensor, T
     if name == "CIFAR10":
         split = datasets.CIFAR10(folder, is_train, download=True)
         return torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)
-    if name == "SVHN":
-        split = datasets.SVHN(folder, "train" if is_train else "test", download=True)
-        return torch.from_numpy(split.data), torch.from_numpy(split.labels)
     getattr(datasets, name)(folder.parent, download=True)
     return read_idx(folder / "raw", is_train)
 

@@ -44,7 +44,7 @@ def convolution(n: int, m: int, *modules: nn.Module, bias: bool = False) -> list
     return [nn.Conv2d(n, m, 3, padding=1, bias=bias), *modules]
 
 
-def cnn(size: Size, channels: Sequence[int], sizes: Sequence[int], bias: bool, batch_norm: bool) -> nn.Sequential:
+def cnn(size: Size, channels: Sequence[int], sizes: Sequence[int], bias: bool) -> nn.Sequential:
     """Convolutions of 3 x 3 with ReLU and max pooling, then an mlp (after LeCun et al. 1998, LeNet-5).
 
     Args:
@@ -55,8 +55,7 @@ def cnn(size: Size, channels: Sequence[int], sizes: Sequence[int], bias: bool, b
     """
     modules: list[nn.Module] = []
     for n, m in zip([size[0], *channels], channels):
-        norm = [nn.BatchNorm2d(m)] if batch_norm else []
-        modules += convolution(n, m, *norm, nn.ReLU(), nn.MaxPool2d(2), bias=bias)
+        modules += convolution(n, m, nn.ReLU(), nn.MaxPool2d(2), bias=bias)
     return convolutional(size, modules + [*mlp([channels[-1] * pooled_pixels(*size[1:], channels), *sizes], bias)])
 
 
@@ -199,7 +198,7 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES = {
     "mlp": Architecture(lambda c, size, sizes: mlp([prod(size), *sizes], c.bias)),
-    "cnn": Architecture(lambda c, size, sizes: cnn(image_size(c, size), c.channels, sizes, c.bias, c.batch_norm)),
+    "cnn": Architecture(lambda c, size, sizes: cnn(image_size(c, size), c.channels, sizes, c.bias)),
     "airbench": Architecture(
         lambda c, size, sizes: airbench(image_size(c, size), c.channels, sizes, c.bias, c.blocks), initialise=whiten
     ),

@@ -19,7 +19,7 @@ from running import PROJECT
 
 from experiment.command_line import parse_arguments, run_command
 from experiment.files import Log
-from experiment.processes import Processes, by_torchrun
+from experiment.processes import Processes
 from mimu.errors import ArtifactError, InputError
 
 
@@ -161,18 +161,6 @@ def test_wrong_options_are_refused(options, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_arguments(options)
     assert ("unrecognized arguments" if len(options) == 1 else "not allowed with argument") in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "y"}])
-def test_variables_that_are_not_as_torchrun_sets_them_are_refused(monkeypatch, variables):
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="^WORLD_SIZE .* torchrun"):
-        Processes()
-    monkeypatch.delenv("WORLD_SIZE")
-    assert not by_torchrun() and Processes().count == 1
 
 
 @pytest.fixture
