@@ -149,7 +149,7 @@ class Stages:
         if not is_done and self._training != training:
             graphs = self.graphs(training)
             gcn, self._about_gcn = self.gcn(training, graphs)
-            shared = {"graphs": graphs, "gcn": gcn, "top_k": training.top_k, "seed": training.seed, "kept": {}}
+            shared = {"graphs": graphs, "gcn": gcn, "top_k": config.top_k, "seed": training.seed, "kept": {}}
             self._request = partial(Request, config.eval, graphs.classifier, training.trainer, graphs.train, **shared)
             self._training = training
         if forget_class is not None:
@@ -267,7 +267,7 @@ def write_reports(files: Files, configs: Mapping[str, Config]) -> None:
     for training in trainings_of(configs):
         metrics = [artifact for artifact in files.every(training) if artifact.path.suffix == ".json"]
         missing += [artifact.path.stem[:-9] for artifact in metrics if not artifact.is_current]
-        _, paths = results.setdefault((training.variant, training.top_k), (training.config.report, []))
+        _, paths = results.setdefault(training.variant, (training.config.report, []))
         paths += [artifact.path for artifact in metrics]
     if missing:
         raise InputError(f"{files.root}: run it first, or leave out what is missing: {', '.join(missing)}")
@@ -296,7 +296,7 @@ def dry_run(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     """Prints how many files of every training are current, and how many a run would make; writes nothing."""
     files = Files(root)
     for training in trainings_of(configs):
-        print(f"{training.name}, top-K {training.top_k}: {count_current(files.every(training))}")
+        print(f"{training.name}: {count_current(files.every(training))}")
 
 
 def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:

@@ -151,7 +151,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], text
 
 
 class Experiments:
-    """The numbers of experiments that share classifier, mask layer and top_k, and differ in seed, digit and kappa.
+    """The numbers of experiments that share classifier and mask layer, and differ in seed, digit and kappa.
 
     Where a method takes a kappa, it is a number of weights, or "auto", or None for what the attribute `kappa` says.
 

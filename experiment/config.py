@@ -36,17 +36,17 @@ RequestedKappa = int | Literal["auto"]  # the number of weights to zero; auto: t
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """The experiments: one for every seed, top_k, forget digit and kappa.
+    """The experiments: one for every seed, forget digit and kappa.
 
     Args:
         forget_digits: the names of classes, or their labels where no class has such a name
-        top_k: numbers or shares of the masked weights
+        top_k: a number or a share of the masked weights
         kappa: numbers or shares of the masked weights, and `auto` for the smallest number that forgets
         seeds: None for the one seed of the config
     """
 
     forget_digits: Annotated[tuple[Annotated[int, Bounds(ge=0)] | str, ...], NOT_EMPTY]
-    top_k: Annotated[tuple[Amount, ...], NOT_EMPTY]
+    top_k: Amount
     kappa: Annotated[tuple[Amount | Literal["auto"], ...], NOT_EMPTY]
     seeds: Annotated[tuple[Seed, ...], NOT_EMPTY] | None
 
@@ -83,7 +83,7 @@ class Config:
         self.forget_digits  # noqa: B018  # raises
         vertices, ranges = self.num_vertices, (self.gcn.kappa, self.gcn.partly_masked)
         for name, number, limit in (
-            ("sweep.top_k", max(self.top_ks), vertices),
+            ("sweep.top_k", self.top_k, vertices),
             ("sweep.kappa", max((kappa for kappa in self.kappas if kappa != "auto"), default=1), vertices - 1),
             ("eval.max_kappa", number_of_weights(self.eval.max_kappa, vertices), vertices - 1),
             ("gcn.kappa and partly_masked", sum(number_of_weights(high, vertices) for _, high in ranges), vertices - 1),
@@ -148,9 +148,9 @@ class Config:
         return tuple(dict.fromkeys(self.sweep.seeds or (self.seed,)))
 
     @property
-    def top_ks(self) -> list[int]:
-        """Every K, as a number of weights."""
-        return list(dict.fromkeys(number_of_weights(top_k, self.num_vertices) for top_k in self.sweep.top_k))
+    def top_k(self) -> int:
+        """The number of weights that a keep mask keeps."""
+        return number_of_weights(self.sweep.top_k, self.num_vertices)
 
     @property
     def kappas(self) -> list[RequestedKappa]:
@@ -219,7 +219,6 @@ class Training:
     variant: str
     config: Config
     seed: int
-    top_k: int
 
     @property
     def name(self) -> str:
@@ -242,7 +241,7 @@ class Training:
         if config.gcn.pretrained:
             gcn["pretrained"] = hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()
         experiments = gcn | {"eval": config.eval.decisive(), "audit": every["audit"] if config.audit.enabled else None}
-        experiments |= {"variant": self.variant, "top_k": self.top_k}
+        experiments |= {"variant": self.variant, "top_k": config.top_k}
         return {"classifier": classifier, "graphs": graphs, "gcn": gcn, "experiments": experiments}
 
 
@@ -275,7 +274,7 @@ class Files:
 
     def metrics_and_mask(self, training: Training, label: int, kappa: RequestedKappa) -> tuple[Artifact, Artifact]:
         """Returns the files of an experiment: its JSON, whose name is the experiment's id, and its mask."""
-        name = f"seed_{training.seed}_digit_{label}_top_k_{training.top_k}"
+        name = f"seed_{training.seed}_digit_{label}_top_k_{training.config.top_k}"
         name += "_kappa_auto" if kappa == "auto" else f"_kappa_{kappa}_fixed"
         name += f"_{slug(training.variant)}" if training.variant else ""
         request = {"forget_digit": label, "kappa": kappa}
@@ -299,7 +298,7 @@ class Files:
 
 
 def trainings_of(configs: Mapping[str, Config]) -> Iterator[Training]:
-    """Yields the trainings of all configs: one for every seed and top_k."""
+    """Yields the trainings of all configs: one for every seed."""
     for variant, config in configs.items():
-        for seed, top_k in product(config.seeds, config.top_ks):
-            yield Training(variant, config, seed, top_k)
+        for seed in config.seeds:
+            yield Training(variant, config, seed)
