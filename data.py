@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from experiment.files import ROOT
 from mimu.errors import InputError, one_line
-from mimu.files import digest, naming
+from mimu.files import digest
 from mimu.saliency import ActivationGraphs
 from mimu.samples import Split
 from mimu.seeds import seeded
@@ -106,15 +106,13 @@ def read_idx(folder: Path, is_train: bool) -> tuple[Tensor, Tensor]:
 def idx(path: Path) -> Tensor:
     """Reads the numbers (uint8) in a file of MNIST's format, which may be compressed by gzip."""
     source = as_read(path)
-    with naming(source, "read"):
-        content = source.read_bytes()
     try:
-        content = content if source == path else gzip.decompress(content)
+        content = source.read_bytes() if source == path else gzip.decompress(source.read_bytes())
         start = 4 + 4 * content[3]  # byte 3 is the number of dimensions; the size of each follows, in four bytes
         sizes = np.frombuffer(content[4:start], ">i4").tolist()
         return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(sizes)
     except Exception as error:  # damaged bytes can raise any error
-        raise ValueError(f"{source.name} is damaged: {one_line(error)}") from None
+        raise ValueError(f"{source.name} cannot be read: {one_line(error)}") from None
 
 
 def as_read(path: Path) -> Path:
@@ -150,7 +148,7 @@ def image_folders(folder: Path) -> DataSet:
 def pixels(path: str) -> np.ndarray:
     """Reads an image: (height, width) in grey or (3, height, width) in colour, uint8. Raises ValueError otherwise."""
     try:
-        with naming(Path(path), "read"), Image.open(path) as image:
+        with Image.open(path) as image:
             if image.mode not in ("L", "RGB"):
                 raise ValueError(f"its mode is {image.mode}")
             return np.asarray(image) if image.mode == "L" else np.moveaxis(np.asarray(image), 2, 0).copy()

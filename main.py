@@ -208,11 +208,9 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
     processes = stages.processes
     with locked(root) if processes.rank == 0 else nullcontext():
         processes.first(partial(begin, stages, configs, is_fresh))
-        tasks: list[tuple[Training, int | None]] = []
-        if processes.count > 1:  # trainings first: otherwise all processes would wait for the first one
-            tasks += [(training, None) for training in trainings_of(configs)]
-        for training in trainings_of(configs):
-            tasks += [(training, forget_class) for forget_class in training.config.forget_digits]
+        # Several processes begin with all trainings: otherwise they would wait for the first one.
+        tasks = [(training, None) for training in trainings_of(configs) if processes.count > 1]
+        tasks += [(each, forget_class) for each in trainings_of(configs) for forget_class in each.config.forget_digits]
         progress = tqdm(processes.take(tasks), "the whole run", len(tasks), leave=False, disable=None)
         for training, forget_class in progress:
             stages.forget(training, forget_class)

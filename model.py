@@ -169,10 +169,9 @@ def image_size(config: Any, size: Sequence[int]) -> Size:
 def vit(config: Any, size: Sequence[int], sizes: Sequence[int]) -> VisionTransformer:
     """The transformer of a config, which must name one number of channels and one of hidden units."""
     image, widths = image_size(config, size), [*config.channels, *sizes]
-    if len(config.channels) != 1 or len(config.hidden_sizes) != 1:
+    if len(config.channels) != 1 or len(sizes) != 2:
         raise ValueError(f"channels and hidden_sizes must each be one number for vit, not {widths[:-1]}")
-    width, hidden, num_classes = widths
-    return VisionTransformer(image, config.patch, width, hidden, config.heads, config.blocks, num_classes)
+    return VisionTransformer(image, config.patch, widths[0], widths[1], config.heads, config.blocks, widths[2])
 
 
 def layer_sizes(config: Any, shapes: Sequence[Sequence[int]]) -> str:

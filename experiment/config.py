@@ -22,7 +22,7 @@ from mimu.files import digest
 from mimu.graph import resolve_mask_layer
 from mimu.pretrained import PRETRAINED, TrainedGCN
 from mimu.saliency import GraphConfig
-from mimu.settings import LIMIT, Amount, Bounds, Count, library_settings, number_of_weights
+from mimu.settings import Amount, Bounds, Count, library_settings, number_of_weights
 from model import ARCHITECTURES
 from reporter import ReporterConfig
 from trainer import GCNTrainerConfig, Trainer, TrainerConfig
@@ -118,12 +118,10 @@ class Config:
     def shapes(self) -> list[tuple[int, ...]]:
         """The shape of every weight of the classifier: (out, in), or that of kernels.
 
-        Raises ValueError where the architecture cannot have these settings, or has too many weights.
+        Raises ValueError where the architecture cannot have these settings.
         """
         with torch.device("meta"):
             network = self.classifier.network(self.source.size, len(self.source.class_names))
-        if (count := sum(weight.numel() for weight in network.parameters())) > LIMIT:
-            raise ValueError(f"hidden_sizes, channels and blocks must make at most {LIMIT} weights, not {count}")
         weights = [weight for name, weight in network.named_parameters() if name.endswith("weight")]
         return [tuple(weight.shape) for weight in weights if weight.ndim > 1]  # those of normalisations are vectors
 

@@ -7,7 +7,6 @@ import pickle
 import shutil
 from itertools import product
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -91,7 +90,7 @@ WRONG_FILES = [
     ("mine", {"labels": LABELS.clamp(min=1)}, "", r"every class from 0 to 9, not \(30, 28, 28\) and \[0, 6"),
     ("mine", {"test_labels": torch.arange(11)}, "", "the test split must .* from 0 to 9, .* 1, 1. labels"),
     ("mine", {}, FILES[0], "buffer size"),
-    ("mine", {}, FILES[1], "damaged: index out of range"),
+    ("mine", {}, FILES[1], "cannot be read: index out of range"),
     ("mine", {}, FILES[2], "shape .* is invalid"),
 ]
 
@@ -120,14 +119,8 @@ def test_the_packed_file_is_read_and_what_is_damaged_or_missing_is_named(tmp_pat
     assert torch.equal(data_set("KMNIST", tmp_path).read(True)[0], IMAGES)
     assert torch.equal(load_image_data("KMNIST", tmp_path).train.labels, LABELS)
 
-    def replace_by_a_pipe() -> None:
-        packed.unlink()
-        os.mkfifo(packed)
-        Thread(target=lambda: open(packed, "wb").close(), daemon=True).start()
-
     for spoil, message in (
-        (lambda: packed.write_bytes(packed.read_bytes()[:-9]), f".{packed.name} is damaged: Compressed"),
-        (replace_by_a_pipe, f"{packed.name}: cannot be read .it is a pipe"),
+        (lambda: packed.write_bytes(packed.read_bytes()[:-9]), f".{packed.name} cannot be read: Compressed"),
         (packed.unlink, f".Error downloading {packed.name}"),
     ):
         spoil()
