@@ -218,8 +218,6 @@ def load_image_data(
         if any(len(split.labels.unique()) < num_classes for split in splits):
             raise DataError(f"held_out must be below {total} and leave every class on both sides, not {held_out}")
     deviation, mean = torch.std_mean(splits[0].images)
-    if not deviation > 0:
-        raise DataError(f"dataset {name} in {root / name}: all pixels of the training split are alike")
     for split in splits:
         split.images.sub_(mean).div_(deviation)  # in place, because a copy would double the memory
     return ImageData(splits[0], splits[1], source.class_names)

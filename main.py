@@ -211,8 +211,7 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
         # Several processes begin with all trainings: otherwise they would wait for the first one.
         tasks = [(training, None) for training in trainings_of(configs) if processes.count > 1]
         tasks += [(each, forget_class) for each in trainings_of(configs) for forget_class in each.config.forget_digits]
-        progress = tqdm(processes.take(tasks), "the whole run", len(tasks), leave=False, disable=None)
-        for training, forget_class in progress:
+        for training, forget_class in tqdm(processes.take(tasks), "the run", len(tasks), leave=False, disable=None):
             stages.forget(training, forget_class)
         shares = processes.gathered({"seconds": stages.seconds, "peak": peak_bytes()})
         if processes.rank == 0:
@@ -248,8 +247,7 @@ def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str
         write_reports(stages.files, configs)
     seconds = sum((Counter(share["seconds"]) for share in shares), Counter())  # of the reports, too
     total, peak = time.perf_counter() - STARTED, max(share["peak"] for share in shares)
-    summary = {"seconds": seconds, "total_seconds": total, "peak_bytes": peak, "processes": len(shares)}
-    save(reports / "run.json", summary)
+    save(reports / "run.json", {"seconds": seconds, "total_seconds": total, "peak_bytes": peak})
     each = " a process" if len(shares) > 1 else ""
     stages.log(f"{total:.0f} s, {peak / 1e9:.1f} GB at most{each}. Curves and tables: {reports}")
     print(f"Metrics and plots of each experiment, and masks: {stages.root / 'eval'}")

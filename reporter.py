@@ -192,11 +192,9 @@ class Experiments:
         return self._numbers(self.by_kappa.get(kappa or self.kappa, {}), column, method)
 
     def _numbers(self, experiments: Mapping[tuple[int, int], Any], column: Column, method: str) -> list[list[float]]:
-        rows = []
-        for seed in self.seeds:
-            places = [(seed, digit) for digit in self.digits]
-            rows.append([column.read(method, experiments.get(at, {}), self.retrained.get(at, {})) for at in places])
-        return rows
+        places = product(self.seeds, self.digits)
+        numbers = [column.read(method, experiments.get(at, {}), self.retrained.get(at, {})) for at in places]
+        return np.reshape(numbers, (len(self.seeds), len(self.digits))).tolist()
 
     def by_seed(self, column: Column, method: str, kappa: int | str | None = None) -> list[float]:
         """Reduce a method's numbers to one for every seed, or if the column asks for the worst, to that alone."""

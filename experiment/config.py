@@ -64,7 +64,7 @@ class Config:
     __pydantic_config__ = settings.STRICT
 
     seed: Seed
-    device: str
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]
     threads: Annotated[int, Bounds(ge=1, le=1024)] | None
     dataset: str
     samples: Count | None
@@ -79,7 +79,6 @@ class Config:
     report: ReporterConfig
 
     def __post_init__(self) -> None:
-        self.torch_device()
         self.forget_digits  # noqa: B018  # raises
         vertices, ranges = self.num_vertices, (self.gcn.kappa, self.gcn.partly_masked)
         for name, number, limit in (
@@ -157,14 +156,9 @@ class Config:
         return sorted(fixed) + ["auto"] * ("auto" in self.sweep.kappa)
 
     def torch_device(self) -> torch.device:
-        """The device of the run: `auto` takes CUDA, else the CPU. Raises ValueError if it is not there."""
+        """The device of the run: `auto` takes CUDA, else the CPU."""
         best = "cuda" if torch.cuda.is_available() else "cpu"
-        device = best if self.device == "auto" else self.device
-        try:
-            torch.zeros(1, device=device).item()  # which "meta" has not
-        except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-            raise ValueError(f"device must be auto, cpu, or cuda or mps that is there, not {self.device!r}") from None
-        return torch.device(device)
+        return torch.device(best if self.device == "auto" else self.device)
 
 
 def load_variants(path: Path = CONFIG, overrides: Sequence[str] = ()) -> dict[str, Config]:

@@ -109,8 +109,7 @@ def checked(kind: type[Kind], values: Any, section: str = "") -> Kind:
         wrong = {each["loc"][-1] for each in errors if each["type"] == first["type"]}
         valid = ", ".join(name for name in siblings if name not in wrong)
         raise ValueError(f"{' '.join(key.split())} is not a setting: valid are {valid or 'none'}")
-    union = first["loc"][: max(len(place), len(first["loc"]) - 1)]
-    messages = [each["msg"] for each in errors if each["loc"][: len(union)] == union]
+    messages = dict.fromkeys(each["msg"] for each in errors if each["loc"][: len(place)] == tuple(place))
     raise ValueError(f"{key or 'the settings'}: {', or '.join(messages)}, not {shown(value)}")
 
 
