@@ -39,11 +39,6 @@ def convolutional(size: Size, modules: Sequence[nn.Module]) -> nn.Sequential:
     return network.to(memory_format=torch.channels_last)  # on a CPU convolutions take a third less time
 
 
-def convolution(n: int, m: int, *modules: nn.Module, bias: bool = False) -> list[nn.Module]:
-    """A convolution of 3 x 3 from n to m channels, and the modules after it."""
-    return [nn.Conv2d(n, m, 3, padding=1, bias=bias), *modules]
-
-
 def cnn(size: Size, channels: Sequence[int], sizes: Sequence[int], bias: bool) -> nn.Sequential:
     """Convolutions of 3 x 3 with ReLU and max pooling, then an mlp (after LeCun et al. 1998, LeNet-5).
 
@@ -55,7 +50,7 @@ def cnn(size: Size, channels: Sequence[int], sizes: Sequence[int], bias: bool) -
     """
     modules: list[nn.Module] = []
     for n, m in zip([size[0], *channels], channels):
-        modules += convolution(n, m, nn.ReLU(), nn.MaxPool2d(2), bias=bias)
+        modules += [nn.Conv2d(n, m, 3, padding=1, bias=bias), nn.ReLU(), nn.MaxPool2d(2)]
     return convolutional(size, modules + [*mlp([channels[-1] * pooled_pixels(*size[1:], channels), *sizes], bias)])
 
 
@@ -75,9 +70,9 @@ def airbench(size: Size, channels: Sequence[int], sizes: Sequence[int], bias: bo
     whitened = 2 * 4 * size[0]
     modules: list[nn.Module] = [nn.Conv2d(size[0], whitened, 2), nn.SiLU()]
     for n, m in zip([whitened, *channels], channels):
-        modules += convolution(n, m, nn.MaxPool2d(2), nn.BatchNorm2d(m), nn.SiLU())
+        modules += [nn.Conv2d(n, m, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(m), nn.SiLU()]
         for _ in range(1, blocks):
-            modules += convolution(m, m, nn.BatchNorm2d(m), nn.SiLU())
+            modules += [nn.Conv2d(m, m, 3, padding=1, bias=False), nn.BatchNorm2d(m), nn.SiLU()]
     return convolutional(size, [*modules, nn.AdaptiveMaxPool2d(1), *mlp([channels[-1], *sizes], bias)])
 
 
@@ -118,8 +113,9 @@ def resnet(size: Size, channels: Sequence[int], blocks: int, num_classes: int) -
     Three stages of one block are ResNet-8, of two blocks ResNet-14: the convolutions except projections, and the linear
     layer on the mean over all positions.
     """
-    modules = convolution(size[0], channels[0], nn.BatchNorm2d(channels[0]), nn.ReLU())
-    for stage, (n, m) in enumerate(zip([channels[0], *channels], channels)):
+    first = channels[0]
+    modules = [nn.Conv2d(size[0], first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()]
+    for stage, (n, m) in enumerate(zip([first, *channels], channels)):
         modules.append(ResidualBlock(n, m, 1 if stage == 0 else 2))
         modules += [ResidualBlock(m, m, 1) for _ in range(1, blocks)]
     return convolutional(size, [*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes)])
