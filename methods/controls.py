@@ -39,8 +39,12 @@ def output_row(request: Request) -> Mask:
 @unlearning_method("logit_removed", runs_with="all", touches="the output", needs="nothing")
 def logit_removed(request: Request) -> nn.Module:
     """The trivial filter: the class's logit becomes minus infinity, and all weights stay."""
-    classifier, removed = request.classifier, torch.tensor([request.forget_class], device=request.train.labels.device)
-    classifier.register_forward_hook(lambda module, images, logits: logits.index_fill(1, removed, float("-inf")))
+
+    def remove(module: nn.Module, images: tuple[Tensor], logits: Tensor) -> Tensor:
+        return logits.index_fill(1, torch.tensor([request.forget_class], device=logits.device), float("-inf"))
+
+    classifier = request.classifier
+    classifier.register_forward_hook(remove)
     return classifier
 
 
