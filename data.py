@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from experiment.files import ROOT
 from mimu.errors import InputError, one_line
-from mimu.files import digest, naming
+from mimu.files import digest
 from mimu.saliency import ActivationGraphs
 from mimu.samples import Split
 from mimu.seeds import seeded
@@ -29,7 +29,6 @@ DATASETS = {
     "FashionMNIST": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
     "KMNIST": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
     "CIFAR10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-    "SVHN": tuple("0123456789"),
 }
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -55,7 +54,7 @@ def data_set(name: str, root: Path = DATASET_ROOT) -> DataSet:
     """Returns the data set of a name: one of DATASETS, or a folder under `root`. Raises DataError if it is neither."""
     folder = root / name
     if name in DATASETS:
-        size = (3, 32, 32) if name in ("CIFAR10", "SVHN") else (28, 28)
+        size = (3, 32, 32) if name == "CIFAR10" else (28, 28)
         return DataSet(size, DATASETS[name], partial(read_torchvision, folder, name))
     own_names = {path.name for path in root.glob("*") if path.is_dir()}.difference(DATASETS, ["Graphs"])
     if name not in own_names:
@@ -80,7 +79,7 @@ def reading(name: str, folder: Path) -> Iterator[None]:
 
 
 def read_torchvision(folder: Path, name: str, is_train: bool) -> tuple[Tensor, Tensor]:
-    """Reads a split of one of DATASETS. Downloads the data set if files are missing, or damaged in CIFAR10 and SVHN."""
+    """Reads a split of one of DATASETS. Downloads the data set if files are missing, or damaged in CIFAR10."""
     if all(as_read(folder / "raw" / file).exists() for file in FILES):
         return read_idx(folder / "raw", is_train)
     from torchvision import datasets  # takes seconds, which a bad setting need not wait for
@@ -88,9 +87,6 @@ def read_torchvision(folder: Path, name: str, is_train: bool) -> tuple[Tensor, T
     if name == "CIFAR10":
         split = datasets.CIFAR10(folder, is_train, download=True)
         return torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)
-    if name == "SVHN":
-        split = datasets.SVHN(folder, "train" if is_train else "test", download=True)
-        return torch.from_numpy(split.data), torch.from_numpy(split.labels)
     getattr(datasets, name)(folder.parent, download=True)
     return read_idx(folder / "raw", is_train)
 
@@ -110,15 +106,13 @@ def read_idx(folder: Path, is_train: bool) -> tuple[Tensor, Tensor]:
 def idx(path: Path) -> Tensor:
     """Reads the numbers (uint8) in a file of MNIST's format, which may be compressed by gzip."""
     source = as_read(path)
-    with naming(source, "read"):
-        content = source.read_bytes()
     try:
-        content = content if source == path else gzip.decompress(content)
+        content = source.read_bytes() if source == path else gzip.decompress(source.read_bytes())
         start = 4 + 4 * content[3]  # byte 3 is the number of dimensions; the size of each follows, in four bytes
         sizes = np.frombuffer(content[4:start], ">i4").tolist()
         return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(sizes)
     except Exception as error:  # damaged bytes can raise any error
-        raise ValueError(f"{source.name} is damaged: {one_line(error)}") from None
+        raise ValueError(f"{source.name} cannot be read: {one_line(error)}") from None
 
 
 def as_read(path: Path) -> Path:
@@ -154,7 +148,7 @@ def image_folders(folder: Path) -> DataSet:
 def pixels(path: str) -> np.ndarray:
     """Reads an image: (height, width) in grey or (3, height, width) in colour, uint8. Raises ValueError otherwise."""
     try:
-        with naming(Path(path), "read"), Image.open(path) as image:
+        with Image.open(path) as image:
             if image.mode not in ("L", "RGB"):
                 raise ValueError(f"its mode is {image.mode}")
             return np.asarray(image) if image.mode == "L" else np.moveaxis(np.asarray(image), 2, 0).copy()
@@ -224,8 +218,6 @@ def load_image_data(
         if any(len(split.labels.unique()) < num_classes for split in splits):
             raise DataError(f"held_out must be below {total} and leave every class on both sides, not {held_out}")
     deviation, mean = torch.std_mean(splits[0].images)
-    if not deviation > 0:
-        raise DataError(f"dataset {name} in {root / name}: all pixels of the training split are alike")
     for split in splits:
         split.images.sub_(mean).div_(deviation)  # in place, because a copy would double the memory
     return ImageData(splits[0], splits[1], source.class_names)

@@ -28,8 +28,7 @@ import tables
 from audits import Audit
 from data import GraphGenerator, ImageData, load_image_data
 from eval import Eval, Request
-from experiment.artifacts import Files, Training, trainings_of
-from experiment.config import Config, load_variants
+from experiment.config import Config, Files, Training, load_variants, trainings_of
 from experiment.files import ROOT, Artifact, Log, locked
 from experiment.processes import Processes, by_torchrun, peak_bytes
 from mimu.errors import InputError
@@ -150,7 +149,7 @@ class Stages:
         if not is_done and self._training != training:
             graphs = self.graphs(training)
             gcn, self._about_gcn = self.gcn(training, graphs)
-            shared = {"graphs": graphs, "gcn": gcn, "top_k": training.top_k, "seed": training.seed, "kept": {}}
+            shared = {"graphs": graphs, "gcn": gcn, "top_k": config.top_k, "seed": training.seed, "kept": {}}
             self._request = partial(Request, config.eval, graphs.classifier, training.trainer, graphs.train, **shared)
             self._training = training
         if forget_class is not None:
@@ -209,13 +208,10 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
     processes = stages.processes
     with locked(root) if processes.rank == 0 else nullcontext():
         processes.first(partial(begin, stages, configs, is_fresh))
-        tasks: list[tuple[Training, int | None]] = []
-        if processes.count > 1:  # trainings first: otherwise all processes would wait for the first one
-            tasks += [(training, None) for training in trainings_of(configs)]
-        for training in trainings_of(configs):
-            tasks += [(training, forget_class) for forget_class in training.config.forget_digits]
-        progress = tqdm(processes.take(tasks), "the whole run", len(tasks), leave=False, disable=None)
-        for training, forget_class in progress:
+        # Several processes begin with all trainings: otherwise they would wait for the first one.
+        tasks = [(training, None) for training in trainings_of(configs) if processes.count > 1]
+        tasks += [(each, forget_class) for each in trainings_of(configs) for forget_class in each.config.forget_digits]
+        for training, forget_class in tqdm(processes.take(tasks), "the run", len(tasks), leave=False, disable=None):
             stages.forget(training, forget_class)
         shares = processes.gathered({"seconds": stages.seconds, "peak": peak_bytes()})
         if processes.rank == 0:
@@ -249,11 +245,9 @@ def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str
     reports = stages.root / "reports"
     with stages.stage("reports"):
         write_reports(stages.files, configs)
-    seconds = sum((Counter(share["seconds"]) for share in shares), Counter())
+    seconds = sum((Counter(share["seconds"]) for share in shares), Counter())  # of the reports, too
     total, peak = time.perf_counter() - STARTED, max(share["peak"] for share in shares)
-    seconds["reports"] = stages.seconds["reports"]
-    summary = {"seconds": seconds, "total_seconds": total, "peak_bytes": peak, "processes": len(shares)}
-    save(reports / "run.json", summary)
+    save(reports / "run.json", {"seconds": seconds, "total_seconds": total, "peak_bytes": peak})
     each = " a process" if len(shares) > 1 else ""
     stages.log(f"{total:.0f} s, {peak / 1e9:.1f} GB at most{each}. Curves and tables: {reports}")
     print(f"Metrics and plots of each experiment, and masks: {stages.root / 'eval'}")
@@ -269,7 +263,7 @@ def write_reports(files: Files, configs: Mapping[str, Config]) -> None:
     for training in trainings_of(configs):
         metrics = [artifact for artifact in files.every(training) if artifact.path.suffix == ".json"]
         missing += [artifact.path.stem[:-9] for artifact in metrics if not artifact.is_current]
-        _, paths = results.setdefault((training.variant, training.top_k), (training.config.report, []))
+        _, paths = results.setdefault(training.variant, (training.config.report, []))
         paths += [artifact.path for artifact in metrics]
     if missing:
         raise InputError(f"{files.root}: run it first, or leave out what is missing: {', '.join(missing)}")
@@ -298,7 +292,7 @@ def dry_run(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     """Prints how many files of every training are current, and how many a run would make; writes nothing."""
     files = Files(root)
     for training in trainings_of(configs):
-        print(f"{training.name}, top-K {training.top_k}: {count_current(files.every(training))}")
+        print(f"{training.name}: {count_current(files.every(training))}")
 
 
 def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:

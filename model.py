@@ -39,12 +39,7 @@ def convolutional(size: Size, modules: Sequence[nn.Module]) -> nn.Sequential:
     return network.to(memory_format=torch.channels_last)  # on a CPU convolutions take a third less time
 
 
-def convolution(n: int, m: int, *modules: nn.Module, bias: bool = False) -> list[nn.Module]:
-    """A convolution of 3 x 3 from n to m channels, and the modules after it."""
-    return [nn.Conv2d(n, m, 3, padding=1, bias=bias), *modules]
-
-
-def cnn(size: Size, channels: Sequence[int], sizes: Sequence[int], bias: bool, batch_norm: bool) -> nn.Sequential:
+def cnn(size: Size, channels: Sequence[int], sizes: Sequence[int], bias: bool) -> nn.Sequential:
     """Convolutions of 3 x 3 with ReLU and max pooling, then an mlp (after LeCun et al. 1998, LeNet-5).
 
     Args:
@@ -55,8 +50,7 @@ def cnn(size: Size, channels: Sequence[int], sizes: Sequence[int], bias: bool, b
     """
     modules: list[nn.Module] = []
     for n, m in zip([size[0], *channels], channels):
-        norm = [nn.BatchNorm2d(m)] if batch_norm else []
-        modules += convolution(n, m, *norm, nn.ReLU(), nn.MaxPool2d(2), bias=bias)
+        modules += [nn.Conv2d(n, m, 3, padding=1, bias=bias), nn.ReLU(), nn.MaxPool2d(2)]
     return convolutional(size, modules + [*mlp([channels[-1] * pooled_pixels(*size[1:], channels), *sizes], bias)])
 
 
@@ -76,9 +70,9 @@ def airbench(size: Size, channels: Sequence[int], sizes: Sequence[int], bias: bo
     whitened = 2 * 4 * size[0]
     modules: list[nn.Module] = [nn.Conv2d(size[0], whitened, 2), nn.SiLU()]
     for n, m in zip([whitened, *channels], channels):
-        modules += convolution(n, m, nn.MaxPool2d(2), nn.BatchNorm2d(m), nn.SiLU())
+        modules += [nn.Conv2d(n, m, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(m), nn.SiLU()]
         for _ in range(1, blocks):
-            modules += convolution(m, m, nn.BatchNorm2d(m), nn.SiLU())
+            modules += [nn.Conv2d(m, m, 3, padding=1, bias=False), nn.BatchNorm2d(m), nn.SiLU()]
     return convolutional(size, [*modules, nn.AdaptiveMaxPool2d(1), *mlp([channels[-1], *sizes], bias)])
 
 
@@ -119,8 +113,9 @@ def resnet(size: Size, channels: Sequence[int], blocks: int, num_classes: int) -
     Three stages of one block are ResNet-8, of two blocks ResNet-14: the convolutions except projections, and the linear
     layer on the mean over all positions.
     """
-    modules = convolution(size[0], channels[0], nn.BatchNorm2d(channels[0]), nn.ReLU())
-    for stage, (n, m) in enumerate(zip([channels[0], *channels], channels)):
+    first = channels[0]
+    modules = [nn.Conv2d(size[0], first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()]
+    for stage, (n, m) in enumerate(zip([first, *channels], channels)):
         modules.append(ResidualBlock(n, m, 1 if stage == 0 else 2))
         modules += [ResidualBlock(m, m, 1) for _ in range(1, blocks)]
     return convolutional(size, [*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes)])
@@ -170,10 +165,9 @@ def image_size(config: Any, size: Sequence[int]) -> Size:
 def vit(config: Any, size: Sequence[int], sizes: Sequence[int]) -> VisionTransformer:
     """The transformer of a config, which must name one number of channels and one of hidden units."""
     image, widths = image_size(config, size), [*config.channels, *sizes]
-    if len(config.channels) != 1 or len(config.hidden_sizes) != 1:
+    if len(config.channels) != 1 or len(sizes) != 2:
         raise ValueError(f"channels and hidden_sizes must each be one number for vit, not {widths[:-1]}")
-    width, hidden, num_classes = widths
-    return VisionTransformer(image, config.patch, width, hidden, config.heads, config.blocks, num_classes)
+    return VisionTransformer(image, config.patch, widths[0], widths[1], config.heads, config.blocks, widths[2])
 
 
 def layer_sizes(config: Any, shapes: Sequence[Sequence[int]]) -> str:
@@ -199,7 +193,7 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES = {
     "mlp": Architecture(lambda c, size, sizes: mlp([prod(size), *sizes], c.bias)),
-    "cnn": Architecture(lambda c, size, sizes: cnn(image_size(c, size), c.channels, sizes, c.bias, c.batch_norm)),
+    "cnn": Architecture(lambda c, size, sizes: cnn(image_size(c, size), c.channels, sizes, c.bias)),
     "airbench": Architecture(
         lambda c, size, sizes: airbench(image_size(c, size), c.channels, sizes, c.bias, c.blocks), initialise=whiten
     ),

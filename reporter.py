@@ -1,6 +1,5 @@
 """Curves over kappa and the summary of a sweep, from the JSON of its experiments alone."""
 
-import io
 import json
 import math
 import re
@@ -108,28 +107,20 @@ class ReporterConfig:
     format: tuple[Literal["png", "pdf", "svg"], ...]
 
 
-@contextmanager
-def report_file(path: Path) -> Iterator[io.BytesIO]:
-    """A report that is written whole when the context closes; its folder lists it, so that it can be removed again."""
+def listed(path: Path) -> Path:
+    """Lists a report in its folder, so that it can be removed again, and returns its path."""
     listing = path.with_name(WRITTEN)
     names = listing.read_text().splitlines() if listing.is_file() else []
     write_text(listing, "\n".join(sorted({*names, path.name})) + "\n")
-    with written_whole(path) as file:
-        yield file
+    return path
 
 
 def save_figure(figure: Figure, path: Path, config: ReporterConfig) -> None:
     """Write a figure in every format of the config, and close it."""
     for suffix in config.format:
-        with report_file(path.with_suffix(f".{suffix}")) as file:
+        with written_whole(listed(path.with_suffix(f".{suffix}"))) as file:
             figure.savefig(file, format=suffix, dpi=config.dpi)
     plt.close(figure)
-
-
-def save_text(text: str, path: Path) -> None:
-    """Write a report of text."""
-    with report_file(path) as file:
-        file.write(text.encode())
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -160,7 +151,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], text
 
 
 class Experiments:
-    """The numbers of experiments that share classifier, mask layer and top_k, and differ in seed, digit and kappa.
+    """The numbers of experiments that share classifier and mask layer, and differ in seed, digit and kappa.
 
     Where a method takes a kappa, it is a number of weights, or "auto", or None for what the attribute `kappa` says.
 
@@ -201,11 +192,9 @@ class Experiments:
         return self._numbers(self.by_kappa.get(kappa or self.kappa, {}), column, method)
 
     def _numbers(self, experiments: Mapping[tuple[int, int], Any], column: Column, method: str) -> list[list[float]]:
-        rows = []
-        for seed in self.seeds:
-            places = [(seed, digit) for digit in self.digits]
-            rows.append([column.read(method, experiments.get(at, {}), self.retrained.get(at, {})) for at in places])
-        return rows
+        places = product(self.seeds, self.digits)
+        numbers = [column.read(method, experiments.get(at, {}), self.retrained.get(at, {})) for at in places]
+        return np.reshape(numbers, (len(self.seeds), len(self.digits))).tolist()
 
     def by_seed(self, column: Column, method: str, kappa: int | str | None = None) -> list[float]:
         """Reduce a method's numbers to one for every seed, or if the column asks for the worst, to that alone."""
@@ -351,7 +340,7 @@ class Reporter:
         sections += [experiments.table(EFFICACY, experiments.first[KEPT])]
         if experiments.kappas:
             sections += ["## Every kappa", experiments.kappas_table()]
-        save_text("\n\n".join(sections) + "\n", self.folder / "summary.md")
+        write_text(listed(self.folder / "summary.md"), "\n\n".join(sections) + "\n")
 
     def closing_table(self) -> str:
         """Return what a run prints last: what was forgotten, how many weights each method zeroes, and accuracies."""
@@ -385,8 +374,7 @@ class Reporter:
         plt.minorticks_off()
         column = Column((evaluation, metric))
         curves = {name: self.experiments.curve(column, name) for name in self.experiments.methods}
-        constant = [name for name, y in curves.items() if len(set(y)) == 1]
-        level = [name for name in constant if self.experiments.curve(ZEROED, name) != x]
+        level = [name for name, y in curves.items() if len(set(y)) == 1 and self.experiments.curve(ZEROED, name) != x]
         for rank, (name, y) in enumerate(curves.items()):
             if name in level:
                 gap = DASHES * (level.index(name) + 1) / (len(level) + 1)

@@ -97,7 +97,6 @@ class TrainerConfig:
     blocks: Annotated[int, Bounds(ge=1, le=50)]
     patch: Count
     heads: Count
-    batch_norm: bool
     bias: bool
     epochs: Count
     batch_size: Count

@@ -51,7 +51,7 @@ def odds_by_method(config: Config, data: ImageData, chosen: Tensor, seed: int) -
     trainer, gcn = Trainer(config.classifier, seed, config.source.size), TrainedGCN.load().gcn
     classifier = trainer.train(half, classes)
     graphs, kept = GraphGenerator(classifier, half, config.graphs, seed), {}
-    top_k = number_of_weights(config.sweep.top_k[0], graphs.graph.num_vertices)
+    top_k = number_of_weights(config.sweep.top_k, graphs.graph.num_vertices)
     names = [*RETRAINED, *(name for name in config.eval.method_names if name not in LEFT_OUT)]
     odds: dict[str, list[Tensor]] = {name: [] for name in names}
     for label in config.forget_digits:

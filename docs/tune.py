@@ -59,7 +59,7 @@ class Tuning:
         trainer = Trainer(config.classifier, seed, config.source.size)
         classifier = trainer.train(data.train, len(data.class_names))
         graphs = GraphGenerator(classifier, data.train, config.graphs, seed)
-        top_k = number_of_weights(config.sweep.top_k[0], graphs.graph.num_vertices)
+        top_k = number_of_weights(config.sweep.top_k, graphs.graph.num_vertices)
         gcn = TrainedGCN.load().gcn
         kept: dict[str, Any] = {}
         self.requests = [

@@ -28,7 +28,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     flag("--dry-run", help="list the files that exist and those that a run would make, and stop")
     flag("--pretrain", help="train the GCN in mimu/ on the classifiers of all variants, and stop")
     flag("--fresh", help="first remove the files of earlier runs of the same config")
-    parser.add_argument("--debug", action="store_true", help="show where in the code an error was raised")
     about = "a setting to change, its value read as YAML: seed=1, eval.step=50, gcn.rounds=2"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=about)
     return parser.parse_intermixed_args(arguments)
@@ -44,13 +43,12 @@ def describe(error: BaseException, parsed: argparse.Namespace) -> tuple[int, str
     if isinstance(error, KeyboardInterrupt):
         again = "the same command without --fresh" if parsed.fresh else "the same command"
         line = f"stopped: finished work is kept; run {again} again to resume"
-        return 128 + (error.args or [signal.SIGINT])[0], line, line
+        return 128 + (error.args or [signal.SIGINT])[0], line, "" if parsed.dry_run else line
     if isinstance(error, InputError):
         return 2, f"error: {error}"[:2000], ""
     if isinstance(error, OSError):
         return 2, f"error: {error.filename or 'a file'}: {error.strerror or one_line(error)}", ""
-    more = "--debug shows where" if parsed.dry_run else "the traceback is in reports/run.log"
-    line = f"error: {type(error).__name__}: {one_line(error)}; {more}"
+    line = f"error: {type(error).__name__}: {one_line(error)}; the traceback is in reports/run.log"
     return 1, line, "".join(traceback.format_exception(error))
 
 
@@ -76,12 +74,10 @@ def run_command(
     except (KeyboardInterrupt, Exception) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends one after a Ctrl-C
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))  # a second Ctrl-C: nothing to say
-        if parsed.debug and isinstance(error, Exception):
-            traceback.print_exc()
         status, line, note = describe(error, parsed)
     with suppress(OSError):  # the terminal is closed
         print(line, file=sys.stderr)
-    if note and not parsed.dry_run:  # a dry run writes nothing
+    if note:
         with suppress(ArtifactError):
             Log(root / "reports" / "run.log").note(note)
     return status

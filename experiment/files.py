@@ -1,18 +1,17 @@
 """Files that are written whole and know what made them, the lock on their folder, and the log of a run."""
 
 import ast
-import hashlib
 import os
 import re
 import shlex
 import socket
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +30,16 @@ def slug(name: str) -> str:
 
 
 @cache
-def read_source(source: bytes) -> tuple[list[str], str]:
-    """Returns the modules that Python code may import, and a digest of its syntax tree without docstrings."""
-    imported, tree = [], ast.parse(source)
+def without_docstrings(source: bytes) -> str:
+    """Returns a digest of the syntax tree of Python code without docstrings."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-        elif isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             del node.body[0]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imported += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            imported += [f"{node.module}.{alias.name}" for alias in node.names]
-    return imported, hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return digest(ast.dump(tree))
 
 
-def code_of(root: Path, modules: Iterable[str], without: Collection[str] = ()) -> str:
+def code_of(root: Path, modules: Iterable[str], without: Iterable[str] = ()) -> str:
     """Returns a digest of the code of modules and of all that they import from the same folder.
 
     Comments, docstrings and blank lines do not count.
@@ -57,14 +49,11 @@ def code_of(root: Path, modules: Iterable[str], without: Collection[str] = ()) -
         modules: The modules to start with.
         without: Modules and packages that do not count, nor what only they import.
     """
-    digests, names = {}, list(modules)
-    while names:
-        for name in accumulate(names.pop().split("."), "{}/{}".format):  # a module's packages are imported with it
-            for path in (f"{name}.py", f"{name}/__init__.py"):
-                if name.split("/")[0] not in without and path not in digests and (root / path).is_file():
-                    imported, digests[path] = read_source((root / path).read_bytes())
-                    names += imported
-    return digest(digests)
+    finder = ModuleFinder([str(root)], excludes=[*without])
+    for name in modules:
+        finder.import_hook(name)
+    paths = [Path(module.__file__) for module in finder.modules.values() if module.__file__]
+    return digest({path.relative_to(root).as_posix(): without_docstrings(path.read_bytes()) for path in paths})
 
 
 @cache
@@ -101,8 +90,9 @@ class Artifact:
         """True where the file exists, is whole, and would be made the same again."""
         with suppress(OSError, ArtifactError):
             status = self.path.stat()
-            version = status.st_ino, status.st_size, status.st_mtime_ns
-            return stored_provenance(self.path, *version) == self.provenance  # read once, though often asked for
+            # Read once, though often asked for.
+            stored = stored_provenance(self.path, status.st_ino, status.st_size, status.st_mtime_ns)
+            return stored == self.provenance
         return False
 
 

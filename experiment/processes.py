@@ -12,8 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mimu.errors import InputError, one_line
-
 TIMEOUT = datetime.timedelta(minutes=5)  # torchrun may have been killed in the meantime
 
 
@@ -26,9 +24,6 @@ class Processes:
     """The processes of a run, which share work and small values through the store of torch.distributed.
 
     They share the folder of the artifacts, and no tensor: gloo and nccl are not needed. Each takes the next GPU.
-
-    Raises:
-        InputError: variables that torchrun sets, such as RANK, are missing or no numbers.
     """
 
     def __init__(self) -> None:
@@ -36,13 +31,9 @@ class Processes:
         self.count = 1
         self._store: dist.Store = dist.HashStore()
         if by_torchrun():
-            try:
-                self._store, self.rank, self.count = next(dist.rendezvous("env://", timeout=TIMEOUT))
-                if torch.cuda.is_available():
-                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-            except (ValueError, KeyError) as error:
-                what = "WORLD_SIZE is set, and other variables are not as torchrun sets them"
-                raise InputError(f"{what} ({one_line(error)}): unset it, or start with torchrun") from None
+            self._store, self.rank, self.count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
     def _wait_for(self, key: str) -> bytes:
         """Returns what another process stores under this key. It waits in Python, so that a signal can end it."""

@@ -24,16 +24,12 @@ class ConfigError(InputError):
 
 
 class Loader(yaml.SafeLoader):
-    """Reads YAML as PyYAML does, but every key is text, a repeated key is an error, and 1e-3 is a number."""
+    """Reads YAML as PyYAML does, but a repeated key is an error, and 1e-3 is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
-        keys = set()
-        for key, _ in node.value:
-            if key.value in keys:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
-            keys.add(key.value)
-            if key.tag != "tag:yaml.org,2002:merge":
-                key.tag = "tag:yaml.org,2002:str"
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -43,7 +39,7 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.
 def parse(text: str | bytes, origin: str) -> Any:
     """Parses YAML. Raises ConfigError where it is not valid."""
     try:
-        return json.loads(json.dumps(yaml.load(text, Loader), default=str))
+        return json.loads(json.dumps(yaml.load(text, Loader), default=str))  # every key is text
     except Exception as error:  # an odd date, number or nesting raises an error of Python's own
         raise ConfigError(f"{origin}: is not valid YAML ({one_line(error)})") from None
 
@@ -113,8 +109,7 @@ def checked(kind: type[Kind], values: Any, section: str = "") -> Kind:
         wrong = {each["loc"][-1] for each in errors if each["type"] == first["type"]}
         valid = ", ".join(name for name in siblings if name not in wrong)
         raise ValueError(f"{' '.join(key.split())} is not a setting: valid are {valid or 'none'}")
-    union = first["loc"][: max(len(place), len(first["loc"]) - 1)]
-    messages = [each["msg"] for each in errors if each["loc"][: len(union)] == union]
+    messages = dict.fromkeys(each["msg"] for each in errors if each["loc"][: len(place)] == tuple(place))
     raise ValueError(f"{key or 'the settings'}: {', or '.join(messages)}, not {shown(value)}")
 
 

@@ -21,13 +21,11 @@ INDEX = Column(("audit_metrics", "usable_bits", "representation"), "IDI", "+.2f"
 PROBE = Column(("audit_metrics", "probe_recall", "linear"), "probe, recall of the forget class, %", ".1f")
 RELEARN_STEPS = Column(("audit_metrics", "relearn_steps"), "relearn time, steps", ".1f")
 CAME_BACK = Column(("audit_metrics", "came_back"))
-COST = (SECONDS, Column(("audit_metrics", "weights_changed"), "weights changed", ".0f"))
 PLACED = ("js_forget", "js_retain", "relearn_steps", "weights_changed")  # audits whose column stands above
 ABOUT = {"does": "what it does", "touches": "what it may change", "needs": "data it needs", "paper": "paper"}
 WORST_FORGET, WORST_GAP = (replace(column, name="worst") for column in WORST)
 SHARE = Column(("num_zeroed",), "weights zeroed, %", percent_of="num_graph_vertices")
 COLUMNS = (FORGET_SCORE, WORST_FORGET, RETAIN_GAP, WORST_GAP, SHARE, SECONDS)
-STEPS = Column((), spec=".0f")
 PROBE_GAP = replace(PROBE, name="probe recall against retrain, points", spec="+.1f", is_gap=True)
 
 
@@ -62,7 +60,7 @@ def audit_sections(experiments: Experiments) -> list[str]:
         audit_table(experiments, audit_columns(experiments)),
         "## Cost",
         f"Training the masking GCN takes {gcn} s, once for all requests, which the seconds of mimu do not include.",
-        audit_table(experiments, COST),
+        audit_table(experiments, (SECONDS, Column(("audit_metrics", "weights_changed"), "weights changed", ".0f"))),
         "## The methods",
         markdown_table(["method", *ABOUT.values()], about, texts=1 + len(ABOUT)),
     ]
@@ -125,7 +123,7 @@ def layer_columns(variants: Iterable[Experiments]) -> list[Column]:
 
     columns = [column(INDEX, "usable_bits", each, f"IDI, {each}") for each in layers] + [PROBE_GAP] * bool(layers)
     columns += [column(PROBE_GAP, "prototype_recall", each, f"prototype, {each} a class") for each in counts]
-    return columns + [column(STEPS, "relearn_from", each, f"steps, {each} a class") for each in counts]
+    return columns + [column(Column((), spec=".0f"), "relearn_from", each, f"steps, {each} a class") for each in counts]
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:

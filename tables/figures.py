@@ -76,7 +76,7 @@ def symmetric_log(axes: Axes, linear: float) -> None:
 
 def draw_metrics(experiments: Experiments, heading: str, evaluation: str) -> Figure:
     """Draw a panel for every metric of an evaluation, with a mark for every method and its number at the right edge."""
-    columns = [column for column in (*reporter.METRICS, *reporter.EFFICACY) if column.keys[0] == evaluation]
+    columns = [column for column in reporter.METRICS if column.keys[0] == evaluation]
     rows = [Row(method, experiments, method) for method in experiments.first[evaluation]]
     figure, panels = draw_panels(rows, columns)
     figure.suptitle(heading, fontsize=9)

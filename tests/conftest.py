@@ -46,7 +46,7 @@ def random_classifier(seed: int = 0, dtype: torch.dtype = torch.float32, bias: b
     return HookedMNISTClassifier(HIDDEN, IN_FEATURES, NUM_CLASSES, bias).to(dtype)
 
 
-RECIPE = {"architecture": "mlp", "channels": (4, 6), "blocks": 1, "batch_norm": False, "bias": False, "patch": 7,
+RECIPE = {"architecture": "mlp", "channels": (4, 6), "blocks": 1, "bias": False, "patch": 7,
           "heads": 2, "learning_rate": 0.01, "momentum": None, "weight_decay": 0.0, "warm_up": 0.0,
           "label_smoothing": 0.0, "shift": 0, "flip": False, "bfloat16": False}  # fmt: skip
 GRAPHS = {"scope": "global", "features": tuple(FEATURES), "other_classes": True, "samples_per_class": 15}

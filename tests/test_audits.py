@@ -99,7 +99,7 @@ def test_before_a_head_alone_stands_the_mean_of_what_the_last_layer_reads_of_tok
     split, inputs = Split(torch.randn(9, 16, generator=seeded(1)), torch.zeros(9, dtype=torch.long)), []
     tokens = VisionTransformer((1, 4, 4), 2, 4, 5, 2, 2, NUM_CLASSES).eval()
     residual = resnet((1, 4, 4), [2, 3], 1, NUM_CLASSES).eval()
-    plain = cnn((1, 4, 4), [2, 3], [5, NUM_CLASSES], bias=True, batch_norm=False)
+    plain = cnn((1, 4, 4), [2, 3], [5, NUM_CLASSES], bias=True)
     for layer in (tokens.blocks[-1].linear2, residual[-4].conv2, plain[-3]):
         layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     predictions = [predictions_of(network, split) for network in (tokens, residual, plain)]

@@ -172,10 +172,9 @@ SOURCES = {
     "stage.py": 'from parts.inner import f\n\nclass A:\n    """Doc."""\n\n    size = f() + 1\n',
     "parts/__init__.py": "COUNT = 2\n",
     "parts/inner.py": "def f():\n    'doc'\n    import late\n    return 2\n",
-    "late.py": "import torch, skipped\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import unused\n",
+    "late.py": "import torch, sys, skipped\n",
     "skipped.py": "import behind\n",
     "behind.py": "",
-    "unused.py": "",
 }
 CHANGES = {
     "a comment": ("stage.py", "class A", "# a remark\nclass A", False),
@@ -188,7 +187,6 @@ CHANGES = {
     "an import within a function": ("late.py", "import torch", "import numpy", True),
     "a module that does not count": ("skipped.py", "import behind", "behind = 1", False),
     "one that only this imports": ("behind.py", "", "NUMBER = 1", False),
-    "one for type checkers": ("unused.py", "", "NUMBER = 1", False),
     "one that nothing imports": ("new.py", "", "NUMBER = 1", False),
 }
 

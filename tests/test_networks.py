@@ -154,7 +154,7 @@ def encoder() -> nn.Sequential:
 NETWORKS = {
     "mlp": (lambda: nn.Sequential(nn.AvgPool2d(4), *mlp([8, 6, 5, NUM_CLASSES], True)), "i8-a6 a6-b5 b5-o3",
             {1: (6,), 2: (5,)}),
-    "cnn": (lambda: cnn(SIZE, (3, 4), (5, NUM_CLASSES), True, True), "i2*9-a3 a3*9-b4 b4*4-c5 c5-o3",
+    "cnn": (lambda: cnn(SIZE, (3, 4), (5, NUM_CLASSES), True), "i2*9-a3 a3*9-b4 b4*4-c5 c5-o3",
             {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}),
     "airbench": (lambda: airbench(SIZE, (3, 4), (5, NUM_CLASSES), True, 2),
                  "i2*4-a16 a16*9-b3 b3*9-c3 c3*9-d4 d4*9-e4 e4-f5 f5-o3",
@@ -412,7 +412,7 @@ CHANGES = (
     "gcn.kappa=[3, 20]", "gcn.partly_masked=[3, 20]", "gcn.hidden=4", "gcn.steps=6", "eval.step=3",
     "graphs.samples_per_class=8", "sweep.kappa=[9]", "eval.max_kappa=20",
     "classifier.channels=[3, 4]", "classifier.hidden_sizes=[5]", "classifier.batch_size=8", "classifier.epochs=2",
-    "classifier.batch_norm=true", "graphs.mask_layer=null",
+    "graphs.mask_layer=null",
 )  # fmt: skip
 TINY = {"epochs": 1, "batch_size": 8, "steps": 3, "samples": 12}
 TINY_VIT = "classifier.channels=[4]", "classifier.hidden_sizes=[5]", "classifier.heads=2", "classifier.patch=4"
@@ -422,7 +422,7 @@ def configured(architecture: str, *changes: str) -> Config:
     return load_config(overrides=[*CHANGES, f"classifier.architecture={architecture}", *changes])
 
 
-@pytest.mark.parametrize("architecture, mask_layer", [("cnn", None), ("vit", (1, 4))])
+@pytest.mark.parametrize("architecture, mask_layer", [("resnet", None), ("vit", (1, 4))])
 def test_every_method_answers_and_leaves_weights_statistics_and_modes_of_the_original(architecture, mask_layer):
     config = configured(architecture, *(TINY_VIT if architecture == "vit" else ()))
     split = Split(torch.randn(36, 3 * 8 * 8, generator=seeded("pixels")), torch.arange(NUM_CLASSES).repeat(12))

@@ -111,12 +111,12 @@ def test_a_run_writes_its_files_reports_are_drawn_again_from_json_and_clean_remo
     own = [plots / "note.txt", reports / "mine.png", here / "eval/masks/seed_of_mine.pt", outside / "summary.md"]
     for path in [*own, outside / ".written"]:
         write_text(path, "summary.md\n../reports/mine.png\n")
-    (here / "reports" / "top_k_128").symlink_to(outside)
+    (here / "reports" / "linked").symlink_to(outside)
     (plots.parent / "seed_0_digit_3_linked").symlink_to(outside)
     clean(here)
     kept = {path.relative_to(here).as_posix() for path in own[:3]}
     assert files(here).keys() == before.keys() | kept and files(here).items() >= before.items()
-    assert len(files(outside)) == 2 and (reports / "top_k_128").is_symlink() and not (here / "checkpoints").exists()
+    assert len(files(outside)) == 2 and (reports / "linked").is_symlink() and not (here / "checkpoints").exists()
 
 
 def test_a_change_makes_the_files_that_depend_on_it_again_and_no_others(finished, monkeypatch, capsys):
@@ -125,7 +125,7 @@ def test_a_change_makes_the_files_that_depend_on_it_again_and_no_others(finished
     decisive = {
         # Settings of figures, of a method that does not run, and of audits that are off decide nothing.
         3: ["report.dpi=51", "eval.visualize=true", "audit.relearn_steps=2", "eval.hyperparameters.scrub.epochs=2"],
-        2: ["eval.step=16", "audit.enabled=true", "sweep.top_k=[64]"],
+        2: ["eval.step=16", "audit.enabled=true", "sweep.top_k=64"],
         1: ["gcn.steps=13", "eval.retain_weight=51", "graphs.samples_per_class=99", "samples=50"],
         0: ["classifier.epochs=2", "threads=2", "seed=1", "held_out=10"],
     }
@@ -134,12 +134,12 @@ def test_a_change_makes_the_files_that_depend_on_it_again_and_no_others(finished
             assert current(finished, setting) == FINISHED | dict.fromkeys(stages[first:], 0), setting
     for setting, counts in (("threads=2", (0, 4)), ("gcn.steps=13", (1, 3)), ("sweep.kappa=[20, 30]", (4, 2))):
         main.dry_run(smoke(*TINY, setting), finished)
-        line = "seed 0, top-K 128: {} of {} files are there, {} would be made\n"
+        line = "seed 0: {} of {} files are there, {} would be made\n"
         assert capsys.readouterr().out == line.format(counts[0], sum(counts), counts[1])
     assert files(finished) == before
 
     sources = copy_to(finished / "sources", *TRACKED)
-    monkeypatch.setattr("experiment.artifacts.ROOT", sources)
+    monkeypatch.setattr("experiment.config.ROOT", sources)
     decisive = {0: ["main.py", "mimu/graph.py"], 2: ["eval.py", "methods/controls.py"],
                 3: ["reporter.py", "tables/comparison.py", "experiment/files.py", "my_own.py"]}  # fmt: skip
     for first, paths in decisive.items():
@@ -150,7 +150,7 @@ def test_a_change_makes_the_files_that_depend_on_it_again_and_no_others(finished
             path.write_text(f"{source}\nNUMBER = 1\n")
             assert current(finished) == FINISHED | dict.fromkeys(stages[first:], 0), path
             path.write_text(source)
-    monkeypatch.setattr("experiment.artifacts.checksum", lambda *arguments: "other data")
+    monkeypatch.setattr("experiment.config.checksum", lambda *arguments: "other data")
     assert current(finished) == dict.fromkeys(stages, 0)
 
 
@@ -313,7 +313,7 @@ def test_two_processes_mask_all_layers_for_two_seeds_with_the_figures_of_one(her
     changes += ["graphs.mask_layer=null", "sweep.seeds=[0, 1]"]
     sources = copy_to(here, *TRACKED)
     (sources / "trainer.py").write_text(f"{(sources / 'trainer.py').read_text()}\nCOMPARED = 1\n")
-    monkeypatch.setattr("experiment.artifacts.ROOT", sources)
+    monkeypatch.setattr("experiment.config.ROOT", sources)
     run_here(here, *changes)
     alone = metrics(here)
     for folder in ("checkpoints", "eval", "reports"):
