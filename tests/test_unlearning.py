@@ -248,7 +248,10 @@ def ask(changes: dict) -> Mask:
 
 @pytest.mark.filterwarnings("ignore:.* of class")
 def test_requests_leave_other_threads_alone_and_one_another_and_the_default_type_changes_nothing():
-    expected, other, drawn, dtypes, stop = [ask(each) for each in REQUESTS], stack(), [], set(), threading.Event()
+    other, drawn, dtypes, stop = stack(), [], set(), threading.Event()
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ThreadPoolExecutor(1, **one_thread) as alone:
+        expected = list(alone.map(ask, REQUESTS))
 
     def predict() -> None:
         while not stop.is_set() or not drawn:
@@ -259,7 +262,7 @@ def test_requests_leave_other_threads_alone_and_one_another_and_the_default_type
     torch.set_default_dtype(torch.bfloat16)
     torch.manual_seed(11)
     try:
-        with ThreadPoolExecutor(1 + len(REQUESTS), initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        with ThreadPoolExecutor(1 + len(REQUESTS), **one_thread) as threads:
             predicting = threads.submit(predict)
             try:
                 masks = list(threads.map(ask, REQUESTS))
