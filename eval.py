@@ -146,7 +146,7 @@ class Request:
             steps = prune(self.graphs, self.class_index, config, self.seed, gcn, ranking)
             self.prunings[name] = Pruning(steps, counter, config)
         pruning = self.prunings[name]
-        return pruning.until_forgotten() if self.requested_kappa == "auto" else pruning.at(self.requested_kappa)
+        return pruning.chosen() if self.requested_kappa == "auto" else pruning.at(self.requested_kappa)
 
 
 def every_vertex(request: Request) -> Tensor:

@@ -18,7 +18,7 @@ from experiment.files import Artifact
 from mimu.errors import TrainingError
 from mimu.graph import MaskingGCN, WeightGraph
 from mimu.hooked import HookedClassifier, log_odds
-from mimu.pruning import PruningConfig, RemainingCounter, prune, prune_until_forgotten
+from mimu.pruning import PruningConfig, RemainingCounter, prune, choose_kappa
 from mimu.saliency import FORGETTING_TEMPERATURE, ActivationGraphs, ranked, saliency
 from mimu.samples import Split, is_correct
 from mimu.seeds import seeded, seeded_initialisation
@@ -360,9 +360,8 @@ class GCNTrainer:
             label = graphs.classes[class_index]
             counter = RemainingCounter(graphs, class_index, graphs.train.forget(label).images, masking.target)
             steps = prune(graphs, class_index, masking, self.seed, gcn)
-            *_, (zeroed, _, _) = prune_until_forgotten(steps, counter, masking)
-            with graphs.graph.zeroing(zeroed).applied_to(graphs.classifier):
-                logits = graphs.suffix(graphs.cached_inputs)
+            *_, (zeroed, *_) = choose_kappa(steps, counter, masking)
+            logits = graphs.logits(graphs.cached_inputs, zeroed)
             correct, is_forget = is_correct(logits, graphs.labels).double(), graphs.labels == label
             return 100 * (correct[~is_forget].mean() - correct[is_forget].mean()).item()
 

@@ -22,13 +22,12 @@ from mimu.errors import InputError, named
 from mimu.hooked import HookedClassifier
 from mimu.masks import LayerMask, Mask
 from mimu.probes import held_out_variance, standardised
-from mimu.samples import Split, drawn_of_every_class
+from mimu.samples import HELD_OUT, Split, drawn_of_every_class, held_out
 from mimu.seeds import seeded
 from mimu.settings import Count, NonNegative, Positive, Share, library_settings
 from mimu.training import descend, forgetting_loss
 
 MAX_EDITED = 4  # layers before the last one that are edited, at most
-HELD_OUT = 5  # every fifth sample of a class is held out from training
 MIN_TO_JUDGE = 50  # held-out samples, of the class and of the others, below which they say too little
 ATTACKERS = 5  # whose mean R^2 counts
 LINEAR_SHARE = 0.25  # of an attacker's random features that are not rectified
@@ -306,15 +305,6 @@ def late_layers(classifier: HookedClassifier) -> list[int]:
         must = "that must give the logits, and stand behind a layer that can be masked"
         raise InputError(f"a class is erased from what the last layer is given: {must}")
     return [classifier.names.index(name) for name in names[-1 - MAX_EDITED :]]
-
-
-def held_out(labels: Tensor) -> Tensor:
-    """Marks the samples that are not trained on: one in HELD_OUT of every class, (samples)."""
-    is_held_out = torch.zeros_like(labels, dtype=torch.bool)
-    for label in labels.unique():
-        indices = (labels == label).nonzero()[:, 0]
-        is_held_out[indices[HELD_OUT - 1 :: HELD_OUT]] = True
-    return is_held_out
 
 
 def membership(labels: Tensor, classes: Sequence[int]) -> Tensor:

@@ -169,19 +169,30 @@ class HookedClassifier(Wrapper):
         return cached_inputs, projections
 
     @torch.enable_grad()
-    def record(self, images: Tensor, labels: Tensor, layers: Sequence[int], excluded: Sequence[int] = ()) -> Record:
+    def record(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        layers: Sequence[int],
+        excluded: Sequence[int] = (),
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Record:
         """Records what layers do on a batch, by a forward pass and a backward one as far as the layers.
 
         Args:
             labels: (samples)
             excluded: as for `log_odds`
+            weights: replace the network's own, by name
         """
         trace = self.trace
         recorded = [self.layers[index] for index in layers]
+        replaced = {trace.layers[name].node: weight for name, weight in (weights or {}).items()}
         calls = {layer.node for layer in recorded}
         inputs: dict[fx.Node, Tensor] = {}
 
         def compute(node: fx.Node, arguments: tuple, keywords: dict) -> Any:
+            if node in replaced:
+                arguments = (arguments[0], replaced[node], *arguments[2:])
             value = call(node, arguments, keywords)
             if node in calls:
                 inputs[node] = arguments[0].detach()

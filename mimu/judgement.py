@@ -10,8 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mimu.pruning import FEW, percent_above_zero
-from mimu.samples import is_correct, margins
+from mimu.pruning import percent_above_zero
+from mimu.samples import FEW, is_correct, margins
 
 Accuracies = dict[int, float]  # percent of the samples classified correctly, by class
 Bounds = tuple[float | None, float | None]  # points that retained classes may lose, together and each; None: any

@@ -38,7 +38,8 @@ class TrainedGCN:
         checkpoint = load(Path(path))
         try:
             config = checkpoint["config"]
-            graphs, pruning = section(GraphConfig, config["graphs"]), section(PruningConfig, config["eval"])
+            graphs = section(GraphConfig, config["graphs"])
+            pruning = section(PruningConfig, {"tolerance": None} | config["eval"])
             sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
             gcn = MaskingGCN(graphs.num_features, **sizes, device="meta")  # without drawing weights
             gcn.load_state_dict(checkpoint["state_dict"], assign=True)

@@ -2,7 +2,8 @@
 
 One weight of a layer can take over another's work. Scores that are computed once do not show this. So pruning iterates:
 `prune` scores all weights on the classifier masked so far, zeroes the highest-scoring ones, and yields. The caller
-decides when to stop. `prune_until_forgotten` stops where the class is gone. `Pruning` serves several kappas in turn.
+decides when to stop. `choose_kappa` stops where the class is forgotten and further zeros would cost accuracy. `Pruning`
+serves several kappas in turn.
 """
 
 import itertools
@@ -20,15 +21,16 @@ from torch import Tensor
 from mimu.errors import InputError
 from mimu.graph import MaskingGCN
 from mimu.saliency import ActivationGraphs, ranked, saliency
-from mimu.samples import margins
+from mimu.samples import FEW, margins
 from mimu.seeds import seeded
-from mimu.settings import Amount, Bounds, Count, Positive, number_of_weights
+from mimu.settings import Amount, Bounds, Count, NonNegative, Positive, number_of_weights
 from mimu.training import forgetting_loss
 
 LEAST_SHARE = 1 / 16  # if layers compete, each offers at least this share of one neuron's weights in a step
 COUNTED_AT_ONCE = 100  # samples of the forget class after which counting may stop
 UNNOTICED = 1e-3  # nats that the retained classes may lose at no cost where layers compete
-FEW = 100  # with fewer samples of a class, their variance is estimated with the help of all samples
+CONFIDENCE = 0.95  # one-sided, with which the loss of the retained classes rises by no more than `tolerance`
+STEPS_AT_ONCE = 2  # whose weights are zeroed in one step where the class is forgotten already
 PRIOR_SAMPLES = 4  # weight of the variance of all samples then, in samples
 
 # From the number of a step and the vertices zeroed before it to the scores of all weights, (vertices).
@@ -49,6 +51,8 @@ class PruningConfig:
     penalty_growth: divides `retain_weight` after each step in which forgetting stalls
     target: a class is forgotten if less than this percentage of its samples is classified correctly
     max_kappa: weights, at most, that are zeroed for a request that searches for kappa
+    tolerance: nats that the retained classes' loss may rise by once the class is forgotten, while further weights are
+        zeroed; None: none are
     """
 
     step: Amount | None
@@ -59,6 +63,7 @@ class PruningConfig:
     penalty_growth: Annotated[float, Bounds(ge=1)]
     target: Positive
     max_kappa: Amount
+    tolerance: NonNegative | None
 
 
 class PruningStep(NamedTuple):
@@ -79,12 +84,14 @@ class PruningResult(NamedTuple):
 
     vertices: in the order in which they are zeroed, (kappa)
     seconds: what finding them took, steps for a smaller kappa included
+    num_needed: how many of them already forget the class; 0 if unknown
     message: "" if the class is forgotten; a text on how much of it remains if max_kappa is reached; None if the caller
         may go on
     """
 
     vertices: Tensor
     seconds: float
+    num_needed: int = 0
     message: str | None = None
 
 
@@ -117,7 +124,7 @@ def prune(
     zeroed = graphs.nothing if zeroed is None else zeroed
     features = () if gcn is None else graphs.config.features
     newest, snapshot, scores, running_mean = graphs.nothing, None, None, None
-    penalty, loss, seconds = 1.0, math.inf, 0.0
+    penalty, loss, seconds, is_forgotten = 1.0, math.inf, 0.0, False
     for step in itertools.count():
         started = time.perf_counter()
         if step > 0 and config.step is None:
@@ -135,10 +142,12 @@ def prune(
             previous_loss, loss = loss, F.softplus(snapshot.log_odds[0]).mean().item()
             if is_stalled(loss, previous_loss, config):
                 penalty /= config.penalty_growth
+            is_forgotten = is_forgotten or loss <= config.target / 100
             scores = saliency(snapshot, penalty * config.retain_weight, gcn)
         standardised = in_standard_deviations(scores)
         running_mean = standardised if step == 0 else torch.lerp(standardised, running_mean, config.momentum)
-        newest = next_vertices(graphs, class_index, config, running_mean, zeroed)
+        steps_at_once = STEPS_AT_ONCE if is_forgotten else 1
+        newest = next_vertices(graphs, class_index, config, running_mean, zeroed, steps_at_once)
         zeroed = torch.cat([zeroed, newest])
         seconds += time.perf_counter() - started
         yield PruningStep(zeroed, scores, seconds)
@@ -163,14 +172,14 @@ def in_standard_deviations(scores: Tensor) -> Tensor:
 
 
 def next_vertices(
-    graphs: ActivationGraphs, class_index: int, config: PruningConfig, scores: Tensor, zeroed: Tensor
+    graphs: ActivationGraphs, class_index: int, config: PruningConfig, scores: Tensor, zeroed: Tensor, at_once: int
 ) -> Tensor:
-    """Chooses the vertices of one step: those of the highest scores; if layers compete, within the best layer."""
+    """Chooses the vertices of `at_once` steps: those of highest scores; if layers compete, within the best layer."""
     num_vertices = graphs.graph.num_vertices
     if config.step is None:  # fine enough to find the smallest kappa that forgets
         count = max(1, number_of_weights(config.max_kappa, num_vertices) // 100)
     else:
-        count = number_of_weights(config.step, num_vertices)
+        count = at_once * number_of_weights(config.step, num_vertices)
     if graphs.config.scope == "measured" and len(graphs.graph.layers) > 1:
         return best_of_one_layer(graphs, class_index, config.group_size, count, scores, zeroed)
     return ranked(scores, zeroed, count)
@@ -209,8 +218,7 @@ def losses_without(graphs: ActivationGraphs, class_index: int, samples: Tensor, 
     samples: indices, (classes, samples)
     """
     indices = samples.flatten()
-    with graphs.graph.zeroing(zeroed).applied_to(graphs.classifier):
-        logits = graphs.suffix(graphs.cached_inputs[indices])
+    logits = graphs.logits(graphs.cached_inputs[indices], zeroed)
     p = logits.unflatten(0, samples.shape)[class_index].softmax(1)[:, graphs.classes[class_index]]
     losses = F.cross_entropy(logits, graphs.labels[indices], reduction="none").view(samples.shape).mean(1)
     return torch.stack([forgetting_loss(p), (losses.sum() - losses[class_index]) / (len(losses) - 1)])
@@ -274,23 +282,51 @@ def percent_above_zero(margins: Tensor, spread: float) -> float:
     return 100 - 100 * NormalDist(mean, math.sqrt(variance)).cdf(0) if variance > 0 else 100.0 * (mean > 0)
 
 
-def prune_until_forgotten(
+class RetainedLoss:
+    """The loss of the retained classes on samples held out from the scores, and how it rises from a first mask on."""
+
+    def __init__(self, graphs: ActivationGraphs, label: int, zeroed: Tensor) -> None:
+        self.graphs, is_retained = graphs, graphs.held_out.labels != label
+        self.inputs, self.labels = graphs.held_out_inputs[is_retained], graphs.held_out.labels[is_retained]
+        self.first = self.losses(zeroed)
+
+    def losses(self, zeroed: Tensor) -> Tensor:
+        """The cross entropy of each sample, (samples), nats."""
+        return F.cross_entropy(self.graphs.logits(self.inputs, zeroed), self.labels, reduction="none").double()
+
+    def rise(self, zeroed: Tensor) -> float:
+        """The upper end of a one-sided interval for the rise of the mean loss since the first mask, nats."""
+        rises = self.losses(zeroed) - self.first
+        return float(rises.mean() + NormalDist().inv_cdf(CONFIDENCE) * rises.std() / math.sqrt(len(rises)))
+
+
+def choose_kappa(
     steps: Iterable[PruningStep], counter: RemainingCounter, config: PruningConfig, num_zeroed: int = 0
 ) -> Iterator[PruningResult]:
-    """Drives steps until the class is forgotten or `config.max_kappa` weights are zeroed, and yields after each.
+    """Drives steps until further zeros cost accuracy, and yields after each; the last result has kappa auto.
+
+    First the class is forgotten, with as few whole steps as do it. Steps then go on while the loss of the retained
+    classes rises by at most `config.tolerance` nats on held-out samples (`RetainedLoss.rise`): the predictions for the
+    class come closer to those after retraining. At most `config.max_kappa` weights are zeroed.
 
     num_zeroed: how many vertices were zeroed to begin with
     """
-    num_vertices, counting = counter.graphs.graph.num_vertices, 0.0
+    graphs, needed, last = counter.graphs, None, None
+    num_vertices, counting = graphs.graph.num_vertices, 0.0
     max_kappa = min(num_zeroed + number_of_weights(config.max_kappa, num_vertices), num_vertices)
+    goes_on = config.tolerance is not None and len(graphs.held_out.labels.unique()) == graphs.num_classes
     for step in steps:
         zeroed, started = step.zeroed[:max_kappa], time.perf_counter()
-        is_forgotten = counter.percent_remaining(zeroed, config.target) < config.target
+        if needed is not None and loss.rise(zeroed) > config.tolerance:
+            break
+        if needed is None and counter.percent_remaining(zeroed, config.target) < config.target:
+            needed, loss = len(zeroed), RetainedLoss(graphs, counter.label, zeroed)
         counting += time.perf_counter() - started
-        if is_forgotten or len(zeroed) == max_kappa:
-            yield PruningResult(zeroed, step.seconds + counting, "" if is_forgotten else counter.message(zeroed))
-            return
-        yield PruningResult(zeroed, step.seconds + counting)
+        last = PruningResult(zeroed, step.seconds + counting, needed or 0)
+        yield last
+        if len(zeroed) == max_kappa or (needed is not None and not goes_on):
+            break
+    yield last._replace(message=counter.message(last.vertices) if needed is None else "")
 
 
 class Pruning:
@@ -301,7 +337,7 @@ class Pruning:
 
     def __init__(self, steps: Iterator[PruningStep], counter: RemainingCounter, config: PruningConfig) -> None:
         self._steps, self._counter, self._config = steps, counter, config
-        self._forgotten: PruningResult | None = None
+        self._chosen: PruningResult | None = None
 
     def steps(self) -> Iterator[PruningStep]:
         """Yields every step from the first on; a step is computed once."""
@@ -313,8 +349,8 @@ class Pruning:
         step = next(step for step in self.steps() if len(step.zeroed) >= kappa)
         return PruningResult(step.zeroed[:kappa], step.seconds)
 
-    def until_forgotten(self) -> PruningResult:
-        """The vertices of the fewest whole steps after which the class is forgotten, or max_kappa of them."""
-        if self._forgotten is None:
-            *_, self._forgotten = prune_until_forgotten(self.steps(), self._counter, self._config)
-        return self._forgotten
+    def chosen(self) -> PruningResult:
+        """The vertices that `choose_kappa` chooses."""
+        if self._chosen is None:
+            *_, self._chosen = choose_kappa(self.steps(), self._counter, self._config)
+        return self._chosen

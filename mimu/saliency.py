@@ -12,8 +12,7 @@ from torch import Tensor
 from mimu.graph import MaskingGCN, WeightGraph
 from mimu.hooked import HookedClassifier, log_odds, samples_that_fit
 from mimu.layers import FeatureRecord, LayerRecord, Record
-from mimu.masks import Mask
-from mimu.samples import Split, some_of_every_class
+from mimu.samples import FEW, HELD_OUT, Split, held_out, some_of_every_class
 from mimu.settings import Count
 
 # Divides the log-odds in the forgetting loss; at 1, a few samples that are forgotten suggest too soon that all are.
@@ -234,6 +233,7 @@ class ActivationGraphs:
 
     classes: the labels that there are samples of; tensors that stand class after class have their order
     by_class: the indices of all samples, (classes, samples_per_class); those of a smaller class are repeated
+    held_out, held_out_inputs: further samples, which are not recorded, and what the masked layers are given for them
     nothing: no vertices, (0)
     predictions: the logits without a mask, (samples, num_classes)
     """
@@ -246,21 +246,24 @@ class ActivationGraphs:
     def __post_init__(self) -> None:
         classifier = self.classifier.eval()
         self.graph = WeightGraph(classifier.trace.layers, self.config.mask_layer)
-        classes, counts = self.train.labels.unique(return_counts=True)
-        self.classes = classes.tolist()
+        self.classes = self.train.labels.unique().tolist()
         self.num_classes = len(self.classes)
         if self.num_classes < 2:
             raise ValueError(f"there must be samples of two classes at least, not of {self.classes} alone")
-        counts = counts.clamp(max=self.config.samples_per_class).tolist()
-        self.samples_per_class = max(counts)
-        self.samples = some_of_every_class(self.train, self.samples_per_class, "graphs", self.seed)
+        is_held_out, count = held_out(self.train.labels, FEW), self.config.samples_per_class
+        self.samples = some_of_every_class(self.train[~is_held_out], count, "graphs", self.seed)
+        self.held_out = some_of_every_class(self.train[is_held_out], -(-count // HELD_OUT), "held out", self.seed)
         self.labels = self.samples.labels
+        counts = self.labels.unique(return_counts=True)[1].tolist()
+        self.samples_per_class = max(counts)
         self.nothing = torch.empty(0, dtype=torch.long, device=self.labels.device)
         places = torch.arange(self.samples_per_class, device=self.labels.device)
         rows = [start + places % count for start, count in zip(accumulate(counts, initial=0), counts)]
         self.by_class = torch.stack(rows)
         # No mask changes the inputs of the first masked layer.
-        self.cached_inputs = classifier.prefix_activations(self.graph.layers, self.samples.images)
+        self.cached_inputs, self.held_out_inputs = (
+            classifier.prefix_activations(self.graph.layers, each.images) for each in (self.samples, self.held_out)
+        )
         self.suffix = classifier.suffix_from(self.graph.layers)
         with torch.no_grad():
             self.predictions = self.suffix(self.cached_inputs)
@@ -296,7 +299,8 @@ class ActivationGraphs:
             forgets: whether the class is to be forgotten. It is then removed from the softmax of the other classes'
                 samples, which are to keep the log-odds that the classifier has without a mask and without that class
         """
-        mask = self.graph.zeroing(self.nothing if zeroed is None else zeroed)
+        zeroed = self.nothing if zeroed is None else zeroed
+        masked = self.graph.zeroing(zeroed).weights(self.classifier)
         excluded_classes: list[int] = []
         if forgets:  # classes without samples are always excluded; of two classes, none is
             absent = set(range(self.predictions.shape[1])) - set(self.classes)
@@ -306,7 +310,7 @@ class ActivationGraphs:
         kept: tuple[list[Record], list[Record]] = ([], [])
 
         def records(rows: Tensor, keep: list[Record]) -> Iterator[Record]:
-            for record in self._records(rows, mask, excluded_classes):
+            for record in self._records(rows, zeroed, excluded_classes):
                 yield record
                 if is_kept:
                     keep.append(record._replace(layers=[layer.for_updates() for layer in record.layers]))
@@ -317,33 +321,38 @@ class ActivationGraphs:
             parts = [[*each] for each in parts]
             nothing = self.predictions.new_empty(0)
             odds = [torch.cat([nothing, *(record.log_odds for record in each)]) for each in parts]
-        with mask.applied_to(self.classifier), torch.no_grad():
-            if self._num_gradients:  # records may be too large to wait for the log-odds of all samples
-                logits = [self.suffix(self.cached_inputs[each]) for each in rows]
-                odds = [log_odds(z, self.labels[each], excluded_classes) for z, each in zip(logits, rows)]
-            matrices = zip(self.weights(), self.graph.groups)
-            weights = [weight.unflatten(0, (groups, -1)).flatten(2) for weight, groups in matrices]
+        if self._num_gradients:  # records may be too large to wait for the log-odds of all samples
+            logits = [self.logits(self.cached_inputs[each], zeroed) for each in rows]
+            odds = [log_odds(z, self.labels[each], excluded_classes) for z, each in zip(logits, rows)]
+        matrices = zip(masked.values(), self.graph.groups)
+        weights = [weight.unflatten(0, (groups, -1)).flatten(2) for weight, groups in matrices]
         own, others = (each[at].view(group.shape) for each, at, group in zip(odds, places, groups))
         snapshot = Snapshot(self.config, self.graph, tuple(features), weights, (own, others), places, kept)
         return snapshot.averaged(parts)
 
-    def _records(self, samples: Tensor, mask: Mask, excluded_classes: Sequence[int] = ()) -> Iterator[Record]:
-        """Yields the records of parts of the samples, which are indices, (samples)."""
-        with mask.applied_to(self.classifier):
-            for rows in samples.split(self.at_once) if len(samples) else ():
-                inputs, labels = self.cached_inputs[rows], self.labels[rows]
-                record = self.suffix.record(inputs, labels, self.graph.layers, excluded_classes)
-                if mask.num_zeroed:  # without a mask, the samples are to keep the log-odds that they have
-                    kept_log_odds = log_odds(self.predictions[rows], labels, excluded_classes)
-                    record = record._replace(kept_log_odds=kept_log_odds)
-                yield record
+    @torch.no_grad()
+    def logits(self, inputs: Tensor, zeroed: Tensor) -> Tensor:
+        """Computes the logits (samples, classes) with some vertices zeroed. inputs: as in `cached_inputs`."""
+        weights = self.graph.zeroing(zeroed).weights(self.classifier)
+        return torch.cat([self.suffix.outputs(part, weights)[1] for part in inputs.split(self.suffix.samples_at_once)])
+
+    def _records(self, samples: Tensor, zeroed: Tensor, excluded_classes: Sequence[int] = ()) -> Iterator[Record]:
+        """Yields the records of parts of the samples, which are indices, (samples), with some vertices zeroed."""
+        weights = self.graph.zeroing(zeroed).weights(self.classifier)
+        for rows in samples.split(self.at_once) if len(samples) else ():
+            inputs, labels = self.cached_inputs[rows], self.labels[rows]
+            record = self.suffix.record(inputs, labels, self.graph.layers, excluded_classes, weights)
+            if len(zeroed):  # without a mask, the samples are to keep the log-odds that they have
+                kept_log_odds = log_odds(self.predictions[rows], labels, excluded_classes)
+                record = record._replace(kept_log_odds=kept_log_odds)
+            yield record
 
     def recorded(self) -> dict[str, Any]:
         """Returns what is saved: `layers`, `labels`, and for layers of features `log_odds` and `records`, by layer."""
         content = {"layers": list(self.graph.layers), "labels": self.labels, "records": []}
         if not self._num_gradients:  # the records of layers that read at many positions would be too large
             every = torch.arange(len(self.labels), device=self.labels.device)
-            parts = [*self._records(every, self.graph.zeroing(self.nothing))]
+            parts = [*self._records(every, self.nothing)]
             content["log_odds"] = torch.cat([part.log_odds for part in parts])
             for layers in zip(*(part.layers for part in parts)):
                 values = zip(FeatureRecord._fields, zip(*layers))

@@ -9,6 +9,8 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Tensor
 
 from mimu.seeds import seeded
 
+FEW = 100  # samples of a class; with fewer, none is held out
+HELD_OUT = 5  # every fifth sample of a class is held out
 SCORED_AT_ONCE = 10_000  # samples of a batch without a backward pass
 
 
@@ -58,7 +60,7 @@ def drawn_of_every_class(labels: Tensor, count: int, *key: object) -> Tensor:
 
     key: seeds the draws together with the label of a class, so that no class depends on another one
     """
-    chosen = []
+    chosen = [labels.new_empty(0)]
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0]
         order = torch.randperm(len(members), generator=seeded(*key, label))
@@ -69,6 +71,16 @@ def drawn_of_every_class(labels: Tensor, count: int, *key: object) -> Tensor:
 def some_of_every_class(split: Split, count: int, *key: object) -> Split:
     """Returns the samples that `drawn_of_every_class` draws."""
     return split.select(drawn_of_every_class(split.labels, count, *key))
+
+
+def held_out(labels: Tensor, fewest: int = 1) -> Tensor:
+    """Marks every fifth sample of each class that has at least `fewest` samples, (samples)."""
+    is_held_out = torch.zeros_like(labels, dtype=torch.bool)
+    for label in labels.unique():
+        indices = (labels == label).nonzero()[:, 0]
+        if len(indices) >= fewest:
+            is_held_out[indices[HELD_OUT - 1 :: HELD_OUT]] = True
+    return is_held_out
 
 
 def is_correct(logits: Tensor, labels: Tensor) -> Tensor:

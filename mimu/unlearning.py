@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mimu.erasing import FEWEST, ErasingConfig, RecoveredInformation, erase_classes, held_out
+from mimu.erasing import FEWEST, ErasingConfig, RecoveredInformation, erase_classes
 from mimu.errors import InputError, named, shortened
 from mimu.graph import MaskingGCN
 from mimu.hiding import mask_that_hides
 from mimu.inputs import CustomModel, plain_torch, requested_classes
-from mimu.judgement import FEW, Accuracies, Bounds, Judgement
+from mimu.judgement import Accuracies, Bounds, Judgement
 from mimu.masks import LayerMask, Mask
 from mimu.pretrained import TrainedGCN
-from mimu.pruning import RemainingCounter, prune, prune_until_forgotten
+from mimu.pruning import PruningResult, RemainingCounter, choose_kappa, prune
 from mimu.saliency import ActivationGraphs
-from mimu.samples import Split
+from mimu.samples import FEW, Split, held_out
 from mimu.settings import number_of_weights
 
 ERASURES = 3  # of the same classes, at most, where one brings back another
@@ -253,12 +253,14 @@ class Attempt(NamedTuple):
     masks: on the classifier, from the one it starts with to the last one
     logits: of all samples under the last mask, (samples, classes)
     message: "" unless pruning ended before a class was forgotten
+    num_free: how many weights were zeroed beyond those that forget the classes
     recovered: what attackers recover of every class that was erased
     """
 
     masks: list[Mask]
     logits: Tensor
     message: str
+    num_free: int
     recovered: dict[int, RecoveredInformation]
 
 
@@ -281,9 +283,16 @@ def pruning_mask(request: UnlearningRequest, scorer: str) -> Mask:
             scorer, attempt = "saliency", formula
     forget = partial(forget_by_mask, scorer=scorer)
     logits = held_out_logits(request, attempt, forget)
+    chosen = held_out(judgement.labels, FEW)  # the scores did not see these, and no mask saw those of small classes
+    for label, count in judgement.counts.items():
+        if count < FEW:
+            chosen |= judgement.labels == label
     layers = f"{len(request.custom.masked)} of {len(request.custom.classifier.names)} layers that can be masked"
     words = [f"ranked by the {'GCN' if scorer == 'gcn' else 'formula'} in {layers}"]
-    return judged_mask(request, attempt, slice(None), logits, words, judgement.uncertainties(logits), forget)
+    if attempt.num_free:
+        needed = attempt.masks[-1].num_zeroed - attempt.num_free
+        words.append(f"{needed} weights forget, {attempt.num_free} more cost the retained classes nothing")
+    return judged_mask(request, attempt, chosen, logits[chosen], words, judgement.uncertainties(logits), forget)
 
 
 def erasing_mask(request: UnlearningRequest) -> Mask:
@@ -310,17 +319,18 @@ def forget_by_mask(request: UnlearningRequest, judgement: Judgement, scorer: str
     It ends early if a class cannot be forgotten, or if the retained classes have lost more than they may after a
     search, or twice that within one.
     """
-    masks, logits, message = [request.start], judgement.before, ""
+    masks, logits, message, num_free = [request.start], judgement.before, "", 0
     due = [label for label in judgement.forget if judgement.percent_remaining(label, logits) >= judgement.target]
     for _ in range(2 * len(judgement.forget)):
         if message or not due or judgement.is_ruined(logits, 1):
             break
-        message = prune_classes(request, judgement, due, scorer, masks)
+        result = prune_classes(request, judgement, due, scorer, masks)
+        message, num_free = result.message, num_free + len(result.vertices) - result.num_needed
         logits = request.logits(masks[-1])
         accuracies = judgement.accuracies(logits)
         most = max(judgement.forget, key=accuracies.__getitem__)
         due = [most] if accuracies[most] >= judgement.target else []
-    return Attempt(masks, logits, message, {})
+    return Attempt(masks, logits, message, num_free, {})
 
 
 def forget_by_erasing(request: UnlearningRequest, judgement: Judgement) -> Attempt:
@@ -344,13 +354,13 @@ def forget_by_erasing(request: UnlearningRequest, judgement: Judgement) -> Attem
         masks.append(mask)
         logits = request.logits(mask)
         due = [label for label in judgement.forget if judgement.percent_remaining(label, logits) >= judgement.target]
-    return Attempt(masks, logits, "", recovered)
+    return Attempt(masks, logits, "", 0, recovered)
 
 
 def prune_classes(
     request: UnlearningRequest, judgement: Judgement, forget: Sequence[int], scorer: str, masks: list[Mask]
-) -> str:
-    """Adds masks to `masks` until classes, taken for one, are forgotten; says how much of them remains, or ""."""
+) -> PruningResult:
+    """Adds masks to `masks` until classes, taken for one, are forgotten, and further zeros would cost accuracy."""
     labels, trained, label = request.train.labels, request.trained, forget[0]
     samples = request.train[torch.isin(labels, labels.new_tensor([*forget, *judgement.retained]))]
     is_forget = torch.isin(samples.labels, labels.new_tensor(forget))
@@ -370,13 +380,16 @@ def prune_classes(
     shown = {"delay": 1, "leave": False, "disable": None if request.progress else True}
     name = named(forget)
     with tqdm(desc=f"{name}, at most", total=limit, unit=" weights", **shown) as bar:
-        results = prune_until_forgotten(steps, counter, config, len(zeroed))
+        results = choose_kappa(steps, counter, config, len(zeroed))
         for number, result in enumerate(results, 1):
             masks.append(graphs.graph.zeroing(result.vertices))
             bar.update(len(result.vertices) - len(zeroed) - bar.n)
             if result.message is None and number % 10 == 0 and judgement.is_ruined(request.logits(masks[-1])):
                 break
-    return "" if result.message == "" else f"{counter.percent_remaining(result.vertices):.1f} % of {name} remains"
+    if result.message != "":
+        remains = f"{counter.percent_remaining(result.vertices):.1f} % of {name} remains"
+        result = result._replace(num_needed=len(result.vertices), message=remains)
+    return result
 
 
 def shortfall(judgement: Judgement, attempt: Attempt) -> str:
@@ -460,7 +473,7 @@ def retain_score_error(
     If some classes have few samples, its mask is made from four fifths of each class, and chosen by the last fifth.
     """
     judge, candidates, (max_fall, max_class_fall) = judgement, masks[:-1] or masks, request.bounds
-    if forget and judgement.has_few:
+    if forget and request.judgement.has_few:
         chosen = held_out(judgement.labels)
         candidates, judge = forget(request.on(~chosen), request.judgement[~chosen]).masks, judgement[chosen]
     for mask in reversed(candidates):

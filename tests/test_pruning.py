@@ -18,7 +18,7 @@ from mimu.files import save
 from mimu.hooked import HookedClassifier
 from mimu.masks import Mask
 from mimu.pretrained import TrainedGCN
-from mimu.pruning import Pruning, PruningConfig, RemainingCounter, prune, prune_until_forgotten
+from mimu.pruning import Pruning, PruningConfig, RemainingCounter, prune, choose_kappa
 from mimu.saliency import ActivationGraphs, Snapshot, ranked, saliency
 from mimu.samples import Split
 from mimu.seeds import seeded
@@ -146,13 +146,13 @@ def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(problem, step, t
     config = pruning_config(step=step, group_size=15, target=target, max_kappa=150)
     counter = RemainingCounter(graphs, class_index, forget.images, target)
     request = Pruning(prune(graphs, class_index, config, 0), counter, config)
-    result = request.until_forgotten()
+    result = request.chosen()
     kappas = (kappa for kappa in range(stride, 150, stride))
     kappa = next(k for k in kappas if percent_remaining(graphs, forget, request.at(k).vertices, target) < target)
     assert len(result.vertices) == kappa and result.message == ""
     again = request.at(kappa)
     assert torch.equal(result.vertices, again.vertices) and result.seconds > again.seconds > 0 and again.message is None
-    assert request.until_forgotten() is result, "it is searched for once"
+    assert request.chosen() is result, "it is searched for once"
     correct = masked_logits(graphs, retain, result.vertices).argmax(1) == retain.labels
     assert step is None or correct.double().mean() > 0.9
     at_once = next(request.steps()).scores.argsort(descending=True)[:kappa]
@@ -182,7 +182,7 @@ def test_auto_ends_where_the_class_is_forgotten_or_at_the_largest_kappa(num_zero
     forget = Split(images, graphs.classifier(images).argmax(1)).forget(0)
     counter = RemainingCounter(graphs, 0, forget.images, target)
     steps = prune(graphs, 0, config, 0, zeroed=torch.arange(num_zeroed))
-    *results, last = prune_until_forgotten(steps, counter, config, num_zeroed)
+    *results, last = choose_kappa(steps, counter, config, num_zeroed)
     assert last.vertices[:num_zeroed].tolist() == list(range(num_zeroed)) and len(last.vertices) == kappa
     percent = percent_remaining(graphs, forget, last.vertices, target)
     assert last.message == ("" if target > 100 else f"{percent:.1f} % of class 0 remains")
