@@ -72,11 +72,13 @@ class PruningStep(NamedTuple):
     zeroed: the vertices zeroed so far, in order
     scores: those of this step (vertices), before the running mean, of the classifier before its zeros
     seconds: of all steps so far
+    num_needed: how many vertices were zeroed when the class was first forgotten; 0 if it is not, or nothing counts it
     """
 
     zeroed: Tensor
     scores: Tensor
     seconds: float
+    num_needed: int
 
 
 class PruningResult(NamedTuple):
@@ -104,6 +106,7 @@ def prune(
     gcn: MaskingGCN | None = None,
     ranking: Ranking | None = None,
     zeroed: Tensor | None = None,
+    counter: "RemainingCounter | None" = None,
 ) -> Iterator[PruningStep]:
     """Chooses weights to zero, step by step, and yields after every step; it ends when no weight is left.
 
@@ -117,6 +120,7 @@ def prune(
         gcn: rescales the scores of the formula; None: the formula as it is
         ranking: scores the weights in place of snapshots and the formula
         zeroed: the vertices that are zeroed to begin with
+        counter: tells when the class is forgotten; steps are then larger; None: all steps are alike
 
     Raises:
         InputError: if a score is not finite
@@ -124,7 +128,8 @@ def prune(
     zeroed = graphs.nothing if zeroed is None else zeroed
     features = () if gcn is None else graphs.config.features
     newest, snapshot, scores, running_mean = graphs.nothing, None, None, None
-    penalty, loss, seconds, is_forgotten = 1.0, math.inf, 0.0, False
+    penalty, loss, seconds, num_needed = 1.0, math.inf, 0.0, 0
+    max_kappa = largest_kappa(graphs, config, len(zeroed))
     for step in itertools.count():
         started = time.perf_counter()
         if step > 0 and config.step is None:
@@ -142,17 +147,24 @@ def prune(
             previous_loss, loss = loss, F.softplus(snapshot.log_odds[0]).mean().item()
             if is_stalled(loss, previous_loss, config):
                 penalty /= config.penalty_growth
-            is_forgotten = is_forgotten or loss <= config.target / 100
             scores = saliency(snapshot, penalty * config.retain_weight, gcn)
         standardised = in_standard_deviations(scores)
         running_mean = standardised if step == 0 else torch.lerp(standardised, running_mean, config.momentum)
-        steps_at_once = STEPS_AT_ONCE if is_forgotten else 1
+        steps_at_once = STEPS_AT_ONCE if num_needed else 1
         newest = next_vertices(graphs, class_index, config, running_mean, zeroed, steps_at_once)
         zeroed = torch.cat([zeroed, newest])
+        if counter is not None and not num_needed and counter.is_forgotten(zeroed[:max_kappa]):
+            num_needed = len(zeroed[:max_kappa])
         seconds += time.perf_counter() - started
-        yield PruningStep(zeroed, scores, seconds)
+        yield PruningStep(zeroed, scores, seconds, num_needed)
         if len(zeroed) == graphs.graph.num_vertices:
             return
+
+
+def largest_kappa(graphs: ActivationGraphs, config: PruningConfig, num_zeroed: int) -> int:
+    """The number of vertices, at most, that are zeroed by a request that begins with num_zeroed of them."""
+    num_vertices = graphs.graph.num_vertices
+    return min(num_zeroed + number_of_weights(config.max_kappa, num_vertices), num_vertices)
 
 
 def is_stalled(loss: float, previous_loss: float, config: PruningConfig) -> bool:
@@ -263,6 +275,10 @@ class RemainingCounter:
             percent = max(percent, percent_above_zero(margins(torch.cat(logits), self.labels[order]), spread))
         return percent
 
+    def is_forgotten(self, zeroed: Tensor) -> bool:
+        """True if less than the target remains."""
+        return self.percent_remaining(zeroed, self.target) < self.target
+
     def message(self, zeroed: Tensor) -> str:
         """Says how much of the class remains."""
         return f"{self.percent_remaining(zeroed):.1f} % of class {self.label} remains"
@@ -311,22 +327,21 @@ def choose_kappa(
 
     num_zeroed: how many vertices were zeroed to begin with
     """
-    graphs, needed, last = counter.graphs, None, None
-    num_vertices, counting = graphs.graph.num_vertices, 0.0
-    max_kappa = min(num_zeroed + number_of_weights(config.max_kappa, num_vertices), num_vertices)
+    graphs, loss, last, seconds = counter.graphs, None, None, 0.0
+    max_kappa = largest_kappa(graphs, config, num_zeroed)
     goes_on = config.tolerance is not None and len(graphs.held_out.labels.unique()) == graphs.num_classes
     for step in steps:
         zeroed, started = step.zeroed[:max_kappa], time.perf_counter()
-        if needed is not None and loss.rise(zeroed) > config.tolerance:
+        if loss is not None and loss.rise(zeroed) > config.tolerance:
             break
-        if needed is None and counter.percent_remaining(zeroed, config.target) < config.target:
-            needed, loss = len(zeroed), RetainedLoss(graphs, counter.label, zeroed)
-        counting += time.perf_counter() - started
-        last = PruningResult(zeroed, step.seconds + counting, needed or 0)
+        if step.num_needed and loss is None and goes_on:
+            loss = RetainedLoss(graphs, counter.label, zeroed)
+        seconds += time.perf_counter() - started
+        last = PruningResult(zeroed, step.seconds + seconds, step.num_needed)
         yield last
-        if len(zeroed) == max_kappa or (needed is not None and not goes_on):
+        if len(zeroed) == max_kappa or (step.num_needed and not goes_on):
             break
-    yield last._replace(message=counter.message(last.vertices) if needed is None else "")
+    yield last._replace(message="" if last.num_needed else counter.message(last.vertices))
 
 
 class Pruning:

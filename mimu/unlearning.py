@@ -374,8 +374,8 @@ def prune_classes(
             step = min(step, max(1, int(LARGEST_STEP * graphs.graph.num_vertices)))
         config = replace(config, step=int(step * len(forget) ** 0.5))
     gcn = trained.gcn if scorer == "gcn" else None
-    steps = prune(graphs, class_index, config, request.seed, gcn, zeroed=zeroed)
     counter = RemainingCounter(graphs, class_index, own.images, config.target, own.labels)
+    steps = prune(graphs, class_index, config, request.seed, gcn, zeroed=zeroed, counter=counter)
     limit = number_of_weights(config.max_kappa, graphs.graph.num_vertices)
     shown = {"delay": 1, "leave": False, "disable": None if request.progress else True}
     name = named(forget)
@@ -474,8 +474,9 @@ def retain_score_error(
     """
     judge, candidates, (max_fall, max_class_fall) = judgement, masks[:-1] or masks, request.bounds
     if forget and request.judgement.has_few:
-        chosen = held_out(judgement.labels)
-        candidates, judge = forget(request.on(~chosen), request.judgement[~chosen]).masks, judgement[chosen]
+        chosen = held_out(request.judgement.labels)
+        candidates = forget(request.on(~chosen), request.judgement[~chosen]).masks
+        judge = replace(request.judgement, retained=judgement.retained)[chosen]
     for mask in reversed(candidates):
         accuracies = judge.accuracies(request.logits(mask, chosen))
         # Of the mean, few samples show enough, and need not show a larger loss for certain.

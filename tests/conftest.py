@@ -51,7 +51,7 @@ RECIPE = {"architecture": "mlp", "channels": (4, 6), "blocks": 1, "bias": False,
           "label_smoothing": 0.0, "shift": 0, "flip": False, "bfloat16": False}  # fmt: skip
 GRAPHS = {"scope": "global", "features": tuple(FEATURES), "other_classes": True, "samples_per_class": 15}
 PRUNING = {"step": 4, "snapshot_every": 1, "momentum": 0.0, "group_size": 8, "retain_weight": 5.0,
-           "penalty_growth": 1.0, "target": 1.25, "max_kappa": 20}  # fmt: skip
+           "penalty_growth": 1.0, "target": 1.25, "max_kappa": 20, "tolerance": None}  # fmt: skip
 
 
 def trainer_config(hidden_sizes: tuple[int, ...], epochs: int, batch_size: int = 16, **changes) -> TrainerConfig:

@@ -158,7 +158,7 @@ def test_the_mask_of_an_error_is_made_from_some_samples_and_chosen_by_others(mod
         made_from.append(request.train.images)
         keep = [torch.ones(3, 12).index_fill(0, torch.tensor(rows), 0) for rows in ([1], [0, 1, 2])]
         masks = [request.start, *(Mask({"5.weight": LayerMask.of(each)}) for each in keep)]
-        return Attempt(masks, request.logits(masks[-1]), "", {})
+        return Attempt(masks, request.logits(masks[-1]), "", 0, {})
 
     monkeypatch.setattr("mimu.unlearning.forget_by_mask", forget)
     with pytest.raises(RetainScoreError, match="keeps to that on samples that it was not made from") as error:

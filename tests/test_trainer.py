@@ -268,7 +268,8 @@ def test_how_far_a_gcn_is_behind_the_formula_is_what_their_masks_keep_and_leave(
         kept_less_remaining = []
         for scorer in (None, gcn):
             counter = RemainingCounter(graphs, row, graphs.samples.forget(row).images, config.target)
-            vertices = Pruning(prune(graphs, row, config, 0, scorer), counter, config).chosen().vertices
+            steps = prune(graphs, row, config, 0, scorer, counter=counter)
+            vertices = Pruning(steps, counter, config).chosen().vertices
             correct = (masked_logits(graphs, graphs.samples, vertices).argmax(1) == graphs.labels).double()
             kept_less_remaining.append(correct[graphs.labels != row].mean() - correct[graphs.labels == row].mean())
         points.append(100 * (kept_less_remaining[0] - kept_less_remaining[1]).item())
