@@ -410,7 +410,7 @@ def test_trainings_that_are_interrupted_go_on_where_they_were_and_figures_stay(h
 
 def test_a_gcn_that_its_training_leaves_behind_the_formula_is_the_one_before_and_the_run_says_so(here, capsys):
     methods = "eval.methods=[mimu, saliency]"
-    run_here(here, methods, "sweep.kappa=[auto]", "sweep.forget_digits=[3]", "gcn.learning_rate=10", "gcn.steps=20")
+    run_here(here, methods, "sweep.kappa=[auto]", "sweep.forget_digits=[3]", "gcn.learning_rate=100", "gcn.steps=20")
     assert "points behind the formula: the untrained is used" in capsys.readouterr().out
     (result,) = metrics(here).values()
     kept = result["performance_degradation_metrics"]
