@@ -10,12 +10,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mimu.pruning import percent_above_zero
+from mimu.pruning import CONFIDENCE, percent_above_zero
 from mimu.samples import FEW, is_correct, margins
 
 Accuracies = dict[int, float]  # percent of the samples classified correctly, by class
 Bounds = tuple[float | None, float | None]  # points that retained classes may lose, together and each; None: any
-CONFIDENCE = 0.95  # one-sided, of what few samples show
 WORTH_SAYING = 0.3  # points that the retained classes keep less than if the classes were only hidden
 SHOWN = 1.0  # percent of a class that may remain by few samples without a warning
 

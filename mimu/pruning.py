@@ -29,7 +29,7 @@ from mimu.training import forgetting_loss
 LEAST_SHARE = 1 / 16  # if layers compete, each offers at least this share of one neuron's weights in a step
 COUNTED_AT_ONCE = 100  # samples of the forget class after which counting may stop
 UNNOTICED = 1e-3  # nats that the retained classes may lose at no cost where layers compete
-CONFIDENCE = 0.95  # one-sided, with which the loss of the retained classes rises by no more than `tolerance`
+CONFIDENCE = 0.95  # one-sided, of what samples show
 STEPS_AT_ONCE = 2  # whose weights are zeroed in one step where the class is forgotten already
 PRIOR_SAMPLES = 4  # weight of the variance of all samples then, in samples
 

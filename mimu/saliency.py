@@ -310,7 +310,7 @@ class ActivationGraphs:
         kept: tuple[list[Record], list[Record]] = ([], [])
 
         def records(rows: Tensor, keep: list[Record]) -> Iterator[Record]:
-            for record in self._records(rows, zeroed, excluded_classes):
+            for record in self._records(rows, zeroed, masked, excluded_classes):
                 yield record
                 if is_kept:
                     keep.append(record._replace(layers=[layer.for_updates() for layer in record.layers]))
@@ -336,9 +336,13 @@ class ActivationGraphs:
         weights = self.graph.zeroing(zeroed).weights(self.classifier)
         return torch.cat([self.suffix.outputs(part, weights)[1] for part in inputs.split(self.suffix.samples_at_once)])
 
-    def _records(self, samples: Tensor, zeroed: Tensor, excluded_classes: Sequence[int] = ()) -> Iterator[Record]:
-        """Yields the records of parts of the samples, which are indices, (samples), with some vertices zeroed."""
-        weights = self.graph.zeroing(zeroed).weights(self.classifier)
+    def _records(
+        self, samples: Tensor, zeroed: Tensor, weights: Mapping[str, Tensor], excluded_classes: Sequence[int] = ()
+    ) -> Iterator[Record]:
+        """Yields the records of parts of the samples, which are indices, (samples), with some vertices zeroed.
+
+        weights: of the masked layers without these vertices, by name
+        """
         for rows in samples.split(self.at_once) if len(samples) else ():
             inputs, labels = self.cached_inputs[rows], self.labels[rows]
             record = self.suffix.record(inputs, labels, self.graph.layers, excluded_classes, weights)
@@ -352,7 +356,7 @@ class ActivationGraphs:
         content = {"layers": list(self.graph.layers), "labels": self.labels, "records": []}
         if not self._num_gradients:  # the records of layers that read at many positions would be too large
             every = torch.arange(len(self.labels), device=self.labels.device)
-            parts = [*self._records(every, self.nothing)]
+            parts = [*self._records(every, self.nothing, {})]
             content["log_odds"] = torch.cat([part.log_odds for part in parts])
             for layers in zip(*(part.layers for part in parts)):
                 values = zip(FeatureRecord._fields, zip(*layers))
