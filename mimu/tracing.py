@@ -93,6 +93,7 @@ class Trace:
         compute: Compute | None = None,
         watched: Sequence[fx.Node] = (),
         end: fx.Node | None = None,
+        weights: Mapping[str, Tensor] = {},
         is_constant: bool = False,
     ) -> dict[fx.Node, Any]:
         """Runs the operations and returns the values of the output and of the `watched` nodes.
@@ -101,13 +102,17 @@ class Trace:
             value: the input, one tensor for each of `input_nodes`
             compute: computes the value of an operation, by default by calling it
             end: the node to stop after
-            is_constant: whether weights are kept out of the autograd graph
+            weights: replace those of layers, by name
+            is_constant: whether the other weights are kept out of the autograd graph
         """
         inputs = [value] if isinstance(value, Tensor) else value
         values: dict[fx.Node, Any] = dict(zip(self.input_nodes, inputs))
+        values |= {self.layers[name].node.args[1]: weight for name, weight in weights.items()}
         keep = {self.output, end, *watched}
         for node in self.nodes:
-            if node in self.parameters:
+            if node in values:
+                pass
+            elif node in self.parameters:
                 weight = operator.attrgetter(self.parameters[node])(network)
                 values[node] = weight.detach() if is_constant else weight
             elif node in self.constants:
@@ -117,7 +122,7 @@ class Trace:
                 values[node] = size + rise * (len(inputs[0]) - 2)
             elif node.op == "get_attr":
                 values[node] = operator.attrgetter(node.target)(self.module)  # such as the operations under no_grad
-            elif node not in values:
+            else:
                 arguments, keywords = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = (compute or call)(node, arguments, keywords)
             for spent in self._last_uses[node]:
