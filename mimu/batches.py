@@ -141,7 +141,7 @@ def take_images(model: nn.Module, form: Form) -> None:
         floats = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
         arguments = {}
         for (name, (shape, dtype)), part in zip(form.items(), images.split(sizes, 1)):
-            arguments[name] = part.reshape(-1, *shape).to(floats if dtype.is_floating_point else dtype)
+            arguments[name] = part.reshape((-1, *shape)).to(floats if dtype.is_floating_point else dtype)
         return logits_of(forward(*arguments.values()) if 0 in form else forward(**arguments))
 
     model.forward = logits  # a module around it would change the names of its weights
