@@ -17,7 +17,7 @@ from mimu.errors import ArtifactError, InputError
 from mimu.files import save
 from mimu.hooked import HookedClassifier
 from mimu.pretrained import TrainedGCN
-from mimu.pruning import Pruning, PruningConfig, RemainingCounter, choose_kappa, prune
+from mimu.pruning import Pruning, RemainingCounter, choose_kappa, prune
 from mimu.saliency import ActivationGraphs, Snapshot, ranked, saliency
 from mimu.samples import Split
 from mimu.seeds import seeded
