@@ -122,8 +122,7 @@ class HookedClassifier(Wrapper):
             z = (x @ weight[None].mT)[0]  # rounds as one of a batch of products does
             return z if bias in ([], [None]) else z + bias[0]
 
-        watched = [trace.representation]
-        values = trace.run(self.network, images, compute, watched, weights=weights, is_constant=bool(weights))
+        values = trace.run(self.network, images, compute, [trace.representation], weights=weights or None)
         return values[trace.representation], self._merged(values[trace.output])
 
     def _values(self, node: fx.Node, images: Tensor) -> Iterator[Tensor]:
@@ -197,7 +196,7 @@ class HookedClassifier(Wrapper):
             return value
 
         watched = [*calls, *(layer.activation for layer in recorded)]
-        values = trace.run(self.network, images.detach(), compute, watched, weights=weights, is_constant=True)
+        values = trace.run(self.network, images.detach(), compute, watched, weights=weights)
         odds = log_odds(self._merged(values[trace.output]), labels, excluded)
         gradients = torch.autograd.grad(odds.sum(), [values[layer.node] for layer in recorded], materialize_grads=True)
         records = []

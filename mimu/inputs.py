@@ -100,10 +100,8 @@ def check_model(model: nn.Module) -> None:
     if not any(weight.ndim > 1 for weight in unwrapped(model).parameters()):
         raise InputError(f"model must have weights to mask, as linear layers do: {type(model).__name__} has none")
     for name, value in model.named_parameters():
-        if nn.parameter.is_lazy(value) or value.is_meta:
-            raise InputError(f"model: {name} has no numbers yet (lazy, or on the device meta)")
-        if not value.detach().isfinite().all():
-            raise InputError(f"model: {name} has numbers that are not finite")
+        if nn.parameter.is_lazy(value) or value.is_meta or not value.detach().isfinite().all():
+            raise InputError(f"model: {name} has numbers that are not finite, or none yet (lazy, on the device meta)")
 
 
 def copy_of(model: nn.Module) -> nn.Module:

@@ -91,18 +91,16 @@ class WeightMask(nn.Module):
         order: The names of the owner's parameters, in the order that they had without the mask.
     """
 
-    BUFFERS = ("keep", "left", "right")  # the parts of the mask, as the state dicts of masked models name them
-
     def __init__(self, mask: LayerMask, forgets: tuple[int, ...], order: list[str]) -> None:
         super().__init__()
-        for name, part in zip(self.BUFFERS, mask):
-            self.register_buffer(name, part.clone() if part.is_inference() else part)
+        # State dicts of masked models have these names.
+        self.keep, self.left, self.right = (nn.Buffer(part.clone() if part.is_inference() else part) for part in mask)
         self.forgets, self.order = forgets, order
 
     @property
     def mask(self) -> LayerMask:
         """The mask, on the device of the weight."""
-        return LayerMask._make(getattr(self, name) for name in self.BUFFERS)
+        return LayerMask(self.keep, self.left, self.right)
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.mask.applied(weight)

@@ -93,8 +93,7 @@ class Trace:
         compute: Compute | None = None,
         watched: Sequence[fx.Node] = (),
         end: fx.Node | None = None,
-        weights: Mapping[str, Tensor] = {},
-        is_constant: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> dict[fx.Node, Any]:
         """Runs the operations and returns the values of the output and of the `watched` nodes.
 
@@ -102,19 +101,18 @@ class Trace:
             value: the input, one tensor for each of `input_nodes`
             compute: computes the value of an operation, by default by calling it
             end: the node to stop after
-            weights: replace those of layers, by name
-            is_constant: whether the other weights are kept out of the autograd graph
+            weights: replace those of layers, by name; no gradient then reaches any other weight
         """
         inputs = [value] if isinstance(value, Tensor) else value
         values: dict[fx.Node, Any] = dict(zip(self.input_nodes, inputs))
-        values |= {self.layers[name].node.args[1]: weight for name, weight in weights.items()}
+        values |= {self.layers[name].node.args[1]: weight for name, weight in (weights or {}).items()}
         keep = {self.output, end, *watched}
         for node in self.nodes:
             if node in values:
                 pass
             elif node in self.parameters:
                 weight = operator.attrgetter(self.parameters[node])(network)
-                values[node] = weight.detach() if is_constant else weight
+                values[node] = weight if weights is None else weight.detach()
             elif node in self.constants:
                 values[node] = self.constants[node].to(inputs[0].device)
             elif node in self.sizes:
