@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mimu.errors import InputError, one_line
+from mimu.errors import InputError, in_one_line, one_line
 from mimu.seeds import seeded
 from mimu.wrapping import logits_of
 
@@ -162,15 +162,12 @@ def with_own_generator(loader: DataLoader) -> DataLoader:
 
 def tensor_of(value: Any, name: str) -> Tensor:
     """Turns a value into a tensor. Raises InputError, with the name of the value, where that is impossible."""
-    try:
+    with in_one_line(InputError, f"{name} must be a tensor, an array or a list, not {type(value).__name__}"):
         if isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value):
             value = torch.stack(list(value))
         if not isinstance(value, Tensor):
             array = np.array(value)  # by NumPy, so that numbers do not take the default type of PyTorch
             value = torch.as_tensor(array.astype(array.dtype.newbyteorder("=")))
-    except Exception as error:  # any value may come here
-        has = f"{type(value).__name__} ({one_line(error)})"
-        raise InputError(f"{name} must be a tensor, an array or a list, not {has}") from None
     if value.is_nested or value.is_complex() or value.layout != torch.strided:
         raise InputError(f"{name} must be real numbers in a dense tensor, not {value.dtype}, {value.layout}")
     return value.detach().clone() if value.is_inference() else value.detach()

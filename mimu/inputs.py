@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mimu.batches import Batch, batches_of, check_finite_rows, joined, sketch, take_images, tensor_of
 from mimu.erasing import late_layers
-from mimu.errors import InputError, one_line, shortened
+from mimu.errors import InputError, in_one_line, one_line, shortened
 from mimu.hooked import HookedClassifier
 from mimu.masks import Mask
 from mimu.wrapping import logits_of, unwrapped
@@ -110,11 +110,8 @@ def copy_of(model: nn.Module) -> nn.Module:
     # PyTorch does not copy tensors that are computed from parameters, as torch.nn.utils.prune computes them.
     attributes = chain.from_iterable(vars(module).values() for module in model.modules())
     computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
-    try:
-        copied = copy.deepcopy(model, {id(each): each.detach().clone() for each in computed})
-        copied.eval()
-    except Exception as error:  # a user's model may raise anything
-        raise InputError(f"model: cannot be copied ({one_line(error)})") from error
+    with in_one_line(InputError, "model: cannot be copied"):
+        copied = copy.deepcopy(model, {id(each): each.detach().clone() for each in computed}).eval()
     for module in copied.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)  # on CPUs convolutions and pooling take half of the time

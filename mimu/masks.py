@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mimu.errors import ArtifactError, one_line, shortened
+from mimu.errors import ArtifactError, in_one_line, shortened
 from mimu.files import load, save
 from mimu.wrapping import COLLECTIONS, unwrapped
 
@@ -371,14 +371,12 @@ class Mask:
     def load(path: Path | str) -> "Mask":
         """Reads a mask from a file. Raises ArtifactError where the file is not a mask."""
         saved = load(Path(path))
-        try:
+        with in_one_line(ArtifactError, f"{path}: is not a mask"):
             by_layer = {}
             for layer, keep, (u, v) in zip(saved["layers"], saved["keep"], saved["edits"], strict=True):
                 by_layer[layer] = LayerMask(keep.float(), u, v)
             origins = {layer: weights.float().view(SAMPLE_SIZE) for layer, (_, weights) in saved["made_on"].items()}
             return Mask(by_layer, tuple(saved["forgets"]), origins, saved["about"], saved.get("method", ""))
-        except Exception as error:  # anything may stand in the file
-            raise ArtifactError(f"{path}: is not a mask ({one_line(error)})") from None
 
 
 def are_equal(one: Tensor, other: Tensor) -> bool:

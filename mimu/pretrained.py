@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from mimu.errors import ArtifactError, InputError, one_line
+from mimu.errors import ArtifactError, InputError, in_one_line
 from mimu.files import load
 from mimu.graph import MaskingGCN
 from mimu.pruning import PruningConfig
@@ -36,7 +36,7 @@ class TrainedGCN:
         Raises ArtifactError.
         """
         checkpoint = load(Path(path))
-        try:
+        with in_one_line(ArtifactError, f"{path}: is not the checkpoint of a masking GCN"):
             config = checkpoint["config"]
             graphs = section(GraphConfig, config["graphs"])
             pruning = section(PruningConfig, {"tolerance": None} | config["eval"])
@@ -44,8 +44,6 @@ class TrainedGCN:
             gcn = MaskingGCN(graphs.num_features, **sizes, device="meta")  # without drawing weights
             gcn.load_state_dict(checkpoint["state_dict"], assign=True)
             return TrainedGCN(gcn, graphs, pruning)
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path}: is not the checkpoint of a masking GCN ({one_line(error)})") from None
 
     @staticmethod
     def of(gcn: "MaskingGCN | TrainedGCN | None", device: torch.device) -> "TrainedGCN":

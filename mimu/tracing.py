@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mimu.errors import one_line
+from mimu.errors import in_one_line
 from mimu.layers import Layer
 from mimu.operations import CONVOLUTIONS, LAYERS, argument, exported, joined_neurons, name_of, output_activation
 from mimu.wrapping import COLLECTIONS, logits_of
@@ -42,7 +42,7 @@ class Trace:
         Raises:
             ValueError: if the network cannot be exported, or gives other logits than its operations
         """
-        try:
+        with in_one_line(ValueError, "torch.export cannot take it for any number of samples"):
             two, three = example[[0, -1]], example[[-1, 0, -1]]
             program = exported(network, two)
             signature = program.graph_signature
@@ -57,8 +57,6 @@ class Trace:
             self.sizes: dict[fx.Node, tuple[int, int]] = {}  # whole numbers for two samples, and the rise for one more
             self._schedule()
             self._measure(network, two, three)
-        except Exception as error:  # a user's own model may raise anything
-            raise ValueError(f"torch.export cannot take it for any number of samples ({one_line(error)})") from error
         self._schedule()
 
     def __deepcopy__(self, memo: dict) -> "Trace":
