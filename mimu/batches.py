@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mimu.errors import InputError, in_one_line, one_line
+from mimu.errors import InputError, in_one_line
 from mimu.seeds import seeded
 from mimu.wrapping import logits_of
 
@@ -72,7 +72,7 @@ def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, It
 
     def batches() -> Iterator[Batch]:
         first, count = None, 0
-        try:
+        with in_one_line(InputError, f"{EXPECTED}, not {type(inputs).__name__}"):
             # A bar is shown on a terminal, if the batches take more than a second.
             for batch in tqdm(source, "samples", unit=" batches", delay=1, leave=False, disable=not progress or None):
                 tensors, labels = arguments_of(batch)
@@ -86,10 +86,6 @@ def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, It
                 yield Batch(images, labels, form)
             if not count:
                 raise InputError("inputs must be samples, not an empty DataLoader")
-        except InputError:
-            raise
-        except Exception as error:  # a user's data set may raise anything
-            raise InputError(f"{EXPECTED}, not {type(inputs).__name__} ({one_line(error)})") from error
 
     return num_samples, batches()
 

@@ -29,9 +29,11 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def in_one_line(kind: type[ValueError], message: str) -> Iterator[None]:
-    """Turns any error of the context into one of this kind, whose message is one line and ends with the cause."""
+    """Turns any error but an InputError into one of this kind, whose message is one line and ends with the cause."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         raise kind(f"{message} ({one_line(error)})") from error
 
