@@ -481,7 +481,6 @@ WRONG_MODELS = {
     "of some number": (then(lambda x: x / x.shape[0] ** 0.5), "torch.export cannot take it for any number of samples"),
     "of some values": (then(lambda x: x if x.sum() < 9 else x * 2), "torch.export cannot take it for any number of"),
     "nothing but sums": (lambda model: then(lambda x: x.cumsum(1))(nn.Embedding(9, 3)), "model: fails on inputs"),
-    "of no layer": (lambda model: Wrapped(nn.Identity(), None, lambda x: x @ x.mT[:, :3]), "model must have weights"),
 }
 
 
