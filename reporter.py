@@ -32,7 +32,6 @@ FREE_COLORS = ("#DDCC77", "#999933", "#56B4E9", "#44AA99", "#117733", "#882255")
 MARKERS = "D*pov^<sPXdh>"
 DASHES = 14.0  # the period of dashed lines, in units of their width
 FORGOTTEN = 5.0  # percent: the summary enlarges marks whose forget accuracy is at most this
-WRITTEN = ".written"  # in a folder of reports, this file lists the reports there, one name a line
 
 
 @dataclass(frozen=True)
@@ -101,25 +100,15 @@ EFFICACY = [replace(each, keys=(KEPT, each.keys[1]), spec=".3f") for each in (FO
 
 @dataclass(frozen=True)
 class ReporterConfig:
-    """Resolution of the figures, dots per inch, and the formats that each is written in."""
+    """Resolution of the figures, dots per inch."""
 
     dpi: Annotated[int, Bounds(ge=20, le=1200)]
-    format: tuple[Literal["png", "pdf", "svg"], ...]
-
-
-def listed(path: Path) -> Path:
-    """Lists a report in its folder, so that it can be removed again, and returns its path."""
-    listing = path.with_name(WRITTEN)
-    names = listing.read_text().splitlines() if listing.is_file() else []
-    write_text(listing, "\n".join(sorted({*names, path.name})) + "\n")
-    return path
 
 
 def save_figure(figure: Figure, path: Path, config: ReporterConfig) -> None:
-    """Write a figure in every format of the config, and close it."""
-    for suffix in config.format:
-        with written_whole(listed(path.with_suffix(f".{suffix}"))) as file:
-            figure.savefig(file, format=suffix, dpi=config.dpi)
+    """Write a figure as PNG, and close it."""
+    with written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=config.dpi)
     plt.close(figure)
 
 
@@ -255,9 +244,8 @@ class Experiments:
 class Reporter:
     """Draws the curves of experiments over the fixed kappas, with a ring at auto, and writes their summary.
 
-    A new plot is a `draw_*` method, which `plot` calls: what `plt` draws within `self._figure` is in it, and what it
-    saves is listed for removal. Every method and metric has a getter with one value per fixed kappa, for instance
-    `get_sft_unlearning_forget_set_score()`.
+    A new plot is a `draw_*` method, which `plot` calls: what `plt` draws within `self._figure` is in it. Every method
+    and metric has a getter with one value per fixed kappa, for instance `get_sft_unlearning_forget_set_score()`.
 
     Args:
         metrics: The JSON files of the experiments.
@@ -340,7 +328,7 @@ class Reporter:
         sections += [experiments.table(EFFICACY, experiments.first[KEPT])]
         if experiments.kappas:
             sections += ["## Every kappa", experiments.kappas_table()]
-        write_text(listed(self.folder / "summary.md"), "\n\n".join(sections) + "\n")
+        write_text(self.folder / "summary.md", "\n\n".join(sections) + "\n")
 
     def closing_table(self) -> str:
         """Return what a run prints last: what was forgotten, how many weights each method zeroes, and accuracies."""

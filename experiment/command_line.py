@@ -24,7 +24,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     about = "a YAML file with what it changes of configs/config.yaml, where every setting is explained"
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "config.yaml", metavar="PATH", help=about)
     flag = partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
-    flag("--plot-only", help="draw the reports again from the metrics of a run of the same config, and stop")
     flag("--dry-run", help="list the files that exist and those that a run would make, and stop")
     flag("--pretrain", help="train the GCN in mimu/ on the classifiers of all variants, and stop")
     flag("--fresh", help="first remove the files of earlier runs of the same config")

@@ -38,7 +38,7 @@ def test_start_gets_the_parsed_arguments_and_status_0_leaves_no_file(tmp_path):
     assert run_command(calls.append, [], tmp_path) == 0
     assert (calls[0].config, calls[0].overrides) == (Path("mine.yaml"), ["seed=1", "gcn.steps=3"]) and calls[0].fresh
     assert calls[1].config == PROJECT / "configs" / "config.yaml" and calls[1].overrides == []
-    assert not any(vars(calls[1])[name] for name in ("plot_only", "dry_run", "pretrain", "fresh"))
+    assert not any(vars(calls[1])[name] for name in ("dry_run", "pretrain", "fresh"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -150,13 +150,13 @@ def test_a_terminal_that_cannot_show_a_sign_ends_nothing(tmp_path):
 def test_help_waits_for_no_library_and_shows_every_option():
     code = "import sys; sys.modules['torch'] = None; import experiment.command_line as line; line.parse_arguments()"
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=PROJECT, capture_output=True, text=True)
-    options = ("--config", "--plot-only", "--dry-run", "--fresh", "section.key=value")
+    options = ("--config", "--dry-run", "--fresh", "section.key=value")
     assert done.returncode == 0 and all(option in done.stdout for option in options), done.stderr
     _, _, example = done.stdout.partition("for example:")
     assert "[" in example and "[" not in re.sub("'[^']*'", "", example), "zsh reads brackets that are not quoted"
 
 
-@pytest.mark.parametrize("options", [("--plot-only", "--fresh"), ("--dry-run", "--fresh"), ("--fast",)])
+@pytest.mark.parametrize("options", [("--pretrain", "--fresh"), ("--dry-run", "--fresh"), ("--fast",)])
 def test_wrong_options_are_refused(options, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_arguments(options)
