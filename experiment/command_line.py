@@ -1,7 +1,6 @@
 """The arguments of main.py, and the exit status and the line with which a run ends."""
 
 import argparse
-import os
 import signal
 import sys
 import traceback
@@ -67,12 +66,8 @@ def run_command(
         start(parsed)
         sys.stdout.flush()
         return 0
-    except BrokenPipeError:  # `main.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (KeyboardInterrupt, Exception) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends one after a Ctrl-C
-        signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))  # a second Ctrl-C: nothing to say
         status, line, note = describe(error, parsed)
     with suppress(OSError):  # the terminal is closed
         print(line, file=sys.stderr)
