@@ -315,16 +315,6 @@ class Eval:
         names = [name for name in self.names if METHODS[name].most_needed is not None]
         return {name: self._once(("mask efficacy", name), partial(self._mask_efficacy, name)) for name in names}
 
-    def eval_training_split(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Scores every method on training samples, for choices that the test split must not make."""
-        samples, forget_class = self.request.graphs.samples, self.request.forget_class
-        loaders = {"forget": samples.forget(forget_class).loader(), "retain": samples.retain(forget_class).loader()}
-
-        def scores(model: nn.Module) -> dict[str, dict[str, float]]:
-            return {part: self.inference(model, each, part == "forget", part) for part, each in loaders.items()}
-
-        return self._every_method("training split", scores)
-
     def eval_audits(self) -> dict[str, dict[str, Any]]:
         """Audits what every method's classifier still knows of the class, and its distance to the retrained one."""
         return {} if self.audit is None else self._every_method("audit", self._audit())
@@ -350,7 +340,6 @@ class Eval:
             "unlearning_metrics": self.eval_unlearning(),
             "performance_degradation_metrics": self.eval_performance_degradation(),
             "mask_efficacy_metrics": self.eval_mask_efficacy(),
-            "training_split_metrics": self.eval_training_split(),
             "audit_metrics": self.eval_audits(),
             "audits": {} if self.audit is None else self._audit().columns(),
             "methods": {name: METHODS[name].about() for name in self.names},
