@@ -55,7 +55,6 @@ class Stages:
         self._training: Training | None = None  # the last one, of which these are
         self._request: Callable[..., Request] = Request
         self._about_gcn: dict[str, Any] = {}
-        self._threads = torch.get_num_threads()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -145,7 +144,7 @@ class Stages:
     def forget(self, training: Training, forget_class: int | None) -> None:
         """Runs every experiment on one forget class; without a class, only what requests share is prepared."""
         config = training.config
-        torch.set_num_threads(config.threads or self._threads)
+        torch.set_num_threads(config.threads)
         is_done = all(artifact.is_current for artifact in self.files.every(training, forget_class))
         if not is_done and self._training != training:
             graphs = self.graphs(training)
@@ -272,7 +271,7 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     with locked(root):
         stages, graphs = Stages(root), []
         for training in trainings_of(configs):
-            torch.set_num_threads(training.config.threads or torch.get_num_threads())
+            torch.set_num_threads(training.config.threads)
             graphs.append(stages.graphs(training))
         with stages.stage(f"masking GCN, {len(graphs)} classifiers"):
             gcn = GCNTrainer(config.gcn, graphs, config.eval.retain_weight, config.seed).train()
