@@ -1,8 +1,7 @@
 """Measures the blocks of the pages: `uv run docs/build.py few ablation`, or without names all of them, for hours.
 
 A block stands between `<!-- few: measured at 559edba -->` and `<!-- /few -->`, where 559edba is the commit whose code
-measured it. `--list` measures nothing; it prints every block with its page and its commit. Some blocks need
-Fashion-MNIST or CIFAR-10. The block `pretrain` trains the tracked GCN anew.
+measured it. Some blocks need Fashion-MNIST or CIFAR-10. The block `pretrain` trains the tracked GCN anew.
 """
 
 import argparse
@@ -338,7 +337,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures blocks in their order, and returns the exit status: 1 if a command of one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("blocks", nargs="*", help=", ".join(MEASUREMENTS))
-    parser.add_argument("--list", action="store_true", help="print every block with its page and its commit")
     parsed = parser.parse_args(arguments)
     if unknown := sorted(set(parsed.blocks).difference(MEASUREMENTS)):
         parser.error(f"{unknown[0]} is no block: valid are {', '.join(MEASUREMENTS)}")
@@ -346,10 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, measure in MEASUREMENTS.items():
         if parsed.blocks and name not in parsed.blocks:
             continue
-        page, commit, *_ = block(name)
-        if parsed.list:
-            print(f"{name:16} {commit} {page.relative_to(ROOT)}")
-            continue
+        block(name)  # raises where its marks are missing, before hours of work
         print(f"measuring {name}", flush=True)
         try:
             content = measure()

@@ -55,8 +55,6 @@ def test_a_measured_block_is_written_with_the_commit_and_a_failure_leaves_its_bl
     assert around.sub("", few) == around.sub("", before["few.md"])
     changed = [page.name for page in pages.glob("docs/*.md") if page.read_text() != before[page.name]]
     assert changed == ["few.md"]
-    assert build.main(["--list", "few"]) == 0
-    assert capsys.readouterr().out.split() == ["few", "0123abc", "docs/few.md"]
     with pytest.raises(SystemExit):
         build.main(["few", "mine"])
     (pages / "docs" / "few.md").write_text(few.replace("<!-- few: ", "<!-- other: "))
