@@ -285,6 +285,7 @@ LEFT_OUT = {  # by config, the rows that its page does without
     "ablation": ("as it is: original", "the others are not asked for: saliency"),
     "few": ("1 sample: [!m]*", "5 samples: [!m]*", "50 samples: [!m]*"),
     "transfer": ("*: original",),
+    "erasure": ("stronger*: cola",),
     "cnn": ("MNIST*: [!ms]*", "*: ssd"),
     "vit": tuple(f"{variant}*: {method}" for variant in ("perceptron", "all") for method in WITHOUT_MASK),
 }
@@ -337,7 +338,8 @@ def erasure() -> str:
     """Measures how much of a class methods leave in the representation, and at which cost."""
     typed = run(f"{TWO_PROCESSES} --fresh --config configs/erasure.yaml")
     tables = map(without_repeats, variant_tables().split("\n\n"))
-    return f"{by_method(columns_of(joined(*tables), ON_PERCEPTRONS))}\n\n{typed}."
+    table = by_method(columns_of(joined(*tables), ON_PERCEPTRONS), LEFT_OUT["erasure"])
+    return f"{table}\n\n{typed}."
 
 
 def erasure_networks() -> str:
