@@ -25,6 +25,8 @@ from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eval import METHODS
+from methods import controls  # noqa: F401  # the package registers its methods
 from mimu.files import write_text
 from mimu.pretrained import PRETRAINED
 from reporter import (
@@ -37,7 +39,7 @@ from reporter import (
     markdown_table,
     method_styles,
 )
-from tables.comparison import PROBE_GAP
+from tables.comparison import ABOUT, PROBE_GAP
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS, DOCS = ROOT / "reports", ROOT / "docs"
@@ -270,8 +272,13 @@ def baselines() -> str:
     copy_pictures(audits="audits", trade_off="trade_off")
     tables = [section(heading)[-1] for heading in ("Distance to retraining", "Audits", "Cost")]
     table = renamed(columns_of(joined(*tables), COMPARED), {"retain accuracy, points": RETAIN_GAP.name})
-    parts += [section("Cost")[0], table, section("The methods")[-1]]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, section("Cost")[0], table])
+
+
+def registered_methods() -> str:
+    """Lists the methods of today by what the code says of them."""
+    rows = [[name, *map(method.about().get, ABOUT)] for name, method in METHODS.items()]
+    return markdown_table(["method", *ABOUT.values()], rows, texts=1 + len(ABOUT))
 
 
 def published() -> str:
@@ -408,6 +415,7 @@ MEASUREMENTS: dict[str, Callable[[], str | None]] = {  # in their order: all lat
     "few": few,
     **{name: partial(variants, name) for name in VARIANTS},
     "baselines": baselines,
+    "methods": registered_methods,
     "erasure": erasure,
     "erasure_networks": erasure_networks,
     "cifar10": cifar10,
