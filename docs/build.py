@@ -251,10 +251,18 @@ def default() -> str:
 
 
 def benchmark() -> str:
-    """Measures the closed form and the stages of a run; of a growing network the page shows the time per weight."""
+    """Measures the closed form and the stages of a run."""
     command = [sys.executable, "tests/benchmark.py"]
-    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return re.sub(r"^\| \d[\d-]*, [\d,]+ weights, (ms|GB) .*\n", "", output, flags=re.MULTILINE)
+    return one_benchmark(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def one_benchmark(output: str) -> str:
+    """Makes one table of those of the benchmark, without the first one, which measures other memory management."""
+    about, *parts = output.strip().split("\n\n")
+    _, *tables = [cells(part) for part in parts if part.startswith("|")]
+    rows = [row for _, *rows in tables for row in rows]
+    shown = [row for row in rows if not any(fnmatch(row[0], pattern) for pattern in LEFT_OUT["benchmark"])]
+    return f"{about}\n\n{markdown_table(tables[0][0], shown)}"
 
 
 COMPARED = (
@@ -288,7 +296,8 @@ def published() -> str:
 
 
 WITHOUT_MASK = ("original", "output_row", "fine_tune", "salun", "scrub")  # the same for every layer that is masked
-LEFT_OUT = {  # by config, the rows that its page does without
+LEFT_OUT = {  # by config or block, the rows that its page does without
+    "benchmark": ("GB *", "* weights, *", "* as PyTorch comes *"),
     "ablation": ("as it is: original", "the others are not asked for: saliency"),
     "few": ("1 sample: [!m]*", "5 samples: [!m]*", "50 samples: [!m]*"),
     "transfer": ("*: original",),

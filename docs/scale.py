@@ -1,4 +1,4 @@
-"""Measures the cost of a request as the network grows: `uv run docs/scale.py` writes docs/scale.md.
+"""Measures the cost of a request as the network grows: `uv run docs/scale.py` writes to docs/performance.md.
 
 With a network, its image size, the number of classes, the samples of each and a request, as in
 `uv run docs/scale.py resnet18 32 10 25 mask`, it measures that request in this process.
