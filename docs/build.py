@@ -232,10 +232,6 @@ def by_kappa(table: str) -> str:
     return joined(*tables)
 
 
-def two_processes() -> str:
-    return f"On the same two cores: {run(f'{TWO_PROCESSES} --fresh --config configs/all_digits.yaml')}."
-
-
 def default() -> str:
     run("main.py --fresh")
     copy_pictures(score_forget_set="score_forget_set", score_retain_set="score_retain_set")
@@ -299,7 +295,8 @@ WITHOUT_MASK = ("original", "output_row", "fine_tune", "salun", "scrub")  # the 
 LEFT_OUT = {  # by config or block, the rows that its page does without
     "benchmark": ("GB *", "* weights, *", "* as PyTorch comes *"),
     "ablation": ("as it is: original", "the others are not asked for: saliency"),
-    "few": ("1 sample: [!m]*", "5 samples: [!m]*", "50 samples: [!m]*"),
+    "few": ("all at once: *", "* step: optimised_mask", "1 sample: [!m]*", "5 samples: [!m]*", "50 samples: [!m]*"),
+    "erasure_networks": ("*: retrain",),
     "transfer": ("*: original",),
     "erasure": ("stronger*: cola",),
     "cnn": ("MNIST*: [!ms]*", "*: ssd"),
@@ -362,7 +359,7 @@ def erasure_networks() -> str:
     """Measures the same on networks that are no perceptrons."""
     typed = run(f"{TWO_PROCESSES} --config configs/erasure_networks.yaml")
     tables = variant_tables().split("\n\n")
-    return f"{by_method(columns_of(joined(*tables), ON_NETWORKS))}\n\n{typed}."
+    return f"{by_method(columns_of(joined(*tables), ON_NETWORKS), LEFT_OUT['erasure_networks'])}\n\n{typed}."
 
 
 def without_repeats(table: str) -> str:
@@ -417,7 +414,6 @@ MEASUREMENTS: dict[str, Callable[[], str | None]] = {  # in their order: all lat
     "pretrain": pretrained,
     "default": default,
     "benchmark": benchmark,
-    "two_processes": two_processes,
     "headline": headline,
     "all_digits": all_digits,
     "published": published,
