@@ -273,7 +273,7 @@ def baselines() -> str:
     one = run("main.py --fresh --config configs/baselines.yaml")
     three = run(f"{TWO_PROCESSES} --fresh --config configs/baselines.yaml 'sweep.seeds=[0, 1, 2]'")
     parts = [f"One classifier: {one}. Here, three, by two processes with one thread each: {three}."]
-    copy_pictures(audits="audits", trade_off="trade_off")
+    copy_pictures(trade_off="trade_off")
     tables = [section(heading)[-1] for heading in ("Distance to retraining", "Audits", "Cost")]
     table = renamed(columns_of(joined(*tables), COMPARED), {"retain accuracy, points": RETAIN_GAP.name})
     return "\n\n".join([*parts, section("Cost")[0], table])
