@@ -287,7 +287,7 @@ def test_a_long_request_shows_how_long_it_takes_at_most_and_every_tenth_step_see
 ):
     judged, is_ruined = [], Judgement.is_ruined
     monkeypatch.setattr(Judgement, "is_ruined", lambda *given: judged.append(is_ruined(*given)) or judged[-1])
-    monkeypatch.setattr("mimu.unlearning.tqdm", lambda **given: tqdm(**given | {"delay": 0, "mininterval": 0}))
+    monkeypatch.setattr("mimu.attempts.tqdm", lambda **given: tqdm(**given | {"delay": 0, "mininterval": 0}))
     monkeypatch.setattr("sys.stderr", terminal := io.StringIO())
     terminal.isatty = lambda: True
     zeroed = request(model, gcn=patient_gcn(step=2), scorer="saliency", progress=progress).num_zeroed
@@ -382,7 +382,7 @@ def test_several_classes_are_forgotten_together_or_in_a_row(steps, permanent, mo
         searches.append(graphs.classifier.merged)
         return pruning.prune(graphs, *each, **named)
 
-    monkeypatch.setattr("mimu.unlearning.prune", searched)
+    monkeypatch.setattr("mimu.attempts.prune", searched)
     for classes in steps:
         mask = request(model, classes, split, gcn=patient_gcn(step=4))
         mask.apply(model, permanent)
