@@ -85,7 +85,7 @@ RETAIN = "performance_degradation_metrics"
 KEPT = "mask_efficacy_metrics"
 FORGET_SCORE = Column((FORGET, "score"), "forget accuracy, %", ".2f")
 RETAIN_SCORE = Column((RETAIN, "score"), "retain accuracy, %", ".2f")
-RETAIN_GAP = Column((RETAIN, "score"), "retain accuracy against retrain, points", "+.2f", is_gap=True)
+RETAIN_GAP = Column((RETAIN, "score"), "gap to retraining, points", "+.2f", is_gap=True)
 PROBABILITY = Column((FORGET, "probability"), "probability of the forget class", ".4f")
 FORGET_LOSS = Column((FORGET, "loss"), "forget loss, nats", ".2f")
 RETAIN_LOSS = Column((RETAIN, "loss"), "retain loss, nats", ".3f")

@@ -355,12 +355,12 @@ def test_variants_are_compared_with_retraining_the_same_classifier(tmp_path):
     }
     tables, figure = compare(variants)
     table, audits = map(rows_of, tables)
-    assert table["variant"][1:4] == ["worst", "retain accuracy against retrain, points", "worst"]
+    assert table["variant"][1:4] == ["worst", "gap to retraining, points", "worst"]
     assert table["strong"] == ["0.00 ± 0.00", "0.00", "-4.75 ± 1.41", "-6.00", "8.00 ± 0.00", "0.25 ± 0.00"]
     assert table["other"][2:4] == ["–", "–"], "another classifier"
     assert "none: retrain" not in table and table["none: original"][:2] == ["95.00 ± 0.00", "95.00"]
     names = [f"{each} a class" for each in ("prototype, 1", "prototype, 10", "steps, 1", "steps, 10")]
-    probe = "probe recall against retrain, points"
+    probe = "probe recall, gap to retraining, points"
     assert audits["variant"] == ["IDI, representation", "IDI, hidden layer 0", probe, *names]
     index = written([18.5 / 32.5, 22.5 / 36.5], "+.2f")  # a quotient of each seed
     assert audits["strong"] == [index, "–", "+10.2 ± 1.4", "+9.5 ± 2.8", "+0.0 ± 0.0", "40 ± 1", "–"]
