@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
@@ -74,10 +73,10 @@ def block(name: str) -> Block:
     return blocks[0]
 
 
-def write_block(name: str, content: str) -> None:
-    """Replaces the content of a block, and the commit in its mark by the one that is checked out."""
+def write_block(name: str, content: str, commit: str | None = None) -> None:
+    """Replaces the content of a block, and the commit in its mark; None: by the one that is checked out."""
     before = block(name)
-    marked = f"<!-- {name}: measured at {head()} -->\n{content.strip()}\n<!-- /{name} -->"
+    marked = f"<!-- {name}: measured at {commit or head()} -->\n{content.strip()}\n<!-- /{name} -->"
     write_text(before.page, before.page.read_text().replace(before.marked, marked))
 
 
@@ -198,13 +197,40 @@ def all_digits_intro(command: str) -> str:
     return f"Ten digits, three classifiers (mean ± standard deviation over them), test split. {about} {typed}"
 
 
-def headline() -> str:
-    """Returns the table of the README."""
-    intro = all_digits_intro("main.py --fresh --config configs/all_digits.yaml")
-    copy_pictures(summary="summary_all_digits")
-    gcn = [seconds for stage, seconds in last_run()["seconds"].items() if stage.startswith("masking GCN")]
-    table = columns_of(section("Every method, kappa = auto")[1], SHORT)
-    return f"{intro}; training the GCN takes {fmean(gcn):.0f} s of it for each classifier.\n\n{table}"
+SHOWN = ("original", "retrain", "retrain_again", "logit_removed", "saliency", "mimu", "erase", "scrub", "ssd", "delete")
+FIGURES = {  # of the tables of the README: their titles there
+    "method": "method", FORGET_SCORE.name: "forget accuracy, %", RETAIN_SCORE.name: "retain accuracy, %",
+    RETAIN_GAP.name: "gap, points", "divergence on the forget set, bits": "divergence, bits",
+    "probe, recall of the forget class, %": "probe, %", "IDI": "IDI", SECONDS.name: "seconds",
+}  # fmt: skip
+
+
+def headline(source: str) -> None:
+    """Copies some rows and columns of a measured table to the README, without deviations."""
+    measured = block(source)
+    table = next(part for part in measured.content.split("\n\n") if part.startswith("| method"))
+    columns = [column for column in FIGURES if column in cells(table)[0]]
+    by_method = {row[0]: row for row in cells(columns_of(table, columns))[1:]}
+    rows = [[re.sub(" ±.*", "", cell) for cell in by_method[name]] for name in SHOWN if name in by_method]
+    write_block(f"headline_{source}", markdown_table([FIGURES[column] for column in columns], rows), measured.commit)
+
+
+WAYS = {  # of the table of choices: the words of the README
+    "no samples": "hide: the class's output weights change",
+    "the same by hand: `logit_removed`": "the same by hand",
+    "1,000 samples per class; predictions must change": "mask: weights that the class needs are zeroed",
+    "the class must also leave the representation": "erase: the class also leaves the representation",
+    "retraining is cheap": "retrain, if you can: it is the standard",
+}
+
+
+def three_ways() -> None:
+    """Copies the choices to the README, as they end on the CNN alone."""
+    measured = block("choice")
+    header, *rows = cells(measured.content)
+    by_situation = {row[0]: [cell.split(" / ")[1] if " / " in cell else cell for cell in row[1:]] for row in rows}
+    table = [[words, *by_situation[situation]] for situation, words in WAYS.items()]
+    write_block("three_ways", markdown_table(["way", *header[1:]], table, texts=2), measured.commit)
 
 
 RESULTS = ("method", FORGET_SCORE.name, WORST[FORGET_SCORE.name], RETAIN_SCORE.name, RETAIN_GAP.name,
@@ -212,7 +238,8 @@ RESULTS = ("method", FORGET_SCORE.name, WORST[FORGET_SCORE.name], RETAIN_SCORE.n
 
 
 def all_digits() -> str:
-    parts = [f"{all_digits_intro('main.py --config configs/all_digits.yaml')}."]
+    parts = [f"{all_digits_intro('main.py --fresh --config configs/all_digits.yaml')}."]
+    copy_pictures(summary="summary_all_digits")
     _, means, _, worst = section("Every method, kappa = auto")
     parts += [columns_of(joined(means, renamed(worst, WORST)), RESULTS)]
     parts += ["Mask efficacy: only K = 2048 weights of the layer kept, accuracy on the class."]
@@ -261,19 +288,20 @@ def one_benchmark(output: str) -> str:
 
 
 COMPARED = (
-    "method", "divergence on the forget set, bits", "divergence on the retain set, bits", "retain accuracy, points",
+    "method", FORGET_SCORE.name, RETAIN_SCORE.name, "divergence on the forget set, bits", "divergence on the retain set, bits", "retain accuracy, points",
     "loss attack, area under the curve", "probe, recall of the forget class, %", "relearn time, steps",
     "seconds a request", "weights changed",
 )  # fmt: skip
 
 
 def baselines() -> str:
-    """Compares every method with retraining, on one classifier in one process, then on three."""
-    one = run("main.py --fresh --config configs/baselines.yaml")
+    """Compares every method with retraining, on three classifiers."""
     three = run(f"{TWO_PROCESSES} --fresh --config configs/baselines.yaml 'sweep.seeds=[0, 1, 2]'")
-    parts = [f"One classifier: {one}. Here, three, by two processes with one thread each: {three}."]
+    parts = [f"Ten digits, three classifiers, two processes with one thread each: {three}."]
     copy_pictures(trade_off="trade_off")
-    tables = [section(heading)[-1] for heading in ("Distance to retraining", "Audits", "Cost")]
+    means = section("Every method, kappa = auto")[1]
+    scores = columns_of(means, ("method", FORGET_SCORE.name, RETAIN_SCORE.name))
+    tables = [scores, *(section(heading)[-1] for heading in ("Audits", "Cost", "Distance to retraining"))]
     table = renamed(columns_of(joined(*tables), COMPARED), {"retain accuracy, points": RETAIN_GAP.name})
     return "\n\n".join([*parts, section("Cost")[0], table])
 
@@ -405,6 +433,8 @@ OWN = ("own_layers", "own_several", "choice", "own_networks", "own_kinds", "own_
 SCRIPTS = {
     "bar": "docs/bar.py",
     "shadow": "docs/shadow.py",
+    "sizes": "docs/sizes.py",
+    "sizes_tuned": "docs/sizes.py tune",
     "scale": "docs/scale.py",
     "imagenet": "docs/scale.py imagenet",
     "tuning": "docs/tune.py",
@@ -413,7 +443,6 @@ MEASUREMENTS: dict[str, Callable[[], str | None]] = {  # in their order: all lat
     "pretrain": pretrained,
     "default": default,
     "benchmark": benchmark,
-    "headline": headline,
     "all_digits": all_digits,
     "published": published,
     "few": few,
@@ -423,8 +452,11 @@ MEASUREMENTS: dict[str, Callable[[], str | None]] = {  # in their order: all lat
     "erasure": erasure,
     "erasure_networks": erasure_networks,
     "cifar10": cifar10,
+    "headline_baselines": partial(headline, "baselines"),
+    "headline_cifar10": partial(headline, "cifar10"),
     "coverage": coverage,
     **{name: partial(by_script, f"docs/own.py {name}") for name in OWN},
+    "three_ways": three_ways,
     **{name: partial(by_script, command) for name, command in SCRIPTS.items()},
 }
 
