@@ -26,7 +26,7 @@ from mimu.judgement import lower_end
 from mimu.masks import Mask
 from mimu.probes import balanced_bits, linear, two_layer
 from mimu.pruning import CONFIDENCE
-from mimu.report import AuditReport
+from mimu.report import OWN_PROBE, AuditReport
 from mimu.samples import Split, held_out, is_correct
 from mimu.seeds import seeded
 
@@ -366,14 +366,14 @@ class Audit:
                 found = {"linear": linear(x, labels, x_test, self.seed, cost=1.0)}
                 found["two-layer"] = two_layer(x, labels, x_test, self.seed, STEPS)
                 if layer == "last" and name in alike:
-                    found["original's"] = of_original[name]
+                    found[OWN_PROBE] = of_original[name]
                 probes[layer] = {}
                 for probe, p in found.items():
                     found[probe] = balanced_bits(p[:, self.forget].sum(1), own, share)
                     recall = 100 * is_correct(p[own], self.test.labels[own]).double().mean().item()
                     probes[layer][probe] = {"recall": recall, **interval(found[probe], own)._asdict()}
                 self.bar.update()
-            self.own_bits[name] = found.pop("original's", torch.full(own.shape, -1.0))
+            self.own_bits[name] = found.pop(OWN_PROBE, torch.full(own.shape, -1.0))
             self.bits[name] = max(found.values(), key=lambda bits: interval(bits, own).bits)
 
     def relearn(self) -> None:

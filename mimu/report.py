@@ -1,14 +1,27 @@
 """The report of an audit: a table as text, JSON, and a figure."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mimu.errors import named
-from mimu.files import save
+from mimu.files import save, written_whole
 
+OWN_PROBE = "original's"  # the probe that is trained on the original's features, and put onto those of another model
+SHOWN_CLASSES = 8  # in a figure, at most
+# Colours that colour-blind people tell apart (Okabe and Ito), with markers and lines.
+STYLES = (
+    ("#000000", "o", "-"),
+    ("#E69F00", "s", "--"),
+    ("#D55E00", "D", "-"),
+    ("#0072B2", "^", ":"),
+    ("#56B4E9", "v", ":"),
+    ("#009E73", "<", ":"),
+    ("#CC79A7", ">", ":"),
+)
 VERDICTS = (
     "not forgotten",
     "hidden",
@@ -81,5 +94,62 @@ class AuditReport:
         save(Path(path).with_suffix(".json"), json.loads(json.dumps(asdict(self)), parse_constant=lambda name: None))
 
     def plot(self, path: Path | str) -> None:
-        """Draws what every model predicts for the classes, the probes by layer, and the relearning."""
-        draw(self, Path(path))
+        """Draws what every model predicts for the classes, what probes find in each layer, and the relearning.
+
+        Needs matplotlib, as in `pip install "mimu[plot]"`. Raises ArtifactError if the file cannot be written.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(15, 4.6), layout="constrained")
+        predictions, probes, relearning = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
+        self._draw_predictions(predictions)
+        self._draw_probes(probes)
+        self._draw_relearning(relearning)
+        figure.suptitle(f"{named(self.forget).capitalize()}: {self.verdict}", fontweight="bold")
+        figure.legend(*relearning.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+        with written_whole(Path(path)) as file:
+            figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=150)
+
+    def _styles(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        """The name of every model, its figures, and how it is drawn: apart in grey as well as in colour."""
+        for place, (name, figures) in enumerate(self.figures.items()):
+            colour, marker, line = STYLES[min(place, len(STYLES) - 1)]
+            yield name, figures, {"color": colour, "marker": marker, "linestyle": line, "label": name}
+
+    def _draw_predictions(self, axes: Any) -> None:
+        shares: dict[str, float] = {}
+        for figures in self.figures.values():
+            for label, share in figures["predicted"].items():
+                shares[label] = max(share, shares.get(label, 0.0))
+        labels = sorted(sorted(shares, key=shares.__getitem__)[-SHOWN_CLASSES:], key=int)
+        table = [[figures["predicted"].get(label, 0.0) for label in labels] for figures in self.figures.values()]
+        axes.imshow(table, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+        for row, values in enumerate(table):
+            for column, share in enumerate(values):
+                text = f"{share:.0f}" if share >= 0.5 else ""
+                axes.text(column, row, text, ha="center", va="center", color="white" if share > 50 else "black")
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_yticks(range(len(table)), [*self.figures])
+        axes.set(xlabel="predicted class", title="predictions for the class, % of its test samples")
+
+    def _draw_probes(self, axes: Any) -> None:
+        layers = [*self.figures["original"]["probes"]]
+        for name, figures, style in self._styles():
+            if name == "hidden":  # what the original's layers are given
+                continue
+            best = [
+                max(figures["probes"][layer].items(), key=lambda each: each[0] != OWN_PROBE and each[1]["bits"])
+                for layer in layers
+            ]
+            bits = [found["bits"] for _, found in best]
+            axes.errorbar(range(len(layers)), bits, [found["error"] for _, found in best], capsize=3, **style)
+        axes.set_xticks(range(len(layers)), layers)
+        axes.set(xlabel="layer whose input the probes read", ylabel="usable bits of the better probe (1: all)")
+        axes.set(title="what probes find of the class", ylim=(None, 1.02), xlim=(-0.5, len(layers) - 0.5))
+
+    def _draw_relearning(self, axes: Any) -> None:
+        for _, figures, style in self._styles():
+            scores = figures["relearning"]["all weights"]["scores"]
+            axes.plot(range(len(scores)), scores, markevery=max(1, len(scores) // 5), **style)
+        axes.set(xlabel="training steps with all weights", ylabel="accuracy on the class, %")
+        axes.set(title="relearning, until half is back", ylim=(-3, 103))
