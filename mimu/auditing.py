@@ -119,6 +119,8 @@ class Subject:
             check_model(model)
             network = copy_of(model)
             logits, few = run_on_few(network, first)
+            if not (logits < torch.inf).all():
+                raise InputError("model: logits are not finite")
             self.num_classes, self.type = logits.shape[1], few.dtype
             self.classifier = exported(network, few, logits)
             names, at_the_end = self.classifier.names, self.classifier.trace.names_at_the_end
@@ -275,7 +277,7 @@ def interval(bits: Tensor, is_own: Tensor) -> Bits:
     Half of the mean is that of the samples of the classes, `is_own` (samples), half that of the others.
     """
     parts = bits[is_own], bits[~is_own]
-    variance = sum((part.var() / len(part)).item() for part in parts) / 4  # not a number for a single sample
+    variance = sum(part.var().item() / len(part) if len(part) > 1 else math.inf for part in parts) / 4
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     return Bits(fmean(part.mean().item() for part in parts), z * math.sqrt(variance))
 
