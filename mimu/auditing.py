@@ -413,6 +413,7 @@ class Audit:
         least, most = bits[retrained[0]], bits[retrained[-1]]
         spread = means[retrained[-1]].bits - means[retrained[0]].bits
         if len(retrained) == 1:
+            spread = means[retrained[0]].error
             reason += "; how far retrained models differ is unknown, as one is given"
         if is_certain(least - after, own, spread):
             return "less than after retraining", reason
