@@ -21,21 +21,17 @@ search -maxdepth 1 -type f \( -path 'checkpoints/classifier_seed_[0-9]*.pt' -o -
 search -maxdepth 2 -type f \( -path 'datasets/Graphs/seed_[0-9]*.pt' -o -path 'eval/masks/seed_[0-9]*_digit_*.pt' \) -delete
 search -maxdepth 3 -type f -path "$experiments/metrics/seed_[0-9]*_digit_*.json" -delete
 
-# Each folder of reports or plots lists the files that were written there, one name a line.
-search -type f -name .written \( -path "$experiments/plots/*" -o -path 'reports/*' \) -print0 |
-    while IFS= read -r -d '' list; do
-        folder=$(dirname -- "$list")
-        while IFS= read -r name; do
-            if [[ $name != */* && -f $folder/$name && ! -L $folder/$name ]]; then rm -- "$folder/$name"; fi
-        done <"$list"
-        rm -- "$list"
-        rmdir -- "$folder" 2>/dev/null || true
-    done
+search -maxdepth 1 -type f \( -path 'reports/*_set.png' -o -path reports/probability_on_forget_class.png \
+    -o -path reports/summary.png -o -path reports/audits.png -o -path reports/trade_off.png -o -path reports/variants.png \
+    -o -path reports/summary.md -o -path reports/variants.md \) -delete
+search -mindepth 3 -type f \( -path 'reports/variants/*/summary.md' -o -path 'reports/variants/*/audits.png' \
+    -o -path "$experiments/plots/seed_*/unlearning.png" -o -path "$experiments/plots/seed_*/performance_degradation.png" \
+    -o -path "$experiments/plots/seed_*/class_probabilities.png" -o -path "$experiments/plots/seed_*/weights.png" \) -delete
 
 # What torchvision and earlier versions unpack from the tracked .gz files.
 search -type f -path 'datasets/MNIST/raw/*.gz' -print0 | while IFS= read -r -d '' packed; do rm -f -- "${packed%.gz}"; done
 
 search -depth -type d -empty \( -path checkpoints -o -path datasets/Graphs -o -path eval -o -path eval/masks \
-    -o -path "$experiments" -o -path "$experiments/metrics" -o -path "$experiments/plots" \
+    -o -path "$experiments" -o -path "$experiments/metrics" -o -path "$experiments/plots" -o -path "$experiments/plots/seed_*" \
     -o -path reports -o -path reports/variants -o -path 'reports/variants/*' \) -delete
 rm -f .lock

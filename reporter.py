@@ -32,7 +32,6 @@ FREE_COLORS = ("#DDCC77", "#999933", "#56B4E9", "#44AA99", "#117733", "#882255")
 MARKERS = "D*pov^<sPXdh>"
 DASHES = 14.0  # the period of dashed lines, in units of their width
 FORGOTTEN = 5.0  # percent: the summary enlarges marks whose forget accuracy is at most this
-WRITTEN = ".written"  # in a folder of reports, this file lists the reports there, one name a line
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,10 @@ RETAIN = "performance_degradation_metrics"
 KEPT = "mask_efficacy_metrics"
 FORGET_SCORE = Column((FORGET, "score"), "forget accuracy, %", ".2f")
 RETAIN_SCORE = Column((RETAIN, "score"), "retain accuracy, %", ".2f")
-RETAIN_GAP = Column((RETAIN, "score"), "retain accuracy against retrain, points", "+.2f", is_gap=True)
+RETAIN_GAP = Column((RETAIN, "score"), "gap to retraining, points", "+.2f", is_gap=True)
 PROBABILITY = Column((FORGET, "probability"), "probability of the forget class", ".4f")
 FORGET_LOSS = Column((FORGET, "loss"), "forget loss, nats", ".2f")
 RETAIN_LOSS = Column((RETAIN, "loss"), "retain loss, nats", ".3f")
-TRAINING_SCORES = [Column(("training_split_metrics", part, "score")) for part in ("retain", "forget")]
 METRICS = (FORGET_SCORE, RETAIN_SCORE, PROBABILITY, FORGET_LOSS, RETAIN_LOSS)
 ZEROED = Column(("num_zeroed",), "weights zeroed", ".0f")
 SECONDS = Column(("seconds",), "seconds a request", ".2f")
@@ -101,25 +99,15 @@ EFFICACY = [replace(each, keys=(KEPT, each.keys[1]), spec=".3f") for each in (FO
 
 @dataclass(frozen=True)
 class ReporterConfig:
-    """Resolution of the figures, dots per inch, and the formats that each is written in."""
+    """Resolution of the figures, dots per inch."""
 
     dpi: Annotated[int, Bounds(ge=20, le=1200)]
-    format: tuple[Literal["png", "pdf", "svg"], ...]
-
-
-def listed(path: Path) -> Path:
-    """Lists a report in its folder, so that it can be removed again, and returns its path."""
-    listing = path.with_name(WRITTEN)
-    names = listing.read_text().splitlines() if listing.is_file() else []
-    write_text(listing, "\n".join(sorted({*names, path.name})) + "\n")
-    return path
 
 
 def save_figure(figure: Figure, path: Path, config: ReporterConfig) -> None:
-    """Write a figure in every format of the config, and close it."""
-    for suffix in config.format:
-        with written_whole(listed(path.with_suffix(f".{suffix}"))) as file:
-            figure.savefig(file, format=suffix, dpi=config.dpi)
+    """Write a figure as PNG, and close it."""
+    with written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=config.dpi)
     plt.close(figure)
 
 
@@ -160,7 +148,7 @@ class Experiments:
         retrained: The JSON by seed and digit whose `retrain` is what gaps are measured against.
         choosing: The methods that choose their own kappa if it is auto.
         subject: Data set, forget classes, split and classifier, for the titles of figures.
-        kappa: The kappa that is reported first: auto if it was run, else the best of the fixed ones.
+        kappa: The kappa that is reported first: auto if it was run, else the largest.
     """
 
     def __init__(self, metrics: Iterable[Path]) -> None:
@@ -177,7 +165,7 @@ class Experiments:
         self.is_audited = bool(self.retrained) and all(each["audit_metrics"] for each in self.every)
         self.digits = sorted({each["forget_digit"] for each in self.every})
         self.seeds = sorted({each["seed"] for each in self.every})
-        self.kappa = "auto" if "auto" in self.by_kappa else self.best_kappa()
+        self.kappa = "auto" if "auto" in self.by_kappa else self.kappas[-1]
         self.first = first = next(iter(self.by_kappa[self.kappa].values()))
         self.choosing = list(first["gave_up"])
         self.methods = list(first[FORGET] | first[RETAIN])
@@ -230,11 +218,6 @@ class Experiments:
         """Return a method's mean at every fixed kappa."""
         return [self.mean(column, method, kappa) for kappa in self.kappas]
 
-    def best_kappa(self) -> int:
-        """Return the fixed kappa for which mimu's retain accuracy exceeds its forget accuracy most in training."""
-        retain, forget = (self.curve(column, "mimu") for column in TRAINING_SCORES)
-        return self.kappas[np.nan_to_num(np.subtract(retain, forget), nan=-np.inf).argmax()]
-
     def cells(self, columns: Iterable[Column], method: str, kappa: int | str | None = None) -> list[str]:
         """Return a method's row of a table."""
         return [column.text(self.by_seed(column, method, kappa)) for column in columns]
@@ -255,9 +238,8 @@ class Experiments:
 class Reporter:
     """Draws the curves of experiments over the fixed kappas, with a ring at auto, and writes their summary.
 
-    A new plot is a `draw_*` method, which `plot` calls: what `plt` draws within `self._figure` is in it, and what it
-    saves is listed for removal. Every method and metric has a getter with one value per fixed kappa, for instance
-    `get_sft_unlearning_forget_set_score()`.
+    A new plot is a `draw_*` method, which `plot` calls: what `plt` draws within `self._figure` is in it. Every method
+    and metric has a getter with one value per fixed kappa, for instance `get_sft_unlearning_forget_set_score()`.
 
     Args:
         metrics: The JSON files of the experiments.
@@ -340,7 +322,7 @@ class Reporter:
         sections += [experiments.table(EFFICACY, experiments.first[KEPT])]
         if experiments.kappas:
             sections += ["## Every kappa", experiments.kappas_table()]
-        write_text(listed(self.folder / "summary.md"), "\n\n".join(sections) + "\n")
+        write_text(self.folder / "summary.md", "\n\n".join(sections) + "\n")
 
     def closing_table(self) -> str:
         """Return what a run prints last: what was forgotten, how many weights each method zeroes, and accuracies."""
@@ -356,7 +338,7 @@ class Reporter:
         masked, total = (100 * kappa / experiments.first[key] for key in ("num_graph_vertices", "num_weights"))
         share = f"{kappa:.0f} weights, {masked:.2g} % of the masked ones and {total:.2g} % of all"
         if experiments.kappa != "auto":
-            return f"Of the fixed kappas, {experiments.kappa} is the best on training samples: {share}."
+            return f"Of the fixed kappas, {experiments.kappa} is the largest: {share}."
         text = "kappa is chosen automatically on the training split, for each request and method; "
         text += f"mimu's is {share} on average."
         for name in experiments.choosing:

@@ -251,10 +251,6 @@ class GCNTrainerConfig:
     partly_masked: tuple[Amount, Amount]
     snapshots: Count
 
-    def network(self, num_features: int) -> MaskingGCN:
-        """Returns a GCN that reads this many features of a vertex, with weights as PyTorch draws them."""
-        return MaskingGCN(num_features, self.hidden, self.rounds, self.message_passing)
-
     def __post_init__(self) -> None:
         if not self.necessity_forget and not self.necessity_retain:
             raise ValueError("necessity_forget or necessity_retain must be above 0: every step needs a term")
@@ -283,9 +279,10 @@ class GCNTrainer:
 
     def initial(self) -> MaskingGCN:
         """Returns the GCN before its training, which leaves the formula as it is."""
-        graphs = self.graphs[0]
+        config, graphs = self.config, self.graphs[0]
         with seeded_initialisation(self.seed):
-            return self.config.network(graphs.config.num_features).to(graphs.labels.device)
+            gcn = MaskingGCN(graphs.config.num_features, config.hidden, config.rounds, config.message_passing)
+        return gcn.to(graphs.labels.device)
 
     def train(self, checkpoint: Artifact | None = None) -> MaskingGCN:
         """Returns the trained GCN; with a checkpoint, an interrupted training is resumed."""

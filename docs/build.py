@@ -1,8 +1,7 @@
 """Measures the blocks of the pages: `uv run docs/build.py few ablation`, or without names all of them, for hours.
 
 A block stands between `<!-- few: measured at 559edba -->` and `<!-- /few -->`, where 559edba is the commit whose code
-measured it. `--list` measures nothing; it prints every block with its page and its commit. Some blocks need
-Fashion-MNIST or CIFAR-10. The block `pretrain` trains the tracked GCN anew.
+measured it. Some blocks need Fashion-MNIST or CIFAR-10. The block `pretrain` trains the tracked GCN anew.
 """
 
 import argparse
@@ -14,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -24,14 +24,27 @@ from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eval import METHODS
+from methods import controls  # noqa: F401  # the package registers its methods
 from mimu.files import write_text
 from mimu.pretrained import PRETRAINED
-from reporter import FORGET_SCORE, RETAIN_GAP, RETAIN_SCORE, SECONDS, markdown_table, method_styles
+from reporter import (
+    FORGET_SCORE,
+    PROBABILITY,
+    RETAIN_GAP,
+    RETAIN_SCORE,
+    SECONDS,
+    ZEROED,
+    markdown_table,
+    method_styles,
+)
+from tables.comparison import ABOUT, PROBE_GAP
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS, DOCS = ROOT / "reports", ROOT / "docs"
 TWO_PROCESSES = "torchrun --nproc-per-node 2 main.py"
 SHORT = ("method", FORGET_SCORE.name, RETAIN_SCORE.name, RETAIN_GAP.name, SECONDS.name)  # columns
+WORST = {FORGET_SCORE.name: "forget accuracy, worst class", RETAIN_GAP.name: "gap, worst class"}
 SAMPLES = {1: "1 sample", 5: "5 samples", 10: "10 samples", 50: "50 samples"}  # variants of configs/few.yaml
 
 
@@ -117,10 +130,44 @@ def rows_of(table: str, methods: Sequence[str]) -> str:
     return markdown_table(header, [row for row in rows if row[0] in methods])
 
 
-def columns_of(table: str, columns: Sequence[str]) -> str:
-    """Keeps these columns, in this order."""
+def columns_of(table: str, columns: Sequence[str], texts: int = 1) -> str:
+    """Keeps these columns, in this order; the first `texts` of them are text."""
     header, *rows = cells(table)
-    return markdown_table(columns, [[row[header.index(column)] for column in columns] for row in rows])
+    return markdown_table(columns, [[row[header.index(column)] for column in columns] for row in rows], texts)
+
+
+def renamed(table: str, names: Mapping[str, str]) -> str:
+    """Renames columns."""
+    header, *rows = cells(table)
+    return markdown_table([names.get(column, column) for column in header], rows)
+
+
+def joined(*tables: str) -> str:
+    """Joins tables by their first column, in the order of the last one; a row that a table lacks has dashes there."""
+    headers, rows = [], []
+    for table in tables:
+        header, *content = cells(table)
+        headers.append(header)
+        rows.append({first: rest for first, *rest in content})
+    joint = []
+    for name in rows[-1]:
+        parts = [by_name.get(name, ["–"] * (len(header) - 1)) for header, by_name in zip(headers, rows)]
+        joint.append([name, *sum(parts, [])])
+    return markdown_table([headers[0][0], *sum((header[1:] for header in headers), [])], joint)
+
+
+def by_method(table: str, left_out: Sequence[str] = ()) -> str:
+    """Gives the methods of a table of variants a column of their own.
+
+    left_out: patterns of "variant: method" whose rows are left out
+    """
+    header, *rows = cells(table)
+    split = []
+    for name, *figures in rows:
+        variant, _, method = name.partition(": ")
+        if not any(fnmatch(f"{variant}: {method or 'mimu'}", pattern) for pattern in left_out):
+            split.append([variant, method or "mimu", *figures])
+    return markdown_table(["variant", "method", *header[1:]], split, texts=2)
 
 
 def variant_tables() -> str:
@@ -160,17 +207,28 @@ def headline() -> str:
     return f"{intro}; training the GCN takes {fmean(gcn):.0f} s of it for each classifier.\n\n{table}"
 
 
+RESULTS = ("method", FORGET_SCORE.name, WORST[FORGET_SCORE.name], RETAIN_SCORE.name, RETAIN_GAP.name,
+           WORST[RETAIN_GAP.name], PROBABILITY.name, ZEROED.name, SECONDS.name)  # fmt: skip
+
+
 def all_digits() -> str:
     parts = [f"{all_digits_intro('main.py --config configs/all_digits.yaml')}."]
-    parts += section("Every method, kappa = auto")[1:]
+    _, means, _, worst = section("Every method, kappa = auto")
+    parts += [columns_of(joined(means, renamed(worst, WORST)), RESULTS)]
     parts += ["Mask efficacy: only K = 2048 weights of the layer kept, accuracy on the class."]
-    parts += [section("Mask efficacy, K = 2048")[1]]
-    parts += ["Every kappa:", rows_of(section("Every kappa")[0], ["mimu", "saliency"])]
+    parts += [columns_of(section("Mask efficacy, K = 2048")[1], ("method", FORGET_SCORE.name, PROBABILITY.name))]
+    parts += ["Every kappa:", by_kappa(section("Every kappa")[0])]
     return "\n\n".join(parts)
 
 
-def two_processes() -> str:
-    return f"On the same two cores: {run(f'{TWO_PROCESSES} --fresh --config configs/all_digits.yaml')}."
+def by_kappa(table: str) -> str:
+    """Puts the accuracies of mimu and of the formula beside each other, one row for every kappa."""
+    tables = []
+    for method in ("mimu", "saliency"):
+        accuracies = columns_of(rows_of(table, [method]), ("kappa", FORGET_SCORE.name, RETAIN_SCORE.name))
+        names = {column.name: f"{method}: {column.name}" for column in (FORGET_SCORE, RETAIN_SCORE)}
+        tables.append(renamed(accuracies, names))
+    return joined(*tables)
 
 
 def default() -> str:
@@ -188,8 +246,25 @@ def default() -> str:
 
 
 def benchmark() -> str:
+    """Measures the closed form and the stages of a run."""
     command = [sys.executable, "tests/benchmark.py"]
-    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return one_benchmark(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def one_benchmark(output: str) -> str:
+    """Makes one table of those of the benchmark, without the first one, which measures other memory management."""
+    about, *parts = output.strip().split("\n\n")
+    _, *tables = [cells(part) for part in parts if part.startswith("|")]
+    rows = [row for _, *rows in tables for row in rows]
+    shown = [row for row in rows if not any(fnmatch(row[0], pattern) for pattern in LEFT_OUT["benchmark"])]
+    return f"{about}\n\n{markdown_table(tables[0][0], shown)}"
+
+
+COMPARED = (
+    "method", "divergence on the forget set, bits", "divergence on the retain set, bits", "retain accuracy, points",
+    "loss attack, area under the curve", "probe, recall of the forget class, %", "relearn time, steps",
+    "seconds a request", "weights changed",
+)  # fmt: skip
 
 
 def baselines() -> str:
@@ -197,10 +272,16 @@ def baselines() -> str:
     one = run("main.py --fresh --config configs/baselines.yaml")
     three = run(f"{TWO_PROCESSES} --fresh --config configs/baselines.yaml 'sweep.seeds=[0, 1, 2]'")
     parts = [f"One classifier: {one}. Here, three, by two processes with one thread each: {three}."]
-    copy_pictures(audits="audits", trade_off="trade_off")
-    for heading in ("Distance to retraining", "Audits", "Cost", "The methods"):
-        parts += [f"### {heading}", *section(heading)]
-    return "\n\n".join(parts)
+    copy_pictures(trade_off="trade_off")
+    tables = [section(heading)[-1] for heading in ("Distance to retraining", "Audits", "Cost")]
+    table = renamed(columns_of(joined(*tables), COMPARED), {"retain accuracy, points": RETAIN_GAP.name})
+    return "\n\n".join([*parts, section("Cost")[0], table])
+
+
+def registered_methods() -> str:
+    """Lists the methods of today by what the code says of them."""
+    rows = [[name, *map(method.about().get, ABOUT)] for name, method in METHODS.items()]
+    return markdown_table(["method", *ABOUT.values()], rows, texts=1 + len(ABOUT))
 
 
 def published() -> str:
@@ -209,19 +290,38 @@ def published() -> str:
     return columns_of(rows_of(section("Every kappa")[0], ["mimu", "published"]), columns)
 
 
+WITHOUT_MASK = ("original", "output_row", "fine_tune", "salun", "scrub")  # the same for every layer that is masked
+LEFT_OUT = {  # by config or block, the rows that its page does without
+    "benchmark": ("GB *", "* weights, *", "* as PyTorch comes *"),
+    "ablation": ("as it is: original", "the others are not asked for: saliency"),
+    "few": ("all at once: *", "* step: optimised_mask", "1 sample: [!m]*", "5 samples: [!m]*", "50 samples: [!m]*"),
+    "erasure_networks": ("*: retrain",),
+    "transfer": ("*: original",),
+    "erasure": ("stronger*: cola",),
+    "cnn": ("MNIST*: [!ms]*", "*: ssd"),
+    "vit": tuple(f"{variant}*: {method}" for variant in ("perceptron", "all") for method in WITHOUT_MASK),
+}
+
+
 def variants(config: str) -> str:
     """Returns the tables of all variants of a config, and renews the picture of its page, if there is one."""
     typed = run(f"{TWO_PROCESSES} --config configs/{config}.yaml")
     if (DOCS / f"{config}.png").exists():
         copy_pictures(variants=config)
-    return f"{variant_tables()}\n\n{typed}."
+    return f"{by_method(variant_tables(), LEFT_OUT.get(config, ()))}\n\n{typed}."
 
 
 def few() -> str:
     """Measures requests of few snapshots and of few samples."""
-    typed = run(f"{TWO_PROCESSES} --config configs/few.yaml")
+    table = variants("few")
     draw_few(variant_tables())
-    return f"{variant_tables()}\n\n{typed}."
+    return table
+
+
+ON_CIFAR10 = (
+    *SHORT[:2], WORST[FORGET_SCORE.name], *SHORT[2:4], WORST[RETAIN_GAP.name], "loss attack, area under the curve",
+    "entropy attack, % members", "IDI", SECONDS.name,
+)  # fmt: skip
 
 
 def cifar10() -> str:
@@ -230,41 +330,35 @@ def cifar10() -> str:
     typed = run(command)
     copy_pictures(trade_off="cifar10")
     _, means, _, worst = section("Every method, kappa = auto")
-    scores = {row[0]: row for row in cells(columns_of(means, SHORT))}
-    worst_scores, audits = ({row[0]: row[1:] for row in cells(table)} for table in (worst, section("Audits")[1]))
-    (name, forget, retain, gap, seconds), audit_names = scores.pop("method"), audits["method"][:-1]
-    worst_forget, worst_gap = f"{FORGET_SCORE.name.split(',')[0]}, worst class", "against retrain, worst class"
-    header = [name, forget, worst_forget, retain, gap, worst_gap, *audit_names, seconds, "% of retraining"]
-    rows, retraining = [], float(scores["retrain"][-1].split()[0])
-    for method, (_, forget, retain, gap, seconds) in scores.items():
-        share = f"{100 * float(seconds.split()[0]) / retraining:.3g}"
-        audited = audits[method][:-1]  # the last one is the time of relearning, which the other table has
-        worst_forget, worst_gap = worst_scores[method]
-        rows.append([method, forget, worst_forget, retain, gap, worst_gap, *audited, seconds, share])
+    table = columns_of(joined(section("Audits")[1], renamed(worst, WORST), means), ON_CIFAR10)
     two_classes = (
         "'sweep.forget_digits=[airplane, cat]' 'eval.methods=[original, mimu, erase, retrain, retrain_again]' "
         "'audit.relearn_steps=100'"
     )
     typed_again = run(f"{command} {two_classes}")
-    table = columns_of(section("Audits")[1], ("method", "IDI", "relearn time, steps"))
-    return f"{markdown_table(header, rows)}\n\n{typed}.\n\n{table}\n\n{typed_again}."
+    again = columns_of(section("Audits")[1], ("method", "IDI", "relearn time, steps"))
+    return f"{table}\n\n{typed}.\n\n{again}\n\n{typed_again}."
+
+
+REMAINING = "IDI, representation", PROBE_GAP.name
+ON_NETWORKS = ("variant", FORGET_SCORE.name, RETAIN_GAP.name, *REMAINING, SECONDS.name)
+ON_PERCEPTRONS = (*ON_NETWORKS[:3], "IDI, hidden layer 0", *REMAINING, "prototype, 10 a class", "steps, 10 a class",
+                  SECONDS.name)  # fmt: skip
 
 
 def erasure() -> str:
     """Measures how much of a class methods leave in the representation, and at which cost."""
     typed = run(f"{TWO_PROCESSES} --fresh --config configs/erasure.yaml")
-    scores, representations = map(without_repeats, variant_tables().split("\n\n"))
-    parts = [
-        "Ten digits, test split. `MNIST`: three classifiers (mean ± standard deviation over them); all other variants: "
-        "one classifier. The row `MNIST` without a method is mimu, whose kappa is chosen on the training split.",
-        scores,
-        "The representation. IDI of it and of the layer before it: 1 as in the original, 0 as after retraining. Recall "
-        "of the linear probe and of prototypes, less the same in the retrained classifier, percentage points. Steps of "
-        "relearning from 1, 10 and 100 samples of every class, at most 60.",
-        representations,
-        f"{typed}.",
-    ]
-    return "\n\n".join(parts)
+    tables = map(without_repeats, variant_tables().split("\n\n"))
+    table = by_method(columns_of(joined(*tables), ON_PERCEPTRONS), LEFT_OUT["erasure"])
+    return f"{table}\n\n{typed}."
+
+
+def erasure_networks() -> str:
+    """Measures the same on networks that are no perceptrons."""
+    typed = run(f"{TWO_PROCESSES} --config configs/erasure_networks.yaml")
+    tables = variant_tables().split("\n\n")
+    return f"{by_method(columns_of(joined(*tables), ON_NETWORKS), LEFT_OUT['erasure_networks'])}\n\n{typed}."
 
 
 def without_repeats(table: str) -> str:
@@ -306,7 +400,7 @@ def draw_few(table: str) -> None:
     figure.savefig(DOCS / "few.png", dpi=150)
 
 
-VARIANTS = ("full_model", "ablation", "transfer", "transfer_fashion", "erasure_networks", "cnn", "vit")  # configs
+VARIANTS = ("full_model", "ablation", "transfer", "transfer_fashion", "cnn", "vit")  # configs
 OWN = ("own_layers", "own_several", "choice", "own_networks", "own_kinds", "own_few", "own_training")
 SCRIPTS = {
     "bar": "docs/bar.py",
@@ -319,14 +413,15 @@ MEASUREMENTS: dict[str, Callable[[], str | None]] = {  # in their order: all lat
     "pretrain": pretrained,
     "default": default,
     "benchmark": benchmark,
-    "two_processes": two_processes,
     "headline": headline,
     "all_digits": all_digits,
     "published": published,
     "few": few,
     **{name: partial(variants, name) for name in VARIANTS},
     "baselines": baselines,
+    "methods": registered_methods,
     "erasure": erasure,
+    "erasure_networks": erasure_networks,
     "cifar10": cifar10,
     "coverage": coverage,
     **{name: partial(by_script, f"docs/own.py {name}") for name in OWN},
@@ -338,7 +433,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures blocks in their order, and returns the exit status: 1 if a command of one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("blocks", nargs="*", help=", ".join(MEASUREMENTS))
-    parser.add_argument("--list", action="store_true", help="print every block with its page and its commit")
     parsed = parser.parse_args(arguments)
     if unknown := sorted(set(parsed.blocks).difference(MEASUREMENTS)):
         parser.error(f"{unknown[0]} is no block: valid are {', '.join(MEASUREMENTS)}")
@@ -346,10 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, measure in MEASUREMENTS.items():
         if parsed.blocks and name not in parsed.blocks:
             continue
-        page, commit, *_ = block(name)
-        if parsed.list:
-            print(f"{name:16} {commit} {page.relative_to(ROOT)}")
-            continue
+        block(name)  # raises where its marks are missing, before hours of work
         print(f"measuring {name}", flush=True)
         try:
             content = measure()

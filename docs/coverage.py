@@ -214,6 +214,8 @@ def content(findings: dict[str, dict[str, Any]]) -> str:
         if each["failure"]:
             notes.append(f"- {name}: {each['failure']}")
         for reason in dict.fromkeys(each["unmaskable"].values()):
+            if reason == UNREACHED:  # the table counts these
+                continue
             weights = [weight for weight, its in each["unmaskable"].items() if its == reason]
             more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
             notes.append(f"- {name}: `{weights[0]}`{more}: {reason or 'another reason'}")

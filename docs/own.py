@@ -1,7 +1,7 @@
-"""Measures `unlearn` on classifiers that no setting was chosen on, for docs/own.md, docs/networks.md and the README.
+"""Measures `unlearn` on classifiers that no setting was chosen on, for several pages and the README.
 
-`uv run docs/own.py` measures all tables, in half an hour; with names, as in `uv run docs/own.py choice`, it measures
-these. Fashion-MNIST must be in datasets/FashionMNIST/raw/.
+`uv run docs/own.py` measures all tables, in half an hour. `uv run docs/own.py choice` measures the table of this name.
+Fashion-MNIST must be in datasets/FashionMNIST/raw/.
 """
 
 import copy
@@ -145,9 +145,9 @@ def requests_for_digits(model: nn.Module, train: Split, test: Split, **arguments
 
 
 def own_layers() -> Iterator[Row]:
-    """Masks every single layer, the last two, and all."""
+    """Masks every single layer, the last two, and all, of the default shape and of a deeper one with biases."""
     data = load_image_data("MNIST")
-    for shape in SHAPES:
+    for shape in ("784-128-64-10", "784-256-128-64-10 with biases"):
         model = train_perceptron(shape, data.train)
         count = len(model.names)
         last_two = [(count - 2, count - 1)] if count > 2 else []
@@ -159,25 +159,24 @@ def own_layers() -> Iterator[Row]:
 
 def own_several() -> Iterator[Row]:
     """Forgets classes together, and one after the other, beside a classifier retrained without all of them."""
-    data = load_image_data("MNIST")
-    for shape in (name for name in SHAPES if name.count("-") > 2):
-        original, retrained = train_perceptron(shape, data.train), {}
-        for classes in TOGETHER:
-            retained, key = without(classes, data.test.labels), frozenset(classes)
-            if key not in retrained:
-                model = train_perceptron(shape, data.train[without(classes, data.train.labels)])
-                retrained[key] = accuracy(is_correct(model, data.test), retained)
-            row = {"classifier": shape, "classes": " ".join(map(str, classes))}
-            for order in ("together", "in a row", "permanent"):
-                model = copy.deepcopy(original)
-                for step in [classes] if order == "together" else classes:
-                    mask, message = request(model, data.train, step)
-                    mask.apply(model, permanent=order == "permanent")
-                after = is_correct(model, data.test)
-                worst = max(accuracy(after, data.test.labels == label) for label in classes)
-                row[f"{order}: forget accuracy, worst, %"] = f"{worst:.2f}"
-                row[f"{order}: gap, points"] = f"{accuracy(after, retained) - retrained[key]:+.2f}{message}"
-            yield row
+    data, shape, retrained = load_image_data("MNIST"), "784-128-64-10", {}
+    original = train_perceptron(shape, data.train)
+    for classes in TOGETHER:
+        retained, key = without(classes, data.test.labels), frozenset(classes)
+        if key not in retrained:
+            model = train_perceptron(shape, data.train[without(classes, data.train.labels)])
+            retrained[key] = accuracy(is_correct(model, data.test), retained)
+        row = {"classes": " ".join(map(str, classes))}
+        for order in ("together", "in a row", "permanent"):
+            model = copy.deepcopy(original)
+            for step in [classes] if order == "together" else classes:
+                mask, message = request(model, data.train, step)
+                mask.apply(model, permanent=order == "permanent")
+            after = is_correct(model, data.test)
+            worst = max(accuracy(after, data.test.labels == label) for label in classes)
+            row[f"{order}: forget accuracy, worst, %"] = f"{worst:.2f}"
+            row[f"{order}: gap, points"] = f"{accuracy(after, retained) - retrained[key]:+.2f}{message}"
+        yield row
 
 
 class Convolutional(nn.Module):
@@ -236,10 +235,9 @@ def own_networks() -> Iterator[Row]:
             else:
                 model = Convolutional()
                 model, scored = fit(model, model, train, 2), test
-            for mask_layer, bounds in (("auto", {}), ("auto, no max_class_fall", {"max_class_fall": None})):
-                row = requests_for_digits(model, few, scored, **bounds)
-                del row["worst retained class, points"], row["weights zeroed"]
-                yield {"data set": dataset, "network": network, "mask_layer": mask_layer} | row
+            row = requests_for_digits(model, few, scored)
+            del row["worst retained class, points"], row["weights zeroed"]
+            yield {"data set": dataset, "network": network} | row
 
 
 def transformer() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Measures the cost of a request as the network grows: `uv run docs/scale.py` writes docs/scale.md.
+"""Measures the cost of a request as the network grows: `uv run docs/scale.py` writes to docs/performance.md.
 
 With a network, its image size, the number of classes, the samples of each and a request, as in
 `uv run docs/scale.py resnet18 32 10 25 mask`, it measures that request in this process.
@@ -174,17 +174,15 @@ def imagenet() -> None:
 
 
 def main() -> None:
-    parts = [COLUMNS]
+    rows = []
     for request, cases in REQUESTS.items():
-        rows = []
         for case in cases:
             command = [sys.executable, __file__, *map(str, case), request]
             costs = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-            rows.append([*case, *(f"{value:.3g}" for value in costs.values())])
-            print(*case, request, costs, flush=True)
-        table = markdown_table(["network", "size", "classes", "samples of each", *costs], rows)
-        parts.append(f"`{request}`:\n\n{table}")
-    write_block("scale", "\n\n".join(parts))
+            rows.append([request, *case, *(f"{value:.3g}" for value in costs.values())])
+            print(request, *case, costs, flush=True)
+    header = ["request", "network", "size", "classes", "samples of each", *costs]
+    write_block("scale", f"{COLUMNS}\n\n{markdown_table(header, rows, texts=2)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Runs the membership attack by shadow models, U-LiRA, against every method, for docs/shadow.md.
 
-`uv run docs/shadow.py` writes docs/shadow.md. With overrides of the config, as of sweep.forget_digits, it prints the
-table and writes nothing.
+`uv run docs/shadow.py` writes its table to docs/shadow.md. With overrides of the config, as of sweep.forget_digits, it
+prints the table and writes nothing.
 """
 
 import sys

@@ -1,7 +1,6 @@
 """The arguments of main.py, and the exit status and the line with which a run ends."""
 
 import argparse
-import os
 import signal
 import sys
 import traceback
@@ -24,7 +23,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     about = "a YAML file with what it changes of configs/config.yaml, where every setting is explained"
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "config.yaml", metavar="PATH", help=about)
     flag = partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
-    flag("--plot-only", help="draw the reports again from the metrics of a run of the same config, and stop")
     flag("--dry-run", help="list the files that exist and those that a run would make, and stop")
     flag("--pretrain", help="train the GCN in mimu/ on the classifiers of all variants, and stop")
     flag("--fresh", help="first remove the files of earlier runs of the same config")
@@ -68,12 +66,8 @@ def run_command(
         start(parsed)
         sys.stdout.flush()
         return 0
-    except BrokenPipeError:  # `main.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (KeyboardInterrupt, Exception) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends one after a Ctrl-C
-        signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))  # a second Ctrl-C: nothing to say
         status, line, note = describe(error, parsed)
     with suppress(OSError):  # the terminal is closed
         print(line, file=sys.stderr)

@@ -65,7 +65,7 @@ class Config:
 
     seed: Seed
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]
-    threads: Annotated[int, Bounds(ge=1, le=1024)] | None
+    threads: Annotated[int, Bounds(ge=1, le=1024)]
     dataset: str
     samples: Count | None
     held_out: Annotated[int, Bounds(ge=0)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mimu.errors import InputError, one_line
+from mimu.errors import InputError, in_one_line
 from mimu.seeds import seeded
 from mimu.wrapping import logits_of
 
@@ -72,7 +72,7 @@ def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, It
 
     def batches() -> Iterator[Batch]:
         first, count = None, 0
-        try:
+        with in_one_line(InputError, f"{EXPECTED}, not {type(inputs).__name__}"):
             # A bar is shown on a terminal, if the batches take more than a second.
             for batch in tqdm(source, "samples", unit=" batches", delay=1, leave=False, disable=not progress or None):
                 tensors, labels = arguments_of(batch)
@@ -86,10 +86,6 @@ def batches_of(inputs: Any, labels: Any, progress: bool = True) -> tuple[int, It
                 yield Batch(images, labels, form)
             if not count:
                 raise InputError("inputs must be samples, not an empty DataLoader")
-        except InputError:
-            raise
-        except Exception as error:  # a user's data set may raise anything
-            raise InputError(f"{EXPECTED}, not {type(inputs).__name__} ({one_line(error)})") from error
 
     return num_samples, batches()
 
@@ -141,7 +137,7 @@ def take_images(model: nn.Module, form: Form) -> None:
         floats = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
         arguments = {}
         for (name, (shape, dtype)), part in zip(form.items(), images.split(sizes, 1)):
-            arguments[name] = part.reshape(-1, *shape).to(floats if dtype.is_floating_point else dtype)
+            arguments[name] = part.reshape((-1, *shape)).to(floats if dtype.is_floating_point else dtype)
         return logits_of(forward(*arguments.values()) if 0 in form else forward(**arguments))
 
     model.forward = logits  # a module around it would change the names of its weights
@@ -162,15 +158,12 @@ def with_own_generator(loader: DataLoader) -> DataLoader:
 
 def tensor_of(value: Any, name: str) -> Tensor:
     """Turns a value into a tensor. Raises InputError, with the name of the value, where that is impossible."""
-    try:
+    with in_one_line(InputError, f"{name} must be a tensor, an array or a list, not {type(value).__name__}"):
         if isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value):
             value = torch.stack(list(value))
         if not isinstance(value, Tensor):
             array = np.array(value)  # by NumPy, so that numbers do not take the default type of PyTorch
             value = torch.as_tensor(array.astype(array.dtype.newbyteorder("=")))
-    except Exception as error:  # any value may come here
-        has = f"{type(value).__name__} ({one_line(error)})"
-        raise InputError(f"{name} must be a tensor, an array or a list, not {has}") from None
     if value.is_nested or value.is_complex() or value.layout != torch.strided:
         raise InputError(f"{name} must be real numbers in a dense tensor, not {value.dtype}, {value.layout}")
     return value.detach().clone() if value.is_inference() else value.detach()

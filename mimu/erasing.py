@@ -179,8 +179,8 @@ def erase_classes(
             if (after <= target + TOLERANCE).all():
                 break
     mask, least = min(edits, key=lambda each: each[1].sum().item())
-    values = zip(before.tolist(), least.tolist(), target.tolist(), counts)
-    return mask, {label: RecoveredInformation(*each) for label, each in zip(forget, values)}
+    recovered = map(RecoveredInformation, before.tolist(), least.tolist(), target.tolist(), counts)
+    return mask, dict(zip(forget, recovered))
 
 
 class Edit:

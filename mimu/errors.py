@@ -1,6 +1,7 @@
 """Errors that name the thing, its value and what would be valid, in one line."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -24,6 +25,17 @@ def named(classes: Sequence[int]) -> str:
 def one_line(error: BaseException) -> str:
     """Returns the message of an error without line breaks, `shortened`."""
     return shortened(" ".join(str(error).split())) or type(error).__name__
+
+
+@contextmanager
+def in_one_line(kind: type[ValueError], message: str) -> Iterator[None]:
+    """Turns any error but an InputError into one of this kind, whose message is one line and ends with the cause."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise kind(f"{message} ({one_line(error)})") from error
 
 
 class TrainingError(InputError):

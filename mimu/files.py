@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mimu.errors import ArtifactError, one_line
+from mimu.errors import ArtifactError, in_one_line
 
 PARTIAL = ".mimu-partial"  # how files end that are not whole yet
 CHECKSUM_SIZE = 64
@@ -20,8 +20,6 @@ CHECKSUM_SIZE = 64
 def naming(path: Path, what: str = "written") -> Iterator[None]:
     """Turns an OSError into an ArtifactError that names the file and says what cannot be done with it."""
     try:
-        if what == "read" and path.is_fifo():
-            raise OSError("it is a pipe")  # which would be waited for
         yield
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be {what} ({error.strerror or error})") from error
@@ -79,7 +77,7 @@ def load(path: Path) -> dict[str, Any]:
     """Reads what `save` has written. No code of the file is run. Raises ArtifactError where a byte of it is another."""
     with naming(path, "read"):
         content = path.read_bytes()
-    try:
+    with in_one_line(ArtifactError, f"{path}: is damaged or something else"):
         if path.suffix == ".json":
             loaded = json.loads(content)
             if loaded.pop("checksum", None) != digest(loaded):
@@ -93,5 +91,3 @@ def load(path: Path) -> dict[str, Any]:
         if not isinstance(loaded, dict):
             raise ValueError(f"it holds a {type(loaded).__name__}")
         return loaded
-    except Exception as error:  # any byte may be wrong, and what that raises is anything
-        raise ArtifactError(f"{path}: is damaged or something else ({one_line(error)})") from None

@@ -113,18 +113,16 @@ class HookedClassifier(Wrapper):
             weights: replace the network's own, by name; gradients then reach these and no parameter
         """
         trace = self.trace
-        replaced = {trace.layers[name].node: weight for name, weight in weights.items()}
+        replaced = {trace.layers[name].node for name in weights}
 
         def compute(node: fx.Node, arguments: tuple, keywords: dict) -> Any:
-            if node not in replaced:
+            if node not in replaced or name_of(node) != "linear" or arguments[0].ndim != 2:
                 return call(node, arguments, keywords)
-            x, _, *parameters = arguments
-            if name_of(node) == "linear" and x.ndim == 2:
-                z = (x @ replaced[node][None].mT)[0]  # rounds as one of a batch of products does
-                return z + parameters[0] if parameters and parameters[0] is not None else z
-            return node.target(x, replaced[node], *parameters)
+            x, weight, *bias = arguments
+            z = (x @ weight[None].mT)[0]  # rounds as one of a batch of products does
+            return z if bias in ([], [None]) else z + bias[0]
 
-        values = trace.run(self.network, images, compute, [trace.representation], is_constant=bool(replaced))
+        values = trace.run(self.network, images, compute, [trace.representation], weights=weights or None)
         return values[trace.representation], self._merged(values[trace.output])
 
     def _values(self, node: fx.Node, images: Tensor) -> Iterator[Tensor]:
@@ -175,7 +173,7 @@ class HookedClassifier(Wrapper):
         labels: Tensor,
         layers: Sequence[int],
         excluded: Sequence[int] = (),
-        weights: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] = {},
     ) -> Record:
         """Records what layers do on a batch, by a forward pass and a backward one as far as the layers.
 
@@ -186,13 +184,10 @@ class HookedClassifier(Wrapper):
         """
         trace = self.trace
         recorded = [self.layers[index] for index in layers]
-        replaced = {trace.layers[name].node: weight for name, weight in (weights or {}).items()}
         calls = {layer.node for layer in recorded}
         inputs: dict[fx.Node, Tensor] = {}
 
         def compute(node: fx.Node, arguments: tuple, keywords: dict) -> Any:
-            if node in replaced:
-                arguments = (arguments[0], replaced[node], *arguments[2:])
             value = call(node, arguments, keywords)
             if node in calls:
                 inputs[node] = arguments[0].detach()
@@ -201,7 +196,7 @@ class HookedClassifier(Wrapper):
             return value
 
         watched = [*calls, *(layer.activation for layer in recorded)]
-        values = trace.run(self.network, images.detach(), compute, watched, is_constant=True)
+        values = trace.run(self.network, images.detach(), compute, watched, weights=weights)
         odds = log_odds(self._merged(values[trace.output]), labels, excluded)
         gradients = torch.autograd.grad(odds.sum(), [values[layer.node] for layer in recorded], materialize_grads=True)
         records = []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mimu.batches import Batch, batches_of, check_finite_rows, joined, sketch, take_images, tensor_of
 from mimu.erasing import late_layers
-from mimu.errors import InputError, one_line, shortened
+from mimu.errors import InputError, in_one_line, one_line, shortened
 from mimu.hooked import HookedClassifier
 from mimu.masks import Mask
 from mimu.wrapping import logits_of, unwrapped
@@ -100,10 +100,8 @@ def check_model(model: nn.Module) -> None:
     if not any(weight.ndim > 1 for weight in unwrapped(model).parameters()):
         raise InputError(f"model must have weights to mask, as linear layers do: {type(model).__name__} has none")
     for name, value in model.named_parameters():
-        if nn.parameter.is_lazy(value) or value.is_meta:
-            raise InputError(f"model: {name} has no numbers yet (lazy, or on the device meta)")
-        if not value.detach().isfinite().all():
-            raise InputError(f"model: {name} has numbers that are not finite")
+        if nn.parameter.is_lazy(value) or value.is_meta or not value.detach().isfinite().all():
+            raise InputError(f"model: {name} has numbers that are not finite, or none yet (lazy, on the device meta)")
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -112,11 +110,9 @@ def copy_of(model: nn.Module) -> nn.Module:
     # PyTorch does not copy tensors that are computed from parameters, as torch.nn.utils.prune computes them.
     attributes = chain.from_iterable(vars(module).values() for module in model.modules())
     computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
-    try:
+    with in_one_line(InputError, "model: cannot be copied"):
         copied = copy.deepcopy(model, {id(each): each.detach().clone() for each in computed})
         copied.eval()
-    except Exception as error:  # a user's model may raise anything
-        raise InputError(f"model: cannot be copied ({one_line(error)})") from error
     for module in copied.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)  # on CPUs convolutions and pooling take half of the time
@@ -165,7 +161,7 @@ def exported(model: nn.Module, example: Tensor, logits: Tensor) -> HookedClassif
     example: some inputs; logits: what the model returned for them
     Raises InputError where torch.export cannot take it, it gives other logits in float32, or nothing can be masked.
     """
-    try:
+    with in_one_line(InputError, "model: cannot be masked"):
         classifier = HookedClassifier(model.float(), example)
         if not classifier.names:
             raise ValueError("no linear operation or convolution reads a parameter of its own once")
@@ -174,9 +170,7 @@ def exported(model: nn.Module, example: Tensor, logits: Tensor) -> HookedClassif
         classifier.record(example[[0, -1]], torch.zeros(2, dtype=torch.int64, device=example.device), [last])
         rtol, atol = (1e-3, 1e-4) if logits.dtype in (torch.float32, torch.float64) else (5e-2, 5e-2)
         if not torch.allclose(classifier.outputs(example)[1], logits.float(), rtol, atol):
-            raise ValueError("gives other logits in float32")
-    except Exception as error:  # a user's model may raise anything
-        raise InputError(f"model: {one_line(error)}") from error
+            raise ValueError("it gives other logits in float32")
     return classifier
 
 

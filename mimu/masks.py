@@ -1,7 +1,7 @@
 """Masks: the weights of a classifier that are zeroed and the directions that are removed, apart from any classifier."""
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mimu.errors import ArtifactError, one_line
+from mimu.errors import ArtifactError, in_one_line, shortened
 from mimu.files import load, save
 from mimu.wrapping import COLLECTIONS, unwrapped
 
@@ -73,15 +73,13 @@ class LayerMask(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError where a part has the wrong type, shape or values."""
-        if not all(isinstance(part, Tensor) and part.is_floating_point() for part in self):
-            raise ValueError("a mask must have tensors of floating-point numbers alone")
-        if not 1 <= self.keep.ndim <= 5 or not self.keep.numel() or not ((self.keep == 0) | (self.keep == 1)).all():
-            raise ValueError("a mask must have vectors and matrices of 0 and 1 alone")
+        if not all(isinstance(part, Tensor) and part.is_floating_point() and part.isfinite().all() for part in self):
+            raise ValueError("a mask must have tensors of finite floating-point numbers alone")
         m, n = self.keep.reshape(len(self.keep), -1).shape
-        shapes, ranks = [tuple(self.u.shape), tuple(self.v.shape)], self.u.shape[1:]
-        is_finite = self.u.isfinite().all() and self.v.isfinite().all()
-        if shapes != [(m, *ranks), (n, *ranks)] or len(ranks) != 1 or not is_finite:
-            raise ValueError(f"edits must be pairs of matrices (m, rank), (n, rank) of finite numbers, not {shapes}")
+        rank = self.u.shape[-1]
+        has_shapes = self.u.shape == (m, rank) and self.v.shape == (n, rank)
+        if not has_shapes or not ((self.keep == 0) | (self.keep == 1)).all():
+            raise ValueError("a mask must have 0 and 1 in the weight's shape, and matrices (m, rank) and (n, rank)")
 
 
 class WeightMask(nn.Module):
@@ -93,18 +91,16 @@ class WeightMask(nn.Module):
         order: The names of the owner's parameters, in the order that they had without the mask.
     """
 
-    BUFFERS = ("keep", "left", "right")  # the parts of the mask, as the state dicts of masked models name them
-
     def __init__(self, mask: LayerMask, forgets: tuple[int, ...], order: list[str]) -> None:
         super().__init__()
-        for name, part in zip(self.BUFFERS, mask):
-            self.register_buffer(name, part.clone() if part.is_inference() else part)
+        # State dicts of masked models have these names.
+        self.keep, self.left, self.right = (nn.Buffer(part.clone() if part.is_inference() else part) for part in mask)
         self.forgets, self.order = forgets, order
 
     @property
     def mask(self) -> LayerMask:
         """The mask, on the device of the weight."""
-        return LayerMask._make(getattr(self, name) for name in self.BUFFERS)
+        return LayerMask(self.keep, self.left, self.right)
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.mask.applied(weight)
@@ -152,7 +148,7 @@ class Mask:
 
     Args:
         by_layer: A mask for every layer, by the name of its weight as `named_parameters` of a model without masks
-            gives it ("3.weight", "blocks.0.attn.in_proj_weight"). Old files have indices instead (`names_in`).
+            gives it ("3.weight", "blocks.0.attn.in_proj_weight").
         forgets: The classes that the mask was made to forget.
         origins: Some numbers of all weights of the model that the mask was made on (`Weight.sample`), by name.
         about: A description of how the mask was made.
@@ -169,11 +165,8 @@ class Mask:
     method: str = ""
 
     def __post_init__(self) -> None:
-        layers, classes = list(self.by_layer), list(self.forgets)
-        kinds = set(map(type, layers))
-        numbers = classes if kinds == {str} else layers + classes
-        if len(kinds) != 1 or not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
-            values = f"layers {layers}, classes {classes}"[:200]
+        if {*map(type, self.by_layer)} != {str} or not {*map(type, self.forgets)} <= {int}:
+            values = shortened(f"layers {list(self.by_layer)}, classes {list(self.forgets)}")
             raise ValueError(f"a mask must have layers by the names of their weights, classes by labels, not {values}")
         for mask in self.by_layer.values():
             mask.check()
@@ -252,13 +245,17 @@ class Mask:
     def matched(self, model: nn.Module) -> tuple["Mask", dict[str, Weight]]:
         """Returns the mask by the names of a model's weights and in their order, and all weights of the model.
 
+        A mask of a module around the model has one prefix before all names, such as "model.", which is left out.
+
         Raises:
             ValueError: A weight does not exist, has another shape, belongs to several modules, or cannot be masked.
         """
         weights = weights_in(model)
-        names = self.names_in(model, weights)
-        parts = {names.get(layer, layer): part for layer, part in self.by_layer.items()}
-        origins = {names.get(layer, layer): origin for layer, origin in self.origins.items()}
+        path = next(iter(self.by_layer)).split(".")
+        prefixes = ["".join(f"{part}." for part in path[:depth]) for depth in range(len(path))]
+        prefix = next((each for each in prefixes if self.by_layer.keys() <= {each + name for name in weights}), "")
+        parts = {layer.removeprefix(prefix): part for layer, part in self.by_layer.items()}
+        origins = {layer.removeprefix(prefix): origin for layer, origin in self.origins.items()}
         for name, part in parts.items():
             weight, shape = weights.get(name), tuple(part.keep.shape)
             if weight is None or isinstance(weight.owner, COLLECTIONS):
@@ -279,23 +276,6 @@ class Mask:
             if name in weights and not are_equal(origin, weights[name].sample()):
                 return name
         return None
-
-    def names_in(self, model: nn.Module, weights: Collection[str]) -> dict[int | str, str]:
-        """Returns names of a model's weights by other names that the mask may have for them.
-
-        Old files have indices, which count linear layers and 2-D convolutions. A mask of a module around the model has
-        one prefix before all names, such as "model.".
-        """
-        layers = self.by_layer.keys()
-        path = str(next(iter(layers))).split(".")
-        for depth in range(1, len(path)) if layers.isdisjoint(weights) else ():
-            inner = {".".join([*path[:depth], name]): name for name in weights}
-            if layers <= inner.keys():
-                return inner
-        modules = dict(unwrapped(model).named_modules())
-        layers = [path for path, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)]
-        indexed = [f"{path}.weight" for path in layers if getattr(modules[path], "groups", 1) == 1]
-        return {index: name.lstrip(".") for index, name in enumerate(indexed)}
 
     def apply(self, model: nn.Module, permanent: bool = False, other_weights: bool = False) -> None:
         """Masks all layers or, where an error is raised, none. A mask that the model carries is replaced.
@@ -391,15 +371,12 @@ class Mask:
     def load(path: Path | str) -> "Mask":
         """Reads a mask from a file. Raises ArtifactError where the file is not a mask."""
         saved = load(Path(path))
-        try:
-            parts = zip(saved["keep"], saved["edits"], strict=True)
-            masks = [LayerMask(keep.float(), u, v) for keep, (u, v) in parts]
-            made_on = saved.get("made_on", {}).items()  # which old files lack
-            origins = {layer: weights.float().view(SAMPLE_SIZE) for layer, (_, weights) in made_on}
-            by_layer = dict(zip(saved["layers"], masks, strict=True))
-            return Mask(by_layer, tuple(saved["forgets"]), origins, saved.get("about", ""), saved.get("method", ""))
-        except Exception as error:  # anything may stand in the file
-            raise ArtifactError(f"{path}: is not a mask ({one_line(error)})") from None
+        with in_one_line(ArtifactError, f"{path}: is not a mask"):
+            by_layer = {}
+            for layer, keep, (u, v) in zip(saved["layers"], saved["keep"], saved["edits"], strict=True):
+                by_layer[layer] = LayerMask(keep.float(), u, v)
+            origins = {layer: weights.float().view(SAMPLE_SIZE) for layer, (_, weights) in saved["made_on"].items()}
+            return Mask(by_layer, tuple(saved["forgets"]), origins, saved["about"], saved.get("method", ""))
 
 
 def are_equal(one: Tensor, other: Tensor) -> bool:

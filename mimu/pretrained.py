@@ -3,13 +3,13 @@
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from mimu.errors import ArtifactError, InputError, one_line
+from mimu.errors import ArtifactError, InputError, in_one_line
 from mimu.files import load
 from mimu.graph import MaskingGCN
 from mimu.pruning import PruningConfig
@@ -33,21 +33,17 @@ class TrainedGCN:
     def load(path: Path | str = PRETRAINED) -> "TrainedGCN":
         """Reads a checkpoint: one that a run wrote to `checkpoints/`, or the pretrained one.
 
-        A setting that is newer than the checkpoint has its default. Raises ArtifactError.
+        Raises ArtifactError.
         """
         checkpoint = load(Path(path))
-        try:
+        with in_one_line(ArtifactError, f"{path}: is not the checkpoint of a masking GCN"):
             config = checkpoint["config"]
             graphs = section(GraphConfig, config["graphs"])
             pruning = section(PruningConfig, {"tolerance": None} | config["eval"])
             sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
             gcn = MaskingGCN(graphs.num_features, **sizes, device="meta")  # without drawing weights
             gcn.load_state_dict(checkpoint["state_dict"], assign=True)
-            if not is_finite(gcn):
-                raise ValueError("a weight is not a finite number")
             return TrainedGCN(gcn, graphs, pruning)
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path}: is not the checkpoint of a masking GCN ({one_line(error)})") from None
 
     @staticmethod
     def of(gcn: "MaskingGCN | TrainedGCN | None", device: torch.device) -> "TrainedGCN":
@@ -76,6 +72,5 @@ class TrainedGCN:
 
 
 def section(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """Makes a dataclass of the values that have the names of its fields; a field with a default may be missing."""
-    names = [field.name for field in fields(kind) if field.name in values or field.default is MISSING]
-    return kind(**{name: values[name] for name in names})
+    """Makes a dataclass of the values that have the names of its fields."""
+    return kind(**{field.name: values[field.name] for field in fields(kind)})

@@ -30,7 +30,7 @@ LEAST_SHARE = 1 / 16  # if layers compete, each offers at least this share of on
 COUNTED_AT_ONCE = 100  # samples of the forget class after which counting may stop
 UNNOTICED = 1e-3  # nats that the retained classes may lose at no cost where layers compete
 CONFIDENCE = 0.95  # one-sided, of what samples show
-STEPS_AT_ONCE = 2  # whose weights are zeroed in one step where the class is forgotten already
+STEPS_PER_SNAPSHOT = 6  # at least, once the class is forgotten: the scores then change slowly
 PRIOR_SAMPLES = 4  # weight of the variance of all samples then, in samples
 
 # From the number of a step and the vertices zeroed before it to the scores of all weights, (vertices).
@@ -43,8 +43,8 @@ class PruningConfig:
 
     step: weights zeroed in a step, a number or a share of the masked ones; if layers compete, one layer's share of it.
         None: they are scored only once
-    snapshot_every: steps from one snapshot to the next, first-order updates between; None: a single snapshot.
-        Snapshots whose records are too large to keep are taken in every step
+    snapshot_every: steps from one snapshot to the next until the class is forgotten, first-order updates between;
+        None: a single snapshot. Snapshots whose records are too large to keep are taken in every step
     momentum: of the running mean of the scores over the steps
     group_size: samples of every class in a snapshot
     retain_weight: weight of the damage to the retained classes in the score
@@ -120,7 +120,7 @@ def prune(
         gcn: rescales the scores of the formula; None: the formula as it is
         ranking: scores the weights in place of snapshots and the formula
         zeroed: the vertices that are zeroed to begin with
-        counter: tells when the class is forgotten; steps are then larger; None: all steps are alike
+        counter: tells when the class is forgotten; snapshots are then rarer; None: all steps are alike
 
     Raises:
         InputError: if a score is not finite
@@ -137,8 +137,10 @@ def prune(
         elif ranking is not None:
             scores = ranking(step, zeroed)
         else:
-            is_due = config.snapshot_every is not None and step % config.snapshot_every == 0
-            if snapshot is not None and snapshot.records[0] and not is_due:
+            every = config.snapshot_every
+            if every is not None and num_needed:
+                every = max(every, STEPS_PER_SNAPSHOT)
+            if snapshot is not None and snapshot.records[0] and (every is None or step % every > 0):
                 snapshot = snapshot.first_order_update(newest)
             else:
                 snapshot = None  # two snapshots at a time could take too much memory
@@ -150,8 +152,7 @@ def prune(
             scores = saliency(snapshot, penalty * config.retain_weight, gcn)
         standardised = in_standard_deviations(scores)
         running_mean = standardised if step == 0 else torch.lerp(standardised, running_mean, config.momentum)
-        steps_at_once = STEPS_AT_ONCE if num_needed else 1
-        newest = next_vertices(graphs, class_index, config, running_mean, zeroed, steps_at_once)
+        newest = next_vertices(graphs, class_index, config, running_mean, zeroed)
         zeroed = torch.cat([zeroed, newest])
         if counter is not None and not num_needed and counter.is_forgotten(zeroed[:max_kappa]):
             num_needed = len(zeroed[:max_kappa])
@@ -184,14 +185,14 @@ def in_standard_deviations(scores: Tensor) -> Tensor:
 
 
 def next_vertices(
-    graphs: ActivationGraphs, class_index: int, config: PruningConfig, scores: Tensor, zeroed: Tensor, at_once: int
+    graphs: ActivationGraphs, class_index: int, config: PruningConfig, scores: Tensor, zeroed: Tensor
 ) -> Tensor:
-    """Chooses the vertices of `at_once` steps: those of highest scores; if layers compete, within the best layer."""
+    """Chooses the vertices of one step: those of the highest scores; if layers compete, within the best layer."""
     num_vertices = graphs.graph.num_vertices
     if config.step is None:  # fine enough to find the smallest kappa that forgets
         count = max(1, number_of_weights(config.max_kappa, num_vertices) // 100)
     else:
-        count = at_once * number_of_weights(config.step, num_vertices)
+        count = number_of_weights(config.step, num_vertices)
     if graphs.config.scope == "measured" and len(graphs.graph.layers) > 1:
         return best_of_one_layer(graphs, class_index, config.group_size, count, scores, zeroed)
     return ranked(scores, zeroed, count)

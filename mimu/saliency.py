@@ -43,8 +43,9 @@ def retention_curvature(layer: LayerRecord, record: Record, factor: Tensor) -> T
 
 # From the record of a layer, that of all layers, and the share of every sample (samples) to a mean over the samples.
 Mean = Callable[[LayerRecord, Record, Tensor], Tensor]
+RETENTION_MEANS: set[Mean] = {retention_gradient, retention_curvature}
 # These means depend on the log-odds; a first-order update leaves all other ones as they are.
-MEANS_OF_LOG_ODDS: tuple[Mean, ...] = (loss_gradient, forgetting_gradient, retention_gradient, retention_curvature)
+MEANS_OF_LOG_ODDS: set[Mean] = RETENTION_MEANS | {loss_gradient, forgetting_gradient}
 
 
 class Feature(NamedTuple):
@@ -109,16 +110,16 @@ class GraphConfig:
 Sums = list[dict[Mean, Tensor]]  # of every masked layer: weighted sums over samples, which are means
 
 
-def sums_over(records: Iterable[Record], *shares: Mapping[Mean, Tensor]) -> list[Sums]:
-    """Sums over samples, whose records come part by part; `shares` are those of every sample (samples), by the mean."""
-    all_sums: list[Sums] = [[] for _ in shares]
+def sums_over(records: Iterable[Record], all_shares: Sequence[Mapping[Mean, Tensor]]) -> list[Sums]:
+    """Sums over samples, whose records come part by part, by the shares of every sample (samples) in each mean."""
+    all_sums: list[Sums] = [[] for _ in all_shares]
     start = 0
     for record in records:
         part = slice(start, start := start + len(record.log_odds))
-        for sums, share_by_mean in zip(all_sums, shares):
+        for sums, shares in zip(all_sums, all_shares):
             sums.extend({} for _ in record.layers[len(sums) :])
             for by_mean, layer in zip(sums, record.layers):
-                for mean, share in share_by_mean.items():
+                for mean, share in shares.items():
                     value = mean(layer, record, share[part])
                     by_mean[mean] = by_mean[mean].add_(value) if mean in by_mean else value
     return all_sums
@@ -149,35 +150,28 @@ class Snapshot:
     others: Sums = field(default_factory=list)
     retained: Sums = field(default_factory=list)
 
-    def averaged(self, records: Iterable[Iterable[Record]], are_updated: bool = False) -> "Snapshot":
+    def averaged(self, records: Sequence[Iterable[Record]], are_updated: bool = False) -> "Snapshot":
         """Returns the snapshot with means over the samples of these records, of the class and of the others.
 
         are_updated: only the means that depend on the log-odds are computed; all others stay
         """
         own, others = self.log_odds
         damage = (F.softplus(-others).mean(1, keepdim=True) + 0.02).sqrt()
-        own_share, other_share, retained_share = (
-            torch.zeros_like(places, dtype=own.dtype).index_add(0, places, share.flatten())
-            for places, share in (
-                (self.places[0], torch.full_like(own, 1 / len(own))),
-                (self.places[1], torch.full_like(others, 1 / max(1, others.numel()))),
-                (self.places[1], (damage / damage.sum() / others.shape[1]).expand_as(others)),
-            )
-        )
-        means = {FEATURES[name].mean for name in self.features} - {None}
-        shares = [
-            dict.fromkeys([forgetting_gradient, *means], own_share),
-            dict.fromkeys(means if self.config.other_classes else [], other_share),
-            dict.fromkeys([retention_gradient, retention_curvature] if len(others) else [], retained_share),
+        of_features = {FEATURES[name].mean for name in self.features} - {None}
+        of_others = of_features if self.config.other_classes else set()
+        wanted = [
+            (self.places[0], torch.full_like(own, 1 / len(own)), {forgetting_gradient} | of_features),
+            (self.places[1], torch.full_like(others, 1 / max(1, others.numel())), of_others),
+            (self.places[1], (damage / damage.sum() / others.shape[1]).expand_as(others), RETENTION_MEANS),
         ]
+        shares = []
+        for places, share, means in wanted:
+            share = torch.zeros_like(places, dtype=own.dtype).index_add(0, places, share.flatten())
+            shares.append(dict.fromkeys(means & MEANS_OF_LOG_ODDS if are_updated else means, share))
+        sums = sums_over(records[0], shares[:1]) + sums_over(records[1], shares[1:])
         if are_updated:
-            shares = [{mean: share for mean, share in each.items() if mean in MEANS_OF_LOG_ODDS} for each in shares]
-        of_own, of_others = records
-        sums = sums_over(of_own, shares[0]) + sums_over(of_others, shares[1], shares[2])
-        if are_updated:
-            sums = [
-                [old | new for old, new in zip(*each)] for each in zip((self.own, self.others, self.retained), sums)
-            ]
+            kept = self.own, self.others, self.retained
+            sums = [[old | new for old, new in zip(before, after)] for before, after in zip(kept, sums)]
         return replace(self, own=sums[0], others=sums[1], retained=sums[2])
 
     def feature(self, name: str, sums: Sums) -> Tensor:
@@ -210,18 +204,16 @@ class Snapshot:
         is_removed = vertices.new_zeros(self.graph.num_vertices).index_fill(0, vertices, 1)
         removed = [part.nonzero()[:, 0] for part in is_removed.split(self.graph.sizes)]
         records: tuple[list[Record], list[Record]] = ([], [])
-        for updated, kept in zip(records, self.records):
+        log_odds = []
+        for updated, kept, places, before in zip(records, self.records, self.places, self.log_odds):
             for record in kept:
-                log_odds = record.log_odds
+                odds = record.log_odds
                 for layer, weight, at in zip(record.layers, self.weights, removed):
-                    log_odds = log_odds - layer.log_odds_drop(weight, at)
-                updated.append(record._replace(log_odds=log_odds))
-        odds = [
-            torch.cat([record.log_odds for record in each])[places].view_as(now)
-            for each, places, now in zip(records, self.places, self.log_odds)
-        ]
+                    odds = odds - layer.log_odds_drop(weight, at)
+                updated.append(record._replace(log_odds=odds))
+            log_odds.append(torch.cat([record.log_odds for record in updated])[places].view_as(before))
         weights = [weight.flatten().index_fill(0, at, 0).view_as(weight) for weight, at in zip(self.weights, removed)]
-        updated = replace(self, weights=weights, log_odds=(odds[0], odds[1]), records=records)
+        updated = replace(self, weights=weights, log_odds=tuple(log_odds), records=records)
         return updated.averaged(records, are_updated=True)
 
 
@@ -317,13 +309,13 @@ class ActivationGraphs:
 
         rows, places = zip(*(group.flatten().unique(return_inverse=True) for group in groups))
         parts: list[Iterable[Record]] = [records(each, keep) for each, keep in zip(rows, kept)]
-        if not self._num_gradients:
-            parts = [[*each] for each in parts]
-            nothing = self.predictions.new_empty(0)
-            odds = [torch.cat([nothing, *(record.log_odds for record in each)]) for each in parts]
         if self._num_gradients:  # records may be too large to wait for the log-odds of all samples
             logits = [self.logits(self.cached_inputs[each], zeroed) for each in rows]
             odds = [log_odds(z, self.labels[each], excluded_classes) for z, each in zip(logits, rows)]
+        else:
+            parts = [[*each] for each in parts]
+            nothing = self.predictions.new_empty(0)
+            odds = [torch.cat([nothing, *(record.log_odds for record in each)]) for each in parts]
         matrices = zip(masked.values(), self.graph.groups)
         weights = [weight.unflatten(0, (groups, -1)).flatten(2) for weight, groups in matrices]
         own, others = (each[at].view(group.shape) for each, at, group in zip(odds, places, groups))

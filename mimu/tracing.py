@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mimu.errors import one_line
+from mimu.errors import in_one_line
 from mimu.layers import Layer
 from mimu.operations import CONVOLUTIONS, LAYERS, argument, exported, joined_neurons, name_of, output_activation
 from mimu.wrapping import COLLECTIONS, logits_of
@@ -42,7 +42,7 @@ class Trace:
         Raises:
             ValueError: if the network cannot be exported, or gives other logits than its operations
         """
-        try:
+        with in_one_line(ValueError, "torch.export cannot take it for any number of samples"):
             two, three = example[[0, -1]], example[[-1, 0, -1]]
             program = exported(network, two)
             signature = program.graph_signature
@@ -57,8 +57,6 @@ class Trace:
             self.sizes: dict[fx.Node, tuple[int, int]] = {}  # whole numbers for two samples, and the rise for one more
             self._schedule()
             self._measure(network, two, three)
-        except Exception as error:  # a user's own model may raise anything
-            raise ValueError(f"torch.export cannot take it for any number of samples ({one_line(error)})") from error
         self._schedule()
 
     def __deepcopy__(self, memo: dict) -> "Trace":
@@ -93,7 +91,7 @@ class Trace:
         compute: Compute | None = None,
         watched: Sequence[fx.Node] = (),
         end: fx.Node | None = None,
-        is_constant: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> dict[fx.Node, Any]:
         """Runs the operations and returns the values of the output and of the `watched` nodes.
 
@@ -101,15 +99,18 @@ class Trace:
             value: the input, one tensor for each of `input_nodes`
             compute: computes the value of an operation, by default by calling it
             end: the node to stop after
-            is_constant: whether weights are kept out of the autograd graph
+            weights: replace those of layers, by name; no gradient then reaches any other weight
         """
         inputs = [value] if isinstance(value, Tensor) else value
         values: dict[fx.Node, Any] = dict(zip(self.input_nodes, inputs))
+        values |= {self.layers[name].node.args[1]: weight for name, weight in (weights or {}).items()}
         keep = {self.output, end, *watched}
         for node in self.nodes:
-            if node in self.parameters:
+            if node in values:
+                pass
+            elif node in self.parameters:
                 weight = operator.attrgetter(self.parameters[node])(network)
-                values[node] = weight.detach() if is_constant else weight
+                values[node] = weight if weights is None else weight.detach()
             elif node in self.constants:
                 values[node] = self.constants[node].to(inputs[0].device)
             elif node in self.sizes:
@@ -117,7 +118,7 @@ class Trace:
                 values[node] = size + rise * (len(inputs[0]) - 2)
             elif node.op == "get_attr":
                 values[node] = operator.attrgetter(node.target)(self.module)  # such as the operations under no_grad
-            elif node not in values:
+            else:
                 arguments, keywords = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = (compute or call)(node, arguments, keywords)
             for spent in self._last_uses[node]:

@@ -26,7 +26,7 @@ ABOUT = {"does": "what it does", "touches": "what it may change", "needs": "data
 WORST_FORGET, WORST_GAP = (replace(column, name="worst") for column in WORST)
 SHARE = Column(("num_zeroed",), "weights zeroed, %", percent_of="num_graph_vertices")
 COLUMNS = (FORGET_SCORE, WORST_FORGET, RETAIN_GAP, WORST_GAP, SHARE, SECONDS)
-PROBE_GAP = replace(PROBE, name="probe recall against retrain, points", spec="+.1f", is_gap=True)
+PROBE_GAP = replace(PROBE, name="probe recall, gap to retraining, points", spec="+.1f", is_gap=True)
 
 
 def audit_columns(experiments: Experiments) -> tuple[Column, ...]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -134,10 +133,10 @@ def draw(metrics: Path, place: Path, config: ReporterConfig) -> None:
         metrics: The JSON of the experiment.
         place: The folder of the plots.
     """
-    paths = [place / f"{name}.{suffix}" for name, suffix in product(PLOTS, config.format)]
+    paths = {place / f"{name}.png": draw_plot for name, draw_plot in PLOTS.items()}
     oldest = min(path.stat().st_mtime_ns if path.is_file() else 0 for path in paths)
     if oldest < metrics.stat().st_mtime_ns:
         experiments = Experiments([metrics])
         heading = f"{title([experiments])}, kappa = {experiments.kappa}"
-        for name, draw_plot in PLOTS.items():
-            save_figure(draw_plot(experiments, heading), place / f"{name}.png", config)
+        for path, draw_plot in paths.items():
+            save_figure(draw_plot(experiments, heading), path, config)

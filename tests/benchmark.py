@@ -86,7 +86,7 @@ class PlainGCN(MaskingGCN):
 def default_gcn() -> MaskingGCN:
     """The GCN of the default run, with a read-out that is not 0 as before the training."""
     torch.manual_seed(0)
-    gcn = CONFIG.gcn.network(CONFIG.graphs.num_features)
+    gcn = MaskingGCN(CONFIG.graphs.num_features, CONFIG.gcn.hidden, CONFIG.gcn.rounds)
     nn.init.normal_(gcn.readout.weight, std=0.1)
     return gcn
 

@@ -27,7 +27,7 @@ from mimu.auditing import jensen_shannon, loss_attack
 from mimu.graph import WeightGraph
 from mimu.samples import Split, some_of_every_class
 from mimu.seeds import seeded
-from model import HookedMNISTClassifier, VisionTransformer, cnn, resnet
+from model import HookedMNISTClassifier, VisionTransformer
 from trainer import Trainer
 
 FORGET = 1
@@ -99,8 +99,9 @@ def test_predictions_are_logits_losses_and_the_inputs_of_every_layer_after_the_f
 def test_before_a_head_alone_stands_the_mean_of_what_the_last_layer_reads_of_tokens_or_pixels():
     split, inputs = Split(torch.randn(9, 16, generator=seeded(1)), torch.zeros(9, dtype=torch.long)), []
     tokens = VisionTransformer((1, 4, 4), 2, 4, 5, 2, 2, NUM_CLASSES).eval()
-    residual = resnet((1, 4, 4), [2, 3], 1, NUM_CLASSES).eval()
-    plain = cnn((1, 4, 4), [2, 3], [5, NUM_CLASSES], bias=True)
+    settings = {"channels": (2, 3), "bias": True}
+    residual = trainer_config((), 1, architecture="resnet", **settings).network((1, 4, 4), NUM_CLASSES).eval()
+    plain = trainer_config((5,), 1, architecture="cnn", **settings).network((1, 4, 4), NUM_CLASSES)
     for layer in (tokens.blocks[-1].linear2, residual[-4].conv2, plain[-3]):
         layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     predictions = [predictions_of(network, split) for network in (tokens, residual, plain)]

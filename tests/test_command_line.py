@@ -38,7 +38,7 @@ def test_start_gets_the_parsed_arguments_and_status_0_leaves_no_file(tmp_path):
     assert run_command(calls.append, [], tmp_path) == 0
     assert (calls[0].config, calls[0].overrides) == (Path("mine.yaml"), ["seed=1", "gcn.steps=3"]) and calls[0].fresh
     assert calls[1].config == PROJECT / "configs" / "config.yaml" and calls[1].overrides == []
-    assert not any(vars(calls[1])[name] for name in ("plot_only", "dry_run", "pretrain", "fresh"))
+    assert not any(vars(calls[1])[name] for name in ("dry_run", "pretrain", "fresh"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -90,15 +90,14 @@ def script(start: str, before: str = "") -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def stopped(command: list[str], *numbers: signal.Signals, **environment: str) -> tuple[int, str]:
-    """The status and the output of a process that gets a signal each time that it says that it is working."""
+def stopped(command: list[str], number: signal.Signals, **environment: str) -> tuple[int, str]:
+    """The status and the output of a process that gets a signal once it says that it is working."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | environment}
     process = subprocess.Popen(command, cwd=PROJECT, text=True, **pipes)
     try:
-        for number in numbers:
-            assert process.stdout.readline() == "working\n"
-            time.sleep(0.1)  # it waits by then
-            process.send_signal(number)
+        assert process.stdout.readline() == "working\n"
+        time.sleep(0.1)  # it waits by then
+        process.send_signal(number)
         _, line = process.communicate(timeout=20)
     finally:
         process.kill()
@@ -111,12 +110,6 @@ def test_a_stopped_run_says_how_to_resume(tmp_path, number, status):
     expected = STOPPED.replace("command", "command without --fresh")
     assert stopped(command, number) == (status, expected)
     assert expected in (tmp_path / "reports" / "run.log").read_text()
-
-
-def test_a_second_signal_ends_a_run_at_once_and_quietly(tmp_path):
-    work = "print('working', flush=True); time.sleep(60)"
-    slow = f"{HEEDING}\ndef note(log, message): {work}\nLog.note = note"
-    assert stopped([*script(work, slow), str(tmp_path)], signal.SIGINT, signal.SIGINT) == (130, STOPPED)
 
 
 def test_a_run_that_is_stopped_while_pytorch_is_imported_ends_in_one_line(tmp_path, capsys):
@@ -133,7 +126,7 @@ def test_an_output_that_nobody_reads_does_not_stop_a_run(tmp_path, into):
     command = f"{shlex.join([*printing, str(tmp_path)])} {into}"
     done = subprocess.run(command, shell=True, cwd=PROJECT, capture_output=True, text=True)
     assert len((tmp_path / "run.log").read_text().splitlines()) == 3000
-    assert done.stderr == ("error: a file: No space left on device\n" if "full" in into else "")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_terminal_that_cannot_show_a_sign_ends_nothing(tmp_path):
@@ -150,13 +143,13 @@ def test_a_terminal_that_cannot_show_a_sign_ends_nothing(tmp_path):
 def test_help_waits_for_no_library_and_shows_every_option():
     code = "import sys; sys.modules['torch'] = None; import experiment.command_line as line; line.parse_arguments()"
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=PROJECT, capture_output=True, text=True)
-    options = ("--config", "--plot-only", "--dry-run", "--fresh", "section.key=value")
+    options = ("--config", "--dry-run", "--fresh", "section.key=value")
     assert done.returncode == 0 and all(option in done.stdout for option in options), done.stderr
     _, _, example = done.stdout.partition("for example:")
     assert "[" in example and "[" not in re.sub("'[^']*'", "", example), "zsh reads brackets that are not quoted"
 
 
-@pytest.mark.parametrize("options", [("--plot-only", "--fresh"), ("--dry-run", "--fresh"), ("--fast",)])
+@pytest.mark.parametrize("options", [("--pretrain", "--fresh"), ("--dry-run", "--fresh"), ("--fast",)])
 def test_wrong_options_are_refused(options, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_arguments(options)

@@ -55,13 +55,21 @@ def test_a_measured_block_is_written_with_the_commit_and_a_failure_leaves_its_bl
     assert around.sub("", few) == around.sub("", before["few.md"])
     changed = [page.name for page in pages.glob("docs/*.md") if page.read_text() != before[page.name]]
     assert changed == ["few.md"]
-    assert build.main(["--list", "few"]) == 0
-    assert capsys.readouterr().out.split() == ["few", "0123abc", "docs/few.md"]
     with pytest.raises(SystemExit):
         build.main(["few", "mine"])
     (pages / "docs" / "few.md").write_text(few.replace("<!-- few: ", "<!-- other: "))
     with pytest.raises(ValueError, match="block few: its marks must stand once on the pages, not 0 times"):
         build.write_block("few", "")
+
+
+def test_tables_are_joined_by_their_first_column_and_methods_get_a_column_of_their_own():
+    scores = "| variant | score |\n| --- | --- |\n| cnn | 1 |\n| cnn: erase | 2 |\n"
+    probes = "| variant | IDI |\n| --- | --- |\n| cnn: erase | 3 |\n| cnn | 4 |\n| cnn: retrain | 5 |\n"
+    table = build.by_method(build.joined(scores, probes), left_out=["c*: m*"])
+    columns, *rows = build.cells(table)
+    assert columns == ["variant", "method", "score", "IDI"]
+    assert rows == [["cnn", "erase", "2", "3"], ["cnn", "retrain", "–", "5"]]
+    assert build.cells(build.columns_of(table, ["IDI", "method"]))[1:] == [["3", "erase"], ["5", "retrain"]]
 
 
 def anchors(page: Path) -> set[str]:

@@ -13,12 +13,13 @@ from torch import nn
 
 from data import GraphGenerator
 from mimu import Mask, RetainScoreError, unlearn
+from mimu.attempts import Attempt, forget_by_mask
 from mimu.erasing import ErasingConfig, held_out, split_samples
 from mimu.judgement import lower_end
 from mimu.masks import LayerMask
 from mimu.pruning import FEW
 from mimu.samples import Split, margins
-from mimu.unlearning import FOLDS, Attempt, forget_by_mask, held_out_logits
+from mimu.unlearning import FOLDS, held_out_logits
 
 HELD_OUT_LOGITS = "mimu.unlearning.held_out_logits"
 

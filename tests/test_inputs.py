@@ -274,13 +274,8 @@ def padded(tensors: tuple) -> DataLoader:
 WRONG = {
     "large": (lambda all: ((all[0], LARGE, all[2]), all[3]), r"inputs\[1\] must be whole numbers that float32 holds"),
     "unknown": (lambda all: (named(all) | {"index": all[3]},), r"fails on inputs {'numbers': .*argument 'index'\)"),
-    "no labels": (
-        lambda all: (DataLoader(Rows(all[:3], named)),),
-        r"or of dicts with labels, not \['numbers', 'words', 'is_read'\]",
-    ),
-    "nor here": (lambda all: (named(all[:3]),), r"or of dicts with labels, not \['numbers', 'words', 'is_read'\]"),
+    "no labels": (lambda all: (named(all[:3]),), r"or of dicts with labels, not \['numbers', 'words', 'is_read'\]"),
     "fewer": (lambda all: ((all[0], all[1][1:], all[2]), all[3]), r"labels must be integers of shape \(599,\)"),
-    "nan": (lambda all: ((all[0] / 0 * 0, *all[1:3]), all[3]), r"inputs\[0\] is not finite"),
     "padded": (
         lambda all: (padded(all),),
         r"one shape .*pad texts .*'words': \(\(4,\), torch.int64\).* \(\(5,\), torch",

@@ -273,14 +273,13 @@ PARTS = [
     (ONES, COLUMN.int(), COLUMN), (ONES, COLUMN, COLUMN.to(torch.complex64)), (ONES.tolist(), COLUMN, COLUMN),
     (None, COLUMN, COLUMN), (ONES, COLUMN[:, 0], COLUMN[:, 0]), (ONES, COLUMN[:3], COLUMN), (ONES, ONES, COLUMN),
     (ONES, COLUMN, COLUMN * torch.nan), (ONES / 2, COLUMN, COLUMN), (ONES * torch.nan, COLUMN, COLUMN),
-    (ONES.view([1] * 4 + [4, 4]), torch.ones(1, 1), torch.ones(16, 1)),
 ]  # fmt: skip
 NO_MASKS = [({True: WHOLE}, ()), ({-1: WHOLE}, ()), ({}, ()), ({"1": WHOLE}, ("cat",))]
 
 
 @pytest.mark.parametrize("by_layer, classes", [*NO_MASKS, *(({"1": LayerMask(*parts)}, ()) for parts in PARTS)])
 def test_what_is_no_mask_is_refused_in_a_line(by_layer, classes, tmp_path):
-    with pytest.raises(ValueError, match="^(a mask must have|edits must be) .*$"):
+    with pytest.raises(ValueError, match="^a mask must have .*$"):
         Mask(by_layer, classes)
     for keep, *edit in by_layer.values():
         if keep is ONES:  # which is of bool in a file
@@ -299,7 +298,7 @@ def test_where_no_mask_can_be_is_said_in_a_line(tmp_path):
         with pytest.raises(ArtifactError, match=r"mask.pt: is not a mask \([^\n]*\)$"):
             Mask.load(tmp_path / "mask.pt")
     save(tmp_path / "gcn.pt", {"state_dict": {}, "seed": 0})
-    with pytest.raises(ArtifactError, match="gcn.pt: is not a mask .'keep'."):
+    with pytest.raises(ArtifactError, match="gcn.pt: is not a mask .'layers'."):
         Mask.load(tmp_path / "gcn.pt")
 
 
@@ -369,35 +368,6 @@ def test_a_network_is_the_same_under_a_wrapper(wrapper):
     other = lower_left(model, ("fc.weight",))
     both = carried & other & mask
     assert both.layers == ("network.fc.weight", "fc.weight") and both.num_zeroed == mask.num_zeroed + other.num_zeroed
-
-
-@pytest.mark.parametrize("name", ["0.weight", "network.0.weight", None])
-def test_files_from_before_have_indices_and_go_on_by_the_names_of_what_they_were_made_on(name, tmp_path):
-    model, mask = network(), lower_left(network())
-    model.network = nn.Conv2d(4, 4, 1, groups=2)  # which had no index
-    parts = [mask.by_layer[each] for each in (KERNELS, SECOND)]
-    saved = {"layers": [0, 2], "keep": [part.keep.bool() for part in parts], "forgets": [1]}
-    saved["edits"] = [[part.u, part.v] for part in parts]
-    if name is not None:
-        saved |= {"made_on": {0: [name, mask.origins[KERNELS]], 2: [SECOND, mask.origins[SECOND]]}, "about": ""}
-    save(tmp_path / "mask.pt", saved)
-    loaded = Mask.load(tmp_path / "mask.pt")
-    assert loaded.layers == (0, 2) and loaded.with_origins_of(model).layers == (KERNELS, SECOND)
-    with loaded.applied_to(model):
-        carried = Mask.on(model)
-        assert carried.layers == (KERNELS, SECOND) and carried.includes(loaded.with_origins_of(model))
-        loaded.save(tmp_path / "again.pt")
-        assert Mask.load(tmp_path / "again.pt").layers == (0, 2)
-    assert list(loaded.weights(model)) == [KERNELS, SECOND]
-    assert (loaded.with_origins_of(model) & mask).layers == (KERNELS, SECOND, FIRST)
-    with pytest.raises(ValueError, match="^a mask must have layers by the names of their weights"):
-        loaded & mask  # of one layer by both
-    with pytest.raises(ValueError, match="^layer 2 must be a parameter"):
-        loaded.apply(model[:1], other_weights=True)
-    if name is None:
-        return loaded.apply(network(1))  # of no network in particular
-    with pytest.raises(ValueError, match="has other weights"):
-        loaded.apply(network(1))
 
 
 class Parts(nn.Module):

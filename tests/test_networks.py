@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NUM_CLASSES, Group, assert_by_hand, graph_config, log_odds, random_classifier
+from conftest import NUM_CLASSES, Group, assert_by_hand, graph_config, log_odds, random_classifier, trainer_config
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -28,7 +28,7 @@ from mimu.saliency import FEATURES
 from mimu.samples import Split
 from mimu.seeds import seeded
 from mimu.tracing import Trace
-from model import HookedMNISTClassifier, airbench, cnn, mlp, resnet
+from model import HookedMNISTClassifier, mlp
 from trainer import GCNTrainer, Trainer, masked_weights
 
 SIZE = (2, 8, 8)
@@ -148,18 +148,23 @@ def encoder() -> nn.Sequential:
     return nn.Sequential(*begin, *layers, Apply(lambda x: x.mean(0)), nn.Linear(4, NUM_CLASSES))
 
 
+def network_of(architecture: str, **changes) -> nn.Module:
+    config = trainer_config((5,), 1, architecture=architecture, channels=(3, 4), bias=True, **changes)
+    return config.network(SIZE, NUM_CLASSES)
+
+
 # Each has a function that makes it; the neurons of the columns and of the rows of every layer, by hand: `a3*9-b4` has
 # nine columns of each a and a row of each b, `a4*9-b4/2` is two groups, each with its own columns and rows; and the
 # shape of the value at which a network begins midway, by layers.
 NETWORKS = {
     "mlp": (lambda: nn.Sequential(nn.AvgPool2d(4), *mlp([8, 6, 5, NUM_CLASSES], True)), "i8-a6 a6-b5 b5-o3",
             {1: (6,), 2: (5,)}),
-    "cnn": (lambda: cnn(SIZE, (3, 4), (5, NUM_CLASSES), True), "i2*9-a3 a3*9-b4 b4*4-c5 c5-o3",
+    "cnn": (lambda: network_of("cnn"), "i2*9-a3 a3*9-b4 b4*4-c5 c5-o3",
             {0: (2, 8, 8), 1: (3, 4, 4), 2: (16,), 3: (5,)}),
-    "airbench": (lambda: airbench(SIZE, (3, 4), (5, NUM_CLASSES), True, 2),
+    "airbench": (lambda: network_of("airbench", blocks=2),
                  "i2*4-a16 a16*9-b3 b3*9-c3 c3*9-d4 d4*9-e4 e4-f5 f5-o3",
                  {1: (16, 7, 7), 3: (3, 3, 3), 5: (4,), 6: (5,)}),
-    "resnet": (lambda: resnet(SIZE, (3, 4), 1, NUM_CLASSES), "i2*9-a3 a3*9-b3 b3*9-a3 a3-d4 a3*9-c4 c4*9-d4 d4-o3",
+    "resnet": (lambda: network_of("resnet"), "i2*9-a3 a3*9-b3 b3*9-a3 a3-d4 a3*9-c4 c4*9-d4 d4-o3",
                {1: (3, 8, 8), 2: (3, 8, 8), 3: (3, 8, 8), 5: (3, 8, 8), 6: (4,)}),
     "joined": (Joined, "i2*9-a3 a3-a3 i2-b2 d10*9-c4 x5*3-d10/5 c4*4-o3", {1: (2, 8, 8), 4: (5, 8, 8), 5: (16,)}),
     "varied": (Varied, "i2*9-a4 a4*6-a4 g4*6-b3 a4-g4/2 b3*6-o3", {1: (4, 4, 4), 4: (18,)}),

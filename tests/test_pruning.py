@@ -1,6 +1,6 @@
 """The generator that answers a request, where it stops, and the checkpoint of a masking GCN."""
 
-from dataclasses import asdict, make_dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 
 import numpy as np
@@ -17,7 +17,7 @@ from mimu.errors import ArtifactError, InputError
 from mimu.files import save
 from mimu.hooked import HookedClassifier
 from mimu.pretrained import TrainedGCN
-from mimu.pruning import Pruning, PruningConfig, RemainingCounter, choose_kappa, prune
+from mimu.pruning import Pruning, RemainingCounter, choose_kappa, prune
 from mimu.saliency import ActivationGraphs, Snapshot, ranked, saliency
 from mimu.samples import Split
 from mimu.seeds import seeded
@@ -189,13 +189,12 @@ def test_auto_ends_where_the_class_is_forgotten_or_at_the_largest_kappa(num_zero
 
 def test_a_trained_gcn_comes_back_with_its_features_and_settings_and_another_file_is_named(tmp_path, trained_gcn):
     path, weights = tmp_path / "gcn.pt", trained_gcn.gcn.state_dict()
-    broken = weights | {"readout.weight": weights["readout.weight"] * torch.nan}
     config = {"graphs": asdict(trained_gcn.graphs), "eval": asdict(trained_gcn.pruning) | {"visualize": False}}
     config["gcn"] = {"hidden": 8, "rounds": 2, "message_passing": True, "steps": 3}
     smaller = config | {"gcn": config["gcn"] | {"hidden": 7}}
     with pytest.raises(ArtifactError, match="gcn.pt: cannot be read"):
         TrainedGCN.load(path)
-    refused = (weights, smaller, "size mismatch"), (broken, config, "not a finite"), (weights, {}, "")
+    refused = (weights, smaller, "size mismatch"), (weights, {}, "")
     for state, settings, why in refused:
         save(path, {"state_dict": state, "config": settings, "seed": 0})
         with pytest.raises(ArtifactError, match=f"gcn.pt: is not the checkpoint of a masking GCN .*{why}"):
@@ -204,9 +203,3 @@ def test_a_trained_gcn_comes_back_with_its_features_and_settings_and_another_fil
     loaded = TrainedGCN.load(path)
     assert all(torch.equal(loaded.gcn.state_dict()[name], weight) for name, weight in weights.items())
     assert loaded.graphs == trained_gcn.graphs and loaded.pruning == trained_gcn.pruning
-
-
-def test_a_setting_newer_than_a_checkpoint_has_its_default(monkeypatch):
-    later = make_dataclass("Later", [("a_later_one", int, 3)], bases=(PruningConfig,), frozen=True)
-    monkeypatch.setattr("mimu.pretrained.PruningConfig", later)
-    assert TrainedGCN.load().pruning.a_later_one == 3

@@ -287,7 +287,7 @@ def test_a_long_request_shows_how_long_it_takes_at_most_and_every_tenth_step_see
 ):
     judged, is_ruined = [], Judgement.is_ruined
     monkeypatch.setattr(Judgement, "is_ruined", lambda *given: judged.append(is_ruined(*given)) or judged[-1])
-    monkeypatch.setattr("mimu.unlearning.tqdm", lambda **given: tqdm(**given | {"delay": 0, "mininterval": 0}))
+    monkeypatch.setattr("mimu.attempts.tqdm", lambda **given: tqdm(**given | {"delay": 0, "mininterval": 0}))
     monkeypatch.setattr("sys.stderr", terminal := io.StringIO())
     terminal.isatty = lambda: True
     zeroed = request(model, gcn=patient_gcn(step=2), scorer="saliency", progress=progress).num_zeroed
@@ -382,7 +382,7 @@ def test_several_classes_are_forgotten_together_or_in_a_row(steps, permanent, mo
         searches.append(graphs.classifier.merged)
         return pruning.prune(graphs, *each, **named)
 
-    monkeypatch.setattr("mimu.unlearning.prune", searched)
+    monkeypatch.setattr("mimu.attempts.prune", searched)
     for classes in steps:
         mask = request(model, classes, split, gcn=patient_gcn(step=4))
         mask.apply(model, permanent)
@@ -475,13 +475,12 @@ WRONG_MODELS = {
     "a tuple": (then(lambda x: (x, x)), "model must return logits, .*, not tuple"),
     "one column": (then(lambda x: x[:, 0]), r"must return logits, .*, not a tensor \(16,\)"),
     "nan logits": (then(lambda x: x / 0 * 0), r"logits\[0\] is not finite, .*, though inputs"),
-    "lazy": (lambda model: with_layer(model, "3", lambda _: nn.LazyLinear(12)), "model: 3.weight has no numbers yet"),
+    "lazy": (lambda model: with_layer(model, "3", lambda _: nn.LazyLinear(12)), "model: 3.weight has .* none yet"),
     "pruned": (lambda model: with_layer(model, "3", pruned), NOT_ABLE, "3.weight"),
     "called twice": (lambda model: called_twice(), "1.weight, 4.weight, 5.weight, 11.weight, .*; not '8.*'", "8.*"),
     "of some number": (then(lambda x: x / x.shape[0] ** 0.5), "torch.export cannot take it for any number of samples"),
     "of some values": (then(lambda x: x if x.sum() < 9 else x * 2), "torch.export cannot take it for any number of"),
     "nothing but sums": (lambda model: then(lambda x: x.cumsum(1))(nn.Embedding(9, 3)), "model: fails on inputs"),
-    "of no layer": (lambda model: Wrapped(nn.Identity(), None, lambda x: x @ x.mT[:, :3]), "model must have weights"),
 }
 
 
