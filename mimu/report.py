@@ -126,7 +126,7 @@ class AuditReport:
         axes.imshow(table, cmap="Blues", vmin=0, vmax=100, aspect="auto")
         for row, values in enumerate(table):
             for column, share in enumerate(values):
-                text = f"{share:.0f}" if share >= 0.5 else ""
+                text = f"{share:.0f}" if share >= 1 else ""
                 axes.text(column, row, text, ha="center", va="center", color="white" if share > 50 else "black")
         axes.set_xticks(range(len(labels)), labels)
         axes.set_yticks(range(len(table)), [*self.figures])
@@ -134,18 +134,18 @@ class AuditReport:
 
     def _draw_probes(self, axes: Any) -> None:
         layers = [*self.figures["original"]["probes"]]
-        for name, figures, style in self._styles():
+        for place, (name, figures, style) in enumerate(self._styles()):
             if name == "hidden":  # what the original's layers are given
                 continue
-            best = [
-                max(figures["probes"][layer].items(), key=lambda each: each[0] != OWN_PROBE and each[1]["bits"])
-                for layer in layers
-            ]
-            bits = [found["bits"] for _, found in best]
-            axes.errorbar(range(len(layers)), bits, [found["error"] for _, found in best], capsize=3, **style)
-        axes.set_xticks(range(len(layers)), layers)
+            best = []
+            for probes in figures["probes"].values():
+                fresh = [found for probe, found in probes.items() if probe != OWN_PROBE]
+                best.append(max(fresh, key=lambda found: found["bits"]))
+            x = [index + 0.05 * place for index in range(len(layers))]  # beside one another
+            axes.errorbar(x, [found["bits"] for found in best], [found["error"] for found in best], capsize=3, **style)
+        axes.set_xticks([index + 0.025 * len(self.figures) for index in range(len(layers))], layers)
         axes.set(xlabel="layer whose input the probes read", ylabel="usable bits of the better probe (1: all)")
-        axes.set(title="what probes find of the class", ylim=(None, 1.02), xlim=(-0.5, len(layers) - 0.5))
+        axes.set(title="what probes find of the class", ylim=(None, 1.02), xlim=(-0.5, len(layers) - 0.25))
 
     def _draw_relearning(self, axes: Any) -> None:
         for _, figures, style in self._styles():
