@@ -25,9 +25,9 @@ import torch
 from tqdm import tqdm
 
 import tables
-from audits import Audit
 from data import GraphGenerator, ImageData, load_image_data
 from eval import Eval, Request
+from experiment.audits import Audit
 from experiment.config import Config, Files, Training, load_variants, trainings_of
 from experiment.files import ROOT, Artifact, Log, locked
 from experiment.processes import Processes, by_torchrun, peak_bytes

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from build import write_block
 
-from audits import Predictions, probe_metrics
 from data import load_image_data
+from experiment.audits import Predictions, probe_metrics
 from experiment.config import load_config
 from mimu import Mask, RetainScoreError, unlearn
 from mimu.samples import Split, some_of_every_class

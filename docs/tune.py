@@ -22,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from build import DOCS, ROOT, block, cells, head, write_block
 
-from audits import Predictions, jensen_shannon, predictions_of, probe_metrics
 from data import GraphGenerator, load_image_data
 from eval import Request, run_method
+from experiment.audits import Predictions, predictions_of, probe_metrics
 from experiment.config import load_config
+from mimu.auditing import jensen_shannon
 from mimu.errors import TrainingError
 from mimu.pretrained import TrainedGCN
 from mimu.settings import number_of_weights

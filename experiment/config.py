@@ -13,11 +13,11 @@ import torch
 from pydantic import Field
 
 import methods  # noqa: F401  # registers what is not in eval.py
-from audits import AuditConfig
 from data import DATASET_ROOT, DataSet, checksum, data_set
 from eval import METHODS, EvalConfig
 from experiment import settings
-from experiment.files import ROOT, Artifact, code_of, slug
+from experiment.audits import AuditConfig
+from experiment.files import ROOT, Artifact, code_of, slug, without_docstrings
 from mimu.files import digest
 from mimu.graph import resolve_mask_layer
 from mimu.pretrained import PRETRAINED, TrainedGCN
@@ -246,9 +246,10 @@ class Files:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        training_code = code_of(ROOT, ["main"], (*NO_NUMBERS, "eval", "methods", "audits"))
+        training_code = code_of(ROOT, ["main"], (*NO_NUMBERS, "eval", "methods"))
         self._code = dict.fromkeys(("classifier", "graphs", "gcn"), training_code)
-        self._code["experiments"] = code_of(ROOT, ["main", "methods"], NO_NUMBERS)
+        audits = without_docstrings((ROOT / "experiment" / "audits.py").read_bytes())
+        self._code["experiments"] = digest([code_of(ROOT, ["main", "methods", "mimu.auditing"], NO_NUMBERS), audits])
         self._checksums: dict[str, str] = {}
 
     def shared(self, training: Training) -> dict[str, Artifact]:

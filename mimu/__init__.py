@@ -4,11 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mimu.auditing import audit as audit
     from mimu.masks import Mask as Mask
     from mimu.unlearning import RetainScoreError as RetainScoreError
     from mimu.unlearning import unlearn as unlearn
 
-_PLACES = {"unlearn": "mimu.unlearning", "RetainScoreError": "mimu.unlearning", "Mask": "mimu.masks"}
+_PLACES = {
+    "unlearn": "mimu.unlearning",
+    "RetainScoreError": "mimu.unlearning",
+    "Mask": "mimu.masks",
+    "audit": "mimu.auditing",
+}
 __all__ = sorted(_PLACES)
 
 

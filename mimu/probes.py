@@ -21,6 +21,7 @@ UNITS = 64  # in the hidden layer of the two-layer probe
 EPOCHS = 5
 BATCH_SIZE = 1024
 LEARNING_RATE = 0.01  # of Adam
+SUREST = 1e-4  # probability of an error that `balanced_bits` takes a probe to have at least
 NEIGHBOURS = 20
 NEIGHBOURS_OF = 10_000  # training samples among which they are sought
 
@@ -66,20 +67,28 @@ def held_out_variance(features: Tensor, targets: Tensor, ridge: float, weight: T
     return 1 - (w * residuals.square()).sum(0) / (w * t.square()).sum(0).clamp_min(1e-12)
 
 
-def linear(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
-    """Softmax regression, trained to convergence by L-BFGS."""
+def linear(train: Tensor, labels: Tensor, test: Tensor, seed: int, cost: float | None = None) -> Tensor:
+    """Softmax regression, trained to convergence by L-BFGS.
+
+    cost: C of the standard form, the sum of cross entropies plus the squared coefficients of the standardised features
+        over 2 C. None: up to WIDEST principal components, and PENALTY times their squared coefficients
+    """
     x, x_test = standardised(train, test)
     # Along principal components, each of variance 1, few steps are enough.
-    values, vectors = (each[..., -WIDEST:] for each in torch.linalg.eigh((x.T @ x / len(x)).double()))
-    whiten = (vectors / (values.clamp_min(0) + 1e-6).sqrt()).float()
+    widest, penalty, smallest = (WIDEST, PENALTY, 1e-6) if cost is None else (0, 1 / (2 * cost * len(x)), 1 / len(x))
+    values, vectors = (each[..., -widest:] for each in torch.linalg.eigh((x.T @ x / len(x)).double()))
+    scales = (values.clamp_min(0) + smallest).sqrt()
+    whiten = (vectors / scales).float()
+    by_feature = 1.0 if cost is None else scales.reciprocal().float()[:, None]
     x, x_test = (F.pad(each @ whiten, (0, 1), value=1.0) for each in (x, x_test))
     solution = torch.zeros(x.shape[1], int(labels.max()) + 1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([solution], max_iter=STEPS, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    tolerance = 1e-5 if cost is None else 1e-4
+    optimizer = torch.optim.LBFGS([solution], max_iter=STEPS, tolerance_grad=tolerance, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         # The ridge spares the offset.
-        loss = F.cross_entropy(x @ solution, labels) + PENALTY * solution[:-1].square().sum()
+        loss = F.cross_entropy(x @ solution, labels) + penalty * (solution[:-1] * by_feature).square().sum()
         loss.backward()
         return loss
 
@@ -87,13 +96,15 @@ def linear(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
     return (x_test @ solution.detach()).double().softmax(1)
 
 
-def two_layer(train: Tensor, labels: Tensor, test: Tensor, seed: int) -> Tensor:
-    """A perceptron with one hidden layer, trained by Adam for a few epochs."""
+def two_layer(train: Tensor, labels: Tensor, test: Tensor, seed: int, steps: int = 0) -> Tensor:
+    """A perceptron with one hidden layer, trained by Adam for a few epochs, and for at least so many steps."""
     x, x_test = standardised(train, test)
     with seeded_initialisation(seed):
         probe = nn.Sequential(nn.Linear(x.shape[1], UNITS), nn.ReLU(), nn.Linear(UNITS, int(labels.max()) + 1))
     optimizer = torch.optim.Adam(probe.parameters(), LEARNING_RATE)
-    learn(probe, Split(x, labels), EPOCHS, BATCH_SIZE, optimizer, seeded("probe", seed), setting="audit.probes")
+    samples = Split(x, labels)
+    epochs = max(EPOCHS, -(-steps // samples.num_batches(BATCH_SIZE)))
+    learn(probe, samples, epochs, BATCH_SIZE, optimizer, seeded("probe", seed), setting="audit.probes")
     with torch.no_grad():
         return probe(x_test).double().softmax(1)
 
@@ -120,3 +131,19 @@ def usable_bits(probability: Tensor, is_class: Tensor) -> float:
     share = target.mean().expand_as(target)
     before, after = (F.binary_cross_entropy(each, target) for each in (share, probability.double()))
     return (before - after).item() / math.log(2)
+
+
+def balanced_bits(probability: Tensor, is_class: Tensor, share: float) -> Tensor:
+    """What a probability says about "is it of the class" of each sample, if half of all samples were, (samples), bits.
+
+    Its mean over the samples of the class and its mean over the others average to the usable information under that
+    balance, whose entropy is 1 bit. So a rare class can be judged as well as a frequent one.
+
+    Args:
+        probability: from a probe, (samples)
+        is_class: (samples)
+        share: of the class in the samples that the probe learned from
+    """
+    p = probability.double().clamp(SUREST, 1 - SUREST)
+    odds = p / (1 - p) * (1 - share) / share
+    return 1 - torch.where(is_class, 1 + 1 / odds, 1 + odds).log2()

@@ -209,7 +209,7 @@ def assert_by_hand(snapshot: Snapshot, own: Group, others: list[Group]) -> None:
             assert torch.allclose(snapshot.feature(name, sums), values, rtol=1e-9, atol=1e-12), name
 
 
-PACKAGES = ("mimu", "experiment", "audits", "methods", "tables")
+PACKAGES = ("mimu", "experiment", "methods", "tables")
 TRACKED = ("*.py", "*.sh", *(f"{name}/*.py" for name in PACKAGES), "configs/*.yaml", "mimu/gcn.pt",
            "mimu/settings.yaml", "README.md", "pyproject.toml")  # fmt: skip
 

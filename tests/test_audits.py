@@ -18,11 +18,12 @@ from sklearn.metrics import log_loss
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.pipeline import make_pipeline
 
-import audits
-from audits import Audit, AuditConfig, Case, Predictions, jensen_shannon, predictions_of, probe_metrics, relearn
 from data import ImageData
+from experiment import audits
+from experiment.audits import Audit, AuditConfig, Case, Predictions, predictions_of, probe_metrics
 from methods.controls import logit_removed
 from mimu import probes
+from mimu.auditing import jensen_shannon, loss_attack
 from mimu.graph import WeightGraph
 from mimu.samples import Split, some_of_every_class
 from mimu.seeds import seeded
@@ -75,7 +76,7 @@ def masked(classifier, vertices=(0, 7, 29)):
 def relearned(audit: Audit, model, goal: float, most: int, rate: float, samples) -> tuple[int | None, list[float]]:
     audit = replace(audit, config=replace(CONFIG, relearn_steps=most))
     audit.goal = goal
-    return relearn(Case(audit, model, *[None] * 4), rate, samples)
+    return audits.relearned(Case(audit, model, *[None] * 4), rate, samples)
 
 
 def case_of(audit: Audit | None, train: Predictions, test: Predictions) -> Case:
@@ -119,14 +120,11 @@ def test_the_divergence_is_that_of_its_definition():
 
 
 def test_the_loss_attack_counts_pairs():
-    def attack(*losses: torch.Tensor) -> float:
-        return audits.loss_attack(Case(None, None, *(SimpleNamespace(loss=each) for each in losses), ..., ...))
-
     members, non_members = torch.tensor([0.1, 0.4, 0.4, torch.inf]), torch.tensor([0.4, 0.2, 3.0])
     pairs = [(m < o) + (m == o) / 2 for m, o in product(members.tolist(), non_members.tolist())]
-    assert attack(members, non_members) == pytest.approx(sum(pairs) / len(pairs))
+    assert loss_attack(members, non_members) == pytest.approx(sum(pairs) / len(pairs))
     endless = torch.full((5,), torch.inf)
-    assert math.isnan(attack(endless, endless)) and attack(torch.zeros(5), endless) == 1.0
+    assert math.isnan(loss_attack(endless, endless)) and loss_attack(torch.zeros(5), endless) == 1.0
 
 
 def test_the_entropy_attack_is_a_balanced_logistic_regression():
@@ -257,7 +255,7 @@ def test_every_audit_is_that_of_its_samples_and_of_its_settings(trained, retrain
     assert metrics == {
         "js_forget": jensen_shannon(logits[case.is_forget], after[case.is_forget]),
         "js_retain": jensen_shannon(logits[~case.is_forget], after[~case.is_forget]),
-        "loss_attack": audits.loss_attack(case),
+        "loss_attack": loss_attack(train.loss[case.is_member], test.loss[case.is_forget]),
         "entropy_attack": audits.entropy_attack(case),
         **probe_metrics(train, test, FORGET, 4, config.probes),
         "prototype_recall": {str(count): audits.prototype_recall(case, count) for count in (1, 2)},

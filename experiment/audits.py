@@ -1,4 +1,4 @@
-"""Audits: what an unlearned classifier still reveals about a class, and how far it is from the retrained one.
+"""The audits of the experiment: what a classifier still reveals of a class, and how far the retrained one is.
 
 All of them stand in the table AUDITS at the end: a new one is one entry there.
 """
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import ImageData
+from mimu.auditing import jensen_shannon, loss_attack, relearn
 from mimu.masks import Mask
 from mimu.probes import linear, neighbours, two_layer, usable_bits
 from mimu.samples import Split, is_correct, some_of_every_class
@@ -148,30 +149,7 @@ class Case:
     def relearned(self) -> tuple[int | None, list[float]]:
         """The results of `relearn` on random batches of the class's training samples."""
         forget = self.audit.data.train.forget(self.audit.forget_class)
-        return relearn(self, LEARNING_RATE, forget.batches(BATCH_SIZE, seeded("relearn", self.audit.seed)))
-
-
-def jensen_shannon(logits: Tensor, reference: Tensor) -> float:
-    """Jensen-Shannon divergence of two classifiers' predictions, mean over samples, bits: 0 to 1, 0 where they agree.
-
-    Lin 1991, Divergence measures based on the Shannon entropy. Both are logits (samples, classes).
-    """
-    p, q = logits.double().softmax(1), reference.double().softmax(1)
-    middle = (p + q) / 2
-    terms = [torch.xlogy(x, x) - torch.xlogy(x, middle) for x in (p, q)]
-    return (sum(term.sum(1) for term in terms).mean() / (2 * math.log(2))).item()
-
-
-def loss_attack(case: Case) -> float:
-    """Membership inference by losses (Yeom et al. 2018, arXiv:1709.01604): area under the ROC curve, 0.5 is chance.
-
-    It is the probability that a training sample of the class has a smaller loss than a test sample, ties counted half.
-    """
-    members, ordered = case.train.loss[case.is_member], case.test.loss[case.is_forget].sort().values
-    if not members.isfinite().any() and not ordered.isfinite().any():
-        return math.nan
-    above, not_below = (len(ordered) - torch.searchsorted(ordered, members, side=side) for side in ("right", "left"))
-    return ((above + not_below).double().mean() / (2 * len(ordered))).item()
+        return relearned(self, LEARNING_RATE, forget.batches(BATCH_SIZE, seeded("relearn", self.audit.seed)))
 
 
 def entropy_attack(case: Case) -> float:
@@ -216,7 +194,22 @@ def prototype_recall(case: Case, count: int) -> float:
 def steps_from_few(case: Case, count: int) -> int | None:
     """Relearn time where every step sees the same `count` training samples of every class."""
     few = some_of_every_class(case.audit.data.train, count, "relearn from", case.audit.seed)
-    return relearn(case, LEARNING_RATE_FROM_FEW, repeat(few))[0]
+    return relearned(case, LEARNING_RATE_FROM_FEW, repeat(few))[0]
+
+
+def relearned(case: Case, rate: float, samples: Iterator[Split]) -> tuple[int | None, list[float]]:
+    """Relearns the class with all weights of a copy free, by SGD, until the audit's goal (see `relearn`)."""
+    audit, model = case.audit, copy.deepcopy(case.model)
+    if mask := Mask.on(model):
+        mask.apply(model, permanent=True)
+    model.requires_grad_(True)
+    test = audit.data.test.forget(audit.forget_class)
+
+    def accuracy() -> float:
+        return 100 * predictions_of(model, test).correct.mean().item()
+
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    return relearn(model, optimizer, samples, accuracy, audit.goal, audit.config.relearn_steps)
 
 
 def probe_metrics(
@@ -241,31 +234,6 @@ def probe_metrics(
     return {"probe_recall": {name: 100 * share.mean().item() for name, share in shares.items()}, "usable_bits": bits}
 
 
-def relearn(case: Case, rate: float, samples: Iterator[Split]) -> tuple[int | None, list[float]]:
-    """Trains a copy by SGD on batches, all weights free, until its test accuracy on the class reaches the audit's goal.
-
-    Returns the relearn time (Golatkar et al. 2020, arXiv:1911.04933), steps, None where the loss is not finite, and the
-    accuracy before every step and after the last, percent.
-    """
-    audit, model, scores = case.audit, copy.deepcopy(case.model), []
-    if mask := Mask.on(model):
-        mask.apply(model, permanent=True)
-    model.requires_grad_(True)
-    optimizer = torch.optim.SGD(model.parameters(), rate)
-    test = audit.data.test.forget(audit.forget_class)
-    for batch in samples:
-        scores.append(100 * predictions_of(model, test).correct.mean().item())
-        if scores[-1] >= audit.goal or len(scores) > audit.config.relearn_steps:
-            break
-        loss = F.cross_entropy(model(batch.images), batch.labels)
-        if not loss.isfinite():
-            return None, scores
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return len(scores) - 1, scores
-
-
 def weights_changed(case: Case) -> int:
     """Counts the weights that differ from the original's."""
     return sum(int((one != other).sum()) for one, other in zip(case.model.weights, case.audit.original.weights))
@@ -282,7 +250,11 @@ class Entry(NamedTuple):
 AUDITS: dict[str, Entry] = {
     "js_forget": Entry(lambda case: case.divergence(case.is_forget), "divergence on the forget set, bits", ".3f"),
     "js_retain": Entry(lambda case: case.divergence(~case.is_forget), "divergence on the retain set, bits", ".4f"),
-    "loss_attack": Entry(loss_attack, "loss attack, area under the curve", ".3f"),
+    "loss_attack": Entry(
+        lambda case: loss_attack(case.train.loss[case.is_member], case.test.loss[case.is_forget]),
+        "loss attack, area under the curve",
+        ".3f",
+    ),
     "entropy_attack": Entry(entropy_attack, "entropy attack, % members", ".1f"),
     "probe_recall": Entry(lambda case: case.probes["probe_recall"]),
     "usable_bits": Entry(lambda case: case.probes["usable_bits"]),

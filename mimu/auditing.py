@@ -1,0 +1,541 @@
+"""`audit`: what remains of classes in an unlearned classifier, beside the original and retrained ones.
+
+The classes may be forgotten in any way: the models are only read. Each is compared with the original whose logits of
+the classes are set to minus infinity (`hidden`), which forgets nothing that the last layer is given.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from statistics import NormalDist, fmean
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from mimu.batches import Batch, Form, batches_of, joined, sketch
+from mimu.errors import InputError
+from mimu.hiding import HIDDEN_BIAS
+from mimu.inputs import check_model, copy_of, exported, layers_to_mask, plain_torch, requested_classes, run_on_few
+from mimu.judgement import lower_end
+from mimu.masks import Mask
+from mimu.probes import balanced_bits, linear, two_layer
+from mimu.pruning import CONFIDENCE
+from mimu.report import OWN_PROBE, AuditReport
+from mimu.samples import Split, held_out, is_correct
+from mimu.seeds import seeded
+
+OWN = 1000  # samples of every class to forget that are read, at most, to learn from and to test
+OTHERS = 9000  # of all other classes together
+FEWEST = 5  # of each of them
+RELEARNED = 128  # samples of the classes to forget from which they are relearned, and as many of the others
+BATCH_SIZE = 64  # of these, half of each kind
+LEARNING_RATE = 0.0003  # of Adam, when they are relearned with all weights
+HEAD_RATE = 0.003  # with the output layer alone
+MOST_STEPS = 60
+STEPS = 300  # of the two-layer probe, at least
+WIDEST = 2048  # features; more are reduced by `sketch`
+KEPT = 0.9  # of the original's bits, from which on a class is hidden
+NAMED = 5.0  # percent of a class that is still classified correctly, from which on it is not forgotten
+SEEN = 0.1  # bits that a probe finds in the original, below which nothing can be judged
+WAYS = ("all weights", "output layer", "reset")  # the last: the output layer alone, the classes' weights reset first
+Outputs = list[Tensor]  # of a model for samples, on the CPU: logits (samples, classes), and the inputs of layers
+
+
+def jensen_shannon(logits: Tensor, reference: Tensor) -> float:
+    """Jensen-Shannon divergence of two classifiers' predictions, mean over samples, bits: 0 to 1, 0 where they agree.
+
+    Lin 1991, Divergence measures based on the Shannon entropy. Both are logits (samples, classes).
+    """
+    p, q = logits.double().softmax(1), reference.double().softmax(1)
+    middle = (p + q) / 2
+    terms = [torch.xlogy(x, x) - torch.xlogy(x, middle) for x in (p, q)]
+    return (sum(term.sum(1) for term in terms).mean() / (2 * math.log(2))).item()
+
+
+def loss_attack(members: Tensor, others: Tensor) -> float:
+    """Membership inference by losses (Yeom et al. 2018, arXiv:1709.01604): area under the ROC curve, 0.5 is chance.
+
+    It is the probability that the loss of a training sample is smaller than that of another one, ties counted half.
+    """
+    if not members.isfinite().any() and not others.isfinite().any():
+        return math.nan
+    ordered = others.sort().values
+    above, not_below = (len(ordered) - torch.searchsorted(ordered, members, side=side) for side in ("right", "left"))
+    return ((above + not_below).double().mean() / (2 * len(ordered))).item()
+
+
+def relearn(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Split],
+    accuracy: Callable[[], float],
+    goal: float,
+    most_steps: int,
+) -> tuple[int | None, list[float]]:
+    """Trains a model in place on batches until its accuracy reaches a goal, percent, for at most so many steps.
+
+    Returns the relearn time (Golatkar et al. 2020, arXiv:1911.04933), steps, None where the loss is not finite, and the
+    accuracy before every step and after the last, percent.
+    """
+    scores: list[float] = []
+    for batch in batches:
+        scores.append(accuracy())
+        if scores[-1] >= goal or len(scores) > most_steps:
+            break
+        loss = F.cross_entropy(model(batch.images), batch.labels)
+        if not loss.isfinite():
+            return None, scores
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return len(scores) - 1, scores
+
+
+class Subject:
+    """A model that is audited: a copy, in float32, run operation by operation.
+
+    is_hidden: whether the classes are hidden in it when they are relearned
+    """
+
+    is_hidden = False
+
+    def __init__(self, name: str, model: nn.Module, first: Batch, layers: Any) -> None:
+        """Copies a model and exports it.
+
+        Args:
+            first: some samples
+            layers: those whose inputs are read beside the last one's, as `mimu.inputs.layers_to_mask` takes them
+        Raises:
+            InputError: names the model and what is wrong with it
+        """
+        self.name = name
+        try:
+            check_model(model)
+            network = copy_of(model)
+            logits, few = run_on_few(network, first)
+            if not (logits < torch.inf).all():
+                raise InputError("model: logits are not finite")
+            self.num_classes, self.type = logits.shape[1], few.dtype
+            self.classifier = exported(network, few, logits)
+            names, at_the_end = self.classifier.names, self.classifier.trace.names_at_the_end
+            indices = () if layers is None else layers_to_mask(layers, names, at_the_end, self.num_classes)
+        except InputError as error:
+            text = str(error).removeprefix("model").replace("mask_layer", "layers")
+            raise InputError(f"{name}{text if text[0] in ': ' else f': {text}'}") from error
+        self.last = names.index(at_the_end[-1])
+        self.layers = {names[index].removesuffix(".weight"): index for index in indices if index != self.last}
+        self.layers["last"] = self.last
+
+    @property
+    def device(self) -> torch.device:
+        return self.classifier.weights[self.last].device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Outputs:
+        """The logits of samples, and the input of every layer, averaged over positions, on the CPU.
+
+        Raises:
+            InputError: if they are not finite, but for logits of minus infinity
+        """
+        classifier, parts = self.classifier, []
+        layers = [classifier.layers[index] for index in self.layers.values()]
+        for part in images.to(self.device, self.type).split(classifier.samples_at_once):
+            values = classifier.trace.run(classifier.network, part, watched=[layer.node.args[0] for layer in layers])
+            inputs = [layer.mean_read(values[layer.node.args[0]]) for layer in layers]
+            inputs = [each if each.shape[1] <= WIDEST else sketch(each) for each in inputs]
+            parts.append([each.float().cpu() for each in (values[classifier.trace.output], *inputs)])
+        logits, *inputs = map(torch.cat, zip(*parts))
+        if not ((logits < torch.inf).all() and all(each.isfinite().all() for each in inputs)):
+            raise InputError(f"{self.name}: logits, or what a layer is given, are not finite")
+        return [logits, *inputs]
+
+    @property
+    def head(self) -> list[nn.Parameter]:
+        """The weight of the last layer, and its bias if there is one."""
+        classifier, node = self.classifier, self.classifier.layers[self.last].node
+        names = [classifier.names[self.last], *(classifier.trace.parameters.get(each) for each in node.args[2:3])]
+        return [classifier.network.get_parameter(name) for name in names if name]
+
+    @torch.no_grad()
+    def set_outputs(self, forget: Sequence[int], are_hidden: bool = False) -> None:
+        """Sets the output weights of classes to the mean of the other classes', or so that they are hidden."""
+        weight, *bias = self.head
+        retained = [label for label in range(self.num_classes) if label not in forget]
+        if len(weight) == self.num_classes:
+            for each in (weight, *bias):
+                each[forget] = each[retained].mean(0)
+            for each in bias if are_hidden else ():
+                weight[forget], each[forget] = 0, HIDDEN_BIAS
+
+    def ready(self, samples: Split, for_last: bool) -> Split:
+        """Samples as the model takes them, or as what begins with its last layer does."""
+        images = samples.images.to(self.device, self.type)
+        images = self.classifier.prefix_activations([self.last], images) if for_last else images
+        return Split(images, samples.labels.to(self.device))
+
+    def relearned(self, way: str, forget: Sequence[int], few: Split, test: Split, goal: float) -> dict[str, Any]:
+        """Relearns classes in one of WAYS; returns the steps that it takes, or None, and the accuracy after each.
+
+        few: training samples; test: those of the classes on which the accuracy is measured
+        """
+        classifier, network = self.classifier, self.classifier.network
+        state = copy.deepcopy(network.state_dict())
+        if self.is_hidden:
+            self.set_outputs(forget, are_hidden=True)
+        if way == "reset":
+            self.set_outputs(forget)
+        if way != "all weights":
+            classifier = classifier.suffix_from([self.last])
+        few, test = (self.ready(each, way != "all weights") for each in (few, test))
+        is_own = torch.isin(few.labels, few.labels.new_tensor(forget))
+        parts = [few[chosen].batches(BATCH_SIZE // 2, seeded("relearn")) for chosen in (is_own, ~is_own)]
+        batches = (Split(*map(torch.cat, ((a.images, b.images), (a.labels, b.labels)))) for a, b in zip(*parts))
+
+        @torch.no_grad()
+        def accuracy() -> float:
+            return 100 * is_correct(classifier(test.images), test.labels).double().mean().item()
+
+        parameters, rate = (network.parameters(), LEARNING_RATE) if way == "all weights" else (self.head, HEAD_RATE)
+        optimizer = torch.optim.Adam([each for each in parameters if each.requires_grad], rate)
+        steps, scores = relearn(classifier, optimizer, batches, accuracy, goal, MOST_STEPS)
+        network.load_state_dict(state)
+        return {"steps": steps if scores[-1] >= goal else None, "scores": scores}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples that are read, to learn from or to test, and what every model gives for them, by its name.
+
+    kept: those that are kept as they are, to relearn from; is_kept: which of all these are
+    """
+
+    labels: Tensor
+    outputs: dict[str, Outputs]
+    kept: Split
+    is_kept: Tensor
+
+    def __getitem__(self, chosen: Tensor) -> "Samples":
+        outputs = {name: [each[chosen] for each in outputs] for name, outputs in self.outputs.items()}
+        return Samples(self.labels[chosen], outputs, self.kept[chosen[self.is_kept]], self.is_kept[chosen])
+
+
+def read(subjects: dict[str, Subject], samples: tuple[Any, Any], quota: Tensor, form: Form, progress: bool) -> Samples:
+    """Reads the first samples of every class, batch by batch, and runs the models on them.
+
+    Args:
+        samples: inputs and labels, as `batches_of` takes them
+        quota: how many samples of each class are read, and how many of these are kept as they are, (2, classes)
+        form: of the samples that the models take
+    """
+    num_samples, batches = batches_of(*samples, progress)
+    counts, kept = torch.zeros_like(quota[0]), []
+
+    def rows() -> Iterator[tuple[Tensor, ...]]:
+        for images, labels, own_form in batches:
+            shapes, own_shapes = ({name: shape for name, (shape, _) in each.items()} for each in (form, own_form))
+            if own_shapes != shapes:
+                raise InputError(f"test must have inputs of shapes {shapes}, as the other samples, not {own_shapes}")
+            if not 0 <= labels.min() <= labels.max() < len(counts):
+                raise InputError(f"labels must be from 0 to {len(counts) - 1}, not {labels.min()} to {labels.max()}")
+            of_class = F.one_hot(labels.cpu(), len(counts))
+            place = ((of_class.cumsum(0) - 1 + counts) * of_class).sum(1)
+            is_read, is_kept = (place < quota[:, labels.cpu()]).to(labels.device)
+            counts.add_(of_class.sum(0))
+            if is_read.any():
+                kept.append(Split(images[is_kept], labels[is_kept]))
+                outputs = [subject(images[is_read]) for subject in subjects.values()]
+                yield labels[is_read], is_kept[is_read], *chain(*outputs)
+            if (counts >= quota[0]).all():
+                return
+
+    labels, is_kept, *outputs = (each.cpu() for each in joined(rows(), min(num_samples, int(quota[0].sum()))))
+    parts = iter(outputs)
+    by_name = {name: [next(parts) for _ in range(1 + len(subject.layers))] for name, subject in subjects.items()}
+    kept = Split(torch.cat([each.images for each in kept]), torch.cat([each.labels for each in kept]))
+    return Samples(labels, by_name, kept, is_kept)
+
+
+class Bits(NamedTuple):
+    """A mean of bits, and how far the samples may be from it with CONFIDENCE."""
+
+    bits: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.bits:.3f} ± {self.error:.3f}"
+
+
+def interval(bits: Tensor, is_own: Tensor) -> Bits:
+    """The mean of `balanced_bits`, or of a difference of them, and its error.
+
+    Half of the mean is that of the samples of the classes, `is_own` (samples), half that of the others.
+    """
+    parts = bits[is_own], bits[~is_own]
+    variance = sum(part.var().item() / len(part) if len(part) > 1 else math.inf for part in parts) / 4
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    return Bits(fmean(part.mean().item() for part in parts), z * math.sqrt(variance))
+
+
+def is_certain(bits: Tensor, is_own: Tensor, margin: float = 0.0) -> bool:
+    """Tells if the mean of `interval` is above a margin by more than the samples' error."""
+    mean, error = interval(bits, is_own)
+    return mean - error > margin
+
+
+class Audit:
+    """An audit of the models of a request.
+
+    Attributes:
+        figures: what is measured, by the name of the model
+        bits: `balanced_bits` of the test samples by the name of the model, from the fresh probe that finds most in the
+            last layer's input
+        own_bits: the same from the linear probe of the original
+    """
+
+    def __init__(
+        self, subjects: dict[str, Subject], train: Samples, test: Samples, forget: list[int], seed: int, bar: tqdm
+    ) -> None:
+        self.subjects, self.train, self.test, self.forget = subjects, train, test, forget
+        self.seed, self.bar = seed, bar
+        self.is_member, self.is_own = (torch.isin(each.labels, torch.tensor(forget)) for each in (train, test))
+        self.retrained = [name for name in subjects if name.startswith("retrained")]
+        self.figures: dict[str, dict[str, Any]] = {name: self.predictions(name) for name in subjects}
+        for name in self.retrained:
+            percent, count = self.figures[name]["forget_accuracy"], int(self.is_own.sum())
+            if lower_end(percent, count) > 100 / subjects[name].num_classes:
+                must = "must be trained without the classes to forget"
+                raise InputError(
+                    f"{name} {must}, but classifies {percent:.1f} % of {count} test samples of them correctly"
+                )
+        self.bits: dict[str, Tensor] = {}
+        self.own_bits: dict[str, Tensor] = {}
+
+    def accuracies(self, name: str) -> Tensor:
+        """The accuracy on the test samples of every class, percent, not a number where there are none."""
+        labels, size = self.test.labels, self.subjects[name].num_classes
+        correct = labels[is_correct(self.test.outputs[name][0], labels)].bincount(minlength=size)
+        return 100 * correct / labels.bincount(minlength=size)
+
+    def predictions(self, name: str) -> dict[str, Any]:
+        """The accuracies, where the samples of the classes go, and the divergence from the (other) retrained models."""
+        logits, own = self.test.outputs[name][0], self.is_own
+        correct = 100 * is_correct(logits, self.test.labels).double()
+        fall = (self.accuracies("original") - self.accuracies(name)).index_fill(0, torch.tensor(self.forget), math.nan)
+        worst = int(fall.nan_to_num(-math.inf).argmax())
+        shares = 100 * logits[own].argmax(1).bincount(minlength=logits.shape[1]).double() / own.sum()
+        others = [self.test.outputs[each][0] for each in self.retrained if each != name]
+        figures = {
+            "forget_accuracy": correct[own].mean().item(),
+            "retain_accuracy": correct[~own].mean().item(),
+            "most_lost": fall[worst].item(),
+            "most_lost_class": worst,
+            "predicted": {str(label): shares[label].item() for label in shares.argsort(descending=True)[:10].tolist()},
+        }
+        for part, chosen in (("forget", own), ("retain", ~own)):
+            divergences = [jensen_shannon(logits[chosen], each[chosen]) for each in others]
+            figures[f"divergence_{part}"] = fmean(divergences) if others else None
+        return figures
+
+    def membership(self, name: str) -> float:
+        """The `loss_attack` on the samples of the classes."""
+        losses = []
+        for samples, own in ((self.train, self.is_member), (self.test, self.is_own)):
+            logits, labels = samples.outputs[name][0][own].double(), samples.labels[own]
+            losses.append(F.cross_entropy(logits, labels, reduction="none"))
+        return loss_attack(*losses)
+
+    def probe(self) -> None:
+        """Trains probes on the features of every model, and puts the original's linear one onto the other models'."""
+        labels, own = self.train.labels, self.is_own
+        share, original = self.is_member.double().mean().item(), self.train.outputs["original"][-1]
+        alike = [name for name in self.subjects if self.train.outputs[name][-1].shape == original.shape]
+        tests = torch.cat([self.test.outputs[name][-1] for name in alike])
+        of_original = dict(zip(alike, linear(original, labels, tests, self.seed, cost=1.0).chunk(len(alike))))
+        for name, subject in self.subjects.items():
+            if subject.is_hidden:  # the original, in all that its last layer is given
+                self.bits[name], self.own_bits[name] = self.bits["original"], self.own_bits["original"]
+                self.figures[name]["probes"] = self.figures["original"]["probes"]
+                continue
+            probes = self.figures[name]["probes"] = {}
+            for place, layer in enumerate(subject.layers, 1):
+                x, x_test = (each.outputs[name][place] for each in (self.train, self.test))
+                is_known = name == "original" and layer == "last"
+                p = of_original[name] if is_known else linear(x, labels, x_test, self.seed, cost=1.0)
+                found = {"linear": p}
+                found["two-layer"] = two_layer(x, labels, x_test, self.seed, STEPS)
+                if layer == "last" and name in alike:
+                    found[OWN_PROBE] = of_original[name]
+                probes[layer] = {}
+                for probe, p in found.items():
+                    found[probe] = balanced_bits(p[:, self.forget].sum(1), own, share)
+                    recall = 100 * is_correct(p[own], self.test.labels[own]).double().mean().item()
+                    probes[layer][probe] = {"recall": recall, **interval(found[probe], own)._asdict()}
+                self.bar.update()
+            self.own_bits[name] = found.pop(OWN_PROBE, torch.full(own.shape, -1.0))
+            self.bits[name] = max(found.values(), key=lambda bits: interval(bits, own).bits)
+
+    def relearn(self) -> None:
+        """Relearns the classes in every model in all of WAYS, until half of the original's accuracy is back."""
+        labels, goal = self.test.kept.labels, self.figures["original"]["forget_accuracy"] / 2
+        test = self.test.kept[torch.isin(labels, labels.new_tensor(self.forget))]
+        for name, subject in self.subjects.items():
+            relearned = self.figures[name]["relearning"] = {}
+            for way in WAYS:
+                relearned[way] = subject.relearned(way, self.forget, self.train.kept, test, goal)
+                self.bar.update()
+
+    def verdict(self) -> tuple[str, str]:
+        """One of VERDICTS, and the numbers that say so."""
+        figures, own, bits = self.figures["unlearned"], self.is_own, self.bits
+        accuracies, counts = self.accuracies("unlearned"), self.test.labels.bincount()
+        certain = [lower_end(accuracies[label].item(), int(counts[label]), len(self.forget)) for label in self.forget]
+        remaining = f"{figures['forget_accuracy']:.1f} % of {int(own.sum())} test samples are classified correctly"
+        if max(figures["forget_accuracy"], *certain) >= NAMED:
+            return "not forgotten", remaining
+        before, after, of_original = bits["original"], bits["unlearned"], self.own_bits["unlearned"]
+        means = {name: interval(bits[name], own) for name in ("original", "unlearned", *self.retrained)}
+        retrained = sorted(self.retrained, key=lambda name: means[name].bits)
+        reason = f"{remaining}; probes find {means['unlearned']} bits, in the original {means['original']}"
+        if retrained:
+            reason += f", after retraining {' and '.join(str(means[name]) for name in retrained)}"
+        if not is_certain(before, own, SEEN):
+            return "cannot be judged", f"{reason}: this is too little, or there are too few samples"
+        if is_certain(of_original - KEPT * before, own):
+            return "hidden", f"{reason}; the original's own probe still finds {interval(of_original, own)}"
+        if not retrained:
+            return "cannot be judged", f"{reason}; a retrained model, which may hold as much, is not given"
+        least, most = bits[retrained[0]], bits[retrained[-1]]
+        spread = means[retrained[-1]].bits - means[retrained[0]].bits
+        if len(retrained) == 1:
+            spread = means[retrained[0]].error
+            reason += "; how far retrained models differ is unknown, as one is given"
+        if is_certain(least - after, own, spread):
+            return "less than after retraining", reason
+        if not is_certain(before - most, own, spread):
+            return "cannot be judged", f"{reason}: retrained models hold about as much as the original"
+        if not is_certain(after - most, own, spread):
+            return "as after retraining", reason
+        return "hidden" if is_certain(after - KEPT * before, own) else "partly erased", reason
+
+    def index(self, name: str) -> float | None:
+        """IDI: the bits beyond those after retraining, as a share of the original's; None where these are noise.
+
+        It is 1 as in the original, and 0 as after retraining (after Jeon et al. 2024, arXiv:2405.17878).
+        """
+        retrained = sorted(
+            (self.bits[each] for each in self.retrained), key=lambda bits: interval(bits, self.is_own).bits
+        )
+        if not retrained or not is_certain(self.bits["original"] - retrained[-1], self.is_own):
+            return None
+        every = self.bits[name], self.bits["original"], *retrained
+        found, before, *after = (interval(each, self.is_own).bits for each in every)
+        return (found - fmean(after)) / (before - fmean(after))
+
+    def report(self, has_test: bool) -> AuditReport:
+        """Measures everything, and reports it."""
+        self.probe()
+        self.relearn()
+        for name, figures in self.figures.items():
+            figures["idi"] = self.index(name)
+            figures["loss_attack"] = self.membership(name) if has_test else None
+        notes = []
+        if not self.retrained:
+            notes.append("No retrained model is given: only what is not forgotten, or hidden, can be told.")
+        if not has_test:
+            notes.append("No test samples are given: every fifth sample is held out, and membership is left out.")
+        return AuditReport(self.forget, *self.verdict(), notes, self.figures)
+
+
+def quotas(forget: Sequence[int], num_classes: int) -> Tensor:
+    """How many samples of each class are read, and how many of these are kept as they are, (2, classes)."""
+    rows = []
+    for own, others, fewest in ((OWN, OTHERS, FEWEST), (RELEARNED, RELEARNED, 1)):
+        row = torch.full((num_classes,), max(fewest, others // (num_classes - len(forget))))
+        row[list(forget)] = max(fewest, min(own, others // len(forget)))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def audit(
+    original: nn.Module,
+    unlearned: nn.Module | Mask,
+    inputs: Any,
+    labels: Any = None,
+    *,
+    forget_class: int | Sequence[int],
+    test: Any = None,
+    retrained: nn.Module | Sequence[nn.Module] | None = None,
+    layers: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> AuditReport:
+    """Measures what remains of classes in a classifier, however these were unlearned. The models are not changed.
+
+    Of every class to forget up to OWN samples are read, of the others up to OTHERS together, to train and to test.
+
+    Args:
+        original: returns logits (samples, classes), as `mimu.unlearn` takes it
+        unlearned: another such model, or a mask for the original
+        inputs, labels: training samples, as `mimu.unlearn` takes them
+        forget_class: one class or several
+        test: a pair of inputs and labels that no model was trained on, or a DataLoader. None: every fifth of the
+            training samples is held out of the audit, and membership is not measured
+        retrained: one model that was trained without the classes, or better several
+        layers: names, patterns or indices of layers whose input probes read beside the last one's, as the argument
+            `mask_layer` of `mimu.unlearn`
+        seed: of the probes
+        progress: whether bars are shown on a terminal
+
+    Raises:
+        InputError: a ValueError, if a model is something else or names a class that it was trained without, or samples
+            do not fit it or are not finite
+    """
+    several = [retrained] if isinstance(retrained, nn.Module) else [*(retrained or ())]
+    with plain_torch():
+        if isinstance(unlearned, Mask):
+            mask, unlearned = unlearned, copy_of(original)
+            try:
+                mask.apply(unlearned, permanent=True)
+            except ValueError as error:
+                raise InputError(f"unlearned: {error}") from None
+        models = {"original": original, "unlearned": unlearned}
+        models |= {f"retrained {place}": model for place, model in enumerate(several, 1)}
+        first = next(batches_of(inputs, labels, progress=False)[1])
+        subjects = {name: Subject(name, model, first, layers) for name, model in models.items()}
+        sizes = {name: subject.num_classes for name, subject in subjects.items()}
+        num_classes = sizes["original"]
+        if set(sizes.values()) != {num_classes}:
+            raise InputError(f"the models must have the same classes, but return logits for {sizes}")
+        forget = sorted(requested_classes(forget_class, torch.arange(num_classes), num_classes, ()))
+        if len(forget) == num_classes:
+            raise InputError(f"there must be classes to retain beside {forget}")
+        quota = quotas(forget, num_classes)
+        train = read(subjects, (inputs, labels), quota, first.form, progress)
+        if test is None:
+            is_test = held_out(train.labels)
+            train, tested = train[~is_test], train[is_test]
+        else:
+            is_loader = isinstance(test, DataLoader | Dataset)
+            if not is_loader and not (isinstance(test, tuple | list) and len(test) == 2):
+                raise InputError(f"test must be a pair of inputs and labels, not {type(test).__name__}")
+            tested = read(subjects, (test, None) if is_loader else test, quota, first.form, progress)
+        for name, samples in (("inputs", train), ("test", tested)):
+            if missing := {*forget} - {*samples.labels.tolist()}:
+                raise InputError(f"{name} must have samples of the classes to forget, not none of {sorted(missing)}")
+            if {*forget} >= {*samples.labels.tolist()}:
+                raise InputError(f"{name} must have samples of the other classes, too")
+        hidden = copy.copy(subjects["original"])
+        hidden.is_hidden = True
+        subjects = {"original": subjects["original"], "hidden": hidden} | subjects
+        for samples in (train, tested):
+            logits, *features = samples.outputs["original"]
+            samples.outputs["hidden"] = [logits.index_fill(1, torch.tensor(forget), -torch.inf), *features]
+        total = sum(len(WAYS) + len(subject.layers) for subject in subjects.values())
+        with tqdm(total=total, desc="audit", delay=1, leave=False, disable=None if progress else True) as bar:
+            return Audit(subjects, train, tested, forget, seed, bar).report(test is not None)
