@@ -288,7 +288,8 @@ def one_benchmark(output: str) -> str:
 
 
 COMPARED = (
-    "method", FORGET_SCORE.name, RETAIN_SCORE.name, "divergence on the forget set, bits", "divergence on the retain set, bits", "retain accuracy, points",
+    "method", FORGET_SCORE.name, RETAIN_SCORE.name, "divergence on the forget set, bits",
+    "divergence on the retain set, bits", "retain accuracy, points",
     "loss attack, area under the curve", "probe, recall of the forget class, %", "relearn time, steps",
     "seconds a request", "weights changed",
 )  # fmt: skip

@@ -120,10 +120,11 @@ def optimised(request: Request, kappas: Sequence[int]) -> Iterator[Tensor]:
     without_class = graphs.predictions.index_fill(1, removed, float("-inf")).softmax(1)
     for kappa in kappas:
         generator = seeded("sizes", request.seed, request.forget_class, kappa)
-        numbers = torch.ones(graphs.graph.num_vertices, requires_grad=True)
-        optimizer = torch.optim.Adam([numbers], 0.2)
+        numbers = 0.01 * torch.randn(graphs.graph.num_vertices, generator=generator)
+        numbers.requires_grad_(True)
+        optimizer = torch.optim.Adam([numbers], 0.02)
         for _ in range(500):
-            soft = (numbers - numbers.detach().kthvalue(kappa).values).sigmoid()
+            soft = (numbers - numbers.detach().kthvalue(kappa).values).div(0.1).sigmoid()
             keep = (soft > 0.5).float() + soft - soft.detach()
             batch = graphs.draw(100, generator).flatten()
             weights = masked_weights(request.original, graphs.graph, keep)
