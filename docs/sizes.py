@@ -40,7 +40,7 @@ NETWORKS = {
     "MNIST": ("perceptron, MNIST", (400, 401, 402), ()),
     "Fashion-MNIST": ("perceptron, Fashion-MNIST", (400, 401), ("dataset=FashionMNIST",)),
     "cnn": (
-        "hidden layer behind convolutions, Fashion-MNIST",
+        "hidden layer of a CNN, Fashion-MNIST",
         (400,),
         (
             "dataset=FashionMNIST",
@@ -172,6 +172,8 @@ def measured(name: str) -> dict[tuple[str, float], list[Scores]]:
             again = comparison.scores(label, comparison.retrained_again[label])
             rows.setdefault(("retrain_again", 0.0), []).append(again)
             for method, choose in METHODS.items():
+                if method == "optimised_mask" and seed != seeds[0]:  # it takes as long as all others together
+                    continue
                 for share, zeroed in zip(SHARES, choose(request, kappas)):
                     rows.setdefault((method, share), []).append(comparison.masked(label, zeroed))
         for key, each in rows.items():
@@ -193,7 +195,10 @@ def draw(figures: dict[str, dict[tuple[str, float], list[Scores]]]) -> None:
             again = fmean(each[row] for each in scores["retrain_again", 0.0])
             panel.axhline(again, color="0.4", linestyle="--", label="another retrained classifier")
         column[0].set_ylim(-3, 1)
-        column[1].set_ylim(bottom=0)
+        column[1].set(yscale="log", ylim=(0.015, 1.1))
+        column[1].set_yticks((0.02, 0.05, 0.1, 0.2, 0.5, 1), minor=False)
+        column[1].yaxis.set_major_formatter("{x:g}")
+        column[1].yaxis.set_minor_formatter("")
         column[1].set_xlabel("weights zeroed, % of the layer")
     axes[0, 0].set_ylabel("gap to retraining, percentage points")
     axes[1, 0].set_ylabel("divergence on the forget set, bits")
@@ -240,7 +245,7 @@ def tune() -> None:
                         request.forget_class,
                         next(in_steps(request, [kappa], with_gcn, replace(request.config, **changes))),
                     )
-                    for request in comparison.requests
+                    for request in comparison.requests[::2]  # five classes are enough to choose
                 ]
                 trials.append((fmean(each[1] for each in scores), fmean(each[0] for each in scores), changes))
                 print(name, "GCN" if with_gcn else "formula", *trials[-1], flush=True)

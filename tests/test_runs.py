@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -360,9 +361,21 @@ def test_the_lines_of_the_pages_make_a_data_set_of_ones_own_whose_classes_are_fo
     assert "digits" in (tmp_path / "reports" / "summary.md").read_text()
 
 
-def test_the_lines_of_the_readme_unlearn_a_model(tmp_path, monkeypatch):
+def test_the_quick_start_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    example = in_page(r"```python\n([^`]*unlearn\(model[^`]*)```")
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(in_page(r"```python\n(import torch[^`]*unlearn\(model[^`]*)```"), names)
+    correct = names["model"](names["inputs"]).argmax(1) == names["labels"]
+    is_forget = names["labels"] == 3
+    assert correct[is_forget].float().mean() < 0.01 and correct[~is_forget].float().mean() > 0.85
+    printed = capsys.readouterr().out
+    assert "class 3 erased: attackers find R^2" in printed and "Class 3: cannot be judged" in printed
+
+
+def test_the_lines_of_the_page_unlearn_classes_together_and_in_a_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = in_page(r"```python\n([^`]*unlearn\(model[^`]*Mask.load[^`]*)```", OWN)
     train = load_image_data("MNIST", PROJECT / "datasets").train[:5000]
     classifier = smoke("classifier.bias=true", "classifier.hidden_sizes=[64, 32]", "classifier.epochs=5")[""].classifier
     model = Trainer(classifier, 0).train(train, 10).network
