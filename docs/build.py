@@ -436,6 +436,7 @@ SCRIPTS = {
     "shadow": "docs/shadow.py",
     "sizes": "docs/sizes.py",
     "sizes_tuned": "docs/sizes.py tune",
+    "auditing": "docs/auditing.py",
     "scale": "docs/scale.py",
     "imagenet": "docs/scale.py imagenet",
     "tuning": "docs/tune.py",
