@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import ImageData
-from mimu.auditing import jensen_shannon, loss_attack, relearn
+from mimu.auditing import jensen_shannon, loss_attack
 from mimu.masks import Mask
 from mimu.probes import linear, neighbours, two_layer, usable_bits
 from mimu.samples import Split, is_correct, some_of_every_class
 from mimu.seeds import seeded
 from mimu.settings import Count
+from mimu.subjects import relearn
 
 BATCH_SIZE = 128  # of the forget class's training samples, from which it is relearned
 LEARNING_RATE = 0.0003  # of SGD on these batches

@@ -6,9 +6,7 @@ the classes are set to minus infinity (`hidden`), which forgets nothing that the
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Sequence
 from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
@@ -18,33 +16,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mimu.batches import Batch, Form, batches_of, joined, sketch
+from mimu.batches import batches_of
 from mimu.errors import InputError
-from mimu.hiding import HIDDEN_BIAS
-from mimu.inputs import check_model, copy_of, exported, layers_to_mask, plain_torch, requested_classes, run_on_few
+from mimu.inputs import copy_of, plain_torch, requested_classes
 from mimu.judgement import lower_end
 from mimu.masks import Mask
 from mimu.probes import balanced_bits, linear, two_layer
 from mimu.pruning import CONFIDENCE
 from mimu.report import OWN_PROBE, AuditReport
-from mimu.samples import Split, held_out, is_correct
-from mimu.seeds import seeded
+from mimu.samples import held_out, is_correct
+from mimu.subjects import WAYS, Samples, Subject, quotas, read
 
-OWN = 1000  # samples of every class to forget that are read, at most, to learn from and to test
-OTHERS = 9000  # of all other classes together
-FEWEST = 5  # of each of them
-RELEARNED = 128  # samples of the classes to forget from which they are relearned, and as many of the others
-BATCH_SIZE = 64  # of these, half of each kind
-LEARNING_RATE = 0.0003  # of Adam, when they are relearned with all weights
-HEAD_RATE = 0.003  # with the output layer alone
-MOST_STEPS = 60
 STEPS = 300  # of the two-layer probe, at least
-WIDEST = 2048  # features; more are reduced by `sketch`
 KEPT = 0.9  # of the original's bits, from which on a class is hidden
 NAMED = 5.0  # percent of a class that is still classified correctly, from which on it is not forgotten
 SEEN = 0.1  # bits that a probe finds in the original, below which nothing can be judged
-WAYS = ("all weights", "output layer", "reset")  # the last: the output layer alone, the classes' weights reset first
-Outputs = list[Tensor]  # of a model for samples, on the CPU: logits (samples, classes), and the inputs of layers
 
 
 def jensen_shannon(logits: Tensor, reference: Tensor) -> float:
@@ -68,197 +54,6 @@ def loss_attack(members: Tensor, others: Tensor) -> float:
     ordered = others.sort().values
     above, not_below = (len(ordered) - torch.searchsorted(ordered, members, side=side) for side in ("right", "left"))
     return ((above + not_below).double().mean() / (2 * len(ordered))).item()
-
-
-def relearn(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[Split],
-    accuracy: Callable[[], float],
-    goal: float,
-    most_steps: int,
-) -> tuple[int | None, list[float]]:
-    """Trains a model in place on batches until its accuracy reaches a goal, percent, for at most so many steps.
-
-    Returns the relearn time (Golatkar et al. 2020, arXiv:1911.04933), steps, None where the loss is not finite, and the
-    accuracy before every step and after the last, percent.
-    """
-    scores: list[float] = []
-    for batch in batches:
-        scores.append(accuracy())
-        if scores[-1] >= goal or len(scores) > most_steps:
-            break
-        loss = F.cross_entropy(model(batch.images), batch.labels)
-        if not loss.isfinite():
-            return None, scores
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return len(scores) - 1, scores
-
-
-class Subject:
-    """A model that is audited: a copy, in float32, run operation by operation.
-
-    is_hidden: whether the classes are hidden in it when they are relearned
-    """
-
-    is_hidden = False
-
-    def __init__(self, name: str, model: nn.Module, first: Batch, layers: Any) -> None:
-        """Copies a model and exports it.
-
-        Args:
-            first: some samples
-            layers: those whose inputs are read beside the last one's, as `mimu.inputs.layers_to_mask` takes them
-        Raises:
-            InputError: names the model and what is wrong with it
-        """
-        self.name = name
-        try:
-            check_model(model)
-            network = copy_of(model)
-            logits, few = run_on_few(network, first)
-            if not (logits < torch.inf).all():
-                raise InputError("model: logits are not finite")
-            self.num_classes, self.type = logits.shape[1], few.dtype
-            self.classifier = exported(network, few, logits)
-            names, at_the_end = self.classifier.names, self.classifier.trace.names_at_the_end
-            indices = () if layers is None else layers_to_mask(layers, names, at_the_end, self.num_classes)
-        except InputError as error:
-            text = str(error).removeprefix("model").replace("mask_layer", "layers")
-            raise InputError(f"{name}{text if text[0] in ': ' else f': {text}'}") from error
-        self.last = names.index(at_the_end[-1])
-        self.layers = {names[index].removesuffix(".weight"): index for index in indices if index != self.last}
-        self.layers["last"] = self.last
-
-    @property
-    def device(self) -> torch.device:
-        return self.classifier.weights[self.last].device
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Outputs:
-        """The logits of samples, and the input of every layer, averaged over positions, on the CPU.
-
-        Raises:
-            InputError: if they are not finite, but for logits of minus infinity
-        """
-        classifier, parts = self.classifier, []
-        layers = [classifier.layers[index] for index in self.layers.values()]
-        for part in images.to(self.device, self.type).split(classifier.samples_at_once):
-            values = classifier.trace.run(classifier.network, part, watched=[layer.node.args[0] for layer in layers])
-            inputs = [layer.mean_read(values[layer.node.args[0]]) for layer in layers]
-            inputs = [each if each.shape[1] <= WIDEST else sketch(each) for each in inputs]
-            parts.append([each.float().cpu() for each in (values[classifier.trace.output], *inputs)])
-        logits, *inputs = map(torch.cat, zip(*parts))
-        if not ((logits < torch.inf).all() and all(each.isfinite().all() for each in inputs)):
-            raise InputError(f"{self.name}: logits, or what a layer is given, are not finite")
-        return [logits, *inputs]
-
-    @property
-    def head(self) -> list[nn.Parameter]:
-        """The weight of the last layer, and its bias if there is one."""
-        classifier, node = self.classifier, self.classifier.layers[self.last].node
-        names = [classifier.names[self.last], *(classifier.trace.parameters.get(each) for each in node.args[2:3])]
-        return [classifier.network.get_parameter(name) for name in names if name]
-
-    @torch.no_grad()
-    def set_outputs(self, forget: Sequence[int], are_hidden: bool = False) -> None:
-        """Sets the output weights of classes to the mean of the other classes', or so that they are hidden."""
-        weight, *bias = self.head
-        retained = [label for label in range(self.num_classes) if label not in forget]
-        if len(weight) == self.num_classes:
-            for each in (weight, *bias):
-                each[forget] = each[retained].mean(0)
-            for each in bias if are_hidden else ():
-                weight[forget], each[forget] = 0, HIDDEN_BIAS
-
-    def ready(self, samples: Split, for_last: bool) -> Split:
-        """Samples as the model takes them, or as what begins with its last layer does."""
-        images = samples.images.to(self.device, self.type)
-        images = self.classifier.prefix_activations([self.last], images) if for_last else images
-        return Split(images, samples.labels.to(self.device))
-
-    def relearned(self, way: str, forget: Sequence[int], few: Split, test: Split, goal: float) -> dict[str, Any]:
-        """Relearns classes in one of WAYS; returns the steps that it takes, or None, and the accuracy after each.
-
-        few: training samples; test: those of the classes on which the accuracy is measured
-        """
-        classifier, network = self.classifier, self.classifier.network
-        state = copy.deepcopy(network.state_dict())
-        if self.is_hidden:
-            self.set_outputs(forget, are_hidden=True)
-        if way == "reset":
-            self.set_outputs(forget)
-        if way != "all weights":
-            classifier = classifier.suffix_from([self.last])
-        few, test = (self.ready(each, way != "all weights") for each in (few, test))
-        is_own = torch.isin(few.labels, few.labels.new_tensor(forget))
-        parts = [few[chosen].batches(BATCH_SIZE // 2, seeded("relearn")) for chosen in (is_own, ~is_own)]
-        batches = (Split(*map(torch.cat, ((a.images, b.images), (a.labels, b.labels)))) for a, b in zip(*parts))
-
-        @torch.no_grad()
-        def accuracy() -> float:
-            return 100 * is_correct(classifier(test.images), test.labels).double().mean().item()
-
-        parameters, rate = (network.parameters(), LEARNING_RATE) if way == "all weights" else (self.head, HEAD_RATE)
-        optimizer = torch.optim.Adam([each for each in parameters if each.requires_grad], rate)
-        steps, scores = relearn(classifier, optimizer, batches, accuracy, goal, MOST_STEPS)
-        network.load_state_dict(state)
-        return {"steps": steps if scores[-1] >= goal else None, "scores": scores}
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The samples that are read, to learn from or to test, and what every model gives for them, by its name.
-
-    kept: those that are kept as they are, to relearn from; is_kept: which of all these are
-    """
-
-    labels: Tensor
-    outputs: dict[str, Outputs]
-    kept: Split
-    is_kept: Tensor
-
-    def __getitem__(self, chosen: Tensor) -> "Samples":
-        outputs = {name: [each[chosen] for each in outputs] for name, outputs in self.outputs.items()}
-        return Samples(self.labels[chosen], outputs, self.kept[chosen[self.is_kept]], self.is_kept[chosen])
-
-
-def read(subjects: dict[str, Subject], samples: tuple[Any, Any], quota: Tensor, form: Form, progress: bool) -> Samples:
-    """Reads the first samples of every class, batch by batch, and runs the models on them.
-
-    Args:
-        samples: inputs and labels, as `batches_of` takes them
-        quota: how many samples of each class are read, and how many of these are kept as they are, (2, classes)
-        form: of the samples that the models take
-    """
-    num_samples, batches = batches_of(*samples, progress)
-    counts, kept = torch.zeros_like(quota[0]), []
-
-    def rows() -> Iterator[tuple[Tensor, ...]]:
-        for images, labels, own_form in batches:
-            shapes, own_shapes = ({name: shape for name, (shape, _) in each.items()} for each in (form, own_form))
-            if own_shapes != shapes:
-                raise InputError(f"test must have inputs of shapes {shapes}, as the other samples, not {own_shapes}")
-            if not 0 <= labels.min() <= labels.max() < len(counts):
-                raise InputError(f"labels must be from 0 to {len(counts) - 1}, not {labels.min()} to {labels.max()}")
-            of_class = F.one_hot(labels.cpu(), len(counts))
-            place = ((of_class.cumsum(0) - 1 + counts) * of_class).sum(1)
-            is_read, is_kept = (place < quota[:, labels.cpu()]).to(labels.device)
-            counts.add_(of_class.sum(0))
-            if is_read.any():
-                kept.append(Split(images[is_kept], labels[is_kept]))
-                outputs = [subject(images[is_read]) for subject in subjects.values()]
-                yield labels[is_read], is_kept[is_read], *chain(*outputs)
-            if (counts >= quota[0]).all():
-                return
-
-    labels, is_kept, *outputs = (each.cpu() for each in joined(rows(), min(num_samples, int(quota[0].sum()))))
-    parts = iter(outputs)
-    by_name = {name: [next(parts) for _ in range(1 + len(subject.layers))] for name, subject in subjects.items()}
-    kept = Split(torch.cat([each.images for each in kept]), torch.cat([each.labels for each in kept]))
-    return Samples(labels, by_name, kept, is_kept)
 
 
 class Bits(NamedTuple):
@@ -348,7 +143,8 @@ class Audit:
         for samples, own in ((self.train, self.is_member), (self.test, self.is_own)):
             logits, labels = samples.outputs[name][0][own].double(), samples.labels[own]
             losses.append(F.cross_entropy(logits, labels, reduction="none"))
-        return loss_attack(*losses)
+        members, others = losses
+        return loss_attack(members, others)
 
     def probe(self) -> None:
         """Trains probes on the features of every model, and puts the original's linear one onto the other models'."""
@@ -396,7 +192,7 @@ class Audit:
         accuracies, counts = self.accuracies("unlearned"), self.test.labels.bincount()
         certain = [lower_end(accuracies[label].item(), int(counts[label]), len(self.forget)) for label in self.forget]
         remaining = f"{figures['forget_accuracy']:.1f} % of {int(own.sum())} test samples are classified correctly"
-        if max(figures["forget_accuracy"], *certain) >= NAMED:
+        if max([figures["forget_accuracy"]] + certain) >= NAMED:
             return "not forgotten", remaining
         before, after, of_original = bits["original"], bits["unlearned"], self.own_bits["unlearned"]
         means = {name: interval(bits[name], own) for name in ("original", "unlearned", *self.retrained)}
@@ -452,16 +248,6 @@ class Audit:
         return AuditReport(self.forget, *self.verdict(), notes, self.figures)
 
 
-def quotas(forget: Sequence[int], num_classes: int) -> Tensor:
-    """How many samples of each class are read, and how many of these are kept as they are, (2, classes)."""
-    rows = []
-    for own, others, fewest in ((OWN, OTHERS, FEWEST), (RELEARNED, RELEARNED, 1)):
-        row = torch.full((num_classes,), max(fewest, others // (num_classes - len(forget))))
-        row[list(forget)] = max(fewest, min(own, others // len(forget)))
-        rows.append(row)
-    return torch.stack(rows)
-
-
 def audit(
     original: nn.Module,
     unlearned: nn.Module | Mask,
@@ -496,17 +282,9 @@ def audit(
         InputError: a ValueError, if a model is something else or names a class that it was trained without, or samples
             do not fit it or are not finite
     """
-    several = [retrained] if isinstance(retrained, nn.Module) else [*(retrained or ())]
     with plain_torch():
-        if isinstance(unlearned, Mask):
-            mask, unlearned = unlearned, copy_of(original)
-            try:
-                mask.apply(unlearned, permanent=True)
-            except ValueError as error:
-                raise InputError(f"unlearned: {error}") from None
-        models = {"original": original, "unlearned": unlearned}
-        models |= {f"retrained {place}": model for place, model in enumerate(several, 1)}
         first = next(batches_of(inputs, labels, progress=False)[1])
+        models = models_of(original, unlearned, retrained)
         subjects = {name: Subject(name, model, first, layers) for name, model in models.items()}
         sizes = {name: subject.num_classes for name, subject in subjects.items()}
         num_classes = sizes["original"]
@@ -516,26 +294,57 @@ def audit(
         if len(forget) == num_classes:
             raise InputError(f"there must be classes to retain beside {forget}")
         quota = quotas(forget, num_classes)
-        train = read(subjects, (inputs, labels), quota, first.form, progress)
+        train = read(subjects, inputs, labels, quota, first.form, progress)
         if test is None:
             is_test = held_out(train.labels)
             train, tested = train[~is_test], train[is_test]
         else:
-            is_loader = isinstance(test, DataLoader | Dataset)
-            if not is_loader and not (isinstance(test, tuple | list) and len(test) == 2):
-                raise InputError(f"test must be a pair of inputs and labels, not {type(test).__name__}")
-            tested = read(subjects, (test, None) if is_loader else test, quota, first.form, progress)
+            test_inputs, test_labels = pair_of(test)
+            tested = read(subjects, test_inputs, test_labels, quota, first.form, progress)
         for name, samples in (("inputs", train), ("test", tested)):
-            if missing := {*forget} - {*samples.labels.tolist()}:
-                raise InputError(f"{name} must have samples of the classes to forget, not none of {sorted(missing)}")
-            if {*forget} >= {*samples.labels.tolist()}:
-                raise InputError(f"{name} must have samples of the other classes, too")
-        hidden = copy.copy(subjects["original"])
-        hidden.is_hidden = True
-        subjects = {"original": subjects["original"], "hidden": hidden} | subjects
-        for samples in (train, tested):
-            logits, *features = samples.outputs["original"]
-            samples.outputs["hidden"] = [logits.index_fill(1, torch.tensor(forget), -torch.inf), *features]
+            check_classes(name, samples.labels, forget)
+        subjects = with_hidden(subjects, (train, tested), forget)
         total = sum(len(WAYS) + len(subject.layers) for subject in subjects.values())
         with tqdm(total=total, desc="audit", delay=1, leave=False, disable=None if progress else True) as bar:
             return Audit(subjects, train, tested, forget, seed, bar).report(test is not None)
+
+
+def models_of(original: nn.Module, unlearned: nn.Module | Mask, retrained: Any) -> dict[str, nn.Module]:
+    """The models of an audit by their names. Raises InputError if a mask does not fit the original."""
+    several = [retrained] if isinstance(retrained, nn.Module) else [*(retrained or ())]
+    if isinstance(unlearned, Mask):
+        mask, unlearned = unlearned, copy_of(original)
+        try:
+            mask.apply(unlearned, permanent=True)
+        except ValueError as error:
+            raise InputError(f"unlearned: {error}") from None
+    models = {"original": original, "unlearned": unlearned}
+    return models | {f"retrained {place}": model for place, model in enumerate(several, 1)}
+
+
+def pair_of(test: Any) -> tuple[Any, Any]:
+    """The inputs and labels of test samples; a loader holds both. Raises InputError if they are neither."""
+    if isinstance(test, DataLoader | Dataset):
+        return test, None
+    if not (isinstance(test, tuple | list) and len(test) == 2):
+        raise InputError(f"test must be a pair of inputs and labels, not {type(test).__name__}")
+    return test[0], test[1]
+
+
+def check_classes(name: str, labels: Tensor, forget: list[int]) -> None:
+    """Raises InputError if samples are not both of the classes to forget and of others."""
+    present = set(labels.tolist())
+    if missing := set(forget) - present:
+        raise InputError(f"{name} must have samples of the classes to forget, not none of {sorted(missing)}")
+    if present <= set(forget):
+        raise InputError(f"{name} must have samples of the other classes, too")
+
+
+def with_hidden(subjects: dict[str, Subject], parts: tuple[Samples, ...], forget: list[int]) -> dict[str, Subject]:
+    """Adds the original whose logits of the classes are minus infinity, with its outputs for all samples."""
+    hidden = copy.copy(subjects["original"])
+    hidden.is_hidden = True
+    for samples in parts:
+        logits, *features = samples.outputs["original"]
+        samples.outputs["hidden"] = [logits.index_fill(1, torch.tensor(forget), -torch.inf), *features]
+    return {"original": subjects["original"], "hidden": hidden} | subjects

@@ -11,7 +11,7 @@ from conftest import IN_FEATURES, random_split
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mimu import Mask, audit, auditing
+from mimu import Mask, audit, auditing, subjects
 from mimu.auditing import interval
 from mimu.hiding import hiding_mask
 from mimu.probes import balanced_bits, linear
@@ -73,7 +73,7 @@ ORIGINAL, *RETRAINED = perceptron(0), *(perceptron(seed, FORGET) for seed in (1,
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(auditing, "MOST_STEPS", 10)
+    monkeypatch.setattr(subjects, "MOST_STEPS", 10)
     monkeypatch.setattr(auditing, "STEPS", 100)
 
 
