@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from build import ROOT, write_block
+from build import DOCS, ROOT, write_block
 
 from data import load_image_data
 from experiment.config import load_config
@@ -30,6 +30,7 @@ from trainer import Trainer
 HEADER = ["network, class", "unlearned model", "verdict", "bits found", "in the original", "after retraining"]
 CNN = "classifier={architecture: cnn, hidden_sizes: [64], channels: [16, 32], epochs: 4, batch_size: 256}"
 VIT = "classifier={architecture: vit, hidden_sizes: [128], channels: [64], blocks: 2, epochs: 5, batch_size: 128}"
+PICTURED = "masked by the GCN"
 Train = Callable[[int, Split], nn.Module]  # from a seed and samples to a classifier
 
 
@@ -120,6 +121,8 @@ def rows(name: str) -> Iterator[list[str]]:
         read, tested = few or samples, None if few else (test.images, test.labels)
         arguments = {"forget_class": label, "test": tested, "retrained": references or None, "progress": False}
         report = audit(original, model, read.images, read.labels, **arguments)
+        if words == PICTURED:
+            report.plot(DOCS / "auditing.png")
 
         def bits(name: str) -> float:
             probes = report.figures[name]["probes"]["last"]
@@ -136,7 +139,7 @@ def rows(name: str) -> Iterator[list[str]]:
     if name in ("perceptron", "cnn"):
         mask = unlearn(original, samples.images, samples.labels, label, method="mask", progress=False)
         with mask.applied_to(copy.deepcopy(original)) as masked:
-            yield row("masked by the GCN", masked, retrained)
+            yield row(PICTURED if name == "perceptron" else "masked", masked, retrained)
     yield row("another retrained one", another, retrained)
     if name == "perceptron":
         yield row("all directions of classes removed (LEACE)", Projected(original, samples, label), retrained)
