@@ -130,11 +130,10 @@ def erase_classes(
 ) -> tuple[Mask, dict[int, RecoveredInformation]]:
     """Edits the last layers of a classifier so that attackers hardly tell classes, and returns the edit as a mask.
 
-    Where attackers find no more than the target, the output weights alone are edited. Else the first edit (`Edit`)
-    changes the weights of the last layer and of one layer before it. It changes two before it if the network ends in
-    three linear layers with a ReLU between each two. If attackers still find more than the target in the samples that
-    judge (`split_samples`), a new edit of one more layer is trained from the start, up to MAX_EDITED. The mask under
-    which attackers find least is returned. An edit minimises
+    Where attackers find no more than the target, the output weights alone are edited. Else an edit (`Edit`) changes the
+    last layer and the one before it, or the two before it in a network that ends in three linear layers. While
+    attackers find more than the target in the samples that judge (`split_samples`), an edit of one more layer is
+    trained, up to MAX_EDITED. The mask under which attackers find least is returned. An edit minimises
 
         cross entropy of the retained classes - forget_weight E[log(1 - p)] + erase_weight max(0, R^2 - target)
 
@@ -154,7 +153,6 @@ def erase_classes(
     chosen, num_train = torch.cat([train, judging]), len(train)
     labels, model_inputs = split.labels[chosen], split.images if model_inputs is None else model_inputs
     is_forget = membership(labels[num_train:], forget)
-    num_classes, counts = len(split.labels.unique()), is_forget.sum(0).tolist()
     directions: dict[int, Tensor] = {}
     edits: list[tuple[Mask, Tensor]] = []  # and what attackers find under each
     with start.applied_to(classifier) if start else nullcontext():
@@ -163,7 +161,7 @@ def erase_classes(
         representation = suffix.value_of(suffix.trace.representation, inputs[num_train:])
         before = config.mean_r_squared(representation, is_forget, seed)
         in_inputs = config.mean_r_squared(model_inputs[judging], is_forget, seed)
-        target = config.target_r_squared(in_inputs, before, num_classes)
+        target = config.target_r_squared(in_inputs, before, len(split.labels.unique()))
         is_at_target = bool((before <= target + TOLERANCE).all())
         for num_hidden in [0] if is_at_target else range(min(2, num_linear) or 1, len(layers)):
             edited = layers[-1 - num_hidden :]
@@ -172,13 +170,13 @@ def erase_classes(
                 if layer not in directions:
                     x = edited_suffix.mean_inputs(layer, cached_inputs[:num_train])
                     directions[layer] = directions_to_erase(x, labels[:num_train], forget)
-            samples = Split(cached_inputs, labels)
-            edit = Edit(edited_suffix, start, edited, samples, num_train, forget, directions)
+            edit = Edit(edited_suffix, start, edited, Split(cached_inputs, labels), num_train, forget, directions)
             after = edit.train(target, config, seed, progress)
             edits.append((edit.mask(start), after))
             if (after <= target + TOLERANCE).all():
                 break
     mask, least = min(edits, key=lambda each: each[1].sum().item())
+    counts = is_forget.sum(0).tolist()
     recovered = map(RecoveredInformation, before.tolist(), least.tolist(), target.tolist(), counts)
     return mask, dict(zip(forget, recovered))
 

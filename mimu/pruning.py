@@ -137,9 +137,7 @@ def prune(
         elif ranking is not None:
             scores = ranking(step, zeroed)
         else:
-            every = config.snapshot_every
-            if every is not None and num_needed:
-                every = max(every, STEPS_PER_SNAPSHOT)
+            every = config.snapshot_every and max(config.snapshot_every, STEPS_PER_SNAPSHOT if num_needed else 1)
             if snapshot is not None and snapshot.records[0] and (every is None or step % every > 0):
                 snapshot = snapshot.first_order_update(newest)
             else:
