@@ -21,7 +21,6 @@ from build import DOCS, ROOT, write_block
 from data import load_image_data
 from experiment.config import load_config
 from mimu import audit, unlearn
-from mimu.hiding import hiding_mask
 from mimu.samples import Split, some_of_every_class
 from mimu.seeds import seeded
 from reporter import markdown_table
@@ -37,8 +36,8 @@ Train = Callable[[int, Split], nn.Module]  # from a seed and samples to a classi
 def hidden(model: nn.Module, label: int) -> nn.Module:
     """A copy in whose output layer a class is hidden."""
     model = copy.deepcopy(model)
-    name, head = [each for each in model.named_modules() if isinstance(each[1], nn.Linear)][-1]
-    hiding_mask(head, name, [label]).apply(model, permanent=True)
+    *_, name = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    unlearn(model, forget_class=label, method="hide", mask_layer=name).apply(model, permanent=True)
     return model
 
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from experiment.files import slug
-from mimu.errors import InputError, one_line
+from mimu.errors import InputError, in_one_line
 from mimu.files import naming
 
 Kind = TypeVar("Kind")
@@ -32,10 +32,8 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.
 
 def parse(text: str | bytes, origin: str) -> Any:
     """Parses YAML. Raises ConfigError where it is not valid."""
-    try:
+    with in_one_line(ConfigError, f"{origin}: is not valid YAML"):
         return json.loads(json.dumps(yaml.load(text, Loader), default=str))  # every key is text
-    except Exception as error:  # an odd date, number or nesting raises an error of Python's own
-        raise ConfigError(f"{origin}: is not valid YAML ({one_line(error)})") from None
 
 
 def parse_override(override: str) -> dict[str, Any]:

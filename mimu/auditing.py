@@ -7,6 +7,8 @@ the classes are set to minus infinity (`hidden`), which forgets nothing that the
 import copy
 import math
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain
 from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
@@ -186,6 +188,16 @@ class Audit:
                 relearned[way] = subject.relearned(way, self.forget, self.train.kept, test, goal)
                 self.bar.update()
 
+    @cached_property
+    def means(self) -> dict[str, Bits]:
+        """The `interval` of the bits of every model, once `probe` has found them."""
+        return {name: interval(bits, self.is_own) for name, bits in self.bits.items()}
+
+    @property
+    def retrained_by_bits(self) -> list[str]:
+        """The names of the retrained models, from the one in which probes find least."""
+        return sorted(self.retrained, key=lambda name: self.means[name].bits)
+
     def verdict(self) -> tuple[str, str]:
         """One of VERDICTS, and the numbers that say so."""
         figures, own, bits = self.figures["unlearned"], self.is_own, self.bits
@@ -195,8 +207,7 @@ class Audit:
         if max([figures["forget_accuracy"]] + certain) >= NAMED:
             return "not forgotten", remaining
         before, after, of_original = bits["original"], bits["unlearned"], self.own_bits["unlearned"]
-        means = {name: interval(bits[name], own) for name in ("original", "unlearned", *self.retrained)}
-        retrained = sorted(self.retrained, key=lambda name: means[name].bits)
+        means, retrained = self.means, self.retrained_by_bits
         reason = f"{remaining}; probes find {means['unlearned']} bits, in the original {means['original']}"
         if retrained:
             reason += f", after retraining {' and '.join(str(means[name]) for name in retrained)}"
@@ -224,14 +235,11 @@ class Audit:
 
         It is 1 as in the original, and 0 as after retraining (after Jeon et al. 2024, arXiv:2405.17878).
         """
-        retrained = sorted(
-            (self.bits[each] for each in self.retrained), key=lambda bits: interval(bits, self.is_own).bits
-        )
-        if not retrained or not is_certain(self.bits["original"] - retrained[-1], self.is_own):
+        retrained = self.retrained_by_bits
+        if not retrained or not is_certain(self.bits["original"] - self.bits[retrained[-1]], self.is_own):
             return None
-        every = self.bits[name], self.bits["original"], *retrained
-        found, before, *after = (interval(each, self.is_own).bits for each in every)
-        return (found - fmean(after)) / (before - fmean(after))
+        after = fmean(self.means[each].bits for each in retrained)
+        return (self.means[name].bits - after) / (self.means["original"].bits - after)
 
     def report(self, has_test: bool) -> AuditReport:
         """Measures everything, and reports it."""
@@ -283,7 +291,8 @@ def audit(
             do not fit it or are not finite
     """
     with plain_torch():
-        first = next(batches_of(inputs, labels, progress=False)[1])
+        num_samples, batches = batches_of(inputs, labels, progress)
+        first = next(batches)
         models = models_of(original, unlearned, retrained)
         subjects = {name: Subject(name, model, first, layers) for name, model in models.items()}
         sizes = {name: subject.num_classes for name, subject in subjects.items()}
@@ -294,13 +303,14 @@ def audit(
         if len(forget) == num_classes:
             raise InputError(f"there must be classes to retain beside {forget}")
         quota = quotas(forget, num_classes)
-        train = read(subjects, inputs, labels, quota, first.form, progress)
+        train = read(subjects, num_samples, chain([first], batches), quota, first.form)
         if test is None:
             is_test = held_out(train.labels)
             train, tested = train[~is_test], train[is_test]
         else:
             test_inputs, test_labels = pair_of(test)
-            tested = read(subjects, test_inputs, test_labels, quota, first.form, progress)
+            num_samples, batches = batches_of(test_inputs, test_labels, progress)
+            tested = read(subjects, num_samples, batches, quota, first.form)
         for name, samples in (("inputs", train), ("test", tested)):
             check_classes(name, samples.labels, forget)
         subjects = with_hidden(subjects, (train, tested), forget)

@@ -1,7 +1,7 @@
 """The models of an audit: what they give for samples, and how fast they relearn classes."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimu.batches import Batch, Form, batches_of, joined, sketch
+from mimu.batches import Batch, Form, joined, sketch
 from mimu.errors import InputError
 from mimu.hiding import HIDDEN_BIAS
 from mimu.inputs import check_model, copy_of, exported, layers_to_mask, run_on_few
@@ -185,15 +185,16 @@ class Samples:
         return Samples(self.labels[chosen], outputs, self.kept[chosen[self.is_kept]], self.is_kept[chosen])
 
 
-def read(subjects: dict[str, Subject], inputs: Any, labels: Any, quota: Tensor, form: Form, progress: bool) -> Samples:
+def read(
+    subjects: dict[str, Subject], num_samples: int, batches: Iterable[Batch], quota: Tensor, form: Form
+) -> Samples:
     """Reads the first samples of every class, batch by batch, and runs the models on them.
 
     Args:
-        inputs, labels: as `batches_of` takes them
+        num_samples, batches: as `batches_of` returns them
         quota: how many samples of each class are read, and how many of these are kept as they are, (2, classes)
         form: of the samples that the models take
     """
-    num_samples, batches = batches_of(inputs, labels, progress)
     counts, kept = torch.zeros_like(quota[0]), []
 
     def rows() -> Iterator[tuple[Tensor, ...]]:

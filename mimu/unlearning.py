@@ -72,24 +72,23 @@ def unlearn(
     """
     if isinstance(inputs, DataLoader | Dataset) and forget_class is None:
         labels, forget_class = None, labels
-    is_free = method is None and erase is None
-    method = chosen_method(method, erase, is_for_mask=gcn is not None or mask_layer != "auto" or scorer != "gcn")
-    check_arguments(scorer, method, mask_layer, {"max_fall": max_fall, "max_class_fall": max_class_fall})
+    chosen = chosen_method(method, erase, is_for_mask=gcn is not None or mask_layer != "auto" or scorer != "gcn")
+    check_arguments(scorer, chosen, mask_layer, {"max_fall": max_fall, "max_class_fall": max_class_fall})
     with plain_torch():
-        if method == "hide":
+        if chosen == "hide":
             return mask_that_hides(model, inputs, labels, forget_class, mask_layer, progress)
-        erase = method == "erase"
-        custom = CustomModel.of(model, inputs, labels, mask_layer, progress, erase)
+        erases = chosen == "erase"
+        custom = CustomModel.of(model, inputs, labels, mask_layer, progress, erases)
         carried = Mask.on(model)
         forgotten = carried.forgets if carried else ()
         requested = requested_classes(forget_class, custom.labels, custom.num_classes, forgotten)
-        if is_free and erase and has_too_few(custom.labels, requested - set(forgotten)):
+        if erases and not (method or erase) and has_too_few(custom.labels, requested - set(forgotten)):
             return mask_that_hides(model, inputs, labels, forget_class, mask_layer, progress)
-        trained, scorer = what_ranks(custom, gcn, scorer, erase)
+        trained, scorer = what_ranks(custom, gcn, scorer, erases)
         bounds = max_fall, max_class_fall
-        request = UnlearningRequest(model, carried, custom, requested, trained, erase, seed, bounds, progress)
+        request = UnlearningRequest(model, carried, custom, requested, trained, erases, seed, bounds, progress)
         request.check()
-        return erasing_mask(request) if erase else pruning_mask(request, scorer)
+        return erasing_mask(request) if erases else pruning_mask(request, scorer)
 
 
 def has_too_few(labels: Tensor, requested: set[int]) -> bool:
