@@ -168,7 +168,6 @@ class Stages:
                 data, retrain = self.data(config), partial(self.classifier, training, forget_class)
                 about = self.about(training, metrics, mask) | self._about_gcn
                 audit = partial(Audit, config.audit, data, forget_class, training.seed)
-                audit = audit if config.audit.enabled else None
                 one = request(requested_kappa=requested_kappa, retrain=retrain)
                 Eval(one, data, metrics, mask, about, shared, audit, draw_plots).eval()
             elif draw_plots is not None:

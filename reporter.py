@@ -87,12 +87,13 @@ FORGET_SCORE = Column((FORGET, "score"), "forget accuracy, %", ".2f")
 RETAIN_SCORE = Column((RETAIN, "score"), "retain accuracy, %", ".2f")
 RETAIN_GAP = Column((RETAIN, "score"), "gap to retraining, points", "+.2f", is_gap=True)
 PROBABILITY = Column((FORGET, "probability"), "probability of the forget class", ".4f")
+DIVERGENCE = Column(("audit_metrics", "js_forget"), "divergence on the forget set, bits", ".3f")
 FORGET_LOSS = Column((FORGET, "loss"), "forget loss, nats", ".2f")
 RETAIN_LOSS = Column((RETAIN, "loss"), "retain loss, nats", ".3f")
 METRICS = (FORGET_SCORE, RETAIN_SCORE, PROBABILITY, FORGET_LOSS, RETAIN_LOSS)
 ZEROED = Column(("num_zeroed",), "weights zeroed", ".0f")
 SECONDS = Column(("seconds",), "seconds a request", ".2f")
-EVERYTHING = (FORGET_SCORE, RETAIN_SCORE, RETAIN_GAP, PROBABILITY, FORGET_LOSS, RETAIN_LOSS, ZEROED, SECONDS)
+EVERYTHING = (FORGET_SCORE, RETAIN_SCORE, RETAIN_GAP, DIVERGENCE, *METRICS[2:], ZEROED, SECONDS)
 WORST = tuple(replace(column, reduction="worst") for column in (FORGET_SCORE, RETAIN_GAP))
 EFFICACY = [replace(each, keys=(KEPT, each.keys[1]), spec=".3f") for each in (FORGET_SCORE, PROBABILITY, FORGET_LOSS)]
 
@@ -162,7 +163,7 @@ class Experiments:
             if "retrain" in each[RETAIN]:
                 self.retrained[place] = each
         self.kappas = sorted(kappa for kappa in self.by_kappa if kappa != "auto")
-        self.is_audited = bool(self.retrained) and all(each["audit_metrics"] for each in self.every)
+        self.is_audited = bool(self.retrained) and all(each["audits"] for each in self.every)
         self.digits = sorted({each["forget_digit"] for each in self.every})
         self.seeds = sorted({each["seed"] for each in self.every})
         self.kappa = "auto" if "auto" in self.by_kappa else self.kappas[-1]

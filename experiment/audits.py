@@ -113,16 +113,29 @@ class Audit:
         self.reference = None if self.retrained is None else predictions_of(self.retrained, self.data.test)
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
-        """Runs all audits on one classifier; where it has diverged, all but `weights_changed` are None."""
-        train, test = predictions_of(model, self.train), predictions_of(model, self.data.test)
+        """Runs all audits on one classifier; where it has diverged, all but `weights_changed` are None.
+
+        Where audits are not enabled, it measures the divergence from the retrained classifier alone.
+        """
+        test = predictions_of(model, self.data.test)
+        if not self.config.enabled:
+            return {"js_forget": self.divergence(test, True), "js_retain": self.divergence(test, False)}
+        train = predictions_of(model, self.train)
         case = Case(self, model, train, test, train.labels == self.forget_class, test.labels == self.forget_class)
         names = ["weights_changed"] if train.has_diverged or test.has_diverged else AUDITS
         return dict.fromkeys(AUDITS) | {name: AUDITS[name].measure(case) for name in names}
 
-    @staticmethod
-    def columns() -> dict[str, dict[str, str]]:
-        """The title and the number format of every audit that has a column in tables, by its name."""
-        return {name: {"title": each.title, "spec": each.spec} for name, each in AUDITS.items() if each.title}
+    def divergence(self, test: Predictions, is_forget_set: bool) -> float | None:
+        """Returns the divergence from the retrained classifier on a set of test samples, bits; None without one."""
+        if self.reference is None or test.has_diverged:
+            return None
+        chosen = (test.labels == self.forget_class) == is_forget_set
+        return jensen_shannon(test.logits[chosen], self.reference.logits[chosen])
+
+    def columns(self) -> dict[str, dict[str, str]]:
+        """Returns the title and the number format of every enabled audit that has a column in tables, by its name."""
+        titled = AUDITS.items() if self.config.enabled else ()
+        return {name: {"title": each.title, "spec": each.spec} for name, each in titled if each.title}
 
 
 @dataclass
@@ -135,11 +148,6 @@ class Case:
     test: Predictions
     is_member: Tensor  # the training samples of the forget class
     is_forget: Tensor  # the test samples of the forget class
-
-    def divergence(self, chosen: Tensor) -> float | None:
-        """The divergence from the retrained classifier on some test samples, bits; None without one."""
-        reference = self.audit.reference
-        return reference and jensen_shannon(self.test.logits[chosen], reference.logits[chosen])
 
     @cached_property
     def probes(self) -> dict[str, Any]:
@@ -249,8 +257,12 @@ class Entry(NamedTuple):
 
 
 AUDITS: dict[str, Entry] = {
-    "js_forget": Entry(lambda case: case.divergence(case.is_forget), "divergence on the forget set, bits", ".3f"),
-    "js_retain": Entry(lambda case: case.divergence(~case.is_forget), "divergence on the retain set, bits", ".4f"),
+    "js_forget": Entry(
+        lambda case: case.audit.divergence(case.test, True), "divergence on the forget set, bits", ".3f"
+    ),
+    "js_retain": Entry(
+        lambda case: case.audit.divergence(case.test, False), "divergence on the retain set, bits", ".4f"
+    ),
     "loss_attack": Entry(
         lambda case: loss_attack(case.train.loss[case.is_member], case.test.loss[case.is_forget]),
         "loss attack, area under the curve",

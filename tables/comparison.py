@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from reporter import FORGET_SCORE, METRICS, RETAIN_GAP, SECONDS, WORST, Column, Experiments, markdown_table
+from reporter import DIVERGENCE, FORGET_SCORE, METRICS, RETAIN_GAP, SECONDS, WORST, Column, Experiments, markdown_table
 from tables.figures import Row, draw_accuracies, draw_panels, symmetric_log
 
-DIVERGENCES = (
-    Column(("audit_metrics", "js_forget"), "divergence on the forget set, bits", ".3f"),
-    Column(("audit_metrics", "js_retain"), "divergence on the retain set, bits", ".4f"),
-)
+DIVERGENCES = DIVERGENCE, Column(("audit_metrics", "js_retain"), "divergence on the retain set, bits", ".4f")
 GAPS = [replace(each, name=each.name.replace("%", "points"), spec=f"+{each.spec}", is_gap=True) for each in METRICS]
 INDEX = Column(("audit_metrics", "usable_bits", "representation"), "IDI", "+.2f", is_gap=True, reduction="index")
 PROBE = Column(("audit_metrics", "probe_recall", "linear"), "probe, recall of the forget class, %", ".1f")
@@ -25,7 +22,7 @@ PLACED = ("js_forget", "js_retain", "relearn_steps", "weights_changed")  # audit
 ABOUT = {"does": "what it does", "touches": "what it may change", "needs": "data it needs", "paper": "paper"}
 WORST_FORGET, WORST_GAP = (replace(column, name="worst") for column in WORST)
 SHARE = Column(("num_zeroed",), "weights zeroed, %", percent_of="num_graph_vertices")
-COLUMNS = (FORGET_SCORE, WORST_FORGET, RETAIN_GAP, WORST_GAP, SHARE, SECONDS)
+COLUMNS = (FORGET_SCORE, WORST_FORGET, RETAIN_GAP, WORST_GAP, DIVERGENCE, SHARE, SECONDS)
 PROBE_GAP = replace(PROBE, name="probe recall, gap to retraining, points", spec="+.1f", is_gap=True)
 
 

@@ -270,9 +270,9 @@ def test_every_audit_is_that_of_its_samples_and_of_its_settings(trained, retrain
 def test_a_new_audit_is_one_entry_and_stands_in_the_results_and_among_the_columns(audit, trained, monkeypatch):
     entry = audits.Entry(lambda case: int(case.is_forget.sum()), "samples", ".0f")
     monkeypatch.setitem(audits.AUDITS, "count", entry)
-    assert audit(trained)["count"] == 60 and Audit.columns()["count"] == {"title": "samples", "spec": ".0f"}
+    assert audit(trained)["count"] == 60 and audit.columns()["count"] == {"title": "samples", "spec": ".0f"}
     numbers = {name for name, value in audit(trained).items() if type(value) in (int, float)}
-    assert {*Audit.columns()} == numbers, "whatever is one number"
+    assert {*audit.columns()} == numbers, "whatever is one number"
 
 
 def test_what_cannot_be_audited_is_null_and_what_does_not_come_back_is_told(trained, retrained, audit, monkeypatch):

@@ -48,7 +48,7 @@ def experiment(seed=0, digit=3, kappa="auto", methods=METHODS, **changes) -> dic
         "id": f"{seed}_{digit}_{kappa}", "seed": seed, "forget_digit": digit, "kappa": zeroed,
         "kappa_choice": "auto" if is_auto else "fixed", "top_k": 5, "num_graph_vertices": 200, "num_weights": 1000,
         "mask_efficacy_metrics": {"mimu": {"loss": 0.5, "score": 90.0, "probability": 0.7}},
-        "audit_metrics": {}, "methods": dict.fromkeys(methods, about),
+        "audit_metrics": {}, "audits": {}, "methods": dict.fromkeys(methods, about),
         "num_zeroed": {name: chosen.get(name) for name in methods}, "seconds": dict.fromkeys((*methods, "gcn"), 0.25),
         "gave_up": {name: False for name in chosen if is_auto and name in methods},
         "dataset": "MNIST", "class_names": [*map(str, range(9)), "boot"], "split": "the test split",
@@ -188,7 +188,7 @@ def test_the_summary_has_the_numbers_of_auto_and_of_every_kappa(reporter_of):
         gap = written(gaps.reshape(2, 2).mean(1), "+.2f")
         forget, probability, loss = (by_hand(FORGET, name, metric) for metric in ("score", "probability", "loss"))
         retain, retain_loss = (by_hand(RETAIN, name, metric) for metric in ("score", "loss"))
-        cells = [written(forget), written(retain), gap, written(probability, ".4f"), written(loss)]
+        cells = [written(forget), written(retain), gap, "–", written(probability, ".4f"), written(loss)]
         zeroed = {"mimu": "16 ± 0", "saliency": "17 ± 0"}.get(name, "–")
         assert every[name] == [*cells, written(retain_loss, ".3f"), zeroed, "0.25 ± 0.00"]
         largest = max(number(FORGET, name, "score", *place, "auto") for place in PLACES)
@@ -351,12 +351,13 @@ def test_variants_are_compared_with_retraining_the_same_classifier(tmp_path):
         "none": variant("none", three),
         "weak": variant("weak", cost=2.0),
         "other": variant("other", cost=4.0, dataset="digits", config=config),
-        "silent": variant("silent", three, cost=6.0, audit_metrics={}),
+        "silent": variant("silent", three, cost=6.0, audit_metrics={}, audits={}),
     }
     tables, figure = compare(variants)
     table, audits = map(rows_of, tables)
     assert table["variant"][1:4] == ["worst", "gap to retraining, points", "worst"]
-    assert table["strong"] == ["0.00 ± 0.00", "0.00", "-4.75 ± 1.41", "-6.00", "8.00 ± 0.00", "0.25 ± 0.00"]
+    scores, divergence = ["0.00 ± 0.00", "0.00", "-4.75 ± 1.41", "-6.00"], "0.100 ± 0.000"
+    assert table["strong"] == [*scores, divergence, "8.00 ± 0.00", "0.25 ± 0.00"]
     assert table["other"][2:4] == ["–", "–"], "another classifier"
     assert "none: retrain" not in table and table["none: original"][:2] == ["95.00 ± 0.00", "95.00"]
     names = [f"{each} a class" for each in ("prototype, 1", "prototype, 10", "steps, 1", "steps, 10")]
