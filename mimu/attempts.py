@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mimu.erasing import ErasingConfig, RecoveredInformation, erase_classes
-from mimu.errors import InputError, named
+from mimu.errors import InputError
 from mimu.inputs import CustomModel
 from mimu.judgement import Accuracies, Bounds, Judgement
 from mimu.masks import LayerMask, Mask
@@ -209,8 +209,7 @@ def prune_classes(
     steps = prune(graphs, class_index, config, request.seed, gcn, zeroed=zeroed, counter=counter)
     limit = number_of_weights(config.max_kappa, graphs.graph.num_vertices)
     shown = {"delay": 1, "leave": False, "disable": None if request.progress else True}
-    name = named(forget)
-    with tqdm(desc=f"{name}, at most", total=limit, unit=" weights", **shown) as bar:
+    with tqdm(desc=f"{counter.name}, at most", total=limit, unit=" weights", **shown) as bar:
         results = choose_kappa(steps, counter, config, len(zeroed))
         for number, result in enumerate(results, 1):
             masks.append(graphs.graph.zeroing(result.vertices))
@@ -218,6 +217,5 @@ def prune_classes(
             if result.message is None and number % 10 == 0 and judgement.is_ruined(request.logits(masks[-1])):
                 break
     if result.message != "":
-        remains = f"{counter.percent_remaining(result.vertices):.1f} % of {name} remains"
-        result = result._replace(num_needed=len(result.vertices), message=remains)
+        result = result._replace(num_needed=len(result.vertices), message=counter.message(result.vertices))
     return result

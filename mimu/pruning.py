@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimu.errors import InputError
+from mimu.errors import InputError, named
 from mimu.graph import MaskingGCN
 from mimu.saliency import ActivationGraphs, ranked, saliency
 from mimu.samples import FEW, margins
@@ -66,27 +66,13 @@ class PruningConfig:
     tolerance: NonNegative | None
 
 
-class PruningStep(NamedTuple):
-    """One step of pruning.
-
-    zeroed: the vertices zeroed so far, in order
-    scores: those of this step (vertices), before the running mean, of the classifier before its zeros
-    seconds: of all steps so far
-    num_needed: how many vertices were zeroed when the class was first forgotten; 0 if it is not, or nothing counts it
-    """
-
-    zeroed: Tensor
-    scores: Tensor
-    seconds: float
-    num_needed: int
-
-
 class PruningResult(NamedTuple):
-    """The weights to zero for a request.
+    """The weights to zero for a request, after some step or at its end.
 
     vertices: in the order in which they are zeroed, (kappa)
     seconds: what finding them took, steps for a smaller kappa included
-    num_needed: how many of them already forget the class; 0 if unknown
+    num_needed: how many of them already forget the class; 0 if it is not forgotten, or nothing counts it
+    scores: those of the last step (vertices), before the running mean, of the classifier before the zeros of the step
     message: "" if the class is forgotten; a text on how much of it remains if max_kappa is reached; None if the caller
         may go on
     """
@@ -94,6 +80,7 @@ class PruningResult(NamedTuple):
     vertices: Tensor
     seconds: float
     num_needed: int = 0
+    scores: Tensor | None = None
     message: str | None = None
 
 
@@ -107,7 +94,7 @@ def prune(
     ranking: Ranking | None = None,
     zeroed: Tensor | None = None,
     counter: "RemainingCounter | None" = None,
-) -> Iterator[PruningStep]:
+) -> Iterator[PruningResult]:
     """Chooses weights to zero, step by step, and yields after every step; it ends when no weight is left.
 
     Iterative pruning after Molchanov et al. 2017, arXiv:1611.06440. A step follows a running mean of the scores, since
@@ -155,7 +142,7 @@ def prune(
         if counter is not None and not num_needed and counter.is_forgotten(zeroed[:max_kappa]):
             num_needed = len(zeroed[:max_kappa])
         seconds += time.perf_counter() - started
-        yield PruningStep(zeroed, scores, seconds, num_needed)
+        yield PruningResult(zeroed, seconds, num_needed, scores)
         if len(zeroed) == graphs.graph.num_vertices:
             return
 
@@ -246,6 +233,7 @@ class RemainingCounter:
         self, graphs: ActivationGraphs, class_index: int, images: Tensor, target: float, labels: Tensor | None = None
     ) -> None:
         self.graphs, self.label, self.target = graphs, graphs.classes[class_index], target
+        self.name = named(graphs.classifier.merged or [self.label])
         self.labels = graphs.labels.new_full([len(images)], self.label) if labels is None else labels
         self.suffix = graphs.suffix.merging(())
         self.inputs = graphs.classifier.prefix_activations(graphs.graph.layers, images)
@@ -280,7 +268,7 @@ class RemainingCounter:
 
     def message(self, zeroed: Tensor) -> str:
         """Says how much of the class remains."""
-        return f"{self.percent_remaining(zeroed):.1f} % of class {self.label} remains"
+        return f"{self.percent_remaining(zeroed):.1f} % of {self.name} remains"
 
 
 def percent_above_zero(margins: Tensor, spread: float) -> float:
@@ -316,7 +304,7 @@ class RetainedLoss:
 
 
 def choose_kappa(
-    steps: Iterable[PruningStep], counter: RemainingCounter, config: PruningConfig, num_zeroed: int = 0
+    steps: Iterable[PruningResult], counter: RemainingCounter, config: PruningConfig, num_zeroed: int = 0
 ) -> Iterator[PruningResult]:
     """Drives steps until further zeros cost accuracy, and yields after each; the last result has kappa auto.
 
@@ -330,13 +318,13 @@ def choose_kappa(
     max_kappa = largest_kappa(graphs, config, num_zeroed)
     goes_on = config.tolerance is not None and len(graphs.held_out.labels.unique()) == graphs.num_classes
     for step in steps:
-        zeroed, started = step.zeroed[:max_kappa], time.perf_counter()
+        zeroed, started = step.vertices[:max_kappa], time.perf_counter()
         if loss is not None and loss.rise(zeroed) > config.tolerance:
             break
         if step.num_needed and loss is None and goes_on:
             loss = RetainedLoss(graphs, counter.label, zeroed)
         seconds += time.perf_counter() - started
-        last = PruningResult(zeroed, step.seconds + seconds, step.num_needed)
+        last = step._replace(vertices=zeroed, seconds=step.seconds + seconds)
         yield last
         if len(zeroed) == max_kappa or (step.num_needed and not goes_on):
             break
@@ -349,19 +337,19 @@ class Pruning:
     steps: as `prune` yields them
     """
 
-    def __init__(self, steps: Iterator[PruningStep], counter: RemainingCounter, config: PruningConfig) -> None:
+    def __init__(self, steps: Iterator[PruningResult], counter: RemainingCounter, config: PruningConfig) -> None:
         self._steps, self._counter, self._config = steps, counter, config
         self._chosen: PruningResult | None = None
 
-    def steps(self) -> Iterator[PruningStep]:
+    def steps(self) -> Iterator[PruningResult]:
         """Yields every step from the first on; a step is computed once."""
         self._steps, steps = itertools.tee(self._steps)
         return steps
 
     def at(self, kappa: int) -> PruningResult:
         """The first kappa vertices."""
-        step = next(step for step in self.steps() if len(step.zeroed) >= kappa)
-        return PruningResult(step.zeroed[:kappa], step.seconds)
+        step = next(step for step in self.steps() if len(step.vertices) >= kappa)
+        return PruningResult(step.vertices[:kappa], step.seconds)
 
     def chosen(self) -> PruningResult:
         """The vertices that `choose_kappa` chooses."""

@@ -102,12 +102,15 @@ def has_too_few(labels: Tensor, requested: set[int]) -> bool:
 def what_ranks(custom: CustomModel, gcn: Any, scorer: str, erase: bool) -> tuple[TrainedGCN, str]:
     """The GCN and its settings for the layers to mask, and the scorer.
 
-    Without a GCN of the user's, the formula ranks kernels and what reads tokens. To erase, nothing is ranked.
+    Without a GCN of the user's, the formula ranks kernels and what reads tokens, as the pretrained GCN was trained on
+    linear layers of features. To erase, nothing is ranked.
     """
     trained = TrainedGCN.of(gcn, custom.cached_inputs.device)
-    if gcn is None and not (custom.reads_features or erase):
+    layers = [custom.classifier.layers[index] for index in custom.masked]
+    read_features = all(len(layer.shape) == 2 and layer.positions is None for layer in layers)
+    if gcn is None and not (read_features or erase):
         scorer = "saliency"
-        trained = trained.for_kernels(custom.classifier.shapes[layer] for layer in custom.masked)
+        trained = trained.for_kernels(layer.shape for layer in layers)
     return replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured")), scorer
 
 
@@ -250,15 +253,11 @@ def judged_mask(
         enough = replace(each, retained=[label for label in each.retained if each.counts[label] >= FOLDS])
         if enough.retained and not enough.is_within(accuracies):
             raise retain_score_error(request, attempt.masks, enough, accuracies, part, forget)
+    found = [shortfall(judgement, attempt), judge.behind_hiding(logits, sorted(request.forget))]
     if not judge.is_within(after):
         mean, worst = judge.lost_points(after)
-        lost = f"by samples held out the retained classes lose {mean:.0f} points, one of them {worst:.0f}"
-        messages = [lost, *messages]
-    if behind := judge.behind_hiding(logits, sorted(request.forget)):
-        messages = [behind, *messages]
-    if remains := shortfall(judgement, attempt):
-        messages = [remains, *messages]
-    if messages:
+        found.append(f"by samples held out the retained classes lose {mean:.0f} points, one of them {worst:.0f}")
+    if messages := [*filter(None, found), *messages]:
         warnings.warn(f"{'; '.join(messages)} ({request.advice}more samples may do better)", stacklevel=4)
     accuracies = judgement.accuracies(attempt.logits)
     return request.mask_on_model(attempt.masks[-1], accuracies, "; ".join([*words, *messages]))

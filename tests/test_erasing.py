@@ -93,12 +93,11 @@ def test_an_edit_run_from_midway_gives_what_the_network_gives_under_its_mask(nam
         edit = (0.3 * torch.randn(size, rank, dtype=torch.float64) for size in keep.flatten(1).shape)
         by_layer[classifier.names[layer]] = LayerMask(keep, *edit)
     start = Mask(by_layer)
-    directions = {layer: torch.randn(classifier.weights[layer][0].numel(), 2) for layer in layers}
     last = network.get_submodule(classifier.names[layers[-1]].removesuffix(".weight"))
     for count in range(1, len(layers)):
         with start.applied_to(classifier), torch.no_grad():
             cached = Split(classifier.prefix_activations(layers, samples.images), samples.labels)
-            edit = Edit(classifier.suffix_from(layers), start, layers[-1 - count :], cached, 60, [1, 2], directions)
+            edit = Edit(classifier.suffix_from(layers), start, layers[-1 - count :], cached, 60, [1, 2])
             assert len(edit.trained) == 1 + count
             for each in edit.trained:
                 each += 0.3 * torch.randn_like(each)
