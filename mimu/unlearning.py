@@ -23,10 +23,6 @@ from mimu.samples import FEW, held_out
 
 FOLDS = 5  # parts of few samples that are held out in turn
 WORTH_A_TRY = 1.0  # points: if the retained classes lose more by the GCN, the formula is tried
-HIDDEN_FOR_WANT_OF_SAMPLES = (
-    f"classes are hidden, and stay in the representation: to erase and to judge takes {FEWEST} samples of each, and "
-    "these have fewer"
-)
 
 
 def unlearn(
@@ -95,7 +91,8 @@ def has_too_few(labels: Tensor, requested: set[int]) -> bool:
     """True if requested classes have too few samples to be erased. Warns that they are hidden."""
     few = [label for label in sorted(requested) if (labels == label).sum() < FEWEST]
     if few:
-        warnings.warn(f"{HIDDEN_FOR_WANT_OF_SAMPLES}: {shortened(str(few))}", stacklevel=3)
+        needs = f"to erase and to judge takes {FEWEST} samples of each, and these have fewer: {shortened(str(few))}"
+        warnings.warn(f"classes are hidden, and stay in the representation: {needs}", stacklevel=3)
     return bool(few)
 
 
