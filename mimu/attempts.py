@@ -33,6 +33,7 @@ class UnlearningRequest:
 
     carried: the mask on the user's model
     requested: the classes asked for; samples of them may be missing if they are forgotten already
+    trained: the settings of pruning, and the GCN that rescales the scores, or None
     """
 
     model: nn.Module
@@ -144,7 +145,12 @@ class Attempt(NamedTuple):
     recovered: dict[int, RecoveredInformation]
 
 
-def forget_by_mask(request: UnlearningRequest, judgement: Judgement, scorer: str) -> Attempt:
+def forget_classes(request: UnlearningRequest, judgement: Judgement) -> Attempt:
+    """Makes an attempt by the method of the request."""
+    return forget_by_erasing(request, judgement) if request.erase else forget_by_mask(request, judgement)
+
+
+def forget_by_mask(request: UnlearningRequest, judgement: Judgement) -> Attempt:
     """Prunes until no class to forget remains: all of them as one, then alone the one of which most remains, if any.
 
     It ends early if a class cannot be forgotten, or if the retained classes have lost more than they may after a
@@ -155,7 +161,7 @@ def forget_by_mask(request: UnlearningRequest, judgement: Judgement, scorer: str
     for _ in range(2 * len(judgement.forget)):
         if message or not due or judgement.is_ruined(logits, 1):
             break
-        result = prune_classes(request, judgement, due, scorer, masks)
+        result = prune_classes(request, judgement, due, masks)
         message, num_free = result.message, num_free + len(result.vertices) - result.num_needed
         logits = request.logits(masks[-1])
         accuracies = judgement.accuracies(logits)
@@ -189,7 +195,7 @@ def forget_by_erasing(request: UnlearningRequest, judgement: Judgement) -> Attem
 
 
 def prune_classes(
-    request: UnlearningRequest, judgement: Judgement, forget: Sequence[int], scorer: str, masks: list[Mask]
+    request: UnlearningRequest, judgement: Judgement, forget: Sequence[int], masks: list[Mask]
 ) -> PruningResult:
     """Adds masks to `masks` until classes, taken for one, are forgotten, and further zeros would cost accuracy."""
     labels, trained, label = request.train.labels, request.trained, forget[0]
@@ -204,9 +210,8 @@ def prune_classes(
             # With many classes a step would otherwise be more than the few weights that one of them needs.
             step = min(step, max(1, int(LARGEST_STEP * graphs.graph.num_vertices)))
         config = replace(config, step=int(step * len(forget) ** 0.5))
-    gcn = trained.gcn if scorer == "gcn" else None
     counter = RemainingCounter(graphs, class_index, own.images, config.target, own.labels)
-    steps = prune(graphs, class_index, config, request.seed, gcn, zeroed=zeroed, counter=counter)
+    steps = prune(graphs, class_index, config, request.seed, trained.gcn, zeroed=zeroed, counter=counter)
     limit = number_of_weights(config.max_kappa, graphs.graph.num_vertices)
     shown = {"delay": 1, "leave": False, "disable": None if request.progress else True}
     with tqdm(desc=f"{counter.name}, at most", total=limit, unit=" weights", **shown) as bar:

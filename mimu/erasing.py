@@ -165,15 +165,15 @@ def erase_classes(
         for num_hidden in [0] if is_at_target else range(min(2, num_linear) or 1, len(layers)):
             edited = layers[-1 - num_hidden :]
             samples = Split(suffix.prefix_activations(edited, inputs), labels)
-            edit = Edit(suffix.suffix_from(edited), start, edited, samples, num_train, forget)
+            edit = Edit(suffix.suffix_from(edited), edited, samples, num_train, forget)
             after = edit.train(target, config, seed, progress)
-            edits.append((edit.mask(start), after))
+            edits.append((edit.mask(), after))
             if (after <= target + TOLERANCE).all():
                 break
     mask, least = min(edits, key=lambda each: each[1].sum().item())
     counts = is_forget.sum(0).tolist()
     recovered = map(RecoveredInformation, before.tolist(), least.tolist(), target.tolist(), counts)
-    return mask, dict(zip(forget, recovered))
+    return start & mask if start else mask, dict(zip(forget, recovered))
 
 
 class Edit:
@@ -186,23 +186,19 @@ class Edit:
     """
 
     def __init__(
-        self,
-        classifier: HookedClassifier,
-        start: Mask | None,
-        layers: Sequence[int],
-        samples: Split,
-        num_train: int,
-        forget: Sequence[int],
+        self, classifier: HookedClassifier, layers: Sequence[int], samples: Split, num_train: int, forget: Sequence[int]
     ) -> None:
-        """Prepares the edit of a classifier, which is under the mask `start`, and runs what no training step changes.
+        """Prepares the edit of a classifier, which may carry a mask, and runs what no training step changes.
 
         samples: as the classifier reads them; the first num_train are trained on, the others judge
         """
         self.labels, self.num_train, self.forget = samples.labels, num_train, forget
         self.weights = {classifier.names[layer]: classifier.weights[layer].detach() for layer in layers}
         self.masks: dict[str, LayerMask] = {}
+        carried = Mask.on(classifier)
         for layer, (name, weight) in zip(layers, self.weights.items()):
-            keep = start.by_layer[name].keep if start and name in start.by_layer else torch.ones_like(weight)
+            is_masked = carried is not None and name in carried.by_layer
+            keep = carried.by_layer[name].keep if is_masked else torch.ones_like(weight)
             if layer == layers[-1]:
                 u = F.one_hot(torch.tensor(forget), len(weight)).T.to(weight)
                 v = weight[list(forget)].T.clone().requires_grad_()
@@ -283,10 +279,9 @@ class Edit:
             u.copy_(chosen * whole)
         return after
 
-    def mask(self, start: Mask | None) -> Mask:
-        """The edit as a mask, together with the mask that it started from."""
-        mask = Mask({name: LayerMask(*map(torch.detach, part)) for name, part in self.masks.items()})
-        return start & mask if start else mask
+    def mask(self) -> Mask:
+        """The edit as a mask, without the mask that the classifier carried before."""
+        return Mask({name: LayerMask(*map(torch.detach, part)) for name, part in self.masks.items()})
 
 
 def late_layers(classifier: HookedClassifier) -> list[int]:

@@ -23,9 +23,12 @@ PRETRAINED = Path(__file__).with_name("gcn.pt")
 
 @dataclass(frozen=True)
 class TrainedGCN:
-    """A masking GCN, the features that it reads, and the settings of its requests: what its checkpoint holds."""
+    """A masking GCN, the features that it reads, and the settings of its requests: what its checkpoint holds.
 
-    gcn: MaskingGCN
+    gcn: None: the formula ranks alone
+    """
+
+    gcn: MaskingGCN | None
     graphs: GraphConfig
     pruning: PruningConfig
 
