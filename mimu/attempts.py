@@ -210,7 +210,7 @@ def prune_classes(
             # With many classes a step would otherwise be more than the few weights that one of them needs.
             step = min(step, max(1, int(LARGEST_STEP * graphs.graph.num_vertices)))
         config = replace(config, step=int(step * len(forget) ** 0.5))
-    counter = RemainingCounter(graphs, class_index, own.images, config.target, own.labels)
+    counter = RemainingCounter(graphs, class_index, own, config.target)
     steps = prune(graphs, class_index, config, request.seed, trained.gcn, zeroed=zeroed, counter=counter)
     limit = number_of_weights(config.max_kappa, graphs.graph.num_vertices)
     shown = {"delay": 1, "leave": False, "disable": None if request.progress else True}

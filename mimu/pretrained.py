@@ -44,7 +44,8 @@ class TrainedGCN:
             graphs = section(GraphConfig, config["graphs"])
             pruning = section(PruningConfig, {"tolerance": None} | config["eval"])
             sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
-            gcn = MaskingGCN(graphs.num_features, **sizes, device="meta")  # without drawing weights
+            with torch.device("meta"):  # without drawing weights
+                gcn = MaskingGCN(graphs.num_features, **sizes)
             gcn.load_state_dict(checkpoint["state_dict"], assign=True)
             return TrainedGCN(gcn, graphs, pruning)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from mimu.errors import InputError, named
 from mimu.graph import MaskingGCN
 from mimu.saliency import ActivationGraphs, ranked, saliency
-from mimu.samples import FEW, margins
+from mimu.samples import FEW, Split, margins
 from mimu.seeds import seeded
 from mimu.settings import Amount, Bounds, Count, NonNegative, Positive, number_of_weights
 from mimu.training import forgetting_loss
@@ -225,19 +225,15 @@ def losses_without(graphs: ActivationGraphs, class_index: int, samples: Tensor, 
 class RemainingCounter:
     """Counts how much of a class is still classified correctly while its weights are zeroed.
 
-    images: samples of the class (samples, ...), as the classifier takes them
-    labels: of these samples, (samples), if they are of several classes that the classifier takes for one
+    samples: those of the class, as the classifier takes them, or of several classes that it takes for one
     """
 
-    def __init__(
-        self, graphs: ActivationGraphs, class_index: int, images: Tensor, target: float, labels: Tensor | None = None
-    ) -> None:
+    def __init__(self, graphs: ActivationGraphs, class_index: int, samples: Split, target: float) -> None:
         self.graphs, self.label, self.target = graphs, graphs.classes[class_index], target
         self.name = named(graphs.classifier.merged or [self.label])
-        self.labels = graphs.labels.new_full([len(images)], self.label) if labels is None else labels
-        self.suffix = graphs.suffix.merging(())
-        self.inputs = graphs.classifier.prefix_activations(graphs.graph.layers, images)
-        self.order = torch.arange(len(images), device=images.device)
+        self.labels, self.suffix = samples.labels, graphs.suffix.merging(())
+        self.inputs = graphs.classifier.prefix_activations(graphs.graph.layers, samples.images)
+        self.order = torch.arange(len(self.labels), device=self.labels.device)
 
     @torch.no_grad()
     def percent_remaining(self, zeroed: Tensor, enough: float = math.inf) -> float:
@@ -285,22 +281,16 @@ def percent_above_zero(margins: Tensor, spread: float) -> float:
     return 100 - 100 * NormalDist(mean, math.sqrt(variance)).cdf(0) if variance > 0 else 100.0 * (mean > 0)
 
 
-class RetainedLoss:
-    """The loss of the retained classes on samples held out from the scores, and how it rises from a first mask on."""
+def retained_losses(graphs: ActivationGraphs, label: int, zeroed: Tensor) -> Tensor:
+    """The cross entropy of the samples held out from the scores, but for those of a class, (samples), nats."""
+    is_retained = graphs.held_out.labels != label
+    logits = graphs.logits(graphs.held_out_inputs[is_retained], zeroed)
+    return F.cross_entropy(logits, graphs.held_out.labels[is_retained], reduction="none").double()
 
-    def __init__(self, graphs: ActivationGraphs, label: int, zeroed: Tensor) -> None:
-        self.graphs, is_retained = graphs, graphs.held_out.labels != label
-        self.inputs, self.labels = graphs.held_out_inputs[is_retained], graphs.held_out.labels[is_retained]
-        self.first = self.losses(zeroed)
 
-    def losses(self, zeroed: Tensor) -> Tensor:
-        """The cross entropy of each sample, (samples), nats."""
-        return F.cross_entropy(self.graphs.logits(self.inputs, zeroed), self.labels, reduction="none").double()
-
-    def rise(self, zeroed: Tensor) -> float:
-        """The upper end of a one-sided interval for the rise of the mean loss since the first mask, nats."""
-        rises = self.losses(zeroed) - self.first
-        return float(rises.mean() + NormalDist().inv_cdf(CONFIDENCE) * rises.std() / math.sqrt(len(rises)))
+def largest_rise(rises: Tensor) -> float:
+    """The upper end of a one-sided interval for the mean of rises, (samples)."""
+    return float(rises.mean() + NormalDist().inv_cdf(CONFIDENCE) * rises.std() / math.sqrt(len(rises)))
 
 
 def choose_kappa(
@@ -309,20 +299,21 @@ def choose_kappa(
     """Drives steps until further zeros cost accuracy, and yields after each; the last result has kappa auto.
 
     First the class is forgotten, with as few whole steps as do it. Steps then go on while the loss of the retained
-    classes rises by at most `config.tolerance` nats on held-out samples (`RetainedLoss.rise`): the predictions for the
+    classes rises by at most `config.tolerance` nats on held-out samples (`largest_rise`): the predictions for the
     class come closer to those after retraining. At most `config.max_kappa` weights are zeroed.
 
     num_zeroed: how many vertices were zeroed to begin with
     """
-    graphs, loss, last, seconds = counter.graphs, None, None, 0.0
+    graphs, first_losses, last, seconds = counter.graphs, None, None, 0.0
     max_kappa = largest_kappa(graphs, config, num_zeroed)
     goes_on = config.tolerance is not None and len(graphs.held_out.labels.unique()) == graphs.num_classes
     for step in steps:
         zeroed, started = step.vertices[:max_kappa], time.perf_counter()
-        if loss is not None and loss.rise(zeroed) > config.tolerance:
-            break
-        if step.num_needed and loss is None and goes_on:
-            loss = RetainedLoss(graphs, counter.label, zeroed)
+        if step.num_needed and goes_on:
+            losses = retained_losses(graphs, counter.label, zeroed)
+            first_losses = losses if first_losses is None else first_losses
+            if largest_rise(losses - first_losses) > config.tolerance:
+                break
         seconds += time.perf_counter() - started
         last = step._replace(vertices=zeroed, seconds=step.seconds + seconds)
         yield last

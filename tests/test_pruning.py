@@ -142,7 +142,7 @@ def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(problem, step, t
     (split, graphs), stride = problem, step or 1
     forget, retain = split.forget(class_index)[:samples], split.retain(class_index)
     config = pruning_config(step=step, group_size=15, target=target, max_kappa=150)
-    counter = RemainingCounter(graphs, class_index, forget.images, target)
+    counter = RemainingCounter(graphs, class_index, forget, target)
     request = Pruning(prune(graphs, class_index, config, 0, counter=counter), counter, config)
     result = request.chosen()
     kappas = (kappa for kappa in range(stride, 150, stride))
@@ -169,7 +169,7 @@ def test_classes_taken_for_one_have_one_probability_and_each_sample_is_counted_b
     assert torch.allclose(odds, (p[:, 0] / p[:, 1]).log()[merged.by_class[0]], atol=1e-4)
     own, few = split.retain(1), torch.arange(100)
     remaining = masked_logits(graphs, own, few).argmax(1) == own.labels
-    percent = RemainingCounter(merged, 0, own.images, 1.0, own.labels).percent_remaining(few)
+    percent = RemainingCounter(merged, 0, own, 1.0).percent_remaining(few)
     assert percent == pytest.approx(100 * remaining.double().mean().item()) and 0 < percent < 100
 
 
@@ -178,7 +178,7 @@ def test_auto_ends_where_the_class_is_forgotten_or_at_the_largest_kappa(num_zero
     graphs, config = graph_generator(), pruning_config(target=target)
     images = graphs.samples.images
     forget = Split(images, graphs.classifier(images).argmax(1)).forget(0)
-    counter = RemainingCounter(graphs, 0, forget.images, target)
+    counter = RemainingCounter(graphs, 0, forget, target)
     steps = prune(graphs, 0, config, 0, zeroed=torch.arange(num_zeroed), counter=counter)
     *results, last = choose_kappa(steps, counter, config, num_zeroed)
     assert last.vertices[:num_zeroed].tolist() == list(range(num_zeroed)) and len(last.vertices) == kappa
