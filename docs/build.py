@@ -197,7 +197,11 @@ def all_digits_intro(command: str) -> str:
     return f"Ten digits, three classifiers (mean ± standard deviation over them), test split. {about} {typed}"
 
 
-SHOWN = ("original", "retrain", "retrain_again", "logit_removed", "saliency", "mimu", "erase", "scrub", "ssd", "delete")
+SHOWN = {  # of the methods: their names in the README
+    "original": "original", "retrain": "retrained", "retrain_again": "another retrained one",
+    "logit_removed": "hidden: its logit removed", "saliency": "masked by the formula", "mimu": "masked by the GCN",
+    "erase": "erased", "scrub": "SCRUB", "ssd": "SSD", "delete": "DELETE",
+}  # fmt: skip
 FIGURES = {  # of the tables of the README: their titles there
     "method": "method", FORGET_SCORE.name: "forget accuracy, %", RETAIN_SCORE.name: "retain accuracy, %",
     RETAIN_GAP.name: "gap, points", "divergence on the forget set, bits": "divergence, bits",
@@ -211,26 +215,31 @@ def headline(source: str) -> None:
     table = next(part for part in measured.content.split("\n\n") if part.startswith("| method"))
     columns = [column for column in FIGURES if column in cells(table)[0]]
     by_method = {row[0]: row for row in cells(columns_of(table, columns))[1:]}
-    rows = [[re.sub(" ±.*", "", cell) for cell in by_method[name]] for name in SHOWN if name in by_method]
+    rows = [
+        [SHOWN[name], *(re.sub(" ±.*", "", cell) for cell in by_method[name][1:])]
+        for name in SHOWN
+        if name in by_method
+    ]
     write_block(f"headline_{source}", markdown_table([FIGURES[column] for column in columns], rows), measured.commit)
 
 
 WAYS = {  # of the table of choices: the words of the README
-    "no samples": "hide: the class's output weights change",
-    "the same by hand: `logit_removed`": "the same by hand",
-    "1,000 samples per class; predictions must change": "mask: weights that the class needs are zeroed",
-    "the class must also leave the representation": "erase: the class also leaves the representation",
-    "retraining is cheap": "retrain, if you can: it is the standard",
+    "no samples": "hide: the output weights of the class change",
+    "the same by hand: `logit_removed`": "hide by hand",
+    "1,000 samples per class; predictions must change": "mask: weights that the class needs become 0",
+    "the class must also leave the representation": "erase (the default): layers read less of the class",
+    "retraining is cheap": "retrain",
 }
 
 
 def three_ways() -> None:
     """Copies the choices to the README, as they end on the CNN alone."""
     measured = block("choice")
-    header, *rows = cells(measured.content)
+    _, *rows = cells(measured.content)
     by_situation = {row[0]: [cell.split(" / ")[1] if " / " in cell else cell for cell in row[1:]] for row in rows}
     table = [[words, *by_situation[situation]] for situation, words in WAYS.items()]
-    write_block("three_ways", markdown_table(["way", *header[1:]], table, texts=2), measured.commit)
+    columns = ["method", "call", "forget accuracy, %", "change of retain accuracy, points", "IDI", "seconds"]
+    write_block("three_ways", markdown_table(columns, table, texts=2), measured.commit)
 
 
 RESULTS = ("method", FORGET_SCORE.name, WORST[FORGET_SCORE.name], RETAIN_SCORE.name, RETAIN_GAP.name,

@@ -457,7 +457,7 @@ CHOICES: tuple[tuple[str, str, Forget | None, Sequence[list[int]]], ...] = (  # 
     ("the same by hand: `logit_removed`", "`logits[:, 3] = -math.inf`", by_removed_logit, SINGLE),
     ("the class must also leave the representation", ERASE, by_unlearn(1000, "erase"), SINGLE),
     ("to restore the class next week", "`mask.apply(model)`, then `mask.remove(model)`", None, ()),
-    ("to publish the file without the class", PUBLISH, None, ()),
+    ("to make it permanent", PUBLISH, None, ()),
 )
 
 
