@@ -142,7 +142,7 @@ class Request:
         """
         if name not in self.prunings:
             config = replace(self.config, step=None) if all_at_once else self.config
-            counter = RemainingCounter(self.graphs, self.class_index, self.forget.images, config.target)
+            counter = RemainingCounter(self.graphs, self.class_index, self.forget, config.target)
             steps = prune(self.graphs, self.class_index, config, self.seed, gcn, ranking, counter=counter)
             self.prunings[name] = Pruning(steps, counter, config)
         pruning = self.prunings[name]

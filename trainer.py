@@ -355,7 +355,7 @@ class GCNTrainer:
 
         def points(class_index: int, gcn: MaskingGCN | None) -> float:
             label = graphs.classes[class_index]
-            counter = RemainingCounter(graphs, class_index, graphs.train.forget(label).images, masking.target)
+            counter = RemainingCounter(graphs, class_index, graphs.train.forget(label), masking.target)
             steps = prune(graphs, class_index, masking, self.seed, gcn, counter=counter)
             *_, (zeroed, *_) = choose_kappa(steps, counter, masking)
             logits = graphs.logits(graphs.cached_inputs, zeroed)

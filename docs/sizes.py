@@ -108,7 +108,7 @@ def in_steps(request: Request, kappas: Sequence[int], with_gcn: bool, config: Pr
     gcn = request.gcn if with_gcn else None
     steps = prune(request.graphs, request.class_index, config, request.seed, gcn)
     for kappa in kappas:
-        yield next(step.zeroed for step in steps if len(step.zeroed) >= kappa)[:kappa]
+        yield next(step.vertices for step in steps if len(step.vertices) >= kappa)[:kappa]
 
 
 def optimised(request: Request, kappas: Sequence[int]) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mimu.erasing import ErasingConfig, RecoveredInformation, erase_classes
-from mimu.errors import InputError, named
+from mimu.errors import InputError
 from mimu.inputs import CustomModel
 from mimu.judgement import Accuracies, Bounds, Judgement
 from mimu.masks import LayerMask, Mask
@@ -33,6 +33,7 @@ class UnlearningRequest:
 
     carried: the mask on the user's model
     requested: the classes asked for; samples of them may be missing if they are forgotten already
+    trained: the settings of pruning, and the GCN that rescales the scores, or None
     """
 
     model: nn.Module
@@ -144,7 +145,12 @@ class Attempt(NamedTuple):
     recovered: dict[int, RecoveredInformation]
 
 
-def forget_by_mask(request: UnlearningRequest, judgement: Judgement, scorer: str) -> Attempt:
+def forget_classes(request: UnlearningRequest, judgement: Judgement) -> Attempt:
+    """Makes an attempt by the method of the request."""
+    return forget_by_erasing(request, judgement) if request.erase else forget_by_mask(request, judgement)
+
+
+def forget_by_mask(request: UnlearningRequest, judgement: Judgement) -> Attempt:
     """Prunes until no class to forget remains: all of them as one, then alone the one of which most remains, if any.
 
     It ends early if a class cannot be forgotten, or if the retained classes have lost more than they may after a
@@ -155,7 +161,7 @@ def forget_by_mask(request: UnlearningRequest, judgement: Judgement, scorer: str
     for _ in range(2 * len(judgement.forget)):
         if message or not due or judgement.is_ruined(logits, 1):
             break
-        result = prune_classes(request, judgement, due, scorer, masks)
+        result = prune_classes(request, judgement, due, masks)
         message, num_free = result.message, num_free + len(result.vertices) - result.num_needed
         logits = request.logits(masks[-1])
         accuracies = judgement.accuracies(logits)
@@ -189,7 +195,7 @@ def forget_by_erasing(request: UnlearningRequest, judgement: Judgement) -> Attem
 
 
 def prune_classes(
-    request: UnlearningRequest, judgement: Judgement, forget: Sequence[int], scorer: str, masks: list[Mask]
+    request: UnlearningRequest, judgement: Judgement, forget: Sequence[int], masks: list[Mask]
 ) -> PruningResult:
     """Adds masks to `masks` until classes, taken for one, are forgotten, and further zeros would cost accuracy."""
     labels, trained, label = request.train.labels, request.trained, forget[0]
@@ -204,13 +210,11 @@ def prune_classes(
             # With many classes a step would otherwise be more than the few weights that one of them needs.
             step = min(step, max(1, int(LARGEST_STEP * graphs.graph.num_vertices)))
         config = replace(config, step=int(step * len(forget) ** 0.5))
-    gcn = trained.gcn if scorer == "gcn" else None
-    counter = RemainingCounter(graphs, class_index, own.images, config.target, own.labels)
-    steps = prune(graphs, class_index, config, request.seed, gcn, zeroed=zeroed, counter=counter)
+    counter = RemainingCounter(graphs, class_index, own, config.target)
+    steps = prune(graphs, class_index, config, request.seed, trained.gcn, zeroed=zeroed, counter=counter)
     limit = number_of_weights(config.max_kappa, graphs.graph.num_vertices)
     shown = {"delay": 1, "leave": False, "disable": None if request.progress else True}
-    name = named(forget)
-    with tqdm(desc=f"{name}, at most", total=limit, unit=" weights", **shown) as bar:
+    with tqdm(desc=f"{counter.name}, at most", total=limit, unit=" weights", **shown) as bar:
         results = choose_kappa(steps, counter, config, len(zeroed))
         for number, result in enumerate(results, 1):
             masks.append(graphs.graph.zeroing(result.vertices))
@@ -218,6 +222,5 @@ def prune_classes(
             if result.message is None and number % 10 == 0 and judgement.is_ruined(request.logits(masks[-1])):
                 break
     if result.message != "":
-        remains = f"{counter.percent_remaining(result.vertices):.1f} % of {name} remains"
-        result = result._replace(num_needed=len(result.vertices), message=remains)
+        result = result._replace(num_needed=len(result.vertices), message=counter.message(result.vertices))
     return result

@@ -8,7 +8,7 @@ than the target in the first place, the class's output weights alone are edited.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -153,7 +153,6 @@ def erase_classes(
     chosen, num_train = torch.cat([train, judging]), len(train)
     labels, model_inputs = split.labels[chosen], split.images if model_inputs is None else model_inputs
     is_forget = membership(labels[num_train:], forget)
-    directions: dict[int, Tensor] = {}
     edits: list[tuple[Mask, Tensor]] = []  # and what attackers find under each
     with start.applied_to(classifier) if start else nullcontext():
         suffix = classifier.suffix_from(layers)
@@ -165,56 +164,47 @@ def erase_classes(
         is_at_target = bool((before <= target + TOLERANCE).all())
         for num_hidden in [0] if is_at_target else range(min(2, num_linear) or 1, len(layers)):
             edited = layers[-1 - num_hidden :]
-            edited_suffix, cached_inputs = suffix.suffix_from(edited), suffix.prefix_activations(edited, inputs)
-            for layer in edited[:-1]:
-                if layer not in directions:
-                    x = edited_suffix.mean_inputs(layer, cached_inputs[:num_train])
-                    directions[layer] = directions_to_erase(x, labels[:num_train], forget)
-            edit = Edit(edited_suffix, start, edited, Split(cached_inputs, labels), num_train, forget, directions)
+            samples = Split(suffix.prefix_activations(edited, inputs), labels)
+            edit = Edit(suffix.suffix_from(edited), edited, samples, num_train, forget)
             after = edit.train(target, config, seed, progress)
-            edits.append((edit.mask(start), after))
+            edits.append((edit.mask(), after))
             if (after <= target + TOLERANCE).all():
                 break
     mask, least = min(edits, key=lambda each: each[1].sum().item())
     counts = is_forget.sum(0).tolist()
     recovered = map(RecoveredInformation, before.tolist(), least.tolist(), target.tolist(), counts)
-    return mask, dict(zip(forget, recovered))
+    return start & mask if start else mask, dict(zip(forget, recovered))
 
 
 class Edit:
     """A trainable change of the weights W of the last layers to W - U V^T, of as many columns as classes to forget.
 
-    In a hidden layer V holds the directions of the classes (after Hatami et al. 2026, arXiv:2604.15166). U, trained,
+    In a hidden layer V holds the `directions_to_erase` (after Hatami et al. 2026, arXiv:2604.15166). U, trained,
     says how much less of them each neuron reads. At first every neuron reads START less of them. In the last layer U
     selects the classes, and V, trained, is subtracted from their output weights. At first V equals them, so that they
     are zero.
     """
 
     def __init__(
-        self,
-        classifier: HookedClassifier,
-        start: Mask | None,
-        layers: Sequence[int],
-        samples: Split,
-        num_train: int,
-        forget: Sequence[int],
-        directions: Mapping[int, Tensor],
+        self, classifier: HookedClassifier, layers: Sequence[int], samples: Split, num_train: int, forget: Sequence[int]
     ) -> None:
-        """Prepares the edit of a classifier, which is under the mask `start`, and runs what no training step changes.
+        """Prepares the edit of a classifier, which may carry a mask, and runs what no training step changes.
 
         samples: as the classifier reads them; the first num_train are trained on, the others judge
-        directions: `directions_to_erase` in the inputs of each hidden layer
         """
         self.labels, self.num_train, self.forget = samples.labels, num_train, forget
         self.weights = {classifier.names[layer]: classifier.weights[layer].detach() for layer in layers}
         self.masks: dict[str, LayerMask] = {}
+        carried = Mask.on(classifier)
         for layer, (name, weight) in zip(layers, self.weights.items()):
-            keep = start.by_layer[name].keep if start and name in start.by_layer else torch.ones_like(weight)
+            is_masked = carried is not None and name in carried.by_layer
+            keep = carried.by_layer[name].keep if is_masked else torch.ones_like(weight)
             if layer == layers[-1]:
                 u = F.one_hot(torch.tensor(forget), len(weight)).T.to(weight)
                 v = weight[list(forget)].T.clone().requires_grad_()
             else:
-                v = directions[layer].to(weight)
+                x = classifier.mean_inputs(layer, samples.images[:num_train])
+                v = directions_to_erase(x, samples.labels[:num_train], forget).to(weight)
                 u = (START * weight.flatten(1) @ torch.linalg.pinv(v).T).requires_grad_()
             self.masks[name] = LayerMask(keep, u, v)
         self.trained = [*(mask.u for mask in self.masks.values() if mask.u.requires_grad), v]
@@ -289,10 +279,9 @@ class Edit:
             u.copy_(chosen * whole)
         return after
 
-    def mask(self, start: Mask | None) -> Mask:
-        """The edit as a mask, together with the mask that it started from."""
-        mask = Mask({name: LayerMask(*map(torch.detach, part)) for name, part in self.masks.items()})
-        return start & mask if start else mask
+    def mask(self) -> Mask:
+        """The edit as a mask, without the mask that the classifier carried before."""
+        return Mask({name: LayerMask(*map(torch.detach, part)) for name, part in self.masks.items()})
 
 
 def late_layers(classifier: HookedClassifier) -> list[int]:

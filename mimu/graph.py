@@ -163,10 +163,10 @@ class WeightGraphSAGE(nn.Module):
         x'[r, c] = (W_r - 2/d W_l) x[r, c] + W_l t[c] / d + W_l t[r] / d
     """
 
-    def __init__(self, in_features: int, out_features: int, device: str = "cpu") -> None:
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.lin_l = nn.Linear(in_features, out_features, bias=False, device=device)
-        self.lin_r = nn.Linear(in_features, out_features, bias=False, device=device)
+        self.lin_l = nn.Linear(in_features, out_features, bias=False)
+        self.lin_r = nn.Linear(in_features, out_features, bias=False)
 
     def forward(self, features: list[AffineFeatures], graph: WeightGraph) -> list[AffineFeatures]:
         neurons = [each.to(self.lin_l.weight.device) for pair in zip(graph.sources, graph.targets) for each in pair]
@@ -211,15 +211,13 @@ class MaskingGCN(nn.Module):
     Shapes: vertex features (batch, vertices, features) to factors (batch, vertices, 2).
     """
 
-    def __init__(
-        self, num_features: int, hidden: int = 32, rounds: int = 3, message_passing: bool = True, device: str = "cpu"
-    ) -> None:
+    def __init__(self, num_features: int, hidden: int = 32, rounds: int = 3, message_passing: bool = True) -> None:
         super().__init__()
         conv = WeightGraphSAGE if message_passing else partial(VertexLinear, bias=False)
         self.num_features = num_features
         sizes = [num_features] + [hidden] * rounds
-        self.convs = nn.ModuleList(conv(n, m, device=device) for n, m in zip(sizes, sizes[1:]))
-        self.readout = nn.Linear(hidden, 2, bias=False, device=device)
+        self.convs = nn.ModuleList(conv(n, m) for n, m in zip(sizes, sizes[1:]))
+        self.readout = nn.Linear(hidden, 2, bias=False)
         nn.init.zeros_(self.readout.weight)
 
     def forward(self, x: Tensor, graph: WeightGraph) -> Tensor:

@@ -88,12 +88,6 @@ class CustomModel:
         check_finite_rows(cached_inputs, f"what layer {classifier.names[masked[0]]!r} is given for inputs")
         return cls(classifier.suffix_from(masked), masked, cached_inputs, labels, model_inputs, logits.shape[1])
 
-    @property
-    def reads_features(self) -> bool:
-        """True where all layers to mask are linear ones of features, as those on which the GCN was trained."""
-        layers = [self.classifier.layers[index] for index in self.masked]
-        return all(len(layer.shape) == 2 and layer.positions is None for layer in layers)
-
 
 def check_model(model: nn.Module) -> None:
     """Raises InputError where this is no model, it has no layer to mask, or its parameters are not finite."""

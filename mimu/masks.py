@@ -336,15 +336,14 @@ class Mask:
             warnings.warn(f"layer {name!r} has other weights than the mask was made on: {result}", stacklevel=2)
 
     @contextmanager
-    def applied_to(self, model: nn.Module, other_weights: bool = False) -> Iterator[nn.Module]:
+    def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
         """Masks the model within the context, which then restores the mask from before, if any."""
         carried = Mask.on(model)
-        mask = replace(self, origins={}) if other_weights else self
-        mask.apply(model)
+        self.apply(model)
         try:
             yield model
         finally:
-            mask.remove(model)
+            self.remove(model)
             if carried is not None:
                 carried.apply(model, other_weights=True)
 

@@ -23,9 +23,12 @@ PRETRAINED = Path(__file__).with_name("gcn.pt")
 
 @dataclass(frozen=True)
 class TrainedGCN:
-    """A masking GCN, the features that it reads, and the settings of its requests: what its checkpoint holds."""
+    """A masking GCN, the features that it reads, and the settings of its requests: what its checkpoint holds.
 
-    gcn: MaskingGCN
+    gcn: None: the formula ranks alone
+    """
+
+    gcn: MaskingGCN | None
     graphs: GraphConfig
     pruning: PruningConfig
 
@@ -41,7 +44,8 @@ class TrainedGCN:
             graphs = section(GraphConfig, config["graphs"])
             pruning = section(PruningConfig, {"tolerance": None} | config["eval"])
             sizes = {name: config["gcn"][name] for name in ("hidden", "rounds", "message_passing")}
-            gcn = MaskingGCN(graphs.num_features, **sizes, device="meta")  # without drawing weights
+            with torch.device("meta"):  # without drawing weights
+                gcn = MaskingGCN(graphs.num_features, **sizes)
             gcn.load_state_dict(checkpoint["state_dict"], assign=True)
             return TrainedGCN(gcn, graphs, pruning)
 

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimu.errors import InputError
+from mimu.errors import InputError, named
 from mimu.graph import MaskingGCN
 from mimu.saliency import ActivationGraphs, ranked, saliency
-from mimu.samples import FEW, margins
+from mimu.samples import FEW, Split, margins
 from mimu.seeds import seeded
 from mimu.settings import Amount, Bounds, Count, NonNegative, Positive, number_of_weights
 from mimu.training import forgetting_loss
@@ -66,27 +66,13 @@ class PruningConfig:
     tolerance: NonNegative | None
 
 
-class PruningStep(NamedTuple):
-    """One step of pruning.
-
-    zeroed: the vertices zeroed so far, in order
-    scores: those of this step (vertices), before the running mean, of the classifier before its zeros
-    seconds: of all steps so far
-    num_needed: how many vertices were zeroed when the class was first forgotten; 0 if it is not, or nothing counts it
-    """
-
-    zeroed: Tensor
-    scores: Tensor
-    seconds: float
-    num_needed: int
-
-
 class PruningResult(NamedTuple):
-    """The weights to zero for a request.
+    """The weights to zero for a request, after some step or at its end.
 
     vertices: in the order in which they are zeroed, (kappa)
     seconds: what finding them took, steps for a smaller kappa included
-    num_needed: how many of them already forget the class; 0 if unknown
+    num_needed: how many of them already forget the class; 0 if it is not forgotten, or nothing counts it
+    scores: those of the last step (vertices), before the running mean, of the classifier before the zeros of the step
     message: "" if the class is forgotten; a text on how much of it remains if max_kappa is reached; None if the caller
         may go on
     """
@@ -94,6 +80,7 @@ class PruningResult(NamedTuple):
     vertices: Tensor
     seconds: float
     num_needed: int = 0
+    scores: Tensor | None = None
     message: str | None = None
 
 
@@ -107,7 +94,7 @@ def prune(
     ranking: Ranking | None = None,
     zeroed: Tensor | None = None,
     counter: "RemainingCounter | None" = None,
-) -> Iterator[PruningStep]:
+) -> Iterator[PruningResult]:
     """Chooses weights to zero, step by step, and yields after every step; it ends when no weight is left.
 
     Iterative pruning after Molchanov et al. 2017, arXiv:1611.06440. A step follows a running mean of the scores, since
@@ -155,7 +142,7 @@ def prune(
         if counter is not None and not num_needed and counter.is_forgotten(zeroed[:max_kappa]):
             num_needed = len(zeroed[:max_kappa])
         seconds += time.perf_counter() - started
-        yield PruningStep(zeroed, scores, seconds, num_needed)
+        yield PruningResult(zeroed, seconds, num_needed, scores)
         if len(zeroed) == graphs.graph.num_vertices:
             return
 
@@ -238,18 +225,15 @@ def losses_without(graphs: ActivationGraphs, class_index: int, samples: Tensor, 
 class RemainingCounter:
     """Counts how much of a class is still classified correctly while its weights are zeroed.
 
-    images: samples of the class (samples, ...), as the classifier takes them
-    labels: of these samples, (samples), if they are of several classes that the classifier takes for one
+    samples: those of the class, as the classifier takes them, or of several classes that it takes for one
     """
 
-    def __init__(
-        self, graphs: ActivationGraphs, class_index: int, images: Tensor, target: float, labels: Tensor | None = None
-    ) -> None:
+    def __init__(self, graphs: ActivationGraphs, class_index: int, samples: Split, target: float) -> None:
         self.graphs, self.label, self.target = graphs, graphs.classes[class_index], target
-        self.labels = graphs.labels.new_full([len(images)], self.label) if labels is None else labels
-        self.suffix = graphs.suffix.merging(())
-        self.inputs = graphs.classifier.prefix_activations(graphs.graph.layers, images)
-        self.order = torch.arange(len(images), device=images.device)
+        self.name = named(graphs.classifier.merged or [self.label])
+        self.labels, self.suffix = samples.labels, graphs.suffix.merging(())
+        self.inputs = graphs.classifier.prefix_activations(graphs.graph.layers, samples.images)
+        self.order = torch.arange(len(self.labels), device=self.labels.device)
 
     @torch.no_grad()
     def percent_remaining(self, zeroed: Tensor, enough: float = math.inf) -> float:
@@ -280,7 +264,7 @@ class RemainingCounter:
 
     def message(self, zeroed: Tensor) -> str:
         """Says how much of the class remains."""
-        return f"{self.percent_remaining(zeroed):.1f} % of class {self.label} remains"
+        return f"{self.percent_remaining(zeroed):.1f} % of {self.name} remains"
 
 
 def percent_above_zero(margins: Tensor, spread: float) -> float:
@@ -297,46 +281,41 @@ def percent_above_zero(margins: Tensor, spread: float) -> float:
     return 100 - 100 * NormalDist(mean, math.sqrt(variance)).cdf(0) if variance > 0 else 100.0 * (mean > 0)
 
 
-class RetainedLoss:
-    """The loss of the retained classes on samples held out from the scores, and how it rises from a first mask on."""
+def retained_losses(graphs: ActivationGraphs, label: int, zeroed: Tensor) -> Tensor:
+    """The cross entropy of the samples held out from the scores, but for those of a class, (samples), nats."""
+    is_retained = graphs.held_out.labels != label
+    logits = graphs.logits(graphs.held_out_inputs[is_retained], zeroed)
+    return F.cross_entropy(logits, graphs.held_out.labels[is_retained], reduction="none").double()
 
-    def __init__(self, graphs: ActivationGraphs, label: int, zeroed: Tensor) -> None:
-        self.graphs, is_retained = graphs, graphs.held_out.labels != label
-        self.inputs, self.labels = graphs.held_out_inputs[is_retained], graphs.held_out.labels[is_retained]
-        self.first = self.losses(zeroed)
 
-    def losses(self, zeroed: Tensor) -> Tensor:
-        """The cross entropy of each sample, (samples), nats."""
-        return F.cross_entropy(self.graphs.logits(self.inputs, zeroed), self.labels, reduction="none").double()
-
-    def rise(self, zeroed: Tensor) -> float:
-        """The upper end of a one-sided interval for the rise of the mean loss since the first mask, nats."""
-        rises = self.losses(zeroed) - self.first
-        return float(rises.mean() + NormalDist().inv_cdf(CONFIDENCE) * rises.std() / math.sqrt(len(rises)))
+def largest_rise(rises: Tensor) -> float:
+    """The upper end of a one-sided interval for the mean of rises, (samples)."""
+    return float(rises.mean() + NormalDist().inv_cdf(CONFIDENCE) * rises.std() / math.sqrt(len(rises)))
 
 
 def choose_kappa(
-    steps: Iterable[PruningStep], counter: RemainingCounter, config: PruningConfig, num_zeroed: int = 0
+    steps: Iterable[PruningResult], counter: RemainingCounter, config: PruningConfig, num_zeroed: int = 0
 ) -> Iterator[PruningResult]:
     """Drives steps until further zeros cost accuracy, and yields after each; the last result has kappa auto.
 
     First the class is forgotten, with as few whole steps as do it. Steps then go on while the loss of the retained
-    classes rises by at most `config.tolerance` nats on held-out samples (`RetainedLoss.rise`): the predictions for the
+    classes rises by at most `config.tolerance` nats on held-out samples (`largest_rise`): the predictions for the
     class come closer to those after retraining. At most `config.max_kappa` weights are zeroed.
 
     num_zeroed: how many vertices were zeroed to begin with
     """
-    graphs, loss, last, seconds = counter.graphs, None, None, 0.0
+    graphs, first_losses, last, seconds = counter.graphs, None, None, 0.0
     max_kappa = largest_kappa(graphs, config, num_zeroed)
     goes_on = config.tolerance is not None and len(graphs.held_out.labels.unique()) == graphs.num_classes
     for step in steps:
-        zeroed, started = step.zeroed[:max_kappa], time.perf_counter()
-        if loss is not None and loss.rise(zeroed) > config.tolerance:
-            break
-        if step.num_needed and loss is None and goes_on:
-            loss = RetainedLoss(graphs, counter.label, zeroed)
+        zeroed, started = step.vertices[:max_kappa], time.perf_counter()
+        if step.num_needed and goes_on:
+            losses = retained_losses(graphs, counter.label, zeroed)
+            first_losses = losses if first_losses is None else first_losses
+            if largest_rise(losses - first_losses) > config.tolerance:
+                break
         seconds += time.perf_counter() - started
-        last = PruningResult(zeroed, step.seconds + seconds, step.num_needed)
+        last = step._replace(vertices=zeroed, seconds=step.seconds + seconds)
         yield last
         if len(zeroed) == max_kappa or (step.num_needed and not goes_on):
             break
@@ -349,19 +328,19 @@ class Pruning:
     steps: as `prune` yields them
     """
 
-    def __init__(self, steps: Iterator[PruningStep], counter: RemainingCounter, config: PruningConfig) -> None:
+    def __init__(self, steps: Iterator[PruningResult], counter: RemainingCounter, config: PruningConfig) -> None:
         self._steps, self._counter, self._config = steps, counter, config
         self._chosen: PruningResult | None = None
 
-    def steps(self) -> Iterator[PruningStep]:
+    def steps(self) -> Iterator[PruningResult]:
         """Yields every step from the first on; a step is computed once."""
         self._steps, steps = itertools.tee(self._steps)
         return steps
 
     def at(self, kappa: int) -> PruningResult:
         """The first kappa vertices."""
-        step = next(step for step in self.steps() if len(step.zeroed) >= kappa)
-        return PruningResult(step.zeroed[:kappa], step.seconds)
+        step = next(step for step in self.steps() if len(step.vertices) >= kappa)
+        return PruningResult(step.vertices[:kappa], step.seconds)
 
     def chosen(self) -> PruningResult:
         """The vertices that `choose_kappa` chooses."""

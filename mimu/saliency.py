@@ -356,28 +356,22 @@ class ActivationGraphs:
         return content
 
 
-def retain_saliency(snapshot: Snapshot) -> Tensor:
-    """Estimates how much removing each weight lowers the retained classes' loss K, to second order, (vertices).
-
-    K is smallest where their samples keep the odds of the original without the forget class (`retention` and
-    `curvature` of FEATURES).
-    """
-    return snapshot.feature("retention", snapshot.retained) - snapshot.feature("curvature", snapshot.retained) ** 2 / 2
-
-
 def saliency(snapshot: Snapshot, retain_weight: float, gcn: MaskingGCN | None = None) -> Tensor:
     """Scores every weight, (vertices); the weights of the highest scores are zeroed first to forget a class.
 
-        a_v w E_d[dF/dw] + retain_weight b_v retain_saliency
+        a_v w E_d[dF/dw] + retain_weight b_v (w E[dK/dw] - w^2 E[d2K/dw2] / 2)
 
     E_d[dF/dw], `forgetting` of FEATURES, is the mean gradient of -log(1 - p_d) on the class's samples: first-order
-    saliency as in SNIP (Lee et al. 2019, arXiv:1810.02340), of the loss that forgetting lowers.
+    saliency as in SNIP (Lee et al. 2019, arXiv:1810.02340), of the loss that forgetting lowers. The bracket estimates
+    how much removing the weight lowers the retained classes' loss K, to second order (`retention` and `curvature` of
+    FEATURES). K is smallest where their samples keep the odds of the original without the forget class.
 
     Args:
         snapshot: taken for that class (`ActivationGraphs.snapshot`), with the features that the GCN reads
         gcn: gives the factors a_v and b_v; without it, or before its training, they are 1
     """
-    forget, retain = snapshot.feature("forgetting", snapshot.own), retain_saliency(snapshot)
+    forget, curvature = snapshot.feature("forgetting", snapshot.own), snapshot.feature("curvature", snapshot.retained)
+    retain = snapshot.feature("retention", snapshot.retained) - curvature**2 / 2
     if gcn is not None:
         forget_factors, retain_factors = gcn(snapshot.class_graph(), snapshot.graph)[0].unbind(-1)
         forget, retain = forget_factors * forget, retain_factors * retain

@@ -1,16 +1,15 @@
 """`unlearn`: makes a classifier of the user's own forget classes, within bounds on what the retained classes lose."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mimu.attempts import Attempt, UnlearningRequest, forget_by_erasing, forget_by_mask
+from mimu.attempts import Attempt, UnlearningRequest, forget_classes
 from mimu.erasing import FEWEST
 from mimu.errors import InputError, shortened
 from mimu.graph import MaskingGCN
@@ -23,10 +22,6 @@ from mimu.samples import FEW, held_out
 
 FOLDS = 5  # parts of few samples that are held out in turn
 WORTH_A_TRY = 1.0  # points: if the retained classes lose more by the GCN, the formula is tried
-HIDDEN_FOR_WANT_OF_SAMPLES = (
-    f"classes are hidden, and stay in the representation: to erase and to judge takes {FEWEST} samples of each, and "
-    "these have fewer"
-)
 
 
 def unlearn(
@@ -84,31 +79,35 @@ def unlearn(
         requested = requested_classes(forget_class, custom.labels, custom.num_classes, forgotten)
         if erases and not (method or erase) and has_too_few(custom.labels, requested - set(forgotten)):
             return mask_that_hides(model, inputs, labels, forget_class, mask_layer, progress)
-        trained, scorer = what_ranks(custom, gcn, scorer, erases)
+        trained = what_ranks(custom, gcn, scorer, erases)
         bounds = max_fall, max_class_fall
         request = UnlearningRequest(model, carried, custom, requested, trained, erases, seed, bounds, progress)
         request.check()
-        return erasing_mask(request) if erases else pruning_mask(request, scorer)
+        return erasing_mask(request) if erases else pruning_mask(request)
 
 
 def has_too_few(labels: Tensor, requested: set[int]) -> bool:
     """True if requested classes have too few samples to be erased. Warns that they are hidden."""
     few = [label for label in sorted(requested) if (labels == label).sum() < FEWEST]
     if few:
-        warnings.warn(f"{HIDDEN_FOR_WANT_OF_SAMPLES}: {shortened(str(few))}", stacklevel=3)
+        needs = f"to erase and to judge takes {FEWEST} samples of each, and these have fewer: {shortened(str(few))}"
+        warnings.warn(f"classes are hidden, and stay in the representation: {needs}", stacklevel=3)
     return bool(few)
 
 
-def what_ranks(custom: CustomModel, gcn: Any, scorer: str, erase: bool) -> tuple[TrainedGCN, str]:
-    """The GCN and its settings for the layers to mask, and the scorer.
+def what_ranks(custom: CustomModel, gcn: Any, scorer: str, erase: bool) -> TrainedGCN:
+    """The GCN, or None for the formula alone, and the settings for the layers to mask.
 
-    Without a GCN of the user's, the formula ranks kernels and what reads tokens. To erase, nothing is ranked.
+    Without a GCN of the user's, the formula ranks kernels and what reads tokens, as the pretrained GCN was trained on
+    linear layers of features. To erase, nothing is ranked.
     """
     trained = TrainedGCN.of(gcn, custom.cached_inputs.device)
-    if gcn is None and not (custom.reads_features or erase):
-        scorer = "saliency"
-        trained = trained.for_kernels(custom.classifier.shapes[layer] for layer in custom.masked)
-    return replace(trained, graphs=replace(trained.graphs, mask_layer=custom.masked, scope="measured")), scorer
+    layers = [custom.classifier.layers[index] for index in custom.masked]
+    read_features = all(len(layer.shape) == 2 and layer.positions is None for layer in layers)
+    if gcn is None and not (read_features or erase):
+        scorer, trained = "saliency", trained.for_kernels(layer.shape for layer in layers)
+    graphs = replace(trained.graphs, mask_layer=custom.masked, scope="measured")
+    return replace(trained, graphs=graphs, gcn=trained.gcn if scorer == "gcn" else None)
 
 
 def chosen_method(method: str | None, erase: bool | None, is_for_mask: bool) -> str:
@@ -147,7 +146,7 @@ class RetainScoreError(InputError):
         self.before, self.after, self.mask = before, after, mask
 
 
-def pruning_mask(request: UnlearningRequest, scorer: str) -> Mask:
+def pruning_mask(request: UnlearningRequest) -> Mask:
     """The mask on the model that zeroes the weights which the classes need.
 
     If the GCN's mask costs the retained classes more than a point or something remains, the formula's mask is taken
@@ -159,35 +158,35 @@ def pruning_mask(request: UnlearningRequest, scorer: str) -> Mask:
         lost, _ = judgement.lost_points(judgement.accuracies(attempt.logits))
         return shortfall(judgement, attempt) != "", lost
 
-    attempt = forget_by_mask(request, judgement, scorer)
-    if scorer == "gcn" and flaws(attempt) > (False, WORTH_A_TRY):
-        formula = forget_by_mask(request, judgement, "saliency")
+    attempt = forget_classes(request, judgement)
+    if request.trained.gcn is not None and flaws(attempt) > (False, WORTH_A_TRY):
+        by_formula = replace(request, trained=replace(request.trained, gcn=None))
+        formula = forget_classes(by_formula, judgement)
         if flaws(formula) < flaws(attempt):
-            scorer, attempt = "saliency", formula
-    forget = partial(forget_by_mask, scorer=scorer)
-    logits = held_out_logits(request, attempt, forget)
+            request, attempt = by_formula, formula
+    logits = held_out_logits(request, attempt)
     chosen = held_out(judgement.labels, FEW)  # the scores did not see these, and no mask saw those of small classes
     for label, count in judgement.counts.items():
         if count < FEW:
             chosen |= judgement.labels == label
     layers = f"{len(request.custom.masked)} of {len(request.custom.classifier.names)} layers that can be masked"
-    words = [f"ranked by the {'GCN' if scorer == 'gcn' else 'formula'} in {layers}"]
+    words = [f"ranked by the {'GCN' if request.trained.gcn is not None else 'formula'} in {layers}"]
     if attempt.num_free:
         needed = attempt.masks[-1].num_zeroed - attempt.num_free
         words.append(f"{needed} weights forget, {attempt.num_free} more cost the retained classes nothing")
-    return judged_mask(request, attempt, chosen, logits[chosen], words, judgement.uncertainties(logits), forget)
+    return judged_mask(request, attempt, chosen, logits[chosen], words, judgement.uncertainties(logits))
 
 
 def erasing_mask(request: UnlearningRequest) -> Mask:
     """The mask on the model that takes the classes from the last layer's input. Raises and warns as `unlearn`."""
     judgement = request.judgement
-    attempt = forget_by_erasing(request, judgement)
+    attempt = forget_classes(request, judgement)
     chosen = held_out(judgement.labels)  # nothing was learned from these
     judge = judgement[chosen]
     if sum(judge.counts[label] for label in judge.retained) >= FEW:
         logits = attempt.logits[chosen]
     else:
-        chosen, logits = slice(None), held_out_logits(request, attempt, forget_by_erasing)
+        chosen, logits = slice(None), held_out_logits(request, attempt)
     words = [f"class {label} {recovered}" for label, recovered in attempt.recovered.items()]
     messages = judgement.uncertainties(attempt.logits)
     for label, recovered in attempt.recovered.items():
@@ -202,12 +201,10 @@ def shortfall(judgement: Judgement, attempt: Attempt) -> str:
     return f"{words} after {attempt.masks[-1].num_zeroed} zeroed weights" if words else ""
 
 
-def held_out_logits(
-    request: UnlearningRequest, attempt: Attempt, forget: Callable[[UnlearningRequest, Judgement], Attempt]
-) -> Tensor:
+def held_out_logits(request: UnlearningRequest, attempt: Attempt) -> Tensor:
     """The logits of all samples; each of a class with few samples is judged by a mask that is made without it.
 
-    A single sample of a class is never held out. forget: makes an attempt from part of the samples
+    A single sample of a class is never held out.
     """
     logits, judgement = attempt.logits.clone(), request.judgement
     folds = torch.full_like(judgement.labels, FOLDS)
@@ -216,7 +213,7 @@ def held_out_logits(
             folds[judgement.labels == label] = torch.arange(count, device=folds.device) % FOLDS
     for fold in folds[folds < FOLDS].unique():
         is_held_out = folds == fold
-        mask = forget(request.on(~is_held_out), judgement[~is_held_out]).masks[-1]
+        mask = forget_classes(request.on(~is_held_out), judgement[~is_held_out]).masks[-1]
         logits[is_held_out] = request.logits(mask, is_held_out)
     return logits
 
@@ -228,7 +225,6 @@ def judged_mask(
     logits: Tensor,
     words: list[str],
     messages: list[str],
-    forget: Callable[[UnlearningRequest, Judgement], Attempt] | None = None,
 ) -> Mask:
     """The mask on the model, if the retained classes lose no more than the bounds allow.
 
@@ -237,7 +233,6 @@ def judged_mask(
         logits: theirs
         words: on how the mask was made, for its repr
         messages: further reasons to warn
-        forget: makes an attempt from part of the samples; if some are few, the mask of an error is made so
 
     Raises:
         RetainScoreError: if the chosen samples, or all samples under the last mask, show a larger loss
@@ -249,37 +244,29 @@ def judged_mask(
         each = judgement[part]
         enough = replace(each, retained=[label for label in each.retained if each.counts[label] >= FOLDS])
         if enough.retained and not enough.is_within(accuracies):
-            raise retain_score_error(request, attempt.masks, enough, accuracies, part, forget)
+            raise retain_score_error(request, attempt.masks, enough, accuracies, part)
+    found = [shortfall(judgement, attempt), judge.behind_hiding(logits, sorted(request.forget))]
     if not judge.is_within(after):
         mean, worst = judge.lost_points(after)
-        lost = f"by samples held out the retained classes lose {mean:.0f} points, one of them {worst:.0f}"
-        messages = [lost, *messages]
-    if behind := judge.behind_hiding(logits, sorted(request.forget)):
-        messages = [behind, *messages]
-    if remains := shortfall(judgement, attempt):
-        messages = [remains, *messages]
-    if messages:
+        found.append(f"by samples held out the retained classes lose {mean:.0f} points, one of them {worst:.0f}")
+    if messages := [*filter(None, found), *messages]:
         warnings.warn(f"{'; '.join(messages)} ({request.advice}more samples may do better)", stacklevel=4)
     accuracies = judgement.accuracies(attempt.logits)
     return request.mask_on_model(attempt.masks[-1], accuracies, "; ".join([*words, *messages]))
 
 
 def retain_score_error(
-    request: UnlearningRequest,
-    masks: list[Mask],
-    judgement: Judgement,
-    after: Accuracies,
-    chosen: Tensor | slice,
-    forget: Callable[[UnlearningRequest, Judgement], Attempt] | None,
+    request: UnlearningRequest, masks: list[Mask], judgement: Judgement, after: Accuracies, chosen: Tensor | slice
 ) -> RetainScoreError:
     """The error of a request whose last mask costs the chosen samples' retained classes too much.
 
-    If some classes have few samples, its mask is made from four fifths of each class, and chosen by the last fifth.
+    If some classes have few samples, its mask is made from four fifths of each class, and chosen by the last fifth,
+    unless classes are erased.
     """
     judge, candidates, (max_fall, max_class_fall) = judgement, masks[:-1] or masks, request.bounds
-    if forget and request.judgement.has_few:
+    if request.judgement.has_few and not request.erase:
         chosen = held_out(request.judgement.labels)
-        candidates = forget(request.on(~chosen), request.judgement[~chosen]).masks
+        candidates = forget_classes(request.on(~chosen), request.judgement[~chosen]).masks
         judge = replace(request.judgement, retained=judgement.retained)[chosen]
     for mask in reversed(candidates):
         accuracies = judge.accuracies(request.logits(mask, chosen))

@@ -93,17 +93,16 @@ def test_an_edit_run_from_midway_gives_what_the_network_gives_under_its_mask(nam
         edit = (0.3 * torch.randn(size, rank, dtype=torch.float64) for size in keep.flatten(1).shape)
         by_layer[classifier.names[layer]] = LayerMask(keep, *edit)
     start = Mask(by_layer)
-    directions = {layer: torch.randn(classifier.weights[layer][0].numel(), 2) for layer in layers}
     last = network.get_submodule(classifier.names[layers[-1]].removesuffix(".weight"))
     for count in range(1, len(layers)):
         with start.applied_to(classifier), torch.no_grad():
             cached = Split(classifier.prefix_activations(layers, samples.images), samples.labels)
-            edit = Edit(classifier.suffix_from(layers), start, layers[-1 - count :], cached, 60, [1, 2], directions)
+            edit = Edit(classifier.suffix_from(layers), layers[-1 - count :], cached, 60, [1, 2])
             assert len(edit.trained) == 1 + count
             for each in edit.trained:
                 each += 0.3 * torch.randn_like(each)
             features, logits = edit.outputs(chosen)
-            mask = edit.mask(start)
+            mask = start & edit.mask()
         watch = last.register_forward_pre_hook(lambda _, inputs: representations.append(inputs[0]))
         with mask.applied_to(network), torch.no_grad():
             expected = network(samples.images[chosen])

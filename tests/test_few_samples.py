@@ -155,13 +155,13 @@ def test_what_was_not_learned_from_says_what_is_left_where_it_can(own, others, i
 def test_the_mask_of_an_error_is_made_from_some_samples_and_chosen_by_others(model, monkeypatch):
     samples, made_from = of_each(20, 20, 20), []
 
-    def forget(request, judgement, scorer):
+    def forget(request, judgement):
         made_from.append(request.train.images)
         keep = [torch.ones(3, 12).index_fill(0, torch.tensor(rows), 0) for rows in ([1], [0, 1, 2])]
         masks = [request.start, *(Mask({"5.weight": LayerMask.of(each)}) for each in keep)]
         return Attempt(masks, request.logits(masks[-1]), "", 0, {})
 
-    monkeypatch.setattr("mimu.unlearning.forget_by_mask", forget)
+    monkeypatch.setattr("mimu.unlearning.forget_classes", forget)
     with pytest.raises(RetainScoreError, match="keeps to that on samples that it was not made from") as error:
         unlearn(model, samples.images, samples.labels, 1, mask_layer=-1, max_class_fall=None)
     assert len(made_from[-1]) == 48 < len(made_from[0]) == 60 and error.value.mask.num_zeroed == 12
@@ -169,16 +169,14 @@ def test_the_mask_of_an_error_is_made_from_some_samples_and_chosen_by_others(mod
 
 @pytest.mark.parametrize("lost, ranks", [((3, 0), "GCN"), ((5, 0), "formula"), ((5, 6), "GCN")])
 def test_the_formula_is_tried_if_the_gcn_costs_more_than_a_point(model, lost, ranks, monkeypatch):
-    lost_samples = dict(zip(("gcn", "saliency"), lost))  # of 400; four are a point
-
-    def forget(request, judgement, scorer):
+    def forget(request, judgement):
         logits = judgement.before.clone()
         logits[:, 1] = -100.0
         right = ((judgement.labels == 0) & (logits.argmax(1) == 0)).nonzero()[:, 0]
-        logits[right[: lost_samples[scorer]], 2] = 100.0
-        return forget_by_mask(request, judgement, scorer)._replace(logits=logits)
+        logits[right[: lost[request.trained.gcn is None]], 2] = 100.0  # of 400; four are a point
+        return forget_by_mask(request, judgement)._replace(logits=logits)
 
-    monkeypatch.setattr("mimu.unlearning.forget_by_mask", forget)
+    monkeypatch.setattr("mimu.unlearning.forget_classes", forget)
     mask = request(model, TRAIN, **FREE)[0]
     assert f"ranked by the {ranks}" in repr(mask)
     alone = request(model, TRAIN, scorer="saliency", **FREE)[0]

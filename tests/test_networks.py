@@ -320,7 +320,7 @@ def test_requests_take_a_snapshot_before_every_step_where_gradients_by_kernels_a
     zeroed = []
     for every in (1, None):
         config = replace(load_config().eval, step=9, snapshot_every=every)
-        zeroed.append(next(step.zeroed for step in prune(graphs, 1, config, 0) if len(step.zeroed) >= 45))
+        zeroed.append(next(step.vertices for step in prune(graphs, 1, config, 0) if len(step.vertices) >= 45))
     assert torch.equal(*zeroed) == (not is_updated)
 
 

@@ -68,9 +68,9 @@ def test_a_step_takes_the_highest_mean_scores_on_the_classifier_masked_so_far(ma
         scores = scores / scores.std()
         mean = scores if mean is None else config.momentum * mean + (1 - config.momentum) * scores
         zeroed = torch.cat([zeroed, ranked(mean, zeroed, stride)])
-        assert torch.equal(step.zeroed, zeroed)
+        assert torch.equal(step.vertices, zeroed)
     steps = [*prune(graphs, 2, config, 0, gcn)]
-    assert sorted(steps[-1].zeroed.tolist()) == list(range(size)), "it ends when all is zeroed"
+    assert sorted(steps[-1].vertices.tolist()) == list(range(size)), "it ends when all is zeroed"
     seconds = [step.seconds for step in steps]
     assert seconds == sorted(set(seconds)), "of all steps up to there"
     with pytest.raises(InputError, match="scores of weights are not finite: look at the inputs, the weights and"):
@@ -86,7 +86,7 @@ def test_between_two_snapshots_no_sample_is_run_and_first_order_updates_say_what
         return record(classifier, images, labels, layers, excluded, weights)
 
     monkeypatch.setattr(HookedClassifier, "record", recorded)
-    zeroed = [*islice(prune(graphs, 2, pruning_config(snapshot_every=every), 0), 5)][-1].zeroed
+    zeroed = [*islice(prune(graphs, 2, pruning_config(snapshot_every=every), 0), 5)][-1].vertices
     assert passes[::2] == passes[1::2] == taken, "the class, and the others"
     last = taken[-1]
     samples, mask = graphs.draw(8, seeded("request", 0, 2, last // 4)), zeroed[:last]
@@ -133,7 +133,7 @@ def test_measured_steps_zero_what_the_class_loses_most_by_for_what_the_retained_
             forget, retain = (now - then for now, then in zip(losses(zeroed + new), before))
             tried.append(((forget < 0, -forget / max(retain, 1e-3) if forget < 0 else -retain), new))
         zeroed += max(tried)[1]
-        assert step.zeroed.tolist() == zeroed
+        assert step.vertices.tolist() == zeroed
 
 
 @pytest.mark.parametrize("step, target, samples", [(5, 0.9, 110), (None, 20.0, 60), (3, 4.1, 24), (3, 45.0, 1)])
@@ -142,7 +142,7 @@ def test_auto_is_the_smallest_kappa_of_whole_steps_that_forgets(problem, step, t
     (split, graphs), stride = problem, step or 1
     forget, retain = split.forget(class_index)[:samples], split.retain(class_index)
     config = pruning_config(step=step, group_size=15, target=target, max_kappa=150)
-    counter = RemainingCounter(graphs, class_index, forget.images, target)
+    counter = RemainingCounter(graphs, class_index, forget, target)
     request = Pruning(prune(graphs, class_index, config, 0, counter=counter), counter, config)
     result = request.chosen()
     kappas = (kappa for kappa in range(stride, 150, stride))
@@ -169,7 +169,7 @@ def test_classes_taken_for_one_have_one_probability_and_each_sample_is_counted_b
     assert torch.allclose(odds, (p[:, 0] / p[:, 1]).log()[merged.by_class[0]], atol=1e-4)
     own, few = split.retain(1), torch.arange(100)
     remaining = masked_logits(graphs, own, few).argmax(1) == own.labels
-    percent = RemainingCounter(merged, 0, own.images, 1.0, own.labels).percent_remaining(few)
+    percent = RemainingCounter(merged, 0, own, 1.0).percent_remaining(few)
     assert percent == pytest.approx(100 * remaining.double().mean().item()) and 0 < percent < 100
 
 
@@ -178,7 +178,7 @@ def test_auto_ends_where_the_class_is_forgotten_or_at_the_largest_kappa(num_zero
     graphs, config = graph_generator(), pruning_config(target=target)
     images = graphs.samples.images
     forget = Split(images, graphs.classifier(images).argmax(1)).forget(0)
-    counter = RemainingCounter(graphs, 0, forget.images, target)
+    counter = RemainingCounter(graphs, 0, forget, target)
     steps = prune(graphs, 0, config, 0, zeroed=torch.arange(num_zeroed), counter=counter)
     *results, last = choose_kappa(steps, counter, config, num_zeroed)
     assert last.vertices[:num_zeroed].tolist() == list(range(num_zeroed)) and len(last.vertices) == kappa

@@ -267,7 +267,7 @@ def test_how_far_a_gcn_is_behind_the_formula_is_what_their_masks_keep_and_leave(
     for row in range(4):
         kept_less_remaining = []
         for scorer in (None, gcn):
-            counter = RemainingCounter(graphs, row, graphs.samples.forget(row).images, config.target)
+            counter = RemainingCounter(graphs, row, graphs.samples.forget(row), config.target)
             steps = prune(graphs, row, config, 0, scorer, counter=counter)
             vertices = Pruning(steps, counter, config).chosen().vertices
             correct = (masked_logits(graphs, graphs.samples, vertices).argmax(1) == graphs.labels).double()
