@@ -11,17 +11,16 @@ from itertools import repeat
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import ImageData
 from mimu.auditing import jensen_shannon, loss_attack
 from mimu.masks import Mask
 from mimu.probes import linear, neighbours, two_layer, usable_bits
-from mimu.samples import Split, is_correct, some_of_every_class
+from mimu.samples import Split, some_of_every_class
 from mimu.seeds import seeded
 from mimu.settings import Count
-from mimu.subjects import relearn
+from mimu.subjects import Predictions, relearn
 
 BATCH_SIZE = 128  # of the forget class's training samples, from which it is relearned
 LEARNING_RATE = 0.0003  # of SGD on these batches
@@ -29,35 +28,13 @@ LEARNING_RATE_FROM_FEW = 0.003  # where every step sees all of a few samples
 PROBES = {"linear": linear, "two_layer": two_layer, "neighbours": neighbours}
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """The outputs and the representations of a classifier on a split, on the CPU."""
-
-    logits: Tensor  # (samples, classes)
-    # Inputs of the linear layers after the first, (samples, n) each, the representation last. Where only one layer
-    # reads features, the inputs of the layer before it precede them, averaged over tokens or pixels.
-    hidden: tuple[Tensor, ...]
-    labels: Tensor  # (samples)
-
-    @property
-    def correct(self) -> Tensor:
-        """1 for each sample that is classified correctly, else 0, (samples)."""
-        return is_correct(self.logits, self.labels).double()
-
-    @property
-    def loss(self) -> Tensor:
-        """Cross entropy of every sample, (samples), nats, in double precision."""
-        return F.cross_entropy(self.logits.double(), self.labels, reduction="none")
-
-    @property
-    def has_diverged(self) -> bool:
-        """True where an output is infinite or not a number; a logit of minus infinity is a removed class."""
-        return not (self.hidden[-1].isfinite().all() and (self.logits < torch.inf).all())
-
-
 @torch.no_grad()
 def predictions_of(model: nn.Module, split: Split) -> Predictions:
-    """Runs a classifier of one or several linear layers on a split."""
+    """Runs a classifier of one or several linear layers on a split.
+
+    Returns the inputs of the linear layers after the first. Where only one layer reads features, the inputs of the
+    layer before it precede them, averaged over tokens or pixels.
+    """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     # The representation of a classifier of one layer are the images themselves.
     features, means = ({layer: [] for layer in layers[1:] or layers} for _ in range(2))
@@ -76,7 +53,7 @@ def predictions_of(model: nn.Module, split: Split) -> Predictions:
     hidden, averaged = (list(filter(None, parts.values())) for parts in (features, means))
     if len(hidden) == 1:
         hidden = averaged[-1:] + hidden
-    return Predictions(logits.cpu(), tuple(torch.cat(parts).cpu() for parts in hidden), split.labels.cpu())
+    return Predictions(logits.cpu(), [torch.cat(parts).cpu() for parts in hidden], split.labels.cpu())
 
 
 @dataclass(frozen=True)

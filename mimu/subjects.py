@@ -27,7 +27,38 @@ HEAD_RATE = 0.003  # with the output layer alone
 MOST_STEPS = 60
 WIDEST = 2048  # features; more are reduced by `sketch`
 WAYS = ("all weights", "output layer", "reset")  # the last: the output layer alone, the classes' weights reset first
-Outputs = list[Tensor]  # of a model for samples, on the CPU: logits (samples, classes), and the inputs of layers
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier gives for samples, on the CPU.
+
+    logits: (samples, classes)
+    hidden: the inputs of layers, (samples, n) each; the last one is the representation
+    labels: (samples)
+    """
+
+    logits: Tensor
+    hidden: Sequence[Tensor]
+    labels: Tensor
+
+    def __getitem__(self, chosen: Tensor) -> "Predictions":
+        return Predictions(self.logits[chosen], [each[chosen] for each in self.hidden], self.labels[chosen])
+
+    @property
+    def correct(self) -> Tensor:
+        """1 for each sample that is classified correctly, else 0, (samples)."""
+        return is_correct(self.logits, self.labels).double()
+
+    @property
+    def loss(self) -> Tensor:
+        """Cross entropy of every sample, (samples), nats, in double precision."""
+        return F.cross_entropy(self.logits.double(), self.labels, reduction="none")
+
+    @property
+    def has_diverged(self) -> bool:
+        """True where a number is infinite or not a number; a logit of minus infinity is a removed class."""
+        return not ((self.logits < torch.inf).all() and all(each.isfinite().all() for each in self.hidden))
 
 
 def relearn(
@@ -74,14 +105,14 @@ class Subject:
         Raises:
             InputError: names the model and what is wrong with it
         """
-        self.name = name
         try:
             check_model(model)
             network = copy_of(model)
             logits, few = run_on_few(network, first)
             if not (logits < torch.inf).all():
                 raise InputError("model: logits are not finite")
-            self.num_classes, self.type = logits.shape[1], few.dtype
+            few = few.float() if few.is_floating_point() else few
+            self.num_classes, self.like = logits.shape[1], few[:0]
             self.classifier = exported(network, few, logits)
             names, at_the_end = self.classifier.names, self.classifier.trace.names_at_the_end
             indices = () if layers is None else layers_to_mask(layers, names, at_the_end, self.num_classes)
@@ -92,28 +123,17 @@ class Subject:
         self.layers = {names[index].removesuffix(".weight"): index for index in indices if index != self.last}
         self.layers["last"] = self.last
 
-    @property
-    def device(self) -> torch.device:
-        return self.classifier.weights[self.last].device
-
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Outputs:
-        """The logits of samples, and the input of every layer, averaged over positions, on the CPU.
-
-        Raises:
-            InputError: if they are not finite, but for logits of minus infinity
-        """
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """The logits of samples, and the input of every layer, averaged over positions, on the CPU."""
         classifier, parts = self.classifier, []
         layers = [classifier.layers[index] for index in self.layers.values()]
-        for part in images.to(self.device, self.type).split(classifier.samples_at_once):
+        for part in images.to(self.like).split(classifier.samples_at_once):
             values = classifier.trace.run(classifier.network, part, watched=[layer.node.args[0] for layer in layers])
             inputs = [layer.mean_read(values[layer.node.args[0]]) for layer in layers]
             inputs = [each if each.shape[1] <= WIDEST else sketch(each) for each in inputs]
             parts.append([each.float().cpu() for each in (values[classifier.trace.output], *inputs)])
-        logits, *inputs = map(torch.cat, zip(*parts))
-        if not ((logits < torch.inf).all() and all(each.isfinite().all() for each in inputs)):
-            raise InputError(f"{self.name}: logits, or what a layer is given, are not finite")
-        return [logits, *inputs]
+        return [torch.cat(each) for each in zip(*parts)]
 
     @property
     def head(self) -> list[nn.Parameter]:
@@ -123,8 +143,8 @@ class Subject:
         return [classifier.network.get_parameter(name) for name in names if name]
 
     @torch.no_grad()
-    def set_outputs(self, forget: Sequence[int], are_hidden: bool = False) -> None:
-        """Sets the output weights of classes to the mean of the other classes', or so that they are hidden."""
+    def reset(self, forget: Sequence[int], are_hidden: bool = False) -> None:
+        """Sets the output weights of classes to the mean of the other classes', or so that the classes are hidden."""
         weight, *bias = self.head
         retained = [label for label in range(self.num_classes) if label not in forget]
         if len(weight) == self.num_classes:
@@ -135,9 +155,9 @@ class Subject:
 
     def ready(self, samples: Split, for_last: bool) -> Split:
         """Samples as the model takes them, or as what begins with its last layer does."""
-        images = samples.images.to(self.device, self.type)
+        images = samples.images.to(self.like)
         images = self.classifier.prefix_activations([self.last], images) if for_last else images
-        return Split(images, samples.labels.to(self.device))
+        return Split(images, samples.labels.to(images.device))
 
     def relearned(self, way: str, forget: Sequence[int], few: Split, test: Split, goal: float) -> dict[str, Any]:
         """Relearns classes in one of WAYS; returns the steps that it takes, or None, and the accuracy after each.
@@ -147,9 +167,9 @@ class Subject:
         classifier, network = self.classifier, self.classifier.network
         state = copy.deepcopy(network.state_dict())
         if self.is_hidden:
-            self.set_outputs(forget, are_hidden=True)
+            self.reset(forget, are_hidden=True)
         if way == "reset":
-            self.set_outputs(forget)
+            self.reset(forget)
         if way != "all weights":
             classifier = classifier.suffix_from([self.last])
         few, test = (self.ready(each, way != "all weights") for each in (few, test))
@@ -176,13 +196,13 @@ class Samples:
     """
 
     labels: Tensor
-    outputs: dict[str, Outputs]
+    predictions: dict[str, Predictions]
     kept: Split
     is_kept: Tensor
 
     def __getitem__(self, chosen: Tensor) -> "Samples":
-        outputs = {name: [each[chosen] for each in outputs] for name, outputs in self.outputs.items()}
-        return Samples(self.labels[chosen], outputs, self.kept[chosen[self.is_kept]], self.is_kept[chosen])
+        predictions = {name: each[chosen] for name, each in self.predictions.items()}
+        return Samples(self.labels[chosen], predictions, self.kept[chosen[self.is_kept]], self.is_kept[chosen])
 
 
 def read(
@@ -194,6 +214,10 @@ def read(
         num_samples, batches: as `batches_of` returns them
         quota: how many samples of each class are read, and how many of these are kept as they are, (2, classes)
         form: of the samples that the models take
+
+    Raises:
+        InputError: if the samples do not fit, or what a model gives for them is not finite, but for logits of minus
+            infinity
     """
     counts, kept = torch.zeros_like(quota[0]), []
 
@@ -216,10 +240,15 @@ def read(
                 return
 
     labels, is_kept, *outputs = (each.cpu() for each in joined(rows(), min(num_samples, int(quota[0].sum()))))
-    parts = iter(outputs)
-    by_name = {name: [next(parts) for _ in range(1 + len(subject.layers))] for name, subject in subjects.items()}
+    predictions = {}
+    for name, subject in subjects.items():
+        logits, *hidden = outputs[: 1 + len(subject.layers)]
+        outputs = outputs[1 + len(subject.layers) :]
+        predictions[name] = Predictions(logits, hidden, labels)
+        if predictions[name].has_diverged:
+            raise InputError(f"{name}: logits, or what a layer is given, are not finite")
     kept = Split(torch.cat([each.images for each in kept]), torch.cat([each.labels for each in kept]))
-    return Samples(labels, by_name, kept, is_kept)
+    return Samples(labels, predictions, kept, is_kept)
 
 
 def quotas(forget: Sequence[int], num_classes: int) -> Tensor:
