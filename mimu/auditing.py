@@ -26,8 +26,8 @@ from mimu.masks import Mask
 from mimu.probes import balanced_bits, linear, two_layer
 from mimu.pruning import CONFIDENCE
 from mimu.report import OWN_PROBE, AuditReport
-from mimu.samples import held_out, is_correct
-from mimu.subjects import WAYS, Samples, Subject, quotas, read
+from mimu.samples import is_correct
+from mimu.subjects import WAYS, Samples, Subject, read
 
 STEPS = 300  # of the two-layer probe, at least
 KEPT = 0.9  # of the original's bits, from which on a class is hidden
@@ -190,7 +190,7 @@ class Audit:
         return sorted(self.retrained, key=lambda name: self.means[name].bits)
 
     def verdict(self) -> tuple[str, str]:
-        """One of VERDICTS, and the numbers that say so."""
+        """The verdict of an `AuditReport`, and the numbers that say so."""
         figures, own, bits = self.figures["unlearned"], self.is_own, self.bits
         accuracies = self.judgement.accuracies(self.test.predictions["unlearned"].logits)
         counts = self.judgement.counts
@@ -295,16 +295,14 @@ def audit(
         forget = sorted(requested_classes(forget_class, torch.arange(num_classes), num_classes, ()))
         if len(forget) == num_classes:
             raise InputError(f"there must be classes to retain beside {forget}")
-        quota = quotas(forget, num_classes)
-        train = read(subjects, num_samples, chain([first], batches), quota, first.form)
+        train = read(subjects, num_samples, chain([first], batches), forget, first.form)
         if test is None:
-            is_test = held_out(train.labels)
-            train, tested = train[~is_test], train[is_test]
+            train, tested = train.part(is_test=False), train.part(is_test=True)
         else:
             with in_one_line(InputError, f"test must be a pair of inputs and labels, not {type(test).__name__}"):
                 test_inputs, test_labels = (test, None) if isinstance(test, DataLoader | Dataset) else test
             num_samples, batches = batches_of(test_inputs, test_labels, progress)
-            tested = read(subjects, num_samples, batches, quota, first.form)
+            tested = read(subjects, num_samples, batches, forget, first.form)
         for name, samples in (("inputs", train), ("test", tested)):
             present = set(samples.labels.tolist())
             if not present > set(forget):

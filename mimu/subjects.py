@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -14,7 +14,7 @@ from mimu.batches import Batch, Form, joined, sketch
 from mimu.errors import InputError
 from mimu.hiding import HIDDEN_BIAS
 from mimu.inputs import check_model, copy_of, exported, layers_to_mask, run_on_few
-from mimu.samples import Split, is_correct
+from mimu.samples import Split, held_out, is_correct
 from mimu.seeds import seeded
 
 OWN = 1000  # samples of every class to forget that are read, at most, to learn from and to test
@@ -153,12 +153,6 @@ class Subject:
             for each in bias if are_hidden else ():
                 weight[forget], each[forget] = 0, HIDDEN_BIAS
 
-    def ready(self, samples: Split, for_last: bool) -> Split:
-        """Samples as the model takes them, or as what begins with its last layer does."""
-        images = samples.images.to(self.like)
-        images = self.classifier.prefix_activations([self.last], images) if for_last else images
-        return Split(images, samples.labels.to(images.device))
-
     def relearned(self, way: str, forget: Sequence[int], few: Split, test: Split, goal: float) -> dict[str, Any]:
         """Relearns classes in one of WAYS; returns the steps that it takes, or None, and the accuracy after each.
 
@@ -170,9 +164,13 @@ class Subject:
             self.reset(forget, are_hidden=True)
         if way == "reset":
             self.reset(forget)
+        parameters, rate = [*network.parameters()], LEARNING_RATE
+        few, test = (Split(each.images.to(self.like), each.labels.to(self.like.device)) for each in (few, test))
         if way != "all weights":
-            classifier = classifier.suffix_from([self.last])
-        few, test = (self.ready(each, way != "all weights") for each in (few, test))
+            few, test = (
+                replace(each, images=classifier.prefix_activations([self.last], each.images)) for each in (few, test)
+            )
+            classifier, parameters, rate = classifier.suffix_from([self.last]), self.head, HEAD_RATE
         is_own = torch.isin(few.labels, few.labels.new_tensor(forget))
         parts = [few[chosen].batches(BATCH_SIZE // 2, seeded("relearn")) for chosen in (is_own, ~is_own)]
         batches = (Split(*map(torch.cat, ((a.images, b.images), (a.labels, b.labels)))) for a, b in zip(*parts))
@@ -181,7 +179,6 @@ class Subject:
         def accuracy() -> float:
             return 100 * is_correct(classifier(test.images), test.labels).double().mean().item()
 
-        parameters, rate = (network.parameters(), LEARNING_RATE) if way == "all weights" else (self.head, HEAD_RATE)
         optimizer = torch.optim.Adam([each for each in parameters if each.requires_grad], rate)
         steps, scores = relearn(classifier, optimizer, batches, accuracy, goal, MOST_STEPS)
         network.load_state_dict(state)
@@ -192,33 +189,34 @@ class Subject:
 class Samples:
     """The samples that are read, to learn from or to test, and what every model gives for them, by its name.
 
-    kept: those that are kept as they are, to relearn from; is_kept: which of all these are
+    kept: the first ones of every class as they are, to relearn from
     """
 
     labels: Tensor
     predictions: dict[str, Predictions]
     kept: Split
-    is_kept: Tensor
 
-    def __getitem__(self, chosen: Tensor) -> "Samples":
+    def part(self, is_test: bool) -> "Samples":
+        """The samples that are held out, to test, or all others."""
+        chosen, of_kept = (held_out(each) == is_test for each in (self.labels, self.kept.labels))
         predictions = {name: each[chosen] for name, each in self.predictions.items()}
-        return Samples(self.labels[chosen], predictions, self.kept[chosen[self.is_kept]], self.is_kept[chosen])
+        return Samples(self.labels[chosen], predictions, self.kept[of_kept])
 
 
 def read(
-    subjects: dict[str, Subject], num_samples: int, batches: Iterable[Batch], quota: Tensor, form: Form
+    subjects: dict[str, Subject], num_samples: int, batches: Iterable[Batch], forget: Sequence[int], form: Form
 ) -> Samples:
     """Reads the first samples of every class, batch by batch, and runs the models on them.
 
     Args:
         num_samples, batches: as `batches_of` returns them
-        quota: how many samples of each class are read, and how many of these are kept as they are, (2, classes)
         form: of the samples that the models take
 
     Raises:
         InputError: if the samples do not fit, or what a model gives for them is not finite, but for logits of minus
             infinity
     """
+    quota = quotas(forget, subjects["original"].num_classes)
     counts, kept = torch.zeros_like(quota[0]), []
 
     def rows() -> Iterator[tuple[Tensor, ...]]:
@@ -235,11 +233,11 @@ def read(
             if is_read.any():
                 kept.append(Split(images[is_kept], labels[is_kept]))
                 outputs = [subject(images[is_read]) for subject in subjects.values()]
-                yield labels[is_read], is_kept[is_read], *chain(*outputs)
+                yield labels[is_read], *chain(*outputs)
             if (counts >= quota[0]).all():
                 return
 
-    labels, is_kept, *outputs = (each.cpu() for each in joined(rows(), min(num_samples, int(quota[0].sum()))))
+    labels, *outputs = (each.cpu() for each in joined(rows(), min(num_samples, int(quota[0].sum()))))
     predictions = {}
     for name, subject in subjects.items():
         logits, *hidden = outputs[: 1 + len(subject.layers)]
@@ -248,7 +246,7 @@ def read(
         if predictions[name].has_diverged:
             raise InputError(f"{name}: logits, or what a layer is given, are not finite")
     kept = Split(torch.cat([each.images for each in kept]), torch.cat([each.labels for each in kept]))
-    return Samples(labels, predictions, kept, is_kept)
+    return Samples(labels, predictions, kept)
 
 
 def quotas(forget: Sequence[int], num_classes: int) -> Tensor:

@@ -15,7 +15,6 @@ from mimu import Mask, audit, auditing, subjects
 from mimu.auditing import interval
 from mimu.hiding import hiding_mask
 from mimu.probes import balanced_bits, linear
-from mimu.report import VERDICTS
 
 CLASSES, FORGET = 5, 1
 TRAIN, TEST = (random_split(80, seed, num_classes=CLASSES) for seed in (0, 7))
@@ -165,7 +164,7 @@ def test_samples_come_from_loaders_or_are_held_out_and_few_of_them_do_not_decide
 def test_a_report_is_a_table_json_and_a_figure(tmp_path):
     report = audited(hidden(ORIGINAL), retrained=RETRAINED[:2], layers=["0", "2"])
     lines = str(report).splitlines()
-    assert lines[0] == "Class 1: hidden." and report.verdict in VERDICTS and max(map(len, lines[2:])) < 180
+    assert lines[0] == "Class 1: hidden." and max(map(len, lines[2:])) < 180
     report.save(tmp_path / "audit.json")
     saved = json.loads((tmp_path / "audit.json").read_text())
     assert saved["verdict"] == "hidden" and saved["figures"]["unlearned"]["forget_accuracy"] == 0
