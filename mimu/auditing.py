@@ -6,28 +6,28 @@ the classes are set to minus infinity (`hidden`), which forgets nothing that the
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mimu.batches import batches_of
-from mimu.errors import InputError
+from mimu.errors import InputError, in_one_line, named
 from mimu.inputs import copy_of, plain_torch, requested_classes
-from mimu.judgement import lower_end
+from mimu.judgement import Judgement, lower_end
 from mimu.masks import Mask
 from mimu.probes import balanced_bits, linear, two_layer
 from mimu.pruning import CONFIDENCE
 from mimu.report import OWN_PROBE, AuditReport
-from mimu.samples import held_out, is_correct
-from mimu.subjects import WAYS, Samples, Subject, quotas, read
+from mimu.samples import is_correct
+from mimu.subjects import WAYS, Samples, Subject, read
 
 STEPS = 300  # of the two-layer probe, at least
 KEPT = 0.9  # of the original's bits, from which on a class is hidden
@@ -92,16 +92,19 @@ class Audit:
         figures: what is measured, by the name of the model
         bits: `balanced_bits` of the test samples by the name of the model, from the fresh probe that finds most in the
             last layer's input
-        own_bits: the same from the linear probe of the original
+        own_bits: the same from the linear probe of the original, where a model has as many features
     """
 
     def __init__(
-        self, subjects: dict[str, Subject], train: Samples, test: Samples, forget: list[int], seed: int, bar: tqdm
+        self, subjects: dict[str, Subject], train: Samples, test: Samples, forget: list[int], seed: int, progress: bool
     ) -> None:
         self.subjects, self.train, self.test, self.forget = subjects, train, test, forget
-        self.seed, self.bar = seed, bar
+        self.seed, self.progress = seed, progress
         self.is_member, self.is_own = (torch.isin(each.labels, torch.tensor(forget)) for each in (train, test))
         self.retrained = [name for name in subjects if name.startswith("retrained")]
+        retained = sorted(set(test.labels.tolist()) - set(forget))
+        original = test.predictions["original"].logits
+        self.judgement = Judgement(test.labels, original, retained, (None, None), target=NAMED, erase=True)
         self.figures: dict[str, dict[str, Any]] = {name: self.predictions(name) for name in subjects}
         for name in self.retrained:
             percent, count = self.figures[name]["forget_accuracy"], int(self.is_own.sum())
@@ -113,25 +116,19 @@ class Audit:
         self.bits: dict[str, Tensor] = {}
         self.own_bits: dict[str, Tensor] = {}
 
-    def accuracies(self, name: str) -> Tensor:
-        """The accuracy on the test samples of every class, percent, not a number where there are none."""
-        labels, size = self.test.labels, self.subjects[name].num_classes
-        correct = labels[is_correct(self.test.outputs[name][0], labels)].bincount(minlength=size)
-        return 100 * correct / labels.bincount(minlength=size)
-
     def predictions(self, name: str) -> dict[str, Any]:
         """The accuracies, where the samples of the classes go, and the divergence from the (other) retrained models."""
-        logits, own = self.test.outputs[name][0], self.is_own
-        correct = 100 * is_correct(logits, self.test.labels).double()
-        fall = (self.accuracies("original") - self.accuracies(name)).index_fill(0, torch.tensor(self.forget), math.nan)
-        worst = int(fall.nan_to_num(-math.inf).argmax())
+        own, logits = self.is_own, self.test.predictions[name].logits
+        correct = 100 * self.test.predictions[name].correct
+        before, after = self.judgement.accuracies_before, self.judgement.accuracies(logits)
+        lost = {label: before[label] - after[label] for label in self.judgement.retained}
         shares = 100 * logits[own].argmax(1).bincount(minlength=logits.shape[1]).double() / own.sum()
-        others = [self.test.outputs[each][0] for each in self.retrained if each != name]
+        others = [self.test.predictions[each].logits for each in self.retrained if each != name]
         figures = {
             "forget_accuracy": correct[own].mean().item(),
             "retain_accuracy": correct[~own].mean().item(),
-            "most_lost": fall[worst].item(),
-            "most_lost_class": worst,
+            "most_lost": max(lost.values()),
+            "most_lost_class": max(lost, key=lost.get),
             "predicted": {str(label): shares[label].item() for label in shares.argsort(descending=True)[:10].tolist()},
         }
         for part, chosen in (("forget", own), ("retain", ~own)):
@@ -139,54 +136,48 @@ class Audit:
             figures[f"divergence_{part}"] = fmean(divergences) if others else None
         return figures
 
-    def membership(self, name: str) -> float:
-        """The `loss_attack` on the samples of the classes."""
-        losses = []
-        for samples, own in ((self.train, self.is_member), (self.test, self.is_own)):
-            logits, labels = samples.outputs[name][0][own].double(), samples.labels[own]
-            losses.append(F.cross_entropy(logits, labels, reduction="none"))
-        members, others = losses
-        return loss_attack(members, others)
+    def bar(self, about: str) -> Iterable[tuple[str, Subject]]:
+        """The models by their names, with a progress bar on a terminal."""
+        return tqdm(self.subjects.items(), about, delay=1, leave=False, disable=not self.progress or None)
 
     def probe(self) -> None:
         """Trains probes on the features of every model, and puts the original's linear one onto the other models'."""
-        labels, own = self.train.labels, self.is_own
-        share, original = self.is_member.double().mean().item(), self.train.outputs["original"][-1]
-        alike = [name for name in self.subjects if self.train.outputs[name][-1].shape == original.shape]
-        tests = torch.cat([self.test.outputs[name][-1] for name in alike])
-        of_original = dict(zip(alike, linear(original, labels, tests, self.seed, cost=1.0).chunk(len(alike))))
-        for name, subject in self.subjects.items():
+        labels, own, share = self.train.labels, self.is_own, self.is_member.double().mean().item()
+        features = {name: each.hidden[-1] for name, each in self.train.predictions.items()}
+        alike = [name for name in self.subjects if features[name].shape == features["original"].shape]
+        tests = torch.cat([self.test.predictions[name].hidden[-1] for name in alike])
+        of_original = linear(features["original"], labels, tests, self.seed, cost=1.0).chunk(len(alike))
+        own_probe = dict(zip(alike, of_original))
+        for name, subject in self.bar("probes"):
             if subject.is_hidden:  # the original, in all that its last layer is given
-                self.bits[name], self.own_bits[name] = self.bits["original"], self.own_bits["original"]
+                self.bits[name] = self.bits["original"]
                 self.figures[name]["probes"] = self.figures["original"]["probes"]
                 continue
             probes = self.figures[name]["probes"] = {}
-            for place, layer in enumerate(subject.layers, 1):
-                x, x_test = (each.outputs[name][place] for each in (self.train, self.test))
+            train, test = (each.predictions[name].hidden for each in (self.train, self.test))
+            for layer, x, x_test in zip(subject.layers, train, test):
                 is_known = name == "original" and layer == "last"
-                p = of_original[name] if is_known else linear(x, labels, x_test, self.seed, cost=1.0)
-                found = {"linear": p}
-                found["two-layer"] = two_layer(x, labels, x_test, self.seed, STEPS)
+                by_probe = {
+                    "linear": own_probe[name] if is_known else linear(x, labels, x_test, self.seed, cost=1.0),
+                    "two-layer": two_layer(x, labels, x_test, self.seed, STEPS),
+                }
                 if layer == "last" and name in alike:
-                    found[OWN_PROBE] = of_original[name]
+                    by_probe[OWN_PROBE] = own_probe[name]
+                bits = {probe: balanced_bits(p[:, self.forget].sum(1), own, share) for probe, p in by_probe.items()}
                 probes[layer] = {}
-                for probe, p in found.items():
-                    found[probe] = balanced_bits(p[:, self.forget].sum(1), own, share)
+                for probe, p in by_probe.items():
                     recall = 100 * is_correct(p[own], self.test.labels[own]).double().mean().item()
-                    probes[layer][probe] = {"recall": recall, **interval(found[probe], own)._asdict()}
-                self.bar.update()
-            self.own_bits[name] = found.pop(OWN_PROBE, torch.full(own.shape, -1.0))
-            self.bits[name] = max(found.values(), key=lambda bits: interval(bits, own).bits)
+                    probes[layer][probe] = {"recall": recall, **interval(bits[probe], own)._asdict()}
+            self.own_bits[name] = bits.pop(OWN_PROBE, None)
+            self.bits[name] = max(bits.values(), key=lambda each: interval(each, own).bits)
 
     def relearn(self) -> None:
         """Relearns the classes in every model in all of WAYS, until half of the original's accuracy is back."""
         labels, goal = self.test.kept.labels, self.figures["original"]["forget_accuracy"] / 2
         test = self.test.kept[torch.isin(labels, labels.new_tensor(self.forget))]
-        for name, subject in self.subjects.items():
-            relearned = self.figures[name]["relearning"] = {}
-            for way in WAYS:
-                relearned[way] = subject.relearned(way, self.forget, self.train.kept, test, goal)
-                self.bar.update()
+        for name, subject in self.bar("relearning"):
+            relearned = {way: subject.relearned(way, self.forget, self.train.kept, test, goal) for way in WAYS}
+            self.figures[name]["relearning"] = relearned
 
     @cached_property
     def means(self) -> dict[str, Bits]:
@@ -199,10 +190,11 @@ class Audit:
         return sorted(self.retrained, key=lambda name: self.means[name].bits)
 
     def verdict(self) -> tuple[str, str]:
-        """One of VERDICTS, and the numbers that say so."""
+        """The verdict of an `AuditReport`, and the numbers that say so."""
         figures, own, bits = self.figures["unlearned"], self.is_own, self.bits
-        accuracies, counts = self.accuracies("unlearned"), self.test.labels.bincount()
-        certain = [lower_end(accuracies[label].item(), int(counts[label]), len(self.forget)) for label in self.forget]
+        accuracies = self.judgement.accuracies(self.test.predictions["unlearned"].logits)
+        counts = self.judgement.counts
+        certain = [lower_end(accuracies[label], counts[label], len(self.forget)) for label in self.forget]
         remaining = f"{figures['forget_accuracy']:.1f} % of {int(own.sum())} test samples are classified correctly"
         if max([figures["forget_accuracy"]] + certain) >= NAMED:
             return "not forgotten", remaining
@@ -213,7 +205,7 @@ class Audit:
             reason += f", after retraining {' and '.join(str(means[name]) for name in retrained)}"
         if not is_certain(before, own, SEEN):
             return "cannot be judged", f"{reason}: this is too little, or there are too few samples"
-        if is_certain(of_original - KEPT * before, own):
+        if of_original is not None and is_certain(of_original - KEPT * before, own):
             return "hidden", f"{reason}; the original's own probe still finds {interval(of_original, own)}"
         if not retrained:
             return "cannot be judged", f"{reason}; a retrained model, which may hold as much, is not given"
@@ -246,8 +238,9 @@ class Audit:
         self.probe()
         self.relearn()
         for name, figures in self.figures.items():
+            members, others = (each.predictions[name].loss for each in (self.train, self.test))
             figures["idi"] = self.index(name)
-            figures["loss_attack"] = self.membership(name) if has_test else None
+            figures["loss_attack"] = loss_attack(members[self.is_member], others[self.is_own]) if has_test else None
         notes = []
         if not self.retrained:
             notes.append("No retrained model is given: only what is not forgotten, or hidden, can be told.")
@@ -302,21 +295,21 @@ def audit(
         forget = sorted(requested_classes(forget_class, torch.arange(num_classes), num_classes, ()))
         if len(forget) == num_classes:
             raise InputError(f"there must be classes to retain beside {forget}")
-        quota = quotas(forget, num_classes)
-        train = read(subjects, num_samples, chain([first], batches), quota, first.form)
+        train = read(subjects, num_samples, chain([first], batches), forget, first.form)
         if test is None:
-            is_test = held_out(train.labels)
-            train, tested = train[~is_test], train[is_test]
+            train, tested = train.part(is_test=False), train.part(is_test=True)
         else:
-            test_inputs, test_labels = pair_of(test)
+            with in_one_line(InputError, f"test must be a pair of inputs and labels, not {type(test).__name__}"):
+                test_inputs, test_labels = (test, None) if isinstance(test, DataLoader | Dataset) else test
             num_samples, batches = batches_of(test_inputs, test_labels, progress)
-            tested = read(subjects, num_samples, batches, quota, first.form)
+            tested = read(subjects, num_samples, batches, forget, first.form)
         for name, samples in (("inputs", train), ("test", tested)):
-            check_classes(name, samples.labels, forget)
+            present = set(samples.labels.tolist())
+            if not present > set(forget):
+                must = f"must have samples of {named(forget)}, and of others"
+                raise InputError(f"{name} {must}, not of {named(sorted(present))} alone")
         subjects = with_hidden(subjects, (train, tested), forget)
-        total = sum(len(WAYS) + len(subject.layers) for subject in subjects.values())
-        with tqdm(total=total, desc="audit", delay=1, leave=False, disable=None if progress else True) as bar:
-            return Audit(subjects, train, tested, forget, seed, bar).report(test is not None)
+        return Audit(subjects, train, tested, forget, seed, progress).report(test is not None)
 
 
 def models_of(original: nn.Module, unlearned: nn.Module | Mask, retrained: Any) -> dict[str, nn.Module]:
@@ -324,37 +317,18 @@ def models_of(original: nn.Module, unlearned: nn.Module | Mask, retrained: Any) 
     several = [retrained] if isinstance(retrained, nn.Module) else [*(retrained or ())]
     if isinstance(unlearned, Mask):
         mask, unlearned = unlearned, copy_of(original)
-        try:
+        with in_one_line(InputError, "unlearned: the mask does not fit the original"):
             mask.apply(unlearned, permanent=True)
-        except ValueError as error:
-            raise InputError(f"unlearned: {error}") from None
     models = {"original": original, "unlearned": unlearned}
     return models | {f"retrained {place}": model for place, model in enumerate(several, 1)}
 
 
-def pair_of(test: Any) -> tuple[Any, Any]:
-    """The inputs and labels of test samples; a loader holds both. Raises InputError if they are neither."""
-    if isinstance(test, DataLoader | Dataset):
-        return test, None
-    if not (isinstance(test, tuple | list) and len(test) == 2):
-        raise InputError(f"test must be a pair of inputs and labels, not {type(test).__name__}")
-    return test[0], test[1]
-
-
-def check_classes(name: str, labels: Tensor, forget: list[int]) -> None:
-    """Raises InputError if samples are not both of the classes to forget and of others."""
-    present = set(labels.tolist())
-    if missing := set(forget) - present:
-        raise InputError(f"{name} must have samples of the classes to forget, not none of {sorted(missing)}")
-    if present <= set(forget):
-        raise InputError(f"{name} must have samples of the other classes, too")
-
-
 def with_hidden(subjects: dict[str, Subject], parts: tuple[Samples, ...], forget: list[int]) -> dict[str, Subject]:
-    """Adds the original whose logits of the classes are minus infinity, with its outputs for all samples."""
+    """Adds the original whose logits of the classes are minus infinity, with its predictions for all samples."""
     hidden = copy.copy(subjects["original"])
     hidden.is_hidden = True
     for samples in parts:
-        logits, *features = samples.outputs["original"]
-        samples.outputs["hidden"] = [logits.index_fill(1, torch.tensor(forget), -torch.inf), *features]
+        original = samples.predictions["original"]
+        logits = original.logits.index_fill(1, torch.tensor(forget), -torch.inf)
+        samples.predictions["hidden"] = replace(original, logits=logits)
     return {"original": subjects["original"], "hidden": hidden} | subjects

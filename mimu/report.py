@@ -13,23 +13,9 @@ from mimu.files import save, written_whole
 OWN_PROBE = "original's"  # the probe that is trained on the original's features, and put onto those of another model
 SHOWN_CLASSES = 8  # in a figure, at most
 # Colours that colour-blind people tell apart (Okabe and Ito), with markers and lines.
-STYLES = (
-    ("#000000", "o", "-"),
-    ("#E69F00", "s", "--"),
-    ("#D55E00", "D", "-"),
-    ("#0072B2", "^", ":"),
-    ("#56B4E9", "v", ":"),
-    ("#009E73", "<", ":"),
-    ("#CC79A7", ">", ":"),
-)
-VERDICTS = (
-    "not forgotten",
-    "hidden",
-    "partly erased",
-    "as after retraining",
-    "less than after retraining",
-    "cannot be judged",
-)
+COLOURS = ("#000000", "#E69F00", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7")
+MARKERS = ("o", "s", "D", "^", "v", "<", ">")
+LINES = ("-", "--", "-", ":", ":", ":", ":")
 ROWS = {  # of a report's table: the titles and the formats of figures
     "forget_accuracy": ("forget accuracy, %", ".1f"),
     "retain_accuracy": ("retain accuracy, %", ".2f"),
@@ -47,7 +33,8 @@ class AuditReport:
 
     Attributes:
         forget: the classes
-        verdict: one of VERDICTS
+        verdict: `not forgotten`, `hidden`, `partly erased`, `as after retraining`, `less than after retraining` or
+            `cannot be judged`
         reason: the numbers that say so
         notes: what was not measured
         figures: by model: `original`, `hidden` (the original without the logits of the classes), `unlearned`,
@@ -64,19 +51,17 @@ class AuditReport:
     def values(self, name: str) -> dict[str, str]:
         """The figures of a model as the table has them, by the title of their row."""
         figures = self.figures[name]
-        values = {
-            title: "-" if figures[key] is None else format(figures[key], spec) for key, (title, spec) in ROWS.items()
-        }
+        values = {}
+        for key, (title, spec) in ROWS.items():
+            values[title] = "-" if figures[key] is None else format(figures[key], spec)
         predicted = [f"{label}: {share:.0f}" for label, share in figures["predicted"].items() if share >= 0.5]
         values["predicted, class: % of samples"] = ", ".join(predicted[:3])
         for layer, probes in figures["probes"].items():
             for probe, found in probes.items():
                 values[f"{probe} probe, {layer}: recall, %; bits"] = f"{found['recall']:.1f}; {found['bits']:.3f}"
         for way, relearned in figures["relearning"].items():
-            steps = relearned["steps"]
-            values[f"relearned, {way}: steps"] = (
-                f"not in {len(relearned['scores']) - 1}" if steps is None else str(steps)
-            )
+            steps, most = relearned["steps"], len(relearned["scores"]) - 1
+            values[f"relearned, {way}: steps"] = f"not in {most}" if steps is None else str(steps)
         return values
 
     def __str__(self) -> str:
@@ -113,8 +98,9 @@ class AuditReport:
     def _styles(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         """The name of every model, its figures, and how it is drawn: apart in grey as well as in colour."""
         for place, (name, figures) in enumerate(self.figures.items()):
-            colour, marker, line = STYLES[min(place, len(STYLES) - 1)]
-            yield name, figures, {"color": colour, "marker": marker, "linestyle": line, "label": name}
+            place = min(place, len(COLOURS) - 1)
+            style = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": LINES[place], "label": name}
+            yield name, figures, style
 
     def _draw_predictions(self, axes: Any) -> None:
         shares: dict[str, float] = {}
@@ -126,8 +112,9 @@ class AuditReport:
         axes.imshow(table, cmap="Blues", vmin=0, vmax=100, aspect="auto")
         for row, values in enumerate(table):
             for column, share in enumerate(values):
-                text = f"{share:.0f}" if share >= 1 else ""
-                axes.text(column, row, text, ha="center", va="center", color="white" if share > 50 else "black")
+                if share >= 1:
+                    colour = "white" if share > 50 else "black"
+                    axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour)
         axes.set_xticks(range(len(labels)), labels)
         axes.set_yticks(range(len(table)), [*self.figures])
         axes.set(xlabel="predicted class", title="predictions for the class, % of its test samples")

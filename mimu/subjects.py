@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -14,7 +14,7 @@ from mimu.batches import Batch, Form, joined, sketch
 from mimu.errors import InputError
 from mimu.hiding import HIDDEN_BIAS
 from mimu.inputs import check_model, copy_of, exported, layers_to_mask, run_on_few
-from mimu.samples import Split, is_correct
+from mimu.samples import Split, held_out, is_correct
 from mimu.seeds import seeded
 
 OWN = 1000  # samples of every class to forget that are read, at most, to learn from and to test
@@ -27,7 +27,38 @@ HEAD_RATE = 0.003  # with the output layer alone
 MOST_STEPS = 60
 WIDEST = 2048  # features; more are reduced by `sketch`
 WAYS = ("all weights", "output layer", "reset")  # the last: the output layer alone, the classes' weights reset first
-Outputs = list[Tensor]  # of a model for samples, on the CPU: logits (samples, classes), and the inputs of layers
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier gives for samples, on the CPU.
+
+    logits: (samples, classes)
+    hidden: the inputs of layers, (samples, n) each; the last one is the representation
+    labels: (samples)
+    """
+
+    logits: Tensor
+    hidden: Sequence[Tensor]
+    labels: Tensor
+
+    def __getitem__(self, chosen: Tensor) -> "Predictions":
+        return Predictions(self.logits[chosen], [each[chosen] for each in self.hidden], self.labels[chosen])
+
+    @property
+    def correct(self) -> Tensor:
+        """1 for each sample that is classified correctly, else 0, (samples)."""
+        return is_correct(self.logits, self.labels).double()
+
+    @property
+    def loss(self) -> Tensor:
+        """Cross entropy of every sample, (samples), nats, in double precision."""
+        return F.cross_entropy(self.logits.double(), self.labels, reduction="none")
+
+    @property
+    def has_diverged(self) -> bool:
+        """True where a number is infinite or not a number; a logit of minus infinity is a removed class."""
+        return not ((self.logits < torch.inf).all() and all(each.isfinite().all() for each in self.hidden))
 
 
 def relearn(
@@ -74,14 +105,14 @@ class Subject:
         Raises:
             InputError: names the model and what is wrong with it
         """
-        self.name = name
         try:
             check_model(model)
             network = copy_of(model)
             logits, few = run_on_few(network, first)
             if not (logits < torch.inf).all():
                 raise InputError("model: logits are not finite")
-            self.num_classes, self.type = logits.shape[1], few.dtype
+            few = few.float() if few.is_floating_point() else few
+            self.num_classes, self.like = logits.shape[1], few[:0]
             self.classifier = exported(network, few, logits)
             names, at_the_end = self.classifier.names, self.classifier.trace.names_at_the_end
             indices = () if layers is None else layers_to_mask(layers, names, at_the_end, self.num_classes)
@@ -92,28 +123,17 @@ class Subject:
         self.layers = {names[index].removesuffix(".weight"): index for index in indices if index != self.last}
         self.layers["last"] = self.last
 
-    @property
-    def device(self) -> torch.device:
-        return self.classifier.weights[self.last].device
-
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Outputs:
-        """The logits of samples, and the input of every layer, averaged over positions, on the CPU.
-
-        Raises:
-            InputError: if they are not finite, but for logits of minus infinity
-        """
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """The logits of samples, and the input of every layer, averaged over positions, on the CPU."""
         classifier, parts = self.classifier, []
         layers = [classifier.layers[index] for index in self.layers.values()]
-        for part in images.to(self.device, self.type).split(classifier.samples_at_once):
+        for part in images.to(self.like).split(classifier.samples_at_once):
             values = classifier.trace.run(classifier.network, part, watched=[layer.node.args[0] for layer in layers])
             inputs = [layer.mean_read(values[layer.node.args[0]]) for layer in layers]
             inputs = [each if each.shape[1] <= WIDEST else sketch(each) for each in inputs]
             parts.append([each.float().cpu() for each in (values[classifier.trace.output], *inputs)])
-        logits, *inputs = map(torch.cat, zip(*parts))
-        if not ((logits < torch.inf).all() and all(each.isfinite().all() for each in inputs)):
-            raise InputError(f"{self.name}: logits, or what a layer is given, are not finite")
-        return [logits, *inputs]
+        return [torch.cat(each) for each in zip(*parts)]
 
     @property
     def head(self) -> list[nn.Parameter]:
@@ -123,8 +143,8 @@ class Subject:
         return [classifier.network.get_parameter(name) for name in names if name]
 
     @torch.no_grad()
-    def set_outputs(self, forget: Sequence[int], are_hidden: bool = False) -> None:
-        """Sets the output weights of classes to the mean of the other classes', or so that they are hidden."""
+    def reset(self, forget: Sequence[int], are_hidden: bool = False) -> None:
+        """Sets the output weights of classes to the mean of the other classes', or so that the classes are hidden."""
         weight, *bias = self.head
         retained = [label for label in range(self.num_classes) if label not in forget]
         if len(weight) == self.num_classes:
@@ -132,12 +152,6 @@ class Subject:
                 each[forget] = each[retained].mean(0)
             for each in bias if are_hidden else ():
                 weight[forget], each[forget] = 0, HIDDEN_BIAS
-
-    def ready(self, samples: Split, for_last: bool) -> Split:
-        """Samples as the model takes them, or as what begins with its last layer does."""
-        images = samples.images.to(self.device, self.type)
-        images = self.classifier.prefix_activations([self.last], images) if for_last else images
-        return Split(images, samples.labels.to(self.device))
 
     def relearned(self, way: str, forget: Sequence[int], few: Split, test: Split, goal: float) -> dict[str, Any]:
         """Relearns classes in one of WAYS; returns the steps that it takes, or None, and the accuracy after each.
@@ -147,12 +161,16 @@ class Subject:
         classifier, network = self.classifier, self.classifier.network
         state = copy.deepcopy(network.state_dict())
         if self.is_hidden:
-            self.set_outputs(forget, are_hidden=True)
+            self.reset(forget, are_hidden=True)
         if way == "reset":
-            self.set_outputs(forget)
+            self.reset(forget)
+        parameters, rate = [*network.parameters()], LEARNING_RATE
+        few, test = (Split(each.images.to(self.like), each.labels.to(self.like.device)) for each in (few, test))
         if way != "all weights":
-            classifier = classifier.suffix_from([self.last])
-        few, test = (self.ready(each, way != "all weights") for each in (few, test))
+            few, test = (
+                replace(each, images=classifier.prefix_activations([self.last], each.images)) for each in (few, test)
+            )
+            classifier, parameters, rate = classifier.suffix_from([self.last]), self.head, HEAD_RATE
         is_own = torch.isin(few.labels, few.labels.new_tensor(forget))
         parts = [few[chosen].batches(BATCH_SIZE // 2, seeded("relearn")) for chosen in (is_own, ~is_own)]
         batches = (Split(*map(torch.cat, ((a.images, b.images), (a.labels, b.labels)))) for a, b in zip(*parts))
@@ -161,7 +179,6 @@ class Subject:
         def accuracy() -> float:
             return 100 * is_correct(classifier(test.images), test.labels).double().mean().item()
 
-        parameters, rate = (network.parameters(), LEARNING_RATE) if way == "all weights" else (self.head, HEAD_RATE)
         optimizer = torch.optim.Adam([each for each in parameters if each.requires_grad], rate)
         steps, scores = relearn(classifier, optimizer, batches, accuracy, goal, MOST_STEPS)
         network.load_state_dict(state)
@@ -172,29 +189,34 @@ class Subject:
 class Samples:
     """The samples that are read, to learn from or to test, and what every model gives for them, by its name.
 
-    kept: those that are kept as they are, to relearn from; is_kept: which of all these are
+    kept: the first ones of every class as they are, to relearn from
     """
 
     labels: Tensor
-    outputs: dict[str, Outputs]
+    predictions: dict[str, Predictions]
     kept: Split
-    is_kept: Tensor
 
-    def __getitem__(self, chosen: Tensor) -> "Samples":
-        outputs = {name: [each[chosen] for each in outputs] for name, outputs in self.outputs.items()}
-        return Samples(self.labels[chosen], outputs, self.kept[chosen[self.is_kept]], self.is_kept[chosen])
+    def part(self, is_test: bool) -> "Samples":
+        """The samples that are held out, to test, or all others."""
+        chosen, of_kept = (held_out(each) == is_test for each in (self.labels, self.kept.labels))
+        predictions = {name: each[chosen] for name, each in self.predictions.items()}
+        return Samples(self.labels[chosen], predictions, self.kept[of_kept])
 
 
 def read(
-    subjects: dict[str, Subject], num_samples: int, batches: Iterable[Batch], quota: Tensor, form: Form
+    subjects: dict[str, Subject], num_samples: int, batches: Iterable[Batch], forget: Sequence[int], form: Form
 ) -> Samples:
     """Reads the first samples of every class, batch by batch, and runs the models on them.
 
     Args:
         num_samples, batches: as `batches_of` returns them
-        quota: how many samples of each class are read, and how many of these are kept as they are, (2, classes)
         form: of the samples that the models take
+
+    Raises:
+        InputError: if the samples do not fit, or what a model gives for them is not finite, but for logits of minus
+            infinity
     """
+    quota = quotas(forget, subjects["original"].num_classes)
     counts, kept = torch.zeros_like(quota[0]), []
 
     def rows() -> Iterator[tuple[Tensor, ...]]:
@@ -211,15 +233,20 @@ def read(
             if is_read.any():
                 kept.append(Split(images[is_kept], labels[is_kept]))
                 outputs = [subject(images[is_read]) for subject in subjects.values()]
-                yield labels[is_read], is_kept[is_read], *chain(*outputs)
+                yield labels[is_read], *chain(*outputs)
             if (counts >= quota[0]).all():
                 return
 
-    labels, is_kept, *outputs = (each.cpu() for each in joined(rows(), min(num_samples, int(quota[0].sum()))))
-    parts = iter(outputs)
-    by_name = {name: [next(parts) for _ in range(1 + len(subject.layers))] for name, subject in subjects.items()}
+    labels, *outputs = (each.cpu() for each in joined(rows(), min(num_samples, int(quota[0].sum()))))
+    predictions = {}
+    for name, subject in subjects.items():
+        logits, *hidden = outputs[: 1 + len(subject.layers)]
+        outputs = outputs[1 + len(subject.layers) :]
+        predictions[name] = Predictions(logits, hidden, labels)
+        if predictions[name].has_diverged:
+            raise InputError(f"{name}: logits, or what a layer is given, are not finite")
     kept = Split(torch.cat([each.images for each in kept]), torch.cat([each.labels for each in kept]))
-    return Samples(labels, by_name, kept, is_kept)
+    return Samples(labels, predictions, kept)
 
 
 def quotas(forget: Sequence[int], num_classes: int) -> Tensor:

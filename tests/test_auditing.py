@@ -15,7 +15,6 @@ from mimu import Mask, audit, auditing, subjects
 from mimu.auditing import interval
 from mimu.hiding import hiding_mask
 from mimu.probes import balanced_bits, linear
-from mimu.report import VERDICTS
 
 CLASSES, FORGET = 5, 1
 TRAIN, TEST = (random_split(80, seed, num_classes=CLASSES) for seed in (0, 7))
@@ -165,7 +164,7 @@ def test_samples_come_from_loaders_or_are_held_out_and_few_of_them_do_not_decide
 def test_a_report_is_a_table_json_and_a_figure(tmp_path):
     report = audited(hidden(ORIGINAL), retrained=RETRAINED[:2], layers=["0", "2"])
     lines = str(report).splitlines()
-    assert lines[0] == "Class 1: hidden." and report.verdict in VERDICTS and max(map(len, lines[2:])) < 180
+    assert lines[0] == "Class 1: hidden." and max(map(len, lines[2:])) < 180
     report.save(tmp_path / "audit.json")
     saved = json.loads((tmp_path / "audit.json").read_text())
     assert saved["verdict"] == "hidden" and saved["figures"]["unlearned"]["forget_accuracy"] == 0
@@ -201,7 +200,10 @@ class Divided(nn.Module):
         ({"retrained": [RETRAINED[0], ORIGINAL]}, "^retrained 2 must be trained without .* classifies"),
         ({"test": TEST.images}, "^test must be a pair of inputs and labels, not Tensor"),
         ({"test": (TEST.images[:, 1:], TEST.labels)}, "^test must have inputs of shapes"),
-        ({"test": (TEST.retain(FORGET).images, TEST.retain(FORGET).labels)}, r"^test must have .* none of \[1\]"),
+        (
+            {"test": (TEST.retain(FORGET).images, TEST.retain(FORGET).labels)},
+            "^test must have .* class 1, .* not of classes 0, 2, 3, 4",
+        ),
         ({"forget_class": 7}, "from 0 to 4"),
         ({"forget_class": [0, 1, 2, 3, 4]}, "classes to retain"),
         ({"layers": "body"}, "^original: layers must be auto, None, or some of"),

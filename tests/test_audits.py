@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 
 from data import ImageData
 from experiment import audits
-from experiment.audits import Audit, AuditConfig, Case, Predictions, predictions_of, probe_metrics
+from experiment.audits import Audit, AuditConfig, Predictions, predictions_of, probe_metrics
 from methods.controls import logit_removed
 from mimu import probes
 from mimu.auditing import jensen_shannon, loss_attack
@@ -76,11 +76,7 @@ def masked(classifier, vertices=(0, 7, 29)):
 def relearned(audit: Audit, model, goal: float, most: int, rate: float, samples) -> tuple[int | None, list[float]]:
     audit = replace(audit, config=replace(CONFIG, relearn_steps=most))
     audit.goal = goal
-    return audits.relearned(Case(audit, model, *[None] * 4), rate, samples)
-
-
-def case_of(audit: Audit | None, train: Predictions, test: Predictions) -> Case:
-    return Case(audit, None, train, test, train.labels == FORGET, test.labels == FORGET)
+    return audit.relearned(model, rate, samples)
 
 
 def test_predictions_are_logits_losses_and_the_inputs_of_every_layer_after_the_first():
@@ -136,9 +132,9 @@ def test_the_entropy_attack_is_a_balanced_logistic_regression():
     regression = LogisticRegression(class_weight="balanced", tol=1e-10)
     regression.fit(torch.cat([entropy[:300], entropy[800:]]), [1] * 300 + [0] * 100)
     percent = 100 * regression.predict(entropy[300:800]).mean()
-    assert 5 < percent < 95 and audits.entropy_attack(case_of(None, train, test)) == pytest.approx(percent)
+    assert 5 < percent < 95 and audits.entropy_attack(train, test, train.labels == FORGET) == pytest.approx(percent)
     sure = Predictions(torch.tensor([[0.0, -torch.inf]]).repeat(900, 1), (), labels)
-    assert math.isnan(audits.entropy_attack(case_of(None, sure, sure)))
+    assert math.isnan(audits.entropy_attack(sure, sure, labels == FORGET))
 
 
 def standardised(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,13 +143,13 @@ def standardised(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("count", [2, 1000])
-def test_prototypes_are_means_of_a_few_samples_and_the_nearest_one_names_a_sample(data, trained, audit, count):
+def test_prototypes_are_means_of_a_few_samples_and_the_nearest_one_names_a_sample(data, trained, count):
     train, test = (predictions_of(trained, split) for split in (data.train, data.test))
     order = torch.randperm(len(train.labels), generator=seeded("prototypes", 5))
     chosen = torch.cat([order[train.labels[order] == label][:count] for label in range(NUM_CLASSES)])
     nearest = NearestCentroid().fit(train.hidden[-1][chosen], train.labels[chosen])
     expected = 100 * (nearest.predict(test.hidden[-1][test.labels == FORGET]) == FORGET).mean()
-    assert audits.prototype_recall(case_of(replace(audit, seed=5), train, test), count) == pytest.approx(expected)
+    assert audits.prototype_recall(train, test, FORGET, 5, count) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dead, widest", [(0, 256), (2, 256), (0, 4)])
@@ -247,18 +243,19 @@ def test_every_audit_is_that_of_its_samples_and_of_its_settings(trained, retrain
 
     some = some_of_every_class(data.train, 40, "audit", 4)
     train, test = (predictions_of(model, split) for split in (some, data.test))
-    case, logits, after = case_of(audit, train, test), test.logits, retrained(data.test.images)
-    goal = 50 * (trained(data.test.images).argmax(1)[case.is_forget] == FORGET).double().mean().item()
+    is_member, is_own = (each.labels == FORGET for each in (train, test))
+    logits, after = test.logits, retrained(data.test.images)
+    goal = 50 * (trained(data.test.images).argmax(1)[is_own] == FORGET).double().mean().item()
     again = partial(relearned, audit, model, goal, 40, 0.1)
     steps, scores = again(data.train.forget(FORGET).batches(10, seeded("relearn", 4)))
     few = {str(count): some_of_every_class(data.train, count, "relearn from", 4) for count in (1, 2)}
     assert metrics == {
-        "js_forget": jensen_shannon(logits[case.is_forget], after[case.is_forget]),
-        "js_retain": jensen_shannon(logits[~case.is_forget], after[~case.is_forget]),
-        "loss_attack": loss_attack(train.loss[case.is_member], test.loss[case.is_forget]),
-        "entropy_attack": audits.entropy_attack(case),
+        "js_forget": jensen_shannon(logits[is_own], after[is_own]),
+        "js_retain": jensen_shannon(logits[~is_own], after[~is_own]),
+        "loss_attack": loss_attack(train.loss[is_member], test.loss[is_own]),
+        "entropy_attack": audits.entropy_attack(train, test, is_member),
         **probe_metrics(train, test, FORGET, 4, config.probes),
-        "prototype_recall": {str(count): audits.prototype_recall(case, count) for count in (1, 2)},
+        "prototype_recall": {str(n): audits.prototype_recall(train, test, FORGET, 4, n) for n in (1, 2)},
         "relearn_steps": steps,
         "came_back": scores[-1] >= goal,
         "relearn_scores": scores,
@@ -267,20 +264,13 @@ def test_every_audit_is_that_of_its_samples_and_of_its_settings(trained, retrain
     }
 
 
-def test_a_new_audit_is_one_entry_and_stands_in_the_results_and_among_the_columns(audit, trained, monkeypatch):
-    entry = audits.Entry(lambda case: int(case.is_forget.sum()), "samples", ".0f")
-    monkeypatch.setitem(audits.AUDITS, "count", entry)
-    assert audit(trained)["count"] == 60 and audit.columns()["count"] == {"title": "samples", "spec": ".0f"}
-    numbers = {name for name, value in audit(trained).items() if type(value) in (int, float)}
-    assert {*audit.columns()} == numbers, "whatever is one number"
-
-
 def test_what_cannot_be_audited_is_null_and_what_does_not_come_back_is_told(trained, retrained, audit, monkeypatch):
     beside, broken = audit(trained), copy.deepcopy(trained)
     broken.weights[0].data[0, 0] = torch.nan
     assert audit(broken) == dict.fromkeys(beside) | {"weights_changed": 1} and None not in beside.values()
     assert predictions_of(broken, audit.data.test).correct.sum() == 0
     assert replace(audit, retrained=None)(trained) == beside | dict.fromkeys(["js_forget", "js_retain"])
+    assert {*audit.columns()} == {name for name, value in beside.items() if type(value) in (int, float)}
     removed = audit(without_logit(trained))
     assert removed["relearn_steps"] is None and not removed["came_back"]
     monkeypatch.setattr(audits, "LEARNING_RATE", 1e-6)
