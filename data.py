@@ -2,8 +2,7 @@
 
 import gzip
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiment.files import ROOT
-from mimu.errors import InputError, one_line
+from mimu.errors import InputError, in_one_line
 from mimu.files import digest
 from mimu.saliency import ActivationGraphs
 from mimu.samples import Split
@@ -60,22 +59,13 @@ def data_set(name: str, root: Path = DATASET_ROOT) -> DataSet:
     if name not in own_names:
         valid = ", ".join([*DATASETS, *sorted(own_names)])
         raise DataError(f"dataset must be {valid}, or another folder in {root}, not {name!r}")
-    with reading(name, folder):
+    with in_one_line(DataError, f"dataset {name} in {folder}: cannot be used"):
         files = [*folder.glob("raw/*-ubyte*"), *folder.glob("*-ubyte*")]
         own = idx_files(files[0].parent) if files else image_folders(folder)
         names = own.class_names
         if len(names) < 2 or not "".join(names).isprintable() or set("$|") & set("".join(names)):
             raise ValueError(f"it must have two classes at least, named without $, | and line breaks, not {names}")
     return own
-
-
-@contextmanager
-def reading(name: str, folder: Path) -> Iterator[None]:
-    """Turns the errors that missing and damaged files raise into a DataError that names the data set."""
-    try:
-        yield
-    except (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError, ImportError) as error:
-        raise DataError(f"dataset {name} in {folder}: cannot be used ({one_line(error)})") from None
 
 
 def read_torchvision(folder: Path, name: str, is_train: bool) -> tuple[Tensor, Tensor]:
@@ -106,13 +96,11 @@ def read_idx(folder: Path, is_train: bool) -> tuple[Tensor, Tensor]:
 def idx(path: Path) -> Tensor:
     """Reads the numbers (uint8) in a file of MNIST's format, which may be compressed by gzip."""
     source = as_read(path)
-    try:
+    with in_one_line(ValueError, f"{source.name} cannot be read"):  # damaged bytes can raise any error
         content = source.read_bytes() if source == path else gzip.decompress(source.read_bytes())
         start = 4 + 4 * content[3]  # byte 3 is the number of dimensions; the size of each follows, in four bytes
         sizes = np.frombuffer(content[4:start], ">i4").tolist()
         return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(sizes)
-    except Exception as error:  # damaged bytes can raise any error
-        raise ValueError(f"{source.name} cannot be read: {one_line(error)}") from None
 
 
 def as_read(path: Path) -> Path:
@@ -147,13 +135,10 @@ def image_folders(folder: Path) -> DataSet:
 
 def pixels(path: str) -> np.ndarray:
     """Reads an image: (height, width) in grey or (3, height, width) in colour, uint8. Raises ValueError otherwise."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "RGB"):
-                raise ValueError(f"its mode is {image.mode}")
-            return np.asarray(image) if image.mode == "L" else np.moveaxis(np.asarray(image), 2, 0).copy()
-    except Exception as error:  # damaged bytes can raise any error
-        raise ValueError(f"{path} must be an image, grey or RGB of 8 bits: {error}") from None
+    with in_one_line(ValueError, f"{path} must be an image, grey or RGB of 8 bits"), Image.open(path) as image:
+        if image.mode not in ("L", "RGB"):
+            raise ValueError(f"its mode is {image.mode}")
+        return np.asarray(image) if image.mode == "L" else np.moveaxis(np.asarray(image), 2, 0).copy()
 
 
 def checksum(name: str, root: Path = DATASET_ROOT) -> str:
@@ -187,7 +172,7 @@ def load_image_data(
     """
     source = data_set(name, root)
     num_classes, splits = len(source.class_names), []
-    with reading(name, root / name):
+    with in_one_line(DataError, f"dataset {name} in {root / name}: cannot be used"):
         for kind in ("training", "test"):
             images, labels = source.read(kind == "training")
             counts = torch.bincount(labels, minlength=num_classes)

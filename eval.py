@@ -72,7 +72,6 @@ class Request:
     forget_class: the label of the class to forget
     top_k: the number of weights that a keep mask keeps
     requested_kappa: the number of weights to zero; `auto`: as few as forget the class; None: no method depends on it
-    resolved_kappa: the number of weights to zero, see `kappa`
     prunings: the steps of every method by its name, kept from one kappa to the next
     kept: what methods keep from one request to the next on the same classifier, by names of their own
     retrain: from a seed to a classifier trained without the class; None: `trainer` trains it on the samples of `train`
@@ -88,7 +87,6 @@ class Request:
     top_k: int
     seed: int
     requested_kappa: int | Literal["auto"] | None = None
-    resolved_kappa: int | None = None
     prunings: dict[str, Pruning] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     retrain: Callable[[int], Trained] | None = None
@@ -120,9 +118,9 @@ class Request:
 
         Raises ValueError if the method was not registered with uses_kappa=True.
         """
-        if self.resolved_kappa is None:
+        if self.requested_kappa is None:
             raise ValueError("this method reads request.kappa: register it with uses_kappa=True")
-        return self.resolved_kappa
+        return len(mimu(self).vertices) if self.requested_kappa == "auto" else self.requested_kappa
 
     @property
     def class_index(self) -> int:
@@ -212,8 +210,7 @@ def run_method(request: Request, name: str) -> Unlearned:
     before, method = copy.deepcopy(request.original.state_dict()), METHODS[name]
     arguments = method.arguments(request.config.hyperparameters.get(name, {}))
     if method.uses_kappa:
-        kappa = request.requested_kappa  # mimu's search is not this method's: the clock starts later
-        request = replace(request, resolved_kappa=len(mimu(request).vertices) if kappa == "auto" else kappa)
+        mimu(request)  # its search for kappa is not this method's: the clock starts later
     started = time.perf_counter()
     try:
         output = method.unlearn(request, **arguments)

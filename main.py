@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import argparse
 import shlex
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -30,12 +29,11 @@ from eval import Eval, Request
 from experiment.audits import Audit
 from experiment.config import Config, Files, Training, load_variants, trainings_of
 from experiment.files import ROOT, Artifact, Log, locked
-from experiment.processes import Processes, by_torchrun, peak_bytes
-from mimu.errors import InputError
+from experiment.processes import Processes, peak_bytes
 from mimu.files import save
 from mimu.graph import MaskingGCN, keep_freed_memory
 from mimu.pretrained import PRETRAINED, TrainedGCN
-from mimu.samples import is_correct, some_of_every_class
+from mimu.samples import some_of_every_class
 from reporter import ReporterConfig
 from tables.figures import draw
 from trainer import TOLERATED, GCNTrainer, Trained
@@ -50,7 +48,6 @@ class Stages:
         self.processes = Processes()
         prefix = f"process {self.processes.rank}: " if self.processes.count > 1 else ""
         self.log = Log(root / "reports" / "run.log", prefix)
-        self.seconds: Counter[str] = Counter()  # of every stage so far, by its name
         self._load_data = cache(load_image_data)
         self._training: Training | None = None  # the last one, of which these are
         self._request: Callable[..., Request] = Request
@@ -61,9 +58,7 @@ class Stages:
         """Measures a stage, and logs its seconds."""
         started = time.perf_counter()
         yield
-        seconds = time.perf_counter() - started
-        self.seconds[name] += seconds
-        self.log(f"{name}: {seconds:.1f} s")
+        self.log(f"{name}: {time.perf_counter() - started:.1f} s")
 
     def load_or_make(self, artifact: Artifact, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Returns the content of a file. The first process that needs it makes it, where it is not current."""
@@ -96,10 +91,6 @@ class Stages:
 
         def train() -> dict[str, Any]:
             model, seconds = trainer.trained(samples, num_classes, artifact)
-            if forget_class is None:
-                test = self.data(config).test
-                score = 100 * is_correct(model(test.images), test.labels).double().mean()
-                self.log(f"{name}: {score:.2f} % of {config.split} classified correctly")
             return checkpoint_of(model, training) | {"seed": trainer.seed, "seconds": seconds}
 
         checkpoint = self.load_or_make(artifact, name, train)
@@ -212,9 +203,9 @@ def run(configs: Mapping[str, Config], root: Path = ROOT, is_fresh: bool = False
         tasks += [(each, forget_class) for each in trainings_of(configs) for forget_class in each.config.forget_digits]
         for training, forget_class in tqdm(processes.take(tasks), "the run", len(tasks), leave=False, disable=None):
             stages.forget(training, forget_class)
-        shares = processes.gathered({"seconds": stages.seconds, "peak": peak_bytes()})
+        peaks = processes.gathered(peak_bytes())
         if processes.rank == 0:
-            end(stages, configs, shares)
+            end(stages, configs, peaks)
 
 
 def begin(stages: Stages, configs: Mapping[str, Config], is_fresh: bool) -> None:
@@ -239,15 +230,14 @@ def count_current(artifacts: Sequence[Artifact]) -> str:
     return f"{count} of {len(artifacts)} files are there, {len(artifacts) - count} would be made"
 
 
-def end(stages: Stages, configs: Mapping[str, Config], shares: Sequence[dict[str, Any]]) -> None:
-    """Writes the reports, and logs the time and the memory that all processes took; in the first process."""
+def end(stages: Stages, configs: Mapping[str, Config], peaks: Sequence[int]) -> None:
+    """Writes the reports, and logs the time and the memory (bytes) that processes took; in the first process."""
     reports = stages.root / "reports"
     with stages.stage("reports"):
         write_reports(stages.files, configs)
-    seconds = sum((Counter(share["seconds"]) for share in shares), Counter())  # of the reports, too
-    total, peak = time.perf_counter() - STARTED, max(share["peak"] for share in shares)
-    save(reports / "run.json", {"seconds": seconds, "total_seconds": total, "peak_bytes": peak})
-    each = " a process" if len(shares) > 1 else ""
+    total, peak = time.perf_counter() - STARTED, max(peaks)
+    save(reports / "run.json", {"total_seconds": total, "peak_bytes": peak})
+    each = " a process" if len(peaks) > 1 else ""
     stages.log(f"{total:.0f} s, {peak / 1e9:.1f} GB at most{each}. Curves and tables: {reports}")
     print(f"Metrics and plots of each experiment, and masks: {stages.root / 'eval'}")
 
@@ -288,8 +278,6 @@ def dry_run(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 
 def start(parsed: argparse.Namespace) -> None:
     """Does what the command line asks for."""
-    if by_torchrun() and (parsed.dry_run or parsed.pretrain):
-        raise InputError("--dry-run and --pretrain run in one process: start it without torchrun")
     keep_freed_memory()
     configs = load_variants(parsed.config, parsed.overrides)
     if parsed.dry_run:

@@ -18,7 +18,7 @@ from experiment.files import Artifact
 from mimu.errors import TrainingError
 from mimu.graph import MaskingGCN, WeightGraph
 from mimu.hooked import HookedClassifier, log_odds
-from mimu.pruning import PruningConfig, RemainingCounter, choose_kappa, prune
+from mimu.pruning import Pruning, PruningConfig, RemainingCounter, prune
 from mimu.saliency import FORGETTING_TEMPERATURE, ActivationGraphs, ranked, saliency
 from mimu.samples import Split, is_correct
 from mimu.seeds import seeded, seeded_initialisation
@@ -357,8 +357,7 @@ class GCNTrainer:
             label = graphs.classes[class_index]
             counter = RemainingCounter(graphs, class_index, graphs.train.forget(label), masking.target)
             steps = prune(graphs, class_index, masking, self.seed, gcn, counter=counter)
-            *_, (zeroed, *_) = choose_kappa(steps, counter, masking)
-            logits = graphs.logits(graphs.cached_inputs, zeroed)
+            logits = graphs.logits(graphs.cached_inputs, Pruning(steps, counter, masking).chosen().vertices)
             correct, is_forget = is_correct(logits, graphs.labels).double(), graphs.labels == label
             return 100 * (correct[~is_forget].mean() - correct[is_forget].mean()).item()
 

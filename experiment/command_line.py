@@ -3,14 +3,13 @@
 import argparse
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from experiment.files import ROOT, Log
-from mimu.errors import ArtifactError, InputError, one_line
+from experiment.files import ROOT
+from mimu.errors import InputError, one_line
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,42 +35,33 @@ def stop(number: int, frame: object) -> None:
     raise KeyboardInterrupt(number)
 
 
-def describe(error: BaseException, parsed: argparse.Namespace) -> tuple[int, str, str]:
-    """Returns the exit status of an error, the line that the user reads, and what the log says, "" for nothing."""
+def describe(error: BaseException, is_fresh: bool) -> tuple[int, str]:
+    """Returns the exit status of a run that an error ends, and the line that the user reads."""
     if isinstance(error, KeyboardInterrupt):
-        again = "the same command without --fresh" if parsed.fresh else "the same command"
-        line = f"stopped: finished work is kept; run {again} again to resume"
-        return 128 + (error.args or [signal.SIGINT])[0], line, "" if parsed.dry_run else line
+        again = "the same command without --fresh" if is_fresh else "the same command"
+        number = (error.args or [signal.SIGINT])[0]
+        return 128 + number, f"stopped: finished work is kept; run {again} again to resume"
     if isinstance(error, InputError):
-        return 2, f"error: {error}"[:2000], ""
-    if isinstance(error, OSError):
-        return 2, f"error: {error.filename or 'a file'}: {error.strerror or one_line(error)}", ""
-    line = f"error: {type(error).__name__}: {one_line(error)}; the traceback is in reports/run.log"
-    return 1, line, "".join(traceback.format_exception(error))
+        return 2, f"error: {error}"[:2000]
+    return 2, f"error: {error.filename or 'a file'}: {error.strerror or one_line(error)}"
 
 
-def run_command(
-    start: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None = None, root: Path = ROOT
-) -> int:
+def run_command(start: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None = None) -> int:
     """Calls `start` with the parsed arguments, and returns the exit status.
 
-    0: done; 2: an error that the user can mend, such as a setting, a file or a full disk; 1: any other error, whose
-    traceback goes to `reports/run.log`; 130: stopped by Ctrl-C; 143: stopped by SIGTERM.
+    0: done; 2: an error that the user can mend, such as a setting, a file or a full disk; 130: stopped by Ctrl-C; 143:
+    stopped by SIGTERM. Any other error is raised: Python prints its traceback, and ends with status 1.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # for terminals that cannot show every character
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show every character
     parsed = parse_arguments(arguments)
     signal.signal(signal.SIGTERM, stop)
     try:
         start(parsed)
         sys.stdout.flush()
         return 0
-    except (KeyboardInterrupt, Exception) as error:
+    except (KeyboardInterrupt, InputError, OSError) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends one after a Ctrl-C
-        status, line, note = describe(error, parsed)
+        status, line = describe(error, parsed.fresh)
     with suppress(OSError):  # the terminal is closed
         print(line, file=sys.stderr)
-    if note:
-        with suppress(ArtifactError):
-            Log(root / "reports" / "run.log").note(note)
     return status

@@ -215,7 +215,7 @@ variants:
 def test_variants_run_side_by_side_on_shared_classifiers(here, capsys):
     main.run(load_variants(with_smoke(here, VARIANTS)), here)
     output = capsys.readouterr().out
-    assert output.count("% of the test split classified correctly") == 2, "two of the three share one"
+    assert output.count("\nclassifier, ") == 2, "two of the three share one"
     results = metrics(here)
     assert sorted(each["variant"] for each in results.values()) == ["as it is"] * 2 + ["two steps"] * 2 + ["wider"] * 2
     assert all(re.search("_(as_it_is|two_steps|wider)_[0-9a-f]{8}.json$", name) for name in results)
