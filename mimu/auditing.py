@@ -8,7 +8,6 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from itertools import chain
 from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
@@ -93,6 +92,8 @@ class Audit:
         bits: `balanced_bits` of the test samples by the name of the model, from the fresh probe that finds most in the
             last layer's input
         own_bits: the same from the linear probe of the original, where a model has as many features
+        means: the `interval` of `bits`
+        retrained: the names of the retrained models; once probes are trained, from the one in which they find least
     """
 
     def __init__(
@@ -109,10 +110,8 @@ class Audit:
         for name in self.retrained:
             percent, count = self.figures[name]["forget_accuracy"], int(self.is_own.sum())
             if lower_end(percent, count) > 100 / subjects[name].num_classes:
-                must = "must be trained without the classes to forget"
-                raise InputError(
-                    f"{name} {must}, but classifies {percent:.1f} % of {count} test samples of them correctly"
-                )
+                classifies = f"classifies {percent:.1f} % of {count} test samples of them correctly"
+                raise InputError(f"{name} must be trained without the classes to forget, but {classifies}")
         self.bits: dict[str, Tensor] = {}
         self.own_bits: dict[str, Tensor] = {}
 
@@ -170,6 +169,8 @@ class Audit:
                     probes[layer][probe] = {"recall": recall, **interval(bits[probe], own)._asdict()}
             self.own_bits[name] = bits.pop(OWN_PROBE, None)
             self.bits[name] = max(bits.values(), key=lambda each: interval(each, own).bits)
+        self.means = {name: interval(bits, own) for name, bits in self.bits.items()}
+        self.retrained.sort(key=lambda name: self.means[name].bits)
 
     def relearn(self) -> None:
         """Relearns the classes in every model in all of WAYS, until half of the original's accuracy is back."""
@@ -178,16 +179,6 @@ class Audit:
         for name, subject in self.bar("relearning"):
             relearned = {way: subject.relearned(way, self.forget, self.train.kept, test, goal) for way in WAYS}
             self.figures[name]["relearning"] = relearned
-
-    @cached_property
-    def means(self) -> dict[str, Bits]:
-        """The `interval` of the bits of every model, once `probe` has found them."""
-        return {name: interval(bits, self.is_own) for name, bits in self.bits.items()}
-
-    @property
-    def retrained_by_bits(self) -> list[str]:
-        """The names of the retrained models, from the one in which probes find least."""
-        return sorted(self.retrained, key=lambda name: self.means[name].bits)
 
     def verdict(self) -> tuple[str, str]:
         """The verdict of an `AuditReport`, and the numbers that say so."""
@@ -199,7 +190,7 @@ class Audit:
         if max([figures["forget_accuracy"]] + certain) >= NAMED:
             return "not forgotten", remaining
         before, after, of_original = bits["original"], bits["unlearned"], self.own_bits["unlearned"]
-        means, retrained = self.means, self.retrained_by_bits
+        means, retrained = self.means, self.retrained
         reason = f"{remaining}; probes find {means['unlearned']} bits, in the original {means['original']}"
         if retrained:
             reason += f", after retraining {' and '.join(str(means[name]) for name in retrained)}"
@@ -227,7 +218,7 @@ class Audit:
 
         It is 1 as in the original, and 0 as after retraining (after Jeon et al. 2024, arXiv:2405.17878).
         """
-        retrained = self.retrained_by_bits
+        retrained = self.retrained
         if not retrained or not is_certain(self.bits["original"] - self.bits[retrained[-1]], self.is_own):
             return None
         after = fmean(self.means[each].bits for each in retrained)
@@ -306,8 +297,7 @@ def audit(
         for name, samples in (("inputs", train), ("test", tested)):
             present = set(samples.labels.tolist())
             if not present > set(forget):
-                must = f"must have samples of {named(forget)}, and of others"
-                raise InputError(f"{name} {must}, not of {named(sorted(present))} alone")
+                raise InputError(f"{name} must be of {named(forget)} and others, not of {named(sorted(present))} alone")
         subjects = with_hidden(subjects, (train, tested), forget)
         return Audit(subjects, train, tested, forget, seed, progress).report(test is not None)
 

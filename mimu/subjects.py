@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -88,6 +89,11 @@ def relearn(
     return len(scores) - 1, scores
 
 
+def together(parts: Sequence[Split]) -> Split:
+    """Joins samples, in their order."""
+    return Split(torch.cat([each.images for each in parts]), torch.cat([each.labels for each in parts]))
+
+
 class Subject:
     """A model that is audited: a copy, in float32, run operation by operation.
 
@@ -167,13 +173,12 @@ class Subject:
         parameters, rate = [*network.parameters()], LEARNING_RATE
         few, test = (Split(each.images.to(self.like), each.labels.to(self.like.device)) for each in (few, test))
         if way != "all weights":
-            few, test = (
-                replace(each, images=classifier.prefix_activations([self.last], each.images)) for each in (few, test)
-            )
+            prefix = partial(classifier.prefix_activations, [self.last])
+            few, test = (Split(prefix(each.images), each.labels) for each in (few, test))
             classifier, parameters, rate = classifier.suffix_from([self.last]), self.head, HEAD_RATE
         is_own = torch.isin(few.labels, few.labels.new_tensor(forget))
         parts = [few[chosen].batches(BATCH_SIZE // 2, seeded("relearn")) for chosen in (is_own, ~is_own)]
-        batches = (Split(*map(torch.cat, ((a.images, b.images), (a.labels, b.labels)))) for a, b in zip(*parts))
+        batches = map(together, zip(*parts))
 
         @torch.no_grad()
         def accuracy() -> float:
@@ -245,8 +250,7 @@ def read(
         predictions[name] = Predictions(logits, hidden, labels)
         if predictions[name].has_diverged:
             raise InputError(f"{name}: logits, or what a layer is given, are not finite")
-    kept = Split(torch.cat([each.images for each in kept]), torch.cat([each.labels for each in kept]))
-    return Samples(labels, predictions, kept)
+    return Samples(labels, predictions, together(kept))
 
 
 def quotas(forget: Sequence[int], num_classes: int) -> Tensor:

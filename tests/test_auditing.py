@@ -79,7 +79,7 @@ def quick(monkeypatch):
 def test_the_verdicts_of_models_whose_answer_is_known():
     another, references, state = RETRAINED[0], RETRAINED[1:], torch.get_rng_state()
     before = copy.deepcopy(ORIGINAL.state_dict())
-    assert audited(ORIGINAL).verdict == audited(hidden(ORIGINAL, 3)).verdict == "not forgotten"
+    assert audited(copy.deepcopy(ORIGINAL).double()).verdict == audited(hidden(ORIGINAL, 3)).verdict == "not forgotten"
     for retrained in (references, references[0], None):
         report = audited(hidden(ORIGINAL), retrained=retrained)
         assert report.verdict == "hidden" and "own probe still finds" in report.reason
@@ -117,25 +117,6 @@ def test_every_figure_is_that_of_its_definition():
     assert after["relearning"]["reset"] == original["relearning"]["reset"]
 
 
-def test_the_linear_probe_minimises_its_objective():
-    """Newton's method in double precision on the standard form is the oracle."""
-    x, x_test = TRAIN.images, TEST.images
-    mean, deviation = x.double().mean(0), x.double().std(0, correction=0) + 0.001
-    z, z_test = (F.pad((each.double() - mean) / deviation, (0, 1), value=1.0) for each in (x, x_test))
-
-    def objective(flat: Tensor) -> Tensor:
-        solution = flat.view(IN_FEATURES + 1, CLASSES)
-        penalty = solution[:-1].square().sum() / 2 + 1e-6 * solution[-1].square().sum()
-        return F.cross_entropy(z @ solution, TRAIN.labels, reduction="sum") + penalty
-
-    flat = torch.zeros((IN_FEATURES + 1) * CLASSES, dtype=torch.double)
-    for _ in range(20):
-        hessian, gradient = torch.func.hessian(objective)(flat), torch.func.grad(objective)(flat)
-        flat = flat - torch.linalg.solve(hessian, gradient)
-    expected = (z_test @ flat.view(IN_FEATURES + 1, CLASSES)).softmax(1)
-    torch.testing.assert_close(linear(x, TRAIN.labels, x_test, 0, cost=1.0), expected, atol=0.01, rtol=0)
-
-
 def test_balanced_bits_weigh_the_class_and_the_others_alike():
     is_class, p = torch.tensor([True] * 2 + [False] * 6), torch.tensor([0.5, 0.1, 0.2, 0.2, 0.1, 0.0, 0.4, 1.0])
     odds = [each / (1 - each) * 3 for each in p.clamp(1e-4, 1 - 1e-4).tolist()]  # the class was a quarter
@@ -145,7 +126,7 @@ def test_balanced_bits_weigh_the_class_and_the_others_alike():
     assert interval(balanced_bits(torch.full((8,), 0.25), is_class, 0.25), is_class)[0] == pytest.approx(0)
 
 
-def test_samples_come_from_loaders_or_are_held_out_and_few_of_them_do_not_decide(tmp_path):
+def test_samples_come_from_loaders_or_are_held_out_and_few_of_them_do_not_decide():
     loaders = [DataLoader(TensorDataset(*each), 64) for each in ((TRAIN.images, TRAIN.labels), TESTED)]
     whole = audited(hidden(ORIGINAL))
     streamed = audit(ORIGINAL, hidden(ORIGINAL), loaders[0], forget_class=FORGET, test=loaders[1], progress=False)
@@ -202,7 +183,7 @@ class Divided(nn.Module):
         ({"test": (TEST.images[:, 1:], TEST.labels)}, "^test must have inputs of shapes"),
         (
             {"test": (TEST.retain(FORGET).images, TEST.retain(FORGET).labels)},
-            "^test must have .* class 1, .* not of classes 0, 2, 3, 4",
+            "^test must be of class 1 and others, not of classes 0, 2",
         ),
         ({"forget_class": 7}, "from 0 to 4"),
         ({"forget_class": [0, 1, 2, 3, 4]}, "classes to retain"),

@@ -152,16 +152,18 @@ def test_prototypes_are_means_of_a_few_samples_and_the_nearest_one_names_a_sampl
     assert audits.prototype_recall(train, test, FORGET, 5, count) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("dead, widest", [(0, 256), (2, 256), (0, 4)])
-def test_the_linear_probe_is_converged_softmax_regression_on_principal_components(monkeypatch, dead, widest):
+@pytest.mark.parametrize("dead, widest, cost", [(0, 256, None), (2, 256, None), (0, 4, None), (0, 4, 1.0)])
+def test_the_linear_probe_is_converged_softmax_regression(monkeypatch, dead, widest, cost):
+    """It is one on principal components, or with a cost the standard form on all features."""
     labels, noise = random_split(150).labels, torch.randn(1950, IN_FEATURES, generator=torch.Generator().manual_seed(2))
     features = torch.cat([random_split(150).images, random_split(500, seed=9).images]) + 2 * noise
     x, x_test = standardised(features[:450].double(), features[450:].double())
-    regression = make_pipeline(PCA(min(widest, IN_FEATURES)), LogisticRegression(C=1e9, tol=1e-10, max_iter=1000))
+    components = PCA(min(widest, IN_FEATURES)) if cost is None else None
+    regression = make_pipeline(components, LogisticRegression(C=cost or 1e9, tol=1e-10, max_iter=1000))
     expected = regression.fit(x, labels).predict_proba(x_test)
     features = F.pad(features, (0, dead))
     monkeypatch.setattr(probes, "WIDEST", widest)
-    assert probes.linear(features[:450], labels, features[450:], 0).numpy() == pytest.approx(expected, abs=0.01)
+    assert probes.linear(features[:450], labels, features[450:], 0, cost).numpy() == pytest.approx(expected, abs=0.01)
     monkeypatch.setattr(probes, "PENALTY", 0.3)
     ridged = probes.linear(features[:450], labels, features[450:], 0)
     assert 0.9 < (ridged.argmax(1).numpy() == expected.argmax(1)).mean() < 0.995
