@@ -29,7 +29,8 @@ from eval import Eval, Request
 from experiment.audits import Audit
 from experiment.config import Config, Files, Training, load_variants, trainings_of
 from experiment.files import ROOT, Artifact, Log, locked
-from experiment.processes import Processes, peak_bytes
+from experiment.processes import Processes, by_torchrun, peak_bytes
+from mimu.errors import InputError
 from mimu.files import save
 from mimu.graph import MaskingGCN, keep_freed_memory
 from mimu.pretrained import PRETRAINED, TrainedGCN
@@ -158,7 +159,8 @@ class Stages:
             if not (metrics.is_current and mask.is_current):
                 data, retrain = self.data(config), partial(self.classifier, training, forget_class)
                 about = self.about(training, metrics, mask) | self._about_gcn
-                audit = partial(Audit, config.audit, data, forget_class, training.seed)
+                is_audited = config.audit.enabled or "retrain" in config.eval.method_names
+                audit = partial(Audit, config.audit, data, forget_class, training.seed) if is_audited else None
                 one = request(requested_kappa=requested_kappa, retrain=retrain)
                 Eval(one, data, metrics, mask, about, shared, audit, draw_plots).eval()
             elif draw_plots is not None:
@@ -278,6 +280,8 @@ def dry_run(configs: Mapping[str, Config], root: Path = ROOT) -> None:
 
 def start(parsed: argparse.Namespace) -> None:
     """Does what the command line asks for."""
+    if by_torchrun() and (parsed.dry_run or parsed.pretrain):
+        raise InputError("--dry-run and --pretrain run in one process: start it without torchrun")
     keep_freed_memory()
     configs = load_variants(parsed.config, parsed.overrides)
     if parsed.dry_run:

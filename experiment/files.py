@@ -56,6 +56,12 @@ def code_of(root: Path, modules: Iterable[str], without: Iterable[str] = ()) -> 
     return digest({path.relative_to(root).as_posix(): without_docstrings(path.read_bytes()) for path in paths})
 
 
+@cache
+def stored_provenance(path: Path, inode: int, size: int, modified: int) -> Any:
+    """Returns the provenance that one version of a file contains. Raises ArtifactError where it is damaged."""
+    return load(path).get("made_by")
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A file of a run. It is made again where anything that decides its content has changed.
@@ -82,9 +88,11 @@ class Artifact:
     @property
     def is_current(self) -> bool:
         """True where the file exists, is whole, and would be made the same again."""
-        with suppress(ArtifactError):
-            self.load()
-            return True
+        with suppress(OSError, ArtifactError):
+            status = self.path.stat()
+            # Read once, though often asked for.
+            stored = stored_provenance(self.path, status.st_ino, status.st_size, status.st_mtime_ns)
+            return stored == self.provenance
         return False
 
 
@@ -97,17 +105,18 @@ def locked(root: Path) -> Iterator[None]:
     """
     with naming(root / ".lock"):
         file = open(root / ".lock", "a+", encoding="utf-8", errors="backslashreplace")
-        try:
-            with suppress(ImportError):  # Windows has no fcntl
-                import fcntl
+    with file:
+        with naming(root / ".lock"):
+            try:
+                with suppress(ImportError):  # Windows has no fcntl
+                    import fcntl
 
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ArtifactError(f"{root}: is held by another run ({file.read().strip()}): wait or end it") from None
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}: {shlex.join(sys.argv)}", file=file, flush=True)
-    with file:  # and with it the lock
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ArtifactError(f"{root}: is held by another run ({file.read().strip()}): wait or end it") from None
+            file.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}: {shlex.join(sys.argv)}", file=file, flush=True)
         for folder in ("checkpoints", "datasets", "eval", "reports"):
             for path in (root / folder).rglob(f"*{PARTIAL}"):  # half written by a run that was killed
                 path.unlink(missing_ok=True)

@@ -15,6 +15,11 @@ import torch.distributed as dist
 TIMEOUT = datetime.timedelta(minutes=5)  # torchrun may have been killed in the meantime
 
 
+def by_torchrun() -> bool:
+    """Returns true where torchrun has started several processes, of which this is one."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 class Processes:
     """The processes of a run, which share work and small values through the store of torch.distributed.
 
@@ -25,7 +30,7 @@ class Processes:
         self.rank = 0
         self.count = 1
         self._store: dist.Store = dist.HashStore()
-        if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun has started several
+        if by_torchrun():
             self._store, self.rank, self.count = next(dist.rendezvous("env://", timeout=TIMEOUT))
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())

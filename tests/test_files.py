@@ -19,6 +19,7 @@ import pytest
 import torch
 from running import PROJECT, TINY, metrics, run_here
 
+from experiment import files as run_files
 from experiment.files import Artifact, Log, code_of, locked
 from mimu import files
 from mimu.errors import ArtifactError
@@ -145,15 +146,21 @@ def test_another_content_is_refused_and_no_code_is_run(tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
-def test_an_artifact_is_current_where_it_is_whole_and_made_by_the_same(tmp_path):
-    path = tmp_path / "file.json"
+def test_an_artifact_is_current_where_it_is_whole_and_made_by_the_same_and_is_read_once(tmp_path, monkeypatch):
+    path, reads = tmp_path / "file.json", []
+    monkeypatch.setattr(run_files, "load", lambda path: reads.append(path) or files.load(path))
     artifact, other = Artifact(path, "one digest"), Artifact(path, "another")
-    assert not artifact.is_current
+    assert not artifact.is_current and reads == []
     artifact.save({"a": 1})
     assert [artifact.is_current, Artifact(path, "one digest").is_current, other.is_current] == [True, True, False]
-    assert artifact.load() == {"a": 1, "made_by": "one digest"}
+    assert reads == [path] and artifact.load() == {"a": 1, "made_by": "one digest"}
     with pytest.raises(ArtifactError, match="file.json: was made by other settings, code or data"):
         other.load()
+    # Another process makes it again, and a version that differs in nothing but a byte is another one, too.
+    for change in (lambda: Artifact(path, "one digest").save({"a": 2}), lambda: path.write_bytes(path.read_bytes())):
+        reads.clear()
+        change()
+        assert [artifact.is_current, artifact.is_current] == [True, True] and reads == [path]
     for spoil in (lambda: path.write_bytes(b"{"), lambda: files.save(path, {"made_by": {}}), path.unlink):
         spoil()
         assert not artifact.is_current

@@ -26,6 +26,15 @@ class Pooled(nn.Module):
         return self.kernels(x.view(-1, 1, IN_FEATURES, 1)).mean((2, 3))
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(IN_FEATURES, CLASSES), nn.Linear(IN_FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.other(x)
+
+
 def perceptron(bias: bool = True) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(IN_FEATURES, 8), nn.ReLU(), nn.Linear(8, CLASSES, bias))
@@ -74,6 +83,7 @@ def test_hidden_classes_are_never_predicted_and_all_other_logits_stay(make, has_
         (perceptron(), {"mask_layer": "0"} | SAMPLES, "whose output is the logits"),
         (Pooled(), {}, "linear layers are none$"),
         (Pooled(), SAMPLES, "output is the logits; linear layers are kernels$"),
+        (TwoHeads(), SAMPLES, "output is the logits; linear layers are one, other"),
         (nn.Linear(7, 5), {"forget_class": range(5)}, r"there must be classes to retain beside \[0, 1, 2, 3, 4\]"),
         (nn.Linear(7, 5), {"forget_class": 5}, r"forget_class must be from 0 to 4, not .* \[5\]"),
         (nn.Linear(7, 5), {"method": "forget"}, "method must be erase, mask or hide, not 'forget'"),
@@ -85,8 +95,8 @@ def test_what_cannot_be_hidden_is_refused(model, arguments, message):
 
 
 def test_the_method_follows_from_what_is_asked():
+    model = trained(perceptron(), random_split(200, num_classes=CLASSES))
     samples = random_split(200, num_classes=CLASSES)
-    model = trained(perceptron(), samples)
     free = {"max_fall": None, "max_class_fall": None}
 
     def method_of(**arguments) -> str:
