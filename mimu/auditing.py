@@ -290,8 +290,7 @@ def audit(
         if test is None:
             train, tested = train.part(is_test=False), train.part(is_test=True)
         else:
-            with in_one_line(InputError, f"test must be a pair of inputs and labels, not {type(test).__name__}"):
-                test_inputs, test_labels = (test, None) if isinstance(test, DataLoader | Dataset) else test
+            test_inputs, test_labels = pair_of(test)
             num_samples, batches = batches_of(test_inputs, test_labels, progress)
             tested = read(subjects, num_samples, batches, forget, first.form)
         for name, samples in (("inputs", train), ("test", tested)):
@@ -311,6 +310,15 @@ def models_of(original: nn.Module, unlearned: nn.Module | Mask, retrained: Any) 
             mask.apply(unlearned, permanent=True)
     models = {"original": original, "unlearned": unlearned}
     return models | {f"retrained {place}": model for place, model in enumerate(several, 1)}
+
+
+def pair_of(test: Any) -> tuple[Any, Any]:
+    """The inputs and labels of test samples; a loader holds both. Raises InputError if they are neither."""
+    if isinstance(test, DataLoader | Dataset):
+        return test, None
+    if not (isinstance(test, tuple | list) and len(test) == 2):
+        raise InputError(f"test must be a pair of inputs and labels, not {type(test).__name__}")
+    return test[0], test[1]
 
 
 def with_hidden(subjects: dict[str, Subject], parts: tuple[Samples, ...], forget: list[int]) -> dict[str, Subject]:

@@ -180,6 +180,7 @@ class Divided(nn.Module):
         ({"unlearned": 3}, "^unlearned must be a torch.nn.Module, not int"),
         ({"retrained": [RETRAINED[0], ORIGINAL]}, "^retrained 2 must be trained without .* classifies"),
         ({"test": TEST.images}, "^test must be a pair of inputs and labels, not Tensor"),
+        ({"test": TEST.images[:2]}, "^test must be a pair of inputs and labels, not Tensor"),
         ({"test": (TEST.images[:, 1:], TEST.labels)}, "^test must have inputs of shapes"),
         (
             {"test": (TEST.retain(FORGET).images, TEST.retain(FORGET).labels)},
