@@ -28,6 +28,7 @@ from methods import controls  # noqa: F401  # the package registers its methods
 from mimu.files import write_text
 from mimu.pretrained import PRETRAINED
 from reporter import (
+    DIVERGENCE,
     FORGET_SCORE,
     PROBABILITY,
     RETAIN_GAP,
@@ -204,7 +205,7 @@ SHOWN = {  # of the methods: their names in the README
 }  # fmt: skip
 FIGURES = {  # of the tables of the README: their titles there
     "method": "method", FORGET_SCORE.name: "forget accuracy, %", RETAIN_SCORE.name: "retain accuracy, %",
-    RETAIN_GAP.name: "gap, points", "divergence on the forget set, bits": "divergence, bits",
+    RETAIN_GAP.name: "gap, points", DIVERGENCE.name: "divergence, bits",
     "probe, recall of the forget class, %": "probe, %", "IDI": "IDI", SECONDS.name: "seconds",
 }  # fmt: skip
 
@@ -297,7 +298,7 @@ def one_benchmark(output: str) -> str:
 
 
 COMPARED = (
-    "method", FORGET_SCORE.name, RETAIN_SCORE.name, "divergence on the forget set, bits",
+    "method", FORGET_SCORE.name, RETAIN_SCORE.name, DIVERGENCE.name,
     "divergence on the retain set, bits", "retain accuracy, points",
     "loss attack, area under the curve", "probe, recall of the forget class, %", "relearn time, steps",
     "seconds a request", "weights changed",

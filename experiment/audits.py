@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 from typing import Any, Literal
 
@@ -83,10 +84,12 @@ class Audit:
         self.train = self.data.train
         if self.config.samples is not None:
             self.train = some_of_every_class(self.train, self.config.samples, "audit", self.seed)
-        original = predictions_of(self.original, self.data.test)
-        # Relearning goes on until the class has half of the original's test accuracy again.
-        self.goal = 50 * original.correct[original.labels == self.forget_class].mean().item()
         self.reference = None if self.retrained is None else predictions_of(self.retrained, self.data.test)
+
+    @cached_property
+    def goal(self) -> float:
+        """The percentage of the class's test samples at which relearning ends: half of what the original has."""
+        return 50 * predictions_of(self.original, self.data.test.forget(self.forget_class)).correct.mean().item()
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
         """Runs all audits on one classifier; where it has diverged, all but `weights_changed` are None.
