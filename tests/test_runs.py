@@ -35,8 +35,9 @@ from reporter import Reporter
 from trainer import GCNTrainer, Trainer
 
 METHODS = ["original", "mimu", "random", "sft", "retrain", "saliency", "magnitude"]
-README, OWN, DATA, HOW = (
-    (PROJECT / name).read_text() for name in ("README.md", "docs/own.md", "docs/data.md", "docs/methods.md")
+README, OWN, RUNNING, DATA, HOW = (
+    (PROJECT / name).read_text()
+    for name in ("README.md", "docs/own.md", "docs/running.md", "docs/data.md", "docs/methods.md")
 )
 FINISHED = {"classifier": 1, "gcn": 1, "experiments": 2}
 
@@ -333,7 +334,7 @@ def test_two_processes_mask_all_layers_for_two_seeds_with_the_figures_of_one(her
 
 
 def test_the_lines_of_the_page_load_a_mask_and_its_classifier(finished, monkeypatch):
-    example = in_page(r"```python\n(import json.*?)```", OWN)
+    example = in_page(r"```python\n(import json.*?)```", RUNNING)
     for theirs, ours in (("digit_9", "digit_3"), ("kappa_200", "kappa_20"), ("(128, 64)", "(32, 16)")):
         example = example.replace(theirs, ours)
     monkeypatch.chdir(finished)
