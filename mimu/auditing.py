@@ -205,7 +205,7 @@ class Audit:
         if len(retrained) == 1:
             spread = means[retrained[0]].error
             reason += "; how far retrained models differ is unknown, as one is given"
-        if is_certain(least - after, own, spread):
+        if is_certain(least - after, own) and means[retrained[0]].bits - means["unlearned"].bits > spread:
             return "less than after retraining", reason
         if not is_certain(before - most, own, spread):
             return "cannot be judged", f"{reason}: retrained models hold about as much as the original"
