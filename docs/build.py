@@ -199,7 +199,7 @@ def all_digits_intro(command: str) -> str:
 
 
 SHOWN = {  # of the methods: their names in the README
-    "original": "original", "retrain": "retrained", "retrain_again": "another retrained one",
+    "original": "original", "retrain": "retrained", "retrain_again": "another retrained model",
     "logit_removed": "hidden: its logit removed", "saliency": "masked by the formula", "mimu": "masked by the GCN",
     "erase": "erased", "scrub": "SCRUB", "ssd": "SSD", "delete": "DELETE",
 }  # fmt: skip
@@ -442,7 +442,6 @@ def draw_few(table: str) -> None:
 VARIANTS = ("full_model", "ablation", "transfer", "transfer_fashion", "cnn", "vit")  # configs
 OWN = ("own_layers", "own_several", "choice", "own_networks", "own_kinds", "own_few", "own_training")
 SCRIPTS = {
-    "bar": "docs/bar.py",
     "shadow": "docs/shadow.py",
     "sizes": "docs/sizes.py",
     "sizes_tuned": "docs/sizes.py tune",

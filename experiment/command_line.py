@@ -22,7 +22,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     about = "a YAML file with what it changes of configs/config.yaml, where every setting is explained"
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "config.yaml", metavar="PATH", help=about)
     flag = partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
-    flag("--dry-run", help="list the files that exist and those that a run would make, and stop")
+    flag("--dry-run", help="count the files that exist and those that a run would make, and stop")
     flag("--pretrain", help="train the GCN in mimu/ on the classifiers of all variants, and stop")
     flag("--fresh", help="first remove the files of earlier runs of the same config")
     about = "a setting to change, its value read as YAML: seed=1, eval.step=50, gcn.rounds=2"
