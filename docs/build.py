@@ -189,7 +189,7 @@ def coverage() -> None:
 def pretrained() -> str:
     """Trains the pretrained GCN anew, in the place of the tracked one."""
     seconds = python("main.py --pretrain --config configs/pretrain.yaml")
-    return f"It takes {seconds:.0f} s and {PRETRAINED.stat().st_size / 1000:.0f} KB."
+    return f"Its training takes {seconds:.0f} s, and its file {PRETRAINED.stat().st_size / 1000:.0f} KB."
 
 
 def all_digits_intro(command: str) -> str:
