@@ -21,7 +21,8 @@ search -maxdepth 1 -type f \( -path 'checkpoints/classifier_seed_[0-9]*.pt' -o -
 search -maxdepth 2 -type f \( -path 'datasets/Graphs/seed_[0-9]*.pt' -o -path 'eval/masks/seed_[0-9]*_digit_*.pt' \) -delete
 search -maxdepth 3 -type f -path "$experiments/metrics/seed_[0-9]*_digit_*.json" -delete
 
-search -maxdepth 1 -type f \( -path 'reports/*_set.png' -o -path reports/probability_on_forget_class.png \
+search -maxdepth 1 -type f \( -path reports/loss_forget_set.png -o -path reports/loss_retain_set.png \
+    -o -path reports/score_forget_set.png -o -path reports/score_retain_set.png -o -path reports/probability_on_forget_class.png \
     -o -path reports/summary.png -o -path reports/audits.png -o -path reports/trade_off.png -o -path reports/variants.png \
     -o -path reports/summary.md -o -path reports/variants.md \) -delete
 search -mindepth 3 -type f \( -path 'reports/variants/*/summary.md' -o -path 'reports/variants/*/audits.png' \

@@ -94,7 +94,7 @@ class ErasingConfig:
 
 
 class RecoveredInformation(NamedTuple):
-    """The mean R^2 of attackers on a class: before an edit, after it, and the target; and how many samples judge it."""
+    """The mean R^2 of attackers on a class, before an edit, after it and the target, and how many samples it has."""
 
     before: float
     after: float
@@ -171,7 +171,7 @@ def erase_classes(
             if (after <= target + TOLERANCE).all():
                 break
     mask, least = min(edits, key=lambda each: each[1].sum().item())
-    counts = is_forget.sum(0).tolist()
+    counts = membership(split.labels, forget).sum(0).tolist()
     recovered = map(RecoveredInformation, before.tolist(), least.tolist(), target.tolist(), counts)
     return start & mask if start else mask, dict(zip(forget, recovered))
 

@@ -81,7 +81,7 @@ class AuditReport:
     def plot(self, path: Path | str) -> None:
         """Draws what every model predicts for the classes, what probes find in each layer, and the relearning.
 
-        Needs matplotlib, as in `pip install "mimu[plot]"`. Raises ArtifactError if the file cannot be written.
+        Raises ArtifactError if the file cannot be written.
         """
         from matplotlib.figure import Figure
 

@@ -187,11 +187,10 @@ def erasing_mask(request: UnlearningRequest) -> Mask:
         logits = attempt.logits[chosen]
     else:
         chosen, logits = slice(None), held_out_logits(request, attempt)
-    words = [f"class {label} {recovered}" for label, recovered in attempt.recovered.items()]
-    messages = judgement.uncertainties(attempt.logits)
+    words, messages = [], judgement.uncertainties(attempt.logits)
     for label, recovered in attempt.recovered.items():
-        if not (recovered.is_at_target and recovered.can_be_judged):
-            messages.append(f"class {label} {recovered}")
+        is_erased = recovered.is_at_target and recovered.can_be_judged
+        (words if is_erased else messages).append(f"class {label} {recovered}")
     return judged_mask(request, attempt, chosen, logits, words, messages)
 
 

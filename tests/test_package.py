@@ -79,7 +79,7 @@ def test_the_library_imports_nothing_of_the_experiment_and_four_packages():
                 assert node.level == 0, f"{path}: a relative import"
                 modules.add(node.module)
     packages = {name.partition(".")[0] for name in modules}
-    # The figure of an audit alone needs matplotlib, the extra `plot`, and imports it when it is drawn.
+    # The figure of an audit alone needs matplotlib, and imports it when it is drawn.
     assert packages <= {"mimu", "matplotlib", *DEPENDENCIES, *sys.stdlib_module_names}
     assert [path.name for path in (PROJECT / "mimu").glob("*.py") if "matplotlib.figure" in path.read_text()] == [
         "report.py"
