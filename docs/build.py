@@ -200,7 +200,7 @@ def all_digits_intro(command: str) -> str:
 
 SHOWN = {  # of the methods: their names in the README
     "original": "original", "retrain": "retrained", "retrain_again": "another retrained model",
-    "logit_removed": "hidden: its logit removed", "saliency": "masked by the formula", "mimu": "masked by the GCN",
+    "logit_removed": "hidden: logit set to -inf", "saliency": "masked by the formula", "mimu": "masked by the GCN",
     "erase": "erased", "scrub": "SCRUB", "ssd": "SSD", "delete": "DELETE",
 }  # fmt: skip
 FIGURES = {  # of the tables of the README: their titles there
@@ -210,7 +210,7 @@ FIGURES = {  # of the tables of the README: their titles there
 }  # fmt: skip
 
 
-def headline(source: str) -> None:
+def headline(source: str, dataset: str) -> None:
     """Copies some rows and columns of a measured table to the README, without deviations."""
     measured = block(source)
     table = next(part for part in measured.content.split("\n\n") if part.startswith("| method"))
@@ -221,14 +221,15 @@ def headline(source: str) -> None:
         for name in SHOWN
         if name in by_method
     ]
-    write_block(f"headline_{source}", markdown_table([FIGURES[column] for column in columns], rows), measured.commit)
+    titles = [dataset, *(FIGURES[column] for column in columns[1:])]
+    write_block(f"headline_{source}", markdown_table(titles, rows), measured.commit)
 
 
 WAYS = {  # of the table of choices: the words of the README
-    "no samples": "hide: the output weights of the class change",
+    "no samples": "hide",
     "the same by hand: `logit_removed`": "hide by hand",
-    "1,000 samples per class; predictions must change": "mask: weights that the class needs become 0",
-    "the class must also leave the representation": "erase (the default): layers read less of the class",
+    "1,000 samples per class; predictions must change": "mask",
+    "the class must also leave the representation": "erase (the default)",
     "retraining is cheap": "retrain",
 }
 
@@ -463,8 +464,8 @@ MEASUREMENTS: dict[str, Callable[[], str | None]] = {  # in their order: all lat
     "erasure": erasure,
     "erasure_networks": erasure_networks,
     "cifar10": cifar10,
-    "headline_baselines": partial(headline, "baselines"),
-    "headline_cifar10": partial(headline, "cifar10"),
+    "headline_baselines": partial(headline, "baselines", "MNIST"),
+    "headline_cifar10": partial(headline, "cifar10", "CIFAR-10"),
     "coverage": coverage,
     **{name: partial(by_script, f"docs/own.py {name}") for name in OWN},
     "three_ways": three_ways,

@@ -77,15 +77,15 @@ def test_every_method_is_described_and_configured():
 
 def test_the_baseline_that_the_readme_adds_is_described_and_configured(tmp_path):
     copy, readme = copy_to(tmp_path / "mimu", *TRACKED, "tests/*.py"), (PROJECT / "README.md").read_text()
-    for path, example, below in (
-        ("eval.py", r"```python\n(@unlearning_method.*?)```", "@dataclass\nclass Eval:"),
-        ("configs/config.yaml", r"```yaml\n( +coactivation: .*?)```", "    sft: {epochs"),
+    for path, example, indent, below in (
+        ("eval.py", r"```python\n(@unlearning_method.*?\n)```", "", "@dataclass\nclass Eval:"),
+        ("configs/config.yaml", r"`(noisy_magnitude: .*?)`", "    ", "    sft: {epochs"),
     ):
-        text, lines = (copy / path).read_text(), re.search(example, readme, re.DOTALL)[1]
+        text, lines = (copy / path).read_text(), f"{indent}{re.search(example, readme, re.DOTALL)[1].strip()}\n"
         assert text.count(below) == 1
         if lines not in text:  # a reader may have left it there
             (copy / path).write_text(text.replace(below, lines + below))
-    command = "from test_methods import *; METHODS['coactivation']; test_every_method_is_described_and_configured()"
+    command = "from test_methods import *; METHODS['noisy_magnitude']; test_every_method_is_described_and_configured()"
     paths = os.environ | {"PYTHONPATH": f"{copy}:{copy / 'tests'}"}
     done = subprocess.run([sys.executable, "-c", command], cwd=copy, env=paths, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -286,7 +286,7 @@ def test_what_the_pages_add_by_hand_shows_up_everywhere(here, monkeypatch, capsy
     monkeypatch.setattr(Reporter, "draw_score_curves_on_forget_set", method)
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: figures.append(figure))
-    hyperparameters = in_page(r"```yaml\n( +coactivation: .*?)\n```")
+    hyperparameters = in_page(r"`(noisy_magnitude: .*?)`")
     changes = f"eval: {{hyperparameters: {{{hyperparameters}}}}}"
     settings = "sweep.forget_digits=[3]", "sweep.kappa=[auto, 20]", "gcn.steps=2"
     run_here(here, configs=load_variants(with_smoke(here, changes), settings))
