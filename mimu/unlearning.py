@@ -35,7 +35,6 @@ def unlearn(
     *,
     method: Literal["erase", "mask", "hide"] | None = None,
     scorer: Literal["gcn", "saliency"] = "gcn",
-    erase: bool | None = None,
     max_fall: float | None = 1.0,
     max_class_fall: float | None = 5.0,
     progress: bool = True,
@@ -55,7 +54,6 @@ def unlearn(
             weights that they need; "hide" changes their output weights alone (`mimu.hiding`). None: erase; where `gcn`,
             `mask_layer` or `scorer` is set, mask; with fewer than FEWEST samples of a class, hide
         scorer: the GCN, or the saliency formula alone
-        erase: the name that method="erase" had before
         max_fall, max_class_fall: points of accuracy that the retained classes may lose, together and each; None: any
         progress: whether bars are shown on a terminal
 
@@ -67,7 +65,8 @@ def unlearn(
     """
     if isinstance(inputs, DataLoader | Dataset) and forget_class is None:
         labels, forget_class = None, labels
-    chosen = chosen_method(method, erase, is_for_mask=gcn is not None or mask_layer != "auto" or scorer != "gcn")
+    is_for_mask = gcn is not None or mask_layer != "auto" or scorer != "gcn"  # only masks have these arguments
+    chosen = method or ("mask" if is_for_mask else "erase")
     check_arguments(scorer, chosen, mask_layer, {"max_fall": max_fall, "max_class_fall": max_class_fall})
     with plain_torch():
         if chosen == "hide":
@@ -77,7 +76,7 @@ def unlearn(
         carried = Mask.on(model)
         forgotten = carried.forgets if carried else ()
         requested = requested_classes(forget_class, custom.labels, custom.num_classes, forgotten)
-        if erases and not (method or erase) and has_too_few(custom.labels, requested - set(forgotten)):
+        if erases and not method and has_too_few(custom.labels, requested - set(forgotten)):
             return mask_that_hides(model, inputs, labels, forget_class, mask_layer, progress)
         trained = what_ranks(custom, gcn, scorer, erases)
         bounds = max_fall, max_class_fall
@@ -108,17 +107,6 @@ def what_ranks(custom: CustomModel, gcn: Any, scorer: str, erase: bool) -> Train
         scorer, trained = "saliency", trained.for_kernels(layer.shape for layer in layers)
     graphs = replace(trained.graphs, mask_layer=custom.masked, scope="measured")
     return replace(trained, graphs=graphs, gcn=trained.gcn if scorer == "gcn" else None)
-
-
-def chosen_method(method: str | None, erase: bool | None, is_for_mask: bool) -> str:
-    """The method of a call. Warns if it names the method by `erase`.
-
-    is_for_mask: whether an argument is set that only masks have
-    """
-    if erase is not None:
-        method = "erase" if erase else "mask"
-        warnings.warn(f"erase={erase} is the old name of method={method!r}", FutureWarning, stacklevel=3)
-    return method or ("mask" if is_for_mask else "erase")
 
 
 def check_arguments(scorer: str, method: str, mask_layer: Any, bounds: dict[str, Any]) -> None:

@@ -191,11 +191,11 @@ def test_models_of_users_are_erased_from_what_is_hidden_and_one_class_after_the_
     request = partial(unlearn, model, train.images, train.labels, max_fall=None, max_class_fall=None)
     before = copy.deepcopy(model.state_dict())
     mask_of({"3.weight": torch.ones(12, 16).index_fill(1, torch.arange(2), 0)}).apply(model)
-    first = request(1, erase=True)
+    first = request(1, method="erase")
     assert first.forgets == (1,) and ranks(first) == [1, 1, 1] and first.num_zeroed == 24
     assert re.search(r"class 1 (not )?erased: attackers find R\^2 0\.\d\d, before 0\.\d\d, target 0\.\d\d", repr(first))
     first.apply(model)
-    second = request(0, erase=True)
+    second = request(0, method="erase")
     assert second.includes(first) and second.forgets == (0, 1)
     second.apply(model)
     assert scores(model, TEST, 0)[0] < 2 and scores(model, TEST, 1)[0] < 2
@@ -207,7 +207,7 @@ def test_others_that_lose_too_much_in_samples_held_out_are_told_of(learned, monk
     train, calm = random_split(600), ErasingConfig.configured()
     monkeypatch.setattr(ErasingConfig, "configured", lambda: replace(calm, learning_rate=30.0, steps=10))
     with pytest.raises(RetainScoreError, match=r"lose \d+.* \(more samples may do better\)"):
-        unlearn(learned.network, train.images, train.labels, 1, erase=True)
+        unlearn(learned.network, train.images, train.labels, 1, method="erase")
 
 
 def test_where_the_retained_classes_span_everything_the_direction_is_the_difference_of_means():
@@ -271,6 +271,6 @@ def test_several_classes_are_erased_by_one_edit(learned):
 def test_what_cannot_be_erased_is_refused(learned):
     x, labels, alone = random_split(20).images, random_split(20).labels, trained(nn.Linear(7, 3), random_split(20))
     with pytest.raises(InputError, match="must be auto or None where classes are erased, not 1"):
-        unlearn(learned.network, x, labels, 1, mask_layer=1, erase=True)
+        unlearn(learned.network, x, labels, 1, mask_layer=1, method="erase")
     with pytest.raises(InputError, match="a class is erased from what the last layer is given"):
-        unlearn(alone, x, labels, 1, erase=True, max_fall=None, max_class_fall=None)
+        unlearn(alone, x, labels, 1, method="erase", max_fall=None, max_class_fall=None)

@@ -132,7 +132,7 @@ def test_one_lost_sample_of_few_is_no_error_and_harm_that_is_shown_is_one(model,
 def test_of_few_samples_a_class_is_erased_all_the_same(model, counts, monkeypatch):
     quick = replace(ErasingConfig.configured(), steps=60)
     monkeypatch.setattr(ErasingConfig, "configured", lambda: quick)
-    mask, said = request(model, of_each(*counts), erase=True, **FREE)
+    mask, said = request(model, of_each(*counts), method="erase", **FREE)
     with mask.applied_to(model):
         forget, retain = scores(model, TEST, 1)
     assert forget < 5 and retain > 90 and ("one sample of class 1" in said) == (counts[1] == 1)

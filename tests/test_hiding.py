@@ -103,8 +103,6 @@ def test_the_method_follows_from_what_is_asked():
         return unlearn(model, samples.images, samples.labels, 1, **free, **arguments).method
 
     assert method_of() == "erase" and method_of(scorer="saliency") == method_of(mask_layer=-1) == "mask"
-    with pytest.warns(FutureWarning, match="^erase=True is the old name of method='erase'$"):
-        assert method_of(erase=True) == "erase"
 
 
 def test_without_a_method_classes_of_too_few_samples_are_hidden_and_by_name_a_method_is_never_replaced():
