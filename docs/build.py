@@ -199,8 +199,8 @@ def all_digits_intro(command: str) -> str:
 
 
 SHOWN = {  # of the methods: their names in the README
-    "original": "original", "retrain": "retrained", "retrain_again": "another retrained model",
-    "logit_removed": "hidden: logit set to -inf", "saliency": "masked by the formula", "mimu": "masked by the GCN",
+    "original": "original", "retrain": "retrained", "retrain_again": "retrained from other weights",
+    "logit_removed": "hidden (logit set to -inf)", "saliency": "masked by the formula", "mimu": "masked by the GCN",
     "erase": "erased", "scrub": "SCRUB", "ssd": "SSD", "delete": "DELETE",
 }  # fmt: skip
 FIGURES = {  # of the tables of the README: their titles there
