@@ -336,7 +336,6 @@ LEFT_OUT = {  # by config or block, the rows that its page does without
     "ablation": ("as it is: original", "the others are not asked for: saliency"),
     "few": ("all at once: *", "* step: optimised_mask", "1 sample: [!m]*", "5 samples: [!m]*", "50 samples: [!m]*"),
     "erasure_networks": ("*: retrain",),
-    "transfer": ("*: original",),
     "erasure": ("stronger*: cola",),
     "cnn": ("MNIST*: [!ms]*", "*: ssd"),
     "vit": tuple(f"{variant}*: {method}" for variant in ("perceptron", "all") for method in WITHOUT_MASK),
