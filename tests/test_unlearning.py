@@ -241,7 +241,7 @@ def test_inputs_are_given_as_they_are_and_the_model_is_not_run_itself(model):
 # What requests ask for other than class 1 of all samples, ranked by the GCN in large steps.
 REQUESTS = [
     {"mask_layer": None, "forget_class": 0, "samples": TRAIN[:60]},
-    {"erase": True},
+    {"method": "erase"},
     {"scorer": "saliency", "mask_layer": 0, "samples": Split(TRAIN.images.tolist(), TRAIN.labels)},
 ]
 
