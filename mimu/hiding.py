@@ -26,12 +26,12 @@ def head_of(model: nn.Module, mask_layer: Any, images: Tensor | None) -> str:
     Args:
         model: a copy, which hooks are left on
         mask_layer: the name of the layer or of its weight, or "auto"
-        images: some samples, on which the model is run to find it; None: it must be the only linear layer, or named
+        images: some samples, on which the model is run to find it; None: it must be named, or the only linear layer
 
     Raises:
         InputError: if there is no such layer, or several
     """
-    kinds = nn.Linear if images is None else nn.Linear | nn.Conv2d
+    kinds = nn.Linear if images is None and mask_layer == "auto" else nn.Linear | nn.Conv2d
     heads = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     names = shortened(", ".join(heads)) or "none"
     if mask_layer != "auto":
@@ -56,12 +56,14 @@ def hiding_mask(head: nn.Module, name: str, forget: Sequence[int]) -> Mask:
     become the mean of those of the retained classes: its logit is then the mean of theirs.
 
     Raises:
-        InputError: if there is no class to retain
+        InputError: if there is no class to retain, or one alone without a bias, whose logit the mean would equal
     """
     weight, bias = head.weight.detach(), head.bias
     retained = sorted(set(range(len(weight))) - set(forget))
     if not retained:
         raise InputError(f"there must be classes to retain beside {list(forget)}")
+    if bias is None and len(retained) == 1:
+        raise InputError(f"in a layer without biases two classes must be retained, not {retained[0]} alone: try 'mask'")
     rows = F.one_hot(torch.tensor(forget), len(weight)).T.to(weight)  # (classes, forget)
     keep = torch.ones_like(weight)
     if bias is None:

@@ -77,7 +77,7 @@ def unlearn(
         forgotten = carried.forgets if carried else ()
         requested = requested_classes(forget_class, custom.labels, custom.num_classes, forgotten)
         if erases and not method and has_too_few(custom.labels, requested - set(forgotten)):
-            return mask_that_hides(model, inputs, labels, forget_class, mask_layer, progress)
+            return mask_that_hides(model, None, None, forget_class, custom.last_layer, progress)
         trained = what_ranks(custom, gcn, scorer, erases)
         bounds = max_fall, max_class_fall
         request = UnlearningRequest(model, carried, custom, requested, trained, erases, seed, bounds, progress)

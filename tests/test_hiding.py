@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import IN_FEATURES, random_split, trained
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from mimu import Mask, unlearn
 from mimu.judgement import Judgement
@@ -85,6 +86,7 @@ def test_hidden_classes_are_never_predicted_and_all_other_logits_stay(make, has_
         (Pooled(), SAMPLES, "output is the logits; linear layers are kernels$"),
         (TwoHeads(), SAMPLES, "output is the logits; linear layers are one, other"),
         (nn.Linear(7, 5), {"forget_class": range(5)}, r"there must be classes to retain beside \[0, 1, 2, 3, 4\]"),
+        (nn.Linear(7, 5, False), {"forget_class": range(4)}, "biases two classes must be retained, not 4 alone"),
         (nn.Linear(7, 5), {"forget_class": 5}, r"forget_class must be from 0 to 4, not .* \[5\]"),
         (nn.Linear(7, 5), {"method": "forget"}, "method must be erase, mask or hide, not 'forget'"),
     ],
@@ -109,8 +111,10 @@ def test_without_a_method_classes_of_too_few_samples_are_hidden_and_by_name_a_me
     samples = random_split(200, num_classes=CLASSES)
     model = trained(perceptron(), samples)
     few = samples[(samples.labels != 1) | ((samples.labels == 1).cumsum(0) <= 9)]
+    batches = iter(zip(few.images.split(50), few.labels.split(50)))  # they can be read once
+    once = type("Once", (IterableDataset,), {"__iter__": lambda self: batches})()
     with pytest.warns(UserWarning, match=r"classes are hidden, and stay in the representation: .* fewer: \[1\]"):
-        mask = unlearn(model, few.images, few.labels, 1)
+        mask = unlearn(model, DataLoader(once, batch_size=None), forget_class=1)
     assert mask.method == "hide" and mask.forgets == (1,) and "the representation still holds the class" in repr(mask)
     with pytest.warns(UserWarning, match=r"class 1 cannot be judged by 9 samples"):
         assert unlearn(model, few.images, few.labels, 1, method="erase", max_fall=None).method == "erase"
