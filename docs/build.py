@@ -324,7 +324,7 @@ LEFT_OUT = {  # by config or block, the rows that its page does without
     "benchmark": ("GB *", "* weights, *", "* as PyTorch comes *"),
     "ablation": ("as it is: original", "the others are not asked for: saliency"),
     "few": ("all at once: *", "* step: optimised_mask", "1 sample: [!m]*", "5 samples: [!m]*", "50 samples: [!m]*"),
-        "erasure_networks": ("*: retrain",),
+    "erasure_networks": ("*: retrain",),
     "transfer_fashion": ("*: original",),
     "erasure": ("stronger*: cola",),
     "cnn": ("MNIST*: [!ms]*", "*: ssd"),
