@@ -228,7 +228,7 @@ def headline(source: str, dataset: str) -> None:
 WAYS = {  # of the table of choices: the words of the README
     "no samples": "hide",
     "the same by hand: `logit_removed`": "hide by hand: `logits[:, 3] = -math.inf`",
-    "predictions must come closer to retraining": "mask",
+    "a mask, by 1,000 samples per class": "mask",
     "the class must also leave the representation": "erase (the default)",
     "retraining is cheap": "retrain",
 }

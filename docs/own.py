@@ -449,7 +449,7 @@ HIDE = '`unlearn(model, forget_class=3, method="hide", mask_layer="fc")`'
 PUBLISH = "`unlearn(model, inputs, labels, [3, 7]).apply(model, permanent=True)`"
 CHOICES: tuple[tuple[str, str, Forget | None, Sequence[list[int]]], ...] = (  # retraining first: IDI needs its bits
     ("retraining is cheap", "train without the class", by_retraining, SINGLE),
-    ("predictions must come closer to retraining", MASK, by_unlearn(1000, "mask"), SINGLE),
+    ("a mask, by 1,000 samples per class", MASK, by_unlearn(1000, "mask"), SINGLE),
     ("the same for several classes", SEVERAL, by_unlearn(1000, "mask"), TWO),
     ("ten samples per class", MASK, by_unlearn(10, "mask"), SINGLE),
     ("no samples", HIDE, by_hiding, SINGLE),
