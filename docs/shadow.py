@@ -28,7 +28,7 @@ from reporter import markdown_table
 from trainer import Trainer
 
 OVERRIDES = ("gcn.pretrained=true", "eval.methods=all")
-# Controls, variants of the formula, what takes longer than two seconds, and what gives a class the odds zero.
+# Two controls, and the method that gives a class the odds zero.
 LEFT_OUT = {"random", "magnitude", "logit_removed"}
 RETRAINED = ("retrain", "retrain_again")
 PAIRS = 32  # of shadow classifiers, each trained on one half of the training split
