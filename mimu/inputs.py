@@ -45,11 +45,6 @@ class CustomModel:
     model_inputs: Tensor
     num_classes: int
 
-    @property
-    def last_layer(self) -> str:
-        """The name of the last layer's weight."""
-        return self.classifier.trace.names_at_the_end[-1]
-
     @classmethod
     @torch.no_grad()
     def of(

@@ -77,7 +77,8 @@ def unlearn(
         forgotten = carried.forgets if carried else ()
         requested = requested_classes(forget_class, custom.labels, custom.num_classes, forgotten)
         if erases and not method and has_too_few(custom.labels, requested - set(forgotten)):
-            return mask_that_hides(model, None, None, forget_class, custom.last_layer, progress)
+            last_layer = custom.classifier.trace.names_at_the_end[-1]  # found already: a stream is not read twice
+            return mask_that_hides(model, None, None, forget_class, last_layer, progress)
         trained = what_ranks(custom, gcn, scorer, erases)
         bounds = max_fall, max_class_fall
         request = UnlearningRequest(model, carried, custom, requested, trained, erases, seed, bounds, progress)
